@@ -1,0 +1,248 @@
+"""What the manager asks of a runtime, and the runtime that has everything in this process.
+
+`Backend` mirrors the manager's calls after their arguments were checked: replica indices are in range and
+there is one batch per replica. It is wider than a protocol should be because two complete implementations
+(this one and rayk.actors.client) are the point of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+
+from rayk.context import TextContext
+from rayk.errors import InsufficientBlocksError, NotClaimedError, RaykError
+from rayk.inputs import BatchCharacteristics, ReplicaInputs
+from rayk.metrics import KVCacheMetrics
+from rayk.params import KVCacheParams
+from rayk.peers import copy_spans
+from rayk.replica import PageExport, ReplicaCore, Usage
+from rayk.ticks import Admission, HitCounts, Tick, TickResult
+
+Batches = Sequence[Sequence[TextContext]]
+Forward = Callable[[ReplicaInputs, Sequence[TextContext]], Any]
+
+
+class Backend(Protocol):
+    """The replicas of one manager."""
+
+    def claim(self, request_id: str, replica: int, dummy: bool = False) -> None: ...
+    def contains(self, request_id: str, replica: int) -> bool: ...
+    def alloc(self, ctx: TextContext, replica: int) -> None: ...
+    def release(self, request_id: str, replica: int) -> None: ...
+    def blocks(self, request_id: str, replica: int) -> list[int]: ...
+    def try_admit(
+        self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, stop_on_error: bool
+    ) -> list[Admission]: ...
+    def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> list[TickResult]: ...
+    def runtime_inputs(
+        self, batches: Batches, max_cache_length: int | None, characteristics: BatchCharacteristics | None
+    ) -> list[ReplicaInputs]: ...
+    def execute(self, batches: Batches, fn: Forward) -> list[Any]: ...
+    def step(self, batches: Batches) -> None: ...
+    def usage(self, replica: int) -> Usage: ...
+    def used_fraction_after(self, ctx: TextContext, replica: int) -> float: ...
+    def hit_counts(self, ctx: TextContext) -> list[HitCounts]: ...
+    def metrics(self) -> KVCacheMetrics: ...
+    def reset_metrics(self) -> None: ...
+    def reset_prefix_cache(self) -> None: ...
+    def buffers(self, replica: int) -> list[torch.Tensor]: ...
+    def read_pages(self, page_ids: Sequence[int], replica: int) -> list[torch.Tensor]: ...
+    def check_integrity(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class InlineBackend:
+    """All replicas in this process; no copy of a context or a token is made on the way."""
+
+    def __init__(
+        self, params: KVCacheParams, num_pages: int, max_batch_size: int, runtime_checks: bool, router: str
+    ) -> None:
+        from rayk.scheduler.routing import Placements, make_router
+
+        replicas = params.data_parallel_degree
+        self.cores = [ReplicaCore(params, r, num_pages, max_batch_size, None, runtime_checks) for r in range(replicas)]
+        self._placements = Placements(replicas)
+        self._router = make_router(router)
+        self._copies = (
+            params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy and replicas > 1
+        )
+
+    # -- requests ----------------------------------------------------------------------------
+
+    def claim(self, request_id: str, replica: int, dummy: bool = False) -> None:
+        self._placements.add(request_id, replica)
+        self.cores[replica].claim(request_id, dummy)
+
+    def contains(self, request_id: str, replica: int) -> bool:
+        return request_id in self.cores[replica].requests
+
+    def release(self, request_id: str, replica: int) -> None:
+        core = self.cores[replica]
+        if request_id not in core.requests:
+            raise self._not_claimed(request_id, replica)
+        core.release(request_id)
+        self._placements.remove(request_id)
+
+    def blocks(self, request_id: str, replica: int) -> list[int]:
+        return self.cores[replica].blocks(request_id)
+
+    def alloc(self, ctx: TextContext, replica: int) -> None:
+        core = self.cores[replica]
+        if ctx.request_id not in core.requests:
+            raise self._not_claimed(ctx.request_id, replica)
+        if self._copies:
+            self._alloc_with_copies(ctx, core)
+        else:
+            core.alloc(ctx)
+
+    def _not_claimed(self, request_id: str, replica: int) -> NotClaimedError:
+        holder = self._placements.holder(request_id)
+        return NotClaimedError(request_id, replica, -1 if holder is None else holder)
+
+    def _alloc_with_copies(self, ctx: TextContext, core: ReplicaCore) -> None:
+        """alloc() that first fetches from the other replicas what this one misses, pinned there meanwhile."""
+        stop = core.may_reuse(ctx)
+        have = core.resident(ctx) if stop else 0
+        resident = [c.resident(ctx) if c is not core and have < stop else 0 for c in self.cores]
+        exports: list[tuple[ReplicaCore, PageExport]] = []
+        try:
+            for span in copy_spans(have, resident, stop):
+                source = self.cores[span.replica]
+                exports.append((source, source.export(ctx, span.start, span.stop)))
+            core.alloc(ctx, [export for _, export in exports])
+        finally:
+            for source, export in exports:
+                source.acknowledge(export.export_id)
+
+    # -- batches -------------------------------------------------------------------------------
+
+    def try_admit(
+        self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, stop_on_error: bool
+    ) -> list[Admission]:
+        admissions: list[Admission] = []
+        for i, ctx in enumerate(ctxs):
+            replica = replicas[i] if replicas is not None else self._route(ctx)
+            admissions.append(self._admit(ctx, replica))
+            if stop_on_error and admissions[-1].error is not None:
+                break
+        return admissions
+
+    def _route(self, ctx: TextContext) -> int:
+        return self._router.choose(ctx.tokens.length, self._placements.loads)
+
+    def _admit(self, ctx: TextContext, replica: int) -> Admission:
+        core, start = self.cores[replica], perf_counter()
+        before = core.metrics
+        try:
+            self._placements.add(ctx.request_id, replica, ctx.tokens.length)
+        except RaykError as error:
+            return Admission(replica, error)
+        core.claim(ctx.request_id)
+        claimed = perf_counter()
+        try:
+            self.alloc(ctx, replica)
+        except RaykError as error:
+            self.release(ctx.request_id, replica)
+            return Admission(replica, error)
+        done, after = perf_counter(), core.metrics
+        size = core.params.page_size
+        return Admission(
+            replica,
+            device_tokens=(after.device_blocks_served - before.device_blocks_served) * size,
+            peer_tokens=(after.cross_replica_blocks_copied - before.cross_replica_blocks_copied) * size,
+            claim_seconds=claimed - start,
+            alloc_seconds=done - claimed,
+        )
+
+    def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> list[TickResult]:
+        results = []
+        for core, tick in zip(self.cores, ticks, strict=True):
+            results.append(run_tick(core, tick, fn))
+            for request_id in tick.release:
+                self._placements.remove(request_id)
+        return results
+
+    def runtime_inputs(
+        self, batches: Batches, max_cache_length: int | None, characteristics: BatchCharacteristics | None
+    ) -> list[ReplicaInputs]:
+        return [
+            core.runtime_inputs(batch, max_cache_length, characteristics)
+            for core, batch in zip(self.cores, batches, strict=True)
+        ]
+
+    def execute(self, batches: Batches, fn: Forward) -> list[Any]:
+        inputs = self.runtime_inputs(batches, None, None)
+        return [fn(part, [ctx.snapshot() for ctx in batch]) for part, batch in zip(inputs, batches, strict=True)]
+
+    def step(self, batches: Batches) -> None:
+        for core, batch in zip(self.cores, batches, strict=True):
+            core.step(batch)
+
+    # -- queries ---------------------------------------------------------------------------------
+
+    def usage(self, replica: int) -> Usage:
+        return self.cores[replica].usage
+
+    def used_fraction_after(self, ctx: TextContext, replica: int) -> float:
+        return self.cores[replica].used_fraction_after(ctx)
+
+    def hit_counts(self, ctx: TextContext) -> list[HitCounts]:
+        return [HitCounts(core.resident(ctx)) for core in self.cores]
+
+    def metrics(self) -> KVCacheMetrics:
+        return sum((core.metrics for core in self.cores), KVCacheMetrics())
+
+    def reset_metrics(self) -> None:
+        for core in self.cores:
+            core.reset_metrics()
+
+    def reset_prefix_cache(self) -> None:
+        for core in self.cores:
+            core.reset_prefix_cache()
+
+    def buffers(self, replica: int) -> list[torch.Tensor]:
+        return self.cores[replica].buffers.all_buffers
+
+    def read_pages(self, page_ids: Sequence[int], replica: int) -> list[torch.Tensor]:
+        return self.cores[replica].buffers.read(page_ids)
+
+    def check_integrity(self) -> None:
+        for core in self.cores:
+            core.check_integrity()
+
+    def close(self) -> None:
+        self.cores.clear()
+
+
+def run_tick(core: ReplicaCore, tick: Tick, fn: Forward | None) -> TickResult:
+    """One replica's part of a tick, in the order that Tick promises."""
+    start = perf_counter()
+    core.step(tick.step)
+    stepped = perf_counter()
+    for request_id in tick.release:
+        core.release(request_id)
+    refused: dict[str, InsufficientBlocksError] = {}
+    begin = perf_counter()
+    for ctx in tick.alloc:
+        try:
+            core.alloc(ctx)
+        except InsufficientBlocksError as error:
+            refused[ctx.request_id] = error
+    allocated = perf_counter()
+    value = None
+    batch = [ctx for ctx in tick.execute if ctx.request_id not in refused] if refused else tick.execute
+    if batch and fn is not None:
+        value = fn(core.runtime_inputs(batch), [ctx.snapshot() for ctx in batch])
+    usage = core.usage
+    return TickResult(
+        value=value,
+        refused=refused,
+        free_pages=usage.free,
+        used_pages=usage.used,
+        step_seconds=stepped - start,
+        alloc_seconds=allocated - begin,
+    )

@@ -1,0 +1,224 @@
+"""A request as the cache sees it: its tokens, the window over them, and what must not be shared.
+
+    0 ........ processed ........ end ........ length
+      KV exists |  active window  |  left out by chunk()
+
+`processed` counts tokens whose KV is in pages, the active window is what the next forward consumes.
+Tokens are append-only (placeholders of tokens still being sampled may be filled in), so that pages
+made from them stay true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rayk.errors import TokenError
+
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+PLACEHOLDER = -1
+
+IntArray = npt.NDArray[np.int32]
+
+
+def as_int32(tokens: Any, request_id: str) -> IntArray:
+    """`tokens` (ints in a sequence, array or tensor) as a 1-D int32 array; TokenError names what does not fit."""
+    array = np.asarray(tokens)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TokenError(request_id, f"tokens must be a flat sequence of ints, got {array.dtype} of shape {array.shape}")
+    if array.dtype != np.int32 and array.size:
+        wrong = np.flatnonzero((array < INT32_MIN) | (array > INT32_MAX))
+        if wrong.size:
+            at = int(wrong[0])
+            raise TokenError(request_id, f"token {array[at]} at position {at} is out of int32; check the tokenizer")
+    return array.astype(np.int32)
+
+
+class TokenWindow:
+    """The token array of a request and its window. int32, grows by appending; lengths are in tokens."""
+
+    __slots__ = ("_request_id", "data", "end", "length", "processed")
+
+    def __init__(self, tokens: IntArray, request_id: str = "") -> None:
+        self.data = tokens
+        self.length = self.end = len(tokens)
+        self.processed = 0
+        self._request_id = request_id
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def processed_length(self) -> int:
+        """Tokens whose KV exists."""
+        return self.processed
+
+    @property
+    def active_length(self) -> int:
+        """Tokens that the next forward consumes; at least 1."""
+        return self.end - self.processed
+
+    @property
+    def all(self) -> IntArray:
+        """All tokens, [length] int32, a read-only view that is valid until the next append."""
+        view = self.data[: self.length]
+        view.flags.writeable = False
+        return view
+
+    @property
+    def active(self) -> IntArray:
+        """The tokens of the active window, [active_length] int32, read-only."""
+        return self.all[self.processed : self.end]
+
+    def chunk(self, n: int) -> None:
+        """Shorten the active window to its first `n` tokens, 1 <= n < active_length."""
+        if not 1 <= n < self.end - self.processed:
+            raise TokenError(self._request_id, f"chunk({n}) needs 1 <= n < {self.end - self.processed} active tokens")
+        self.end = self.processed + n
+
+    def skip(self, n: int) -> None:
+        """Count `n` more tokens as processed; at least one active token must be left."""
+        if not 0 <= n < self.end - self.processed:
+            raise TokenError(self._request_id, f"skip({n}) needs 0 <= n < {self.end - self.processed} active tokens")
+        self.processed += n
+
+    def rewind(self, n: int) -> None:
+        """Count the last `n` processed tokens as not processed."""
+        if not 0 <= n <= self.processed:
+            raise TokenError(self._request_id, f"rewind({n}) needs 0 <= n <= {self.processed} processed tokens")
+        self.processed -= n
+
+    def append(self, token: int) -> None:
+        """Add one token at the end without moving the window."""
+        if self.length == len(self.data):
+            grown = np.empty(max(16, self.length + self.length // 2), np.int32)
+            grown[: self.length] = self.data
+            self.data = grown
+        try:
+            self.data[self.length] = token
+        except (OverflowError, TypeError, ValueError):
+            raise TokenError(self._request_id, f"token {token!r} is not an int32; check the sampler") from None
+        self.length += 1
+
+    def replace(self, base: int, tokens: IntArray) -> None:
+        """Make `tokens` the tokens from position `base` on, keeping what lies before."""
+        length = base + len(tokens)
+        if length > len(self.data):
+            grown = np.empty(length + length // 2, np.int32)
+            grown[:base] = self.data[:base]
+            self.data = grown
+        self.data[base:length] = tokens
+        self.length = length
+
+    def snapshot(self) -> TokenWindow:
+        """The same window over the same tokens, which later appends and moves do not change."""
+        copy = TokenWindow.__new__(TokenWindow)
+        copy.data, copy._request_id = self.all, self._request_id
+        copy.length, copy.processed, copy.end = self.length, self.processed, self.end
+        return copy
+
+
+class TextContext:
+    """One request. The caller owns it; alloc() moves its window past reused pages and sets `cached_prefix_length`.
+
+    `cache_salt` and `adapter` keep its pages apart from those of requests with another salt or adapter.
+    `cached_prefix_length` is None until the first admission with prefix caching, then the tokens reused there.
+    """
+
+    __slots__ = (
+        "adapter",
+        "cache_salt",
+        "cached_prefix_length",
+        "deadline",
+        "draft_tokens_to_verify",
+        "max_length",
+        "maybe_accepted_draft_tokens",
+        "pending_future_count",
+        "priority",
+        "request_id",
+        "root_key",
+        "session_id",
+        "tenant",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        tokens: Any,
+        max_length: int,
+        cache_salt: str | None = None,
+        *,
+        adapter: str | None = None,
+        session_id: str | None = None,
+        tenant: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        pending_future_count: int = 0,
+    ) -> None:
+        array = as_int32(tokens, request_id)
+        if not len(array):
+            raise TokenError(request_id, "a request needs at least one token")
+        if len(array) > max_length:
+            raise TokenError(request_id, f"{len(array)} tokens are more than max_length {max_length}")
+        if not 0 <= pending_future_count <= len(array):
+            raise TokenError(request_id, f"pending_future_count {pending_future_count} of {len(array)} tokens")
+        self.request_id = request_id
+        self.tokens = TokenWindow(array, request_id)
+        self.max_length = max_length
+        self.cache_salt = cache_salt
+        self.adapter = adapter
+        self.session_id = session_id
+        self.tenant = tenant
+        self.priority = priority
+        self.deadline = deadline
+        self.pending_future_count = pending_future_count
+        self.cached_prefix_length: int | None = None
+        self.draft_tokens_to_verify: Sequence[int] = ()
+        self.maybe_accepted_draft_tokens: Sequence[int] = ()
+        self.root_key = (cache_salt, adapter)
+
+    def __repr__(self) -> str:
+        t = self.tokens
+        return f"TextContext({self.request_id!r}, length={t.length}, processed={t.processed}, end={t.end})"
+
+    def update(self, token: int) -> None:
+        """The forward of the active window is done: consume the chunk, or else append the sampled `token`."""
+        window = self.tokens
+        if window.end < window.length:
+            window.processed, window.end = window.end, window.length
+            return
+        if window.length >= self.max_length:
+            raise TokenError(self.request_id, f"has its max_length of {self.max_length} tokens; release it")
+        window.append(token)
+        window.processed, window.end = window.end, window.length
+
+    def update_with_future_token(self) -> None:
+        """As update(), but the token is still being sampled: a placeholder stands in until realize_future_token()."""
+        chunked = self.tokens.end < self.tokens.length
+        self.update(PLACEHOLDER)
+        self.pending_future_count += not chunked
+
+    def realize_future_token(self, token: int) -> None:
+        """Fill in the oldest placeholder."""
+        if not self.pending_future_count:
+            raise TokenError(self.request_id, "no placeholder is pending")
+        self.tokens.data[self.tokens.length - self.pending_future_count] = as_int32([token], self.request_id)[0]
+        self.pending_future_count -= 1
+
+    def reset(self) -> None:
+        """After preemption: all tokens become the prompt again, nothing is processed, drafts are dropped."""
+        self.tokens.processed, self.tokens.end = 0, self.tokens.length
+        self.draft_tokens_to_verify = ()
+        self.maybe_accepted_draft_tokens = ()
+
+    def snapshot(self) -> TextContext:
+        """A copy for readers: same fields, a window that stays as it is now, tokens that cannot be written."""
+        copy = TextContext.__new__(TextContext)
+        for name in TextContext.__slots__:
+            setattr(copy, name, getattr(self, name))
+        copy.tokens = self.tokens.snapshot()
+        return copy

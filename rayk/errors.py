@@ -1,0 +1,247 @@
+"""Every error that rayk raises on purpose.
+
+RaykError
+├── ConfigError (ValueError)              parameters or arguments that cannot work
+├── TokenError (ValueError)               tokens or a window operation that a context refuses
+├── AlreadyClaimedError (ValueError)      the request id is claimed, here or on another replica
+├── NotClaimedError (ValueError)          the request id is not claimed on that replica
+├── ReplicaIndexError (IndexError)        no replica has that index
+├── BatchError (ValueError)               batches that do not match the replicas or the requests' pages
+├── RuntimeInputsError (ValueError, RuntimeError)   runtime_inputs cannot be built for this batch
+├── LeafError (AssertionError)            a single-cache call on multi-cache parameters
+├── InsufficientBlocksError               not enough free pages; nothing was changed
+├── PlanError (RuntimeError)              the cluster cannot hold what was asked for; nothing was started
+├── NotBuiltError (NotImplementedError)   a part of the reference that rayk does not have yet
+├── ClosedError (RuntimeError)            use after shutdown() or close()
+├── IntegrityError (AssertionError)       a core's own bookkeeping contradicts itself: a bug in rayk
+└── ClusterError (RuntimeError)
+    ├── ReplicaLostError                  a replica's process died; names what was lost
+    ├── SchedulerLostError                the scheduler's process died
+    ├── CallTimeoutError (TimeoutError)   no answer in time
+    ├── StaleEpochError                   the replica was replaced since the caller last talked to it
+    ├── StaleContextError                 a replica misses tokens of a request; the client sends them again
+    ├── MessageError (ValueError)         a message that cannot be decoded or is unknown
+    └── RemoteError                       code that the caller shipped, or rayk itself, raised on a replica
+
+An error's arguments are its fields, in the order of the class annotations, and its text is made in `__str__`:
+so it crosses process borders (pickle and `messages.Failure`) with type and fields intact.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class RaykError(Exception):
+    """Base of all errors that rayk raises on purpose; `fields` are its named values."""
+
+    fields: ClassVar[tuple[str, ...]] = ()
+    text: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = [n for n, t in cls.__dict__.get("__annotations__", {}).items() if not str(t).startswith("ClassVar")]
+        cls.fields = (*cls.fields, *own)
+
+    def __init__(self, *args: Any) -> None:
+        if len(args) != len(self.fields):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self.fields) or 'nothing'}; got {args!r}")
+        super().__init__(*args)
+        for name, value in zip(self.fields, args, strict=True):
+            setattr(self, name, value)
+
+    def __str__(self) -> str:
+        return self.text.format(**{name: getattr(self, name) for name in self.fields})
+
+
+class ConfigError(RaykError, ValueError):
+    """Parameters or arguments that cannot work."""
+
+    message: str
+    text: ClassVar[str] = "{message}"
+
+
+class TokenError(RaykError, ValueError):
+    """Tokens or a window operation that a context refuses; the context is unchanged."""
+
+    request_id: str
+    message: str
+    text: ClassVar[str] = "request {request_id!r}: {message}"
+
+
+class AlreadyClaimedError(RaykError, ValueError):
+    """The id is claimed already; `replica` is where."""
+
+    request_id: str
+    replica: int
+    text: ClassVar[str] = (
+        "request {request_id!r} is already claimed on replica {replica}; release it there first or use another id"
+    )
+
+
+class NotClaimedError(RaykError, ValueError):
+    """The id is not claimed on `replica`; `holder` is the replica that has it, or -1."""
+
+    request_id: str
+    replica: int
+    holder: int
+
+    def __str__(self) -> str:
+        where = f"it is claimed on replica {self.holder}" if self.holder >= 0 else "call claim() first"
+        return f"request {self.request_id!r} is not claimed on replica {self.replica}; {where}"
+
+
+class ReplicaIndexError(RaykError, IndexError):
+    """No replica has that index."""
+
+    replica: int
+    replicas: int
+    text: ClassVar[str] = "replica index {replica} is out of range: this manager has {replicas} replica(s), from 0"
+
+
+class BatchError(RaykError, ValueError):
+    """Batches that do not match the replicas, or requests that do not match their pages."""
+
+    message: str
+    text: ClassVar[str] = "{message}"
+
+
+class RuntimeInputsError(RaykError, ValueError, RuntimeError):
+    """runtime_inputs() cannot be built for this batch; nothing was changed."""
+
+    replica: int
+    message: str
+    text: ClassVar[str] = "replica {replica}: {message}"
+
+
+class LeafError(RaykError, AssertionError):
+    """A single-cache call on multi-cache parameters."""
+
+    message: str
+    text: ClassVar[str] = "{message}"
+
+
+class InsufficientBlocksError(RaykError):
+    """Not enough free pages for one request. Nothing was changed: window, pages, metrics, cache, eviction order."""
+
+    request_id: str
+    replica: int
+    needed: int
+    free: int
+    total: int
+
+    def __str__(self) -> str:
+        head = f"request {self.request_id!r} needs {self.needed} more page(s) on replica {self.replica}"
+        if self.needed > self.total:
+            return f"{head}, which has {self.total} in all: it can never fit; use more pages or a shorter request"
+        return f"{head}, {self.free} of {self.total} are free; release or preempt a request, or retry later"
+
+
+class PlanError(RaykError, RuntimeError):
+    """The cluster cannot hold what was asked for. Nothing was started."""
+
+    message: str
+    text: ClassVar[str] = "{message}"
+
+
+class NotBuiltError(RaykError, NotImplementedError):
+    """A part of the reference's surface that rayk does not have yet."""
+
+    what: str
+    text: ClassVar[str] = "{what} is not built yet"
+
+
+class ClosedError(RaykError, RuntimeError):
+    """Use after shutdown() or close()."""
+
+    what: str
+    text: ClassVar[str] = "{what} was shut down; make a new one"
+
+
+class IntegrityError(RaykError, AssertionError):
+    """A core's own bookkeeping contradicts itself: a bug in rayk, never the caller's fault."""
+
+    where: str
+    message: str
+    text: ClassVar[str] = "{where}: {message} (this is a bug in rayk; please report it)"
+
+
+class ClusterError(RaykError, RuntimeError):
+    """Something between this process and the replicas failed."""
+
+
+class ReplicaLostError(ClusterError):
+    """A replica's process died. `requests` are those claimed on it, as far as this process knows."""
+
+    replica: int
+    epoch: int
+    requests: list[str]
+    reason: str
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(repr, self.requests[:5])) + (", .." if len(self.requests) > 5 else "")
+        return (
+            f"replica {self.replica} (epoch {self.epoch}) is gone: {self.reason}. Lost: its cached pages and "
+            f"{len(self.requests)} claimed request(s){': ' + shown if shown else ''}. "
+            "Shut this manager down, start a new one and send these requests again"
+        )
+
+
+class SchedulerLostError(ClusterError):
+    """The scheduler's process died."""
+
+    reason: str
+    text: ClassVar[str] = "the scheduler is gone: {reason}. Shut this manager down and start a new one"
+
+
+class CallTimeoutError(ClusterError, TimeoutError):
+    """No answer in time; the call may still have been executed."""
+
+    target: str
+    seconds: float
+    text: ClassVar[str] = (
+        "{target} did not answer within {seconds:.0f} s; it may be hung or overloaded (the call may have been executed)"
+    )
+
+
+class StaleEpochError(ClusterError):
+    """The replica was replaced since the caller last talked to it."""
+
+    replica: int
+    expected: int
+    actual: int
+    text: ClassVar[str] = "replica {replica} has epoch {actual}, the caller expected {expected}: it was restarted"
+
+
+class StaleContextError(ClusterError):
+    """A replica does not have the tokens of a request that a message builds on."""
+
+    request_id: str
+    replica: int
+    text: ClassVar[str] = "replica {replica} does not have the earlier tokens of request {request_id!r}"
+
+
+class MessageError(ClusterError, ValueError):
+    """A message that cannot be decoded, or one that this receiver does not know."""
+
+    message: str
+    text: ClassVar[str] = "{message}"
+
+
+class RemoteError(ClusterError):
+    """Code that ran on a replica raised; `trace` is its traceback as text."""
+
+    replica: int
+    kind: str
+    message: str
+    trace: str
+    text: ClassVar[str] = "replica {replica} raised {kind}: {message}"
+
+
+def _tree(cls: type[RaykError]) -> dict[str, type[RaykError]]:
+    return {cls.__name__: cls, **{k: v for sub in cls.__subclasses__() for k, v in _tree(sub).items()}}
+
+
+def by_name(name: str) -> type[RaykError] | None:
+    """The error class of that name, or None."""
+    return _tree(RaykError).get(name)

@@ -1,0 +1,162 @@
+"""What a forward pass needs to know about a batch: runtime inputs, per replica, leaf and TP shard.
+
+A replica builds its part from its block table into arrays that it keeps and reuses: the views that one call
+returns are overwritten by the next call on that replica. On CUDA they are staged in pinned host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rayk.buffers import PageBuffers
+from rayk.tables import Int32Array
+
+
+class BatchCharacteristics(NamedTuple):
+    """Upper bounds of a batch's shape, so that differing batches can run one captured graph."""
+
+    batch_size: int
+    max_prompt_length: int
+    max_cache_valid_length: int
+
+
+class BatchShape(NamedTuple):
+    """The scalars of one replica's batch."""
+
+    rows: int
+    max_prompt_length: int
+    max_cache_length: int
+
+
+@dataclass(frozen=True)
+class ShardInputs:
+    """Inputs of one leaf on one TP shard. Integer tensors are on the shard's device.
+
+    kv_blocks: `[pages + 1, kv_dim, layers, page_size, heads, head_dim]`, the cache itself; None in a driver under Ray.
+    kv_scales: the scale buffer or None.
+    lookup_table: int32 `[rows, width]`, page ids, null page beyond a request's pages.
+    cache_lengths: int32 `[rows]`, tokens already in the cache.
+    max_prompt_length, max_cache_length: int32 `[1]`, host.
+    attention_dispatch_metadata: int64 `[4]`, host: rows (or the bound), max prompt, partitions (1: split by the
+        attention backend itself), max cache.
+    """
+
+    kv_blocks: torch.Tensor | None
+    kv_scales: torch.Tensor | None
+    lookup_table: torch.Tensor
+    cache_lengths: torch.Tensor
+    max_prompt_length: torch.Tensor
+    max_cache_length: torch.Tensor
+    attention_dispatch_metadata: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LeafInputs:
+    """One cache of one replica; `shards[i]` is TP shard i."""
+
+    shards: tuple[ShardInputs, ...]
+
+
+ReplicaInputs = LeafInputs | dict[str, LeafInputs]
+
+
+class RuntimeInputs(list[ReplicaInputs]):
+    """One entry per replica: LeafInputs, or a mapping from leaf name to LeafInputs for multi-cache parameters."""
+
+    @property
+    def inputs(self) -> list[ShardInputs]:
+        """The flat list over (replica, TP shard) of a single cache, replica-major."""
+        return self.leaf("")
+
+    def leaf(self, name: str) -> list[ShardInputs]:
+        """The flat list over (replica, TP shard) of one cache of multi-cache parameters."""
+        leaves = [entry if isinstance(entry, LeafInputs) else entry[name] for entry in self]
+        return [shard for leaf in leaves for shard in leaf.shards]
+
+
+def assemble(leaves: Iterable[tuple[str, LeafInputs]]) -> ReplicaInputs:
+    """A replica's entry from its named leaves: a lone unnamed leaf stands for itself."""
+    named = dict(leaves)
+    return named[""] if list(named) == [""] else named
+
+
+def _scalar(value: int) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.int32)
+
+
+def table_only(leaf_shards: dict[str, int], table: Int32Array, lengths: Int32Array, shape: BatchShape) -> ReplicaInputs:
+    """Inputs without buffers, for a driver whose replicas are elsewhere: leaf name -> number of TP shards."""
+    shard = _shard(torch.from_numpy(table), torch.from_numpy(lengths), shape)
+    return assemble((name, LeafInputs((shard,) * count)) for name, count in leaf_shards.items())
+
+
+def _shard(table: torch.Tensor, lengths: torch.Tensor, shape: BatchShape) -> ShardInputs:
+    return ShardInputs(
+        kv_blocks=None,
+        kv_scales=None,
+        lookup_table=table,
+        cache_lengths=lengths,
+        max_prompt_length=_scalar(shape.max_prompt_length),
+        max_cache_length=_scalar(shape.max_cache_length),
+        attention_dispatch_metadata=torch.tensor(
+            [shape.rows, shape.max_prompt_length, 1, shape.max_cache_length], dtype=torch.int64
+        ),
+    )
+
+
+class InputStage:
+    """The persistent arrays behind one replica's runtime inputs: host staging and one copy per CUDA device."""
+
+    def __init__(self, buffers: PageBuffers, devices: tuple[str, ...], max_rows: int) -> None:
+        self._buffers = buffers
+        self._devices = devices
+        self._max_rows = max_rows
+        self._pinned = any(d.startswith("cuda") for d in devices)
+        self._resize(64)
+
+    def _resize(self, width: int) -> None:
+        def host(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, pin_memory=self._pinned)
+
+        self._table, self._lengths = host(self._max_rows * width), host(self._max_rows)
+        self._capacity = width
+        self.table: Int32Array = self._table.numpy()
+        self.lengths: Int32Array = self._lengths.numpy()
+        self._copies = {
+            d: (self._table.to(d), self._lengths.to(d)) for d in set(self._devices) if d.startswith("cuda")
+        }
+
+    def host_views(self, rows: int, width: int) -> tuple[Int32Array, Int32Array]:
+        """Host arrays to fill: table [rows, width] and lengths [rows]."""
+        if width > self._capacity:
+            self._resize(max(width, 2 * self._capacity))
+        return self.table[: rows * width].reshape(rows, width), self.lengths[:rows]
+
+    def build(self, rows: int, width: int, shape: BatchShape) -> ReplicaInputs:
+        """The inputs over the filled host views, copied to each CUDA device of the replica."""
+        cells, by_device = rows * width, {}
+        for device in set(self._devices):
+            table, lengths = self._table[:cells], self._lengths[:rows]
+            if device in self._copies:
+                device_table, device_lengths = (copy[:n] for copy, n in zip(self._copies[device], (cells, rows), strict=True))
+                device_table.copy_(table, non_blocking=True)
+                device_lengths.copy_(lengths, non_blocking=True)
+                table, lengths = device_table, device_lengths
+            by_device[device] = _shard(table.view(rows, width), lengths, shape)
+        return assemble(
+            (
+                name,
+                LeafInputs(
+                    tuple(
+                        replace(by_device[d], kv_blocks=values, kv_scales=leaf.scales[i] if leaf.scales else None)
+                        for i, (d, values) in enumerate(zip(self._devices, leaf.values, strict=True))
+                    )
+                ),
+            )
+            for name, leaf in self._buffers.leaves.items()
+        )

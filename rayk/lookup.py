@@ -1,0 +1,109 @@
+"""Filling one replica's lookup table for a batch, and the checks that refuse a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayk.context import TextContext
+from rayk.errors import NotClaimedError, RuntimeInputsError
+from rayk.inputs import BatchCharacteristics, BatchShape
+
+if TYPE_CHECKING:
+    from rayk.replica import ReplicaCore
+
+
+def table_width(pages: int) -> int:
+    """Columns of a lookup table whose longest row shows `pages` pages. REFERENCE 2.4."""
+    return 8 * -(-pages // 8) + 16
+
+
+def fill_batch(
+    core: ReplicaCore,
+    batch: Sequence[TextContext],
+    max_cache_length: int | None,
+    characteristics: BatchCharacteristics | None,
+) -> tuple[int, int, BatchShape]:
+    """Fill the core's host arrays; rows, table width and scalars. RuntimeInputsError changes nothing."""
+    size, drafts, requests = core.params.page_size, core.params.num_draft_tokens, core.requests
+    rows, shown, lengths = [], [], []
+    longest = prompt = cache = 0
+    trim = False
+    for ctx in batch:
+        request = requests.get(ctx.request_id)
+        if request is None:
+            raise NotClaimedError(ctx.request_id, core.replica, -1)
+        slots = core.slots_needed(ctx)
+        pages = -(-slots // size)
+        if request.dummy:
+            trim = True
+            pages_shown = 0
+        elif pages > request.pages:
+            raise RuntimeInputsError(
+                core.replica,
+                f"request {ctx.request_id!r} needs {pages} page(s) for {slots} slots and has {request.pages}; "
+                "call alloc() first",
+            )
+        else:
+            trim = trim or pages < request.pages
+            pages_shown = pages
+        window, accepted = ctx.tokens, len(ctx.maybe_accepted_draft_tokens)
+        verify = len(ctx.draft_tokens_to_verify)
+        rows.append(request.row)
+        shown.append(pages_shown)
+        lengths.append(window.processed + accepted)
+        longest = max(longest, pages)
+        prompt = max(prompt, window.end - window.processed + verify)
+        cache = max(cache, window.end + accepted + verify + drafts)
+    shape = BatchShape(len(rows), prompt, cache)
+    longest, shape = _bounded(core, longest, shape, max_cache_length, characteristics)
+    width = table_width(longest)
+    table, cache_lengths = core.stage.host_views(len(rows), width)
+    if rows:
+        cells = core.table.cells
+        filled = min(width, cells.shape[1])
+        np.take(cells[:, :filled], rows, axis=0, out=table[:, :filled]) if filled == width else _pad(
+            table, cells, rows, filled, core.num_pages
+        )
+        if trim:
+            for row, count in zip(table, shown, strict=True):
+                row[count:] = core.num_pages
+        cache_lengths[:] = lengths
+    return len(rows), width, shape
+
+
+def _pad(table: np.ndarray, cells: np.ndarray, rows: list[int], filled: int, null_page: int) -> None:
+    table[:, :filled] = cells[rows]
+    table[:, filled:] = null_page
+
+
+def _bounded(
+    core: ReplicaCore,
+    longest: int,
+    shape: BatchShape,
+    max_cache_length: int | None,
+    characteristics: BatchCharacteristics | None,
+) -> tuple[int, BatchShape]:
+    """Pages of the longest row and scalars after the caller's bounds, or RuntimeInputsError."""
+    size = core.params.page_size
+
+    def refuse(message: str) -> RuntimeInputsError:
+        return RuntimeInputsError(core.replica, message)
+
+    if max_cache_length is not None:
+        if max_cache_length < 1:
+            raise refuse(f"max_cache_length must be at least 1, got {max_cache_length}")
+        if -(-max_cache_length // size) < longest:
+            raise refuse(f"max_cache_length {max_cache_length} is less than the {longest} page(s) of {size} in use")
+        longest = -(-max_cache_length // size)
+    if shape.rows > core.max_batch_size:
+        raise refuse(f"{shape.rows} requests in a batch, max_batch_size is {core.max_batch_size}; send fewer")
+    if longest > core.num_pages:
+        raise refuse(f"{longest} pages in a row, the replica has {core.num_pages}; lower max_cache_length")
+    if characteristics is not None:
+        if any(real > bound for real, bound in zip(shape, characteristics, strict=True)):
+            raise refuse(f"the batch is {tuple(shape)} (rows, prompt, cache), its bounds are {tuple(characteristics)}")
+        shape = BatchShape(*characteristics)
+    return longest, shape

@@ -1,0 +1,304 @@
+"""PagedKVCacheManager: the paged KV cache of all data-parallel replicas, behind one object.
+
+The same calls work in both runtimes. Arguments are checked here; the work is done by a backend: cores in
+this process, or replica and scheduler actors on Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rayk.backend import Backend, Batches, Forward, InlineBackend
+from rayk.context import TextContext
+from rayk.errors import AlreadyClaimedError, BatchError, ClosedError, LeafError, NotBuiltError, ReplicaIndexError
+from rayk.inputs import BatchCharacteristics, RuntimeInputs
+from rayk.metrics import KVCacheMetrics
+from rayk.params import KVCacheParams, require, require_at_least
+from rayk.session import InferenceSession
+from rayk.ticks import Admission, HitCounts, Tick, TickResult
+
+
+@dataclass(frozen=True)
+class DeviceBuffer:
+    """A replica's KV tensors: per leaf its TP shards' values, then their scales. Under Ray they are meta tensors."""
+
+    all_buffers: list[torch.Tensor]
+
+
+class PagedKVCacheManager:
+    """Claims, pages and block tables of requests on `params.data_parallel_degree` replicas.
+
+    `replica_idx` is 0 .. data_parallel_degree - 1 (ReplicaIndexError otherwise). Contexts belong to the caller;
+    alloc() moves their windows. Calls are not thread-safe. `total_num_pages` is per replica, the null page not
+    counted; None takes what the planner finds room for. After shutdown() every call raises ClosedError.
+    """
+
+    def __init__(
+        self,
+        params: KVCacheParams,
+        session: InferenceSession,
+        total_num_pages: int | None,
+        total_num_host_pages: int = 0,
+        enable_runtime_checks: bool = False,
+        *,
+        max_batch_size: int,
+        router: str = "least-loaded",
+    ) -> None:
+        require_at_least(1, max_batch_size=max_batch_size)
+        require_at_least(0, total_num_host_pages=total_num_host_pages)
+        if total_num_pages is not None:
+            require_at_least(1, total_num_pages=total_num_pages)
+        require(
+            total_num_host_pages == 0 or params.kv_connector != "null",
+            f"{total_num_host_pages} host pages need kv_connector 'local' or 'tiered'",
+        )
+        if params.kv_connector != "null":
+            raise NotBuiltError(f"the {params.kv_connector!r} host tier (kv_connector='null' works)")
+        session.check_open()
+        self.params = params
+        self._replicas = params.data_parallel_degree
+        self._closed = False
+        index = session.adopt(self)
+        self._backend: Backend
+        if session.runtime == "ray":
+            from rayk.actors.cluster import start_cluster
+
+            self._backend, pages = start_cluster(
+                session, index, params, total_num_pages, max_batch_size, enable_runtime_checks, router
+            )
+        else:
+            from rayk.planning import plan_here
+
+            pages = plan_here(params, total_num_pages)
+            self._backend = InlineBackend(params, pages, max_batch_size, enable_runtime_checks, router)
+        self._num_pages = pages
+
+    # -- checks ----------------------------------------------------------------------------------
+
+    def _at(self, replica_idx: int) -> Backend:
+        if self._closed:
+            raise ClosedError("this PagedKVCacheManager")
+        if not 0 <= replica_idx < self._replicas:
+            raise ReplicaIndexError(replica_idx, self._replicas)
+        return self._backend
+
+    def _for(self, batches: Sequence[Any]) -> Backend:
+        backend = self._at(0)
+        if len(batches) != self._replicas:
+            raise BatchError(
+                f"got {len(batches)} batch(es) for {self._replicas} replica(s); pass one list per replica, empty if idle"
+            )
+        return backend
+
+    # -- the life of a request ---------------------------------------------------------------------
+
+    def claim(self, request_id: str, replica_idx: int) -> None:
+        """Reserve a place for a request; takes no page. AlreadyClaimedError if it is claimed on any replica."""
+        self._at(replica_idx).claim(request_id, replica_idx)
+
+    def contains(self, request_id: str, replica_idx: int) -> bool:
+        """Whether the request is claimed on that replica."""
+        return self._at(replica_idx).contains(request_id, replica_idx)
+
+    def alloc(self, data: TextContext, replica_idx: int) -> None:
+        """Give a claimed request the pages that its tokens need; reused ones move its window forward.
+
+        NotClaimedError unless claimed there. InsufficientBlocksError leaves no trace.
+        """
+        self._at(replica_idx).alloc(data, replica_idx)
+
+    def alloc_dummy(self, request_id: str, replica_idx: int) -> None:
+        """Claim a request whose only page is the null page: padding for a batch."""
+        self._at(replica_idx).claim(request_id, replica_idx, dummy=True)
+
+    def get_req_blocks(self, request_id: str, replica_idx: int) -> list[int]:
+        """Page ids in sequence order, empty for an unknown request. step() may change them (equal pages collapse)."""
+        return self._at(replica_idx).blocks(request_id, replica_idx)
+
+    def release(self, request_id: str, replica_idx: int) -> None:
+        """Give the request's pages back; committed ones stay cached until their place is needed, deepest first."""
+        self._at(replica_idx).release(request_id, replica_idx)
+
+    @contextmanager
+    def reserve(self, replica_batches: Batches) -> Iterator[None]:
+        """Claim and allocate contexts for the length of a `with` block, then release them; windows stay advanced."""
+        backend = self._for(replica_batches)
+        held: list[tuple[str, int]] = []
+        try:
+            for replica, batch in enumerate(replica_batches):
+                for admission, ctx in zip(backend.try_admit(batch, [replica] * len(batch), True), batch, strict=False):
+                    if admission.error is not None:
+                        raise admission.error
+                    held.append((ctx.request_id, replica))
+            yield
+        finally:
+            for request_id, replica in held:
+                backend.release(request_id, replica)
+
+    # -- batches ---------------------------------------------------------------------------------------
+
+    def admit(self, ctxs: Sequence[TextContext]) -> list[int]:
+        """Route, claim and allocate a batch: the replica of each, or an error and none of them claimed."""
+        before = [(c.tokens.processed, c.tokens.end, c.cached_prefix_length) for c in ctxs]
+        admissions = self._at(0).try_admit(ctxs, None, True)
+        failed = next((a.error for a in admissions if a.error is not None), None)
+        if failed is None:
+            return [a.replica for a in admissions]
+        for ctx, admission, (processed, end, cached) in zip(ctxs, admissions, before, strict=False):
+            if admission.error is None:
+                self._backend.release(ctx.request_id, admission.replica)
+                ctx.tokens.processed, ctx.tokens.end, ctx.cached_prefix_length = processed, end, cached
+        raise failed
+
+    def try_admit(self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None = None) -> list[Admission]:
+        """Claim and allocate each context, on replicas[i] or where the router says; one round, one result each."""
+        backend = self._at(0)
+        for replica in replicas or ():
+            self._at(replica)
+        if replicas is not None and len(replicas) != len(ctxs):
+            raise BatchError(f"got {len(replicas)} replica indices for {len(ctxs)} requests")
+        return backend.try_admit(ctxs, replicas, False)
+
+    def tick(self, ticks: Sequence[Tick], fn: Forward | None = None) -> list[TickResult]:
+        """One iteration on every replica at once, one message each; see Tick for the order of its parts."""
+        return self._for(ticks).tick(ticks, fn)
+
+    def runtime_inputs(
+        self,
+        batches: Batches,
+        *,
+        max_cache_length: int | None = None,
+        batch_characteristics: BatchCharacteristics | None = None,
+    ) -> RuntimeInputs:
+        """Inputs of a forward, one entry per replica; see rayk.inputs for shapes and dtypes.
+
+        RuntimeInputsError when a request has too few pages or a bound does not hold. Allocates nothing and moves
+        no window. Views: the next call overwrites them (inline).
+        """
+        backend = self._for(batches)
+        return RuntimeInputs(backend.runtime_inputs(batches, max_cache_length, batch_characteristics))
+
+    def runtime_inputs_for_leaf(
+        self,
+        batches: Batches,
+        *,
+        max_cache_length: int | None = None,
+        batch_characteristics: BatchCharacteristics | None = None,
+    ) -> RuntimeInputs:
+        """runtime_inputs() for single-cache parameters; LeafError (an AssertionError) for several caches."""
+        leaves = list(self.params.leaves)
+        if leaves != [""]:
+            raise LeafError(f"these parameters have the caches {', '.join(leaves)}; use runtime_inputs()")
+        return self.runtime_inputs(
+            batches, max_cache_length=max_cache_length, batch_characteristics=batch_characteristics
+        )
+
+    def execute(self, batches: Batches, fn: Forward) -> list[Any]:
+        """Run `fn(inputs, batch)` beside the cache on every replica, also with an empty batch; its results.
+
+        `inputs` is runtime_inputs(batches)[r] with tensors, `batch` read-only copies of that replica's contexts.
+        Under Ray fn is pickled by cloudpickle; a module-level function travels as its name.
+        """
+        return self._for(batches).execute(batches, fn)
+
+    def step(self, batches: Batches) -> None:
+        """Cache the full, processed pages of each request for reuse. One batch per replica, else BatchError."""
+        self._for(batches).step(batches)
+
+    # -- counters ----------------------------------------------------------------------------------------
+
+    def num_free_blocks(self, replica_idx: int = 0) -> int:
+        """Pages that can be handed out: empty ones and cached ones that nobody holds."""
+        return self._at(replica_idx).usage(replica_idx).free
+
+    def total_num_blocks(self, replica_idx: int = 0) -> int:
+        """Pages of the replica, the null page not counted."""
+        return self._at(replica_idx).usage(replica_idx).total
+
+    def get_num_pages(self, replica_idx: int) -> int:
+        """The same as total_num_blocks()."""
+        return self.total_num_blocks(replica_idx)
+
+    def get_num_used_pages(self, replica_idx: int) -> int:
+        """Pages that a request or a transfer holds; shared ones count once."""
+        return self._at(replica_idx).usage(replica_idx).used
+
+    def get_num_host_pages(self, replica_idx: int) -> int:
+        """Pages of the host tier: 0, there is none."""
+        self._at(replica_idx)
+        return 0
+
+    def get_num_used_host_pages(self, replica_idx: int) -> int:
+        """Used pages of the host tier: 0, there is none."""
+        return self.get_num_host_pages(replica_idx)
+
+    def get_num_disk_pages(self, replica_idx: int) -> int:
+        """Pages of the disk tier: 0, there is none."""
+        return self.get_num_host_pages(replica_idx)
+
+    def get_num_used_disk_pages(self, replica_idx: int) -> int:
+        """Used pages of the disk tier: 0, there is none."""
+        return self.get_num_host_pages(replica_idx)
+
+    def get_pct_used_blocks_after_allocation(self, ctx: TextContext, replica_idx: int) -> float:
+        """Fraction (0..1) of the replica's pages in use if alloc(ctx) were called now. Changes nothing."""
+        return self._at(replica_idx).used_fraction_after(ctx, replica_idx)
+
+    def get_prefix_cache_hit_counts(self, ctx: TextContext) -> list[HitCounts]:
+        """Per replica, the leading pages of the request that are cached there. Changes nothing."""
+        return self._at(0).hit_counts(ctx)
+
+    def get_metrics_aggregated(self) -> KVCacheMetrics:
+        """Counters of all replicas since reset_metrics()."""
+        return self._at(0).metrics()
+
+    def reset_metrics(self) -> None:
+        """Counters of all replicas to zero."""
+        self._at(0).reset_metrics()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached pages that nobody holds, on all replicas; held ones can still be hit."""
+        self._at(0).reset_prefix_cache()
+
+    # -- contents and the end --------------------------------------------------------------------------------
+
+    def get_device_buffer(self, replica_idx: int) -> DeviceBuffer:
+        """The replica's KV tensors `[pages + 1, kv_dim, layers, page_size, heads per device, head_dim]`."""
+        return DeviceBuffer(self._at(replica_idx).buffers(replica_idx))
+
+    def read_pages(self, page_ids: Sequence[int], replica_idx: int) -> list[torch.Tensor]:
+        """Host copies of those pages, one tensor `[len(page_ids), ...]` per buffer of get_device_buffer()."""
+        return self._at(replica_idx).read_pages(page_ids, replica_idx)
+
+    def poll_transfers(self) -> None:
+        """Take note of finished transfers. Copies between replicas end within alloc(): there are none to wait for."""
+        self._at(0)
+
+    def drain(self) -> None:
+        """Return when no host or disk transfer is pending."""
+        self.poll_transfers()
+
+    def check_integrity(self) -> None:
+        """IntegrityError if any replica's bookkeeping contradicts itself (a bug in rayk)."""
+        self._at(0).check_integrity()
+
+    def shutdown(self) -> None:
+        """Give everything back: pages, actors, placement. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            if hasattr(self, "_backend"):
+                self._backend.close()
+
+    def __enter__(self) -> PagedKVCacheManager:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+
+__all__ = ["AlreadyClaimedError", "DeviceBuffer", "PagedKVCacheManager"]

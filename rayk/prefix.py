@@ -1,0 +1,346 @@
+"""The prefix tree of one replica: which cached page holds which tokens, who holds it, and what is evicted first.
+
+A node is a *segment*: a run of pages and the exact tokens in them (raw int32 bytes, so that matching is one
+memcmp). A child continues its parent; siblings differ in their first page, whose bytes are the key. There is
+one root per (salt, adapter). A request holds the path from its tip to the root: `refs` counts holders, so
+refs never grow with depth, and a segment without holders has only descendants without holders. Holding part
+of a segment splits it, so that all pages of a segment have the same holders.
+
+Eviction order: least recently released first, deepest page of a release first. A release stamps the segments
+it frees with one tick and queues the deepest; when that one is gone, its parent follows if it bears the same
+tick. Queue entries whose segment was held again since are stale and are dropped when met. undo() gives a hold
+back without a release: ticks and queue stay, and so does the order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rayk.errors import IntegrityError
+from rayk.pages import PagePool, Pages
+
+RootKey = tuple[str | None, str | None]
+
+_NO_PAGES: Pages = np.empty(0, np.int32)
+GROW_LIMIT = 64  # pages: a tip grows in place up to this, then a new segment starts (bounds the copying)
+
+
+class Segment:
+    """`pages[i]` holds the i-th page of `tokens`. A root has no pages."""
+
+    __slots__ = ("children", "pages", "parent", "queued", "refs", "tick", "tokens")
+
+    def __init__(self, parent: Segment | None, tokens: bytes, pages: Pages, refs: int, tick: int) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self.pages = pages
+        self.refs = refs
+        self.tick = tick  # of the release that freed it last; -1 once it left the tree
+        self.queued = False  # whether the eviction queue has an entry (tick, self)
+        self.children: dict[bytes, Segment] = {}
+
+
+class Root(Segment):
+    """The empty segment above all segments of one salt and adapter."""
+
+    __slots__ = ("key",)
+
+    def __init__(self, key: RootKey) -> None:
+        super().__init__(None, b"", _NO_PAGES, 0, 0)
+        self.key = key
+
+
+class Match(NamedTuple):
+    """Where a walk ended: all of `node`, then `partial` pages of its child `into`; `pages` counts both."""
+
+    node: Segment
+    pages: int
+    into: Segment | None
+    partial: int
+
+
+class Commit(NamedTuple):
+    """What commit() did: the new tip, and the cached pages to use instead of the first len(`instead`) given ones."""
+
+    tip: Segment
+    instead: Pages | None
+
+
+class PrefixTree:
+    """Changes only through hold/undo/release, commit, make_room and reset. Pages it drops go to `pool`."""
+
+    def __init__(self, page_size: int, pool: PagePool) -> None:
+        self._page_bytes = page_size * 4
+        self._pool = pool
+        self._roots: dict[RootKey, Root] = {}
+        self._queue: deque[tuple[int, Segment]] = deque()
+        self._tick = 0
+        self._segments = 0
+        self.cached = 0  # pages in the tree
+        self.evictable = 0  # of these, pages in segments that nobody holds
+        self.evicted = 0  # pages evicted so far
+
+    # -- lookup: these change nothing ------------------------------------------------------
+
+    def find_root(self, key: RootKey) -> Segment | None:
+        """The root of that salt and adapter, if anything was ever cached under it."""
+        return self._roots.get(key)
+
+    def match(self, start: Segment, tokens: bytes) -> Match:
+        """The longest cached continuation of `start` that `tokens` (whole pages) begins with."""
+        page, at, node, end = self._page_bytes, 0, start, len(tokens)
+        while at < end:
+            child = node.children.get(tokens[at : at + page])
+            if child is None:
+                break
+            if not tokens.startswith(child.tokens, at):
+                partial = self._common_pages(child.tokens, tokens, at)
+                return Match(node, at // page + partial, child, partial)
+            at += len(child.tokens)
+            node = child
+        return Match(node, at // page, None, 0)
+
+    def _common_pages(self, segment: bytes, tokens: bytes, at: int) -> int:
+        """Pages of `segment` that `tokens[at:]` begins with, knowing that the first one fits and not all do."""
+        page = self._page_bytes
+        low, high = 1, min(len(segment), len(tokens) - at) // page + 1  # low fits, high does not
+        while high - low > 1:
+            mid = (low + high) // 2
+            if tokens.startswith(segment[low * page : mid * page], at + low * page):
+                low = mid
+            else:
+                high = mid
+        return low
+
+    def path_pages(self, tip: Segment, above: Segment | None = None) -> Pages:
+        """Page ids from below `above` (the root when None) down to `tip`, in sequence order."""
+        parts = []
+        node: Segment | None = tip
+        while node is not None and node is not above:
+            parts.append(node.pages)
+            node = node.parent
+        return parts[0] if len(parts) == 1 else np.concatenate(parts[::-1] or [_NO_PAGES])
+
+    # -- holding ------------------------------------------------------------------------------
+
+    def hold_root(self, key: RootKey) -> Segment:
+        """The root of that salt and adapter, made if needed, with one more holder."""
+        root = self._roots.get(key)
+        if root is None:
+            root = self._roots[key] = Root(key)
+        root.refs += 1
+        return root
+
+    def hold(self, match: Match, tip: Segment) -> Segment:
+        """Extend a hold that ends at `tip` to all pages of `match` (which began there); the new tip."""
+        end = self._split(match.into, match.partial) if match.into is not None else match.node
+        node = end
+        while node is not tip:
+            if not node.refs:
+                self.evictable -= len(node.pages)
+            node.refs += 1
+            node = node.parent  # type: ignore[assignment]  # tip is an ancestor of end
+        return end
+
+    def undo(self, end: Segment, tip: Segment | None) -> None:
+        """Take hold() back from `end` up to, not including, `tip` (None: the root too); order as before."""
+        node = end
+        while node is not tip and node.parent is not None:
+            node.refs -= 1
+            if not node.refs:
+                self.evictable += len(node.pages)
+                if not node.queued:
+                    self._requeue(node)
+            node = node.parent
+        if node is not tip:
+            self._let_go_of_root(node)
+
+    def release(self, tip: Segment) -> None:
+        """A holder of the path to `tip` is done: what nobody else holds becomes evictable, as of now."""
+        self._tick = tick = self._tick + 1
+        if tip.refs == 1 and len(tip.pages):
+            self._queue.append((tick, tip))
+            tip.queued = True
+        node = tip
+        while node.parent is not None:
+            node.refs -= 1
+            if not node.refs:
+                node.tick = tick
+                self.evictable += len(node.pages)
+                if node is not tip:
+                    node.queued = False  # an older entry, if any, bears an older tick
+            node = node.parent
+        self._let_go_of_root(node)
+        if len(self._queue) > 2 * self._segments + 64:
+            self._queue = deque(entry for entry in self._queue if entry[0] == entry[1].tick)
+
+    def _requeue(self, node: Segment) -> None:
+        """Put an entry back that make_room() dropped while the segment was held by an export."""
+        if any(c.tick == node.tick and not c.refs for c in node.children.values()):
+            return  # the child's entry leads here
+        at = 0
+        for tick, _ in self._queue:
+            if tick >= node.tick:
+                break
+            at += 1
+        self._queue.insert(at, (node.tick, node))
+        node.queued = True
+
+    def _let_go_of_root(self, root: Segment) -> None:
+        root.refs -= 1
+        self._drop_if_unused(root)
+
+    def _drop_if_unused(self, node: Segment) -> None:
+        if isinstance(node, Root) and not node.refs and not node.children:
+            del self._roots[node.key]
+
+    # -- growing --------------------------------------------------------------------------------
+
+    def commit(self, tip: Segment, tokens: bytes, pages: Pages) -> Commit:
+        """Cache `pages` with `tokens` below `tip`, for the holder of `tip`, who holds them afterwards.
+
+        What is cached already is held instead and the given copies go back to the pool (`instead` in the result).
+        """
+        match = self.match(tip, tokens)
+        instead = None
+        if match.pages:
+            end = self.hold(match, tip)
+            instead = self.path_pages(end, tip)
+            self._pool.give(pages[: match.pages])
+            tip, tokens, pages = end, tokens[match.pages * self._page_bytes :], pages[match.pages :]
+        if tokens:
+            tip = self._append(tip, tokens, pages)
+        return Commit(tip, instead)
+
+    def _append(self, tip: Segment, tokens: bytes, pages: Pages) -> Segment:
+        """New content below `tip`, held once: in place when nobody else could notice, else as a child."""
+        count = len(pages)
+        self.cached += count
+        if tip.refs == 1 and not tip.children and 0 < len(tip.pages) and len(tip.pages) + count <= GROW_LIMIT:
+            tip.tokens += tokens
+            tip.pages = np.concatenate((tip.pages, pages))
+            return tip
+        child = Segment(tip, tokens, pages.copy(), 1, 0)
+        tip.children[tokens[: self._page_bytes]] = child
+        self._segments += 1
+        return child
+
+    def _split(self, node: Segment, count: int) -> Segment:
+        """Cut `node` after `count` pages; the upper part is new and returned, the lower keeps its identity."""
+        cut = count * self._page_bytes
+        parent = node.parent
+        assert parent is not None
+        upper = Segment(parent, node.tokens[:cut], node.pages[:count].copy(), node.refs, node.tick)
+        node.tokens, node.pages, node.parent = node.tokens[cut:], node.pages[count:].copy(), upper
+        parent.children[upper.tokens[: self._page_bytes]] = upper
+        upper.children[node.tokens[: self._page_bytes]] = node
+        self._segments += 1
+        return upper
+
+    # -- shrinking --------------------------------------------------------------------------------
+
+    def make_room(self, count: int) -> None:
+        """Evict until the pool has `count` empty pages; the caller has checked that enough are evictable."""
+        missing = count - self._pool.empty
+        while missing > 0:
+            if not self._queue:
+                raise IntegrityError("prefix tree", f"{missing} pages to evict, {self.evictable} evictable, none queued")
+            tick, node = self._queue[0]
+            if node.tick != tick or node.refs:
+                self._queue.popleft()
+                if node.tick == tick:
+                    node.queued = False
+                continue
+            keep = max(0, len(node.pages) - missing)
+            dropped = node.pages[keep:]
+            missing -= len(dropped)
+            self.evicted += len(dropped)
+            self._forget_pages(dropped)
+            if keep:
+                node.pages, node.tokens = node.pages[:keep].copy(), node.tokens[: keep * self._page_bytes]
+            else:
+                self._detach(node, tick)
+
+    def _detach(self, node: Segment, tick: int) -> None:
+        """Remove an empty leaf that heads the queue; its parent takes its place if it was freed with it."""
+        parent = node.parent
+        assert parent is not None and not node.children
+        del parent.children[node.tokens[: self._page_bytes]]
+        node.tick = -1
+        self._segments -= 1
+        if parent.tick == tick and not parent.refs and not parent.queued and len(parent.pages):
+            self._queue[0] = (tick, parent)
+            parent.queued = True
+        else:
+            self._queue.popleft()
+        self._drop_if_unused(parent)
+
+    def _forget_pages(self, pages: Pages) -> None:
+        self.cached -= len(pages)
+        self.evictable -= len(pages)
+        self._pool.give(pages)
+
+    def reset(self) -> None:
+        """Forget all cached pages that nobody holds; held ones stay and can still be hit."""
+        stack: list[Segment] = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            for key, child in list(node.children.items()):
+                stack.append(child)
+                if not child.refs:
+                    self._forget_pages(child.pages)
+                    child.tick = -1
+                    self._segments -= 1
+                    del node.children[key]
+                child.queued = False
+        self._queue.clear()
+        self._roots = {k: v for k, v in self._roots.items() if v.refs or v.children}
+
+    # -- checking ----------------------------------------------------------------------------------
+
+    def segments(self) -> Iterator[Segment]:
+        """All segments, parents before children, without the roots."""
+        stack: list[Segment] = list(self._roots.values())
+        while stack:
+            children = list(stack.pop().children.values())
+            yield from children
+            stack += children
+
+    def check_integrity(self, tips: list[Segment], seen: npt.NDArray[np.int64]) -> None:
+        """IntegrityError unless the tree is consistent with its holders' `tips`; adds its pages to `seen`."""
+        holders: dict[int, int] = {}
+        for tip in tips:
+            node: Segment | None = tip
+            while node is not None:
+                holders[id(node)] = holders.get(id(node), 0) + 1
+                node = node.parent
+        queued = {(tick, id(node)) for tick, node in self._queue}
+        cached = evictable = count = 0
+        for node in self.segments():
+            count += 1
+            cached += len(node.pages)
+            evictable += 0 if node.refs else len(node.pages)
+            np.add.at(seen, node.pages, 1)
+            self._check(len(node.tokens) == len(node.pages) * self._page_bytes > 0, node, "tokens do not fill its pages")
+            self._check(node.refs == holders.get(id(node), 0), node, f"refs {node.refs} != {holders.get(id(node), 0)}")
+            for key, child in node.children.items():
+                self._check(child.parent is node and child.tokens.startswith(key), child, "is filed under a wrong key")
+                self._check(child.refs <= node.refs, child, "is held more often than its parent")
+            if not node.refs:
+                led = any(c.tick == node.tick for c in node.children.values())
+                self._check(led or (node.tick, id(node)) in queued, node, "is evictable but not queued")
+        for root in self._roots.values():
+            self._check(root.refs == holders.get(id(root), 0), root, f"root refs {root.refs}")
+        found, kept = (cached, evictable, count), (self.cached, self.evictable, self._segments)
+        if found != kept:
+            raise IntegrityError("prefix tree", f"counted (cached, evictable, segments) {found}, kept {kept}")
+
+    @staticmethod
+    def _check(ok: bool, node: Segment, message: str) -> None:
+        if not ok:
+            raise IntegrityError("prefix tree", f"segment with pages {node.pages[:8].tolist()}.. {message}")

@@ -1,0 +1,469 @@
+"""One replica's cache: requests, their pages, the prefix tree over them, and the tensors behind them.
+
+No Ray, no threads, no clock: a plain object that changes only through its methods. `alloc` is a
+transaction. A request is claimed -> allocated -> .. -> released; its pages are, in sequence order, first
+*committed* ones (in the prefix tree, maybe shared) and then its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rayk.buffers import PageBuffers
+from rayk.context import TextContext
+from rayk.errors import AlreadyClaimedError, BatchError, InsufficientBlocksError, IntegrityError, NotClaimedError
+from rayk.hashing import page_hashes, root_hash
+from rayk.inputs import BatchCharacteristics, BatchShape, InputStage, ReplicaInputs
+from rayk.lookup import fill_batch
+from rayk.metrics import KVCacheMetrics
+from rayk.pages import PagePool, Pages
+from rayk.params import KVCacheParams
+from rayk.prefix import Match, PrefixTree, Segment
+from rayk.tables import BlockTable
+
+
+class Request:
+    """A claimed request. Its row holds `pages` page ids, of which the first `committed` are in the prefix tree."""
+
+    __slots__ = ("committed", "dummy", "pages", "row", "tip")
+
+    def __init__(self, row: int, dummy: bool) -> None:
+        self.row = row
+        self.dummy = dummy
+        self.pages = 0
+        self.committed = 0
+        self.tip: Segment | None = None  # end of the held path in the prefix tree, None before the first hit or commit
+
+
+class Usage(NamedTuple):
+    """Pages of one replica, the null page left out: free + used == total; cached pages nobody holds are free."""
+
+    total: int
+    free: int
+    cached: int
+
+    @property
+    def used(self) -> int:
+        return self.total - self.free
+
+
+@dataclass(frozen=True)
+class PageExport:
+    """Pages `start` .. `start + len(hashes)` of a prefix, copied out of a replica that pins them until acknowledged."""
+
+    export_id: int
+    start: int
+    hashes: list[bytes]
+    data: list[torch.Tensor]  # uint8 [pages, bytes per page] per buffer
+
+
+@dataclass
+class _Export:
+    end: Segment
+    deadline: int
+
+
+class ReplicaCore:
+    """`replica` is its index, for messages. `seed` keys the hashes of pages that travel."""
+
+    def __init__(
+        self,
+        params: KVCacheParams,
+        replica: int,
+        num_pages: int,
+        max_batch_size: int,
+        devices: Sequence[str] | None = None,
+        runtime_checks: bool = False,
+    ) -> None:
+        devices = tuple(devices or params.replica_devices(replica))
+        self.replica = replica
+        self.params = params
+        self.num_pages = num_pages
+        self.max_batch_size = max_batch_size
+        self.runtime_checks = runtime_checks
+        self.buffers = PageBuffers(params, num_pages, devices)
+        self.stage = InputStage(self.buffers, devices, max_batch_size)
+        self.requests: dict[str, Request] = {}
+        self.table = BlockTable(num_pages, min(max_batch_size, 256))
+        self._pool = PagePool(num_pages)
+        self._tree = PrefixTree(params.page_size, self._pool)
+        self._page_size = params.page_size
+        self._page_bytes = params.page_size * 4
+        self._caching = params.enable_prefix_caching
+        # S = L + accepted drafts + 2 D + 1 + B - max(1, placeholders): REFERENCE 2.3, step 6
+        self._slots = 2 * params.num_draft_tokens + 1 + params.block_draft_slots
+        self._exports: dict[int, _Export] = {}
+        self._next_export = 0
+        self._bytes_per_page = params.bytes_per_page
+        self._input_tokens = self._device_hits = self._peer_hits = self._evicted_before = 0
+
+    # -- claims ----------------------------------------------------------------------------------
+
+    def claim(self, request_id: str, dummy: bool = False) -> None:
+        """Reserve a place for the request; takes no page. A dummy has the null page for its only page."""
+        if request_id in self.requests:
+            raise AlreadyClaimedError(request_id, self.replica)
+        request = Request(self.table.acquire(), dummy)
+        request.pages = int(dummy)
+        self.requests[request_id] = request
+
+    def release(self, request_id: str) -> None:
+        """Forget the request. Its committed pages become evictable, deepest first; the others are empty."""
+        request = self._get(request_id)
+        del self.requests[request_id]
+        if not request.dummy and request.pages:
+            if request.pages > request.committed:
+                self._pool.give(self.table.cells[request.row, request.committed : request.pages])
+            if request.tip is not None:
+                self._tree.release(request.tip)
+        self.table.drop(request.row, request.pages)
+        if self.runtime_checks:
+            self.check_integrity()
+
+    def blocks(self, request_id: str) -> list[int]:
+        """Page ids in sequence order; empty for an unknown request."""
+        request = self.requests.get(request_id)
+        return [] if request is None else self.table.cells[request.row, : request.pages].tolist()
+
+    def _get(self, request_id: str) -> Request:
+        request = self.requests.get(request_id)
+        if request is None:
+            raise NotClaimedError(request_id, self.replica, -1)
+        return request
+
+    # -- allocation ------------------------------------------------------------------------------
+
+    def slots_needed(self, ctx: TextContext) -> int:
+        """Slots that the request's pages must offer (S in REFERENCE 2.3)."""
+        placeholders = ctx.pending_future_count
+        return (
+            ctx.tokens.length
+            + len(ctx.maybe_accepted_draft_tokens)
+            + self._slots
+            - (placeholders if placeholders > 1 else 1)
+        )
+
+    def _reusable(self, ctx: TextContext) -> int:
+        """Leading pages of the request that may come from a cache: all full ones before its last token."""
+        placeholders = ctx.pending_future_count
+        return (ctx.tokens.length - (placeholders if placeholders > 1 else 1)) // self._page_size
+
+    def alloc(self, ctx: TextContext, imports: Sequence[PageExport] = ()) -> None:
+        """Give the request the pages that its tokens need, reusing cached ones and moving its window past them.
+
+        `imports` are copies of further prefix pages from other replicas, in order. InsufficientBlocksError leaves
+        no trace: window, pages, metrics, cache and eviction order stay as they were.
+        """
+        request = self._get(ctx.request_id)
+        window, size = ctx.tokens, self._page_size
+        if request.dummy:
+            return
+        slots = self.slots_needed(ctx)
+        drafts = len(ctx.draft_tokens_to_verify) + len(ctx.maybe_accepted_draft_tokens)
+        if window.length + drafts > self.num_pages * size:
+            needed = -(-max(window.length + drafts, slots) // size)
+            raise InsufficientBlocksError(ctx.request_id, self.replica, needed, self._free, self.num_pages)
+        processed, active, held = window.processed, window.end - window.processed, request.pages
+        if not held:  # whatever was computed for it is not here any more: what is not reused is computed again
+            window.processed = 0
+        first, looks = window.processed == 0, self._caching and window.end - window.processed != 1
+        tip, hits, copied = self._reuse(ctx, request, imports) if looks else (request.tip, 0, 0)
+        keep, free = held, self._free - copied
+        if hits + copied:  # the request's own pages make way for the hits
+            keep = request.committed + hits + copied
+            free += held - request.committed
+        need = max(0, -(-slots // size) - keep)
+        if need > free:
+            window.processed = processed
+            if tip is not request.tip:
+                assert tip is not None
+                self._tree.undo(tip, request.tip)
+            raise InsufficientBlocksError(ctx.request_id, self.replica, need, free, self.num_pages)
+        # From here on nothing fails.
+        if hits + copied:
+            assert tip is not None
+            self._attach(ctx, request, tip, hits, copied, imports)
+            window.processed = keep * size
+            if window.processed >= window.end:  # the hit covers the chunk: keep its size, move it on
+                window.end = min(window.length, window.processed + active)
+        else:
+            request.tip = tip
+        if first and looks:
+            ctx.cached_prefix_length = window.processed
+        if need:
+            self._take(request, keep, need)
+        request.pages = keep + need
+        self._input_tokens += window.end - window.processed
+        self._device_hits += hits
+        self._peer_hits += copied
+        if self.runtime_checks:
+            self.check_integrity()
+
+    def _reuse(
+        self, ctx: TextContext, request: Request, imports: Sequence[PageExport]
+    ) -> tuple[Segment | None, int, int]:
+        """Hold the cached pages that continue the request's committed ones.
+
+        The new tip, how many pages it adds, and how many pages to take from `imports` after them.
+        """
+        start, stop, size = request.committed, self._reusable(ctx), self._page_size
+        if stop <= start:
+            return request.tip, 0, 0
+        base = request.tip
+        if base is None:
+            if not imports and self._tree.find_root(ctx.root_key) is None:
+                return None, 0, 0
+            base = self._tree.hold_root(ctx.root_key)
+        match = self._tree.match(base, ctx.tokens.data[start * size : stop * size].tobytes())
+        tip, have = self._tree.hold(match, base), start + match.pages
+        copied = self._importable(ctx, have, stop, imports) - have if imports else 0
+        return tip, match.pages, min(copied, self._free)
+
+    def _importable(self, ctx: TextContext, have: int, stop: int, imports: Sequence[PageExport]) -> int:
+        """Up to which page `imports` continue the first `have` pages of the request, hashes and layout checked."""
+        mine, end = self.hashes(ctx, stop), have
+        for part in imports:
+            if self.buffers.check_layout(part.data, len(part.hashes)) is not None:
+                break
+            while part.start <= end < min(stop, part.start + len(part.hashes)):
+                if part.hashes[end - part.start] != mine[end]:
+                    return end
+                end += 1
+        return end
+
+    def _attach(
+        self,
+        ctx: TextContext,
+        request: Request,
+        tip: Segment,
+        hits: int,
+        copied: int,
+        imports: Sequence[PageExport],
+    ) -> None:
+        """Put the held hits into the request's row, then copies; its own pages from there on go back."""
+        size, start = self._page_size, request.committed
+        self.table.widen(start + hits + copied)
+        row = self.table.cells[request.row]
+        own = row[start : request.pages].copy()
+        if hits:
+            row[start : start + hits] = self._tree.path_pages(tip, request.tip)
+        if copied:
+            self._tree.make_room(copied)
+            pages = row[start + hits : start + hits + copied]
+            pages[:] = self._pool.take(copied)
+            self._import(pages, start + hits, imports)
+            tokens = ctx.tokens.data[(start + hits) * size : (start + hits + copied) * size].tobytes()
+            tip = self._tree.commit(tip, tokens, pages).tip
+        if len(own):
+            self._pool.give(own)
+            row[start + hits + copied : request.pages] = self.num_pages
+        request.tip = tip
+        request.committed = start + hits + copied
+
+    def _import(self, pages: Pages, first: int, imports: Sequence[PageExport]) -> None:
+        for part in imports:
+            low, high = max(part.start, first), min(part.start + len(part.hashes), first + len(pages))
+            if low < high:
+                rows = slice(low - part.start, high - part.start)
+                self.buffers.write_bytes(pages[low - first : high - first], [d[rows] for d in part.data])
+
+    def _take(self, request: Request, keep: int, need: int) -> None:
+        """Append `need` empty pages after the first `keep`, evicting when there are too few."""
+        if need > self._pool.empty:
+            self._tree.make_room(need)
+        if keep + need > self.table.cells.shape[1]:
+            self.table.widen(keep + need)
+        self.table.cells[request.row, keep : keep + need] = self._pool.take(need)
+
+    # -- commit --------------------------------------------------------------------------------
+
+    def step(self, batch: Sequence[TextContext]) -> None:
+        """Commit the pages of each request that are full and processed; equal pages collapse into one."""
+        try:
+            requests = [self.requests[ctx.request_id] for ctx in batch]
+        except KeyError as missing:
+            raise NotClaimedError(missing.args[0], self.replica, -1) from None
+        if not self._caching:
+            return
+        size = self._page_size
+        for ctx, request in zip(batch, requests, strict=True):
+            window = ctx.tokens
+            full = min(window.processed, window.length - ctx.pending_future_count) // size
+            if full > request.committed and not request.dummy:
+                if full > request.pages:
+                    raise BatchError(
+                        f"request {ctx.request_id!r} on replica {self.replica} has {window.processed} processed tokens "
+                        f"but only {request.pages} page(s) of {size}; call alloc() before the forward"
+                    )
+                self._commit(ctx, request, full)
+        if self.runtime_checks:
+            self.check_integrity()
+
+    def _commit(self, ctx: TextContext, request: Request, full: int) -> None:
+        start, size = request.committed, self._page_size
+        if request.tip is None:
+            request.tip = self._tree.hold_root(ctx.root_key)
+        tokens = ctx.tokens.data[start * size : full * size].tobytes()
+        row = self.table.cells[request.row]
+        request.tip, instead = self._tree.commit(request.tip, tokens, row[start:full])
+        if instead is not None:
+            row[start : start + len(instead)] = instead
+        request.committed = full
+
+    # -- batches -------------------------------------------------------------------------------
+
+    def runtime_inputs(
+        self,
+        batch: Sequence[TextContext],
+        max_cache_length: int | None = None,
+        characteristics: BatchCharacteristics | None = None,
+    ) -> ReplicaInputs:
+        """Inputs with tensors; see rayk.inputs. RuntimeInputsError when a request has too few pages."""
+        rows, width, shape = fill_batch(self, batch, max_cache_length, characteristics)
+        return self.stage.build(rows, width, shape)
+
+    def batch_tables(
+        self,
+        batch: Sequence[TextContext],
+        max_cache_length: int | None = None,
+        characteristics: BatchCharacteristics | None = None,
+    ) -> tuple[Pages, Pages, BatchShape]:
+        """The same without tensors: lookup table, cache lengths, scalars (views, as in rayk.inputs)."""
+        rows, width, shape = fill_batch(self, batch, max_cache_length, characteristics)
+        return (*self.stage.host_views(rows, width), shape)
+
+    # -- other replicas ----------------------------------------------------------------------------
+
+    def may_reuse(self, ctx: TextContext) -> int:
+        """Leading pages that the next alloc may take from a cache; 0 when it will not look."""
+        window = ctx.tokens
+        request = self.requests.get(ctx.request_id)
+        processed = window.processed if request is not None and request.pages else 0
+        return self._reusable(ctx) if self._caching and window.end - processed != 1 else 0
+
+    def resident(self, ctx: TextContext) -> int:
+        """Leading pages of the request that are cached here. Changes nothing."""
+        match = self._resident(ctx)
+        return match.pages if match is not None else 0
+
+    def _resident(self, ctx: TextContext) -> Match | None:
+        root, stop = self._tree.find_root(ctx.root_key), self._reusable(ctx)
+        if root is None or not self._caching or stop < 1:
+            return None
+        return self._tree.match(root, ctx.tokens.data[: stop * self._page_size].tobytes())
+
+    def export(self, ctx: TextContext, start: int, stop: int, deadline: int = 0) -> PageExport:
+        """Copies of the cached pages `start` .. `stop` of that prefix (fewer if evicted meanwhile), pinned until
+        acknowledge(). Their place in the eviction order does not change."""
+        tokens = ctx.tokens.data[: stop * self._page_size].tobytes()
+        root = self._tree.hold_root(ctx.root_key)
+        match = self._tree.match(root, tokens)
+        end = self._tree.hold(match, root)
+        self._next_export += 1
+        self._exports[self._next_export] = _Export(end, deadline)
+        pages = self._tree.path_pages(end)[start:]
+        return PageExport(
+            self._next_export, start, list(self.hashes(ctx, match.pages)[start:]), self.buffers.read_bytes(pages)
+        )
+
+    def acknowledge(self, export_id: int) -> None:
+        """The copies have landed or are not wanted: unpin. Unknown ids are ignored, so that it can be repeated."""
+        export = self._exports.pop(export_id, None)
+        if export is not None:
+            self._tree.undo(export.end, None)
+
+    def expire_exports(self, now: int) -> int:
+        """Unpin what was not acknowledged before its deadline (its reader is gone); how many."""
+        late = [i for i, export in self._exports.items() if export.deadline < now]
+        for export_id in late:
+            self.acknowledge(export_id)
+        return len(late)
+
+    def hashes(self, ctx: TextContext, pages: int) -> list[bytes]:
+        """The chained hashes of the request's first `pages` pages: what identifies them between replicas."""
+        seed = self.params.kv_hash_seed or b""
+        tokens = ctx.tokens.data[: pages * self._page_size].tobytes()
+        return list(page_hashes(self.params.kv_hash_algo, root_hash(seed, ctx.root_key), tokens, self._page_bytes))
+
+    # -- queries -----------------------------------------------------------------------------------
+
+    @property
+    def _free(self) -> int:
+        return self._pool.empty + self._tree.evictable
+
+    @property
+    def usage(self) -> Usage:
+        """Page counts now."""
+        return Usage(self.num_pages, self._free, self._tree.cached)
+
+    def used_fraction_after(self, ctx: TextContext) -> float:
+        """Used pages over all pages if alloc(ctx) were called now and had enough, at most 1. Changes nothing.
+
+        Exact where the reference estimates: a hit on a cached page that nobody holds uses a free page up.
+        """
+        request = self.requests.get(ctx.request_id)
+        committed, held = (request.committed, request.pages) if request is not None else (0, 0)
+        used, wanted = self.num_pages - self._free, -(-self.slots_needed(ctx) // self._page_size)
+        match = self._resident(ctx) if self.may_reuse(ctx) > committed else None
+        if match is None or match.pages <= committed:
+            used += max(0, wanted - held)
+        else:
+            newly_held = match.partial if match.into is not None and not match.into.refs else 0
+            node: Segment | None = match.node
+            while node is not None:
+                newly_held += 0 if node.refs else len(node.pages)
+                node = node.parent
+            used += newly_held + max(0, wanted - match.pages) - (held - committed)
+        return min(1.0, used / self.num_pages)
+
+    @property
+    def metrics(self) -> KVCacheMetrics:
+        """Counters since reset_metrics()."""
+        return KVCacheMetrics(
+            input_tokens=self._input_tokens,
+            cache_tokens=(self._device_hits + self._peer_hits) * self._page_size,
+            device_blocks_served=self._device_hits,
+            cross_replica_blocks_copied=self._peer_hits,
+            cross_replica_bytes_copied=self._peer_hits * self._bytes_per_page,
+            evicted_blocks=self._tree.evicted - self._evicted_before,
+        )
+
+    def reset_metrics(self) -> None:
+        """Counters to zero."""
+        self._input_tokens = self._device_hits = self._peer_hits = 0
+        self._evicted_before = self._tree.evicted
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached pages that nobody holds."""
+        self._tree.reset()
+        if self.runtime_checks:
+            self.check_integrity()
+
+    # -- integrity ---------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """IntegrityError unless every page is in exactly one place and all counts agree with what they count."""
+        seen = np.zeros(self.num_pages, np.int64)
+        self._pool.count_into(seen)
+        tips = [r.tip for r in self.requests.values() if r.tip is not None]
+        self._tree.check_integrity(tips + [e.end for e in self._exports.values()], seen)
+        where = f"replica {self.replica}"
+        for request_id, request in self.requests.items():
+            row = self.table.cells[request.row]
+            if (row[request.pages :] != self.num_pages).any():
+                raise IntegrityError(where, f"request {request_id!r} has pages beyond its {request.pages}")
+            if request.dummy:
+                continue
+            np.add.at(seen, row[request.committed : request.pages], 1)
+            path = self._tree.path_pages(request.tip) if request.tip is not None else row[:0]
+            if path.tolist() != row[: request.committed].tolist():
+                raise IntegrityError(where, f"request {request_id!r} does not show the pages it holds")
+        wrong = np.flatnonzero(seen != 1)
+        if wrong.size:
+            raise IntegrityError(where, f"page {wrong[0]} is in {seen[wrong[0]]} places")
+

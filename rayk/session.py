@@ -1,0 +1,93 @@
+"""Where replicas run: in this process, or as actors on a Ray cluster.
+
+A session owns what it started. close() (also the end of a `with` block, and atexit) shuts its managers down
+and ends the local Ray that it started itself; a cluster that it only joined is left running.
+"""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rayk.errors import ClosedError, ConfigError
+
+if TYPE_CHECKING:
+    from rayk.actors.runtime import Runtime
+
+RUNTIMES = ("inline", "ray")
+
+
+class _Closable(Protocol):
+    def shutdown(self) -> None: ...
+
+
+class InferenceSession:
+    """`runtime="inline"`: everything in this process. `runtime="ray"`: replica actors and a scheduler actor.
+
+    `address=None` joins the Ray that this process is connected to, or one that runs on this machine or that
+    RAY_ADDRESS names, and starts an embedded one otherwise; "local" always starts an embedded one. With `name=`
+    actors are detached: they outlive this driver, and another session of that name uses them.
+    """
+
+    def __init__(
+        self, runtime: str = "inline", address: str | None = None, name: str | None = None, **ray_options: Any
+    ) -> None:
+        if runtime not in RUNTIMES:
+            raise ConfigError(f"runtime {runtime!r} is not one of {RUNTIMES}")
+        if runtime == "inline" and (address is not None or name is not None or ray_options):
+            raise ConfigError("address, name and Ray options need runtime='ray'")
+        self.runtime = runtime
+        self.name = name
+        self._ray: Runtime | None = None
+        self._closed = False
+        self._managers: list[weakref.ref[_Closable]] = []
+        self._managers_made = 0
+        if runtime == "ray":
+            from rayk.actors.runtime import RayRuntime
+
+            self._ray = RayRuntime.connect(address, namespace=f"rayk-{name}" if name else None, **ray_options)
+        atexit.register(self.close)
+
+    @property
+    def ray(self) -> Runtime:
+        """The Ray calls of this session; ConfigError for an inline one."""
+        self.check_open()
+        if self._ray is None:
+            raise ConfigError("this session runs inline; use InferenceSession(runtime='ray')")
+        return self._ray
+
+    def check_open(self) -> None:
+        """ClosedError after close()."""
+        if self._closed:
+            raise ClosedError("this session")
+
+    def adopt(self, manager: _Closable) -> int:
+        """Shut `manager` down with this session; how many managers were adopted before it."""
+        self.check_open()
+        self._managers = [ref for ref in self._managers if ref() is not None]
+        self._managers.append(weakref.ref(manager))
+        self._managers_made += 1
+        return self._managers_made - 1
+
+    def close(self) -> None:
+        """Shut down what this session started; managers of a named session stay. Safe to call twice."""
+        if self._closed:
+            return
+        atexit.unregister(self.close)
+        try:
+            if self.name is None:
+                for ref in self._managers:
+                    manager = ref()
+                    if manager is not None:
+                        manager.shutdown()
+        finally:
+            self._closed = True
+            if self._ray is not None:
+                self._ray.disconnect()
+
+    def __enter__(self) -> InferenceSession:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

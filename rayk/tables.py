@@ -1,0 +1,43 @@
+"""Block tables: which pages each request of a replica has, in sequence order, as rows of one int32 array.
+
+A request owns one row from claim to release. Beyond its pages a row is filled with the null page, so that a
+batch's lookup table is a gather of rows. The array doubles when rows or columns run out: it grows with the
+number and length of running requests, never with the pool.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class BlockTable:
+    """Rows of page ids. `cells` may be replaced when it grows: read it anew after acquire() and widen()."""
+
+    def __init__(self, null_page: int, rows: int, width: int = 64) -> None:
+        self.null_page = null_page
+        self.cells: Int32Array = np.full((max(1, rows), width), null_page, np.int32)
+        self._free = list(range(len(self.cells) - 1, -1, -1))
+
+    def acquire(self) -> int:
+        """The index of a row that is all null; the caller owns it until drop()."""
+        if not self._free:
+            rows = len(self.cells)
+            self.cells = np.concatenate((self.cells, np.full_like(self.cells, self.null_page)))
+            self._free = list(range(2 * rows - 1, rows - 1, -1))
+        return self._free.pop()
+
+    def drop(self, row: int, used: int) -> None:
+        """Give a row back; its first `used` cells may hold page ids."""
+        self.cells[row, :used] = self.null_page
+        self._free.append(row)
+
+    def widen(self, pages: int) -> None:
+        """Make rows at least `pages` wide."""
+        rows, width = self.cells.shape
+        if pages > width:
+            grown = np.full((rows, max(pages, 2 * width)), self.null_page, np.int32)
+            grown[:, :width] = self.cells
+            self.cells = grown

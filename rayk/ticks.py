@@ -1,0 +1,63 @@
+"""Batched work for the replicas and what comes back: the forms beside the one-by-one calls of the manager.
+
+A Tick is one iteration of a continuous-batching loop on one replica, sent as one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rayk.context import TextContext
+from rayk.errors import InsufficientBlocksError, RaykError
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What try_admit() did with one request. With an `error` nothing of it is claimed or changed."""
+
+    replica: int
+    error: RaykError | None = None
+    device_tokens: int = 0  # reused from the replica's own cache
+    peer_tokens: int = 0  # copied from other replicas
+    claim_seconds: float = 0.0  # inside the replica
+    alloc_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Work for one replica, done in this order: step, release, alloc, execute.
+
+    `execute` is run without the requests whose alloc was refused, and not at all when none is left.
+    """
+
+    step: Sequence[TextContext] = ()
+    release: Sequence[str] = ()
+    alloc: Sequence[TextContext] = ()
+    execute: Sequence[TextContext] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.step or self.release or self.alloc or self.execute)
+
+
+@dataclass(frozen=True)
+class TickResult:
+    """What a replica did in a tick. `refused` requests keep what they had; preempt something and try again."""
+
+    value: Any = None  # what fn returned, None when it did not run
+    refused: dict[str, InsufficientBlocksError] = field(default_factory=dict)
+    free_pages: int = 0
+    used_pages: int = 0
+    step_seconds: float = 0.0  # inside the replica
+    alloc_seconds: float = 0.0
+
+
+class HitCounts(NamedTuple):
+    """Leading pages of a request that one replica could reuse, by where they are."""
+
+    device_blocks: int
+    host_blocks: int = 0
+    disk_blocks: int = 0
