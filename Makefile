@@ -1,0 +1,76 @@
+# Everything runs from .venv, which the first target that needs it makes. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The demo: chat traffic served by two replicas, every reused page checked. At most two minutes.
+DEMO_ARGS ?= --workload chat --replicas 2 --forward verify
+DEMO_OUT ?= demo-out
+BENCH_ARGS ?= --smoke
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format types bench gpu-report clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=python3.12 picks the interpreter when $(VENV) is made; PYTEST_ARGS, DEMO_ARGS and"
+	@echo "  BENCH_ARGS are handed on, as in: make test PYTEST_ARGS='tests/unit -x'"
+
+setup: $(STAMP)  ## make .venv and install rayk into it (the other targets do so when needed)
+
+demo: $(STAMP)  ## serve generated chats from 2 replicas, check every page, write demo-out/
+	$(BIN)/rayk bench $(DEMO_ARGS) --out $(DEMO_OUT)
+
+test: $(STAMP)  ## run all tests (those that need a GPU are skipped without one)
+	$(BIN)/python -m pytest $(if $(filter tests%,$(PYTEST_ARGS)),,tests) $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)  ## mypy --strict on the packages
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## a short benchmark
+	$(BIN)/rayk bench $(BENCH_ARGS)
+
+gpu-report: $(STAMP)  ## run the GPU tests and show what they print
+	@$(BIN)/python -c 'import torch; n = torch.cuda.device_count(); \
+	print("gpu-report:", ", ".join(torch.cuda.get_device_name(i) for i in range(n)) if n else \
+	f"torch {torch.__version__} sees no CUDA device, so every GPU test will be skipped")'
+	@if [ ! -d tests/gpu ]; then echo "gpu-report: there is no tests/gpu in this tree" >&2; exit 1; fi
+	$(BIN)/python -m pytest tests/gpu -m gpu -s $(PYTEST_ARGS)
+
+clean:  ## remove caches, builds and output (.venv stays; rm -rf .venv starts afresh)
+	rm -rf build dist rayk.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out bench-out
+	find actors rayk scheduler tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# -c keeps everything, but pip itself, at the versions in constraints.txt.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
+	@if [ ! -L rayk/actors ] || [ ! -L rayk/scheduler ]; then \
+		echo "rayk/actors and rayk/scheduler are not links: this copy was made without symbolic links (a git"; \
+		echo "zip, or core.symlinks=false). Clone again where symbolic links work, see CONTRIBUTING.md."; \
+		exit 1; fi >&2
+	@echo "Installing rayk and what it needs into $(VENV) (once; a few minutes the first time)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]' || { \
+		echo "pip failed, see above. Nothing is half done: run the same command again." >&2; exit 1; }
+	@touch $@
+
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v < (3, 14))' || { \
+		echo "rayk needs Python 3.11, 3.12 or 3.13 and $(PYTHON) is $$($(PYTHON) --version 2>&1):" \
+			"make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian and Ubuntu:" \
+			"apt install python3-venv), or use another: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

@@ -1,0 +1,454 @@
+"""Every message between a driver, the scheduler and the replicas: msgspec Structs, sent as msgpack.
+
+    driver    --Envelope[SchedulerCommand]-->  scheduler  --Envelope[ReplicaCommand]-->  replica
+    driver    --Envelope[ReplicaCommand]----------------------------------------------->  replica
+
+An Envelope holds one command. `epoch` is the receiver's start, so that nobody talks to a replacement by
+mistake; `seq` numbers a sender's mutations from 1 (0: the command changes nothing), so that a repeated one
+is answered from memory and not done twice. Token arrays are raw little-endian int32 bytes, and page data
+travels beside the message, never in it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from rayk import errors
+from rayk.errors import MessageError, RaykError
+from rayk.metrics import KVCacheMetrics
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    pass
+
+
+class _Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    pass
+
+
+# -- contexts ---------------------------------------------------------------------------------------
+
+
+class Origin(_Part):
+    """What never changes about a context; sent with its first tokens."""
+
+    max_length: int
+    cache_salt: str | None = None
+    adapter: str | None = None
+    session_id: str | None = None
+    tenant: str | None = None
+
+
+class ContextView(_Part):
+    """A driver's context as a replica needs it: tokens from position `base` on, the window, draft tokens."""
+
+    request_id: str
+    base: int
+    tokens: bytes
+    processed: int
+    end: int
+    pending: int = 0
+    cached_prefix: int | None = None
+    to_verify: bytes = b""
+    accepted: bytes = b""
+    origin: Origin | None = None  # present when base is 0
+
+
+class Moved(_Part):
+    """Where alloc() left a window."""
+
+    processed: int
+    end: int
+    cached_prefix: int | None
+
+
+# -- to a replica ---------------------------------------------------------------------------------
+
+
+class Claim(_Message):
+    request_id: str
+    dummy: bool = False
+
+
+class Release(_Message):
+    request_ids: list[str]
+
+
+class Want(_Part):
+    """One request to allocate, after claiming it if `claim`. `imports` are indices into the attached exports."""
+
+    view: ContextView
+    claim: bool = False
+    imports: list[int] = []
+
+
+class ImportHead(_Part):
+    """What an attached export holds: pages from `start` on, one hash each, copied at `source_epoch`."""
+
+    start: int
+    hashes: list[bytes]
+    source_epoch: int
+
+
+class Admit(_Message):
+    """Allocate requests in order. With `stop_on_error` what follows a refused one is not tried."""
+
+    wants: list[Want]
+    imports: list[ImportHead] = []
+    stop_on_error: bool = False
+
+
+class Lookup(_Message):
+    """How many leading pages of each context are cached, and how many could be reused."""
+
+    views: list[ContextView]
+
+
+class Export(_Message):
+    """Copy cached pages start .. stop out and pin them until Acknowledge."""
+
+    view: ContextView
+    start: int
+    stop: int
+
+
+class Acknowledge(_Message):
+    export_ids: list[int]
+
+
+class RunTick(_Message):
+    """One iteration; the lists index `views`. `fn` is a pickled forward, b'' for none."""
+
+    views: list[ContextView]
+    step: list[int] = []
+    release: list[str] = []
+    alloc: list[int] = []
+    execute: list[int] = []
+    fn: bytes = b""
+
+
+class Inputs(_Message):
+    views: list[ContextView]
+    max_cache_length: int | None = None
+    characteristics: tuple[int, int, int] | None = None
+
+
+class Execute(_Message):
+    views: list[ContextView]
+    fn: bytes
+
+
+class Step(_Message):
+    views: list[ContextView]
+
+
+class Blocks(_Message):
+    """Page ids of a request, and whether it is claimed."""
+
+    request_id: str
+
+
+class GetUsage(_Message):
+    pass
+
+
+class UsedFraction(_Message):
+    view: ContextView
+
+
+class GetMetrics(_Message):
+    pass
+
+
+class ResetMetrics(_Message):
+    pass
+
+
+class ResetPrefixCache(_Message):
+    pass
+
+
+class ReadPages(_Message):
+    page_ids: list[int]
+
+
+class CheckIntegrity(_Message):
+    pass
+
+
+ReplicaCommand = (
+    Claim
+    | Release
+    | Admit
+    | Lookup
+    | Export
+    | Acknowledge
+    | RunTick
+    | Inputs
+    | Execute
+    | Step
+    | Blocks
+    | GetUsage
+    | UsedFraction
+    | GetMetrics
+    | ResetMetrics
+    | ResetPrefixCache
+    | ReadPages
+    | CheckIntegrity
+)
+READ_ONLY = (Lookup, Inputs, Blocks, GetUsage, UsedFraction, GetMetrics, ReadPages, CheckIntegrity)
+
+
+# -- to the scheduler ---------------------------------------------------------------------------------
+
+
+class Place(_Part):
+    """A request for the scheduler to place: on `replica`, or where the router says when it is -1.
+
+    `claim` is False for one that is claimed already; `peers`: other replicas may hold more of its prefix.
+    """
+
+    view: ContextView
+    length: int
+    replica: int = -1
+    claim: bool = True
+    peers: bool = False
+
+
+class PlaceMany(_Message):
+    """Route, claim and allocate; `released` are ids that the sender released on replicas directly."""
+
+    places: list[Place]
+    released: list[str] = []
+    stop_on_error: bool = False
+
+
+class ClaimOne(_Message):
+    request_id: str
+    replica: int
+    dummy: bool = False
+    released: list[str] = []
+
+
+class HitCountsOf(_Message):
+    view: ContextView
+
+
+class EveryReplica(_Message):
+    """The same question or order for all replicas; metrics come back added up."""
+
+    command: GetMetrics | ResetMetrics | ResetPrefixCache | CheckIntegrity
+
+
+class Connect(_Message):
+    """A driver introduces itself; with a lease it must renew, or its requests are released."""
+
+    lease_seconds: float | None = None
+
+
+class Disconnect(_Message):
+    """A driver leaves: what it still has claimed is released."""
+
+
+class Describe(_Message):
+    pass
+
+
+SchedulerCommand = PlaceMany | ClaimOne | HitCountsOf | EveryReplica | Connect | Disconnect | Describe
+
+
+# -- answers --------------------------------------------------------------------------------------
+
+
+class Done(_Message):
+    pass
+
+
+class Failure(_Message):
+    """An error by name and fields; see failure() and to_error()."""
+
+    kind: str
+    fields: list[Any]
+
+
+class Admitted(_Part):
+    """One request of an Admit: where its window is now, or why not (None: not tried)."""
+
+    moved: Moved | None = None
+    failure: Failure | None = None
+    device_tokens: int = 0
+    peer_tokens: int = 0
+    claim_seconds: float = 0.0
+    alloc_seconds: float = 0.0
+
+
+class AdmitDone(_Message):
+    admitted: list[Admitted]
+
+
+class PlaceDone(_Message):
+    """`replicas[i]` is where request i went."""
+
+    replicas: list[int]
+    admitted: list[Admitted]
+
+
+class Found(_Message):
+    """Per context: pages cached, pages that alloc could reuse."""
+
+    resident: list[int]
+    reusable: list[int]
+
+
+class Exported(_Message):
+    export_id: int
+    start: int
+    hashes: list[bytes]
+
+
+class TickDone(_Message):
+    """`moved` and `refused` by request id; `value` is what fn returned, pickled, b'' when it did not run."""
+
+    moved: dict[str, Moved]
+    refused: dict[str, Failure]
+    value: bytes
+    free: int
+    used: int
+    step_seconds: float
+    alloc_seconds: float
+
+
+class InputsDone(_Message):
+    """Lookup table and cache lengths as raw int32, and the scalars."""
+
+    rows: int
+    width: int
+    table: bytes
+    lengths: bytes
+    shape: tuple[int, int, int]
+
+
+class Value(_Message):
+    """A pickled Python value."""
+
+    data: bytes
+
+
+class BlocksDone(_Message):
+    claimed: bool
+    page_ids: list[int]
+
+
+class UsageDone(_Message):
+    total: int
+    free: int
+    cached: int
+
+
+class Fraction(_Message):
+    value: float
+
+
+class MetricsDone(_Message):
+    metrics: KVCacheMetrics
+
+
+class Counts(_Message):
+    counts: list[int]
+
+
+class Description(_Message):
+    """What the scheduler knows: per replica epoch and load, and how many requests are placed."""
+
+    epochs: list[int]
+    requests: list[int]
+    tokens: list[int]
+    clients: int
+
+
+Result = (
+    Done
+    | Failure
+    | AdmitDone
+    | PlaceDone
+    | Found
+    | Exported
+    | TickDone
+    | InputsDone
+    | Value
+    | BlocksDone
+    | UsageDone
+    | Fraction
+    | MetricsDone
+    | Counts
+    | Description
+)
+
+
+# -- envelopes and codecs -----------------------------------------------------------------------------
+
+
+class ReplicaEnvelope(_Message):
+    client: str
+    epoch: int
+    seq: int
+    command: ReplicaCommand
+
+
+class SchedulerEnvelope(_Message):
+    client: str
+    epoch: int
+    seq: int
+    command: SchedulerCommand
+
+
+class Reply(_Message):
+    epoch: int
+    seq: int
+    result: Result
+
+
+Envelope = ReplicaEnvelope | SchedulerEnvelope
+
+_encoder = msgspec.msgpack.Encoder()
+_envelopes = msgspec.msgpack.Decoder(Envelope)
+_replies = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Envelope | Reply) -> bytes:
+    """One message as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode_envelope(wire: bytes) -> Envelope:
+    """MessageError says what is malformed or unknown."""
+    return _decode(_envelopes, wire, "command")
+
+
+def decode_reply(wire: bytes) -> Reply:
+    """MessageError says what is malformed or unknown."""
+    return _decode(_replies, wire, "reply")
+
+
+def _decode(decoder: Any, wire: bytes, what: str) -> Any:
+    try:
+        return decoder.decode(wire)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MessageError(
+            f"{len(wire)} bytes are no {what} of this version of rayk: {error}; use the same version everywhere"
+        ) from error
+
+
+def failure(error: RaykError) -> Failure:
+    """The error as a message; its arguments are its fields."""
+    return Failure(type(error).__name__, list(error.args))
+
+
+def to_error(message: Failure) -> RaykError:
+    """The error that failure() was made from; an unknown kind becomes a MessageError that quotes it."""
+    cls = errors.by_name(message.kind)
+    if cls is None or len(cls.fields) != len(message.fields):
+        return MessageError(f"a replica reported an unknown error {message.kind} {message.fields}")
+    return cls(*message.fields)

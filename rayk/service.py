@@ -1,0 +1,211 @@
+"""A replica behind messages: one door, handle(wire) -> wire, around a ReplicaCore.
+
+It keeps what messages need and the core does not: mirrors of the drivers' contexts, the epoch, and the last
+answer to each sender, so that a mutation that arrives twice is done once. No Ray and no threads here.
+"""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Callable, Sequence
+from time import monotonic, perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rayk import messages as m
+from rayk.backend import run_tick
+from rayk.context import TextContext
+from rayk.errors import MessageError, RaykError, RemoteError, StaleEpochError
+from rayk.inputs import BatchCharacteristics
+from rayk.replica import PageExport, ReplicaCore
+from rayk.ticks import Tick
+from rayk.views import Mirrors, moved
+
+PageData = list[npt.NDArray[np.uint8]]  # one [pages, bytes per page] array per buffer
+EXPORT_SECONDS = 120  # an export that is not acknowledged by then is unpinned: its reader is gone
+
+
+class ReplicaService:
+    """`epoch` names this start of the replica; `dumps` pickles what shipped functions return."""
+
+    def __init__(
+        self,
+        core: ReplicaCore,
+        epoch: int,
+        dumps: Callable[[Any], bytes] = pickle.dumps,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.core = core
+        self.epoch = epoch
+        self._dumps = dumps
+        self._clock = clock
+        self._mirrors = Mirrors(core.replica)
+        self._answered: dict[str, tuple[int, bytes, PageData]] = {}  # sender -> seq, reply, its page data
+
+    def handle(self, wire: bytes, attached: Sequence[PageData] = ()) -> tuple[bytes, PageData]:
+        """Answer one envelope. `attached` holds page data for its imports; the second result goes with Exported
+        and ReadPages. Never raises for what a sender did wrong: that is answered with a Failure."""
+        seq, data = 0, PageData()
+        result: m.Result
+        try:
+            envelope = m.decode_envelope(wire)
+            seq = envelope.seq
+            if not isinstance(envelope, m.ReplicaEnvelope):
+                raise MessageError(f"a replica does not take {type(envelope.command).__name__}; the scheduler does")
+            if envelope.epoch != self.epoch:
+                raise StaleEpochError(self.core.replica, envelope.epoch, self.epoch)
+            last = self._answered.get(envelope.client)
+            if seq and last is not None and seq <= last[0]:
+                if seq < last[0]:
+                    raise MessageError(f"{envelope.client} sent number {seq} after {last[0]}: a late duplicate, ignored")
+                return last[1], last[2]
+            result, data = self._run(envelope.command, attached)
+        except RaykError as error:
+            result = m.failure(error)
+            return m.encode(m.Reply(self.epoch, seq, result)), []
+        reply = m.encode(m.Reply(self.epoch, seq, result))
+        if seq:
+            self._answered[envelope.client] = (seq, reply, data)
+        return reply, data
+
+    def forget_sender(self, client: str) -> None:
+        """A sender left: drop what was kept to answer it twice."""
+        self._answered.pop(client, None)
+
+    def _run(self, command: m.ReplicaCommand, attached: Sequence[PageData]) -> tuple[m.Result, PageData]:
+        self.core.expire_exports(int(self._clock()))
+        try:
+            return self._dispatch(command, attached)
+        except RaykError as error:
+            return m.failure(error), []
+        except Exception as error:  # a shipped function or a bug in rayk: report it, stay alive
+            remote = RemoteError(self.core.replica, type(error).__name__, str(error), traceback.format_exc())
+            return m.failure(remote), []
+
+    def _dispatch(self, command: m.ReplicaCommand, attached: Sequence[PageData]) -> tuple[m.Result, PageData]:
+        core = self.core
+        match command:
+            case m.RunTick():
+                return self._tick(command), []
+            case m.Admit():
+                return self._admit(command, attached), []
+            case m.Step(views):
+                core.step(self._contexts(views))
+            case m.Inputs(views, max_cache_length, bounds):
+                return self._inputs(views, max_cache_length, bounds), []
+            case m.Execute(views, fn):
+                batch = self._contexts(views)
+                inputs = core.runtime_inputs(batch)
+                value = pickle.loads(fn)(inputs, [ctx.snapshot() for ctx in batch])
+                return m.Value(self._dumps(value)), []
+            case m.Claim(request_id, dummy):
+                core.claim(request_id, dummy)
+            case m.Release(request_ids):
+                for request_id in request_ids:
+                    self._release(request_id)
+            case m.Lookup(views):
+                ctxs = [self._mirrors.context(view, keep=False) for view in views]
+                return m.Found([core.resident(c) for c in ctxs], [core.may_reuse(c) for c in ctxs]), []
+            case m.Export(view, start, stop):
+                ctx = self._mirrors.context(view, keep=False)
+                export = core.export(ctx, start, stop, int(self._clock()) + EXPORT_SECONDS)
+                data = [t.cpu().numpy() for t in export.data]
+                return m.Exported(export.export_id, export.start, export.hashes), data
+            case m.Acknowledge(export_ids):
+                for export_id in export_ids:
+                    core.acknowledge(export_id)
+            case m.Blocks(request_id):
+                return m.BlocksDone(request_id in core.requests, core.blocks(request_id)), []
+            case m.GetUsage():
+                return m.UsageDone(*core.usage), []
+            case m.UsedFraction(view):
+                return m.Fraction(core.used_fraction_after(self._mirrors.context(view, keep=False))), []
+            case m.GetMetrics():
+                return m.MetricsDone(core.metrics), []
+            case m.ResetMetrics():
+                core.reset_metrics()
+            case m.ResetPrefixCache():
+                core.reset_prefix_cache()
+            case m.ReadPages(page_ids):
+                return m.Done(), [t.contiguous().view(torch.uint8).numpy() for t in core.buffers.read(page_ids)]
+            case m.CheckIntegrity():
+                core.check_integrity()
+        return m.Done(), []
+
+    def _contexts(self, views: Sequence[m.ContextView]) -> list[TextContext]:
+        """Up-to-date contexts of all views, before anything is done with one; kept for claimed requests."""
+        requests = self.core.requests
+        return [self._mirrors.context(view, keep=view.request_id in requests) for view in views]
+
+    def _release(self, request_id: str) -> None:
+        self.core.release(request_id)
+        self._mirrors.drop(request_id)
+
+    def _admit(self, command: m.Admit, attached: Sequence[PageData]) -> m.AdmitDone:
+        exports = [
+            PageExport(0, head.start, head.hashes, [torch.from_numpy(np.array(part)) for part in data])
+            for head, data in zip(command.imports, attached, strict=True)
+        ]
+        done: list[m.Admitted] = []
+        for want in command.wants:
+            done.append(self._admit_one(want, [exports[i] for i in want.imports]))
+            if command.stop_on_error and done[-1].failure is not None:
+                break
+        return m.AdmitDone(done + [m.Admitted()] * (len(command.wants) - len(done)))
+
+    def _admit_one(self, want: m.Want, imports: list[PageExport]) -> m.Admitted:
+        core, request_id, start = self.core, want.view.request_id, perf_counter()
+        try:
+            if want.claim:
+                core.claim(request_id)
+            claimed, before = perf_counter(), core.metrics
+            try:
+                ctx = self._mirrors.context(want.view, keep=request_id in core.requests)
+                core.alloc(ctx, imports)
+            except RaykError:
+                if want.claim:
+                    self._release(request_id)
+                raise
+        except RaykError as error:
+            return m.Admitted(failure=m.failure(error))
+        done, after, size = perf_counter(), core.metrics, core.params.page_size
+        return m.Admitted(
+            moved=moved(ctx),
+            device_tokens=(after.device_blocks_served - before.device_blocks_served) * size,
+            peer_tokens=(after.cross_replica_blocks_copied - before.cross_replica_blocks_copied) * size,
+            claim_seconds=claimed - start,
+            alloc_seconds=done - claimed,
+        )
+
+    def _tick(self, command: m.RunTick) -> m.TickDone:
+        ctxs = self._contexts(command.views)
+        tick = Tick(
+            step=[ctxs[i] for i in command.step],
+            release=command.release,
+            alloc=[ctxs[i] for i in command.alloc],
+            execute=[ctxs[i] for i in command.execute],
+        )
+        done = run_tick(self.core, tick, pickle.loads(command.fn) if command.fn else None)
+        for request_id in command.release:
+            self._mirrors.drop(request_id)
+        return m.TickDone(
+            moved={c.request_id: moved(c) for c in tick.alloc if c.request_id not in done.refused},
+            refused={request_id: m.failure(error) for request_id, error in done.refused.items()},
+            value=self._dumps(done.value) if done.value is not None else b"",
+            free=done.free_pages,
+            used=done.used_pages,
+            step_seconds=done.step_seconds,
+            alloc_seconds=done.alloc_seconds,
+        )
+
+    def _inputs(
+        self, views: Sequence[m.ContextView], max_cache_length: int | None, bounds: tuple[int, int, int] | None
+    ) -> m.InputsDone:
+        characteristics = BatchCharacteristics(*bounds) if bounds is not None else None
+        table, lengths, shape = self.core.batch_tables(self._contexts(views), max_cache_length, characteristics)
+        rows, width = table.shape
+        return m.InputsDone(rows, width, table.tobytes(), lengths.tobytes(), tuple(shape))

@@ -1,0 +1,46 @@
+"""What all tests share: where things are, one torch thread, and markers set by folder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+REPO = Path(__file__).resolve().parent.parent
+MARKED_FOLDERS = {"ray": pytest.mark.ray, "gpu": pytest.mark.gpu}
+
+# Threads of torch, Ray's processes and the test itself would share few cores; and with one thread the order
+# of a sum, so its last bit, does not depend on the machine.
+torch.set_num_threads(1)
+
+# A deadline per example measures how busy the machine is; pytest-timeout catches what hangs.
+settings.register_profile("rayk", deadline=None, print_blob=True)
+settings.load_profile("rayk")
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the checkout."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of conformance cases and traces beside the clone; skips the test where there is none."""
+    shared = REPO.parent / "shared"
+    if not (shared / "conformance").is_dir():
+        pytest.skip("../shared not found beside the clone: conformance skipped")
+    return shared
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests/ray and tests/gpu by folder, and skip what needs a CUDA device where there is none."""
+    no_cuda = pytest.mark.skip(reason="no CUDA device: GPU test skipped")
+    has_cuda = torch.cuda.is_available()
+    for item in items:
+        for folder, marker in MARKED_FOLDERS.items():
+            if item.path.resolve().is_relative_to(REPO / "tests" / folder):
+                item.add_marker(marker)
+        if not has_cuda and item.get_closest_marker("gpu"):
+            item.add_marker(no_cuda)

@@ -1,0 +1,101 @@
+"""The layout: linked packages, one name for each, no Ray in the core, imports in one direction."""
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import rayk
+
+LINKED = ["actors", "scheduler"]
+
+# walk_packages would import rayk.actors in order to look inside, hence the recursion by hand.
+IMPORT_CORE = """
+import importlib, pkgutil, sys
+def import_all(package):
+    for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        if found.name in ("rayk.actors", "rayk.scheduler") or found.name.endswith(".__main__"):
+            continue
+        module = importlib.import_module(found.name)
+        if found.ispkg:
+            import_all(module)
+        for unwanted in ("ray", "rayk.actors", "rayk.scheduler"):
+            assert unwanted not in sys.modules, f"importing {found.name} imported {unwanted}"
+import_all(importlib.import_module("rayk"))
+"""
+
+
+def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that finds the checkout first, as a script in its root would."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("package", LINKED)
+def test_link_is_relative_and_resolves(repo: Path, package: str) -> None:
+    link = repo / "rayk" / package
+    assert link.is_symlink(), f"{link} is not a symbolic link: this clone was made without them"
+    assert os.readlink(link) == f"../{package}"
+    assert link.resolve() == repo / package
+    assert (link / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("package", LINKED)
+def test_guard_refuses_the_top_level_name(repo: Path, package: str) -> None:
+    done = python(f"import {package}", repo)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert f"import rayk.{package}" in last
+
+
+@pytest.mark.parametrize("package", LINKED)
+def test_linked_package_imports_under_rayk(repo: Path, package: str) -> None:
+    done = python(f"import rayk.{package} as p; print(p.__name__, p.__file__)", repo)
+    assert done.returncode == 0, done.stderr
+    name, file = done.stdout.split(maxsplit=1)
+    assert name == f"rayk.{package}"
+    assert Path(file.strip()).resolve() == repo / package / "__init__.py"
+
+
+def test_core_imports_neither_ray_nor_what_is_built_on_it(repo: Path) -> None:
+    done = python(IMPORT_CORE, repo)
+    assert done.returncode == 0, done.stderr
+
+
+def test_actors_do_not_import_the_scheduler(repo: Path) -> None:
+    for path in sorted((repo / "actors").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            wrong = [name for name in names if f"{name}.".startswith("rayk.scheduler.")]
+            assert not wrong, f"{path.name}:{node.lineno} imports {wrong[0]}: rayk <- actors <- scheduler"
+
+
+def test_every_package_on_disk_is_declared(repo: Path) -> None:
+    project = tomllib.loads((repo / "pyproject.toml").read_text())
+    found = {"rayk", *(f"rayk.{init.parent.name}" for init in (repo / "rayk").glob("*/__init__.py"))}
+    assert found == set(project["tool"]["setuptools"]["packages"])
+
+
+def test_version_is_said_once(repo: Path) -> None:
+    project = tomllib.loads((repo / "pyproject.toml").read_text())["project"]
+    assert rayk.__version__ == project["version"]
+    try:
+        installed = metadata.version("rayk")
+    except metadata.PackageNotFoundError:
+        pytest.skip("rayk runs from the checkout and is not installed: nothing to compare")
+    assert rayk.__version__ == installed
