@@ -1,24 +1,47 @@
 """rayk: a paged KV cache for LLM serving, as a Ray component.
 
-The names here are the public surface. Importing rayk imports no Ray.
+The names here are the public surface. They are loaded on first use: importing rayk imports neither Ray nor
+torch, so that the scheduler, the planning tasks and `rayk --help` start quickly.
 """
 
-from rayk.context import TextContext
-from rayk.errors import InsufficientBlocksError, RaykError, ReplicaLostError
-from rayk.inputs import BatchCharacteristics
-from rayk.manager import PagedKVCacheManager
-from rayk.metrics import KVCacheMetrics
-from rayk.params import (
-    KVCacheQuantizationConfig,
-    KVConnectorConfig,
-    MHAKVCacheParams,
-    MLAKVCacheParams,
-    MultiKVCacheParams,
-)
-from rayk.session import InferenceSession
-from rayk.ticks import Admission, HitCounts, Tick, TickResult
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayk.context import TextContext
+    from rayk.errors import InsufficientBlocksError, RaykError, ReplicaLostError
+    from rayk.inputs import BatchCharacteristics
+    from rayk.manager import PagedKVCacheManager
+    from rayk.metrics import KVCacheMetrics
+    from rayk.params import (
+        KVCacheQuantizationConfig,
+        KVConnectorConfig,
+        MHAKVCacheParams,
+        MLAKVCacheParams,
+        MultiKVCacheParams,
+    )
+    from rayk.session import InferenceSession
+    from rayk.ticks import Admission, HitCounts, Tick, TickResult
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "context": ["TextContext"],
+    "errors": ["InsufficientBlocksError", "RaykError", "ReplicaLostError"],
+    "inputs": ["BatchCharacteristics"],
+    "manager": ["PagedKVCacheManager"],
+    "metrics": ["KVCacheMetrics"],
+    "params": [
+        "KVCacheQuantizationConfig",
+        "KVConnectorConfig",
+        "MHAKVCacheParams",
+        "MLAKVCacheParams",
+        "MultiKVCacheParams",
+    ],
+    "session": ["InferenceSession"],
+    "ticks": ["Admission", "HitCounts", "Tick", "TickResult"],
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Admission",
@@ -39,3 +62,11 @@ __all__ = [
     "Tick",
     "TickResult",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rayk' has no attribute {name!r}")
+    value = getattr(import_module(f"rayk.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

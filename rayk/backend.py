@@ -67,9 +67,7 @@ class InlineBackend:
         self.cores = [ReplicaCore(params, r, num_pages, max_batch_size, None, runtime_checks) for r in range(replicas)]
         self._placements = Placements(replicas)
         self._router = make_router(router)
-        self._copies = (
-            params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy and replicas > 1
-        )
+        self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy and replicas > 1
 
     # -- requests ----------------------------------------------------------------------------
 

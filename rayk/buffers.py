@@ -52,8 +52,10 @@ class PageBuffers:
             layout = leaf.layout
             values = tuple(_pool(num_pages + 1, layout.shape, layout.dtype, d) for d in devices)
             scale_shape = layout.scale_shape
-            scales = () if scale_shape is None else tuple(
-                _pool(num_pages + 1, scale_shape, layout.scale_dtype, d) for d in devices
+            scales = (
+                ()
+                if scale_shape is None
+                else tuple(_pool(num_pages + 1, scale_shape, layout.scale_dtype, d) for d in devices)
             )
             self.leaves[name] = LeafBuffers(values, scales)
 

@@ -28,7 +28,9 @@ def as_int32(tokens: Any, request_id: str) -> IntArray:
     """`tokens` (ints in a sequence, array or tensor) as a 1-D int32 array; TokenError names what does not fit."""
     array = np.asarray(tokens)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise TokenError(request_id, f"tokens must be a flat sequence of ints, got {array.dtype} of shape {array.shape}")
+        raise TokenError(
+            request_id, f"tokens must be a flat sequence of ints, got {array.dtype} of shape {array.shape}"
+        )
     if array.dtype != np.int32 and array.size:
         wrong = np.flatnonzero((array < INT32_MIN) | (array > INT32_MAX))
         if wrong.size:
@@ -177,8 +179,8 @@ class TextContext:
         self.deadline = deadline
         self.pending_future_count = pending_future_count
         self.cached_prefix_length: int | None = None
-        self.draft_tokens_to_verify: Sequence[int] = ()
-        self.maybe_accepted_draft_tokens: Sequence[int] = ()
+        self.draft_tokens_to_verify: Sequence[int] | IntArray = ()
+        self.maybe_accepted_draft_tokens: Sequence[int] | IntArray = ()
         self.root_key = (cache_salt, adapter)
 
     def __repr__(self) -> str:

@@ -29,6 +29,7 @@ so it crosses process borders (pickle and `messages.Failure`) with type and fiel
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 
@@ -40,7 +41,7 @@ class RaykError(Exception):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = [n for n, t in cls.__dict__.get("__annotations__", {}).items() if not str(t).startswith("ClassVar")]
+        own = [n for n, t in inspect.get_annotations(cls).items() if not str(t).startswith("ClassVar")]
         cls.fields = (*cls.fields, *own)
 
     def __init__(self, *args: Any) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from rayk.buffers import PageBuffers
@@ -127,9 +126,7 @@ class InputStage:
         self._capacity = width
         self.table: Int32Array = self._table.numpy()
         self.lengths: Int32Array = self._lengths.numpy()
-        self._copies = {
-            d: (self._table.to(d), self._lengths.to(d)) for d in set(self._devices) if d.startswith("cuda")
-        }
+        self._copies = {d: (self._table.to(d), self._lengths.to(d)) for d in set(self._devices) if d.startswith("cuda")}
 
     def host_views(self, rows: int, width: int) -> tuple[Int32Array, Int32Array]:
         """Host arrays to fill: table [rows, width] and lengths [rows]."""
@@ -143,7 +140,9 @@ class InputStage:
         for device in set(self._devices):
             table, lengths = self._table[:cells], self._lengths[:rows]
             if device in self._copies:
-                device_table, device_lengths = (copy[:n] for copy, n in zip(self._copies[device], (cells, rows), strict=True))
+                device_table, device_lengths = (
+                    copy[:n] for copy, n in zip(self._copies[device], (cells, rows), strict=True)
+                )
                 device_table.copy_(table, non_blocking=True)
                 device_lengths.copy_(lengths, non_blocking=True)
                 table, lengths = device_table, device_lengths

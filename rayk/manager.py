@@ -15,10 +15,11 @@ import torch
 
 from rayk.backend import Backend, Batches, Forward, InlineBackend
 from rayk.context import TextContext
-from rayk.errors import AlreadyClaimedError, BatchError, ClosedError, LeafError, NotBuiltError, ReplicaIndexError
+from rayk.errors import BatchError, ClosedError, LeafError, NotBuiltError, ReplicaIndexError
 from rayk.inputs import BatchCharacteristics, RuntimeInputs
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams, require, require_at_least
+from rayk.planning import plan_here
 from rayk.session import InferenceSession
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 
@@ -63,20 +64,23 @@ class PagedKVCacheManager:
         self.params = params
         self._replicas = params.data_parallel_degree
         self._closed = False
-        index = session.adopt(self)
-        self._backend: Backend
-        if session.runtime == "ray":
-            from rayk.actors.cluster import start_cluster
+        self._backend = self._start(
+            session, total_num_pages, max_batch_size, enable_runtime_checks, router, session.adopt(self)
+        )
 
-            self._backend, pages = start_cluster(
-                session, index, params, total_num_pages, max_batch_size, enable_runtime_checks, router
-            )
-        else:
-            from rayk.planning import plan_here
+    def _start(
+        self, session: InferenceSession, pages: int | None, max_batch_size: int, checks: bool, router: str, index: int
+    ) -> Backend:
+        """The backend of the session's runtime; on Ray this plans, places and starts the actors."""
+        if session.runtime == "inline":
+            pages = plan_here(self.params, pages)
+            return InlineBackend(self.params, pages, max_batch_size, checks, router)
+        from rayk.scheduler.client import RayBackend
+        from rayk.scheduler.cluster import ClusterConfig, start_cluster
 
-            pages = plan_here(params, total_num_pages)
-            self._backend = InlineBackend(params, pages, max_batch_size, enable_runtime_checks, router)
-        self._num_pages = pages
+        name = f"{session.name}/{index}" if session.name is not None else None
+        config = ClusterConfig(self.params, pages, max_batch_size, checks, router)
+        return RayBackend(session.ray, start_cluster(session.ray, config, name), leased=name is not None)
 
     # -- checks ----------------------------------------------------------------------------------
 
@@ -91,7 +95,7 @@ class PagedKVCacheManager:
         backend = self._at(0)
         if len(batches) != self._replicas:
             raise BatchError(
-                f"got {len(batches)} batch(es) for {self._replicas} replica(s); pass one list per replica, empty if idle"
+                f"got {len(batches)} batch(es) for {self._replicas} replica(s); pass one list per replica, maybe empty"
             )
         return backend
 
@@ -299,6 +303,3 @@ class PagedKVCacheManager:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
-
-
-__all__ = ["AlreadyClaimedError", "DeviceBuffer", "PagedKVCacheManager"]

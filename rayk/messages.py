@@ -31,7 +31,7 @@ class _Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 # -- contexts ---------------------------------------------------------------------------------------
 
 
-class Origin(_Part):
+class Origin(_Part, frozen=True):
     """What never changes about a context; sent with its first tokens."""
 
     max_length: int
@@ -41,7 +41,7 @@ class Origin(_Part):
     tenant: str | None = None
 
 
-class ContextView(_Part):
+class ContextView(_Part, frozen=True):
     """A driver's context as a replica needs it: tokens from position `base` on, the window, draft tokens."""
 
     request_id: str
@@ -56,7 +56,7 @@ class ContextView(_Part):
     origin: Origin | None = None  # present when base is 0
 
 
-class Moved(_Part):
+class Moved(_Part, frozen=True):
     """Where alloc() left a window."""
 
     processed: int
@@ -67,16 +67,19 @@ class Moved(_Part):
 # -- to a replica ---------------------------------------------------------------------------------
 
 
-class Claim(_Message):
+class Claim(_Message, frozen=True):
     request_id: str
     dummy: bool = False
 
 
-class Release(_Message):
+class Release(_Message, frozen=True):
+    """With `missing_ok`, ids that are not claimed are passed over."""
+
     request_ids: list[str]
+    missing_ok: bool = False
 
 
-class Want(_Part):
+class Want(_Part, frozen=True):
     """One request to allocate, after claiming it if `claim`. `imports` are indices into the attached exports."""
 
     view: ContextView
@@ -84,7 +87,7 @@ class Want(_Part):
     imports: list[int] = []
 
 
-class ImportHead(_Part):
+class ImportHead(_Part, frozen=True):
     """What an attached export holds: pages from `start` on, one hash each, copied at `source_epoch`."""
 
     start: int
@@ -92,7 +95,7 @@ class ImportHead(_Part):
     source_epoch: int
 
 
-class Admit(_Message):
+class Admit(_Message, frozen=True):
     """Allocate requests in order. With `stop_on_error` what follows a refused one is not tried."""
 
     wants: list[Want]
@@ -100,13 +103,13 @@ class Admit(_Message):
     stop_on_error: bool = False
 
 
-class Lookup(_Message):
+class Lookup(_Message, frozen=True):
     """How many leading pages of each context are cached, and how many could be reused."""
 
     views: list[ContextView]
 
 
-class Export(_Message):
+class Export(_Message, frozen=True):
     """Copy cached pages start .. stop out and pin them until Acknowledge."""
 
     view: ContextView
@@ -114,11 +117,11 @@ class Export(_Message):
     stop: int
 
 
-class Acknowledge(_Message):
+class Acknowledge(_Message, frozen=True):
     export_ids: list[int]
 
 
-class RunTick(_Message):
+class RunTick(_Message, frozen=True):
     """One iteration; the lists index `views`. `fn` is a pickled forward, b'' for none."""
 
     views: list[ContextView]
@@ -129,52 +132,52 @@ class RunTick(_Message):
     fn: bytes = b""
 
 
-class Inputs(_Message):
+class Inputs(_Message, frozen=True):
     views: list[ContextView]
     max_cache_length: int | None = None
     characteristics: tuple[int, int, int] | None = None
 
 
-class Execute(_Message):
+class Execute(_Message, frozen=True):
     views: list[ContextView]
     fn: bytes
 
 
-class Step(_Message):
+class Step(_Message, frozen=True):
     views: list[ContextView]
 
 
-class Blocks(_Message):
+class Blocks(_Message, frozen=True):
     """Page ids of a request, and whether it is claimed."""
 
     request_id: str
 
 
-class GetUsage(_Message):
+class GetUsage(_Message, frozen=True):
     pass
 
 
-class UsedFraction(_Message):
+class UsedFraction(_Message, frozen=True):
     view: ContextView
 
 
-class GetMetrics(_Message):
+class GetMetrics(_Message, frozen=True):
     pass
 
 
-class ResetMetrics(_Message):
+class ResetMetrics(_Message, frozen=True):
     pass
 
 
-class ResetPrefixCache(_Message):
+class ResetPrefixCache(_Message, frozen=True):
     pass
 
 
-class ReadPages(_Message):
+class ReadPages(_Message, frozen=True):
     page_ids: list[int]
 
 
-class CheckIntegrity(_Message):
+class CheckIntegrity(_Message, frozen=True):
     pass
 
 
@@ -204,7 +207,7 @@ READ_ONLY = (Lookup, Inputs, Blocks, GetUsage, UsedFraction, GetMetrics, ReadPag
 # -- to the scheduler ---------------------------------------------------------------------------------
 
 
-class Place(_Part):
+class Place(_Part, frozen=True):
     """A request for the scheduler to place: on `replica`, or where the router says when it is -1.
 
     `claim` is False for one that is claimed already; `peers`: other replicas may hold more of its prefix.
@@ -217,7 +220,7 @@ class Place(_Part):
     peers: bool = False
 
 
-class PlaceMany(_Message):
+class PlaceMany(_Message, frozen=True):
     """Route, claim and allocate; `released` are ids that the sender released on replicas directly."""
 
     places: list[Place]
@@ -225,34 +228,34 @@ class PlaceMany(_Message):
     stop_on_error: bool = False
 
 
-class ClaimOne(_Message):
+class ClaimOne(_Message, frozen=True):
     request_id: str
     replica: int
     dummy: bool = False
     released: list[str] = []
 
 
-class HitCountsOf(_Message):
+class HitCountsOf(_Message, frozen=True):
     view: ContextView
 
 
-class EveryReplica(_Message):
+class EveryReplica(_Message, frozen=True):
     """The same question or order for all replicas; metrics come back added up."""
 
     command: GetMetrics | ResetMetrics | ResetPrefixCache | CheckIntegrity
 
 
-class Connect(_Message):
+class Connect(_Message, frozen=True):
     """A driver introduces itself; with a lease it must renew, or its requests are released."""
 
     lease_seconds: float | None = None
 
 
-class Disconnect(_Message):
+class Disconnect(_Message, frozen=True):
     """A driver leaves: what it still has claimed is released."""
 
 
-class Describe(_Message):
+class Describe(_Message, frozen=True):
     pass
 
 
@@ -262,18 +265,18 @@ SchedulerCommand = PlaceMany | ClaimOne | HitCountsOf | EveryReplica | Connect |
 # -- answers --------------------------------------------------------------------------------------
 
 
-class Done(_Message):
+class Done(_Message, frozen=True):
     pass
 
 
-class Failure(_Message):
+class Failure(_Message, frozen=True):
     """An error by name and fields; see failure() and to_error()."""
 
     kind: str
     fields: list[Any]
 
 
-class Admitted(_Part):
+class Admitted(_Part, frozen=True):
     """One request of an Admit: where its window is now, or why not (None: not tried)."""
 
     moved: Moved | None = None
@@ -284,31 +287,31 @@ class Admitted(_Part):
     alloc_seconds: float = 0.0
 
 
-class AdmitDone(_Message):
+class AdmitDone(_Message, frozen=True):
     admitted: list[Admitted]
 
 
-class PlaceDone(_Message):
+class PlaceDone(_Message, frozen=True):
     """`replicas[i]` is where request i went."""
 
     replicas: list[int]
     admitted: list[Admitted]
 
 
-class Found(_Message):
+class Found(_Message, frozen=True):
     """Per context: pages cached, pages that alloc could reuse."""
 
     resident: list[int]
     reusable: list[int]
 
 
-class Exported(_Message):
+class Exported(_Message, frozen=True):
     export_id: int
     start: int
     hashes: list[bytes]
 
 
-class TickDone(_Message):
+class TickDone(_Message, frozen=True):
     """`moved` and `refused` by request id; `value` is what fn returned, pickled, b'' when it did not run."""
 
     moved: dict[str, Moved]
@@ -320,7 +323,7 @@ class TickDone(_Message):
     alloc_seconds: float
 
 
-class InputsDone(_Message):
+class InputsDone(_Message, frozen=True):
     """Lookup table and cache lengths as raw int32, and the scalars."""
 
     rows: int
@@ -330,36 +333,36 @@ class InputsDone(_Message):
     shape: tuple[int, int, int]
 
 
-class Value(_Message):
+class Value(_Message, frozen=True):
     """A pickled Python value."""
 
     data: bytes
 
 
-class BlocksDone(_Message):
+class BlocksDone(_Message, frozen=True):
     claimed: bool
     page_ids: list[int]
 
 
-class UsageDone(_Message):
+class UsageDone(_Message, frozen=True):
     total: int
     free: int
     cached: int
 
 
-class Fraction(_Message):
+class Fraction(_Message, frozen=True):
     value: float
 
 
-class MetricsDone(_Message):
+class MetricsDone(_Message, frozen=True):
     metrics: KVCacheMetrics
 
 
-class Counts(_Message):
+class Counts(_Message, frozen=True):
     counts: list[int]
 
 
-class Description(_Message):
+class Description(_Message, frozen=True):
     """What the scheduler knows: per replica epoch and load, and how many requests are placed."""
 
     epochs: list[int]
@@ -390,21 +393,21 @@ Result = (
 # -- envelopes and codecs -----------------------------------------------------------------------------
 
 
-class ReplicaEnvelope(_Message):
+class ReplicaEnvelope(_Message, frozen=True):
     client: str
     epoch: int
     seq: int
     command: ReplicaCommand
 
 
-class SchedulerEnvelope(_Message):
+class SchedulerEnvelope(_Message, frozen=True):
     client: str
     epoch: int
     seq: int
     command: SchedulerCommand
 
 
-class Reply(_Message):
+class Reply(_Message, frozen=True):
     epoch: int
     seq: int
     result: Result
@@ -424,12 +427,14 @@ def encode(message: Envelope | Reply) -> bytes:
 
 def decode_envelope(wire: bytes) -> Envelope:
     """MessageError says what is malformed or unknown."""
-    return _decode(_envelopes, wire, "command")
+    envelope: Envelope = _decode(_envelopes, wire, "command")
+    return envelope
 
 
 def decode_reply(wire: bytes) -> Reply:
     """MessageError says what is malformed or unknown."""
-    return _decode(_replies, wire, "reply")
+    reply: Reply = _decode(_replies, wire, "reply")
+    return reply
 
 
 def _decode(decoder: Any, wire: bytes, what: str) -> Any:

@@ -226,7 +226,11 @@ class MHAKVCacheParams(KVCacheParams):
         require(
             heads % tp == 0 or replicated,
             f"{heads} KV heads cannot be split over {tp} TP shards"
-            + ("" if self.allow_kv_head_replication else "; allow_kv_head_replication=True copies heads when TP > heads"),
+            + (
+                ""
+                if self.allow_kv_head_replication
+                else "; allow_kv_head_replication=True copies heads when TP > heads"
+            ),
         )
 
     @property
@@ -250,9 +254,7 @@ class MLAKVCacheParams(KVCacheParams):
 
 
 _SHARED = tuple(
-    f.name
-    for f in fields(KVCacheParams)
-    if f.name not in ("dtype", "head_dim", "num_layers", "kvcache_quant_config")
+    f.name for f in fields(KVCacheParams) if f.name not in ("dtype", "head_dim", "num_layers", "kvcache_quant_config")
 )
 
 

@@ -76,7 +76,9 @@ def _gpus() -> tuple[DeviceMemory, ...]:
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            found.append(DeviceMemory(index, str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free)))
+            found.append(
+                DeviceMemory(index, str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free))
+            )
         return tuple(found)
     finally:
         pynvml.nvmlShutdown()

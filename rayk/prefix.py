@@ -249,7 +249,9 @@ class PrefixTree:
         missing = count - self._pool.empty
         while missing > 0:
             if not self._queue:
-                raise IntegrityError("prefix tree", f"{missing} pages to evict, {self.evictable} evictable, none queued")
+                raise IntegrityError(
+                    "prefix tree", f"{missing} pages to evict, {self.evictable} evictable, none queued"
+                )
             tick, node = self._queue[0]
             if node.tick != tick or node.refs:
                 self._queue.popleft()
@@ -326,7 +328,9 @@ class PrefixTree:
             cached += len(node.pages)
             evictable += 0 if node.refs else len(node.pages)
             np.add.at(seen, node.pages, 1)
-            self._check(len(node.tokens) == len(node.pages) * self._page_bytes > 0, node, "tokens do not fill its pages")
+            self._check(
+                len(node.tokens) == len(node.pages) * self._page_bytes > 0, node, "tokens do not fill its pages"
+            )
             self._check(node.refs == holders.get(id(node), 0), node, f"refs {node.refs} != {holders.get(id(node), 0)}")
             for key, child in node.children.items():
                 self._check(child.parent is node and child.tokens.startswith(key), child, "is filed under a wrong key")

@@ -466,4 +466,3 @@ class ReplicaCore:
         wrong = np.flatnonzero(seen != 1)
         if wrong.size:
             raise IntegrityError(where, f"page {wrong[0]} is in {seen[wrong[0]]} places")
-

@@ -61,7 +61,9 @@ class ReplicaService:
             last = self._answered.get(envelope.client)
             if seq and last is not None and seq <= last[0]:
                 if seq < last[0]:
-                    raise MessageError(f"{envelope.client} sent number {seq} after {last[0]}: a late duplicate, ignored")
+                    raise MessageError(
+                        f"{envelope.client} sent number {seq} after {last[0]}: a late duplicate, ignored"
+                    )
                 return last[1], last[2]
             result, data = self._run(envelope.command, attached)
         except RaykError as error:
@@ -104,9 +106,10 @@ class ReplicaService:
                 return m.Value(self._dumps(value)), []
             case m.Claim(request_id, dummy):
                 core.claim(request_id, dummy)
-            case m.Release(request_ids):
+            case m.Release(request_ids, missing_ok):
                 for request_id in request_ids:
-                    self._release(request_id)
+                    if not missing_ok or request_id in core.requests:
+                        self._release(request_id)
             case m.Lookup(views):
                 ctxs = [self._mirrors.context(view, keep=False) for view in views]
                 return m.Found([core.resident(c) for c in ctxs], [core.may_reuse(c) for c in ctxs]), []
@@ -208,4 +211,4 @@ class ReplicaService:
         characteristics = BatchCharacteristics(*bounds) if bounds is not None else None
         table, lengths, shape = self.core.batch_tables(self._contexts(views), max_cache_length, characteristics)
         rows, width = table.shape
-        return m.InputsDone(rows, width, table.tobytes(), lengths.tobytes(), tuple(shape))
+        return m.InputsDone(rows, width, table.tobytes(), lengths.tobytes(), (*shape,))

@@ -14,7 +14,7 @@ from rayk.messages import ContextView, Moved, Origin
 assert sys.byteorder == "little", "raw int32 tokens travel little-endian"
 
 
-def _raw(tokens: Sequence[int]) -> bytes:
+def _raw(tokens: Sequence[int] | IntArray) -> bytes:
     return np.asarray(tokens, np.int32).tobytes() if len(tokens) else b""
 
 

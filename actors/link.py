@@ -1,0 +1,97 @@
+"""A numbered line to one actor: epoch, sequence numbers, deadlines, and errors that name who failed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from rayk import messages as m
+from rayk.actors.runtime import Actor, ActorGoneError, Runtime
+from rayk.errors import RaykError
+
+CALL_SECONDS = 120.0  # an answer that takes longer means a hung process
+
+
+def new_client_id(kind: str) -> str:
+    """A sender's name that no other sender has."""
+    return f"{kind}-{os.getpid()}-{os.urandom(6).hex()}"
+
+
+class Answer(NamedTuple):
+    """A result, and a reference to the page data that came with it (None unless asked for)."""
+
+    result: m.Result
+    data: Any = None
+
+
+class Pending(NamedTuple):
+    """A sent message whose answer was not read yet."""
+
+    link: Link
+    ref: Any
+    data: Any
+
+    def wait(self) -> Answer:
+        """The answer; a Failure is raised as the error it stands for."""
+        answer = self.outcome()
+        if isinstance(answer.result, m.Failure):
+            raise m.to_error(answer.result)
+        return answer
+
+    def outcome(self) -> Answer:
+        """The answer, a Failure included. Raises only when the actor is gone or silent."""
+        return Answer(self.link.read(self.ref), self.data)
+
+
+class Link:
+    """One sender's line to one actor. `gone(reason)` makes the error for an actor whose process died."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        actor: Actor,
+        target: str,
+        epoch: int,
+        client: str,
+        gone: Callable[[str], RaykError],
+        timeout: float = CALL_SECONDS,
+    ) -> None:
+        self.actor = actor
+        self.epoch = epoch
+        self._runtime = runtime
+        self._target = target
+        self._client = client
+        self._gone = gone
+        self._timeout = timeout
+        self._numbers = itertools.count(1)
+
+    def send(self, command: Any, attached: Sequence[Any] = (), with_data: bool = False) -> Pending:
+        """Send one command; `attached` are references to page data of other replicas."""
+        seq = 0 if isinstance(command, m.READ_ONLY) else next(self._numbers)
+        envelope = m.SchedulerEnvelope if isinstance(command, m.SchedulerCommand) else m.ReplicaEnvelope
+        wire = m.encode(envelope(self._client, self.epoch, seq, command))
+        try:
+            if with_data:
+                ref, data = self.actor.call("handle_with_data", wire, returns=2)
+                return Pending(self, ref, data)
+            return Pending(self, self.actor.call("handle", wire, *attached), None)
+        except ActorGoneError as error:
+            raise self._gone(str(error)) from None
+
+    def ask(self, command: Any) -> Any:
+        """Send and wait: the result, or the error it stands for."""
+        return self.send(command).wait().result
+
+    def read(self, ref: Any) -> m.Result:
+        """The result behind a reference."""
+        wire = self.fetch(ref)
+        return m.decode_reply(bytes(wire)).result
+
+    def fetch(self, ref: Any) -> Any:
+        """The value behind a reference of this actor's."""
+        try:
+            return self._runtime.get(ref, self._target, self._timeout)
+        except ActorGoneError as error:
+            raise self._gone(str(error)) from None

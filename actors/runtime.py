@@ -1,0 +1,284 @@
+"""All calls to Ray: the only module that imports it.
+
+`Runtime` is what the rest of rayk asks of a cluster; unit tests use a fake of it. `RayRuntime` maps Ray's
+errors to two of its own, ActorGoneError and CallTimeoutError: who calls knows which replica it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ray
+from ray import exceptions as ray_errors
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from rayk.errors import CallTimeoutError, ConfigError, PlanError, RaykError
+
+CONTROL_GROUP = "ctl"  # answers while the data lane is busy
+EMBEDDED_SETTINGS = {  # a dead replica is noticed in 0.2 s instead of 1.5 s, a dead node in 3 s instead of 16 s
+    "RAY_timeout_ms_task_wait_for_death_info": "100",
+    "RAY_core_worker_internal_heartbeat_ms": "100",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+class ActorGoneError(Exception):
+    """The actor's process died or is unreachable; the argument says what Ray knows."""
+
+
+class Node(NamedTuple):
+    """A live node of the cluster."""
+
+    node_id: str
+    host_name: str
+    resources: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A ready placement group: bundle i is on node_ids[i]."""
+
+    group: Any
+    node_ids: tuple[str, ...]
+
+
+class Actor(Protocol):
+    """A started actor; can be sent to other actors."""
+
+    def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
+        """Start a method; a reference to its result, or a list of `returns` references."""
+        ...
+
+
+class Runtime(Protocol):
+    """What rayk needs of a cluster."""
+
+    def nodes(self) -> list[Node]: ...
+    def run_on(self, node_id: str, task: Callable[..., Any], *args: Any) -> Any: ...
+    def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], name: str, timeout: float) -> Placement: ...
+    def start(self, spec: ActorSpec) -> Actor: ...
+    def get(self, ref: Any, target: str, timeout: float) -> Any: ...
+    def find(self, name: str) -> Actor | None: ...
+    def stop(self, actors: Sequence[Actor], placement: Placement | None) -> None: ...
+    def dumps(self, value: Any) -> bytes: ...
+    def disconnect(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ActorSpec:
+    """How to start an actor of a plain class. With a `name` it is detached: it outlives its driver."""
+
+    cls: type
+    args: tuple[Any, ...]
+    gpus: int = 0
+    placement: Placement | None = None
+    bundle: int = 0
+    name: str | None = None
+
+
+class RayActor:
+    """A Ray actor handle; picklable, so that actors can be given each other."""
+
+    def __init__(self, handle: ActorHandle[Any]) -> None:
+        self.handle = handle
+
+    def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
+        options: dict[str, Any] = {"num_returns": returns}
+        if control:
+            options["concurrency_group"] = CONTROL_GROUP
+        return getattr(self.handle, method).options(**options).remote(*args)
+
+
+class RayRuntime:
+    """A connection to Ray. Inside an actor make it with RayRuntime(); a driver uses connect()."""
+
+    def __init__(self, namespace: str | None = None) -> None:
+        self._namespace = namespace
+        self._temp_dir: str | None = None
+        self._owns_connection = False
+        self._saved_environment: dict[str, str | None] = {}
+
+    # -- the connection ------------------------------------------------------------------------
+
+    @classmethod
+    def connect(cls, address: str | None, namespace: str | None, **options: Any) -> RayRuntime:
+        """Join the cluster at `address` (None: a running one if there is one), or start an embedded one ("local")."""
+        runtime = cls(namespace)
+        if ray.is_initialized():
+            if address not in (None, "auto", ray.get_runtime_context().gcs_address):
+                raise ConfigError(f"this process is connected to Ray already; address {address!r} is another cluster")
+            return runtime
+        if address is None and _running_address() is None:
+            address = "local"
+        runtime._owns_connection = True
+        if address == "local":
+            runtime._start_embedded(options)
+            return runtime
+        try:
+            ray.init(address=address, namespace=namespace, **options)
+        except ConnectionError as error:
+            raise ConfigError(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from error
+        return runtime
+
+    def _start_embedded(self, options: dict[str, Any]) -> None:
+        for name, value in EMBEDDED_SETTINGS.items():
+            self._saved_environment[name] = os.environ.get(name)
+            os.environ.setdefault(name, value)
+        self._temp_dir = tempfile.mkdtemp(prefix="rayk-", dir=os.environ.get("RAY_TMPDIR"))
+        settings = {
+            "include_dashboard": False,
+            "logging_level": "warning",
+            "_temp_dir": self._temp_dir,
+            "_node_ip_address": "127.0.0.1",
+            **options,
+        }
+        try:
+            ray.init(address="local", namespace=self._namespace, **settings)
+        except BaseException:
+            self.disconnect()
+            raise
+
+    def disconnect(self) -> None:
+        """End the embedded Ray with all its processes and files, or leave the cluster that was joined."""
+        if not self._owns_connection:
+            return
+        self._owns_connection = False
+        ray.shutdown()
+        for name, value in self._saved_environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if self._temp_dir is not None:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+            self._temp_dir = None
+
+    # -- nodes and placement --------------------------------------------------------------------
+
+    def nodes(self) -> list[Node]:
+        """Live nodes, ordered by id."""
+        found = [
+            Node(n["NodeID"], n.get("NodeManagerHostname", n["NodeManagerAddress"]), dict(n["Resources"]))
+            for n in ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+            if n["Alive"]
+        ]
+        return sorted(found)
+
+    def run_on(self, node_id: str, task: Callable[..., Any], *args: Any) -> Any:
+        """Start a task on that very node, holding no CPU or GPU; a reference to its result."""
+        remote = ray.remote(num_cpus=0, num_gpus=0, max_calls=1, max_retries=0)(task)
+        affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        return remote.options(scheduling_strategy=affinity).remote(*args)
+
+    def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], name: str, timeout: float) -> Placement:
+        """One bundle per replica, spread over the nodes not in `avoid`; PlanError when they do not fit in time."""
+        selector = [{"ray.io/node-id": f"!in({','.join(avoid)})"}] * len(bundles) if avoid else None
+        lifetime = "detached" if self._namespace is not None else None
+        group = placement_group(bundles, "SPREAD", name=name, lifetime=lifetime, bundle_label_selector=selector)
+        if not group.wait(timeout):
+            remove_placement_group(group)
+            free = ray.available_resources()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+            raise PlanError(
+                f"no place for {len(bundles)} replica(s) of {bundles[0]} within {timeout:.0f} s; "
+                f"the cluster offers {free}"
+            )
+        where = placement_group_table(group)["bundles_to_node_id"]
+        return Placement(group, tuple(where[i] for i in range(len(bundles))))
+
+    # -- actors ---------------------------------------------------------------------------------
+
+    def start(self, spec: ActorSpec) -> RayActor:
+        """Start an actor; its constructor runs in the background. It is never restarted or retried by Ray."""
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            "num_gpus": spec.gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+        if spec.placement is not None:
+            group: PlacementGroup = spec.placement.group
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, spec.bundle)
+        if spec.name is not None and self._namespace is not None:
+            options |= {"name": spec.name, "lifetime": "detached"}
+        wrap: Any = ray.remote  # its overloads leave concurrency_groups out
+        actor_class = wrap(concurrency_groups={CONTROL_GROUP: 1}, num_cpus=0)(spec.cls)
+        return RayActor(actor_class.options(**options).remote(*spec.args))
+
+    def find(self, name: str) -> RayActor | None:
+        """The detached actor of that name in this session's namespace, or None."""
+        try:
+            handle: ActorHandle[Any] = ray.get_actor(name, namespace=self._namespace)
+            return RayActor(handle)
+        except ValueError:
+            return None
+
+    def get(self, ref: Any, target: str, timeout: float) -> Any:
+        """The result of a call to `target`. ActorGoneError, CallTimeoutError, or what rayk raised there."""
+        try:
+            return ray.get(ref, timeout=timeout)
+        except ray_errors.GetTimeoutError:
+            raise CallTimeoutError(target, timeout) from None
+        except (ray_errors.RayActorError, ray_errors.ActorUnschedulableError) as error:
+            raise ActorGoneError(_short(error)) from None
+        except ray_errors.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, RaykError):
+                raise cause from None
+            raise
+
+    def stop(self, actors: Sequence[Actor], placement: Placement | None) -> None:
+        """Kill actors and remove their placement group, and wait until both are gone; dead ones are fine."""
+        if not ray.is_initialized():
+            return
+        for actor in actors:
+            if isinstance(actor, RayActor):
+                with contextlib.suppress(ValueError, ray_errors.RayError):
+                    ray.kill(actor.handle, no_restart=True)
+        for actor in actors:
+            with contextlib.suppress(Exception):
+                ray.get(actor.call("ping", control=True), timeout=5)
+        if placement is not None:
+            remove_placement_group(placement.group)
+            deadline = time.monotonic() + 5
+            while placement_group_table(placement.group).get("state") != "REMOVED" and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    def dumps(self, value: Any) -> bytes:
+        """Pickle a function or value the way Ray does: by reference where the other side can import it."""
+        return bytes(ray.cloudpickle.dumps(value))  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+
+
+def _running_address() -> str | None:
+    """The cluster that RAY_ADDRESS names or that `ray start` recorded on this machine, or None."""
+    named = os.environ.get("RAY_ADDRESS")
+    if named:
+        return named
+    recorded = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
+    try:
+        return recorded.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _short(error: BaseException) -> str:
+    """What Ray says about a dead actor, on one line."""
+    text = str(error)
+    for marker in ("The actor died because", "The actor is dead because", "The actor died unexpectedly"):
+        if marker in text:
+            text = text[text.index(marker) :]
+            break
+    return " ".join(text.split())[:300]
