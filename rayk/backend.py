@@ -15,11 +15,12 @@ import torch
 
 from rayk.context import TextContext
 from rayk.errors import InsufficientBlocksError, NotClaimedError, RaykError
+from rayk.exports import PageExport
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams
 from rayk.peers import copy_spans
-from rayk.replica import PageExport, ReplicaCore, Usage
+from rayk.replica import ReplicaCore, Usage
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 
 Batches = Sequence[Sequence[TextContext]]
@@ -110,11 +111,11 @@ class InlineBackend:
         try:
             for span in copy_spans(have, resident, stop):
                 source = self.cores[span.replica]
-                exports.append((source, source.export(ctx, span.start, span.stop)))
+                exports.append((source, source.exports.export(ctx, span.start, span.stop, 0)))
             core.alloc(ctx, [export for _, export in exports])
         finally:
             for source, export in exports:
-                source.acknowledge(export.export_id)
+                source.exports.acknowledge(export.export_id)
 
     # -- batches -------------------------------------------------------------------------------
 

@@ -8,16 +8,14 @@ transaction. A request is claimed -> allocated -> .. -> released; its pages are,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from rayk.buffers import PageBuffers
 from rayk.context import TextContext
 from rayk.errors import AlreadyClaimedError, BatchError, InsufficientBlocksError, IntegrityError, NotClaimedError
-from rayk.hashing import page_hashes, root_hash
+from rayk.exports import Exports, PageExport
 from rayk.inputs import BatchCharacteristics, BatchShape, InputStage, ReplicaInputs
 from rayk.lookup import fill_batch
 from rayk.metrics import KVCacheMetrics
@@ -30,13 +28,14 @@ from rayk.tables import BlockTable
 class Request:
     """A claimed request. Its row holds `pages` page ids, of which the first `committed` are in the prefix tree."""
 
-    __slots__ = ("committed", "dummy", "pages", "row", "tip")
+    __slots__ = ("committed", "ctx", "dummy", "pages", "row", "tip")
 
     def __init__(self, row: int, dummy: bool) -> None:
         self.row = row
         self.dummy = dummy
         self.pages = 0
         self.committed = 0
+        self.ctx: TextContext | None = None  # the context it was used with last
         self.tip: Segment | None = None  # end of the held path in the prefix tree, None before the first hit or commit
 
 
@@ -50,22 +49,6 @@ class Usage(NamedTuple):
     @property
     def used(self) -> int:
         return self.total - self.free
-
-
-@dataclass(frozen=True)
-class PageExport:
-    """Pages `start` .. `start + len(hashes)` of a prefix, copied out of a replica that pins them until acknowledged."""
-
-    export_id: int
-    start: int
-    hashes: list[bytes]
-    data: list[torch.Tensor]  # uint8 [pages, bytes per page] per buffer
-
-
-@dataclass
-class _Export:
-    end: Segment
-    deadline: int
 
 
 class ReplicaCore:
@@ -93,12 +76,10 @@ class ReplicaCore:
         self._pool = PagePool(num_pages)
         self._tree = PrefixTree(params.page_size, self._pool)
         self._page_size = params.page_size
-        self._page_bytes = params.page_size * 4
         self._caching = params.enable_prefix_caching
         # S = L + accepted drafts + 2 D + 1 + B - max(1, placeholders): REFERENCE 2.3, step 6
         self._slots = 2 * params.num_draft_tokens + 1 + params.block_draft_slots
-        self._exports: dict[int, _Export] = {}
-        self._next_export = 0
+        self.exports = Exports(params, self._tree, self.buffers)
         self._bytes_per_page = params.bytes_per_page
         self._input_tokens = self._device_hits = self._peer_hits = self._evicted_before = 0
 
@@ -136,6 +117,19 @@ class ReplicaCore:
             raise NotClaimedError(request_id, self.replica, -1)
         return request
 
+    def _adopt(self, request: Request, ctx: TextContext) -> None:
+        """Go on with another context object for a claimed request: fine if it says the same about its pages."""
+        old, window = request.ctx, ctx.tokens
+        if old is not None and request.pages:
+            count = min(old.tokens.length, max(request.committed * self._page_size, window.processed))
+            same = np.array_equal(old.tokens.data[:count], window.data[: min(count, window.length)])
+            if not same or old.root_key != ctx.root_key:
+                raise BatchError(
+                    f"request {ctx.request_id!r} on replica {self.replica} has pages for other tokens or another salt "
+                    "than this context; release it before you use its id for a new request"
+                )
+        request.ctx = ctx
+
     # -- allocation ------------------------------------------------------------------------------
 
     def slots_needed(self, ctx: TextContext) -> int:
@@ -163,6 +157,8 @@ class ReplicaCore:
         window, size = ctx.tokens, self._page_size
         if request.dummy:
             return
+        if request.ctx is not ctx:
+            self._adopt(request, ctx)
         slots = self.slots_needed(ctx)
         drafts = len(ctx.draft_tokens_to_verify) + len(ctx.maybe_accepted_draft_tokens)
         if window.length + drafts > self.num_pages * size:
@@ -221,20 +217,8 @@ class ReplicaCore:
             base = self._tree.hold_root(ctx.root_key)
         match = self._tree.match(base, ctx.tokens.data[start * size : stop * size].tobytes())
         tip, have = self._tree.hold(match, base), start + match.pages
-        copied = self._importable(ctx, have, stop, imports) - have if imports else 0
+        copied = self.exports.usable(ctx, have, stop, imports) if imports else 0
         return tip, match.pages, min(copied, self._free)
-
-    def _importable(self, ctx: TextContext, have: int, stop: int, imports: Sequence[PageExport]) -> int:
-        """Up to which page `imports` continue the first `have` pages of the request, hashes and layout checked."""
-        mine, end = self.hashes(ctx, stop), have
-        for part in imports:
-            if self.buffers.check_layout(part.data, len(part.hashes)) is not None:
-                break
-            while part.start <= end < min(stop, part.start + len(part.hashes)):
-                if part.hashes[end - part.start] != mine[end]:
-                    return end
-                end += 1
-        return end
 
     def _attach(
         self,
@@ -256,7 +240,7 @@ class ReplicaCore:
             self._tree.make_room(copied)
             pages = row[start + hits : start + hits + copied]
             pages[:] = self._pool.take(copied)
-            self._import(pages, start + hits, imports)
+            self.exports.land(pages, start + hits, imports)
             tokens = ctx.tokens.data[(start + hits) * size : (start + hits + copied) * size].tobytes()
             tip = self._tree.commit(tip, tokens, pages).tip
         if len(own):
@@ -264,13 +248,6 @@ class ReplicaCore:
             row[start + hits + copied : request.pages] = self.num_pages
         request.tip = tip
         request.committed = start + hits + copied
-
-    def _import(self, pages: Pages, first: int, imports: Sequence[PageExport]) -> None:
-        for part in imports:
-            low, high = max(part.start, first), min(part.start + len(part.hashes), first + len(pages))
-            if low < high:
-                rows = slice(low - part.start, high - part.start)
-                self.buffers.write_bytes(pages[low - first : high - first], [d[rows] for d in part.data])
 
     def _take(self, request: Request, keep: int, need: int) -> None:
         """Append `need` empty pages after the first `keep`, evicting when there are too few."""
@@ -295,6 +272,8 @@ class ReplicaCore:
             window = ctx.tokens
             full = min(window.processed, window.length - ctx.pending_future_count) // size
             if full > request.committed and not request.dummy:
+                if request.ctx is not ctx:
+                    self._adopt(request, ctx)
                 if full > request.pages:
                     raise BatchError(
                         f"request {ctx.request_id!r} on replica {self.replica} has {window.processed} processed tokens "
@@ -357,39 +336,6 @@ class ReplicaCore:
             return None
         return self._tree.match(root, ctx.tokens.data[: stop * self._page_size].tobytes())
 
-    def export(self, ctx: TextContext, start: int, stop: int, deadline: int = 0) -> PageExport:
-        """Copies of the cached pages `start` .. `stop` of that prefix (fewer if evicted meanwhile), pinned until
-        acknowledge(). Their place in the eviction order does not change."""
-        tokens = ctx.tokens.data[: stop * self._page_size].tobytes()
-        root = self._tree.hold_root(ctx.root_key)
-        match = self._tree.match(root, tokens)
-        end = self._tree.hold(match, root)
-        self._next_export += 1
-        self._exports[self._next_export] = _Export(end, deadline)
-        pages = self._tree.path_pages(end)[start:]
-        return PageExport(
-            self._next_export, start, list(self.hashes(ctx, match.pages)[start:]), self.buffers.read_bytes(pages)
-        )
-
-    def acknowledge(self, export_id: int) -> None:
-        """The copies have landed or are not wanted: unpin. Unknown ids are ignored, so that it can be repeated."""
-        export = self._exports.pop(export_id, None)
-        if export is not None:
-            self._tree.undo(export.end, None)
-
-    def expire_exports(self, now: int) -> int:
-        """Unpin what was not acknowledged before its deadline (its reader is gone); how many."""
-        late = [i for i, export in self._exports.items() if export.deadline < now]
-        for export_id in late:
-            self.acknowledge(export_id)
-        return len(late)
-
-    def hashes(self, ctx: TextContext, pages: int) -> list[bytes]:
-        """The chained hashes of the request's first `pages` pages: what identifies them between replicas."""
-        seed = self.params.kv_hash_seed or b""
-        tokens = ctx.tokens.data[: pages * self._page_size].tobytes()
-        return list(page_hashes(self.params.kv_hash_algo, root_hash(seed, ctx.root_key), tokens, self._page_bytes))
-
     # -- queries -----------------------------------------------------------------------------------
 
     @property
@@ -451,7 +397,7 @@ class ReplicaCore:
         seen = np.zeros(self.num_pages, np.int64)
         self._pool.count_into(seen)
         tips = [r.tip for r in self.requests.values() if r.tip is not None]
-        self._tree.check_integrity(tips + [e.end for e in self._exports.values()], seen)
+        self._tree.check_integrity(tips + self.exports.tips, seen)
         where = f"replica {self.replica}"
         for request_id, request in self.requests.items():
             row = self.table.cells[request.row]

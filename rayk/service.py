@@ -20,8 +20,9 @@ from rayk import messages as m
 from rayk.backend import run_tick
 from rayk.context import TextContext
 from rayk.errors import MessageError, RaykError, RemoteError, StaleEpochError
+from rayk.exports import PageExport
 from rayk.inputs import BatchCharacteristics
-from rayk.replica import PageExport, ReplicaCore
+from rayk.replica import ReplicaCore
 from rayk.ticks import Tick
 from rayk.views import Mirrors, moved
 
@@ -79,7 +80,7 @@ class ReplicaService:
         self._answered.pop(client, None)
 
     def _run(self, command: m.ReplicaCommand, attached: Sequence[PageData]) -> tuple[m.Result, PageData]:
-        self.core.expire_exports(int(self._clock()))
+        self.core.exports.expire(int(self._clock()))
         try:
             return self._dispatch(command, attached)
         except RaykError as error:
@@ -115,12 +116,12 @@ class ReplicaService:
                 return m.Found([core.resident(c) for c in ctxs], [core.may_reuse(c) for c in ctxs]), []
             case m.Export(view, start, stop):
                 ctx = self._mirrors.context(view, keep=False)
-                export = core.export(ctx, start, stop, int(self._clock()) + EXPORT_SECONDS)
+                export = core.exports.export(ctx, start, stop, int(self._clock()) + EXPORT_SECONDS)
                 data = [t.cpu().numpy() for t in export.data]
                 return m.Exported(export.export_id, export.start, export.hashes), data
             case m.Acknowledge(export_ids):
                 for export_id in export_ids:
-                    core.acknowledge(export_id)
+                    core.exports.acknowledge(export_id)
             case m.Blocks(request_id):
                 return m.BlocksDone(request_id in core.requests, core.blocks(request_id)), []
             case m.GetUsage():
