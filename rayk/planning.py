@@ -6,6 +6,7 @@ is checked against the plan, None takes the planned number.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,41 +103,47 @@ def replicas_that_fit(node: NodeMemory, params: KVCacheParams) -> int:
     return len(node.gpus) // params.tensor_parallel_degree if uses_cuda(params) else params.data_parallel_degree
 
 
-def planned_pages(node: NodeMemory, params: KVCacheParams, replicas: int) -> int:
-    """Pages per replica when `replicas` of them share that node, the null page already taken off; may be below 1.
+def planned_pages(node: NodeMemory, params: KVCacheParams, sharing: int) -> int:
+    """Pages per replica when `sharing` of them share one memory, the null page already taken off; may be below 1.
 
     CUDA: the TP shards of a replica take equal shares of a page, so the GPU with the least free memory decides.
-    Host: they share one memory.
+    Host: all replicas of the node share one memory.
     """
+    free, part, page = _offer(node, params)
+    return int(free * part) // max(1, sharing) // page - 1
+
+
+def _offer(node: NodeMemory, params: KVCacheParams) -> tuple[int, float, int]:
+    """Free bytes of the memory that decides, the part of them that rayk takes, and a page's bytes there."""
     if uses_cuda(params):
-        share = -(-params.bytes_per_page // params.tensor_parallel_degree)
-        return int(min((g.free for g in node.gpus), default=0) * GPU_UTILIZATION) // share - 1
-    return int(node.host_free * HOST_UTILIZATION) // max(1, replicas) // params.bytes_per_page - 1
+        shard_bytes = -(-params.bytes_per_page // params.tensor_parallel_degree)
+        return min((g.free for g in node.gpus), default=0), GPU_UTILIZATION, shard_bytes
+    return node.host_free, HOST_UTILIZATION, params.bytes_per_page
 
 
-def plan_replica(node: NodeMemory, params: KVCacheParams, wanted: int | None, replicas: int) -> ReplicaPlan:
-    """The plan of one of `replicas` replicas on that node; PlanError when `wanted` pages, or one, do not fit."""
-    fits = planned_pages(node, params, replicas)
+def plan_replica(node: NodeMemory, params: KVCacheParams, wanted: int | None, sharing: int) -> ReplicaPlan:
+    """The plan of one of `sharing` replicas in that memory; PlanError when `wanted` pages, or one, do not fit."""
+    fits = planned_pages(node, params, sharing)
     pages = fits if wanted is None else wanted
     if pages > fits or fits < 1:
-        free = min((g.free for g in node.gpus), default=0) if uses_cuda(params) else node.host_free
-        part = GPU_UTILIZATION if uses_cuda(params) else HOST_UTILIZATION
+        free, part, page = _offer(node, params)
         remedy = f"ask for at most {fits} pages" if fits >= 1 else "use smaller pages, fewer layers or a larger node"
         raise PlanError(
-            f"{max(pages, 1)} page(s) of {params.bytes_per_page} bytes for each of {replicas} replica(s) do not fit on "
-            f"node {node.host_name}: {free} bytes free, of which rayk takes {part:.0%}; {remedy}"
+            f"{max(pages, 1)} page(s) of {page} bytes (and the null page) do not fit on node {node.host_name}: "
+            f"{free} bytes are free, of which rayk takes {part:.0%} for {sharing} replica(s); {remedy}"
         )
     return ReplicaPlan(node.node_id, pages, (pages + 1) * params.bytes_per_page, fits)
 
 
 def plan_here(params: KVCacheParams, wanted: int | None) -> int:
-    """Pages per replica when all of them live in this process."""
-    node = measure_node()
-    if uses_cuda(params) and len(node.gpus) < params.data_parallel_degree * params.tensor_parallel_degree:
-        distinct = len(set(params.devices))
-        if distinct > len(node.gpus):
-            raise PlanError(f"{distinct} CUDA devices are named, this machine has {len(node.gpus)}")
-    return plan_replica(node, params, wanted, params.data_parallel_degree).pages
+    """Pages per replica when all of them live in this process; CUDA devices may be shared."""
+    node, sharing = measure_node(), params.data_parallel_degree
+    if uses_cuda(params):
+        named = Counter(params.devices)
+        if len(named) > len(node.gpus):
+            raise PlanError(f"{len(named)} CUDA devices are named, this machine has {len(node.gpus)}")
+        sharing = max(named.values())
+    return plan_replica(node, params, wanted, sharing).pages
 
 
 def refused_nodes(nodes: Sequence[NodeMemory], params: KVCacheParams, wanted: int | None) -> dict[str, str]:

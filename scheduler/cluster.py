@@ -89,17 +89,17 @@ def _place(runtime: Runtime, config: ClusterConfig, nodes: list[NodeMemory], nam
     bundle = {"CPU": SLIVER}
     if uses_cuda(params):
         bundle["GPU"] = float(params.tensor_parallel_degree)
-    return runtime.place([bundle] * params.data_parallel_degree, list(refused), name or "rayk", PLACE_SECONDS)
+    return runtime.place([bundle] * params.data_parallel_degree, list(refused), name or "", PLACE_SECONDS)
 
 
 def _start_replicas(runtime: Runtime, cluster: Cluster, nodes: list[NodeMemory], name: str | None) -> Cluster:
     config, placement = cluster.config, cluster.placement
     assert placement is not None
     by_id = {node.node_id: node for node in nodes}
-    sharing = Counter(placement.node_ids)
-    plans = [
-        plan_replica(by_id[node_id], config.params, config.wanted_pages, sharing[node_id])
-        for node_id in placement.node_ids
+    on_node = Counter(placement.node_ids)
+    plans = [  # on CUDA every replica has GPUs of its own
+        plan_replica(by_id[i], config.params, config.wanted_pages, 1 if uses_cuda(config.params) else on_node[i])
+        for i in placement.node_ids
     ]
     epoch = time.time_ns() // 1_000
     started: list[Actor] = []
