@@ -141,7 +141,7 @@ class RayRuntime:
         self._temp_dir = tempfile.mkdtemp(prefix="rayk-", dir=os.environ.get("RAY_TMPDIR"))
         settings = {
             "include_dashboard": False,
-            "logging_level": "warning",
+            "logging_level": "error",
             "_temp_dir": self._temp_dir,
             "_node_ip_address": "127.0.0.1",
             **options,
@@ -213,7 +213,7 @@ class RayRuntime:
             group: PlacementGroup = spec.placement.group
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, spec.bundle)
         if spec.name is not None and self._namespace is not None:
-            options |= {"name": spec.name, "lifetime": "detached"}
+            options |= {"name": spec.name, "namespace": self._namespace, "lifetime": "detached"}
         wrap: Any = ray.remote  # its overloads leave concurrency_groups out
         actor_class = wrap(concurrency_groups={CONTROL_GROUP: 1}, num_cpus=0)(spec.cls)
         return RayActor(actor_class.options(**options).remote(*spec.args))

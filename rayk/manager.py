@@ -64,6 +64,7 @@ class PagedKVCacheManager:
         self.params = params
         self._replicas = params.data_parallel_degree
         self._closed = False
+        self._session = session
         self._backend = self._start(
             session, total_num_pages, max_batch_size, enable_runtime_checks, router, session.adopt(self)
         )
@@ -295,7 +296,8 @@ class PagedKVCacheManager:
         """Give everything back: pages, actors, placement. Safe to call twice."""
         if not self._closed:
             self._closed = True
-            if hasattr(self, "_backend"):
+            self._session.dismiss(self)
+            if hasattr(self, "_backend"):  # not when its start failed
                 self._backend.close()
 
     def __enter__(self) -> PagedKVCacheManager:

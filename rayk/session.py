@@ -7,8 +7,9 @@ and ends the local Ray that it started itself; a cluster that it only joined is 
 from __future__ import annotations
 
 import atexit
-import weakref
+from collections.abc import MutableSet
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
 
 from rayk.errors import ClosedError, ConfigError
 
@@ -41,7 +42,8 @@ class InferenceSession:
         self.name = name
         self._ray: Runtime | None = None
         self._closed = False
-        self._managers: list[weakref.ref[_Closable]] = []
+        # A manager on Ray must be shut down by somebody; one in this process ends with its last reference.
+        self._managers: MutableSet[_Closable] = WeakSet() if runtime == "inline" else set()
         self._managers_made = 0
         if runtime == "ray":
             from rayk.actors.runtime import RayRuntime
@@ -65,10 +67,13 @@ class InferenceSession:
     def adopt(self, manager: _Closable) -> int:
         """Shut `manager` down with this session; how many managers were adopted before it."""
         self.check_open()
-        self._managers = [ref for ref in self._managers if ref() is not None]
-        self._managers.append(weakref.ref(manager))
+        self._managers.add(manager)
         self._managers_made += 1
         return self._managers_made - 1
+
+    def dismiss(self, manager: _Closable) -> None:
+        """`manager` was shut down."""
+        self._managers.discard(manager)
 
     def close(self) -> None:
         """Shut down what this session started; managers of a named session stay. Safe to call twice."""
@@ -77,10 +82,8 @@ class InferenceSession:
         atexit.unregister(self.close)
         try:
             if self.name is None:
-                for ref in self._managers:
-                    manager = ref()
-                    if manager is not None:
-                        manager.shutdown()
+                for manager in list(self._managers):
+                    manager.shutdown()
         finally:
             self._closed = True
             if self._ray is not None:
