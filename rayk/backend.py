@@ -8,6 +8,7 @@ there is one batch per replica. It is wider than a protocol should be because tw
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -54,6 +55,7 @@ class Backend(Protocol):
     def read_pages(self, page_ids: Sequence[int], replica: int) -> list[torch.Tensor]: ...
     def check_integrity(self) -> None: ...
     def close(self) -> None: ...
+    def leave(self) -> None: ...
 
 
 class InlineBackend:
@@ -162,7 +164,8 @@ class InlineBackend:
         for core, tick in zip(self.cores, ticks, strict=True):
             results.append(run_tick(core, tick, fn))
             for request_id in tick.release:
-                self._placements.remove(request_id)
+                if request_id not in core.requests:
+                    self._placements.remove(request_id)
         return results
 
     def runtime_inputs(
@@ -174,12 +177,25 @@ class InlineBackend:
         ]
 
     def execute(self, batches: Batches, fn: Forward) -> list[Any]:
-        inputs = self.runtime_inputs(batches, None, None)
-        return [fn(part, [ctx.snapshot() for ctx in batch]) for part, batch in zip(inputs, batches, strict=True)]
+        def run(core: ReplicaCore, batch: Sequence[TextContext]) -> Any:
+            return fn(core.runtime_inputs(batch), [ctx.snapshot() for ctx in batch])
+
+        return self._each(run, batches)
 
     def step(self, batches: Batches) -> None:
+        self._each(ReplicaCore.step, batches)
+
+    def _each(self, work: Callable[[ReplicaCore, Sequence[TextContext]], Any], batches: Batches) -> list[Any]:
+        """Every replica does its part, as it would in a process of its own; then the first error is raised."""
+        results, first = [], None
         for core, batch in zip(self.cores, batches, strict=True):
-            core.step(batch)
+            try:
+                results.append(work(core, batch))
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first
+        return results
 
     # -- queries ---------------------------------------------------------------------------------
 
@@ -216,32 +232,64 @@ class InlineBackend:
     def close(self) -> None:
         self.cores.clear()
 
+    def leave(self) -> None:
+        self.close()
+
 
 def run_tick(core: ReplicaCore, tick: Tick, fn: Forward | None) -> TickResult:
-    """One replica's part of a tick, in the order that Tick promises."""
-    start = perf_counter()
-    core.step(tick.step)
-    stepped = perf_counter()
-    for request_id in tick.release:
-        core.release(request_id)
-    refused: dict[str, InsufficientBlocksError] = {}
-    begin = perf_counter()
-    for ctx in tick.alloc:
-        try:
-            core.alloc(ctx)
-        except InsufficientBlocksError as error:
-            refused[ctx.request_id] = error
-    allocated = perf_counter()
-    value = None
-    batch = [ctx for ctx in tick.execute if ctx.request_id not in refused] if refused else tick.execute
-    if batch and fn is not None:
-        value = fn(core.runtime_inputs(batch), [ctx.snapshot() for ctx in batch])
+    """One replica's part of a tick, in the order that Tick promises.
+
+    An error ends the tick and is in the result, with what was done before it. A tick that names a request which is
+    not claimed does nothing.
+    """
+    done = _Progress()
+    try:
+        _check_claimed(core, tick)
+        done.step(core, tick)
+        done.alloc(core, tick)
+        done.execute(core, tick, fn)
+    except Exception as error:
+        done.error = error
     usage = core.usage
     return TickResult(
-        value=value,
-        refused=refused,
-        free_pages=usage.free,
-        used_pages=usage.used,
-        step_seconds=stepped - start,
-        alloc_seconds=allocated - begin,
+        done.value, done.refused, usage.free, usage.used, done.step_seconds, done.alloc_seconds, done.error
     )
+
+
+def _check_claimed(core: ReplicaCore, tick: Tick) -> None:
+    named = [ctx.request_id for ctx in (*tick.step, *tick.alloc, *tick.execute)]
+    for request_id in (*named, *tick.release):
+        if request_id not in core.requests:
+            raise NotClaimedError(request_id, core.replica, -1)
+
+
+@dataclass
+class _Progress:
+    """What a tick has come to so far."""
+
+    value: Any = None
+    refused: dict[str, InsufficientBlocksError] = field(default_factory=dict)
+    step_seconds: float = 0.0
+    alloc_seconds: float = 0.0
+    error: Exception | None = None
+
+    def step(self, core: ReplicaCore, tick: Tick) -> None:
+        start = perf_counter()
+        core.step(tick.step)
+        self.step_seconds = perf_counter() - start
+        for request_id in tick.release:
+            core.release(request_id)
+
+    def alloc(self, core: ReplicaCore, tick: Tick) -> None:
+        start = perf_counter()
+        for ctx in tick.alloc:
+            try:
+                core.alloc(ctx)
+            except InsufficientBlocksError as error:
+                self.refused[ctx.request_id] = error
+        self.alloc_seconds = perf_counter() - start
+
+    def execute(self, core: ReplicaCore, tick: Tick, fn: Forward | None) -> None:
+        batch = [ctx for ctx in tick.execute if ctx.request_id not in self.refused]
+        if batch and fn is not None:
+            self.value = fn(core.runtime_inputs(batch), [ctx.snapshot() for ctx in batch])

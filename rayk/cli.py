@@ -85,6 +85,13 @@ def _built(parameter: typer.CallbackParam, value: str | None) -> str | None:
     return value
 
 
+def _no_more(arguments: Sequence[str]) -> None:
+    if arguments:
+        if arguments[0] == "core":
+            raise NotBuiltError("rayk bench core")
+        raise typer.BadParameter(f"unexpected argument {arguments[0]!r}")
+
+
 def _refused(flag: str) -> Any:
     return typer.Option(flag, help="Not built yet.", hidden=True, callback=_refuse)
 
@@ -94,8 +101,9 @@ _WORK, _CLUSTER, _LOAD, _CACHE, _OUTPUT = "Workload", "Cluster", "Load", "Cache"
 BENCH_EPILOG = "Example: rayk bench --workload chat --replicas 2 --forward verify --out demo-out"
 
 
-@app.command(epilog=BENCH_EPILOG)
+@app.command(epilog=BENCH_EPILOG, context_settings={"allow_extra_args": True})
 def bench(
+    context: typer.Context,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -110,7 +118,7 @@ def bench(
         float | None, typer.Option(help="Factor on all lengths of a generator.", rich_help_panel=_WORK)
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(help="How many requests to serve: 400, or all of a trace.", rich_help_panel=_WORK)
+        int | None, typer.Option(help="How many requests to serve: 1000, or all of a trace.", rich_help_panel=_WORK)
     ] = None,
     duration: Annotated[
         str | None,
@@ -197,6 +205,7 @@ def bench(
     nodes: Annotated[str | None, _refused("--nodes")] = None,
 ) -> int:
     """Serve a workload or a trace from N replicas, and report."""
+    _no_more(context.args)
     from rayk.bench.command import BenchCommand
 
     return BenchCommand(

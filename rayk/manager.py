@@ -65,12 +65,11 @@ class PagedKVCacheManager:
         self._replicas = params.data_parallel_degree
         self._closed = False
         self._session = session
-        self._backend = self._start(
-            session, total_num_pages, max_batch_size, enable_runtime_checks, router, session.adopt(self)
-        )
+        self._backend = self._start(session, total_num_pages, max_batch_size, enable_runtime_checks, router)
+        session.adopt(self)
 
     def _start(
-        self, session: InferenceSession, pages: int | None, max_batch_size: int, checks: bool, router: str, index: int
+        self, session: InferenceSession, pages: int | None, max_batch_size: int, checks: bool, router: str
     ) -> Backend:
         """The backend of the session's runtime; on Ray this plans, places and starts the actors."""
         if session.runtime == "inline":
@@ -79,7 +78,7 @@ class PagedKVCacheManager:
         from rayk.scheduler.client import RayBackend
         from rayk.scheduler.cluster import ClusterConfig, start_cluster
 
-        name = f"{session.name}/{index}" if session.name is not None else None
+        name = f"{session.name}/{session.managers_made}" if session.name is not None else None
         config = ClusterConfig(self.params, pages, max_batch_size, checks, router)
         return RayBackend(session.ray, start_cluster(session.ray, config, name), leased=name is not None)
 
@@ -136,10 +135,11 @@ class PagedKVCacheManager:
         held: list[tuple[str, int]] = []
         try:
             for replica, batch in enumerate(replica_batches):
-                for admission, ctx in zip(backend.try_admit(batch, [replica] * len(batch), True), batch, strict=False):
+                admissions = backend.try_admit(batch, [replica] * len(batch), True)
+                held += [(c.request_id, replica) for c, a in zip(batch, admissions, strict=False) if a.error is None]
+                for admission in admissions:
                     if admission.error is not None:
                         raise admission.error
-                    held.append((ctx.request_id, replica))
             yield
         finally:
             for request_id, replica in held:
@@ -170,8 +170,15 @@ class PagedKVCacheManager:
         return backend.try_admit(ctxs, replicas, False)
 
     def tick(self, ticks: Sequence[Tick], fn: Forward | None = None) -> list[TickResult]:
-        """One iteration on every replica at once, one message each; see Tick for the order of its parts."""
-        return self._for(ticks).tick(ticks, fn)
+        """One iteration on every replica at once, one message each; see Tick for the order of its parts.
+
+        An error of one replica (fn raised, a request is not claimed) is raised after all have done theirs.
+        """
+        results = self._for(ticks).tick(ticks, fn)
+        for result in results:
+            if result.error is not None:
+                raise result.error
+        return results
 
     def runtime_inputs(
         self,
@@ -297,8 +304,14 @@ class PagedKVCacheManager:
         if not self._closed:
             self._closed = True
             self._session.dismiss(self)
-            if hasattr(self, "_backend"):  # not when its start failed
-                self._backend.close()
+            self._backend.close()
+
+    def leave(self) -> None:
+        """Release what this driver has claimed and go; the actors of a named session stay for other drivers."""
+        if not self._closed:
+            self._closed = True
+            self._session.dismiss(self)
+            self._backend.leave()
 
     def __enter__(self) -> PagedKVCacheManager:
         return self

@@ -312,7 +312,10 @@ class Exported(_Message, frozen=True):
 
 
 class TickDone(_Message, frozen=True):
-    """`moved` and `refused` by request id; `value` is what fn returned, pickled, b'' when it did not run."""
+    """`moved` and `refused` by request id; `value` is what fn returned, pickled, b'' when it did not run.
+
+    `failure` is what ended the tick early; by then the first `released` requests were released.
+    """
 
     moved: dict[str, Moved]
     refused: dict[str, Failure]
@@ -321,6 +324,8 @@ class TickDone(_Message, frozen=True):
     used: int
     step_seconds: float
     alloc_seconds: float
+    released: int
+    failure: Failure | None = None
 
 
 class InputsDone(_Message, frozen=True):
@@ -440,7 +445,7 @@ def decode_reply(wire: bytes) -> Reply:
 def _decode(decoder: Any, wire: bytes, what: str) -> Any:
     try:
         return decoder.decode(wire)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MessageError(
             f"{len(wire)} bytes are no {what} of this version of rayk: {error}; use the same version everywhere"
         ) from error

@@ -163,18 +163,17 @@ class PrefixTree:
     def release(self, tip: Segment) -> None:
         """A holder of the path to `tip` is done: what nobody else holds becomes evictable, as of now."""
         self._tick = tick = self._tick + 1
-        if tip.refs == 1 and len(tip.pages):
-            self._queue.append((tick, tip))
-            tip.queued = True
         node = tip
         while node.parent is not None:
             node.refs -= 1
+            node.tick = tick  # also when an export still holds it: undo() will find its place by the tick
+            node.queued = False  # an older entry, if any, bears an older tick
             if not node.refs:
-                node.tick = tick
                 self.evictable += len(node.pages)
-                if node is not tip:
-                    node.queued = False  # an older entry, if any, bears an older tick
             node = node.parent
+        if not tip.refs and len(tip.pages):
+            self._queue.append((tick, tip))
+            tip.queued = True
         self._let_go_of_root(node)
         if len(self._queue) > 2 * self._segments + 64:
             self._queue = deque(entry for entry in self._queue if entry[0] == entry[1].tick)

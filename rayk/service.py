@@ -83,11 +83,8 @@ class ReplicaService:
         self.core.exports.expire(int(self._clock()))
         try:
             return self._dispatch(command, attached)
-        except RaykError as error:
-            return m.failure(error), []
-        except Exception as error:  # a shipped function or a bug in rayk: report it, stay alive
-            remote = RemoteError(self.core.replica, type(error).__name__, str(error), traceback.format_exc())
-            return m.failure(remote), []
+        except Exception as error:  # a shipped function or a bug in rayk, too: report it, stay alive
+            return self._failure(error), []
 
     def _dispatch(self, command: m.ReplicaCommand, attached: Sequence[PageData]) -> tuple[m.Result, PageData]:
         core = self.core
@@ -194,7 +191,8 @@ class ReplicaService:
             execute=[ctxs[i] for i in command.execute],
         )
         done = run_tick(self.core, tick, pickle.loads(command.fn) if command.fn else None)
-        for request_id in command.release:
+        released = [request_id for request_id in command.release if request_id not in self.core.requests]
+        for request_id in released:
             self._mirrors.drop(request_id)
         return m.TickDone(
             moved={c.request_id: moved(c) for c in tick.alloc if c.request_id not in done.refused},
@@ -204,7 +202,16 @@ class ReplicaService:
             used=done.used_pages,
             step_seconds=done.step_seconds,
             alloc_seconds=done.alloc_seconds,
+            released=len(released),
+            failure=self._failure(done.error) if done.error is not None else None,
         )
+
+    def _failure(self, error: Exception) -> m.Failure:
+        """Any error as a message; what is not rayk's own (a shipped function, a bug) comes with its traceback."""
+        if isinstance(error, RaykError):
+            return m.failure(error)
+        trace = "".join(traceback.format_exception(error))
+        return m.failure(RemoteError(self.core.replica, type(error).__name__, str(error), trace))
 
     def _inputs(
         self, views: Sequence[m.ContextView], max_cache_length: int | None, bounds: tuple[int, int, int] | None

@@ -21,6 +21,7 @@ RUNTIMES = ("inline", "ray")
 
 class _Closable(Protocol):
     def shutdown(self) -> None: ...
+    def leave(self) -> None: ...
 
 
 class InferenceSession:
@@ -44,7 +45,7 @@ class InferenceSession:
         self._closed = False
         # A manager on Ray must be shut down by somebody; one in this process ends with its last reference.
         self._managers: MutableSet[_Closable] = WeakSet() if runtime == "inline" else set()
-        self._managers_made = 0
+        self.managers_made = 0
         if runtime == "ray":
             from rayk.actors.runtime import RayRuntime
 
@@ -64,12 +65,10 @@ class InferenceSession:
         if self._closed:
             raise ClosedError("this session")
 
-    def adopt(self, manager: _Closable) -> int:
-        """Shut `manager` down with this session; how many managers were adopted before it."""
-        self.check_open()
+    def adopt(self, manager: _Closable) -> None:
+        """End `manager` with this session. The n-th manager of one named session is the n-th of all of that name."""
         self._managers.add(manager)
-        self._managers_made += 1
-        return self._managers_made - 1
+        self.managers_made += 1
 
     def dismiss(self, manager: _Closable) -> None:
         """`manager` was shut down."""
@@ -81,9 +80,8 @@ class InferenceSession:
             return
         atexit.unregister(self.close)
         try:
-            if self.name is None:
-                for manager in list(self._managers):
-                    manager.shutdown()
+            for manager in list(self._managers):
+                manager.shutdown() if self.name is None else manager.leave()
         finally:
             self._closed = True
             if self._ray is not None:

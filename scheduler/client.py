@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,6 @@ from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.views import Sender, apply_move
 
 LEASE_SECONDS = 15.0  # a driver of a named session that is silent this long has its requests released
-T = TypeVar("T")
 
 
 class RayBackend:
@@ -129,7 +129,7 @@ class RayBackend:
             places = [self._wish(ctx, r, claim) for ctx, r in zip(ctxs, targets, strict=True)]
             return m.PlaceMany(places, self._take_released(), stop_on_error)
 
-        done: m.PlaceDone = self._fresh(lambda: self._scheduler.ask(command()))
+        done: m.PlaceDone = self._scheduler.ask(command())
         errors = [m.to_error(a.failure) for a in done.admitted if a.failure is not None]
         if any(isinstance(error, StaleContextError) for error in errors) and not claim:
             self._sender.forget(ctxs[0].request_id)
@@ -169,46 +169,54 @@ class RayBackend:
     def _views(self, ctxs: Sequence[TextContext], replica: int) -> list[m.ContextView]:
         return [self._sender.view(ctx, replica) for ctx in ctxs]
 
-    def _fresh(self, call: Callable[[], T]) -> T:
-        """Run `call`, once more with whole contexts when a replica lacks earlier tokens of one."""
-        try:
-            return call()
-        except StaleContextError as error:
-            self._sender.forget(error.request_id)
-            return call()
-
     def _each(self, batches: Batches, command: Callable[[int, Sequence[TextContext]], Any]) -> list[Any]:
         """One message to each replica whose command is not None, all sent before the first answer is read."""
 
-        def attempt() -> list[Any]:
-            commands = [command(r, batch) for r, batch in enumerate(batches)]
-            sent = [link.send(c) if c is not None else None for link, c in zip(self._links, commands, strict=True)]
-            return self._collect(sent)
+        def send(r: int) -> Pending | None:
+            message = command(r, batches[r])
+            return self._links[r].send(message) if message is not None else None
 
-        results = self._fresh(attempt)
-        for r, batch in enumerate(batches):
-            self._arrived(batch, r)
-        return results
-
-    def _arrived(self, batch: Sequence[TextContext], replica: int) -> None:
-        for ctx in batch:
-            if self._placed.get(ctx.request_id) == replica:
-                self._sender.arrived(ctx, replica)
-
-    @staticmethod
-    def _collect(sent: Sequence[Pending | None]) -> list[Any]:
-        """All results; the first error only after every answer was read."""
+        sent = [self._attempt(lambda r=r: send(r)) for r in range(len(batches))]  # type: ignore[misc]
         results: list[Any] = []
         first: RaykError | None = None
-        for pending in sent:
+        for r, pending in enumerate(sent):
             try:
-                results.append(pending.wait().result if pending is not None else None)
+                results.append(self._read(pending, partial(send, r), batches[r]))
+                self._arrived(batches[r], r)
             except RaykError as error:
                 first = first or error
                 results.append(None)
         if first is not None:
             raise first
         return results
+
+    def _read(
+        self, pending: Pending | RaykError | None, again: Callable[[], Pending | None], batch: Sequence[TextContext]
+    ) -> Any:
+        """The result; a replica that lacks earlier tokens has done nothing and gets its message again, whole."""
+        if isinstance(pending, RaykError):
+            raise pending
+        if pending is None:
+            return None
+        try:
+            return pending.wait().result
+        except StaleContextError:
+            for ctx in batch:
+                self._sender.forget(ctx.request_id)
+            repeated = again()
+            return repeated.wait().result if repeated is not None else None
+
+    @staticmethod
+    def _attempt(send: Callable[[], Pending | None]) -> Pending | RaykError | None:
+        try:
+            return send()
+        except RaykError as error:
+            return error
+
+    def _arrived(self, batch: Sequence[TextContext], replica: int) -> None:
+        for ctx in batch:
+            if self._placed.get(ctx.request_id) == replica:
+                self._sender.arrived(ctx, replica)
 
     def step(self, batches: Batches) -> None:
         self._each(batches, lambda r, batch: m.Step(self._views(batch, r)) if batch else None)
@@ -268,7 +276,7 @@ class RayBackend:
             moved = done.moved.get(ctx.request_id)
             if moved is not None:
                 apply_move(ctx, moved)
-        for request_id in tick.release:
+        for request_id in tick.release[: done.released]:
             self._gone(request_id)
         refused = {}
         for request_id, failed in done.refused.items():
@@ -282,6 +290,7 @@ class RayBackend:
             done.used,
             done.step_seconds,
             done.alloc_seconds,
+            m.to_error(done.failure) if done.failure is not None else None,
         )
 
     # -- queries -------------------------------------------------------------------------------------
@@ -327,3 +336,8 @@ class RayBackend:
     def close(self) -> None:
         self._stopped.set()
         self._cluster.stop(self._runtime)
+
+    def leave(self) -> None:
+        self._stopped.set()
+        with suppress(SchedulerLostError):  # nothing is left to be released then
+            self._scheduler.ask(m.Disconnect())

@@ -18,6 +18,7 @@ from rayk.errors import ConfigError, PlanError, RaykError, SchedulerLostError
 from rayk.params import KVCacheParams
 from rayk.planning import NodeMemory, plan_replica, refused_nodes, replicas_that_fit, uses_cuda
 from rayk.scheduler.actor import SchedulerActor
+from rayk.scheduler.routing import make_router
 
 START_SECONDS = 180.0
 PLACE_SECONDS = 60.0
@@ -56,6 +57,7 @@ class Cluster:
 
 def start_cluster(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster:
     """Start everything, or attach to what runs under `name`; PlanError or ConfigError otherwise."""
+    make_router(config.router)  # a wrong name is refused before anything starts
     if name is not None:
         running = runtime.find(f"{name}/scheduler")
         if running is not None:

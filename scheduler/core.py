@@ -55,14 +55,20 @@ class SchedulerCore:
         self.epochs = list(epochs)
         self.placements = Placements(len(self.epochs))
         self.renewed: dict[str, float] = {}  # client -> when it was heard of last
-        self._leases: dict[str, float] = {}
+        self._leases: dict[str, float] = {}  # client -> seconds it may be silent
+        self._silent: set[str] = set()  # clients that were silent for longer, and whose requests were released
         self._owners: dict[str, str] = {}  # request -> client
         self._router = router
         self._copies = copies and len(self.epochs) > 1
         self._clock = clock
 
     def handle(self, client: str, command: m.SchedulerCommand) -> Script:
-        """The script that carries out `command` for `client`."""
+        """The script that carries out `command` for `client`, after requests of silent drivers were released."""
+        self._silent.discard(client)
+        yield from self._expire()
+        return (yield from self._script(client, command))
+
+    def _script(self, client: str, command: m.SchedulerCommand) -> Script:
         match command:
             case m.PlaceMany():
                 return self._place_many(client, command)
@@ -82,7 +88,7 @@ class SchedulerCore:
     # -- claims ----------------------------------------------------------------------------------
 
     def _claim(self, client: str, command: m.ClaimOne) -> Script:
-        self._forget(command.released)
+        self._forget_own(client, command.released)
         self._check_index(command.replica)
         yield from self._verify([command.request_id])
         self._add(client, command.request_id, command.replica, 0)
@@ -113,10 +119,14 @@ class SchedulerCore:
             self.placements.remove(request_id)
             self._owners.pop(request_id, None)
 
+    def _forget_own(self, client: str, request_ids: Sequence[str]) -> None:
+        """What `client` released on replicas itself; by now another client may have claimed the id."""
+        self._forget([i for i in request_ids if self._owners.get(i) == client])
+
     # -- placing ---------------------------------------------------------------------------------
 
     def _place_many(self, client: str, command: m.PlaceMany) -> Script:
-        self._forget(command.released)
+        self._forget_own(client, command.released)
         places = command.places
         yield from self._verify([p.view.request_id for p in places if p.claim])
         replicas: list[int] = []
@@ -127,6 +137,11 @@ class SchedulerCore:
             except RaykError as error:
                 replicas.append(error.replica if isinstance(error, AlreadyClaimedError) else -1)
                 admitted[i] = m.Admitted(failure=m.failure(error))
+                if command.stop_on_error:
+                    rest = range(i + 1, len(places))
+                    admitted.update((j, m.Admitted()) for j in rest)
+                    replicas += [-1] * len(rest)
+                    break
         todo = [i for i in range(len(places)) if i not in admitted]
         copies = yield from self._fetch(places, replicas, [i for i in todo if places[i].peers])
         try:
@@ -220,18 +235,28 @@ class SchedulerCore:
     # -- drivers -----------------------------------------------------------------------------------
 
     def _connect(self, client: str, lease: float | None) -> Script:
-        now = self._clock()
-        late = [c for c, seconds in self._leases.items() if self.renewed.get(c, 0.0) + seconds < now]
-        for other in late:
-            yield from self._leave(other)
         if lease is not None:
-            self._leases[client], self.renewed[client] = lease, now
+            self._leases[client], self.renewed[client] = lease, self._clock()
+        yield []
         return m.Done()
 
+    def _expire(self) -> Generator[list[Ask], list[Told], None]:
+        """Release the requests of drivers that did not renew their lease."""
+        now = self._clock()
+        for client, seconds in self._leases.items():
+            if client not in self._silent and self.renewed[client] + seconds < now:
+                self._silent.add(client)
+                yield from self._release_all(client)
+
     def _leave(self, client: str) -> Script:
-        """Release what a driver still has claimed."""
         self._leases.pop(client, None)
         self.renewed.pop(client, None)
+        self._silent.discard(client)
+        yield from self._release_all(client)
+        return m.Done()
+
+    def _release_all(self, client: str) -> Generator[list[Ask], list[Told], None]:
+        """Release what a driver has claimed."""
         mine = [request_id for request_id, owner in self._owners.items() if owner == client]
         by_replica: dict[int, list[str]] = {}
         for request_id in mine:
@@ -241,7 +266,6 @@ class SchedulerCore:
         if by_replica:
             yield [Ask(r, m.Release(ids, missing_ok=True)) for r, ids in by_replica.items()]
         self._forget(mine)
-        return m.Done()
 
     def _describe(self) -> Script:
         loads = self.placements.loads

@@ -1,0 +1,166 @@
+"""What `rayk bench` and `rayk report` do once their flags are read: an exit code, or a RaykError for bad usage."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from rich.console import Console
+
+from rayk.bench.progress import progress_view, summary_table
+from rayk.bench.quantity import parse_duration
+from rayk.bench.report import write_report
+from rayk.bench.request import Workload
+from rayk.bench.result import BenchResult, read_result
+from rayk.bench.run import run_bench
+from rayk.bench.settings import VERIFY_BUDGET, BenchSettings, complete
+from rayk.bench.traces import read_trace
+from rayk.bench.workloads import GENERATORS
+from rayk.errors import ConfigError
+
+DEFAULT_REQUESTS = 1000
+SMOKE_REQUESTS = 40
+PER_SECOND = 2000  # requests generated for each second of a run of a fixed duration; more than can be served
+MOST_GENERATED = 200_000
+
+log = logging.getLogger("rayk.bench")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCommand:
+    """`rayk bench` as it was typed; None is a flag that was not given."""
+
+    trace: Path | None = None
+    workload: str | None = None
+    scale: float | None = None
+    requests: int | None = None
+    duration: str | None = None
+    pages: int | None = None
+    memory: str | None = None
+    concurrency: int | None = None
+    max_batch_size: int | None = None
+    token_budget: int | None = None
+    forward: str = "verify"
+    peer_copies: bool = True
+    smoke: bool = False
+    out: Path | None = None
+    as_json: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Serve and report: 0, or 1 when a request was lost or a checked slot was wrong."""
+        duration_s = None if self.duration is None else parse_duration(self.duration)
+        if self.requests is not None and self.requests < 1:
+            raise ConfigError(f"--requests is {self.requests}, at least 1 is needed")
+        if self.requests is not None and duration_s is not None:
+            raise ConfigError("--requests and --duration exclude each other")
+        settings = self._settings(duration_s)
+        self._check_out()
+        torch.set_num_threads(1)  # the verify model works on small pieces, for which threads only wait for each other
+        workload = self._workload(settings, duration_s)
+        source = {"name": workload.source, "kind": workload.kind, "requests": len(workload.requests)}
+        settings = complete(
+            msgspec.structs.replace(settings, source=source | workload.parameters), workload, self.pages, self.memory
+        )
+        log.info(
+            "%s: %d requests for %d replica(s) of %d pages of %d tokens",
+            workload.source,
+            len(workload.requests),
+            settings.replicas,
+            settings.pages,
+            settings.page_size,
+        )
+        total = None if duration_s is not None else len(workload.requests)
+        # Ray prints what its processes log to this process's stdout, which is for the result alone.
+        with redirect_stdout(sys.stderr), progress_view(Console(stderr=True), total) as view:
+            outcome = run_bench(settings, workload, view.show)
+        self._report(outcome.result)
+        if outcome.error is not None:
+            text = str(outcome.error) or "stopped by the user"
+            log.error("the run stopped: %s", text)
+            return 1
+        return 0 if outcome.result.ok else 1
+
+    def _settings(self, duration_s: float | None) -> BenchSettings:
+        concurrency = 16 if self.concurrency is None else self.concurrency
+        verify = self.forward == "verify"
+        budget = VERIFY_BUDGET if verify and self.token_budget is None else self.token_budget
+        return BenchSettings(
+            concurrency=concurrency,
+            max_batch_size=concurrency if self.max_batch_size is None else self.max_batch_size,
+            forward=self.forward,
+            # Copying saves computing; with no forward there is none to save.
+            peer_copies=self.peer_copies and self.forward != "none",
+            token_budget=budget,
+            duration_s=duration_s,
+            **self.settings,
+        )
+
+    def _workload(self, settings: BenchSettings, duration_s: float | None) -> Workload:
+        if self.trace is not None and self.workload is not None:
+            raise ConfigError("--trace and --workload exclude each other")
+        requests = self.requests
+        if self.smoke and requests is None and duration_s is None:
+            requests = SMOKE_REQUESTS
+        if self.trace is not None:
+            if self.scale is not None:
+                raise ConfigError("--scale is for --workload; a trace is served as it is")
+            return read_trace(self.trace, requests, lanes=settings.concurrency)
+        name = self.workload or "chat"
+        if name not in GENERATORS:
+            raise ConfigError(f"--workload {name!r} is not one of {', '.join(GENERATORS)}")
+        if requests is None:
+            requests = DEFAULT_REQUESTS
+            if duration_s is not None:
+                requests = min(MOST_GENERATED, math.ceil(PER_SECOND * duration_s))
+        scale: dict[str, float] = {}
+        if self.scale is not None:
+            if not 0 < self.scale <= 100:
+                raise ConfigError(f"--scale is {self.scale}, more than 0 and at most 100 is needed")
+            scale = {"scale": self.scale}
+        return GENERATORS[name](requests, seed=settings.seed, **scale)
+
+    def _check_out(self) -> None:
+        if self.out is not None:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"--out {self.out} cannot be made ({error.strerror}); name another folder") from None
+
+    def _report(self, result: BenchResult) -> None:
+        if self.out is not None:
+            (self.out / "result.json").write_bytes(result.to_json() + b"\n")
+            write_report(result, self.out)
+        if self.as_json:
+            sys.stdout.write(result.to_json().decode() + "\n")
+        else:
+            console = Console()
+            console.print(summary_table(result))
+            if self.out is not None:
+                console.print(f"report: {self.out / 'report.html'}", soft_wrap=True, highlight=False)
+        sys.stdout.flush()
+
+
+def report(path: Path, out: Path | None, as_json: bool) -> int:
+    """Write the report of a result.json beside it, or into `out`; 0, or 2 by way of ConfigError."""
+    result = read_result(path)
+    try:
+        written: Sequence[Path] = write_report(result, out or path.parent)
+    except OSError as error:
+        raise ConfigError(f"{out or path.parent} cannot be written ({error.strerror}); use --out DIR") from None
+    if as_json:
+        print(msgspec.json.encode({"command": "report", "files": [str(each) for each in written]}).decode())
+    else:
+        console = Console()
+        console.print(summary_table(result))
+        for each in written:
+            console.print(str(each), soft_wrap=True, highlight=False)
+    return 0

@@ -1,0 +1,157 @@
+"""What a run measures while it runs: counters, latencies, samples over time, and the log of cache events.
+
+The driver writes, `result.py` and `progress.py` read. Recording is appending to lists: a run of 20,000 ticks and
+700,000 tokens keeps a few megabytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rayk.bench.lru import Event
+from rayk.bench.verify import Verified
+from rayk.ticks import Tick, TickResult
+
+
+class Latency:
+    """Durations in seconds, each standing for a number of equal ones (its weight)."""
+
+    __slots__ = ("_seconds", "_weights")
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._weights: list[int] = []
+
+    def add(self, seconds: float, weight: int = 1) -> None:
+        """Record `weight` durations of `seconds` each."""
+        self._seconds.append(seconds)
+        self._weights.append(weight)
+
+    def __bool__(self) -> bool:
+        return bool(self._seconds)
+
+    def quantiles(self, points: list[float]) -> list[float]:
+        """The durations below which the shares `points` (0..1) lie. At least one duration must be recorded."""
+        seconds = np.array(self._seconds)
+        order = np.argsort(seconds, kind="stable")
+        reach = np.cumsum(np.array(self._weights)[order])
+        at = np.searchsorted(reach, np.ceil(np.array(points) * reach[-1]).clip(1), side="left")
+        return [float(value) for value in seconds[order][at]]
+
+    @property
+    def mean(self) -> float:
+        """Weighted mean in seconds."""
+        return float(np.average(self._seconds, weights=self._weights))
+
+    @property
+    def count(self) -> int:
+        """How many durations were recorded, weights counted."""
+        return sum(self._weights)
+
+
+LATENCIES = ("claim", "alloc", "step", "admit", "tick", "ttft", "itl", "e2e")
+"""claim, alloc, step: inside a replica. admit, tick: round trips that the driver sees. The rest: of requests."""
+
+
+@dataclass(slots=True)
+class ReplicaCounts:
+    """What one replica did. `used_pages` is the last known number, None before the first reply."""
+
+    requests: int = 0
+    prompt: int = 0
+    cached: int = 0
+    used_pages: int | None = None
+    peak_used_pages: int | None = None
+
+    def see(self, used_pages: int) -> None:
+        """Take note of how many pages are in use now."""
+        self.used_pages = used_pages
+        self.peak_used_pages = max(used_pages, self.peak_used_pages or 0)
+
+
+@dataclass(slots=True)
+class Fault:
+    """Something that went wrong: the error's class, its text, when (seconds into the run), and where if known."""
+
+    kind: str
+    message: str
+    t: float
+    replica: int | None = None
+    request: str | None = None
+
+
+@dataclass(slots=True)
+class Sample:
+    """The state of the run at one moment, `t` seconds in. `used_pages`: one per replica, None if not known yet."""
+
+    t: float
+    used_pages: list[int | None]
+    running: int
+    waiting: int
+    completed: int
+
+
+@dataclass(slots=True)
+class Measured:
+    """Everything that was measured. Times are seconds since the start of the run."""
+
+    replicas: list[ReplicaCounts]
+    submitted: int = 0
+    completed: int = 0
+    failed: int = 0
+    preempted: int = 0
+    prompt: int = 0
+    device_tokens: int = 0
+    peer_tokens: int = 0
+    recomputed: int = 0
+    generated: int = 0
+    slots_checked: int = 0
+    mismatches: int = 0
+    first_mismatch: str | None = None
+    ticks: int = 0
+    elapsed: float = 0.0
+    latency: dict[str, Latency] = field(default_factory=lambda: {name: Latency() for name in LATENCIES})
+    admitted: list[tuple[float, int, int]] = field(default_factory=list)  # t, prompt tokens, cached tokens
+    events: list[Event] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def cached(self) -> int:
+        """Prompt tokens reused at first admissions, from all sources."""
+        return self.device_tokens + self.peer_tokens
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Cached over prompt tokens of first admissions; None before the first."""
+        return self.cached / self.prompt if self.prompt else None
+
+    def admit(self, t: float, replica: int, prompt: int, device_tokens: int, peer_tokens: int) -> None:
+        """Count the first admission of a request."""
+        self.prompt += prompt
+        self.device_tokens += device_tokens
+        self.peer_tokens += peer_tokens
+        self.admitted.append((t, prompt, device_tokens + peer_tokens))
+        counts = self.replicas[replica]
+        counts.requests += 1
+        counts.prompt += prompt
+        counts.cached += device_tokens + peer_tokens
+
+    def tick(self, replica: int, tick: Tick, result: TickResult) -> None:
+        """Add what one replica did in a tick that was not empty."""
+        if tick.step:
+            self.latency["step"].add(result.step_seconds)
+        if tick.alloc:
+            self.latency["alloc"].add(result.alloc_seconds / len(tick.alloc), len(tick.alloc))
+        self.replicas[replica].see(result.used_pages)
+        if isinstance(result.value, Verified):
+            self.slots_checked += result.value.slots_checked
+            self.mismatches += result.value.mismatches
+            self.first_mismatch = self.first_mismatch or result.value.first
+
+    def fault(self, error: BaseException, t: float, request_id: str | None = None) -> None:
+        """Note what went wrong, with the replica that the error names, if any."""
+        text = str(error) or "stopped by the user"
+        self.faults.append(Fault(type(error).__name__, text, t, getattr(error, "replica", None), request_id))

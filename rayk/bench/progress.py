@@ -1,0 +1,172 @@
+"""What a person sees: progress while a run lasts, and the summary table when it is over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from rayk.bench.loop import Driver
+from rayk.bench.quantity import show_seconds
+from rayk.bench.result import BenchResult
+
+LOG_EVERY_S = 5.0
+
+log = logging.getLogger("rayk.bench")
+
+
+class ProgressView(Protocol):
+    """Called with the driver after every tick; a context manager around the run."""
+
+    def __enter__(self) -> ProgressView: ...
+    def __exit__(self, *exc: object) -> None: ...
+    def show(self, driver: Driver) -> None: ...
+
+
+def progress_view(console: Console, total: int | None) -> ProgressView:
+    """A live bar on a terminal, log lines elsewhere. `total` requests, None when only the duration is fixed."""
+    return LiveProgress(console, total) if console.is_terminal else LoggedProgress(total)
+
+
+def state_line(driver: Driver) -> str:
+    """One line about the run so far."""
+    measured, pages = driver.measured, driver.settings.pages
+    rate = measured.hit_rate
+    used = [counts.used_pages for counts in measured.replicas]
+    parts = [
+        f"running {driver.running}",
+        f"waiting {driver.waiting}",
+        f"hit rate {rate:.3f}" if rate is not None else "",
+        "pages " + " ".join("-" if u is None else f"{u / pages:.0%}" for u in used),
+        f"preempted {measured.preempted}" if measured.preempted else "",
+        f"MISMATCHES {measured.mismatches}" if measured.mismatches else "",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+class LiveProgress:
+    """A rich progress bar with the state of the run beside it; redrawn a few times a second."""
+
+    def __init__(self, console: Console, total: int | None) -> None:
+        self._bar = Progress(
+            TextColumn("[bold]bench"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[state]}", style="dim"),
+            console=console,
+            refresh_per_second=4,
+        )
+        self._task: TaskID = self._bar.add_task("bench", total=total, state="")
+        self._shown_at = -1.0
+        self._driver: Driver | None = None
+
+    def __enter__(self) -> LiveProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._driver is not None:
+            self._shown_at = -1.0
+            self.show(self._driver)
+        self._bar.stop()
+
+    def show(self, driver: Driver) -> None:
+        """Update the bar, at most ten times a second."""
+        self._driver = driver
+        if driver.elapsed - self._shown_at >= 0.1:
+            self._shown_at = driver.elapsed
+            self._bar.update(self._task, completed=driver.measured.completed, state=state_line(driver))
+
+
+class LoggedProgress:
+    """A log line every few seconds."""
+
+    def __init__(self, total: int | None, emit: Callable[[str], None] = log.info) -> None:
+        self._total = "" if total is None else f"/{total}"
+        self._emit = emit
+        self._next_at = LOG_EVERY_S
+
+    def __enter__(self) -> LoggedProgress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return
+
+    def show(self, driver: Driver) -> None:
+        """Log the state when it is time."""
+        if driver.elapsed >= self._next_at:
+            self._next_at = driver.elapsed + LOG_EVERY_S
+            done = f"{driver.measured.completed}{self._total} requests"
+            self._emit(f"{driver.elapsed:6.1f} s  {done}  {state_line(driver)}")
+
+
+def summary_table(result: BenchResult) -> Table:
+    """The key numbers of a run."""
+    table = Table(title="rayk bench", title_justify="left", show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, text in summary_rows(result):
+        table.add_row(name, text)
+    return table
+
+
+def summary_rows(result: BenchResult) -> list[tuple[str, str]]:
+    """The key numbers of a run as names and texts; what was not measured is left out."""
+    asked, tokens, hits = result.requests, result.tokens, result.hit_rate
+    rows = [
+        (
+            "requests",
+            f"{asked.completed} of {asked.submitted} completed, {asked.failed} failed, {asked.preempted} preemptions",
+        ),
+        (
+            "tokens",
+            f"{tokens.prompt:,} prompt = {tokens.cached:,} reused + {tokens.computed:,} computed; "
+            f"{tokens.generated:,} generated",
+        ),
+    ]
+    if hits.measured is not None and hits.simulated_pooled is not None and hits.infinite is not None:
+        others = f"one pooled cache {hits.simulated_pooled:.4f}, an infinite one {hits.infinite:.4f}"
+        text = f"{hits.measured:.4f}  ({others})"
+        if hits.by_tier.peer:
+            text += f"; {hits.by_tier.peer:.4f} copied from peers"
+        rows.append(("hit rate", text))
+    if result.verify is not None:
+        rows.append(
+            ("verify", f"{result.verify.slots_checked:,} slots checked, {result.verify.mismatches:,} mismatches")
+        )
+    for name, label in (("ttft", "time to first token"), ("itl", "between tokens"), ("e2e", "whole request")):
+        if name in result.latency:
+            rows.append((label, _latency(result, name)))
+    for name in ("claim", "alloc", "step", "admit", "tick"):
+        if name in result.latency:
+            rows.append((name, _latency(result, name)))
+    through = result.throughput
+    rows.append(
+        (
+            "throughput",
+            f"{through.requests_per_s:.1f} requests/s, {through.prompt_tokens_per_s:,.0f} prompt and "
+            f"{through.generated_tokens_per_s:,.0f} generated tokens/s over {result.elapsed:.1f} s",
+        )
+    )
+    for replica in result.replicas:
+        parts = [f"{replica.requests} requests"]
+        if replica.hit_rate is not None:
+            parts.append(f"hit rate {replica.hit_rate:.4f}")
+        if replica.peak_used_pages is not None:
+            parts.append(f"at most {replica.peak_used_pages} of {replica.pages} pages in use")
+        rows.append((f"replica {replica.index}", ", ".join(parts)))
+    if result.imbalance is not None:
+        rows.append(("imbalance", f"{result.imbalance:.3f} (largest replica's computed tokens over the mean)"))
+    rows += [("fault", f"{fault['kind']}: {fault['message']}") for fault in result.faults]
+    return rows
+
+
+def _latency(result: BenchResult, name: str) -> str:
+    summary = result.latency[name]
+    points = (("p50", summary.p50), ("p90", summary.p90), ("p99", summary.p99))
+    return "  ".join(f"{point} {show_seconds(value)}" for point, value in points)

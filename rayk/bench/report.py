@@ -1,0 +1,80 @@
+"""report.html (one file, no network needed), summary.md and PNGs, made from a result.json alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from rayk.bench.figures import FIGURES, render
+from rayk.bench.progress import summary_rows
+from rayk.bench.quantity import show_seconds
+from rayk.bench.result import BenchResult
+
+
+def write_report(result: BenchResult, out: Path) -> list[Path]:
+    """Write the report of `result` into the folder `out` (made if need be); the files written. OSError passes."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    figures = []
+    for name, (title, _) in FIGURES.items():
+        png, svg = render(result, name)
+        path = out / f"{name}.png"
+        path.write_bytes(png)
+        written.append(path)
+        figures.append((title, Markup(svg)))
+    for name, text in (("report.html", _html(result, figures)), ("summary.md", markdown(result))):
+        path = out / name
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def headline(result: BenchResult) -> list[tuple[str, str]]:
+    """The few numbers that a reader looks for first: text and what it is."""
+    asked, hits = result.requests, result.hit_rate
+    tiles = [(f"{asked.completed}/{asked.submitted}", "requests completed")]
+    if hits.measured is not None:
+        tiles.append((f"{hits.measured:.1%}", "of prompt tokens reused"))
+    if hits.simulated_pooled is not None:
+        tiles.append((f"{hits.simulated_pooled:.1%}", "with one pooled cache"))
+    if result.verify is not None:
+        tiles.append((f"{result.verify.mismatches}", f"mismatches in {result.verify.slots_checked:,} slots"))
+    if "ttft" in result.latency:
+        tiles.append((show_seconds(result.latency["ttft"].p50), "to the first token (p50)"))
+    tiles.append((f"{result.throughput.requests_per_s:.1f}/s", "requests"))
+    return tiles
+
+
+def markdown(result: BenchResult) -> str:
+    """The summary as markdown."""
+    lines = [f"# {_title(result)}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {text.replace('|', '/')} |" for name, text in summary_rows(result)]
+    lines += ["", f"rayk {result.version}; " + ", ".join(f"{k} {v}" for k, v in result.environment.items())]
+    lines += ["", "## Settings", "", "```json", json.dumps(result.config, indent=2), "```", ""]
+    return "\n".join(lines)
+
+
+def _title(result: BenchResult) -> str:
+    source = result.config.get("source", {}).get("name", "workload")
+    return f"rayk bench: {source} on {len(result.replicas)} replica(s)"
+
+
+def _html(result: BenchResult, figures: list[tuple[str, Any]]) -> str:
+    environment = Environment(
+        loader=PackageLoader("rayk.bench", "."), autoescape=select_autoescape(("html", "j2")), undefined=StrictUndefined
+    )
+    return environment.get_template("report.html.j2").render(
+        title=_title(result),
+        ok=result.ok,
+        tiles=headline(result),
+        rows=summary_rows(result),
+        figures=figures,
+        faults=result.faults,
+        replicas=result.replicas,
+        config=result.config,
+        environment=result.environment,
+    )

@@ -1,0 +1,300 @@
+"""result.json: the forms of what `rayk bench` reports, and how a run becomes one.
+
+Times in seconds, sizes in bytes, rates 0..1. What was not measured is absent, never 0: optional fields default to
+None and defaults are left out when encoding. CLI.md's fields keep their names; everything else is in addition.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+import rayk
+from rayk.bench.lru import Replayed, replay
+from rayk.bench.measure import Latency, Measured
+from rayk.bench.request import Workload
+from rayk.bench.settings import BenchSettings
+from rayk.errors import ConfigError
+
+MAX_POINTS = 400
+_PERCENT = [p / 100 for p in range(101)]
+
+
+class _Form(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    pass
+
+
+class Requests(_Form, frozen=True, kw_only=True):
+    """Counts of requests. `failed` were refused for good or lost; `preempted` counts preemptions."""
+
+    submitted: int
+    completed: int
+    failed: int
+    preempted: int
+    retried: int
+
+
+class Tokens(_Form, frozen=True, kw_only=True):
+    """Tokens at first admissions (prompt = cached + computed), generated ones, and those computed again."""
+
+    prompt: int
+    cached: int
+    computed: int
+    generated: int
+    recomputed: int
+
+
+class ByTier(_Form, frozen=True, kw_only=True):
+    """Share of prompt tokens reused from each tier; absent where there is no such tier."""
+
+    device: float | None = None
+    host: float | None = None
+    disk: float | None = None
+    peer: float | None = None
+
+
+class HitRate(_Form, frozen=True, kw_only=True):
+    """Cached over prompt tokens: as measured, and what one pooled and one infinite cache would have given."""
+
+    by_tier: ByTier
+    measured: float | None = None
+    simulated_pooled: float | None = None
+    infinite: float | None = None
+
+
+class VerifyCounts(_Form, frozen=True, kw_only=True):
+    """Slots compared, each in all layers and shards, and how many held other bytes."""
+
+    slots_checked: int
+    mismatches: int
+    first: str | None = None
+
+
+class LatencySummary(_Form, frozen=True, kw_only=True):
+    """Seconds. `quantiles` are the percentiles 0..100, `count` how many durations there were."""
+
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    max: float
+    count: int
+    quantiles: list[float]
+
+
+class Throughput(_Form, frozen=True, kw_only=True):
+    """Per second of the run."""
+
+    requests_per_s: float
+    prompt_tokens_per_s: float
+    generated_tokens_per_s: float
+
+
+class ReplicaResult(_Form, frozen=True, kw_only=True):
+    """One replica."""
+
+    index: int
+    pages: int
+    requests: int
+    restarts: int
+    node: str | None = None
+    hit_rate: float | None = None
+    peak_used_pages: int | None = None
+
+
+class HitRateSeries(_Form, frozen=True, kw_only=True):
+    """Cumulative hit rates after admissions: [n] each, `t` in seconds."""
+
+    t: list[float]
+    measured: list[float]
+    pooled: list[float]
+    infinite: list[float]
+
+
+class Series(_Form, frozen=True, kw_only=True):
+    """The run over time. `used_pages` has one list per replica, null where it was not known yet."""
+
+    t: list[float]
+    used_pages: list[list[int | None]]
+    running: list[int]
+    waiting: list[int]
+    completed: list[int]
+    hit_rate: HitRateSeries | None = None
+
+
+class BenchResult(_Form, frozen=True, kw_only=True):
+    """One run of `rayk bench`."""
+
+    command: str
+    version: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    requests: Requests
+    tokens: Tokens
+    hit_rate: HitRate
+    latency: dict[str, LatencySummary]
+    throughput: Throughput
+    replicas: list[ReplicaResult]
+    faults: list[dict[str, Any]]
+    series: Series
+    elapsed: float
+    verify: VerifyCounts | None = None
+    imbalance: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every request was served and every checked slot held what it must."""
+        wrong = self.verify.mismatches if self.verify else 0
+        return not (self.requests.failed or wrong or self.faults)
+
+    def to_json(self) -> bytes:
+        """One line of JSON."""
+        return msgspec.json.encode(self)
+
+
+def read_result(path: Path) -> BenchResult:
+    """A result.json. ConfigError says what is wrong with it."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=BenchResult)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the result.json of a run") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not the result of rayk bench: {error}") from None
+
+
+def make_result(settings: BenchSettings, workload: Workload, measured: Measured) -> BenchResult:
+    """The result of a run, also of one that was stopped. Replays its events to simulate other caches."""
+    size, total = settings.page_size, settings.pages * settings.replicas
+    pooled = replay(measured.events, workload.requests, size, total)
+    infinite = replay(measured.events, workload.requests, size, None)
+    elapsed = measured.elapsed
+    per_s = 1 / elapsed if elapsed > 0 else 0.0
+    computed = [counts.prompt - counts.cached for counts in measured.replicas]
+    share = 1 / measured.prompt if measured.prompt else None
+    device_only = not settings.peer_copies
+    by_tier = ByTier(
+        device=share and measured.device_tokens * share,
+        peer=None if device_only else share and measured.peer_tokens * share,
+    )
+    return BenchResult(
+        command="bench",
+        version=rayk.__version__,
+        config=settings.as_config(),
+        environment=environment(),
+        requests=Requests(
+            submitted=measured.submitted,
+            completed=measured.completed,
+            failed=measured.failed,
+            preempted=measured.preempted,
+            retried=0,
+        ),
+        tokens=Tokens(
+            prompt=measured.prompt,
+            cached=measured.cached,
+            computed=measured.prompt - measured.cached,
+            generated=measured.generated,
+            recomputed=measured.recomputed,
+        ),
+        hit_rate=HitRate(
+            measured=measured.hit_rate,
+            simulated_pooled=pooled.hit_rate,
+            infinite=infinite.hit_rate,
+            by_tier=by_tier,
+        ),
+        verify=VerifyCounts(
+            slots_checked=measured.slots_checked, mismatches=measured.mismatches, first=measured.first_mismatch
+        )
+        if settings.forward == "verify"
+        else None,
+        latency={name: _summary(latency) for name, latency in measured.latency.items() if latency},
+        throughput=Throughput(
+            requests_per_s=measured.completed * per_s,
+            prompt_tokens_per_s=measured.prompt * per_s,
+            generated_tokens_per_s=measured.generated * per_s,
+        ),
+        replicas=[
+            ReplicaResult(
+                index=index,
+                pages=settings.pages,
+                requests=counts.requests,
+                restarts=0,
+                hit_rate=counts.cached / counts.prompt if counts.prompt else None,
+                peak_used_pages=counts.peak_used_pages,
+            )
+            for index, counts in enumerate(measured.replicas)
+        ],
+        imbalance=max(computed) * len(computed) / sum(computed) if sum(computed) else None,
+        faults=[_fault(fault) for fault in measured.faults],
+        series=_series(measured, pooled, infinite),
+        elapsed=elapsed,
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on: versions of what matters, the machine's kind and its number of cores."""
+    out: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "rayk": rayk.__version__,
+    }
+    for package in ("ray", "torch", "numpy"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def _summary(latency: Latency) -> LatencySummary:
+    quantiles = latency.quantiles(_PERCENT)
+    return LatencySummary(
+        p50=quantiles[50],
+        p90=quantiles[90],
+        p99=quantiles[99],
+        mean=latency.mean,
+        max=quantiles[100],
+        count=latency.count,
+        quantiles=quantiles,
+    )
+
+
+def _fault(fault: Any) -> dict[str, Any]:
+    named = {"kind": fault.kind, "message": fault.message, "t": fault.t}
+    known = {"replica": fault.replica, "request": fault.request}
+    return named | {name: value for name, value in known.items() if value is not None}
+
+
+def _series(measured: Measured, pooled: Replayed, infinite: Replayed) -> Series:
+    samples = [measured.samples[i] for i in _picked(len(measured.samples))]
+    hit_rate = None
+    if measured.admitted:
+        at = _picked(len(measured.admitted))
+        prompt = np.cumsum([prompt for _, prompt, _ in measured.admitted])
+        hit_rate = HitRateSeries(
+            t=[measured.admitted[i][0] for i in at],
+            measured=(np.cumsum([cached for _, _, cached in measured.admitted]) / prompt)[at].tolist(),
+            pooled=(np.cumsum(pooled.cached) / prompt)[at].tolist(),
+            infinite=(np.cumsum(infinite.cached) / prompt)[at].tolist(),
+        )
+    return Series(
+        t=[sample.t for sample in samples],
+        used_pages=[[sample.used_pages[r] for sample in samples] for r in range(len(measured.replicas))],
+        running=[sample.running for sample in samples],
+        waiting=[sample.waiting for sample in samples],
+        completed=[sample.completed for sample in samples],
+        hit_rate=hit_rate,
+    )
+
+
+def _picked(count: int) -> list[int]:
+    """Indices of at most MAX_POINTS of `count` entries, evenly spread, the last one always among them."""
+    if count <= MAX_POINTS:
+        return list(range(count))
+    return np.unique(np.linspace(0, count - 1, MAX_POINTS).round().astype(int)).tolist()  # type: ignore[no-any-return]

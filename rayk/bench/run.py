@@ -1,0 +1,65 @@
+"""One run of the benchmark: workload in, result out. Makes the session and the manager, and ends them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+from rayk.bench.loop import Driver
+from rayk.bench.request import Workload
+from rayk.bench.result import BenchResult, make_result
+from rayk.bench.settings import BenchSettings
+from rayk.errors import RaykError
+from rayk.manager import PagedKVCacheManager
+from rayk.session import InferenceSession
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A run's result, complete or up to the error that stopped it (None: it was not stopped)."""
+
+    result: BenchResult
+    error: BaseException | None = None
+
+
+def run_bench(
+    settings: BenchSettings,
+    workload: Workload,
+    on_tick: Callable[[Driver], None] = lambda driver: None,
+    clock: Callable[[], float] = perf_counter,
+) -> Outcome:
+    """Serve `workload` as `settings` say. Errors before the first request is sent are raised, later ones returned.
+
+    A run stopped by an error of rayk or by KeyboardInterrupt still has a result, with the fault in it. The session
+    is closed either way, and what cannot be closed any more after a lost replica is not an error of its own.
+    """
+    address = {} if settings.runtime == "inline" else {"address": settings.address}
+    session = InferenceSession(settings.runtime, **address)
+    error: BaseException | None = None
+    try:
+        manager = PagedKVCacheManager(
+            settings.params(),
+            session,
+            settings.pages,
+            max_batch_size=settings.max_batch_size,
+            router=settings.router,
+        )
+        driver = Driver(manager, workload, settings.loop(), clock, on_tick)
+        try:
+            driver.run()
+        except (RaykError, KeyboardInterrupt) as stopped:
+            error = stopped
+    except BaseException:
+        _close(session, quietly=True)
+        raise
+    _close(session, quietly=error is not None)
+    return Outcome(make_result(settings, workload, driver.measured), error)
+
+
+def _close(session: InferenceSession, quietly: bool) -> None:
+    try:
+        session.close()
+    except RaykError:
+        if not quietly:
+            raise

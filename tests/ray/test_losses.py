@@ -1,0 +1,202 @@
+"""Processes that die under a manager: noticed within seconds, named, and everything can still be cleaned up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.util import placement_group_table
+
+from rayk import InferenceSession, PagedKVCacheManager, ReplicaLostError, TextContext, Tick
+from rayk.errors import PlanError, RaykError, SchedulerLostError
+
+from .forwards import params, pid, running, until, wait_for_file
+
+NOTICED_SECONDS = 10.0
+
+
+@pytest.fixture
+def manager(session: InferenceSession) -> Iterator[PagedKVCacheManager]:
+    """Two replicas of a test's own."""
+    with PagedKVCacheManager(params(), session, 64, max_batch_size=8) as manager:
+        yield manager
+
+
+def admit(manager: PagedKVCacheManager) -> tuple[TextContext, TextContext]:
+    """Request a on replica 0, b and c on replica 1; a and b are returned."""
+    a, b, c = (TextContext(name, range(20), 100) for name in "abc")
+    assert [x.error for x in manager.try_admit([a, b, c], [0, 1, 1])] == [None] * 3
+    return a, b
+
+
+def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """Run `call` in a thread; its result or error, and when it was there, are appended to the list."""
+    ended: list[Any] = []
+
+    def run() -> None:
+        try:
+            result: Any = call()
+        except RaykError as error:
+            result = error
+        ended.extend((result, time.monotonic()))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, ended
+
+
+def actors(kind: str) -> list[int]:
+    """Processes of this session's Ray that run that class."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{kind}"):
+                found.append(process.pid)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("call", ["execute", "tick"])
+def test_a_replica_is_killed_while_it_computes(manager: PagedKVCacheManager, tmp_path: Path, call: str) -> None:
+    a, b = admit(manager)
+    pids = manager.execute([[], []], pid)
+    epochs = manager._backend._cluster.epochs  # type: ignore[attr-defined]
+    forward = wait_for_file(str(tmp_path))
+    work = {
+        "execute": lambda: manager.execute([[a], [b]], forward),
+        "tick": lambda: manager.tick([Tick(execute=[a]), Tick(step=[b], execute=[b])], forward),
+    }[call]
+    thread, ended = in_background(work)
+    until(lambda: len(list(tmp_path.glob("*.runs"))) == 2)
+    killed = time.monotonic()
+    os.kill(pids[1], signal.SIGKILL)
+    (tmp_path / "go").touch()  # the other one comes to its end
+    thread.join(NOTICED_SECONDS + 5)
+    assert ended, "it hangs"
+    error, when = ended
+    assert when - killed < NOTICED_SECONDS
+    assert isinstance(error, ReplicaLostError)
+    assert (error.replica, error.epoch, sorted(error.requests)) == (1, epochs[1], ["b", "c"])
+    assert "replica 1" in str(error) and "'b'" in str(error) and "start a new one" in str(error)
+
+    with pytest.raises(ReplicaLostError, match="replica 1"):
+        manager.step([[a], [b]])
+    with pytest.raises(ReplicaLostError, match="replica 1"):
+        manager.claim("d", 1)
+    assert manager.contains("a", 0) and manager.num_free_blocks(0) == 62, "the other one still answers"
+    a.update(3)
+    manager.alloc(a, 0)
+    manager.step([[a], []])
+    manager.release("a", 0)
+    manager.claim("d", 0)
+    started = time.monotonic()
+    manager.shutdown()
+    assert time.monotonic() - started < NOTICED_SECONDS
+    until(lambda: not running(pids))
+
+
+def test_a_replica_that_died_while_nobody_looked(manager: PagedKVCacheManager) -> None:
+    a, b = admit(manager)
+    [first, _] = manager.execute([[], []], pid)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: not running([first]))
+    started = time.monotonic()
+    for call in (
+        lambda: manager.tick([Tick(step=[a]), Tick(step=[b])]),
+        lambda: manager.alloc(TextContext("a", range(20), 100), 0),
+        manager.get_metrics_aggregated,
+        lambda: manager.get_req_blocks("a", 0),
+    ):
+        with pytest.raises(ReplicaLostError) as caught:
+            call()
+        assert caught.value.replica == 0 and caught.value.requests == ["a"]
+    with pytest.raises(ReplicaLostError):
+        manager.admit([TextContext(f"n{i}", range(5), 100) for i in range(4)])
+    assert not manager.contains("n1", 1), "of a batch that failed nothing stays claimed"
+    assert time.monotonic() - started < NOTICED_SECONDS
+
+
+def test_the_scheduler_is_killed(session: InferenceSession) -> None:
+    before = actors("SchedulerActor")
+    with PagedKVCacheManager(params(), session, 64, max_batch_size=8) as manager:
+        a, b = admit(manager)
+        pids = manager.execute([[], []], pid)
+        [scheduler] = set(actors("SchedulerActor")) - set(before)
+        os.kill(scheduler, signal.SIGKILL)
+        killed = time.monotonic()
+        for call in (
+            lambda: manager.claim("x", 0),
+            lambda: manager.try_admit([TextContext("y", range(5), 100)]),
+            manager.reset_prefix_cache,
+        ):
+            with pytest.raises(SchedulerLostError, match="start a new one"):
+                call()
+        assert time.monotonic() - killed < NOTICED_SECONDS
+        manager.step([[a], [b]])
+        assert manager.execute([[], []], pid) == pids, "replicas do not depend on the scheduler's life"
+        manager.release("a", 0)
+        started = time.monotonic()
+        manager.shutdown()
+        assert time.monotonic() - started < NOTICED_SECONDS
+        until(lambda: not running(pids))
+
+
+def test_a_replica_that_cannot_start_leaves_nothing(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its constructor asks for more memory than there is, which the planner was kept from seeing."""
+    from rayk.scheduler import cluster
+
+    monkeypatch.setattr(
+        cluster,
+        "plan_replica",
+        lambda node, params, wanted, replicas: cluster.ReplicaPlan(node.node_id, 1 << 40, 1, 1)
+        if hasattr(cluster, "ReplicaPlan")
+        else _huge(node.node_id),
+    )
+    before = {kind: actors(kind) for kind in ("ReplicaActor", "SchedulerActor")}
+    groups = created_groups()
+    with pytest.raises(PlanError, match="replica 0 could not start"):
+        PagedKVCacheManager(params(), session, 8, max_batch_size=4)
+    until(lambda: {kind: actors(kind) for kind in before} == before)
+    assert created_groups() == groups
+
+
+def _huge(node_id: str) -> Any:
+    from rayk.planning import ReplicaPlan
+
+    return ReplicaPlan(node_id, 1 << 40, 1, 1)
+
+
+def created_groups() -> list[str]:
+    return sorted(i for i, group in placement_group_table().items() if group["state"] != "REMOVED")
+
+
+def test_shutdown_leaves_no_actor_placement_or_process(session: InferenceSession) -> None:
+    groups, before = created_groups(), {kind: actors(kind) for kind in ("ReplicaActor", "SchedulerActor")}
+    alive = {i for i, actor in ray._private.state.actors().items() if actor["State"] != "DEAD"}
+    manager = PagedKVCacheManager(params(3), session, 8, max_batch_size=4)
+    pids = manager.execute([[], [], []], pid)
+    assert len(actors("ReplicaActor")) - len(before["ReplicaActor"]) == 3
+    assert len(created_groups()) == len(groups) + 1
+    manager.shutdown()
+    assert {i for i, actor in ray._private.state.actors().items() if actor["State"] != "DEAD"} == alive
+    assert created_groups() == groups
+    until(lambda: not running(pids) and {kind: actors(kind) for kind in before} == before)
+
+
+def test_a_manager_that_nobody_keeps_is_shut_down_with_its_session(session: InferenceSession) -> None:
+    groups = created_groups()
+    pids = PagedKVCacheManager(params(1), session, 8, max_batch_size=4).execute([[]], pid)
+    assert running(pids) == pids, "the session holds it"
+    [forgotten] = session._managers
+    forgotten.shutdown()
+    until(lambda: not running(pids))
+    assert created_groups() == groups

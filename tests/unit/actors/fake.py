@@ -1,0 +1,312 @@
+"""A cluster in this process: nodes with a given memory, and actors that are plain objects here.
+
+FakeRuntime keeps what the stack relies on of Ray: one actor's calls run in the order they were sent, page data
+arrives as read-only copies, a dead actor's calls end in ActorGoneError, and a constructor that fails is heard of
+at the first call. With `lazy` a call runs only when an answer of its actor is read, so that several are in
+flight at once, as on a cluster. Everything is written down in `events`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from ray import cloudpickle
+
+from rayk import InferenceSession, MHAKVCacheParams, PagedKVCacheManager
+from rayk import messages as m
+from rayk.actors.replica import ReplicaActor
+from rayk.actors.runtime import ActorGoneError, ActorSpec, Node, Placement, RayRuntime
+from rayk.errors import PlanError
+from rayk.replica import ReplicaCore
+from rayk.scheduler.actor import SchedulerActor
+
+GIB = 1 << 30
+Event = tuple[Any, ...]
+
+
+@dataclass(eq=False)
+class FakeRef:
+    """One value, there once its actor has come to it."""
+
+    actor: FakeActor | None
+    value: Any = None
+    error: BaseException | None = None
+    ready: bool = False
+
+
+@dataclass(eq=False)
+class FakeActor:
+    """A started actor. `label` is replica-0, replica-1, .. or scheduler."""
+
+    runtime: FakeRuntime
+    label: str
+    name: str | None
+    instance: Any = None
+    dead: str | None = None  # why
+    stopped: bool = False
+    queue: deque[Callable[[], None]] = field(default_factory=deque)
+
+    def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
+        what = _content(method, args)
+        self.runtime.note("send", self.label, what)
+        refs = [FakeRef(self) for _ in range(returns)]
+
+        def run() -> None:
+            try:
+                error = self.runtime.note("run", self.label, what)
+                if error is not None:
+                    self.dead = str(error)
+                if self.dead is not None:
+                    raise ActorGoneError(self.dead)
+                value = getattr(self.instance, method)(*(_resolve(a) for a in args))
+                for ref, part in zip(refs, value if returns > 1 else [value], strict=True):
+                    ref.value = _shipped(part)
+            except Exception as error:
+                for ref in refs:
+                    ref.error = error
+            for ref in refs:
+                ref.ready = True
+
+        if self.runtime.lazy and not control:
+            self.queue.append(run)
+        else:
+            run()
+        return refs[0] if returns == 1 else refs
+
+    def work_until(self, ref: FakeRef) -> None:
+        """Run this actor's calls in order until `ref` has its value."""
+        while not ref.ready:
+            self.queue.popleft()()
+
+    @property
+    def service(self) -> Any:
+        """The ReplicaService of a replica."""
+        return self.instance._service
+
+    @property
+    def core(self) -> ReplicaCore:
+        """The cache of a replica."""
+        core: ReplicaCore = self.service.core
+        return core
+
+
+def _content(method: str, args: tuple[Any, ...]) -> str:
+    """The name of the command in an envelope, else of the method."""
+    if method not in ("handle", "handle_with_data"):
+        return method
+    try:
+        return type(m.decode_envelope(args[0]).command).__name__
+    except Exception:
+        return "malformed"
+
+
+def _resolve(argument: Any) -> Any:
+    if not isinstance(argument, FakeRef):
+        return argument
+    if argument.actor is not None:
+        argument.actor.work_until(argument)
+    if argument.error is not None:
+        raise argument.error
+    return argument.value
+
+
+def _shipped(value: Any) -> Any:
+    """Arrays arrive as read-only copies; what an actor keeps is not what the other side sees."""
+    if isinstance(value, list) and value and all(isinstance(part, np.ndarray) for part in value):
+        copies = [part.copy() for part in value]
+        for copy in copies:
+            copy.flags.writeable = False
+        return copies
+    return value
+
+
+class FakeRuntime:
+    """`free` gives each node's memory in bytes. `fail(event)` may return an error for that event."""
+
+    def __init__(
+        self,
+        free: dict[str, int] | None = None,
+        *,
+        lazy: bool = False,
+        fail: Callable[[Event], BaseException | None] | None = None,
+    ) -> None:
+        self.free = free or {"node-a": 4 * GIB, "node-b": 4 * GIB}
+        self.lazy = lazy
+        self.fail = fail
+        self.events: list[Event] = []
+        self.actors: list[FakeActor] = []
+        self.placements: list[Placement] = []
+        self.disconnected = 0
+
+    def note(self, *event: Any) -> BaseException | None:
+        self.events.append(event)
+        return self.fail(event) if self.fail is not None else None
+
+    def _note_or_raise(self, *event: Any) -> None:
+        error = self.note(*event)
+        if error is not None:
+            raise error
+
+    # -- what Runtime asks for -------------------------------------------------------------------
+
+    def nodes(self) -> list[Node]:
+        self._note_or_raise("nodes")
+        return [Node(node_id, f"host-of-{node_id}", {"CPU": 2.0}) for node_id in sorted(self.free)]
+
+    def run_on(self, node_id: str, task: Callable[..., Any], *args: Any) -> FakeRef:
+        error = self.note("measure", node_id)
+        if error is not None:
+            return FakeRef(None, error=error, ready=True)
+        memory = msgspec.structs.replace(task(*args), host_free=self.free[node_id], gpus=())
+        return FakeRef(None, value=memory, ready=True)
+
+    def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], name: str, timeout: float) -> Placement:
+        self._note_or_raise("place", tuple(tuple(b.items()) for b in bundles), tuple(avoid), name)
+        usable = [node_id for node_id in sorted(self.free) if node_id not in avoid]
+        if not usable:
+            raise PlanError("no node is left")
+        placement = Placement(object(), tuple(usable[i % len(usable)] for i in range(len(bundles))))
+        self.placements.append(placement)
+        return placement
+
+    def start(self, spec: ActorSpec) -> FakeActor:
+        replica = spec.cls is ReplicaActor
+        label = f"replica-{spec.args[1]}" if replica else "scheduler"
+        self._note_or_raise("start", label)
+        if spec.name is not None and self.find(spec.name) is not None:
+            raise ValueError(f"the name {spec.name} is taken")
+        actor = FakeActor(self, label, spec.name)
+        self.actors.append(actor)
+        try:
+            self._note_or_raise("construct", label)
+            actor.instance = spec.cls(*spec.args) if replica else SchedulerActor(*spec.args, runtime=self)
+        except Exception as error:
+            actor.dead = f"{type(error).__name__}: {error}"
+        return actor
+
+    def get(self, ref: FakeRef, target: str, timeout: float) -> Any:
+        self.note("read", ref.actor.label if ref.actor is not None else target)
+        return _resolve(ref)
+
+    def find(self, name: str) -> FakeActor | None:
+        return next((a for a in self.actors if a.name == name and not a.stopped and a.dead is None), None)
+
+    def stop(self, actors: Sequence[Any], placement: Placement | None) -> None:
+        self.note("stop", tuple(a.label for a in actors), placement is not None)
+        for actor in actors:
+            actor.stopped, actor.dead = True, "it was stopped"
+        if placement is not None:
+            self.placements.remove(placement)
+
+    def dumps(self, value: Any) -> bytes:
+        return bytes(cloudpickle.dumps(value))
+
+    def disconnect(self) -> None:
+        self.disconnected += 1
+
+    # -- for tests ----------------------------------------------------------------------------------
+
+    def actor(self, label: str) -> FakeActor:
+        """The last actor started with that label."""
+        return [a for a in self.actors if a.label == label][-1]
+
+    def kill(self, label: str) -> None:
+        """The actor's process dies."""
+        self.actor(label).dead = "its process died"
+
+    @property
+    def running(self) -> list[str]:
+        """Actors that nobody stopped; what is left behind once a manager was shut down or failed to start."""
+        return [a.label for a in self.actors if not a.stopped]
+
+    def sent(self, since: int = 0) -> list[tuple[str, str]]:
+        """(receiver, command) of all messages from event number `since` on."""
+        return [(e[1], e[2]) for e in self.events[since:] if e[0] == "send"]
+
+    @contextmanager
+    def watch(self) -> Iterator[list[tuple[str, str]]]:
+        """A list that holds, after the `with` block, the messages sent in it."""
+        since, seen = len(self.events), list[tuple[str, str]]()
+        yield seen
+        seen += self.sent(since)
+
+
+@contextmanager
+def session_on(runtime: FakeRuntime, name: str | None = None) -> Iterator[InferenceSession]:
+    """A Ray session whose cluster is `runtime`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RayRuntime, "connect", classmethod(lambda cls, address, namespace, **options: runtime))
+        session = InferenceSession(runtime="ray", name=name)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def params(replicas: int = 2, **changes: Any) -> MHAKVCacheParams:
+    """Small float32 pages on the CPU, prefix caching on."""
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "head_dim": 2,
+        "num_layers": 1,
+        "n_kv_heads": 1,
+        "page_size": 4,
+        "enable_prefix_caching": True,
+        "data_parallel_degree": replicas,
+        "devices": ["cpu"] * replicas,
+    }
+    return MHAKVCacheParams(**settings | changes)
+
+
+@contextmanager
+def manager_on(
+    runtime: FakeRuntime, replicas: int = 2, pages: int | None = 16, name: str | None = None, **changes: Any
+) -> Iterator[PagedKVCacheManager]:
+    """A manager whose actors live in `runtime`, with runtime checks on."""
+    options = {k: changes.pop(k) for k in ("router", "max_batch_size") if k in changes}
+    with session_on(runtime, name) as session:
+        manager = PagedKVCacheManager(
+            params(replicas, **changes), session, pages, enable_runtime_checks=True, **{"max_batch_size": 8} | options
+        )
+        try:
+            yield manager
+        finally:
+            manager.shutdown()
+
+
+# -- a model that shows whether a page is right --------------------------------------------------------
+
+
+def chain(tokens: Sequence[int]) -> list[float]:
+    """What stamp() writes for each position: it depends on every token up to there, exactly in float32."""
+    values, value = [], 1
+    for token in tokens:
+        value = (31 * value + token + 7) % 1_000_003
+        values.append(float(value))
+    return values
+
+
+def stamp(inputs: Any, batch: Sequence[Any]) -> int:
+    """A forward that fills the active window of each request; how many tokens."""
+    [shard] = inputs.shards
+    written, size = 0, shard.kv_blocks.shape[3]
+    for row, ctx in enumerate(batch):
+        start = ctx.tokens.processed_length
+        for at, value in enumerate(chain(ctx.tokens.all.tolist())[start : start + ctx.tokens.active_length], start):
+            shard.kv_blocks[int(shard.lookup_table[row, at // size]), :, :, at % size] = value
+        written += ctx.tokens.active_length
+    return written
+
+
+def contents(manager: PagedKVCacheManager, request_id: str, replica: int, tokens: int) -> list[float]:
+    """The value at each of the first `tokens` positions of a request, read back from its pages."""
+    [pages] = manager.read_pages(manager.get_req_blocks(request_id, replica), replica)
+    rows: list[float] = pages[:, 0, 0, :, 0, 0].flatten()[:tokens].tolist()
+    return rows

@@ -1,0 +1,73 @@
+"""Small workloads and runs that the bench tests share."""
+
+from collections.abc import Callable, Iterator
+from itertools import count
+
+import numpy as np
+import pytest
+
+from rayk.bench.loop import Driver, LoopSettings
+from rayk.bench.request import BenchRequest, TokenSpace, Workload
+from rayk.bench.settings import BenchSettings, complete
+from rayk.manager import PagedKVCacheManager
+from rayk.session import InferenceSession
+
+Serve = Callable[..., Driver]
+
+
+def plain_workload(lengths: list[tuple[int, int]], after: dict[int, int] | None = None) -> Workload:
+    """Requests of (prompt, output) lengths without shared tokens; `after` maps a request to its predecessor."""
+    space = TokenSpace("test")
+    requests = [
+        BenchRequest(
+            i,
+            f"r{i}",
+            float(i),
+            None,
+            prompt,
+            output,
+            np.array([[space.slots(prompt), prompt]], np.int64),
+            space.generated(output),
+            after=(after or {}).get(i),
+        )
+        for i, (prompt, output) in enumerate(lengths)
+    ]
+    return Workload("test", "test", requests, {})
+
+
+@pytest.fixture
+def lengths() -> Callable[..., Workload]:
+    """Makes workloads of given lengths."""
+    return plain_workload
+
+
+def ticking_clock(step: float = 0.001) -> Callable[[], float]:
+    """A clock that moves on by `step` seconds whenever it is read."""
+    ticks = count()
+    return lambda: next(ticks) * step
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Runs a workload inline to its end and checks the cores; gives the driver. Keywords are those of BenchSettings."""
+    with InferenceSession() as session:
+
+        def run(
+            workload: Workload,
+            pages: int | None = None,
+            on_tick: Callable[[Driver], None] = lambda driver: None,
+            **settings: object,
+        ) -> Driver:
+            asked = BenchSettings(runtime="inline", **settings)  # type: ignore[arg-type]
+            full = complete(asked, workload, pages)
+            loop: LoopSettings = full.loop()
+            manager = PagedKVCacheManager(
+                full.params(), session, full.pages, max_batch_size=full.max_batch_size, router=full.router
+            )
+            driver = Driver(manager, workload, loop, ticking_clock(), on_tick)
+            driver.run()
+            manager.check_integrity()
+            assert [manager.get_num_used_pages(r) for r in range(full.replicas)] == [0] * full.replicas
+            return driver
+
+        yield run
