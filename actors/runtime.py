@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -143,7 +144,6 @@ class RayRuntime:
             "include_dashboard": False,
             "logging_level": "error",
             "_temp_dir": self._temp_dir,
-            "_node_ip_address": "127.0.0.1",
             **options,
         }
         try:
@@ -275,10 +275,13 @@ def _running_address() -> str | None:
 
 
 def _short(error: BaseException) -> str:
-    """What Ray says about a dead actor, on one line."""
-    text = str(error)
+    """What Ray says about a dead actor, in one sentence."""
+    text = " ".join(str(error).split())
+    found = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*?)(?:\. |$)", text)
+    if found:
+        return f"its process ended ({found[1]}: {found[2]})"
     for marker in ("The actor died because", "The actor is dead because", "The actor died unexpectedly"):
         if marker in text:
             text = text[text.index(marker) :]
             break
-    return " ".join(text.split())[:300]
+    return text[:300].rstrip(".")

@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from rayk.errors import InsufficientBlocksError, RaykError, ReplicaLostError
     from rayk.inputs import BatchCharacteristics
     from rayk.manager import PagedKVCacheManager
+    from rayk.memory import (
+        SIGNAL_BUFFER_BYTES,
+        MemoryEstimator,
+        MemoryPlanError,
+        MemoryPlanner,
+        PagedMemoryPlanner,
+        compute_max_seq_len_fitting_in_cache,
+        compute_num_device_blocks,
+        compute_num_host_blocks,
+        estimated_memory_size,
+        spec_decode_cache_slack,
+    )
     from rayk.metrics import KVCacheMetrics
     from rayk.params import (
         KVCacheQuantizationConfig,
@@ -30,6 +42,18 @@ _HOMES = {
     "errors": ["InsufficientBlocksError", "RaykError", "ReplicaLostError"],
     "inputs": ["BatchCharacteristics"],
     "manager": ["PagedKVCacheManager"],
+    "memory": [
+        "SIGNAL_BUFFER_BYTES",
+        "MemoryEstimator",
+        "MemoryPlanError",
+        "MemoryPlanner",
+        "PagedMemoryPlanner",
+        "compute_max_seq_len_fitting_in_cache",
+        "compute_num_device_blocks",
+        "compute_num_host_blocks",
+        "estimated_memory_size",
+        "spec_decode_cache_slack",
+    ],
     "metrics": ["KVCacheMetrics"],
     "params": [
         "KVCacheQuantizationConfig",
@@ -44,6 +68,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "SIGNAL_BUFFER_BYTES",
     "Admission",
     "BatchCharacteristics",
     "HitCounts",
@@ -54,13 +79,22 @@ __all__ = [
     "KVConnectorConfig",
     "MHAKVCacheParams",
     "MLAKVCacheParams",
+    "MemoryEstimator",
+    "MemoryPlanError",
+    "MemoryPlanner",
     "MultiKVCacheParams",
     "PagedKVCacheManager",
+    "PagedMemoryPlanner",
     "RaykError",
     "ReplicaLostError",
     "TextContext",
     "Tick",
     "TickResult",
+    "compute_max_seq_len_fitting_in_cache",
+    "compute_num_device_blocks",
+    "compute_num_host_blocks",
+    "estimated_memory_size",
+    "spec_decode_cache_slack",
 ]
 
 

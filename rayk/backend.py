@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from socket import gethostname
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -53,6 +54,7 @@ class Backend(Protocol):
     def reset_prefix_cache(self) -> None: ...
     def buffers(self, replica: int) -> list[torch.Tensor]: ...
     def read_pages(self, page_ids: Sequence[int], replica: int) -> list[torch.Tensor]: ...
+    def node_names(self) -> list[str]: ...
     def check_integrity(self) -> None: ...
     def close(self) -> None: ...
     def leave(self) -> None: ...
@@ -224,6 +226,9 @@ class InlineBackend:
 
     def read_pages(self, page_ids: Sequence[int], replica: int) -> list[torch.Tensor]:
         return self.cores[replica].buffers.read(page_ids)
+
+    def node_names(self) -> list[str]:
+        return [gethostname()] * len(self.cores)
 
     def check_integrity(self) -> None:
         for core in self.cores:

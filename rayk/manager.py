@@ -295,6 +295,10 @@ class PagedKVCacheManager:
         """Return when no host or disk transfer is pending."""
         self.poll_transfers()
 
+    def get_node_names(self) -> list[str]:
+        """The host name of each replica's node."""
+        return self._at(0).node_names()
+
     def check_integrity(self) -> None:
         """IntegrityError if any replica's bookkeeping contradicts itself (a bug in rayk)."""
         self._at(0).check_integrity()

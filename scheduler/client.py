@@ -317,6 +317,9 @@ class RayBackend:
     def reset_prefix_cache(self) -> None:
         self._scheduler.ask(m.EveryReplica(m.ResetPrefixCache()))
 
+    def node_names(self) -> list[str]:
+        return list(self._cluster.node_names)
+
     def check_integrity(self) -> None:
         self._scheduler.ask(m.EveryReplica(m.CheckIntegrity()))
 

@@ -38,13 +38,13 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Running actors of one manager. `pages[r]`, `node_ids[r]` and `epochs[r]` belong to replica r."""
+    """Running actors of one manager. `pages[r]`, `node_names[r]` and `epochs[r]` belong to replica r."""
 
     config: ClusterConfig
     replicas: tuple[Actor, ...]
     epochs: tuple[int, ...]
     pages: tuple[int, ...]
-    node_ids: tuple[str, ...]
+    node_names: tuple[str, ...]
     placement: Placement | None
     scheduler: Actor | None = None
     scheduler_epoch: int = 0
@@ -66,7 +66,8 @@ def start_cluster(runtime: Runtime, config: ClusterConfig, name: str | None) -> 
         config = replace(config, params=replace(config.params, kv_hash_seed=os.urandom(32)))
     nodes = measure_nodes(runtime)
     placement = _place(runtime, config, nodes, name)
-    cluster = Cluster(config, (), (), (), placement.node_ids, placement)
+    names = {node.node_id: node.host_name for node in nodes}
+    cluster = Cluster(config, (), (), (), tuple(names[i] for i in placement.node_ids), placement)
     try:
         cluster = _start_replicas(runtime, cluster, nodes, name)
         return _start_scheduler(runtime, cluster, name)

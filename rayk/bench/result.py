@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,13 @@ def read_result(path: Path) -> BenchResult:
         raise ConfigError(f"{path} is not the result of rayk bench: {error}") from None
 
 
-def make_result(settings: BenchSettings, workload: Workload, measured: Measured) -> BenchResult:
-    """The result of a run, also of one that was stopped. Replays its events to simulate other caches."""
+def make_result(
+    settings: BenchSettings, workload: Workload, measured: Measured, nodes: Sequence[str] = ()
+) -> BenchResult:
+    """The result of a run, also of one that was stopped. Replays its events to simulate other caches.
+
+    `nodes` are the host names of the replicas, in order, where known.
+    """
     size, total = settings.page_size, settings.pages * settings.replicas
     pooled = replay(measured.events, workload.requests, size, total)
     infinite = replay(measured.events, workload.requests, size, None)
@@ -224,6 +230,7 @@ def make_result(settings: BenchSettings, workload: Workload, measured: Measured)
                 pages=settings.pages,
                 requests=counts.requests,
                 restarts=0,
+                node=nodes[index] if nodes else None,
                 hit_rate=counts.cached / counts.prompt if counts.prompt else None,
                 peak_used_pages=counts.peak_used_pages,
             )

@@ -45,6 +45,7 @@ def run_bench(
             max_batch_size=settings.max_batch_size,
             router=settings.router,
         )
+        nodes = manager.get_node_names()
         driver = Driver(manager, workload, settings.loop(), clock, on_tick)
         try:
             driver.run()
@@ -54,7 +55,7 @@ def run_bench(
         _close(session, quietly=True)
         raise
     _close(session, quietly=error is not None)
-    return Outcome(make_result(settings, workload, driver.measured), error)
+    return Outcome(make_result(settings, workload, driver.measured, nodes), error)
 
 
 def _close(session: InferenceSession, quietly: bool) -> None:
