@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from rayk.errors import NotBuiltError, RaykError
+from rayk.memory.command import PLAN_EPILOG, plan
 
-NOT_BUILT_COMMANDS = ("plan", "simulate", "generate", "top", "describe")
+NOT_BUILT_COMMANDS = ("simulate", "generate", "top", "describe")
 NOT_BUILT_VALUES = {
     "--workload": ("documents",),
     "--router": ("cost", "prefix", "session"),
@@ -267,6 +268,7 @@ def _add_refused(name: str) -> None:
         raise NotBuiltError(f"rayk {name}")
 
 
+app.command(epilog=PLAN_EPILOG)(plan)
 for _name in NOT_BUILT_COMMANDS:
     _add_refused(_name)
 

@@ -1,0 +1,37 @@
+"""Memory plans: how many pages fit beside a model, what length and batch that serves, and what to change if none do.
+
+    budget.py ──> advice.py ──> estimator.py, planner.py          the reference's estimator and planners
+    weights.py, fields.py ──> architectures.py ──> checkpoint.py  from a config.json to a model (model.py)
+    by_hand.py                                                    a model from numbers
+    gpus.py, settings.py ──> plan.py ──> nodes.py, remedies.py    a plan of a replica, of nodes, and what helps
+    question.py ──> sweep.py, view.py, command.py                 `rayk plan`
+
+Nothing here imports Ray or torch, and nothing measures a machine: memory sizes come from the caller.
+"""
+
+from rayk.memory.budget import (
+    SIGNAL_BUFFER_BYTES,
+    compute_max_seq_len_fitting_in_cache,
+    compute_num_device_blocks,
+    compute_num_host_blocks,
+    estimated_memory_size,
+    spec_decode_cache_slack,
+)
+from rayk.memory.errors import CacheProtocolError, MemoryPlanError, ModelConfigError
+from rayk.memory.estimator import MemoryEstimator
+from rayk.memory.planner import MemoryPlanner, PagedMemoryPlanner
+
+__all__ = [
+    "SIGNAL_BUFFER_BYTES",
+    "CacheProtocolError",
+    "MemoryEstimator",
+    "MemoryPlanError",
+    "MemoryPlanner",
+    "ModelConfigError",
+    "PagedMemoryPlanner",
+    "compute_max_seq_len_fitting_in_cache",
+    "compute_num_device_blocks",
+    "compute_num_host_blocks",
+    "estimated_memory_size",
+    "spec_decode_cache_slack",
+]
