@@ -165,9 +165,8 @@ class InlineBackend:
         results = []
         for core, tick in zip(self.cores, ticks, strict=True):
             results.append(run_tick(core, tick, fn))
-            for request_id in tick.release:
-                if request_id not in core.requests:
-                    self._placements.remove(request_id)
+            for request_id in tick.release[: results[-1].released]:
+                self._placements.remove(request_id)
         return results
 
     def runtime_inputs(
@@ -257,7 +256,14 @@ def run_tick(core: ReplicaCore, tick: Tick, fn: Forward | None) -> TickResult:
         done.error = error
     usage = core.usage
     return TickResult(
-        done.value, done.refused, usage.free, usage.used, done.step_seconds, done.alloc_seconds, done.error
+        value=done.value,
+        refused=done.refused,
+        free_pages=usage.free,
+        used_pages=usage.used,
+        step_seconds=done.step_seconds,
+        alloc_seconds=done.alloc_seconds,
+        released=done.released,
+        error=done.error,
     )
 
 
@@ -276,6 +282,7 @@ class _Progress:
     refused: dict[str, InsufficientBlocksError] = field(default_factory=dict)
     step_seconds: float = 0.0
     alloc_seconds: float = 0.0
+    released: int = 0
     error: Exception | None = None
 
     def step(self, core: ReplicaCore, tick: Tick) -> None:
@@ -284,6 +291,7 @@ class _Progress:
         self.step_seconds = perf_counter() - start
         for request_id in tick.release:
             core.release(request_id)
+            self.released += 1
 
     def alloc(self, core: ReplicaCore, tick: Tick) -> None:
         start = perf_counter()

@@ -11,6 +11,7 @@ made from them stay true.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,10 @@ IntArray = npt.NDArray[np.int32]
 
 def as_int32(tokens: Any, request_id: str) -> IntArray:
     """`tokens` (ints in a sequence, array or tensor) as a 1-D int32 array; TokenError names what does not fit."""
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError:
+        raise TokenError(request_id, "tokens must be a flat sequence of ints, got nested ones") from None
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise TokenError(
             request_id, f"tokens must be a flat sequence of ints, got {array.dtype} of shape {array.shape}"
@@ -100,8 +104,8 @@ class TokenWindow:
             grown[: self.length] = self.data
             self.data = grown
         try:
-            self.data[self.length] = token
-        except (OverflowError, TypeError, ValueError):
+            self.data[self.length] = token if type(token) is int else index(token)
+        except (OverflowError, TypeError, ValueError, RuntimeError):
             raise TokenError(self._request_id, f"token {token!r} is not an int32; check the sampler") from None
         self.length += 1
 
@@ -131,8 +135,6 @@ class TextContext:
     """
 
     __slots__ = (
-        "adapter",
-        "cache_salt",
         "cached_prefix_length",
         "deadline",
         "draft_tokens_to_verify",
@@ -168,11 +170,12 @@ class TextContext:
             raise TokenError(request_id, f"{len(array)} tokens are more than max_length {max_length}")
         if not 0 <= pending_future_count <= len(array):
             raise TokenError(request_id, f"pending_future_count {pending_future_count} of {len(array)} tokens")
+        for name, value in (("cache_salt", cache_salt), ("adapter", adapter)):
+            if value is not None and not isinstance(value, str):
+                raise TokenError(request_id, f"{name} must be a str or None, got {value!r}")
         self.request_id = request_id
         self.tokens = TokenWindow(array, request_id)
         self.max_length = max_length
-        self.cache_salt = cache_salt
-        self.adapter = adapter
         self.session_id = session_id
         self.tenant = tenant
         self.priority = priority
@@ -182,6 +185,16 @@ class TextContext:
         self.draft_tokens_to_verify: Sequence[int] | IntArray = ()
         self.maybe_accepted_draft_tokens: Sequence[int] | IntArray = ()
         self.root_key = (cache_salt, adapter)
+
+    @property
+    def cache_salt(self) -> str | None:
+        """Requests share pages only with requests of the same salt."""
+        return self.root_key[0]
+
+    @property
+    def adapter(self) -> str | None:
+        """Requests share pages only with requests of the same adapter."""
+        return self.root_key[1]
 
     def __repr__(self) -> str:
         t = self.tokens

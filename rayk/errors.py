@@ -112,7 +112,9 @@ class RuntimeInputsError(RaykError, ValueError, RuntimeError):
 
     replica: int
     message: str
-    text: ClassVar[str] = "replica {replica}: {message}"
+
+    def __str__(self) -> str:
+        return self.message if self.replica < 0 else f"replica {self.replica}: {self.message}"
 
 
 class LeafError(RaykError, AssertionError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rayk.context import TextContext
-from rayk.errors import NotClaimedError, RuntimeInputsError
+from rayk.errors import RuntimeInputsError
 from rayk.inputs import BatchCharacteristics, BatchShape
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def fill_batch(
     for ctx in batch:
         request = requests.get(ctx.request_id)
         if request is None:
-            raise NotClaimedError(ctx.request_id, core.replica, -1)
+            raise RuntimeInputsError(
+                core.replica, f"request {ctx.request_id!r} is not claimed here; call claim() and alloc() first"
+            )
         slots = core.slots_needed(ctx)
         pages = -(-slots // size)
         if request.dummy:

@@ -7,7 +7,7 @@ this process, or replica and scheduler actors on Ray.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,15 @@ import torch
 
 from rayk.backend import Backend, Batches, Forward, InlineBackend
 from rayk.context import TextContext
-from rayk.errors import BatchError, ClosedError, LeafError, NotBuiltError, ReplicaIndexError
+from rayk.errors import (
+    BatchError,
+    ClosedError,
+    LeafError,
+    NotBuiltError,
+    NotClaimedError,
+    ReplicaIndexError,
+    RuntimeInputsError,
+)
 from rayk.inputs import BatchCharacteristics, RuntimeInputs
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams, require, require_at_least
@@ -143,7 +151,8 @@ class PagedKVCacheManager:
             yield
         finally:
             for request_id, replica in held:
-                backend.release(request_id, replica)
+                with suppress(NotClaimedError, ClosedError):  # the body may have released it, or shut everything down
+                    self.release(request_id, replica)
 
     # -- batches ---------------------------------------------------------------------------------------
 
@@ -192,7 +201,9 @@ class PagedKVCacheManager:
         RuntimeInputsError when a request has too few pages or a bound does not hold. Allocates nothing and moves
         no window. Views: the next call overwrites them (inline).
         """
-        backend = self._for(batches)
+        backend = self._at(0)
+        if len(batches) != self._replicas:
+            raise RuntimeInputsError(-1, f"{len(batches)} batch(es) for {self._replicas} replica(s); pass one for each")
         return RuntimeInputs(backend.runtime_inputs(batches, max_cache_length, batch_characteristics))
 
     def runtime_inputs_for_leaf(

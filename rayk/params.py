@@ -131,6 +131,7 @@ class KVCacheParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        require(not isinstance(self.devices, str), f"devices must be a list such as ['{self.devices}']")
         object.__setattr__(self, "devices", tuple(str(d) for d in self.devices))
         require_at_least(1, head_dim=self.head_dim, num_layers=self.num_layers, page_size=self.page_size)
         require_at_least(1, data_parallel_degree=self.data_parallel_degree)

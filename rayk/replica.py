@@ -133,14 +133,10 @@ class ReplicaCore:
     # -- allocation ------------------------------------------------------------------------------
 
     def slots_needed(self, ctx: TextContext) -> int:
-        """Slots that the request's pages must offer (S in REFERENCE 2.3)."""
+        """Slots that the request's pages must offer: S in REFERENCE 2.3, and never less than the active window."""
         placeholders = ctx.pending_future_count
-        return (
-            ctx.tokens.length
-            + len(ctx.maybe_accepted_draft_tokens)
-            + self._slots
-            - (placeholders if placeholders > 1 else 1)
-        )
+        slots = ctx.tokens.length + len(ctx.maybe_accepted_draft_tokens) + self._slots
+        return slots - 1 if placeholders < 2 else max(slots - placeholders, ctx.tokens.end)
 
     def _reusable(self, ctx: TextContext) -> int:
         """Leading pages of the request that may come from a cache: all full ones before its last token."""
@@ -179,7 +175,7 @@ class ReplicaCore:
             if tip is not request.tip:
                 assert tip is not None
                 self._tree.undo(tip, request.tip)
-            raise InsufficientBlocksError(ctx.request_id, self.replica, need, free, self.num_pages)
+            raise InsufficientBlocksError(ctx.request_id, self.replica, need + copied, free + copied, self.num_pages)
         # From here on nothing fails.
         if hits + copied:
             assert tip is not None
@@ -267,7 +263,7 @@ class ReplicaCore:
             raise NotClaimedError(missing.args[0], self.replica, -1) from None
         if not self._caching:
             return
-        size = self._page_size
+        size, due = self._page_size, []
         for ctx, request in zip(batch, requests, strict=True):
             window = ctx.tokens
             full = min(window.processed, window.length - ctx.pending_future_count) // size
@@ -279,7 +275,9 @@ class ReplicaCore:
                         f"request {ctx.request_id!r} on replica {self.replica} has {window.processed} processed tokens "
                         f"but only {request.pages} page(s) of {size}; call alloc() before the forward"
                     )
-                self._commit(ctx, request, full)
+                due.append((ctx, request, full))
+        for ctx, request, full in due:
+            self._commit(ctx, request, full)
         if self.runtime_checks:
             self.check_integrity()
 

@@ -191,8 +191,7 @@ class ReplicaService:
             execute=[ctxs[i] for i in command.execute],
         )
         done = run_tick(self.core, tick, pickle.loads(command.fn) if command.fn else None)
-        released = [request_id for request_id in command.release if request_id not in self.core.requests]
-        for request_id in released:
+        for request_id in command.release[: done.released]:
             self._mirrors.drop(request_id)
         return m.TickDone(
             moved={c.request_id: moved(c) for c in tick.alloc if c.request_id not in done.refused},
@@ -202,7 +201,7 @@ class ReplicaService:
             used=done.used_pages,
             step_seconds=done.step_seconds,
             alloc_seconds=done.alloc_seconds,
-            released=len(released),
+            released=done.released,
             failure=self._failure(done.error) if done.error is not None else None,
         )
 

@@ -53,6 +53,7 @@ class TickResult:
     used_pages: int = 0
     step_seconds: float = 0.0  # inside the replica
     alloc_seconds: float = 0.0
+    released: int = 0  # so many of the tick's `release` are done, in order
     error: Exception | None = None  # what ended it early; tick() raises the first of all replicas
 
 

@@ -284,13 +284,14 @@ class RayBackend:
             assert isinstance(error, InsufficientBlocksError)
             refused[request_id] = error
         return TickResult(
-            pickle.loads(done.value) if done.value else None,
-            refused,
-            done.free,
-            done.used,
-            done.step_seconds,
-            done.alloc_seconds,
-            m.to_error(done.failure) if done.failure is not None else None,
+            value=pickle.loads(done.value) if done.value else None,
+            refused=refused,
+            free_pages=done.free,
+            used_pages=done.used,
+            step_seconds=done.step_seconds,
+            alloc_seconds=done.alloc_seconds,
+            released=done.released,
+            error=m.to_error(done.failure) if done.failure is not None else None,
         )
 
     # -- queries -------------------------------------------------------------------------------------
