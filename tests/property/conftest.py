@@ -1,10 +1,12 @@
 """How long the state machines run: RAYK_HYPOTHESIS=ci (the default, the same examples each time) or long."""
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+HERE = Path(__file__).resolve().parent
 COMMON = {
     "deadline": None,  # it would measure how busy the machine is; pytest-timeout catches what hangs
     "print_blob": True,
@@ -22,3 +24,11 @@ if chosen not in PROFILES:
     raise pytest.UsageError(f"RAYK_HYPOTHESIS={chosen!r} is not one of {', '.join(PROFILES)}")
 # Registered, not loaded: the tests of other folders keep their own profile.
 settings.register_profile("rayk-machines", PROFILES[chosen])
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-timeout looks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """More time than the suite's limit: a failing machine shrinks its example for minutes, a long run takes hours."""
+    for item in items:
+        if item.path.parent == HERE:
+            item.add_marker(pytest.mark.timeout(0 if chosen == "long" else 900))

@@ -32,7 +32,7 @@ from rayk.errors import (
 MACHINES = settings.get_profile("rayk-machines")
 SESSION = rayk.InferenceSession("inline")
 MAX_CONTEXTS = 9
-MAX_PENDING = 1  # placeholders at once
+MAX_PENDING = 2  # placeholders at once
 
 Chain = tuple[str | None, tuple[int, ...]]  # salt, all tokens up to the end of a page
 
@@ -42,7 +42,7 @@ Chain = tuple[str | None, tuple[int, ...]]  # salt, all tokens up to the end of 
 
 @dataclass
 class Req:
-    """What a context and its claim should look like. `tokens` has the true token where the context has a placeholder."""
+    """What a context and its claim should look like. `tokens` has true tokens where the context has placeholders."""
 
     id: str
     salt: str | None
@@ -131,7 +131,8 @@ class Model:
     def slots(self, req: Req) -> int:
         # with 1 draft token "eagle" makes all of them in one pass: B = 1
         extra = 2 * self.drafts + 1 + (self.drafts == 1)
-        return len(req.tokens) + req.accepted + extra - max(1, req.pending)
+        slots = len(req.tokens) + req.accepted + extra - max(1, req.pending)
+        return max(slots, req.end)  # more only with two placeholders: what is forwarded next has a page
 
     def wanted(self, req: Req) -> int:
         return -(-self.slots(req) // self.size)
@@ -244,7 +245,7 @@ def chain_values(salt: str | None, tokens: Sequence[int]) -> torch.Tensor:
 STEMS = [[0] * 16, [0, 1] * 8, [0, 0, 0, 0, 1, 1, 1, 1, 0, 1, 0, 1, 1, 0, 0, 1]]
 PICK = st.integers(0, MAX_CONTEXTS - 1)
 TOKEN = st.integers(0, 1)
-TURNS = st.lists(st.integers(0, 5), max_size=4)
+TURNS = st.lists(st.integers(0, 8), max_size=5)
 SOME = st.lists(st.booleans(), min_size=MAX_CONTEXTS, max_size=MAX_CONTEXTS)
 WHERE = st.lists(st.integers(0, 2), min_size=MAX_CONTEXTS, max_size=MAX_CONTEXTS)
 SALT = st.sampled_from([None, None, None, None, None, None, "s", "other"])
@@ -276,9 +277,7 @@ class ManagerMachine(RuleBasedStateMachine):
         drafts=st.sampled_from([0, 0, 0, 1, 2]),
         kind=st.sampled_from(["mha", "mla tp2", "two caches"]),
     )
-    def start(
-        self, size: int, pages: int, replicas: int, caching: bool, copies: bool, drafts: int, kind: str
-    ) -> None:
+    def start(self, size: int, pages: int, replicas: int, caching: bool, copies: bool, drafts: int, kind: str) -> None:
         common: dict[str, Any] = {
             "dtype": "float32",
             "head_dim": 1,
@@ -296,7 +295,10 @@ class ManagerMachine(RuleBasedStateMachine):
             params = rayk.MLAKVCacheParams(num_q_heads=2, **common)
         elif kind == "two caches":
             params = rayk.MultiKVCacheParams.from_params(
-                {name: rayk.MHAKVCacheParams(n_kv_heads=heads, **common) for name, heads in (("target", 1), ("draft", 2))}
+                {
+                    name: rayk.MHAKVCacheParams(n_kv_heads=heads, **common)
+                    for name, heads in (("target", 1), ("draft", 2))
+                }
             )
         else:
             params = rayk.MHAKVCacheParams(n_kv_heads=1, **common)
@@ -317,7 +319,9 @@ class ManagerMachine(RuleBasedStateMachine):
         return req, self.ctx[req.id]
 
     def claimed(self, some: Sequence[bool] | None = None) -> list[Req]:
-        chosen = self.req.values() if some is None else [q for q, yes in zip(self.req.values(), some, strict=False) if yes]
+        chosen = (
+            self.req.values() if some is None else [q for q, yes in zip(self.req.values(), some, strict=False) if yes]
+        )
         return [req for req in chosen if req.replica is not None]
 
     def unclaimed(self, some: Sequence[bool]) -> list[Req]:
@@ -341,7 +345,14 @@ class ManagerMachine(RuleBasedStateMachine):
         then=st.sampled_from(["keep", "release", "twin"]),
     )
     def new_context(
-        self, stem: list[int], shared: int, own: list[int], salt: str | None, where: list[int], turns: list[int], then: str
+        self,
+        stem: list[int],
+        shared: int,
+        own: list[int],
+        salt: str | None,
+        where: list[int],
+        turns: list[int],
+        then: str,
     ) -> None:
         tokens = stem[:shared] + own
         req = self.make(tokens, salt)
@@ -382,7 +393,7 @@ class ManagerMachine(RuleBasedStateMachine):
         req.end, req.computed = req.processed + n, False
 
     @precondition(lambda self: self.model.drafts and self.req)
-    @rule(pick=PICK, accepted=st.integers(0, 3), verify=st.integers(0, 3))
+    @rule(pick=PICK, accepted=st.integers(0, 3), verify=st.integers(0, 9))
     def draft(self, pick: int, accepted: int, verify: int) -> None:
         req, ctx = self.pick(pick)
         ctx.maybe_accepted_draft_tokens, ctx.draft_tokens_to_verify = [0] * accepted, [0] * verify
@@ -405,9 +416,12 @@ class ManagerMachine(RuleBasedStateMachine):
     def update_one(self, pick: int, token: int, future: bool) -> None:
         req, _ = self.pick(pick)
         if req.computed:
-            # a sampled token goes behind the placeholders only once these are filled in
-            self.realize(req) if not future or req.pending == MAX_PENDING else None
-            self.update(req, token, future)
+            self.update_with(req, token, future)
+
+    def update_with(self, req: Req, token: int, future: bool) -> None:
+        if not future or req.pending == MAX_PENDING:  # a known token comes behind known tokens only
+            self.realize(req)
+        self.update(req, token, future)
 
     @precondition(lambda self: any(req.pending for req in self.req.values()))
     @rule(pick=PICK)
@@ -526,18 +540,20 @@ class ManagerMachine(RuleBasedStateMachine):
         self.serve(self.pick(pick)[0], r % self.n, turns)
 
     def serve(self, req: Req, r: int, turns: list[int]) -> None:
-        """Whole turns, so that deep states are not left to luck. Turn t samples t % 2, of a chunk if t > 1."""
+        """Whole turns, so that deep states are not left to luck. Turn t samples t % 2. t = 2 .. 5: of a chunk of one
+        or two pages; 6: of a chunk of one token, chunked before the alloc; 7, 8: a placeholder for the token."""
         if req.replica is None:
             self.claim(req, r)
         for turn in turns:
+            if turn == 6 and req.end - req.processed > 1:
+                self.chunk_to(req, 1)
             if not self.alloc(req):
                 break
-            chunk = turn // 2 * self.model.size
+            chunk = turn // 2 * self.model.size if turn < 6 else 0
             if 0 < chunk < req.end - req.processed:
                 self.chunk_to(req, chunk)
             self.forward([req])
-            self.realize(req)
-            self.update(req, turn % 2)
+            self.update_with(req, turn % 2, future=turn > 6)
             self.step([req])
 
     # -- batched forms --------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from rayk import MHAKVCacheParams, PagedKVCacheManager
 # Workers cannot import this module: its functions travel by value, as those of a user's script do.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-PAGE = 16
+PAGE = 16  # tokens
+PAGES = 2048  # of a replica of the shared manager
 
 
 def params(replicas: int = 2, **changes: Any) -> MHAKVCacheParams:

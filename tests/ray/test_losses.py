@@ -17,6 +17,8 @@ from ray.util import placement_group_table
 
 from rayk import InferenceSession, PagedKVCacheManager, ReplicaLostError, TextContext, Tick
 from rayk.errors import PlanError, RaykError, SchedulerLostError
+from rayk.planning import ReplicaPlan
+from rayk.scheduler import cluster
 
 from .forwards import params, pid, running, until, wait_for_file
 
@@ -152,27 +154,13 @@ def test_the_scheduler_is_killed(session: InferenceSession) -> None:
 
 def test_a_replica_that_cannot_start_leaves_nothing(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its constructor asks for more memory than there is, which the planner was kept from seeing."""
-    from rayk.scheduler import cluster
-
-    monkeypatch.setattr(
-        cluster,
-        "plan_replica",
-        lambda node, params, wanted, replicas: cluster.ReplicaPlan(node.node_id, 1 << 40, 1, 1)
-        if hasattr(cluster, "ReplicaPlan")
-        else _huge(node.node_id),
-    )
+    monkeypatch.setattr(cluster, "plan_replica", lambda node, *_: ReplicaPlan(node.node_id, 1 << 40, 1, 1))
     before = {kind: actors(kind) for kind in ("ReplicaActor", "SchedulerActor")}
     groups = created_groups()
     with pytest.raises(PlanError, match="replica 0 could not start"):
         PagedKVCacheManager(params(), session, 8, max_batch_size=4)
     until(lambda: {kind: actors(kind) for kind in before} == before)
     assert created_groups() == groups
-
-
-def _huge(node_id: str) -> Any:
-    from rayk.planning import ReplicaPlan
-
-    return ReplicaPlan(node_id, 1 << 40, 1, 1)
 
 
 def created_groups() -> list[str]:
@@ -190,13 +178,3 @@ def test_shutdown_leaves_no_actor_placement_or_process(session: InferenceSession
     assert {i for i, actor in ray._private.state.actors().items() if actor["State"] != "DEAD"} == alive
     assert created_groups() == groups
     until(lambda: not running(pids) and {kind: actors(kind) for kind in before} == before)
-
-
-def test_a_manager_that_nobody_keeps_is_shut_down_with_its_session(session: InferenceSession) -> None:
-    groups = created_groups()
-    pids = PagedKVCacheManager(params(1), session, 8, max_batch_size=4).execute([[]], pid)
-    assert running(pids) == pids, "the session holds it"
-    [forgotten] = session._managers
-    forgotten.shutdown()
-    until(lambda: not running(pids))
-    assert created_groups() == groups

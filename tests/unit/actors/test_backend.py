@@ -451,6 +451,19 @@ def test_one_replicas_failure_does_not_hide_what_the_others_did(
     manager.release("a", 1)
 
 
+def test_a_refused_tick_releases_nothing(
+    runtime: FakeRuntime, manager: PagedKVCacheManager, two: tuple[TextContext, TextContext]
+) -> None:
+    """An id that is not claimed stops a tick before it begins: a is claimed still, and everybody knows."""
+    with pytest.raises(NotClaimedError, match="'unknown'"):
+        manager.tick([Tick(release=["a", "unknown"]), Tick()])
+    assert manager.contains("a", 0)
+    with pytest.raises(AlreadyClaimedError):
+        manager.claim("a", 1)
+    manager.release("a", 0)
+    manager.claim("a", 1)
+
+
 def boom(inputs: Any, batch: Any) -> None:
     raise RuntimeError("boom")
 

@@ -70,7 +70,10 @@ class Side:
         m = self.manager
         m.check_integrity()
         return (
-            {n: (c.tokens.length, c.tokens.processed, c.tokens.end, c.cached_prefix_length) for n, c in self.ctxs.items()},
+            {
+                n: (c.tokens.length, c.tokens.processed, c.tokens.end, c.cached_prefix_length)
+                for n, c in self.ctxs.items()
+            },
             [(m.num_free_blocks(r), m.get_num_used_pages(r)) for r in range(REPLICAS)],
             {(n, r): m.get_req_blocks(n, r) for n in NAMES for r in range(REPLICAS) if m.contains(n, r)},
             m.get_metrics_aggregated(),
@@ -202,12 +205,6 @@ class Side:
         return [self.manager.read_pages(range(self.manager.get_num_pages(r)), r)[0].tolist() for r in range(REPLICAS)]
 
 
-def failed(outcome: Any) -> bool:
-    """Whether an operation ended in an error."""
-    answer, _ = outcome
-    return isinstance(answer, tuple) and isinstance(answer[0], str)
-
-
 def stamp_where_it_fits(inputs: Any, batch: Any) -> int:
     """stamp(), and what it is given: the copies of the contexts must be the driver's."""
     seen = [(c.request_id, c.tokens.all.tolist(), c.tokens.processed, c.tokens.end) for c in batch]
@@ -233,9 +230,6 @@ def test_both_runtimes_agree(operations: Any, copies: bool, caching: bool, lazy:
     def check(cores: Side, actors: Side) -> None:
         for operation in operations:
             expected, got = cores.do(operation), actors.do(operation)
-            if operation[0] in ("execute", "step", "tick") and failed(expected):
-                assert got[0] == expected[0], operation
-                return  # replicas that work at once have got further than replicas in turn: the rest may differ
             assert got == expected, operation
         assert actors.pages() == cores.pages()
 

@@ -218,10 +218,19 @@ def test_a_refused_admission_keeps_nothing(client: Client, service: ReplicaServi
 def test_a_failed_forward_does_not_hold_on_to_what_the_tick_released(client: Client, service: ReplicaService) -> None:
     a, b = context("a"), context("b")
     admit(client, a, b)
-    error = client.error(m.RunTick([view(b)], release=["a"], execute=[0], fn=dumps(raise_value_error)))
-    assert isinstance(error, RemoteError)
+    done = client.send(m.RunTick([view(b)], release=["a"], alloc=[0], execute=[0], fn=dumps(raise_value_error)))
+    assert done.failure is not None and done.failure.kind == "RemoteError"
+    assert (done.released, list(done.moved)) == (1, ["b"]), "what was done before is told"
     assert list(service.core.requests) == ["b"]
     assert len(service._mirrors) == 1
+
+
+def test_a_tick_for_a_request_that_is_not_claimed_does_nothing(client: Client, service: ReplicaService) -> None:
+    a, b = context("a"), context("b")
+    admit(client, a, b)
+    done = client.send(m.RunTick([view(b)], release=["a", "unknown"], alloc=[0]))
+    assert done.failure is not None and done.failure.kind == "NotClaimedError"
+    assert (done.released, sorted(service.core.requests)) == (0, ["a", "b"])
 
 
 # -- admission ---------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ STEPS = ("nodes", "measure", "place", "start", "stop")
 
 
 def steps(runtime: FakeRuntime) -> list[tuple[str, ...]]:
-    return [event[:2] if event[0] in ("measure", "start") else event[:1] for event in runtime.events if event[0] in STEPS]
+    return [
+        event[:2] if event[0] in ("measure", "start") else event[:1] for event in runtime.events if event[0] in STEPS
+    ]
 
 
 def test_every_node_is_measured_then_placement_then_replicas_then_scheduler() -> None:

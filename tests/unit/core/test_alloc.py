@@ -6,6 +6,8 @@ import rayk
 from rayk import InsufficientBlocksError, TextContext
 from rayk.errors import BatchError, NotClaimedError
 
+from .conftest import write_window
+
 
 def state(cache, *ctxs: TextContext):
     m = cache.manager
@@ -115,7 +117,7 @@ def test_a_hit_on_a_free_page_uses_it_up(make) -> None:
     ctx = TextContext("new", range(13), 99)
     cache.manager.claim("new", 0)
     before = state(cache, ctx)
-    with pytest.raises(InsufficientBlocksError, match="needs 4 more page.*has 3 in all"):
+    with pytest.raises(InsufficientBlocksError, match=r"needs 4 more page.*has 3 in all"):
         cache.manager.alloc(ctx, 0)
     assert state(cache, ctx) == before
     assert cache.hits(range(9)) == [2]
@@ -138,7 +140,7 @@ def test_a_request_that_can_never_fit_says_so(make) -> None:
     cache = make(4)
     ctx = TextContext("big", range(17), 99)
     cache.manager.claim("big", 0)
-    with pytest.raises(InsufficientBlocksError, match="'big' needs 5 more page.*4 in all: it can never fit"):
+    with pytest.raises(InsufficientBlocksError, match=r"'big' needs 5 more page.*4 in all: it can never fit"):
         cache.manager.alloc(ctx, 0)
     ctx = TextContext("drafts", range(14), 99)
     ctx.draft_tokens_to_verify = [0] * 3
@@ -153,7 +155,7 @@ def test_a_refused_decode_keeps_its_pages_and_succeeds_later(make) -> None:
     cache.serve("b", [9], keep=True)
     cache.turn(ctx)
     before = state(cache, ctx)
-    with pytest.raises(InsufficientBlocksError, match="needs 1 more page.*0 of 3 are free"):
+    with pytest.raises(InsufficientBlocksError, match=r"needs 1 more page.*0 of 3 are free"):
         cache.manager.alloc(ctx, 0)
     assert state(cache, ctx) == before
     cache.manager.release("b", 0)
@@ -272,8 +274,6 @@ def test_equal_pages_collapse_into_one_at_commit(make) -> None:
 def test_requests_of_one_batch_collapse_too(make) -> None:
     cache = make(8)
     ctxs = [cache.start(name, range(9)) for name in ("a", "b")]
-    from .conftest import write_window
-
     cache.manager.execute([ctxs], write_window)
     for ctx in ctxs:
         ctx.update(9)
@@ -304,8 +304,6 @@ def test_generated_tokens_are_cached_too(make) -> None:
 def test_placeholders_are_not_cached_until_they_are_known(make) -> None:
     cache = make(8)
     ctx = cache.start("a", range(4))
-    from .conftest import write_window
-
     for _ in range(4):
         cache.manager.execute([[ctx]], write_window)
         ctx.update_with_future_token()
@@ -413,8 +411,8 @@ def test_the_predicted_fraction_is_what_alloc_then_uses(make) -> None:
     cache.serve("old", range(9))
     for tokens in (range(9), range(100, 105), range(13)):
         ctx = TextContext("new", tokens, 99)
-        predicted = cache.manager.get_pct_used_blocks_after_allocation(ctx, 0)
         before = state(cache, ctx)
+        predicted = cache.manager.get_pct_used_blocks_after_allocation(ctx, 0)
         assert state(cache, ctx) == before
         cache.manager.claim("new", 0)
         cache.manager.alloc(ctx, 0)

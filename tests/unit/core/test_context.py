@@ -78,7 +78,9 @@ def test_other_tokens_are_refused_with_the_request_and_the_numbers(tokens, says:
     assert "r7" in str(caught.value)
 
 
-@pytest.mark.parametrize("token", [1.5, 1.0, np.float32(2), "7", None, [3], 2**31, np.int64(2**40), torch.tensor(2**40)])
+@pytest.mark.parametrize(
+    "token", [1.5, 1.0, np.float32(2), "7", None, [3], 2**31, np.int64(2**40), torch.tensor(2**40)]
+)
 def test_a_sampled_token_that_is_no_int32_is_refused_and_nothing_moves(token) -> None:
     ctx = TextContext("r", [1, 2], 9)
     with pytest.raises(TokenError, match=r"'r'.*not an int32"):

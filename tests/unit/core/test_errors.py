@@ -37,7 +37,9 @@ def concrete() -> list[type[RaykError]]:
 
 
 def example(cls: type[RaykError]) -> RaykError:
-    kinds = {name: kind for base in reversed(cls.__mro__) for name, kind in vars(base).get("__annotations__", {}).items()}
+    kinds = {
+        name: kind for base in reversed(cls.__mro__) for name, kind in vars(base).get("__annotations__", {}).items()
+    }
     return cls(*(VALUES[kinds[name]] for name in cls.fields))
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rayk import MHAKVCacheParams, TextContext
+from rayk import InsufficientBlocksError, MHAKVCacheParams, TextContext
 from rayk.hashing import page_hashes, root_hash
 from rayk.inputs import LeafInputs
 from rayk.replica import ReplicaCore
@@ -43,6 +43,12 @@ def evict_all(at: ReplicaCore) -> None:
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
 
 
+def right_content(at: ReplicaCore, name: str) -> bool:
+    """Whether the request's first three pages hold what PROMPT says."""
+    (pages,) = at.buffers.read(at.blocks(name)[:3])
+    return torch.equal(pages.movedim(3, 1).flatten(0, 1)[:, 0, 0, 0, 0], values(PROMPT[:6]))
+
+
 def test_copied_pages_hold_the_right_content_and_are_counted() -> None:
     source, target = core(), core(replica=1)
     serve(source, "old", PROMPT)
@@ -53,24 +59,24 @@ def test_copied_pages_hold_the_right_content_and_are_counted() -> None:
     target.alloc(ctx, [export])
     source.exports.acknowledge(export.export_id)
     assert ctx.tokens.processed == ctx.cached_prefix_length == 6
-    (pages,) = target.buffers.read(target.blocks("new")[:3])
-    assert torch.equal(pages.movedim(3, 1).flatten(0, 1)[:, 0, 0, 0, 0], values(PROMPT[:6]))
+    assert right_content(target, "new")
     assert target.metrics.cross_replica_blocks_copied == 3
     assert target.metrics.cross_replica_bytes_copied == 3 * target.params.bytes_per_page
     assert (target.metrics.cache_tokens, target.metrics.device_blocks_served) == (6, 0)
     assert target.resident(ctx) == 3  # cached here now
 
 
-def test_copies_go_on_where_local_hits_end() -> None:
+@pytest.mark.parametrize("start", [0, 1])
+def test_copies_go_on_where_local_hits_end(start: int) -> None:
+    """Also when more is cached here by now than when the copies were asked for."""
     source, target = core(), core(replica=1)
     serve(source, "old", PROMPT)
     serve(target, "part", PROMPT[:3])
     ctx = TextContext("new", PROMPT, 99)
     target.claim("new")
-    target.alloc(ctx, [source.exports.export(ctx, 1, 3, 0)])
+    target.alloc(ctx, [source.exports.export(ctx, start, 3, 0)])
     assert (target.metrics.device_blocks_served, target.metrics.cross_replica_blocks_copied) == (1, 2)
-    (pages,) = target.buffers.read(target.blocks("new")[:3])
-    assert torch.equal(pages.movedim(3, 1).flatten(0, 1)[:, 0, 0, 0, 0], values(PROMPT[:6]))
+    assert right_content(target, "new")
 
 
 def test_copies_that_start_beyond_what_is_here_are_not_used() -> None:
@@ -91,8 +97,7 @@ def test_copies_from_two_replicas_follow_each_other() -> None:
     target.claim("new")
     target.alloc(ctx, [one.exports.export(ctx, 0, 1, 0), two.exports.export(ctx, 1, 3, 0)])
     assert target.metrics.cross_replica_blocks_copied == 3
-    (pages,) = target.buffers.read(target.blocks("new")[:3])
-    assert torch.equal(pages.movedim(3, 1).flatten(0, 1)[:, 0, 0, 0, 0], values(PROMPT[:6]))
+    assert right_content(target, "new")
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2])
@@ -109,23 +114,26 @@ def test_pages_from_a_wrong_hash_on_are_refused(wrong: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"cache_salt": "s"}, {"adapter": "a"}, {"tokens": [1, 2, 3, 9, 5, 6, 7]}],
+    ("tokens", "apart", "copied"),
+    [(PROMPT, {"cache_salt": "s"}, 0), (PROMPT, {"adapter": "a"}, 0), ([1, 2, 3, 9, 5, 6, 7], {}, 1)],
     ids=["salt", "adapter", "tokens"],
 )
-def test_pages_of_another_prefix_are_refused(other) -> None:
+def test_pages_of_another_prefix_are_refused(tokens, apart, copied: int) -> None:
     source, target = core(), core(replica=1)
-    old = serve(source, "old", PROMPT)
-    export = source.exports.export(old, 0, 3, 0)
-    ctx = TextContext("new", other.pop("tokens", PROMPT), 99, **other)
+    export = source.exports.export(serve(source, "old", PROMPT), 0, 3, 0)
     target.claim("new")
-    target.alloc(ctx, [export])
-    assert target.metrics.cross_replica_blocks_copied == (0 if "cache_salt" in repr(other) or other else 1)
+    target.alloc(TextContext("new", tokens, 99, **apart), [export])
+    assert target.metrics.cross_replica_blocks_copied == copied
 
 
 def test_pages_of_another_layout_or_seed_are_refused() -> None:
     target = core(replica=2)
-    for source in (core(head_dim=4), core(dtype="float16"), core(kv_hash_seed=b"s" * 32), core(kv_hash_algo="xxh3_128")):
+    for source in (
+        core(head_dim=4),
+        core(dtype="float16"),
+        core(kv_hash_seed=b"s" * 32),
+        core(kv_hash_algo="xxh3_128"),
+    ):
         old = serve(source, "old", PROMPT)
         export = source.exports.export(old, 0, 3, 0)
         ctx = TextContext("new", PROMPT, 99)
@@ -138,11 +146,11 @@ def test_pages_of_another_layout_or_seed_are_refused() -> None:
 def test_a_refused_alloc_with_copies_leaves_no_trace() -> None:
     source, target = core(), core(pages=4, replica=1)
     serve(source, "old", PROMPT)
-    serve(target, "hold", [9] * 4, keep=True)  # 3 of 4 pages
+    serve(target, "hold", [9] * 6, keep=True)  # 3 of 4 pages
     ctx = TextContext("new", PROMPT, 99)
     target.claim("new")
     before = (target.usage, target.metrics, target.blocks("new"))
-    with pytest.raises(Exception, match="needs 3 more page"):
+    with pytest.raises(InsufficientBlocksError, match=r"needs 4 more page.*1 of 4 are free"):
         target.alloc(ctx, [source.exports.export(ctx, 0, 3, 0)])
     assert (target.usage, target.metrics, target.blocks("new")) == before
     assert (ctx.tokens.processed, ctx.cached_prefix_length) == (0, None)

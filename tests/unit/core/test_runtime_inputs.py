@@ -70,7 +70,8 @@ def test_drafts_are_counted(make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "drafts", "pages"), [(None, 0, 10), ("eagle", 1, 13), ("eagle", 2, 14), ("dflash", 2, 15), ("mtp", 3, 16)]
+    ("method", "drafts", "pages"),
+    [(None, 0, 10), ("eagle", 1, 13), ("eagle", 2, 14), ("dflash", 2, 15), ("mtp", 3, 16)],
 )
 def test_slots_for_speculation(make, method: str | None, drafts: int, pages: int) -> None:
     """One token a page: S = L + 2 D + B for a request without placeholders or accepted drafts."""
@@ -183,7 +184,9 @@ class TestRefusals:
     def refused(self, cache, batches, says: str, **kwargs) -> None:
         def state():
             m = cache.manager
-            windows = [(c.tokens.processed, c.tokens.end, m.get_req_blocks(c.request_id, 0)) for b in batches for c in b]
+            windows = [
+                (c.tokens.processed, c.tokens.end, m.get_req_blocks(c.request_id, 0)) for b in batches for c in b
+            ]
             return windows, m.num_free_blocks(), m.get_metrics_aggregated()
 
         before = state()
@@ -219,7 +222,10 @@ def test_several_caches_are_a_mapping_over_one_table(make) -> None:
     assert list(inputs) == ["target", "draft"]
     tables = [leaf.shards[0].lookup_table.tolist() for leaf in inputs.values()]
     assert tables[0] == tables[1]
-    assert [tuple(leaf.shards[0].kv_blocks.shape) for leaf in inputs.values()] == [(9, 2, 3, 4, 2, 4), (9, 1, 1, 4, 1, 6)]
+    assert [tuple(leaf.shards[0].kv_blocks.shape) for leaf in inputs.values()] == [
+        (9, 2, 3, 4, 2, 4),
+        (9, 1, 1, 4, 1, 6),
+    ]
     with pytest.raises(LeafError, match="target, draft"):
         cache.manager.runtime_inputs_for_leaf([[ctx]])
 

@@ -58,7 +58,9 @@ def test_all_messages_are_tried() -> None:
 @given(**SEED)
 def test_round_trip(cls: type[msgspec.Struct], data: st.DataObject) -> None:
     numbers = st.integers(0, 2**63 - 1)
-    message = enveloped(data.draw(messages(cls)), data.draw(st.text(max_size=9)), data.draw(numbers), data.draw(numbers))
+    message = enveloped(
+        data.draw(messages(cls)), data.draw(st.text(max_size=9)), data.draw(numbers), data.draw(numbers)
+    )
     wire = m.encode(message)
     assert isinstance(wire, bytes)
     again = decode(wire, message)

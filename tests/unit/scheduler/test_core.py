@@ -80,9 +80,7 @@ def place(request_id: str, replica: int = -1, length: int = 4, **options: Any) -
 
 def but(what: type, result: m.Result, replica: int | None = None) -> Answer:
     """usual(), except for one kind of question (to one replica)."""
-    return lambda ask: (
-        result if isinstance(ask.command, what) and replica in (None, ask.replica) else usual(ask)
-    )
+    return lambda ask: result if isinstance(ask.command, what) and replica in (None, ask.replica) else usual(ask)
 
 
 # -- claims ------------------------------------------------------------------------------------------
@@ -164,7 +162,10 @@ def test_nothing_to_place_asks_nothing() -> None:
 def test_what_a_replica_refuses_is_not_placed() -> None:
     scheduler = Scheduler(1)
     done = scheduler.place(
-        place("a"), place("b"), place("c"), answer=but(m.Admit, m.AdmitDone([OK, m.Admitted(failure=FULL), m.Admitted()]))
+        place("a"),
+        place("b"),
+        place("c"),
+        answer=but(m.Admit, m.AdmitDone([OK, m.Admitted(failure=FULL), m.Admitted()])),
     )
     assert [a.moved is not None for a in done.admitted] == [True, False, False]
     assert scheduler.placed == {"a": 0}
@@ -291,7 +292,11 @@ def test_exports_are_acknowledged_when_the_target_fails() -> None:
 
 
 def test_nobody_is_asked_without_copies() -> None:
-    for scheduler, wanted in ((Scheduler(2, copies=False), True), (Scheduler(1, copies=True), True), (Scheduler(2, copies=True), False)):
+    for scheduler, wanted in (
+        (Scheduler(2, copies=False), True),
+        (Scheduler(1, copies=True), True),
+        (Scheduler(2, copies=True), False),
+    ):
         scheduler.place(place("a", 0, peers=wanted))
         assert scheduler.rounds == [[(0, "Admit")]]
 
@@ -358,5 +363,3 @@ def test_description() -> None:
     scheduler.run(m.Connect(5.0))
     scheduler.place(place("a", length=7), place("b", length=3))
     assert scheduler.run(m.Describe()) == m.Description([10, 11], [1, 1], [7, 3], 1)
-
-
