@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,10 @@ EMBEDDED_SETTINGS = {  # a dead replica is noticed in 0.2 s instead of 1.5 s, a 
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+class NameTakenError(Exception):
+    """A detached actor of that name exists."""
 
 
 class ActorGoneError(Exception):
@@ -70,7 +75,7 @@ class Runtime(Protocol):
 
     def nodes(self) -> list[Node]: ...
     def run_on(self, node_id: str, task: Callable[..., Any], *args: Any) -> Any: ...
-    def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], name: str, timeout: float) -> Placement: ...
+    def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> Placement: ...
     def start(self, spec: ActorSpec) -> Actor: ...
     def get(self, ref: Any, target: str, timeout: float) -> Any: ...
     def find(self, name: str) -> Actor | None: ...
@@ -120,7 +125,7 @@ class RayRuntime:
         """Join the cluster at `address` (None: a running one if there is one), or start an embedded one ("local")."""
         runtime = cls(namespace)
         if ray.is_initialized():
-            if address not in (None, "auto", ray.get_runtime_context().gcs_address):
+            if address not in (None, "auto") and not _same_place(address, ray.get_runtime_context().gcs_address):
                 raise ConfigError(f"this process is connected to Ray already; address {address!r} is another cluster")
             return runtime
         if address is None and _running_address() is None:
@@ -130,6 +135,7 @@ class RayRuntime:
             runtime._start_embedded(options)
             return runtime
         try:
+            _knock(address)
             ray.init(address=address, namespace=namespace, **options)
         except ConnectionError as error:
             raise ConfigError(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from error
@@ -184,11 +190,11 @@ class RayRuntime:
         affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
         return remote.options(scheduling_strategy=affinity).remote(*args)
 
-    def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], name: str, timeout: float) -> Placement:
+    def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> Placement:
         """One bundle per replica, spread over the nodes not in `avoid`; PlanError when they do not fit in time."""
         selector = [{"ray.io/node-id": f"!in({','.join(avoid)})"}] * len(bundles) if avoid else None
         lifetime = "detached" if self._namespace is not None else None
-        group = placement_group(bundles, "SPREAD", name=name, lifetime=lifetime, bundle_label_selector=selector)
+        group = placement_group(bundles, "SPREAD", lifetime=lifetime, bundle_label_selector=selector)
         if not group.wait(timeout):
             remove_placement_group(group)
             free = ray.available_resources()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
@@ -216,7 +222,12 @@ class RayRuntime:
             options |= {"name": spec.name, "namespace": self._namespace, "lifetime": "detached"}
         wrap: Any = ray.remote  # its overloads leave concurrency_groups out
         actor_class = wrap(concurrency_groups={CONTROL_GROUP: 1}, num_cpus=0)(spec.cls)
-        return RayActor(actor_class.options(**options).remote(*spec.args))
+        try:
+            return RayActor(actor_class.options(**options).remote(*spec.args))
+        except (ray_errors.ActorAlreadyExistsError, ValueError) as error:
+            if spec.name is not None and self.find(spec.name) is not None:
+                raise NameTakenError(spec.name) from error
+            raise
 
     def find(self, name: str) -> RayActor | None:
         """The detached actor of that name in this session's namespace, or None."""
@@ -260,6 +271,32 @@ class RayRuntime:
     def dumps(self, value: Any) -> bytes:
         """Pickle a function or value the way Ray does: by reference where the other side can import it."""
         return bytes(ray.cloudpickle.dumps(value))  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+
+
+def _host_and_port(address: str) -> tuple[str, int] | None:
+    """Of "host:port"; None for other forms, such as "auto" or "ray://..."."""
+    host, _, port = address.rpartition(":")
+    return (host, int(port)) if host and port.isdigit() and "/" not in host else None
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether two addresses name the same port of the same machine."""
+    own = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+    here = {"localhost", "127.0.0.1", socket.gethostname(), own}
+    first, second = _host_and_port(one), _host_and_port(other)
+    if first is None or second is None:
+        return one == other
+    return first[1] == second[1] and (first[0] == second[0] or {first[0], second[0]} <= here)
+
+
+def _knock(address: str | None) -> None:
+    """ConnectionError at once where nobody listens; Ray itself would try for half a minute."""
+    target = _host_and_port(address) if address is not None else None
+    if target is not None:
+        try:
+            socket.create_connection(target, timeout=5).close()
+        except OSError as error:
+            raise ConnectionError(f"nobody listens there ({error})") from error
 
 
 def _running_address() -> str | None:

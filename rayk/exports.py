@@ -60,10 +60,15 @@ class Exports:
         root = self._tree.hold_root(ctx.root_key)
         match = self._tree.match(root, ctx.tokens.data[: stop * self._params.page_size].tobytes())
         tip = self._tree.hold(match, root)
+        try:
+            data = self._buffers.read_bytes(self._tree.path_pages(tip)[start:])
+            hashes = self.hashes(ctx, match.pages)[start:]
+        except BaseException:
+            self._tree.undo(tip, None)
+            raise
         self._made += 1
         self._pinned[self._made] = (tip, deadline)
-        pages = self._tree.path_pages(tip)[start:]
-        return PageExport(self._made, start, self.hashes(ctx, match.pages)[start:], self._buffers.read_bytes(pages))
+        return PageExport(self._made, start, hashes, data)
 
     def acknowledge(self, export_id: int) -> None:
         """The copies have landed or are not wanted: unpin. Unknown ids are ignored, so that it can be repeated."""

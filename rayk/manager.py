@@ -172,7 +172,7 @@ class PagedKVCacheManager:
     def try_admit(self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None = None) -> list[Admission]:
         """Claim and allocate each context, on replicas[i] or where the router says; one round, one result each."""
         backend = self._at(0)
-        for replica in replicas or ():
+        for replica in () if replicas is None else replicas:
             self._at(replica)
         if replicas is not None and len(replicas) != len(ctxs):
             raise BatchError(f"got {len(replicas)} replica indices for {len(ctxs)} requests")

@@ -17,11 +17,11 @@ import numpy.typing as npt
 import torch
 
 from rayk import messages as m
-from rayk.backend import run_tick
+from rayk.backend import Forward, run_tick
 from rayk.context import TextContext
 from rayk.errors import MessageError, RaykError, RemoteError, StaleEpochError
 from rayk.exports import PageExport
-from rayk.inputs import BatchCharacteristics
+from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.replica import ReplicaCore
 from rayk.ticks import Tick
 from rayk.views import Mirrors, moved
@@ -100,7 +100,7 @@ class ReplicaService:
             case m.Execute(views, fn):
                 batch = self._contexts(views)
                 inputs = core.runtime_inputs(batch)
-                value = pickle.loads(fn)(inputs, [ctx.snapshot() for ctx in batch])
+                value = self._shipped(fn)(inputs, [ctx.snapshot() for ctx in batch])
                 return m.Value(self._dumps(value)), []
             case m.Claim(request_id, dummy):
                 core.claim(request_id, dummy)
@@ -190,7 +190,7 @@ class ReplicaService:
             alloc=[ctxs[i] for i in command.alloc],
             execute=[ctxs[i] for i in command.execute],
         )
-        done = run_tick(self.core, tick, pickle.loads(command.fn) if command.fn else None)
+        done = run_tick(self.core, tick, self._shipped(command.fn) if command.fn else None)
         for request_id in command.release[: done.released]:
             self._mirrors.drop(request_id)
         return m.TickDone(
@@ -204,6 +204,19 @@ class ReplicaService:
             released=done.released,
             failure=self._failure(done.error) if done.error is not None else None,
         )
+
+    def _shipped(self, pickled: bytes) -> Forward:
+        """A driver's function, which may fail but not end this process."""
+        fn: Forward = pickle.loads(pickled)
+
+        def call(inputs: ReplicaInputs, batch: Sequence[TextContext]) -> Any:
+            try:
+                return fn(inputs, batch)
+            except (SystemExit, KeyboardInterrupt) as error:
+                trace = "".join(traceback.format_exception(error))
+                raise RemoteError(self.core.replica, type(error).__name__, str(error), trace) from None
+
+        return call
 
     def _failure(self, error: Exception) -> m.Failure:
         """Any error as a message; what is not rayk's own (a shipped function, a bug) comes with its traceback."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rayk.actors.replica import ReplicaActor, measure
-from rayk.actors.runtime import Actor, ActorGoneError, ActorSpec, Placement, Runtime
+from rayk.actors.runtime import Actor, ActorGoneError, ActorSpec, NameTakenError, Placement, Runtime
 from rayk.errors import ConfigError, PlanError, RaykError, SchedulerLostError
 from rayk.params import KVCacheParams
 from rayk.planning import NodeMemory, plan_replica, refused_nodes, replicas_that_fit, uses_cuda
@@ -62,10 +62,31 @@ def start_cluster(runtime: Runtime, config: ClusterConfig, name: str | None) -> 
         running = runtime.find(f"{name}/scheduler")
         if running is not None:
             return _attach(runtime, running, config, name)
+        try:
+            return _start(runtime, config, name)
+        except NameTakenError:  # another driver starts it right now
+            return _attach(runtime, _await_scheduler(runtime, name), config, name)
+    return _start(runtime, config, name)
+
+
+def _await_scheduler(runtime: Runtime, name: str) -> Actor:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        running = runtime.find(f"{name}/scheduler")
+        if running is not None:
+            return running
+        time.sleep(0.05)
+    raise PlanError(
+        f"replicas of {name!r} exist, but no scheduler came up within {START_SECONDS:.0f} s: the driver that started "
+        "them may have died half-way; kill those actors or use another name"
+    )
+
+
+def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster:
     if config.params.kv_hash_seed is None:
         config = replace(config, params=replace(config.params, kv_hash_seed=os.urandom(32)))
     nodes = measure_nodes(runtime)
-    placement = _place(runtime, config, nodes, name)
+    placement = _place(runtime, config, nodes)
     names = {node.node_id: node.host_name for node in nodes}
     cluster = Cluster(config, (), (), (), tuple(names[i] for i in placement.node_ids), placement)
     try:
@@ -82,7 +103,7 @@ def measure_nodes(runtime: Runtime) -> list[NodeMemory]:
     return [runtime.get(ref, f"the planner on node {n.host_name}", START_SECONDS) for n, ref in refs]
 
 
-def _place(runtime: Runtime, config: ClusterConfig, nodes: list[NodeMemory], name: str | None) -> Placement:
+def _place(runtime: Runtime, config: ClusterConfig, nodes: list[NodeMemory]) -> Placement:
     params = config.params
     refused = refused_nodes(nodes, params, config.wanted_pages)
     room = sum(replicas_that_fit(n, params) for n in nodes if n.node_id not in refused)
@@ -92,7 +113,7 @@ def _place(runtime: Runtime, config: ClusterConfig, nodes: list[NodeMemory], nam
     bundle = {"CPU": SLIVER}
     if uses_cuda(params):
         bundle["GPU"] = float(params.tensor_parallel_degree)
-    return runtime.place([bundle] * params.data_parallel_degree, list(refused), name or "", PLACE_SECONDS)
+    return runtime.place([bundle] * params.data_parallel_degree, list(refused), PLACE_SECONDS)
 
 
 def _start_replicas(runtime: Runtime, cluster: Cluster, nodes: list[NodeMemory], name: str | None) -> Cluster:

@@ -49,7 +49,8 @@ def test_report(manager: rayk.PagedKVCacheManager, capsys: pytest.CaptureFixture
         manager.alloc(ctx, 0)
     tables = seconds(lambda: manager.runtime_inputs([ctxs]))
     with capsys.disabled():
-        print(f"\ndevice            {torch.cuda.get_device_name(0)}, torch {torch.__version__}, rayk {rayk.__version__}")
+        print(f"\ndevice            {torch.cuda.get_device_name(0)}")
+        print(f"versions          torch {torch.__version__}, rayk {rayk.__version__}")
         print(f"page              {size // PAGES / MIB:.1f} MiB (8B Llama shape, 128 tokens, bfloat16)")
         for name, taken in (("plain copy", plain), ("gather pages", gather), ("scatter pages", scatter)):
             print(f"{name:17s} {2 * size / taken / 1e9:8.0f} GB/s read + write, {plain / taken:.2f} of the plain copy")

@@ -236,7 +236,6 @@ def test_an_exception_in_fn_is_a_remote_error_and_the_replica_lives_on(manager: 
     manager.release("r", 1)
 
 
-@pytest.mark.xfail(strict=True, reason="SystemExit ends the replica, KeyboardInterrupt arrives as Ray's own error")
 def test_a_function_that_would_end_the_process_does_not(session: InferenceSession) -> None:
     with PagedKVCacheManager(params(1), session, 8, max_batch_size=4) as own:
         before = own.execute([[]], pid)

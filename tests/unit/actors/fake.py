@@ -167,8 +167,8 @@ class FakeRuntime:
         memory = msgspec.structs.replace(task(*args), host_free=self.free[node_id], gpus=())
         return FakeRef(None, value=memory, ready=True)
 
-    def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], name: str, timeout: float) -> Placement:
-        self._note_or_raise("place", tuple(tuple(b.items()) for b in bundles), tuple(avoid), name)
+    def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> Placement:
+        self._note_or_raise("place", tuple(tuple(b.items()) for b in bundles), tuple(avoid))
         usable = [node_id for node_id in sorted(self.free) if node_id not in avoid]
         if not usable:
             raise PlanError("no node is left")

@@ -442,7 +442,7 @@ def test_one_replicas_failure_does_not_hide_what_the_others_did(
     runtime: FakeRuntime, manager: PagedKVCacheManager, two: tuple[TextContext, TextContext]
 ) -> None:
     """A tick that raises was still done on the other replicas: what they released is not held to be claimed."""
-    a, b = two
+    _, b = two
     with pytest.raises(RemoteError, match="boom"):
         manager.tick([Tick(release=["a"]), Tick(execute=[b])], boom)
     assert not manager.contains("a", 0)
@@ -472,7 +472,7 @@ def test_a_replica_that_lost_a_mirror_is_sent_the_tokens_again(
     runtime: FakeRuntime, manager: PagedKVCacheManager, two: tuple[TextContext, TextContext]
 ) -> None:
     """.. and the others do not do their part twice."""
-    a, b = two
+    _, b = two
     runtime.actor("replica-1").service._mirrors.drop("b")
     with runtime.watch() as sent:
         manager.tick([Tick(release=["a"]), Tick(execute=[b])], stamp)
