@@ -60,12 +60,12 @@ def inline() -> Iterator[rayk.InferenceSession]:
 
 @pytest.fixture(scope="module")
 def on_ray() -> Iterator[rayk.InferenceSession]:
-    import ray.cloudpickle
+    import ray
 
     # The workers cannot import the harness, which is on no path of theirs: its functions travel by value.
     ray.cloudpickle.register_pickle_by_value(replay)
     try:
-        with rayk.InferenceSession("ray", address="local") as session:
+        with rayk.InferenceSession("ray", address=None if ray.is_initialized() else "local") as session:
             yield session
     finally:
         ray.cloudpickle.unregister_pickle_by_value(replay)
