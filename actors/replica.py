@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import time
+
+import msgspec
+import psutil
 
 from rayk.actors.runtime import RayRuntime
 from rayk.params import KVCacheParams
+from rayk.planning import NodeMemory, measure_node
 from rayk.service import PageData, ReplicaService
+
+
+class ReplicaFacts(msgspec.Struct, frozen=True):
+    """What a replica took, in bytes: its pages, what is left on its devices, and the most that it ever had.
+
+    On the host `peak` is the resident memory of its process. `started_at` is in seconds since the epoch.
+    """
+
+    replica: int
+    pid: int
+    devices: tuple[str, ...]
+    allocated: int
+    free: int
+    peak: int
+    started_at: float
 
 
 class ReplicaActor:
@@ -25,6 +45,8 @@ class ReplicaActor:
 
         from rayk.replica import ReplicaCore
 
+        self._started_at = time.time()
+        self._torch = torch
         torch.set_num_threads(1)
         devices = _local_devices(params, replica)
         core = ReplicaCore(params, replica, num_pages, max_batch_size, devices, runtime_checks)
@@ -42,6 +64,20 @@ class ReplicaActor:
         """The epoch, at once, also while the data lane is busy."""
         return self._service.epoch
 
+    def facts(self) -> ReplicaFacts:
+        """What this replica really uses, to be compared with its plan."""
+        core = self._service.core
+        allocated = sum(t.nbytes for t in core.buffers.all_buffers)
+        gpus = sorted({t.device for t in core.buffers.all_buffers if t.is_cuda}, key=str)
+        if gpus:
+            allocated = sum(self._torch.cuda.memory_allocated(d) for d in gpus)
+            free = min(self._torch.cuda.mem_get_info(d)[0] for d in gpus)
+            peak = sum(self._torch.cuda.max_memory_allocated(d) for d in gpus)
+        else:
+            free, peak = measure_node().host_free, psutil.Process().memory_info().rss
+        names = tuple(self._torch.cuda.get_device_name(d) for d in gpus) or ("cpu",)
+        return ReplicaFacts(core.replica, os.getpid(), names, allocated, free, peak, self._started_at)
+
 
 def _local_devices(params: KVCacheParams, replica: int) -> tuple[str, ...]:
     """This replica's devices as its own process numbers them: Ray shows an actor only the GPUs it was given."""
@@ -49,8 +85,6 @@ def _local_devices(params: KVCacheParams, replica: int) -> tuple[str, ...]:
     return tuple(f"cuda:{i}" if d.startswith("cuda") else d for i, d in enumerate(devices))
 
 
-def measure(node_id: str, host_name: str) -> Any:
-    """The planning task: what the node it runs on offers."""
-    from rayk.planning import measure_node
-
-    return measure_node(node_id, host_name)
+def measure(node_id: str, host_name: str, memory_limit: int | None) -> NodeMemory:
+    """The planning task: what the node it runs on offers, host memory up to a limit in bytes."""
+    return measure_node(node_id, host_name, memory_limit)

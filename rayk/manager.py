@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,12 +39,25 @@ class DeviceBuffer:
     all_buffers: list[torch.Tensor]
 
 
+class Wanted(NamedTuple):
+    """What a manager was asked for beside its parameters."""
+
+    pages: int | None
+    max_batch_size: int
+    runtime_checks: bool
+    router: str
+    uniform: bool
+    utilization: float | None
+
+
 class PagedKVCacheManager:
     """Claims, pages and block tables of requests on `params.data_parallel_degree` replicas.
 
     `replica_idx` is 0 .. data_parallel_degree - 1 (ReplicaIndexError otherwise). Contexts belong to the caller;
     alloc() moves their windows. Calls are not thread-safe. `total_num_pages` is per replica, the null page not
-    counted; None takes what the planner finds room for. After shutdown() every call raises ClosedError.
+    counted; None takes what the planner finds room for: on nodes that differ each replica gets what its node can give,
+    or with `uniform` all get the smallest number. `memory_utilization` is the part of the free memory that may be
+    planned with (0 < u <= 1; None: .9 of a GPU's, .5 of a host's). After shutdown() every call raises ClosedError.
     """
 
     def __init__(
@@ -57,6 +70,8 @@ class PagedKVCacheManager:
         *,
         max_batch_size: int,
         router: str = "least-loaded",
+        uniform: bool = False,
+        memory_utilization: float | None = None,
     ) -> None:
         require_at_least(1, max_batch_size=max_batch_size)
         require_at_least(0, total_num_host_pages=total_num_host_pages)
@@ -73,21 +88,20 @@ class PagedKVCacheManager:
         self._replicas = params.data_parallel_degree
         self._closed = False
         self._session = session
-        self._backend = self._start(session, total_num_pages, max_batch_size, enable_runtime_checks, router)
+        wanted = Wanted(total_num_pages, max_batch_size, enable_runtime_checks, router, uniform, memory_utilization)
+        self._backend = self._start(session, wanted)
         session.adopt(self)
 
-    def _start(
-        self, session: InferenceSession, pages: int | None, max_batch_size: int, checks: bool, router: str
-    ) -> Backend:
+    def _start(self, session: InferenceSession, wanted: Wanted) -> Backend:
         """The backend of the session's runtime; on Ray this plans, places and starts the actors."""
         if session.runtime == "inline":
-            pages = plan_here(self.params, pages)
-            return InlineBackend(self.params, pages, max_batch_size, checks, router)
+            pages = plan_here(self.params, wanted.pages, wanted.utilization)
+            return InlineBackend(self.params, pages, wanted.max_batch_size, wanted.runtime_checks, wanted.router)
         from rayk.scheduler.client import RayBackend
         from rayk.scheduler.cluster import ClusterConfig, start_cluster
 
         name = f"{session.name}/{session.managers_made}" if session.name is not None else None
-        config = ClusterConfig(self.params, pages, max_batch_size, checks, router)
+        config = ClusterConfig(self.params, *wanted)
         return RayBackend(session.ray, start_cluster(session.ray, config, name), leased=name is not None)
 
     # -- checks ----------------------------------------------------------------------------------

@@ -6,18 +6,28 @@ is checked against the plan, None takes the planned number.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
 
-from rayk.errors import PlanError, RaykError
-from rayk.params import KVCacheParams
+from rayk.errors import PlanError
+from rayk.params import KVCacheParams, require
 
 GPU_UTILIZATION = 0.9  # of a GPU's free memory; the reference's default
 HOST_UTILIZATION = 0.5  # of a node's free memory: pages on the host share it with Ray's object store and the user
+
+
+class GpuUser(msgspec.Struct, frozen=True):
+    """A process that has memory on a GPU; bytes, 0 where the driver does not tell."""
+
+    pid: int
+    name: str
+    bytes: int
 
 
 class DeviceMemory(msgspec.Struct, frozen=True):
@@ -27,25 +37,48 @@ class DeviceMemory(msgspec.Struct, frozen=True):
     name: str
     total: int
     free: int
+    users: tuple[GpuUser, ...] = ()
 
 
 class NodeMemory(msgspec.Struct, frozen=True):
-    """What a node offers, in bytes. `host_free` respects the container's limit. `gpus` is empty without NVML."""
+    """What a node offers, in bytes. `gpus` is empty without NVML.
+
+    `host_free` respects the container's limit and the memory that Ray was told of; `disk_free` is at the disk tier's
+    folder, None without one; `measured_at` is in seconds since the epoch.
+    """
 
     node_id: str
     host_name: str
     host_total: int
     host_free: int
     gpus: tuple[DeviceMemory, ...] = ()
+    disk_free: int | None = None
+    measured_at: float = 0.0
 
 
 class ReplicaPlan(msgspec.Struct, frozen=True):
-    """Pages of one replica on that node, and the bytes that they take there."""
+    """Pages of one replica on that node, and the bytes that they take there, the null page included.
+
+    `bound` says what limits `pages`: "memory", "asked" for a number that the caller chose, "uniform" for the smallest
+    number of all replicas. One request can have at most `max_length` tokens.
+    """
 
     node_id: str
     pages: int
     bytes: int
     planned: int  # pages that would fit
+    host_name: str = ""
+    bound: str = "memory"
+    max_length: int = 0
+
+
+class ClusterPlan(msgspec.Struct, frozen=True):
+    """Where the replicas of one manager are, by index, from what, and which nodes were left out and why."""
+
+    replicas: tuple[ReplicaPlan, ...]
+    nodes: tuple[NodeMemory, ...]
+    refused: dict[str, str]  # node id -> reason
+    max_batch_size: int
 
 
 def _cgroup_free() -> int | None:
@@ -77,20 +110,37 @@ def _gpus() -> tuple[DeviceMemory, ...]:
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            found.append(
-                DeviceMemory(index, str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free))
-            )
+            name, users = str(pynvml.nvmlDeviceGetName(handle)), pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            found.append(DeviceMemory(index, name, int(memory.total), int(memory.free), tuple(_gpu_users(users))))
         return tuple(found)
     finally:
         pynvml.nvmlShutdown()
 
 
-def measure_node(node_id: str = "", host_name: str = "localhost") -> NodeMemory:
-    """Read this machine's memory now."""
+def _gpu_users(processes: Iterable[Any]) -> Iterator[GpuUser]:
+    for process in processes:
+        try:
+            name = psutil.Process(process.pid).name()
+        except psutil.Error:
+            name = "?"  # of another container
+        yield GpuUser(int(process.pid), name, int(process.usedGpuMemory or 0))
+
+
+def measure_node(
+    node_id: str = "", host_name: str = "localhost", memory_limit: int | None = None, disk_dir: str | None = None
+) -> NodeMemory:
+    """Read this machine's memory now. `memory_limit`: bytes of host memory that may be planned with at most."""
     memory = psutil.virtual_memory()
-    limit = _cgroup_free()
-    free = int(memory.available) if limit is None else min(int(memory.available), limit)
-    return NodeMemory(node_id, host_name, int(memory.total), free, _gpus())
+    limits = [int(memory.available), _cgroup_free(), memory_limit]
+    return NodeMemory(
+        node_id,
+        host_name,
+        int(memory.total),
+        min(limit for limit in limits if limit is not None),
+        _gpus(),
+        psutil.disk_usage(disk_dir).free if disk_dir is not None else None,
+        time.time(),
+    )
 
 
 def uses_cuda(params: KVCacheParams) -> bool:
@@ -103,39 +153,86 @@ def replicas_that_fit(node: NodeMemory, params: KVCacheParams) -> int:
     return len(node.gpus) // params.tensor_parallel_degree if uses_cuda(params) else params.data_parallel_degree
 
 
-def planned_pages(node: NodeMemory, params: KVCacheParams, sharing: int) -> int:
+def planned_pages(node: NodeMemory, params: KVCacheParams, sharing: int, utilization: float | None = None) -> int:
     """Pages per replica when `sharing` of them share one memory, the null page already taken off; may be below 1.
 
     CUDA: the TP shards of a replica take equal shares of a page, so the GPU with the least free memory decides.
     Host: all replicas of the node share one memory.
     """
-    free, part, page = _offer(node, params)
+    free, part, page = _offer(node, params, utilization)
     return int(free * part) // max(1, sharing) // page - 1
 
 
-def _offer(node: NodeMemory, params: KVCacheParams) -> tuple[int, float, int]:
+def _offer(node: NodeMemory, params: KVCacheParams, utilization: float | None) -> tuple[int, float, int]:
     """Free bytes of the memory that decides, the part of them that rayk takes, and a page's bytes there."""
+    require(
+        utilization is None or 0 < utilization <= 1,
+        f"utilization is {utilization}, it must be above 0 and at most 1 (a share of the free memory)",
+    )
     if uses_cuda(params):
         shard_bytes = -(-params.bytes_per_page // params.tensor_parallel_degree)
-        return min((g.free for g in node.gpus), default=0), GPU_UTILIZATION, shard_bytes
-    return node.host_free, HOST_UTILIZATION, params.bytes_per_page
+        return min((g.free for g in node.gpus), default=0), utilization or GPU_UTILIZATION, shard_bytes
+    return node.host_free, utilization or HOST_UTILIZATION, params.bytes_per_page
 
 
-def plan_replica(node: NodeMemory, params: KVCacheParams, wanted: int | None, sharing: int) -> ReplicaPlan:
-    """The plan of one of `sharing` replicas in that memory; PlanError when `wanted` pages, or one, do not fit."""
-    fits = planned_pages(node, params, sharing)
+def plan_replica(
+    node: NodeMemory, params: KVCacheParams, wanted: int | None, sharing: int, utilization: float | None = None
+) -> ReplicaPlan:
+    """The plan of one of `sharing` replicas in that memory; PlanError when `wanted` pages, or one, do not fit.
+
+    `utilization` is the part of the free memory to take: by default .9 of a GPU's, .5 of a host's.
+    """
+    fits = planned_pages(node, params, sharing, utilization)
     pages = fits if wanted is None else wanted
     if pages > fits or fits < 1:
-        free, part, page = _offer(node, params)
+        free, part, page = _offer(node, params, utilization)
         remedy = f"ask for at most {fits} pages" if fits >= 1 else "use smaller pages, fewer layers or a larger node"
         raise PlanError(
             f"{max(pages, 1)} page(s) of {page} bytes (and the null page) do not fit on node {node.host_name}: "
             f"{free} bytes are free, of which rayk takes {part:.0%} for {sharing} replica(s); {remedy}"
         )
-    return ReplicaPlan(node.node_id, pages, (pages + 1) * params.bytes_per_page, fits)
+    return ReplicaPlan(
+        node.node_id,
+        pages,
+        (pages + 1) * params.bytes_per_page,
+        fits,
+        node.host_name,
+        "memory" if wanted is None else "asked",
+        pages * params.page_size,
+    )
 
 
-def plan_here(params: KVCacheParams, wanted: int | None) -> int:
+def plan_cluster(
+    nodes: Sequence[NodeMemory],
+    places: Sequence[str],
+    params: KVCacheParams,
+    wanted: int | None,
+    max_batch_size: int,
+    uniform: bool = False,
+    utilization: float | None = None,
+) -> ClusterPlan:
+    """The plan of replicas that were given `places` (node ids by replica). Each gets what its node can give.
+
+    With `uniform` all get what the one with the least gets. PlanError when one does not fit.
+    """
+    by_id, on_node = {node.node_id: node for node in nodes}, Counter(places)
+    plans = [  # on CUDA every replica has GPUs of its own
+        plan_replica(by_id[i], params, wanted, 1 if uses_cuda(params) else on_node[i], utilization) for i in places
+    ]
+    if uniform and wanted is None:
+        pages = min(plan.pages for plan in plans)
+        plans = [_trim(plan, pages, params) for plan in plans]
+    return ClusterPlan(tuple(plans), tuple(nodes), refused_nodes(nodes, params, wanted, utilization), max_batch_size)
+
+
+def _trim(plan: ReplicaPlan, pages: int, params: KVCacheParams) -> ReplicaPlan:
+    if plan.pages == pages:
+        return plan
+    size = (pages + 1) * params.bytes_per_page
+    return msgspec.structs.replace(plan, pages=pages, bytes=size, bound="uniform", max_length=pages * params.page_size)
+
+
+def plan_here(params: KVCacheParams, wanted: int | None, utilization: float | None = None) -> int:
     """Pages per replica when all of them live in this process; CUDA devices may be shared."""
     node, sharing = measure_node(), params.data_parallel_degree
     if uses_cuda(params):
@@ -143,10 +240,12 @@ def plan_here(params: KVCacheParams, wanted: int | None) -> int:
         if len(named) > len(node.gpus):
             raise PlanError(f"{len(named)} CUDA devices are named, this machine has {len(node.gpus)}")
         sharing = max(named.values())
-    return plan_replica(node, params, wanted, sharing).pages
+    return plan_replica(node, params, wanted, sharing, utilization).pages
 
 
-def refused_nodes(nodes: Sequence[NodeMemory], params: KVCacheParams, wanted: int | None) -> dict[str, str]:
+def refused_nodes(
+    nodes: Sequence[NodeMemory], params: KVCacheParams, wanted: int | None, utilization: float | None = None
+) -> dict[str, str]:
     """Node id -> why not even one replica fits there."""
     reasons = {}
     for node in nodes:
@@ -156,7 +255,7 @@ def refused_nodes(nodes: Sequence[NodeMemory], params: KVCacheParams, wanted: in
             )
             continue
         try:
-            plan_replica(node, params, wanted, 1)
-        except RaykError as error:
+            plan_replica(node, params, wanted, 1, utilization)
+        except PlanError as error:
             reasons[node.node_id] = str(error)
     return reasons

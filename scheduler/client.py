@@ -319,7 +319,7 @@ class RayBackend:
         self._scheduler.ask(m.EveryReplica(m.ResetPrefixCache()))
 
     def node_names(self) -> list[str]:
-        return list(self._cluster.node_names)
+        return [plan.host_name for plan in self._cluster.plan.replicas]
 
     def check_integrity(self) -> None:
         self._scheduler.ask(m.EveryReplica(m.CheckIntegrity()))

@@ -6,21 +6,25 @@ the pages that its node's plan allows. Whatever fails, nothing is left behind.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
-from rayk.actors.replica import ReplicaActor, measure
-from rayk.actors.runtime import Actor, ActorGoneError, ActorSpec, NameTakenError, Placement, Runtime
+from rayk.actors.replica import ReplicaActor, ReplicaFacts, measure
+from rayk.actors.runtime import Actor, ActorGoneError, ActorSpec, NameTakenError, Node, Placement, Runtime
 from rayk.errors import ConfigError, PlanError, RaykError, SchedulerLostError
 from rayk.params import KVCacheParams
-from rayk.planning import NodeMemory, plan_replica, refused_nodes, replicas_that_fit, uses_cuda
+from rayk.planning import ClusterPlan, NodeMemory, plan_cluster, refused_nodes, replicas_that_fit, uses_cuda
 from rayk.scheduler.actor import SchedulerActor
 from rayk.scheduler.routing import make_router
 
+log = logging.getLogger("rayk.scheduler")
+
 START_SECONDS = 180.0
+TOLERANCE = 0.03  # of the planned bytes; a replica that is further off is worth a warning
 PLACE_SECONDS = 60.0
 SLIVER = 0.001  # of a CPU: Ray refuses an empty bundle, and many replicas must fit a small machine
 
@@ -34,20 +38,27 @@ class ClusterConfig:
     max_batch_size: int
     runtime_checks: bool
     router: str
+    uniform: bool = False  # the same number of pages on all replicas
+    utilization: float | None = None  # part of the free memory to take
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Running actors of one manager. `pages[r]`, `node_names[r]` and `epochs[r]` belong to replica r."""
+    """Running actors of one manager. `epochs[r]`, `plan.replicas[r]` and `facts[r]` belong to replica r."""
 
     config: ClusterConfig
-    replicas: tuple[Actor, ...]
-    epochs: tuple[int, ...]
-    pages: tuple[int, ...]
-    node_names: tuple[str, ...]
-    placement: Placement | None
+    plan: ClusterPlan
+    placement: Placement
+    replicas: tuple[Actor, ...] = ()
+    epochs: tuple[int, ...] = ()
+    facts: tuple[ReplicaFacts, ...] = ()
     scheduler: Actor | None = None
     scheduler_epoch: int = 0
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        """Pages of each replica."""
+        return tuple(plan.pages for plan in self.plan.replicas)
 
     def stop(self, runtime: Runtime) -> None:
         """Kill all actors and give the placement back; returns when they are gone."""
@@ -87,10 +98,23 @@ def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster
         config = replace(config, params=replace(config.params, kv_hash_seed=os.urandom(32)))
     nodes = measure_nodes(runtime)
     placement = _place(runtime, config, nodes)
-    names = {node.node_id: node.host_name for node in nodes}
-    cluster = Cluster(config, (), (), (), tuple(names[i] for i in placement.node_ids), placement)
     try:
-        cluster = _start_replicas(runtime, cluster, nodes, name)
+        plan = plan_cluster(
+            nodes,
+            placement.node_ids,
+            config.params,
+            config.wanted_pages,
+            config.max_batch_size,
+            config.uniform,
+            config.utilization,
+        )
+    except BaseException:
+        runtime.stop([], placement)
+        raise
+    cluster = Cluster(config, plan, placement)
+    try:
+        cluster = _start_replicas(runtime, cluster, name)
+        _compare(cluster)
         return _start_scheduler(runtime, cluster, name)
     except BaseException:
         cluster.stop(runtime)
@@ -99,13 +123,18 @@ def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster
 
 def measure_nodes(runtime: Runtime) -> list[NodeMemory]:
     """What every live node offers, measured on it by a task that holds none of it."""
-    refs = [(n, runtime.run_on(n.node_id, measure, n.node_id, n.host_name)) for n in runtime.nodes()]
+    refs = [(node, _measure(runtime, node)) for node in runtime.nodes()]
     return [runtime.get(ref, f"the planner on node {n.host_name}", START_SECONDS) for n, ref in refs]
+
+
+def _measure(runtime: Runtime, node: Node) -> Any:
+    memory = node.resources.get("memory")  # what Ray was told that it may use there
+    return runtime.run_on(node.node_id, measure, node.node_id, node.host_name, int(memory) if memory else None)
 
 
 def _place(runtime: Runtime, config: ClusterConfig, nodes: list[NodeMemory]) -> Placement:
     params = config.params
-    refused = refused_nodes(nodes, params, config.wanted_pages)
+    refused = refused_nodes(nodes, params, config.wanted_pages, config.utilization)
     room = sum(replicas_that_fit(n, params) for n in nodes if n.node_id not in refused)
     if room < params.data_parallel_degree:
         reasons = "; ".join(refused.values()) or "the others have too few GPUs"
@@ -116,30 +145,34 @@ def _place(runtime: Runtime, config: ClusterConfig, nodes: list[NodeMemory]) -> 
     return runtime.place([bundle] * params.data_parallel_degree, list(refused), PLACE_SECONDS)
 
 
-def _start_replicas(runtime: Runtime, cluster: Cluster, nodes: list[NodeMemory], name: str | None) -> Cluster:
-    config, placement = cluster.config, cluster.placement
-    assert placement is not None
-    by_id = {node.node_id: node for node in nodes}
-    on_node = Counter(placement.node_ids)
-    plans = [  # on CUDA every replica has GPUs of its own
-        plan_replica(by_id[i], config.params, config.wanted_pages, 1 if uses_cuda(config.params) else on_node[i])
-        for i in placement.node_ids
-    ]
-    epoch = time.time_ns() // 1_000
+def _start_replicas(runtime: Runtime, cluster: Cluster, name: str | None) -> Cluster:
+    config, epoch = cluster.config, time.time_ns() // 1_000
+    gpus = config.params.tensor_parallel_degree if uses_cuda(config.params) else 0
     started: list[Actor] = []
     try:
-        for r, plan in enumerate(plans):
-            arguments = (config.params, r, plan.pages, config.max_batch_size, config.runtime_checks, epoch + r)
-            gpus = config.params.tensor_parallel_degree if uses_cuda(config.params) else 0
-            spec = ActorSpec(ReplicaActor, arguments, gpus, placement, r, f"{name}/replica-{r}" if name else None)
-            started.append(runtime.start(spec))
-        for r, actor in enumerate(started):
-            _wait(runtime, actor, f"replica {r}")
+        for r, pages in enumerate(cluster.pages):
+            arguments = (config.params, r, pages, config.max_batch_size, config.runtime_checks, epoch + r)
+            named = f"{name}/replica-{r}" if name else None
+            started.append(runtime.start(ActorSpec(ReplicaActor, arguments, gpus, cluster.placement, r, named)))
+        facts = tuple(_ready(runtime, actor, f"replica {r}", "facts") for r, actor in enumerate(started))
     except BaseException:
         runtime.stop(started, None)
         raise
-    pages = tuple(plan.pages for plan in plans)
-    return replace(cluster, replicas=tuple(started), epochs=tuple(epoch + r for r in range(len(plans))), pages=pages)
+    return replace(cluster, replicas=tuple(started), epochs=tuple(epoch + r for r in range(len(started))), facts=facts)
+
+
+def _compare(cluster: Cluster) -> None:
+    """Warn where a replica took notably more or less memory than its plan says."""
+    for plan, facts in zip(cluster.plan.replicas, cluster.facts, strict=True):
+        if abs(facts.allocated - plan.bytes) > TOLERANCE * plan.bytes:
+            log.warning(
+                "replica %d on %s took %d bytes for its pages, planned were %d: the plan is off by %.1f %%",
+                facts.replica,
+                plan.host_name,
+                facts.allocated,
+                plan.bytes,
+                100 * (facts.allocated / plan.bytes - 1),
+            )
 
 
 def _start_scheduler(runtime: Runtime, cluster: Cluster, name: str | None) -> Cluster:
@@ -150,17 +183,17 @@ def _start_scheduler(runtime: Runtime, cluster: Cluster, name: str | None) -> Cl
     spec = ActorSpec(SchedulerActor, arguments, name=f"{name}/scheduler" if name else None)
     scheduler = runtime.start(spec)
     try:
-        _wait(runtime, scheduler, "the scheduler")
+        _ready(runtime, scheduler, "the scheduler", "ping")
     except BaseException:
         runtime.stop([scheduler], None)
         raise
     return replace(cluster, scheduler=scheduler)
 
 
-def _wait(runtime: Runtime, actor: Actor, target: str) -> None:
-    """Return once the actor's constructor is done."""
+def _ready(runtime: Runtime, actor: Actor, target: str, question: str) -> Any:
+    """The answer to a question to a new actor, once its constructor is done."""
     try:
-        runtime.get(actor.call("ping", control=True), target, START_SECONDS)
+        return runtime.get(actor.call(question, control=True), target, START_SECONDS)
     except ActorGoneError as error:
         raise PlanError(f"{target} could not start: {error}") from None
 
@@ -188,6 +221,7 @@ def _differences(cluster: Cluster, wanted: ClusterConfig) -> str:
         ("total_num_pages", lambda: wanted.wanted_pages is None or {wanted.wanted_pages} == set(cluster.pages)),
         ("max_batch_size", lambda: wanted.max_batch_size == running.max_batch_size),
         ("router", lambda: wanted.router == running.router),
+        ("uniform", lambda: wanted.uniform == running.uniform),
     ]
     return ", ".join(what for what, same in checks if not same())
 

@@ -51,9 +51,7 @@ def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["checkout", "sdist"])
-def wheel(
-    request: pytest.FixtureRequest, tree: Path, sdist: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def wheel(request: pytest.FixtureRequest, tree: Path, sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel built from the checkout, then the one built from the unpacked sdist."""
     work = tmp_path_factory.mktemp("wheel")
     if request.param == "sdist":

@@ -22,7 +22,7 @@ from ray import cloudpickle
 from rayk import InferenceSession, MHAKVCacheParams, PagedKVCacheManager
 from rayk import messages as m
 from rayk.actors.replica import ReplicaActor
-from rayk.actors.runtime import ActorGoneError, ActorSpec, Node, Placement, RayRuntime
+from rayk.actors.runtime import ActorGoneError, ActorSpec, NameTakenError, Node, Placement, RayRuntime
 from rayk.errors import PlanError
 from rayk.replica import ReplicaCore
 from rayk.scheduler.actor import SchedulerActor
@@ -181,7 +181,7 @@ class FakeRuntime:
         label = f"replica-{spec.args[1]}" if replica else "scheduler"
         self._note_or_raise("start", label)
         if spec.name is not None and self.find(spec.name) is not None:
-            raise ValueError(f"the name {spec.name} is taken")
+            raise NameTakenError(spec.name)
         actor = FakeActor(self, label, spec.name)
         self.actors.append(actor)
         try:

@@ -39,7 +39,7 @@ def test_replicas_answer_before_the_scheduler_starts() -> None:
     runtime = FakeRuntime()
     with manager_on(runtime, replicas=2):
         events = runtime.events
-        pings = [i for i, event in enumerate(events) if event[0] == "run" and event[2] == "ping"]
+        pings = [i for i, event in enumerate(events) if event[0] == "run" and event[2] in ("facts", "ping")]
         scheduler = events.index(("start", "scheduler"))
         assert [events[i][1] for i in pings] == ["replica-0", "replica-1", "scheduler"]
         assert pings[0] > events.index(("start", "replica-1")), "replicas start side by side"
@@ -196,6 +196,19 @@ def test_a_refused_attempt_does_not_use_up_the_name() -> None:
             PagedKVCacheManager(params(), session, 16, max_batch_size=9)
         PagedKVCacheManager(params(), session, 16, max_batch_size=8)
         assert runtime.running == running, "it attached, nothing new was started"
+
+
+def test_two_drivers_at_once_start_one_cluster() -> None:
+    """The second finds nothing, begins to start, and finds the first name taken: it attaches."""
+    runtime = FakeRuntime()
+    with manager_on(runtime, name="prod") as first, session_on(runtime, "prod") as session:
+        running, find = runtime.running, runtime.find
+        answers = [None, find]
+        runtime.find = lambda name: answer(name) if (answer := answers.pop(0) if answers else find) else None
+        second = PagedKVCacheManager(params(), session, 16, max_batch_size=8)
+        assert runtime.running == running and len(runtime.placements) == 1, "what it had begun is gone"
+        first.claim("r", 0)
+        assert second.contains("r", 0)
 
 
 def test_attaching_to_a_dead_scheduler() -> None:
