@@ -15,10 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
+from rayk.describe import DESCRIBE_EPILOG, describe
 from rayk.errors import NotBuiltError, RaykError
 from rayk.memory.command import PLAN_EPILOG, plan
 
-NOT_BUILT_COMMANDS = ("simulate", "generate", "top", "describe")
+NOT_BUILT_COMMANDS = ("simulate", "generate", "top")
 NOT_BUILT_VALUES = {
     "--workload": ("documents",),
     "--router": ("cost", "prefix", "session"),
@@ -269,6 +270,7 @@ def _add_refused(name: str) -> None:
 
 
 app.command(epilog=PLAN_EPILOG)(plan)
+app.command(epilog=DESCRIBE_EPILOG)(describe)
 for _name in NOT_BUILT_COMMANDS:
     _add_refused(_name)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rayk.errors import ConfigError, NotBuiltError
+from rayk.errors import ConfigError
 
 if TYPE_CHECKING:
     from rayk.memory.model import Model
@@ -152,7 +152,15 @@ def measured_nodes(from_cluster: bool, address: str | None) -> tuple[NodeMemory,
     from rayk.planning import measure_node
 
     if from_cluster:
-        raise NotBuiltError("--from-cluster")
+        from rayk.session import InferenceSession
+
+        with InferenceSession("ray", address or "auto", log_to_driver=False, logging_level="error") as session:
+            from rayk.scheduler.cluster import measure_nodes
+
+            nodes = tuple(measure_nodes(session.ray))
+        if not any(node.gpus for node in nodes):
+            raise ConfigError(f"none of the cluster's {len(nodes)} node(s) has a GPU; name one, such as --gpu h100")
+        return nodes
     here = measure_node()
     if not here.gpus:
         raise ConfigError("this machine has no GPU; name one to plan for, such as --gpu h100 or --gpu 80GiB")

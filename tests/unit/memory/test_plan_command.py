@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from rayk import planning
-from rayk.errors import ConfigError, NotBuiltError
+from rayk.errors import ConfigError
 from rayk.memory.command import plan
 from rayk.memory.errors import ModelConfigError
 from rayk.planning import DeviceMemory, NodeMemory
@@ -136,6 +136,6 @@ def test_a_model_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
         run(capsys, "--config", "no/such/config.json", "--gpu", "h100")
 
 
-def test_planning_a_cluster_is_not_built_yet(capsys: pytest.CaptureFixture[str], llama: list[str]) -> None:
-    with pytest.raises(NotBuiltError):
-        run(capsys, *llama, "--from-cluster")
+def test_planning_a_cluster_where_none_answers(capsys: pytest.CaptureFixture[str], llama: list[str]) -> None:
+    with pytest.raises(ConfigError, match="no Ray cluster answers"):
+        run(capsys, *llama, "--from-cluster", "--address", "127.0.0.1:1")

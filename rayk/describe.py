@@ -1,0 +1,91 @@
+"""`rayk describe`: one snapshot of a running, named cluster, for people or as JSON."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+from rayk.errors import NotBuiltError
+
+if TYPE_CHECKING:
+    from rayk.scheduler.describe import ManagerState, ReplicaState
+
+DESCRIBE_EPILOG = "Example: rayk describe --name prod --format json"
+
+
+class DescribeFormat(StrEnum):
+    """How the snapshot is printed."""
+
+    table = "table"
+    json = "json"
+
+
+def describe(
+    name: Annotated[str, typer.Option(help="The name of the session: InferenceSession(runtime='ray', name=..).")],
+    address: Annotated[
+        str | None, typer.Option(help="The Ray cluster; the one that runs here or that RAY_ADDRESS names otherwise.")
+    ] = None,
+    why: Annotated[str | None, typer.Option(help="A routing decision; not built yet.", hidden=True)] = None,
+    form: Annotated[
+        DescribeFormat, typer.Option("--format", help="json: one object on stdout.")
+    ] = DescribeFormat.table,
+) -> int:
+    """One snapshot of a running cluster: plan, replicas, pages, claims."""
+    from rich.console import Console
+
+    from rayk.session import InferenceSession
+
+    if why is not None:
+        raise NotBuiltError("--why")
+    with InferenceSession("ray", address or "auto", name, log_to_driver=False, logging_level="error") as session:
+        from rayk.scheduler.describe import describe as take
+
+        states = take(session.ray, name)
+    if form is DescribeFormat.json:
+        typer.echo(msgspec.json.encode({"command": "describe", "managers": states}).decode())
+    else:
+        for state in states:
+            _show(state, Console())
+    return 0 if all(r.state == "ready" for state in states for r in state.replicas) else 1
+
+
+def _show(state: ManagerState, console: Any) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{state.name}: router {state.router}, pages of {state.page_size} tokens", title_justify="left")
+    for heading in ("#", "node", "state", "used / pages", "cached", "planned", "taken", "free", "claims"):
+        table.add_column(heading, justify="left" if heading in ("node", "state") else "right", no_wrap=True)
+    for replica in state.replicas:
+        table.add_row(*_cells(replica))
+    console.print(table)
+    for replica in state.replicas:
+        if replica.reason is not None:
+            console.print(f"replica {replica.index} is lost: {replica.reason}", markup=False)
+    for reason in state.refused.values():
+        console.print(f"left out: {reason}", markup=False)
+    if state.metrics is not None:
+        tokens = f"{state.metrics.input_tokens:,} tokens computed, {state.metrics.cache_tokens:,} reused"
+        console.print(f"{tokens}; {state.drivers} driver(s) attached", markup=False)
+
+
+def _cells(replica: ReplicaState) -> list[str]:
+    from rayk.bench.quantity import show_bytes
+
+    def shown(value: int | None) -> str:
+        return "-" if value is None else f"{value:,}"
+
+    used = "-" if replica.used_pages is None else f"{replica.used_pages:,} / {replica.pages:,}"
+    return [
+        str(replica.index),
+        replica.node,
+        replica.state,
+        used,
+        shown(replica.cached_pages),
+        show_bytes(replica.plan.bytes),
+        show_bytes(replica.allocated_bytes),
+        "-" if replica.free_bytes is None else show_bytes(replica.free_bytes),
+        shown(replica.requests),
+    ]

@@ -1,0 +1,122 @@
+"""A snapshot of the managers that run under a name: plan, replicas, pages and claims."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from rayk import messages as m
+from rayk.actors.link import Link, new_client_id
+from rayk.actors.runtime import ActorGoneError, Runtime
+from rayk.errors import ConfigError, RaykError, ReplicaLostError, SchedulerLostError
+from rayk.metrics import KVCacheMetrics
+from rayk.planning import NodeMemory, ReplicaPlan
+from rayk.scheduler.cluster import Cluster
+
+ASK_SECONDS = 10.0
+
+
+class ReplicaState(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One replica. Pages and bytes; what a lost replica cannot say is absent, `reason` says why it is lost."""
+
+    index: int
+    node: str
+    state: str  # "ready" or "lost"
+    epoch: int
+    devices: tuple[str, ...]
+    plan: ReplicaPlan
+    allocated_bytes: int
+    reason: str | None = None
+    pages: int | None = None
+    used_pages: int | None = None
+    cached_pages: int | None = None
+    free_bytes: int | None = None
+    peak_bytes: int | None = None
+    requests: int | None = None
+    tokens: int | None = None
+
+
+class ManagerState(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One manager. `refused` are nodes on which no replica could be, with the reason."""
+
+    name: str
+    router: str
+    page_size: int
+    bytes_per_page: int
+    replicas: list[ReplicaState]
+    nodes: tuple[NodeMemory, ...]
+    refused: dict[str, str]
+    drivers: int
+    metrics: KVCacheMetrics | None = None
+
+
+def describe(runtime: Runtime, name: str) -> list[ManagerState]:
+    """All managers of the sessions called `name`, in the order they were made; ConfigError when there is none."""
+    states: list[ManagerState] = []
+    while (actor := runtime.find(f"{name}/{len(states)}/scheduler")) is not None:
+        try:
+            cluster = runtime.get(actor.call("roster", control=True), "the scheduler", ASK_SECONDS)
+        except ActorGoneError as error:
+            raise SchedulerLostError(str(error)) from None
+        assert isinstance(cluster, Cluster)
+        link = Link(
+            runtime, actor, "the scheduler", cluster.scheduler_epoch, new_client_id("describe"), SchedulerLostError
+        )
+        states.append(_manager(runtime, f"{name}/{len(states)}", cluster, link))
+    if not states:
+        raise ConfigError(f"no rayk cluster of the name {name!r} runs here; only sessions with a name can be described")
+    return states
+
+
+def _manager(runtime: Runtime, name: str, cluster: Cluster, scheduler: Link) -> ManagerState:
+    known: m.Description = scheduler.ask(m.Describe())
+    replicas = [_replica(runtime, cluster, r, known) for r in range(len(cluster.replicas))]
+    metrics: KVCacheMetrics | None = None
+    if all(replica.state == "ready" for replica in replicas):
+        metrics = scheduler.ask(m.EveryReplica(m.GetMetrics())).metrics
+    return ManagerState(
+        name=name,
+        router=cluster.config.router,
+        page_size=cluster.config.params.page_size,
+        bytes_per_page=cluster.config.params.bytes_per_page,
+        replicas=replicas,
+        nodes=cluster.plan.nodes,
+        refused=cluster.plan.refused,
+        drivers=known.clients,
+        metrics=metrics,
+    )
+
+
+def _replica(runtime: Runtime, cluster: Cluster, r: int, known: m.Description) -> ReplicaState:
+    plan, facts, actor, epoch = cluster.plan.replicas[r], cluster.facts[r], cluster.replicas[r], cluster.epochs[r]
+    common: dict[str, Any] = {
+        "index": r,
+        "node": plan.host_name,
+        "epoch": epoch,
+        "devices": facts.devices,
+        "plan": plan,
+        "allocated_bytes": facts.allocated,
+    }
+    lost = partial(ReplicaLostError, r, epoch, [])
+    try:
+        usage: m.UsageDone = Link(
+            runtime, actor, f"replica {r}", epoch, new_client_id("describe"), lost, ASK_SECONDS
+        ).ask(m.GetUsage())
+        now = runtime.get(actor.call("facts", control=True), f"replica {r}", ASK_SECONDS)
+    except ReplicaLostError as error:
+        return ReplicaState(state="lost", reason=error.reason, **common)
+    except (RaykError, ActorGoneError) as error:
+        return ReplicaState(state="lost", reason=str(error), **common)
+    return ReplicaState(
+        state="ready",
+        pages=usage.total,
+        used_pages=usage.total - usage.free,
+        cached_pages=usage.cached,
+        free_bytes=now.free,
+        peak_bytes=now.peak,
+        requests=known.requests[r],
+        tokens=known.tokens[r],
+        **common,
+    )
