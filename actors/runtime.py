@@ -128,8 +128,9 @@ class RayRuntime:
             if address not in (None, "auto") and not _same_place(address, ray.get_runtime_context().gcs_address):
                 raise ConfigError(f"this process is connected to Ray already; address {address!r} is another cluster")
             return runtime
-        if address is None and _running_address() is None:
-            address = "local"
+        if address in (None, "auto"):
+            running = _running_address()
+            address = running if running is not None else address or "local"
         runtime._owns_connection = True
         if address == "local":
             runtime._start_embedded(options)
@@ -300,14 +301,16 @@ def _knock(address: str | None) -> None:
 
 
 def _running_address() -> str | None:
-    """The cluster that RAY_ADDRESS names or that `ray start` recorded on this machine, or None."""
+    """The cluster that RAY_ADDRESS names, or the one that `ray start` recorded here if it still answers, or None."""
     named = os.environ.get("RAY_ADDRESS")
     if named:
         return named
     recorded = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
     try:
-        return recorded.read_text().strip() or None
-    except OSError:
+        address = recorded.read_text().strip()
+        _knock(address)
+        return address or None
+    except OSError:  # no record, or of a cluster that is gone
         return None
 
 

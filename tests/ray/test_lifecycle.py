@@ -167,10 +167,6 @@ except ConfigError as error:
     assert out.startswith("no Ray cluster answers at '127.0.0.1:1'")
 
 
-SILENT = "a recorded or named cluster that is gone is waited for, many minutes, unless the address is given as well"
-
-
-@pytest.mark.xfail(run=False, reason=SILENT)
 def test_a_named_address_where_nobody_answers_is_refused_soon(start: Start) -> None:
     code = """
 try:
@@ -182,7 +178,6 @@ except ConfigError as error:
     assert "127.0.0.1:1" in out
 
 
-@pytest.mark.xfail(run=False, reason=SILENT)
 def test_the_record_of_a_cluster_that_is_gone_is_not_believed(place: Path, start: Start) -> None:
     """`ray start` records its address in a file, which stays when the machine is switched off."""
     (place / "ray").mkdir()
