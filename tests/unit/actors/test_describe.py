@@ -1,0 +1,68 @@
+"""The plan that a running cluster keeps: compared with what replicas took, and shown in a snapshot."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+import pytest
+
+from rayk import TextContext
+from rayk.actors.replica import ReplicaActor, ReplicaFacts
+from rayk.errors import ConfigError
+from rayk.scheduler.describe import describe
+
+from .fake import FakeRuntime, manager_on
+
+
+@pytest.fixture
+def runtime() -> FakeRuntime:
+    return FakeRuntime()
+
+
+@pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1.02, False), (1.05, True), (0.9, True)])
+def test_a_plan_that_was_off_is_warned_of(
+    runtime: FakeRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    factor: float,
+    warned: bool,
+) -> None:
+    real = ReplicaActor.facts
+
+    def facts(self: ReplicaActor) -> ReplicaFacts:
+        found = real(self)
+        return msgspec.structs.replace(found, allocated=int(found.allocated * factor))
+
+    monkeypatch.setattr(ReplicaActor, "facts", facts)
+    with caplog.at_level(logging.WARNING, "rayk"), manager_on(runtime):
+        pass
+    assert len(caplog.records) == 2 * warned
+    if warned:
+        assert f"the plan is off by {100 * (factor - 1):.1f} %" in caplog.text
+
+
+def test_a_snapshot_shows_plan_pages_and_claims(runtime: FakeRuntime) -> None:
+    with manager_on(runtime, name="prod", router="round-robin") as manager:
+        ctxs = [TextContext(name, range(9), 100) for name in "abc"]
+        manager.admit(ctxs)
+        [state] = describe(runtime, "prod")
+        assert (state.name, state.router, state.drivers) == ("prod/0", "round-robin", 1)
+        assert [r.requests for r in state.replicas] == [2, 1]
+        assert [r.used_pages for r in state.replicas] == [manager.get_num_used_pages(r) for r in range(2)]
+        assert all(r.state == "ready" and r.pages == r.plan.pages == 16 for r in state.replicas)
+        assert all(r.allocated_bytes == r.plan.bytes == 17 * state.bytes_per_page for r in state.replicas)
+        assert state.metrics == manager.get_metrics_aggregated()
+
+
+def test_a_lost_replica_is_shown_as_lost(runtime: FakeRuntime) -> None:
+    with manager_on(runtime, name="prod"):
+        runtime.kill("replica-1")
+        [state] = describe(runtime, "prod")
+    assert [r.state for r in state.replicas] == ["ready", "lost"]
+    assert state.replicas[1].reason and state.replicas[1].used_pages is None and state.metrics is None
+
+
+def test_an_unknown_name(runtime: FakeRuntime) -> None:
+    with pytest.raises(ConfigError, match="'nobody'"):
+        describe(runtime, "nobody")
