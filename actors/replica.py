@@ -1,9 +1,13 @@
-"""The replica actor: a ReplicaService in a process of its own. It only translates."""
+"""The replica actor: a ReplicaService in a process of its own. It only translates.
+
+torch is imported when a replica starts, not with this module: planning tasks and the scheduler do without.
+"""
 
 from __future__ import annotations
 
 import os
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 import psutil
@@ -11,7 +15,9 @@ import psutil
 from rayk.actors.runtime import RayRuntime
 from rayk.params import KVCacheParams
 from rayk.planning import NodeMemory, measure_node
-from rayk.service import PageData, ReplicaService
+
+if TYPE_CHECKING:
+    from rayk.service import PageData
 
 
 class ReplicaFacts(msgspec.Struct, frozen=True):
@@ -44,6 +50,7 @@ class ReplicaActor:
         import torch
 
         from rayk.replica import ReplicaCore
+        from rayk.service import ReplicaService
 
         self._started_at = time.time()
         self._torch = torch

@@ -24,9 +24,10 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from rayk.errors import CallTimeoutError, ConfigError, PlanError, RaykError
+from rayk.errors import CallTimeoutError, ConfigError, PlanError, RaykError, RemoteError
 
 CONTROL_GROUP = "ctl"  # answers while the data lane is busy
+REASON_LENGTH = 300
 EMBEDDED_SETTINGS = {  # a dead replica is noticed in 0.2 s instead of 1.5 s, a dead node in 3 s instead of 16 s
     "RAY_timeout_ms_task_wait_for_death_info": "100",
     "RAY_core_worker_internal_heartbeat_ms": "100",
@@ -250,7 +251,9 @@ class RayRuntime:
             cause = error.cause
             if isinstance(cause, RaykError):
                 raise cause from None
-            raise
+            raise RemoteError(-1, type(cause).__name__, _one_line(str(cause)), str(error)) from error
+        except ray_errors.RayError as error:  # a lost worker, object or node: whoever answered is gone
+            raise ActorGoneError(_short(error)) from None
 
     def stop(self, actors: Sequence[Actor], placement: Placement | None) -> None:
         """Kill actors and remove their placement group, and wait until both are gone; dead ones are fine."""
@@ -316,7 +319,7 @@ def _running_address() -> str | None:
 
 def _short(error: BaseException) -> str:
     """What Ray says about a dead actor, in one sentence."""
-    text = " ".join(str(error).split())
+    text = _one_line(str(error))
     found = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*?)(?:\. |$)", text)
     if found:
         return f"its process ended ({found[1]}: {found[2]})"
@@ -324,4 +327,10 @@ def _short(error: BaseException) -> str:
         if marker in text:
             text = text[text.index(marker) :]
             break
-    return text[:300].rstrip(".")
+    if len(text) > REASON_LENGTH and "raised in its creation task" in text:  # the cause is the traceback's last line
+        return f"its constructor failed: {_one_line(str(error).strip().splitlines()[-1])}"[:REASON_LENGTH]
+    return text[:REASON_LENGTH].rstrip(".")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())

@@ -238,7 +238,9 @@ class RemoteError(ClusterError):
     kind: str
     message: str
     trace: str
-    text: ClassVar[str] = "replica {replica} raised {kind}: {message}"
+
+    def __str__(self) -> str:
+        return f"{f'replica {self.replica}' if self.replica >= 0 else 'a task'} raised {self.kind}: {self.message}"
 
 
 def _tree(cls: type[RaykError]) -> dict[str, type[RaykError]]:

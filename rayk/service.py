@@ -27,6 +27,7 @@ from rayk.ticks import Tick
 from rayk.views import Mirrors, moved
 
 PageData = list[npt.NDArray[np.uint8]]  # one [pages, bytes per page] array per buffer
+SENDERS_REMEMBERED = 256  # whose last mutation is answered from memory if it comes again
 EXPORT_SECONDS = 120  # an export that is not acknowledged by then is unpinned: its reader is gone
 
 
@@ -72,12 +73,11 @@ class ReplicaService:
             return m.encode(m.Reply(self.epoch, seq, result)), []
         reply = m.encode(m.Reply(self.epoch, seq, result))
         if seq:
+            self._answered.pop(envelope.client, None)
             self._answered[envelope.client] = (seq, reply, data)
+            if len(self._answered) > SENDERS_REMEMBERED:  # the one that was silent for longest
+                del self._answered[next(iter(self._answered))]
         return reply, data
-
-    def forget_sender(self, client: str) -> None:
-        """A sender left: drop what was kept to answer it twice."""
-        self._answered.pop(client, None)
 
     def _run(self, command: m.ReplicaCommand, attached: Sequence[PageData]) -> tuple[m.Result, PageData]:
         self.core.exports.expire(int(self._clock()))

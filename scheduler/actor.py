@@ -25,13 +25,14 @@ class SchedulerActor:
         epochs: Sequence[int],
         router: str,
         copies: bool,
+        page_size: int,
         roster: Any,
         runtime: Runtime | None = None,
     ) -> None:
         client, runtime = new_client_id("scheduler"), runtime or RayRuntime()
         self._epoch = epoch
         self._roster = roster
-        self._core = SchedulerCore(epochs, make_router(router), copies, monotonic)
+        self._core = SchedulerCore(epochs, make_router(router), copies, monotonic, page_size)
         self._links = [
             Link(runtime, actor, f"replica {r}", epochs[r], client, partial(self._lost, r))
             for r, actor in enumerate(replicas)

@@ -124,7 +124,10 @@ def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster
 def measure_nodes(runtime: Runtime) -> list[NodeMemory]:
     """What every live node offers, measured on it by a task that holds none of it."""
     refs = [(node, _measure(runtime, node)) for node in runtime.nodes()]
-    return [runtime.get(ref, f"the planner on node {n.host_name}", START_SECONDS) for n, ref in refs]
+    try:
+        return [runtime.get(ref, f"the planner on node {n.host_name}", START_SECONDS) for n, ref in refs]
+    except ActorGoneError as error:
+        raise PlanError(f"a node could not be measured: {error}") from None
 
 
 def _measure(runtime: Runtime, node: Node) -> Any:
@@ -179,7 +182,7 @@ def _start_scheduler(runtime: Runtime, cluster: Cluster, name: str | None) -> Cl
     params, epoch = cluster.config.params, time.time_ns() // 1_000
     copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy
     cluster = replace(cluster, scheduler_epoch=epoch)
-    arguments = (epoch, cluster.replicas, cluster.epochs, cluster.config.router, copies, cluster)
+    arguments = (epoch, cluster.replicas, cluster.epochs, cluster.config.router, copies, params.page_size, cluster)
     spec = ActorSpec(SchedulerActor, arguments, name=f"{name}/scheduler" if name else None)
     scheduler = runtime.start(spec)
     try:

@@ -51,7 +51,10 @@ class _Copy(NamedTuple):
 class SchedulerCore:
     """`epochs[r]` is replica r's start; `copies` says whether replicas copy prefixes from each other."""
 
-    def __init__(self, epochs: Sequence[int], router: Router, copies: bool, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, epochs: Sequence[int], router: Router, copies: bool, clock: Callable[[], float], page_size: int
+    ) -> None:
+        self._page_size = page_size
         self.epochs = list(epochs)
         self.placements = Placements(len(self.epochs))
         self.renewed: dict[str, float] = {}  # client -> when it was heard of last
@@ -145,20 +148,38 @@ class SchedulerCore:
         todo = [i for i in range(len(places)) if i not in admitted]
         copies = yield from self._fetch(places, replicas, [i for i in todo if places[i].peers])
         try:
+            # A source that receives no copy itself waits until its pages are unpinned: they may be all it can give.
             groups = {r: [i for i in todo if replicas[i] == r] for r in sorted({replicas[i] for i in todo})}
-            asks = [self._admission(r, places, group, copies, command.stop_on_error) for r, group in groups.items()]
-            answers = (yield asks) if asks else []
+            sources = {copy.source for parts in copies.values() for copy in parts}
+            late = {r: g for r, g in groups.items() if r in sources and not any(i in copies for i in g)}
+            early = {r: g for r, g in groups.items() if r not in late}
+            yield from self._admit(places, early, copies, command.stop_on_error, admitted)
+        finally:
+            exported: dict[int, list[int]] = {}
+            for copy in (copy for parts in copies.values() for copy in parts):
+                exported.setdefault(copy.source, []).append(copy.export.export_id)
+            if exported:
+                yield [Ask(source, m.Acknowledge(ids)) for source, ids in exported.items()]
+        yield from self._admit(places, late, copies, command.stop_on_error, admitted)
+        self._forget([places[i].view.request_id for i in todo if places[i].claim and admitted[i].moved is None])
+        return m.PlaceDone(replicas, [admitted[i] for i in range(len(places))])
+
+    def _admit(
+        self,
+        places: Sequence[m.Place],
+        groups: dict[int, list[int]],
+        copies: dict[int, list[_Copy]],
+        stop_on_error: bool,
+        admitted: dict[int, m.Admitted],
+    ) -> Generator[list[Ask], list[Told], None]:
+        """Admit groups of places, one message per replica; the outcomes go into `admitted`."""
+        if groups:
+            answers = yield [self._admission(r, places, group, copies, stop_on_error) for r, group in groups.items()]
             for group, told in zip(groups.values(), answers, strict=True):
                 if isinstance(told.result, m.AdmitDone):
                     admitted.update(zip(group, told.result.admitted, strict=True))
                 elif isinstance(told.result, m.Failure):
                     admitted.update((i, m.Admitted(failure=told.result)) for i in group)
-        finally:
-            exported = [copy for parts in copies.values() for copy in parts]
-            if exported:
-                yield [Ask(copy.source, m.Acknowledge([copy.export.export_id])) for copy in exported]
-        self._forget([places[i].view.request_id for i in todo if places[i].claim and admitted[i].moved is None])
-        return m.PlaceDone(replicas, [admitted[i] for i in range(len(places))])
 
     def _choose(self, client: str, place: m.Place) -> int:
         replica = place.replica
@@ -180,19 +201,29 @@ class SchedulerCore:
         answers = yield [Ask(r, m.Lookup(views)) for r in range(len(self.epochs))]
         found = [told.result if isinstance(told.result, m.Found) else None for told in answers]
         exports: list[tuple[int, Ask]] = []
+        known: set[tuple[Any, ...]] = set()
         for at, i in enumerate(wanted):
             target = found[replicas[i]]
             if target is not None:
                 resident = [0 if f is None or r == replicas[i] else f.resident[at] for r, f in enumerate(found)]
                 for span in copy_spans(target.resident[at], resident, target.reusable[at]):
-                    command = m.Export(places[i].view, span.start, span.stop)
-                    exports.append((i, Ask(span.replica, command, with_data=True)))
+                    coming = (replicas[i], span, self._prefix(places[i].view, span.stop))
+                    if coming not in known:  # else an earlier request of this batch brings these pages
+                        known.add(coming)
+                        command = m.Export(places[i].view, span.start, span.stop)
+                        exports.append((i, Ask(span.replica, command, with_data=True)))
         if exports:
             answers = yield [ask for _, ask in exports]
             for (i, ask), told in zip(exports, answers, strict=True):
                 if isinstance(told.result, m.Exported):
                     copies.setdefault(i, []).append(_Copy(ask.replica, told.result, told.data))
         return copies
+
+    def _prefix(self, view: m.ContextView, pages: int) -> tuple[Any, ...]:
+        """What makes the first pages of a request what they are."""
+        origin = view.origin
+        owner = (origin.cache_salt, origin.adapter) if origin is not None else None
+        return owner, view.tokens[: pages * self._page_size * 4]
 
     def _admission(
         self,

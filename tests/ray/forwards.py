@@ -13,6 +13,7 @@ import psutil
 from ray import cloudpickle
 
 from rayk import MHAKVCacheParams, PagedKVCacheManager
+from rayk.actors.replica import ReplicaActor
 
 # Workers cannot import this module: its functions travel by value, as those of a user's script do.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -70,6 +71,13 @@ def contents(manager: PagedKVCacheManager, request_id: str, replica: int, tokens
 
 def pid(inputs: Any, batch: Any) -> int:
     return os.getpid()
+
+
+class BrokenReplica(ReplicaActor):
+    """A replica whose constructor fails."""
+
+    def __init__(self, *arguments: Any) -> None:
+        raise MemoryError("no room")
 
 
 def wait_for_file(folder: str) -> Callable[[Any, Any], int]:

@@ -17,10 +17,9 @@ from ray.util import placement_group_table
 
 from rayk import InferenceSession, PagedKVCacheManager, ReplicaLostError, TextContext, Tick
 from rayk.errors import PlanError, RaykError, SchedulerLostError
-from rayk.planning import ReplicaPlan
 from rayk.scheduler import cluster
 
-from .forwards import params, pid, running, until, wait_for_file
+from .forwards import BrokenReplica, params, pid, running, until, wait_for_file
 
 NOTICED_SECONDS = 10.0
 
@@ -153,8 +152,8 @@ def test_the_scheduler_is_killed(session: InferenceSession) -> None:
 
 
 def test_a_replica_that_cannot_start_leaves_nothing(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its constructor asks for more memory than there is, which the planner was kept from seeing."""
-    monkeypatch.setattr(cluster, "plan_replica", lambda node, *_: ReplicaPlan(node.node_id, 1 << 40, 1, 1))
+    """The memory that was planned is gone by the time that its constructor asks for it."""
+    monkeypatch.setattr(cluster, "ReplicaActor", BrokenReplica)
     before = {kind: actors(kind) for kind in ("ReplicaActor", "SchedulerActor")}
     groups = created_groups()
     with pytest.raises(PlanError, match="replica 0 could not start"):

@@ -41,7 +41,8 @@ try:
             running = manager._backend._cluster
             said["pages"] = sorted(manager.get_num_pages(r) for r in range(2))
             said["bound"] = [r.plan.bound for r in state.replicas]
-            said["states"] = [[r.state, r.pages == r.plan.pages, r.allocated_bytes == r.plan.bytes] for r in state.replicas]
+            said["states"] = [[r.state, r.pages == r.plan.pages, r.allocated_bytes == r.plan.bytes]
+                              for r in state.replicas]
             said["measured"] = sorted(n.node_id for n in state.nodes) == sorted(memory)
             said["first"] = max(n.measured_at for n in state.nodes) < min(f.started_at for f in running.facts)
             said["refused"] = [[int(memory[i]), reason] for i, reason in state.refused.items()]

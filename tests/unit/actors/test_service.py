@@ -19,7 +19,7 @@ from rayk.errors import (
     StaleEpochError,
 )
 from rayk.replica import ReplicaCore
-from rayk.service import EXPORT_SECONDS, ReplicaService
+from rayk.service import EXPORT_SECONDS, SENDERS_REMEMBERED, ReplicaService
 from rayk.views import Sender
 
 from .fake import FakeRuntime, params
@@ -149,7 +149,8 @@ def test_numbers_belong_to_their_sender(client: Client, service: ReplicaService)
     other = Client(service, "another")
     other.send(m.Claim("b"))
     assert list(service.core.requests) == ["a", "b"]
-    service.forget_sender("another")
+    for i in range(SENDERS_REMEMBERED):
+        Client(service, f"later-{i}").send(m.ResetMetrics())
     other.seq = 0
     assert isinstance(other.error(m.Claim("b")), AlreadyClaimedError), "forgotten: done anew, not from memory"
 

@@ -44,7 +44,7 @@ class Scheduler:
 
     def __init__(self, replicas: int = 2, copies: bool = False, router: str = "least-loaded") -> None:
         self.now = 100.0
-        self.core = SchedulerCore([10 + r for r in range(replicas)], make_router(router), copies, lambda: self.now)
+        self.core = SchedulerCore([10 + r for r in range(replicas)], make_router(router), copies, lambda: self.now, 4)
         self.rounds: list[list[tuple[int, str]]] = []
         self.asked: list[Ask] = []
 
