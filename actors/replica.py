@@ -92,6 +92,6 @@ def _local_devices(params: KVCacheParams, replica: int) -> tuple[str, ...]:
     return tuple(f"cuda:{i}" if d.startswith("cuda") else d for i, d in enumerate(devices))
 
 
-def measure(node_id: str, host_name: str, memory_limit: int | None) -> NodeMemory:
+def measure(node_id: str, host_name: str, memory_limit: int | None, disk_dir: str | None) -> NodeMemory:
     """The planning task: what the node it runs on offers, host memory up to a limit in bytes."""
-    return measure_node(node_id, host_name, memory_limit)
+    return measure_node(node_id, host_name, memory_limit, disk_dir)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def table_width(pages: int) -> int:
-    """Columns of a lookup table whose longest row shows `pages` pages. REFERENCE 2.4."""
+    """Columns of a lookup table whose longest row shows `pages` pages. The rule of MAX 26.5."""
     return 8 * -(-pages // 8) + 16
 
 

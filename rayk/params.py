@@ -202,7 +202,7 @@ class KVCacheParams:
 
     @property
     def block_draft_slots(self) -> int:
-        """1 when one draft pass makes all draft tokens (it needs a slot of its own), else 0. REFERENCE 2.3, B."""
+        """1 when one draft pass makes all draft tokens (it needs a slot of its own), else 0 (as in MAX 26.5)."""
         drafts = self.num_draft_tokens
         return int(drafts > 0 and self.draft_tokens_per_step == drafts)
 

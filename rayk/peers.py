@@ -17,7 +17,7 @@ class Span(NamedTuple):
 def copy_spans(have: int, resident: Sequence[int], stop: int) -> list[Span]:
     """How to extend a prefix of `have` pages to at most `stop` from replicas that hold resident[i] leading pages.
 
-    Each page comes from the replica of lowest index that holds it (REFERENCE 2.9).
+    Each page comes from the replica of lowest index that holds it, as in MAX 26.5.
     """
     spans = []
     for replica, pages in enumerate(resident):

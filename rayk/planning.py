@@ -126,6 +126,13 @@ def _gpu_users(processes: Iterable[Any]) -> Iterator[GpuUser]:
         yield GpuUser(int(process.pid), name, int(process.usedGpuMemory or 0))
 
 
+def _disk_free(folder: Path) -> int:
+    """Bytes free where the folder is or will be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return int(psutil.disk_usage(str(folder)).free)
+
+
 def measure_node(
     node_id: str = "", host_name: str = "localhost", memory_limit: int | None = None, disk_dir: str | None = None
 ) -> NodeMemory:
@@ -138,7 +145,7 @@ def measure_node(
         int(memory.total),
         min(limit for limit in limits if limit is not None),
         _gpus(),
-        psutil.disk_usage(disk_dir).free if disk_dir is not None else None,
+        _disk_free(Path(disk_dir)) if disk_dir is not None else None,
         time.time(),
     )
 

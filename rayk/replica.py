@@ -77,7 +77,7 @@ class ReplicaCore:
         self._tree = PrefixTree(params.page_size, self._pool)
         self._page_size = params.page_size
         self._caching = params.enable_prefix_caching
-        # S = L + accepted drafts + 2 D + 1 + B - max(1, placeholders): REFERENCE 2.3, step 6
+        # S = L + accepted drafts + 2 D + 1 + B - max(1, placeholders), as in MAX 26.5
         self._slots = 2 * params.num_draft_tokens + 1 + params.block_draft_slots
         self.exports = Exports(params, self._tree, self.buffers)
         self._bytes_per_page = params.bytes_per_page
@@ -133,7 +133,7 @@ class ReplicaCore:
     # -- allocation ------------------------------------------------------------------------------
 
     def slots_needed(self, ctx: TextContext) -> int:
-        """Slots that the request's pages must offer: S in REFERENCE 2.3, and never less than the active window."""
+        """Slots that the request's pages must offer: as in MAX 26.5, and never less than the active window."""
         placeholders = ctx.pending_future_count
         slots = ctx.tokens.length + len(ctx.maybe_accepted_draft_tokens) + self._slots
         return slots - 1 if placeholders < 2 else max(slots - placeholders, ctx.tokens.end)

@@ -96,7 +96,8 @@ def _await_scheduler(runtime: Runtime, name: str) -> Actor:
 def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster:
     if config.params.kv_hash_seed is None:
         config = replace(config, params=replace(config.params, kv_hash_seed=os.urandom(32)))
-    nodes = measure_nodes(runtime)
+    disk = config.params.kv_connector_config
+    nodes = measure_nodes(runtime, str(disk.disk_offload_dir) if disk and disk.disk_offload_dir else None)
     placement = _place(runtime, config, nodes)
     try:
         plan = plan_cluster(
@@ -121,18 +122,20 @@ def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster
         raise
 
 
-def measure_nodes(runtime: Runtime) -> list[NodeMemory]:
-    """What every live node offers, measured on it by a task that holds none of it."""
-    refs = [(node, _measure(runtime, node)) for node in runtime.nodes()]
+def measure_nodes(runtime: Runtime, disk_dir: str | None = None) -> list[NodeMemory]:
+    """What every live node offers, measured on it by a task that holds none of it; the disk at `disk_dir` too."""
+    refs = [(node, _measure(runtime, node, disk_dir)) for node in runtime.nodes()]
     try:
         return [runtime.get(ref, f"the planner on node {n.host_name}", START_SECONDS) for n, ref in refs]
     except ActorGoneError as error:
         raise PlanError(f"a node could not be measured: {error}") from None
 
 
-def _measure(runtime: Runtime, node: Node) -> Any:
+def _measure(runtime: Runtime, node: Node, disk_dir: str | None) -> Any:
     memory = node.resources.get("memory")  # what Ray was told that it may use there
-    return runtime.run_on(node.node_id, measure, node.node_id, node.host_name, int(memory) if memory else None)
+    return runtime.run_on(
+        node.node_id, measure, node.node_id, node.host_name, int(memory) if memory else None, disk_dir
+    )
 
 
 def _place(runtime: Runtime, config: ClusterConfig, nodes: list[NodeMemory]) -> Placement:

@@ -1,4 +1,4 @@
-"""How many pages, and how long a request, a number of bytes gives: REFERENCE 6.1.
+"""How many pages, and how long a request, a number of bytes gives, by the rules of MAX 26.5.
 
 `available_cache_memory` is in bytes over all devices and replicas; pages and lengths (in tokens) are per replica.
 Numbers that do not fit at all are a MemoryPlanError; those that fit but will hurt are warnings of the logger

@@ -1,4 +1,4 @@
-"""MemoryEstimator: what is left for the KV cache, and whether a length and a batch size fit. REFERENCE 6.2.
+"""MemoryEstimator: what is left for the KV cache, and whether a length and a batch size fit, by the rules of MAX 26.5.
 
 All sizes are bytes summed over the devices. Configs are duck-typed; the attributes that are read are named in each
 method. Results are written into the configs, as callers of the reference expect.

@@ -1,4 +1,4 @@
-"""Memory planners: what a model needs beside its KV cache. REFERENCE 6.3."""
+"""Memory planners: what a model needs beside its KV cache."""
 
 from __future__ import annotations
 

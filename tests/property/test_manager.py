@@ -1,6 +1,6 @@
 """PagedKVCacheManager through its public surface against a model with one dict entry per cached page.
 
-The model walks page by page, as REFERENCE 2.3 tells it, and works on copies: a refused alloc leaves no trace in it
+The model walks page by page, as MAX 26.5 does, and works on copies: a refused alloc leaves no trace in it
 by construction. After every rule are compared: windows, page counts, which requests show the same leading pages,
 metrics, per replica the cached leading pages of every prompt ever made (so the eviction order, which teardown
 then follows to the last page), and the content of every processed slot of every live request.

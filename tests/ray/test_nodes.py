@@ -41,9 +41,9 @@ try:
 
     measured, small = [], []
     real = start.measure
-    def measure(node_id, host_name, limit):
+    def measure(node_id, host_name, *rest):
         import msgspec, ray
-        found = real(node_id, host_name, limit)
+        found = real(node_id, host_name, *rest)
         where = ray.get_runtime_context().get_node_id()
         return msgspec.structs.replace(found, host_name=where, host_free=100 if node_id in small else found.host_free)
     start.measure = measure

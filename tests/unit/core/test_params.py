@@ -24,7 +24,7 @@ def mla(tp: int = 1, **kwargs) -> MLAKVCacheParams:
     return MLAKVCacheParams(devices=["cpu"] * tp, **given)
 
 
-# -- bytes and shapes: the examples of REFERENCE section 5 ---------------------------------------------
+# -- bytes and shapes: published examples ---------------------------------------------
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])

@@ -3,7 +3,7 @@
 import pytest
 
 from rayk import InferenceSession, MHAKVCacheParams, PagedKVCacheManager
-from rayk.errors import PlanError
+from rayk.errors import ConfigError, PlanError
 from rayk.planning import (
     GPU_UTILIZATION,
     HOST_UTILIZATION,
@@ -112,3 +112,16 @@ def test_none_takes_what_was_planned(session: InferenceSession, monkeypatch: pyt
     monkeypatch.setattr("rayk.planning.measure_node", lambda: small)
     with PagedKVCacheManager(HOST, session, None, max_batch_size=1) as manager:
         assert manager.get_num_pages(0) == 8
+
+
+def test_measuring_a_node(tmp_path) -> None:
+    found = measure_node("n", "h", memory_limit=1000, disk_dir=str(tmp_path / "not" / "made" / "yet"))
+    assert (found.node_id, found.host_name, found.host_free) == ("n", "h", 1000)
+    assert found.host_total > 1000 and found.disk_free > 0 and found.measured_at > 0
+    assert measure_node().disk_free is None
+
+
+@pytest.mark.parametrize("utilization", [0.0, -0.5, 1.01, float("nan")])
+def test_a_share_that_is_none_is_refused(utilization: float) -> None:
+    with pytest.raises(ConfigError, match="above 0 and at most 1"):
+        planned_pages(node(1 << 40), HOST, 1, utilization)
