@@ -28,6 +28,7 @@ def fill_batch(
 ) -> tuple[int, int, BatchShape]:
     """Fill the core's host arrays; rows, table width and scalars. RuntimeInputsError changes nothing."""
     size, drafts, requests = core.params.page_size, core.params.num_draft_tokens, core.requests
+    slots_needed = core.slots_needed
     rows, shown, lengths = [], [], []
     longest = prompt = cache = 0
     trim = False
@@ -37,7 +38,7 @@ def fill_batch(
             raise RuntimeInputsError(
                 core.replica, f"request {ctx.request_id!r} is not claimed here; call claim() and alloc() first"
             )
-        slots = core.slots_needed(ctx)
+        slots = slots_needed(ctx)
         pages = -(-slots // size)
         if request.dummy:
             trim = True
@@ -56,9 +57,12 @@ def fill_batch(
         rows.append(request.row)
         shown.append(pages_shown)
         lengths.append(window.processed + accepted)
-        longest = max(longest, pages)
-        prompt = max(prompt, window.end - window.processed + verify)
-        cache = max(cache, window.end + accepted + verify + drafts)
+        if pages > longest:
+            longest = pages
+        if window.end - window.processed + verify > prompt:
+            prompt = window.end - window.processed + verify
+        if window.end + accepted + verify + drafts > cache:
+            cache = window.end + accepted + verify + drafts
     shape = BatchShape(len(rows), prompt, cache)
     longest, shape = _bounded(core, longest, shape, max_cache_length, characteristics)
     width = table_width(longest)

@@ -151,6 +151,16 @@ class ReplicaCore:
         """
         request = self._get(ctx.request_id)
         window, size = ctx.tokens, self._page_size
+        if (  # a decode step within the pages that it has, which is what nearly every alloc is
+            request.ctx is ctx
+            and window.length + self._slots - 1 <= request.pages * size
+            and window.end - window.processed == 1
+            and not (
+                ctx.pending_future_count or len(ctx.draft_tokens_to_verify) or len(ctx.maybe_accepted_draft_tokens)
+            )
+        ):
+            self._input_tokens += 1
+            return
         if request.dummy:
             return
         if request.ctx is not ctx:
