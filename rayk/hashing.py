@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import NewType
 
 import xxhash
 
-from rayk.identity import PageHash
 from rayk.prefix import RootKey
+
+PageHash = NewType("PageHash", bytes)
 
 _DIGESTS: dict[str, Callable[[bytes], bytes]] = {
     "sha256": lambda data: hashlib.sha256(data).digest(),

@@ -88,11 +88,10 @@ class Want(_Part, frozen=True):
 
 
 class ImportHead(_Part, frozen=True):
-    """What an attached export holds: pages from `start` on, one hash each, copied at `source_epoch`."""
+    """What an attached export holds: pages from `start` on, one hash each."""
 
     start: int
     hashes: list[bytes]
-    source_epoch: int
 
 
 class Admit(_Message, frozen=True):

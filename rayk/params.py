@@ -294,8 +294,3 @@ class MultiKVCacheParams(KVCacheParams):
     @property
     def bytes_per_page(self) -> int:
         return sum(leaf.bytes_per_page for leaf in self.leaves.values())
-
-    @property
-    def replicates_kv(self) -> bool:
-        """Whether the first cache is copied to every TP shard; the reference asks only that one."""
-        return next(iter(self.children.values())).replicates_kv_across_tp

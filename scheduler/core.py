@@ -240,7 +240,7 @@ class SchedulerCore:
         for i in group:
             parts = copies.get(i, [])
             wants.append(m.Want(places[i].view, places[i].claim, list(range(len(heads), len(heads) + len(parts)))))
-            heads += [m.ImportHead(c.export.start, c.export.hashes, self.epochs[c.source]) for c in parts]
+            heads += [m.ImportHead(c.export.start, c.export.hashes) for c in parts]
             data += [c.data for c in parts]
         return Ask(replica, m.Admit(wants, heads, stop_on_error), tuple(data))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rayk.errors import ConfigError
@@ -84,6 +84,3 @@ class Model:
         if self.weights is None:
             raise ConfigError(f"{self.name}: give the number of parameters (parameters=8.03B) to plan another dtype")
         return self.weights.num_bytes(bits)
-
-    def with_notes(self, *notes: str) -> Model:
-        return replace(self, notes=(*self.notes, *notes))

@@ -354,7 +354,7 @@ def test_an_exception_in_fn_is_reported_with_its_traceback(client: Client, servi
         m.Step([m.ContextView("r", -4, b"\x01\x00\x00\x00", 0, 1)]),  # negative base
         m.RunTick([], step=[0]),  # no such view
         m.Admit([m.Want(m.ContextView("r", 0, b"\x01\x00\x00\x00", 0, 1, origin=m.Origin(10)), True, [3])]),
-        m.Admit([], [m.ImportHead(0, [], 1)]),  # its data is missing
+        m.Admit([], [m.ImportHead(0, [])]),  # its data is missing
         m.ReadPages([99]),
         m.ReadPages([-1]),
     ],
