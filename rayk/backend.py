@@ -22,7 +22,7 @@ from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams
 from rayk.peers import copy_spans
-from rayk.replica import ReplicaCore, Usage
+from rayk.replica import ReplicaCore, Reused, Usage
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 
 Batches = Sequence[Sequence[TextContext]]
@@ -34,7 +34,7 @@ class Backend(Protocol):
 
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> None: ...
     def contains(self, request_id: str, replica: int) -> bool: ...
-    def alloc(self, ctx: TextContext, replica: int) -> None: ...
+    def alloc(self, ctx: TextContext, replica: int) -> object: ...
     def release(self, request_id: str, replica: int) -> None: ...
     def blocks(self, request_id: str, replica: int) -> list[int]: ...
     def try_admit(
@@ -93,20 +93,17 @@ class InlineBackend:
     def blocks(self, request_id: str, replica: int) -> list[int]:
         return self.cores[replica].blocks(request_id)
 
-    def alloc(self, ctx: TextContext, replica: int) -> None:
+    def alloc(self, ctx: TextContext, replica: int) -> Reused:
         core = self.cores[replica]
         if ctx.request_id not in core.requests:
             raise self._not_claimed(ctx.request_id, replica)
-        if self._copies:
-            self._alloc_with_copies(ctx, core)
-        else:
-            core.alloc(ctx)
+        return self._alloc_with_copies(ctx, core) if self._copies else core.alloc(ctx)
 
     def _not_claimed(self, request_id: str, replica: int) -> NotClaimedError:
         holder = self._placements.holder(request_id)
         return NotClaimedError(request_id, replica, -1 if holder is None else holder)
 
-    def _alloc_with_copies(self, ctx: TextContext, core: ReplicaCore) -> None:
+    def _alloc_with_copies(self, ctx: TextContext, core: ReplicaCore) -> Reused:
         """alloc() that first fetches from the other replicas what this one misses, pinned there meanwhile."""
         stop = core.may_reuse(ctx)
         have = core.resident(ctx) if stop else 0
@@ -116,7 +113,7 @@ class InlineBackend:
             for span in copy_spans(have, resident, stop):
                 source = self.cores[span.replica]
                 exports.append((source, source.exports.export(ctx, span.start, span.stop, 0)))
-            core.alloc(ctx, [export for _, export in exports])
+            return core.alloc(ctx, [export for _, export in exports])
         finally:
             for source, export in exports:
                 source.exports.acknowledge(export.export_id)
@@ -139,7 +136,6 @@ class InlineBackend:
 
     def _admit(self, ctx: TextContext, replica: int) -> Admission:
         core, start = self.cores[replica], perf_counter()
-        before = core.metrics
         try:
             self._placements.add(ctx.request_id, replica, ctx.tokens.length)
         except RaykError as error:
@@ -147,19 +143,11 @@ class InlineBackend:
         core.claim(ctx.request_id)
         claimed = perf_counter()
         try:
-            self.alloc(ctx, replica)
+            reused = self.alloc(ctx, replica)
         except RaykError as error:
             self.release(ctx.request_id, replica)
             return Admission(replica, error)
-        done, after = perf_counter(), core.metrics
-        size = core.params.page_size
-        return Admission(
-            replica,
-            device_tokens=(after.device_blocks_served - before.device_blocks_served) * size,
-            peer_tokens=(after.cross_replica_blocks_copied - before.cross_replica_blocks_copied) * size,
-            claim_seconds=claimed - start,
-            alloc_seconds=done - claimed,
-        )
+        return Admission(replica, None, *reused, claimed - start, perf_counter() - claimed)
 
     def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> list[TickResult]:
         results = []
@@ -178,10 +166,7 @@ class InlineBackend:
         ]
 
     def execute(self, batches: Batches, fn: Forward) -> list[Any]:
-        def run(core: ReplicaCore, batch: Sequence[TextContext]) -> Any:
-            return fn(core.runtime_inputs(batch), [ctx.snapshot() for ctx in batch])
-
-        return self._each(run, batches)
+        return self._each(lambda core, batch: run_forward(core, batch, fn), batches)
 
     def step(self, batches: Batches) -> None:
         self._each(ReplicaCore.step, batches)
@@ -238,6 +223,11 @@ class InlineBackend:
 
     def leave(self) -> None:
         self.close()
+
+
+def run_forward(core: ReplicaCore, batch: Sequence[TextContext], fn: Forward) -> Any:
+    """`fn` on one replica's inputs and read-only copies of its contexts."""
+    return fn(core.runtime_inputs(batch), [ctx.snapshot() for ctx in batch])
 
 
 def run_tick(core: ReplicaCore, tick: Tick, fn: Forward | None) -> TickResult:
@@ -305,4 +295,4 @@ class _Progress:
     def execute(self, core: ReplicaCore, tick: Tick, fn: Forward | None) -> None:
         batch = [ctx for ctx in tick.execute if ctx.request_id not in self.refused]
         if batch and fn is not None:
-            self.value = fn(core.runtime_inputs(batch), [ctx.snapshot() for ctx in batch])
+            self.value = run_forward(core, batch, fn)

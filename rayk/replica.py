@@ -51,6 +51,16 @@ class Usage(NamedTuple):
         return self.total - self.free
 
 
+class Reused(NamedTuple):
+    """Tokens that an alloc found cached: on the replica itself, and copied in from other replicas."""
+
+    device_tokens: int
+    peer_tokens: int
+
+
+NOTHING_REUSED = Reused(0, 0)
+
+
 class ReplicaCore:
     """`replica` is its index, for messages. `seed` keys the hashes of pages that travel."""
 
@@ -143,11 +153,11 @@ class ReplicaCore:
         placeholders = ctx.pending_future_count
         return (ctx.tokens.length - (placeholders if placeholders > 1 else 1)) // self._page_size
 
-    def alloc(self, ctx: TextContext, imports: Sequence[PageExport] = ()) -> None:
+    def alloc(self, ctx: TextContext, imports: Sequence[PageExport] = ()) -> Reused:
         """Give the request the pages that its tokens need, reusing cached ones and moving its window past them.
 
         `imports` are copies of further prefix pages from other replicas, in order. InsufficientBlocksError leaves
-        no trace: window, pages, metrics, cache and eviction order stay as they were.
+        no trace: window, pages, metrics, cache and eviction order stay as they were. Returns what was found cached.
         """
         request = self._get(ctx.request_id)
         window, size = ctx.tokens, self._page_size
@@ -160,9 +170,9 @@ class ReplicaCore:
             )
         ):
             self._input_tokens += 1
-            return
+            return NOTHING_REUSED
         if request.dummy:
-            return
+            return NOTHING_REUSED
         if request.ctx is not ctx:
             self._adopt(request, ctx)
         slots = self.slots_needed(ctx)
@@ -205,6 +215,7 @@ class ReplicaCore:
         self._peer_hits += copied
         if self.runtime_checks:
             self.check_integrity()
+        return Reused(hits * size, copied * size)
 
     def _reuse(
         self, ctx: TextContext, request: Request, imports: Sequence[PageExport]

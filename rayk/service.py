@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 
 from rayk import messages as m
-from rayk.backend import Forward, run_tick
+from rayk.answers import Answers
+from rayk.backend import Forward, run_forward, run_tick
 from rayk.context import TextContext
 from rayk.errors import MessageError, RaykError, RemoteError, StaleEpochError
 from rayk.exports import PageExport
@@ -27,7 +28,6 @@ from rayk.ticks import Tick
 from rayk.views import Mirrors, moved
 
 PageData = list[npt.NDArray[np.uint8]]  # one [pages, bytes per page] array per buffer
-SENDERS_REMEMBERED = 256  # whose last mutation is answered from memory if it comes again
 EXPORT_SECONDS = 120  # an export that is not acknowledged by then is unpinned: its reader is gone
 
 
@@ -46,7 +46,7 @@ class ReplicaService:
         self._dumps = dumps
         self._clock = clock
         self._mirrors = Mirrors(core.replica)
-        self._answered: dict[str, tuple[int, bytes, PageData]] = {}  # sender -> seq, reply, its page data
+        self._answers: Answers[tuple[bytes, PageData]] = Answers()
 
     def handle(self, wire: bytes, attached: Sequence[PageData] = ()) -> tuple[bytes, PageData]:
         """Answer one envelope. `attached` holds page data for its imports; the second result goes with Exported
@@ -60,24 +60,16 @@ class ReplicaService:
                 raise MessageError(f"a replica does not take {type(envelope.command).__name__}; the scheduler does")
             if envelope.epoch != self.epoch:
                 raise StaleEpochError(self.core.replica, envelope.epoch, self.epoch)
-            last = self._answered.get(envelope.client)
-            if seq and last is not None and seq <= last[0]:
-                if seq < last[0]:
-                    raise MessageError(
-                        f"{envelope.client} sent number {seq} after {last[0]}: a late duplicate, ignored"
-                    )
-                return last[1], last[2]
+            repeated = self._answers.repeated(envelope.client, seq)
+            if repeated is not None:
+                return repeated
             result, data = self._run(envelope.command, attached)
         except RaykError as error:
             result = m.failure(error)
             return m.encode(m.Reply(self.epoch, seq, result)), []
-        reply = m.encode(m.Reply(self.epoch, seq, result))
-        if seq:
-            self._answered.pop(envelope.client, None)
-            self._answered[envelope.client] = (seq, reply, data)
-            if len(self._answered) > SENDERS_REMEMBERED:  # the one that was silent for longest
-                del self._answered[next(iter(self._answered))]
-        return reply, data
+        answer = (m.encode(m.Reply(self.epoch, seq, result)), data)
+        self._answers.keep(envelope.client, seq, answer)
+        return answer
 
     def _run(self, command: m.ReplicaCommand, attached: Sequence[PageData]) -> tuple[m.Result, PageData]:
         self.core.exports.expire(int(self._clock()))
@@ -99,9 +91,7 @@ class ReplicaService:
                 return self._inputs(views, max_cache_length, bounds), []
             case m.Execute(views, fn):
                 batch = self._contexts(views)
-                inputs = core.runtime_inputs(batch)
-                value = self._shipped(fn)(inputs, [ctx.snapshot() for ctx in batch])
-                return m.Value(self._dumps(value)), []
+                return m.Value(self._dumps(run_forward(core, batch, self._shipped(fn)))), []
             case m.Claim(request_id, dummy):
                 core.claim(request_id, dummy)
             case m.Release(request_ids, missing_ok):
@@ -163,23 +153,22 @@ class ReplicaService:
         try:
             if want.claim:
                 core.claim(request_id)
-            claimed, before = perf_counter(), core.metrics
+            claimed = perf_counter()
             try:
                 ctx = self._mirrors.context(want.view, keep=request_id in core.requests)
-                core.alloc(ctx, imports)
+                reused = core.alloc(ctx, imports)
             except RaykError:
                 if want.claim:
                     self._release(request_id)
                 raise
         except RaykError as error:
             return m.Admitted(failure=m.failure(error))
-        done, after, size = perf_counter(), core.metrics, core.params.page_size
         return m.Admitted(
             moved=moved(ctx),
-            device_tokens=(after.device_blocks_served - before.device_blocks_served) * size,
-            peer_tokens=(after.cross_replica_blocks_copied - before.cross_replica_blocks_copied) * size,
+            device_tokens=reused.device_tokens,
+            peer_tokens=reused.peer_tokens,
             claim_seconds=claimed - start,
-            alloc_seconds=done - claimed,
+            alloc_seconds=perf_counter() - claimed,
         )
 
     def _tick(self, command: m.RunTick) -> m.TickDone:

@@ -10,6 +10,7 @@ from typing import Any
 from rayk import messages as m
 from rayk.actors.link import Link, Pending, new_client_id
 from rayk.actors.runtime import Actor, RayRuntime, Runtime
+from rayk.answers import Answers
 from rayk.errors import MessageError, RaykError, ReplicaLostError, StaleEpochError
 from rayk.scheduler.core import Ask, SchedulerCore, Told
 from rayk.scheduler.routing import make_router
@@ -37,7 +38,7 @@ class SchedulerActor:
             Link(runtime, actor, f"replica {r}", epochs[r], client, partial(self._lost, r))
             for r, actor in enumerate(replicas)
         ]
-        self._answered: dict[str, tuple[int, bytes]] = {}  # client -> number and answer of its last mutation
+        self._answers: Answers[bytes] = Answers()
 
     def handle(self, wire: bytes) -> bytes:
         """Answer a message. Never raises for what a sender did wrong or a replica failed to do."""
@@ -49,18 +50,16 @@ class SchedulerActor:
                 raise MessageError(f"the scheduler does not take {type(envelope.command).__name__}; a replica does")
             if envelope.epoch != self._epoch:
                 raise StaleEpochError(-1, envelope.epoch, self._epoch)
-            last = self._answered.get(envelope.client)
-            if last is not None and seq == last[0]:
-                return last[1]
-            if last is not None and seq < last[0]:
-                raise MessageError(f"{envelope.client} sent number {seq} after {last[0]}: a late duplicate, ignored")
+            repeated = self._answers.repeated(envelope.client, seq)
+            if repeated is not None:
+                return repeated
             result = self._run(envelope.client, envelope.command)
         except RaykError as error:
             return m.encode(m.Reply(self._epoch, seq, m.failure(error)))
         reply = m.encode(m.Reply(self._epoch, seq, result))
-        self._answered[envelope.client] = (seq, reply)
+        self._answers.keep(envelope.client, seq, reply)
         if isinstance(envelope.command, m.Disconnect):
-            del self._answered[envelope.client]
+            self._answers.forget(envelope.client)
         return reply
 
     def _run(self, client: str, command: m.SchedulerCommand) -> m.Result:

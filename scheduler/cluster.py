@@ -99,6 +99,7 @@ def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster
     disk = config.params.kv_connector_config
     nodes = measure_nodes(runtime, str(disk.disk_offload_dir) if disk and disk.disk_offload_dir else None)
     placement = _place(runtime, config, nodes)
+    replicas: tuple[Actor, ...] = ()
     try:
         plan = plan_cluster(
             nodes,
@@ -109,16 +110,12 @@ def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster
             config.uniform,
             config.utilization,
         )
-    except BaseException:
-        runtime.stop([], placement)
-        raise
-    cluster = Cluster(config, plan, placement)
-    try:
-        cluster = _start_replicas(runtime, cluster, name)
+        cluster = _start_replicas(runtime, Cluster(config, plan, placement), name)
+        replicas = cluster.replicas
         _compare(cluster)
         return _start_scheduler(runtime, cluster, name)
     except BaseException:
-        cluster.stop(runtime)
+        runtime.stop(replicas, placement)
         raise
 
 

@@ -8,6 +8,7 @@ import torch
 
 from rayk import TextContext
 from rayk import messages as m
+from rayk.answers import SENDERS_REMEMBERED
 from rayk.errors import (
     AlreadyClaimedError,
     InsufficientBlocksError,
@@ -19,7 +20,7 @@ from rayk.errors import (
     StaleEpochError,
 )
 from rayk.replica import ReplicaCore
-from rayk.service import EXPORT_SECONDS, SENDERS_REMEMBERED, ReplicaService
+from rayk.service import EXPORT_SECONDS, ReplicaService
 from rayk.views import Sender
 
 from .fake import FakeRuntime, params
