@@ -8,7 +8,8 @@ STAMP := $(VENV)/.installed
 # The demo: chat traffic served by two replicas, every reused page checked. At most two minutes.
 DEMO_ARGS ?= --workload chat --replicas 2 --forward verify
 DEMO_OUT ?= demo-out
-BENCH_ARGS ?= --smoke
+# `make bench BENCH_ARGS=--smoke` is a short run of the serving benchmark instead.
+BENCH_ARGS ?= core
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -40,7 +41,7 @@ format: $(STAMP)  ## let ruff repair what it can
 types: $(STAMP)  ## mypy --strict on the packages
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## a short benchmark
+bench: $(STAMP)  ## what the control plane costs, beside its limits and the best peers
 	$(BIN)/rayk bench $(BENCH_ARGS)
 
 gpu-report: $(STAMP)  ## run the GPU tests and show what they print

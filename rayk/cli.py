@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rayk.bench.core.command import CORE_EPILOG, core
 from rayk.describe import DESCRIBE_EPILOG, describe
 from rayk.errors import NotBuiltError, RaykError
 from rayk.memory.command import PLAN_EPILOG, plan
@@ -87,11 +88,11 @@ def _built(parameter: typer.CallbackParam, value: str | None) -> str | None:
     return value
 
 
-def _no_more(arguments: Sequence[str]) -> None:
-    if arguments:
-        if arguments[0] == "core":
-            raise NotBuiltError("rayk bench core")
-        raise typer.BadParameter(f"unexpected argument {arguments[0]!r}")
+def _only_core(context: typer.Context) -> None:
+    """Flags between `bench` and `core` would be lost without a word."""
+    for name in context.params:
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name.replace('_', '-')} stands before core, whose flags come after it")
 
 
 def _refused(flag: str) -> Any:
@@ -103,7 +104,10 @@ _WORK, _CLUSTER, _LOAD, _CACHE, _OUTPUT = "Workload", "Cluster", "Load", "Cache"
 BENCH_EPILOG = "Example: rayk bench --workload chat --replicas 2 --forward verify --out demo-out"
 
 
-@app.command(epilog=BENCH_EPILOG, context_settings={"allow_extra_args": True})
+bench_app = typer.Typer()
+
+
+@bench_app.callback(epilog=BENCH_EPILOG, invoke_without_command=True)
 def bench(
     context: typer.Context,
     trace: Annotated[
@@ -207,7 +211,9 @@ def bench(
     nodes: Annotated[str | None, _refused("--nodes")] = None,
 ) -> int:
     """Serve a workload or a trace from N replicas, and report."""
-    _no_more(context.args)
+    if context.invoked_subcommand is not None:
+        _only_core(context)
+        return 0
     from rayk.bench.command import BenchCommand
 
     return BenchCommand(
@@ -269,6 +275,8 @@ def _add_refused(name: str) -> None:
         raise NotBuiltError(f"rayk {name}")
 
 
+bench_app.command("core", epilog=CORE_EPILOG)(core)
+app.add_typer(bench_app, name="bench")
 app.command(epilog=PLAN_EPILOG)(plan)
 app.command(epilog=DESCRIBE_EPILOG)(describe)
 for _name in NOT_BUILT_COMMANDS:

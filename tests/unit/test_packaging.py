@@ -87,7 +87,8 @@ def test_actors_do_not_import_the_scheduler(repo: Path) -> None:
 
 def test_every_package_on_disk_is_declared(repo: Path) -> None:
     project = tomllib.loads((repo / "pyproject.toml").read_text())
-    found = {"rayk", *(f"rayk.{init.parent.name}" for init in (repo / "rayk").glob("*/__init__.py"))}
+    folders = [init.parent.relative_to(repo) for deep in ("*", "*/*") for init in repo.glob(f"rayk/{deep}/__init__.py")]
+    found = {"rayk", *(".".join(folder.parts) for folder in folders)}
     assert found == set(project["tool"]["setuptools"]["packages"])
 
 

@@ -1,0 +1,130 @@
+"""`rayk bench core`: its flags, and what it prints. What is measured is in run.py."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rayk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rayk.bench.core.result import CoreResult
+
+CORE_EPILOG = "Example: rayk bench core --only w1,w3 --repeat 5"
+REPEAT = 5
+_WHAT, _JUDGE, _OUTPUT = "What to measure", "Judgement", "Output"
+
+log = logging.getLogger("rayk.bench")
+
+
+class CoreFormat(StrEnum):
+    """How the result is printed."""
+
+    table = "table"
+    json = "json"
+
+
+def core(
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Groups, as in w1,w3: w1 cold prompts, w2 shared prefix, w3 decode, w4 a trace, start; all if not "
+            "given.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="The trace of w4; generated chats otherwise.", rich_help_panel=_WHAT),
+    ] = None,
+    repeat: Annotated[
+        int | None, typer.Option(help=f"Measured runs of each workload: {REPEAT}.", rich_help_panel=_WHAT)
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A tenth of the work, once: does it run?", rich_help_panel=_WHAT)
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 when a limit is exceeded.", rich_help_panel=_JUDGE)
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for core.json.", rich_help_panel=_OUTPUT)] = None,
+    form: Annotated[
+        CoreFormat, typer.Option("--format", help="json: one object on stdout.", rich_help_panel=_OUTPUT)
+    ] = CoreFormat.table,
+) -> int:
+    """Measure the control plane: CPU time of each workload beside its limit and the best peer's."""
+    if smoke and check:
+        raise ConfigError("--smoke is too short to judge by; leave out --check or --smoke")
+    if repeat is not None and repeat < 1:
+        raise ConfigError(f"--repeat is {repeat}, at least 1 is needed")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {out} cannot be made ({error.strerror}); name another folder") from None
+    result = _measure(_groups(only), trace, repeat or (1 if smoke else REPEAT), smoke)
+    if out is not None:
+        (out / "core.json").write_bytes(result.to_json() + b"\n")
+    _print(result, form is CoreFormat.json)
+    for figure in result.exceeded if check else ():
+        log.error("%s is %.3g %s, its limit here is %.3g", figure.key, figure.value, figure.unit, figure.limit_here)
+    return int(check and bool(result.exceeded))
+
+
+def _groups(only: str | None) -> list[str]:
+    from rayk.bench.core.run import GROUPS
+
+    wanted = [name.strip() for name in only.split(",")] if only is not None else list(GROUPS)
+    for name in wanted:
+        if name not in GROUPS:
+            raise ConfigError(f"--only {name!r} is not one of {', '.join(GROUPS)}")
+    return wanted
+
+
+def _measure(groups: list[str], trace: Path | None, repeat: int, smoke: bool) -> CoreResult:
+    import torch
+    from rich.console import Console
+
+    import rayk
+    from rayk.bench.core.clock import Unit
+    from rayk.bench.core.origin import cpu_model, running_commit
+    from rayk.bench.core.result import CoreResult
+    from rayk.bench.core.run import make_cases, run_cases, start_figures
+    from rayk.bench.result import environment
+
+    torch.set_num_threads(1)
+    unit = Unit()
+    with Console(stderr=True).status("preparing") as status:
+        figures = run_cases(make_cases(groups, trace, smoke), unit, repeat, status.update)
+        if "start" in groups:
+            figures += start_figures(unit, 1 if smoke else 3, status.update)
+    return CoreResult(
+        command="bench core",
+        version=rayk.__version__,
+        commit=running_commit(),
+        environment=environment() | {"cpu": cpu_model()},
+        unit_us=unit.us,
+        figures=figures,
+        smoke=smoke,
+    )
+
+
+def _print(result: CoreResult, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(result.to_json().decode() + "\n")
+    else:
+        from rich.console import Console
+
+        from rayk.bench.core.table import notes, result_table
+
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=130)  # a log has no width: one line a figure
+        console.print(result_table(result))
+        for line in notes(result):
+            console.print(line, soft_wrap=True, highlight=False)
+    sys.stdout.flush()

@@ -1,0 +1,41 @@
+"""Limits of `rayk bench core`, and what the best peers need for the same work.
+
+All numbers are those of the reference machine (clock.py): a limit here is limit x unit / REFERENCE_US. Peers were
+measured there with page size 16 and prefix caching on: vLLM 0.33.0, SGLang 0.5.23, mini-sglang 20fcd7f.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Bound(NamedTuple):
+    """What a figure is held against, in the figure's own unit; None where there is nothing.
+
+    `scaled` is False for what does not depend on the machine's speed, such as memory. `peer` names the best one.
+    """
+
+    limit: float | None = None
+    best: float | None = None
+    peer: str = ""
+    scaled: bool = True
+
+
+_W1 = Bound(13.0, 65.0, "SGLang")
+
+BOUNDS = {
+    "w1": _W1,
+    "w1-8k": Bound(18.0, 105.0, "SGLang"),
+    "w1e": Bound(18.0, 246.0, "SGLang"),
+    "w2": Bound(17.0, 87.5, "SGLang"),
+    "w3-1": Bound(),
+    "w3-32": Bound(),
+    "w3-256": Bound(1.0, 6.5, "vLLM"),
+    "w3-1-batch": Bound(),
+    "w3-32-batch": Bound(),
+    "w3-256-batch": Bound(0.15, 0.26, "SGLang"),
+    "w4": Bound(150.0, 550.0, "mini-sglang"),
+    "start-time": Bound(1.0),
+    "start-memory": Bound(400.0, scaled=False),
+}
+"""By the key of the figure."""

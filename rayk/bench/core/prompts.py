@@ -1,0 +1,74 @@
+"""W1 and W2: requests one after the other, each claimed, allocated, processed, committed and released.
+
+The forward and the sampled token are the caller's: context.update() is between the timed parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import thread_time_ns
+
+import numpy as np
+
+from rayk.bench.core.cache import PAGE_SIZE, POOL, make_contexts, make_manager, random_prompts
+from rayk.bench.core.case import Sample
+from rayk.context import IntArray, TextContext
+from rayk.manager import PagedKVCacheManager
+
+PROMPT = 1024
+SHARED, OWN = 4096, 128
+REQUESTS = 1000
+SMALL_POOL = 8_000
+FULL_REQUESTS = 300
+
+
+def serve(manager: PagedKVCacheManager, contexts: Sequence[TextContext], lap_ns: float = 0.0) -> float:
+    """Serve each context to its first token, one after the other: nanoseconds of all of them together."""
+    claim, alloc, step, release = manager.claim, manager.alloc, manager.step, manager.release
+    now, spent = thread_time_ns, 0
+    for ctx in contexts:
+        name = ctx.request_id
+        start = now()
+        claim(name, 0)
+        alloc(ctx, 0)
+        spent += now() - start
+        ctx.update(1)
+        start = now()
+        step([[ctx]])
+        release(name, 0)
+        spent += now() - start
+    return spent - 2 * lap_ns * len(contexts)
+
+
+class Prompts:
+    """`requests` unique prompts of 1,024 tokens on `pages` pages, after `before` others that fill the pool."""
+
+    def __init__(self, requests: int, pages: int = POOL, before: int = 0) -> None:
+        self._requests, self._pages, self._before = requests, pages, before
+
+    def run(self, lap_ns: float) -> Sample:
+        manager = make_manager(self._pages)
+        prompts = random_prompts(self._before + self._requests, PROMPT)
+        serve(manager, make_contexts(prompts[: self._before], "before"))
+        contexts = make_contexts(prompts[self._before :])
+        return Sample(lambda: serve(manager, contexts, lap_ns) / self._requests / 1e3, manager)
+
+
+class SharedPrefix:
+    """`requests` prompts of one common prefix of 4,096 tokens and 128 of their own."""
+
+    def __init__(self, requests: int) -> None:
+        self._requests = requests
+
+    def prompts(self) -> list[IntArray]:
+        (shared,) = random_prompts(1, SHARED)
+        return [np.concatenate([shared, own]) for own in random_prompts(self._requests, OWN, seed=1)]
+
+    def run(self, lap_ns: float) -> Sample:
+        manager, contexts = make_manager(), make_contexts(self.prompts())
+        return Sample(lambda: serve(manager, contexts, lap_ns) / self._requests / 1e3, manager)
+
+
+def filling(pages: int) -> int:
+    """Prompts that fill `pages` pages with cached ones."""
+    return pages // (PROMPT // PAGE_SIZE)

@@ -1,0 +1,107 @@
+"""Running the cases: interleaved, each prepared anew, the unit sampled between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rayk.bench.core.cache import POOL
+from rayk.bench.core.case import Case
+from rayk.bench.core.clock import Unit, lap_ns, quiet
+from rayk.bench.core.decode import BATCHES, STEPS, Decode
+from rayk.bench.core.limits import BOUNDS, Bound
+from rayk.bench.core.prompts import FULL_REQUESTS, REQUESTS, SMALL_POOL, Prompts, SharedPrefix, filling
+from rayk.bench.core.result import Figure, make_figure
+from rayk.bench.core.served import REQUESTS as TRACE_REQUESTS
+from rayk.bench.core.served import Served
+from rayk.bench.core.start import PAGES, measure_start
+from rayk.manager import PagedKVCacheManager
+
+GROUPS = ("w1", "w2", "w3", "w4", "start")
+"""What `--only` takes, in the order of the table."""
+
+Progress = Callable[[str], None]
+
+
+def make_cases(groups: Iterable[str], trace: Path | None, smoke: bool) -> list[Case]:
+    """The cases of `groups`; with `smoke` a tenth of the work."""
+    part = 10 if smoke else 1
+    few, steps = REQUESTS // part, STEPS // part
+    small = Prompts(few, SMALL_POOL, 2 * filling(SMALL_POOL))
+    full = Prompts(FULL_REQUESTS // part, POOL, filling(POOL))
+    served = Served(trace, TRACE_REQUESTS // part)
+    cases = [
+        Case("w1", "w1", "cold request, pool of 100,000 pages", "us", Prompts(few)),
+        Case("w1-8k", "w1", "cold request, evicting, 8,000 pages", "us", small),
+        Case("w1e", "w1", "cold request, evicting, 100,000 pages", "us", full),
+        Case("w2", "w2", "request that shares 4,096 of 4,224 tokens", "us", SharedPrefix(few)),
+    ]
+    for batch in BATCHES:
+        decode = f"request and step, batch {batch}"
+        cases.append(Case(f"w3-{batch}", "w3", decode, "us", Decode(batch, steps, many=False)))
+        if hasattr(PagedKVCacheManager, "alloc_many"):
+            batched = Decode(batch, steps, many=True)
+            cases.append(Case(f"w3-{batch}-batch", "w3", f"{decode}, batch API", "us", batched))
+    cases.append(Case("w4", "w4", f"{TRACE_REQUESTS // part:,} requests of {served.name}", "ms", served))
+    wanted = set(groups)
+    return [case for case in cases if case.group in wanted]
+
+
+def run_cases(cases: Sequence[Case], unit: Unit, repeat: int, report: Progress) -> list[Figure]:
+    """Each case once to warm up and then `repeat` times, in turns: figures are medians."""
+    samples: dict[str, list[float]] = {case.key: [] for case in cases}
+    details: dict[str, dict[str, Any]] = {case.key: {} for case in cases}
+    lap = lap_ns()
+    for turn in range(repeat + 1):
+        report(f"run {turn} of {repeat}" if turn else "warming up")
+        for case in cases:
+            prepared = case.workload.run(lap)
+            unit.sample()
+            with quiet():
+                figure = prepared.work()
+            unit.sample()
+            if turn:
+                samples[case.key].append(figure)
+            if case.group != "w3":  # there every step counts as computed input
+                details[case.key] = {"hit_rate": prepared.manager.get_metrics_aggregated().cache_hit_rate}
+            del prepared
+    figures = []
+    for case in cases:
+        bound = BOUNDS[case.key]
+        if isinstance(case.workload, Served):
+            report("simulating an LRU of the same size")
+            details[case.key]["lru_hit_rate"] = case.workload.lru_hit_rate()
+            if case.workload.workload.kind != "mooncake":
+                bound = Bound()  # the limit and the peers are those of that trace
+        found = samples[case.key]
+        figures.append(
+            make_figure(case.key, case.title, case.unit, found, median(found), unit.speed, bound, details[case.key])
+        )
+    return figures
+
+
+def start_figures(unit: Unit, repeat: int, report: Progress) -> list[Figure]:
+    """The start of a replica core of a million pages."""
+    report(f"starting a core of {PAGES:,} pages")
+    starts = [measure_start(PAGES) for _ in range(repeat)]
+    unit.sample()
+    cpu = [start.cpu_s for start in starts]
+    beyond = [start.beyond_bytes / 1e6 for start in starts]
+    wall = median(start.wall_s for start in starts)
+    return [
+        make_figure(
+            "start-time",
+            f"core of {PAGES:,} pages ready",
+            "s",
+            cpu,
+            median(cpu),
+            unit.speed,
+            BOUNDS["start-time"],
+            {"wall_s": wall},
+        ),
+        make_figure(
+            "start-memory", "its memory beyond the pages", "MB", beyond, median(beyond), 1.0, BOUNDS["start-memory"]
+        ),
+    ]
