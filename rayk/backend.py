@@ -84,10 +84,10 @@ class InlineBackend:
         return request_id in self.cores[replica].requests
 
     def release(self, request_id: str, replica: int) -> None:
-        core = self.cores[replica]
-        if request_id not in core.requests:
-            raise self._not_claimed(request_id, replica)
-        core.release(request_id)
+        try:
+            self.cores[replica].release(request_id)
+        except NotClaimedError:
+            raise self._not_claimed(request_id, replica) from None
         self._placements.remove(request_id)
 
     def blocks(self, request_id: str, replica: int) -> list[int]:
@@ -95,9 +95,10 @@ class InlineBackend:
 
     def alloc(self, ctx: TextContext, replica: int) -> Reused:
         core = self.cores[replica]
-        if ctx.request_id not in core.requests:
-            raise self._not_claimed(ctx.request_id, replica)
-        return self._alloc_with_copies(ctx, core) if self._copies else core.alloc(ctx)
+        try:
+            return self._alloc_with_copies(ctx, core) if self._copies else core.alloc(ctx)
+        except NotClaimedError:
+            raise self._not_claimed(ctx.request_id, replica) from None
 
     def _not_claimed(self, request_id: str, replica: int) -> NotClaimedError:
         holder = self._placements.holder(request_id)
@@ -107,7 +108,9 @@ class InlineBackend:
         """alloc() that first fetches from the other replicas what this one misses, pinned there meanwhile."""
         stop = core.may_reuse(ctx)
         have = core.resident(ctx) if stop else 0
-        resident = [c.resident(ctx) if c is not core and have < stop else 0 for c in self.cores]
+        if have >= stop:
+            return core.alloc(ctx)
+        resident = [c.resident(ctx) if c is not core else 0 for c in self.cores]
         exports: list[tuple[ReplicaCore, PageExport]] = []
         try:
             for span in copy_spans(have, resident, stop):
@@ -169,7 +172,10 @@ class InlineBackend:
         return self._each(lambda core, batch: run_forward(core, batch, fn), batches)
 
     def step(self, batches: Batches) -> None:
-        self._each(ReplicaCore.step, batches)
+        if len(self.cores) == 1:
+            self.cores[0].step(batches[0])
+        else:
+            self._each(ReplicaCore.step, batches)
 
     def _each(self, work: Callable[[ReplicaCore, Sequence[TextContext]], Any], batches: Batches) -> list[Any]:
         """Every replica does its part, as it would in a process of its own; then the first error is raised."""

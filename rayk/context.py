@@ -23,6 +23,7 @@ INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 PLACEHOLDER = -1
 
 IntArray = npt.NDArray[np.int32]
+Drafts = Sequence[int] | IntArray
 
 
 def as_int32(tokens: Any, request_id: str) -> IntArray:
@@ -135,12 +136,13 @@ class TextContext:
     """
 
     __slots__ = (
+        "_accepted",
+        "_drafts",
+        "_pending",
         "cached_prefix_length",
         "deadline",
-        "draft_tokens_to_verify",
         "max_length",
-        "maybe_accepted_draft_tokens",
-        "pending_future_count",
+        "plain",
         "priority",
         "request_id",
         "root_key",
@@ -180,11 +182,12 @@ class TextContext:
         self.tenant = tenant
         self.priority = priority
         self.deadline = deadline
-        self.pending_future_count = pending_future_count
         self.cached_prefix_length: int | None = None
-        self.draft_tokens_to_verify: Sequence[int] | IntArray = ()
-        self.maybe_accepted_draft_tokens: Sequence[int] | IntArray = ()
         self.root_key = (cache_salt, adapter)
+        self._pending = pending_future_count
+        self._drafts: Drafts = ()
+        self._accepted: Drafts = ()
+        self.plain = not pending_future_count  # neither placeholders nor drafts: what nearly all requests are
 
     @property
     def cache_salt(self) -> str | None:
@@ -195,6 +198,41 @@ class TextContext:
     def adapter(self) -> str | None:
         """Requests share pages only with requests of the same adapter."""
         return self.root_key[1]
+
+    @property
+    def pending_future_count(self) -> int:
+        """How many of the last tokens are placeholders."""
+        return self._pending
+
+    @pending_future_count.setter
+    def pending_future_count(self, count: int) -> None:
+        self._pending = count
+        self._classify()
+
+    @property
+    def draft_tokens_to_verify(self) -> Drafts:
+        """Tokens that a draft model proposes after the last one."""
+        return self._drafts
+
+    @draft_tokens_to_verify.setter
+    def draft_tokens_to_verify(self, tokens: Drafts) -> None:
+        self._drafts = tokens
+        self._classify()
+
+    @property
+    def maybe_accepted_draft_tokens(self) -> Drafts:
+        """Drafts of the last step whose KV is in pages already, if they turn out to be right."""
+        return self._accepted
+
+    @maybe_accepted_draft_tokens.setter
+    def maybe_accepted_draft_tokens(self, tokens: Drafts) -> None:
+        self._accepted = tokens
+        self._classify()
+
+    def _classify(self) -> None:
+        """A list may be filled in place later, so one counts as drafts even while it is empty."""
+        lists = isinstance(self._drafts, list) or isinstance(self._accepted, list)
+        self.plain = not (self._pending or lists or len(self._drafts) or len(self._accepted))
 
     def __repr__(self) -> str:
         t = self.tokens

@@ -9,7 +9,7 @@ import torch
 
 from rayk.buffers import PageBuffers
 from rayk.context import TextContext
-from rayk.hashing import page_hashes, root_hash
+from rayk.hashing import PageHasher
 from rayk.pages import Pages
 from rayk.params import KVCacheParams
 from rayk.prefix import PrefixTree, Segment
@@ -37,6 +37,7 @@ class Exports:
         self._params = params
         self._tree = tree
         self._buffers = buffers
+        self.hasher = PageHasher(params.kv_hash_algo, params.kv_hash_seed or b"", params.page_size)
         self._pinned: dict[int, tuple[Segment, int]] = {}  # export id -> held tip, deadline
         self._made = 0
 
@@ -47,10 +48,8 @@ class Exports:
 
     def hashes(self, ctx: TextContext, pages: int) -> list[bytes]:
         """The chained hashes of the request's first `pages` pages: what identifies them between replicas."""
-        params = self._params
-        root = root_hash(params.kv_hash_seed or b"", ctx.root_key)
-        tokens = ctx.tokens.data[: pages * params.page_size].tobytes()
-        return list(page_hashes(params.kv_hash_algo, root, tokens, params.page_size * 4))
+        tokens = ctx.tokens.data[: pages * self._params.page_size].tobytes()
+        return list(self.hasher.chain(self.hasher.root(ctx.root_key), tokens))
 
     def export(self, ctx: TextContext, start: int, stop: int, deadline: int) -> PageExport:
         """Copies of the cached pages `start` .. `stop` of that prefix, fewer if evicted meanwhile.
@@ -58,11 +57,10 @@ class Exports:
         They are pinned until acknowledge() or the deadline; their place in the eviction order does not change.
         """
         root = self._tree.hold_root(ctx.root_key)
-        match = self._tree.match(root, ctx.tokens.data[: stop * self._params.page_size].tobytes())
-        tip = self._tree.hold(match, root)
+        tip, pages = self._tree.extend(root, ctx.tokens.data[: stop * self._params.page_size].tobytes())
         try:
             data = self._buffers.read_bytes(self._tree.path_pages(tip)[start:])
-            hashes = self.hashes(ctx, match.pages)[start:]
+            hashes = self.hashes(ctx, pages)[start:]
         except BaseException:
             self._tree.undo(tip, None)
             raise

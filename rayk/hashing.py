@@ -1,42 +1,53 @@
 """Page identity beyond one replica: chained hashes of tokens.
 
 H_i = f(H_{i-1} + tokens of page i), tokens as little-endian int32. The first parent is sha256 over the
-cluster's seed, the salt and the adapter, so that equal tokens under another salt have other hashes.
+cluster's seed, the salt and the adapter, so that equal tokens under another salt have other hashes. Going on
+needs the last hash only: no token is hashed twice and no hasher state is kept with a page.
 sha256 resists an adversary; xxh3_128 is for clusters whose users trust each other.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import NewType
 
 import xxhash
 
-from rayk.prefix import RootKey
-
 PageHash = NewType("PageHash", bytes)
+RootKey = tuple[str | None, str | None]  # cache salt and adapter
 
-_DIGESTS: dict[str, Callable[[bytes], bytes]] = {
-    "sha256": lambda data: hashlib.sha256(data).digest(),
-    "xxh3_128": lambda data: xxhash.xxh3_128(data).digest(),
-}
+WIDTHS = {"sha256": 32, "xxh3_128": 16}  # bytes of a hash
 
 
-def root_hash(seed: bytes, key: RootKey) -> PageHash:
-    """The parent of the first page of that salt and adapter, 32 bytes."""
-    hasher = hashlib.sha256(seed)
-    for part in key:
-        data = b"" if part is None else part.encode()
-        hasher.update(b"-" if part is None else b"+%d:" % len(data))
-        hasher.update(data)
-    return PageHash(hasher.digest())
+class PageHasher:
+    """Makes the hashes of one cluster: `algorithm` and `seed` decide, `page_size` is in tokens."""
 
+    def __init__(self, algorithm: str, seed: bytes, page_size: int) -> None:
+        self.algorithm = algorithm
+        self.width = WIDTHS[algorithm]
+        self._seed = seed
+        self._page_bytes = page_size * 4
 
-def page_hashes(algorithm: str, parent: PageHash, tokens: bytes, page_bytes: int) -> list[PageHash]:
-    """One hash per full page of `tokens` (raw int32), continuing after `parent`."""
-    digest, hashes = _DIGESTS[algorithm], []
-    for at in range(0, len(tokens) - page_bytes + 1, page_bytes):
-        parent = PageHash(digest(parent + tokens[at : at + page_bytes]))
-        hashes.append(parent)
-    return hashes
+    def root(self, key: RootKey) -> PageHash:
+        """The parent of the first page of that salt and adapter, as long as a page's hash."""
+        hasher = hashlib.sha256(self._seed)
+        for part in key:
+            data = b"" if part is None else part.encode()
+            hasher.update(b"-" if part is None else b"+%d:" % len(data))
+            hasher.update(data)
+        return PageHash(hasher.digest()[: self.width])
+
+    def chain(self, parent: PageHash, tokens: bytes) -> list[PageHash]:
+        """One hash per full page of `tokens` (raw int32), continuing after `parent`."""
+        page, digest, hashes = self._page_bytes, parent, []
+        if self.algorithm == "sha256":
+            sha256 = hashlib.sha256
+            for at in range(0, len(tokens) - page + 1, page):
+                digest = sha256(digest + tokens[at : at + page]).digest()  # type: ignore[assignment]
+                hashes.append(digest)
+        else:
+            xxh3 = xxhash.xxh3_128_digest
+            for at in range(0, len(tokens) - page + 1, page):
+                digest = xxh3(digest + tokens[at : at + page])  # type: ignore[assignment]
+                hashes.append(digest)
+        return hashes

@@ -84,6 +84,9 @@ def assemble(leaves: Iterable[tuple[str, LeafInputs]]) -> ReplicaInputs:
     return named[""] if list(named) == [""] else named
 
 
+_KEPT_SHAPES = 64  # tensors of so many batch shapes are kept; then it starts over
+
+
 def _scalar(value: int) -> torch.Tensor:
     return torch.tensor([value], dtype=torch.int32)
 
@@ -116,6 +119,7 @@ class InputStage:
         self._devices = devices
         self._max_rows = max_rows
         self._pinned = any(d.startswith("cuda") for d in devices)
+        self._made: dict[tuple[int, int], tuple[ReplicaInputs, list[_Scalars]]] = {}
         self._resize(64)
 
     def _resize(self, width: int) -> None:
@@ -124,6 +128,7 @@ class InputStage:
 
         self._table, self._lengths = host(self._max_rows * width), host(self._max_rows)
         self._capacity = width
+        self._made.clear()
         self.table: Int32Array = self._table.numpy()
         self.lengths: Int32Array = self._lengths.numpy()
         self._copies = {d: (self._table.to(d), self._lengths.to(d)) for d in set(self._devices) if d.startswith("cuda")}
@@ -135,19 +140,31 @@ class InputStage:
         return self.table[: rows * width].reshape(rows, width), self.lengths[:rows]
 
     def build(self, rows: int, width: int, shape: BatchShape) -> ReplicaInputs:
-        """The inputs over the filled host views, copied to each CUDA device of the replica."""
-        cells, by_device = rows * width, {}
+        """The inputs over the filled host views, copied to each CUDA device of the replica.
+
+        Tensors are kept per rows and width: a batch of the same shape gets the same ones, refilled.
+        """
+        made = self._made.get((rows, width))
+        if made is None:
+            if len(self._made) >= _KEPT_SHAPES:
+                self._made.clear()
+            made = self._made[rows, width] = self._make(rows, width)
+        inputs, scalars = made
+        for each in scalars:
+            each.set(shape)
+        for device_table, device_lengths in self._copies.values():
+            device_table[: rows * width].copy_(self._table[: rows * width], non_blocking=True)
+            device_lengths[:rows].copy_(self._lengths[:rows], non_blocking=True)
+        return inputs
+
+    def _make(self, rows: int, width: int) -> tuple[ReplicaInputs, list[_Scalars]]:
+        by_device, scalars = {}, []
         for device in set(self._devices):
-            table, lengths = self._table[:cells], self._lengths[:rows]
-            if device in self._copies:
-                device_table, device_lengths = (
-                    copy[:n] for copy, n in zip(self._copies[device], (cells, rows), strict=True)
-                )
-                device_table.copy_(table, non_blocking=True)
-                device_lengths.copy_(lengths, non_blocking=True)
-                table, lengths = device_table, device_lengths
-            by_device[device] = _shard(table.view(rows, width), lengths, shape)
-        return assemble(
+            table, lengths = self._copies.get(device, (self._table, self._lengths))
+            shard = _shard(table[: rows * width].view(rows, width), lengths[:rows], BatchShape(0, 0, 0))
+            by_device[device] = shard
+            scalars.append(_Scalars(shard))
+        inputs = assemble(
             (
                 name,
                 LeafInputs(
@@ -159,3 +176,19 @@ class InputStage:
             )
             for name, leaf in self._buffers.leaves.items()
         )
+        return inputs, scalars
+
+
+class _Scalars:
+    """The host scalars of one shard's inputs, as arrays that share their memory."""
+
+    def __init__(self, shard: ShardInputs) -> None:
+        self._prompt = shard.max_prompt_length.numpy()
+        self._cache = shard.max_cache_length.numpy()
+        self._metadata = shard.attention_dispatch_metadata.numpy()
+
+    def set(self, shape: BatchShape) -> None:
+        rows, prompt, cache = shape
+        self._prompt[0] = prompt
+        self._cache[0] = cache
+        self._metadata[:] = (rows, prompt, 1, cache)

@@ -27,57 +27,57 @@ def fill_batch(
     characteristics: BatchCharacteristics | None,
 ) -> tuple[int, int, BatchShape]:
     """Fill the core's host arrays; rows, table width and scalars. RuntimeInputsError changes nothing."""
-    size, drafts, requests = core.params.page_size, core.params.num_draft_tokens, core.requests
-    slots_needed = core.slots_needed
-    rows, shown, lengths = [], [], []
-    longest = prompt = cache = 0
-    trim = False
+    size, extra, requests = core.page_size, core.extra_slots, core.requests
+    rows, lengths, trims = [], [], []
+    most = prompt = cache = 0
     for ctx in batch:
         request = requests.get(ctx.request_id)
         if request is None:
             raise RuntimeInputsError(
                 core.replica, f"request {ctx.request_id!r} is not claimed here; call claim() and alloc() first"
             )
-        slots = slots_needed(ctx)
-        pages = -(-slots // size)
-        if request.dummy:
-            trim = True
-            pages_shown = 0
-        elif pages > request.pages:
-            raise RuntimeInputsError(
-                core.replica,
-                f"request {ctx.request_id!r} needs {pages} page(s) for {slots} slots and has {request.pages}; "
-                "call alloc() first",
-            )
-        else:
-            trim = trim or pages < request.pages
-            pages_shown = pages
-        window, accepted = ctx.tokens, len(ctx.maybe_accepted_draft_tokens)
-        verify = len(ctx.draft_tokens_to_verify)
+        window = ctx.tokens
+        processed, end = window.processed, window.end
+        slots, active = window.length + extra, end - processed
+        if not ctx.plain:
+            slots = core.slots_needed(ctx)
+            accepted, verify = len(ctx.maybe_accepted_draft_tokens), len(ctx.draft_tokens_to_verify)
+            processed, end, active = processed + accepted, end + accepted + verify, active + verify
+        room = request.room
+        if not room - size < slots <= room:  # the table does not show just the request's pages
+            if slots > room and not request.dummy:
+                raise _too_few_pages(core, ctx, slots, request.pages)
+            trims.append((len(rows), 0 if request.dummy else -(-slots // size)))
         rows.append(request.row)
-        shown.append(pages_shown)
-        lengths.append(window.processed + accepted)
-        if pages > longest:
-            longest = pages
-        if window.end - window.processed + verify > prompt:
-            prompt = window.end - window.processed + verify
-        if window.end + accepted + verify + drafts > cache:
-            cache = window.end + accepted + verify + drafts
+        lengths.append(processed)
+        if slots > most:
+            most = slots
+        if active > prompt:
+            prompt = active
+        if end > cache:
+            cache = end
+    longest, cache = -(-most // size), cache + core.params.num_draft_tokens if rows else 0
     shape = BatchShape(len(rows), prompt, cache)
     longest, shape = _bounded(core, longest, shape, max_cache_length, characteristics)
     width = table_width(longest)
     table, cache_lengths = core.stage.host_views(len(rows), width)
     if rows:
-        cells = core.table.cells
-        filled = min(width, cells.shape[1])
-        np.take(cells[:, :filled], rows, axis=0, out=table[:, :filled]) if filled == width else _pad(
-            table, cells, rows, filled, core.num_pages
+        filled = min(width, core.table.width)
+        np.take(core.table.cells[:, :filled], rows, axis=0, out=table[:, :filled]) if filled == width else _pad(
+            table, core.table.cells, rows, filled, core.num_pages
         )
-        if trim:
-            for row, count in zip(table, shown, strict=True):
-                row[count:] = core.num_pages
+        for at, count in trims:
+            table[at, count:] = core.num_pages
         cache_lengths[:] = lengths
     return len(rows), width, shape
+
+
+def _too_few_pages(core: ReplicaCore, ctx: TextContext, slots: int, pages: int) -> RuntimeInputsError:
+    return RuntimeInputsError(
+        core.replica,
+        f"request {ctx.request_id!r} needs {-(-slots // core.page_size)} page(s) for {slots} slots and has {pages}; "
+        "call alloc() first",
+    )
 
 
 def _pad(table: np.ndarray, cells: np.ndarray, rows: list[int], filled: int, null_page: int) -> None:

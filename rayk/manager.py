@@ -85,8 +85,7 @@ class PagedKVCacheManager:
             raise NotBuiltError(f"the {params.kv_connector!r} host tier (kv_connector='null' works)")
         session.check_open()
         self.params = params
-        self._replicas = params.data_parallel_degree
-        self._closed = False
+        self._replicas = self._open = params.data_parallel_degree  # _open: 0 after the end
         self._session = session
         wanted = Wanted(total_num_pages, max_batch_size, enable_runtime_checks, router, uniform, memory_utilization)
         self._backend = self._start(session, wanted)
@@ -107,19 +106,21 @@ class PagedKVCacheManager:
     # -- checks ----------------------------------------------------------------------------------
 
     def _at(self, replica_idx: int) -> Backend:
-        if self._closed:
-            raise ClosedError("this PagedKVCacheManager")
-        if not 0 <= replica_idx < self._replicas:
-            raise ReplicaIndexError(replica_idx, self._replicas)
+        if not 0 <= replica_idx < self._open:
+            raise self._refusal(replica_idx)
         return self._backend
 
+    def _refusal(self, replica_idx: int) -> ClosedError | ReplicaIndexError:
+        return ReplicaIndexError(replica_idx, self._replicas) if self._open else ClosedError("this PagedKVCacheManager")
+
     def _for(self, batches: Sequence[Any]) -> Backend:
-        backend = self._at(0)
-        if len(batches) != self._replicas:
+        if len(batches) != self._open:
+            if not self._open:
+                raise self._refusal(0)
             raise BatchError(
                 f"got {len(batches)} batch(es) for {self._replicas} replica(s); pass one list per replica, maybe empty"
             )
-        return backend
+        return self._backend
 
     # -- the life of a request ---------------------------------------------------------------------
 
@@ -136,7 +137,9 @@ class PagedKVCacheManager:
 
         NotClaimedError unless claimed there. InsufficientBlocksError leaves no trace.
         """
-        self._at(replica_idx).alloc(data, replica_idx)
+        if not 0 <= replica_idx < self._open:
+            raise self._refusal(replica_idx)
+        self._backend.alloc(data, replica_idx)
 
     def alloc_dummy(self, request_id: str, replica_idx: int) -> None:
         """Claim a request whose only page is the null page: padding for a batch."""
@@ -330,15 +333,15 @@ class PagedKVCacheManager:
 
     def shutdown(self) -> None:
         """Give everything back: pages, actors, placement. Safe to call twice."""
-        if not self._closed:
-            self._closed = True
+        if self._open:
+            self._open = 0
             self._session.dismiss(self)
             self._backend.close()
 
     def leave(self) -> None:
         """Release what this driver has claimed and go; the actors of a named session stay for other drivers."""
-        if not self._closed:
-            self._closed = True
+        if self._open:
+            self._open = 0
             self._session.dismiss(self)
             self._backend.leave()
 

@@ -16,29 +16,34 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from rayk.errors import IntegrityError
+from rayk.hashing import PageHash, PageHasher, RootKey
 from rayk.pages import PagePool, Pages
-
-RootKey = tuple[str | None, str | None]
 
 _NO_PAGES: Pages = np.empty(0, np.int32)
 GROW_LIMIT = 64  # pages: a tip grows in place up to this, then a new segment starts (bounds the copying)
 
 
 class Segment:
-    """`pages[i]` holds the i-th page of `tokens`. A root has no pages."""
+    """`pages[i]` holds the i-th page of `tokens`. A root has no pages.
 
-    __slots__ = ("children", "pages", "parent", "queued", "refs", "tick", "tokens")
+    `hashes` has the pages' chained hashes one after the other if somebody listens, else nothing; a root's is its own.
+    """
 
-    def __init__(self, parent: Segment | None, tokens: bytes, pages: Pages, refs: int, tick: int) -> None:
+    __slots__ = ("children", "hashes", "pages", "parent", "queued", "refs", "tick", "tokens")
+
+    def __init__(
+        self, parent: Segment | None, tokens: bytes, pages: Pages, refs: int, tick: int, hashes: bytes = b""
+    ) -> None:
         self.parent = parent
         self.tokens = tokens
         self.pages = pages
+        self.hashes = hashes
         self.refs = refs
         self.tick = tick  # of the release that freed it last; -1 once it left the tree
         self.queued = False  # whether the eviction queue has an entry (tick, self)
@@ -50,8 +55,8 @@ class Root(Segment):
 
     __slots__ = ("key",)
 
-    def __init__(self, key: RootKey) -> None:
-        super().__init__(None, b"", _NO_PAGES, 0, 0)
+    def __init__(self, key: RootKey, own_hash: bytes) -> None:
+        super().__init__(None, b"", _NO_PAGES, 0, 0, own_hash)
         self.key = key
 
 
@@ -64,19 +69,29 @@ class Match(NamedTuple):
     partial: int
 
 
-class Commit(NamedTuple):
-    """What commit() did: the new tip, and the cached pages to use instead of the first len(`instead`) given ones."""
+class PageListener(Protocol):
+    """Told what a tree caches and drops, while it does so: it must neither raise nor call the tree."""
 
-    tip: Segment
-    instead: Pages | None
+    def stored(self, parent: PageHash, hashes: list[PageHash], pages: Pages, tokens: bytes) -> None:
+        """`pages` now hold `tokens` and are cached after `parent` (a page or a root); the array may be kept."""
+        ...
+
+    def removed(self, hashes: list[PageHash]) -> None:
+        """These pages are not cached any more."""
+        ...
 
 
 class PrefixTree:
-    """Changes only through hold/undo/release, commit, make_room and reset. Pages it drops go to `pool`."""
+    """Changes only through hold_root, extend, undo, release, commit, make_room and reset. Pages it drops go to `pool`.
 
-    def __init__(self, page_size: int, pool: PagePool) -> None:
+    With a `hasher` it keeps the hash of every cached page and tells its `listeners` of changes.
+    """
+
+    def __init__(self, page_size: int, pool: PagePool, hasher: PageHasher | None = None) -> None:
         self._page_bytes = page_size * 4
         self._pool = pool
+        self._hasher = hasher
+        self._listeners: list[PageListener] = []
         self._roots: dict[RootKey, Root] = {}
         self._queue: deque[tuple[int, Segment]] = deque()
         self._tick = 0
@@ -85,7 +100,22 @@ class PrefixTree:
         self.evictable = 0  # of these, pages in segments that nobody holds
         self.evicted = 0  # pages evicted so far
 
+    def listen(self, listener: PageListener, hasher: PageHasher) -> None:
+        """Tell `listener` of every page from now on; nothing may be cached yet, all listeners use one kind of hash."""
+        if self._roots and self._hasher is None:
+            raise IntegrityError("prefix tree", "a listener came after the first request; attach it at the start")
+        self._hasher = hasher
+        self._listeners.append(listener)
+
     # -- lookup: these change nothing ------------------------------------------------------
+
+    def page_hash(self, match: Match) -> PageHash:
+        """The chained hash of the last matched page, the root's when nothing matched. Needs a hasher."""
+        assert self._hasher is not None
+        width = self._hasher.width
+        if match.into is not None and match.partial:
+            return PageHash(match.into.hashes[(match.partial - 1) * width : match.partial * width])
+        return PageHash(match.node.hashes[-width:] if match.node.parent is not None else match.node.hashes)
 
     def find_root(self, key: RootKey) -> Segment | None:
         """The root of that salt and adapter, if anything was ever cached under it."""
@@ -121,7 +151,7 @@ class PrefixTree:
         """Page ids from below `above` (the root when None) down to `tip`, in sequence order."""
         parts = []
         node: Segment | None = tip
-        while node is not None and node is not above:
+        while node is not None and node is not above and node.parent is not None:
             parts.append(node.pages)
             node = node.parent
         return parts[0] if len(parts) == 1 else np.concatenate(parts[::-1] or [_NO_PAGES])
@@ -132,23 +162,31 @@ class PrefixTree:
         """The root of that salt and adapter, made if needed, with one more holder."""
         root = self._roots.get(key)
         if root is None:
-            root = self._roots[key] = Root(key)
+            root = self._roots[key] = Root(key, self._hasher.root(key) if self._hasher is not None else b"")
         root.refs += 1
         return root
 
-    def hold(self, match: Match, tip: Segment) -> Segment:
-        """Extend a hold that ends at `tip` to all pages of `match` (which began there); the new tip."""
-        end = self._split(match.into, match.partial) if match.into is not None else match.node
-        node = end
-        while node is not tip:
-            if not node.refs:
-                self.evictable -= len(node.pages)
-            node.refs += 1
-            node = node.parent  # type: ignore[assignment]  # tip is an ancestor of end
-        return end
+    def extend(self, tip: Segment, tokens: bytes) -> tuple[Segment, int]:
+        """Hold what is cached of `tokens` below `tip`, for its holder: the new tip, and how many pages it adds."""
+        page, at, end = self._page_bytes, 0, len(tokens)
+        while at < end:
+            child = tip.children.get(tokens[at : at + page])
+            if child is None:
+                break
+            segment, step = child.tokens, len(child.tokens)
+            if not tokens.startswith(segment, at):
+                partial = self._common_pages(segment, tokens, at)
+                child, step = self._split(child, partial), partial * page
+                end = 0  # the last one
+            if not child.refs:
+                self.evictable -= len(child.pages)
+            child.refs += 1
+            tip = child
+            at += step
+        return tip, at // page
 
     def undo(self, end: Segment, tip: Segment | None) -> None:
-        """Take hold() back from `end` up to, not including, `tip` (None: the root too); order as before."""
+        """Take a hold back from `end` up to, not including, `tip` (None: the root too); order as before."""
         node = end
         while node is not tip and node.parent is not None:
             node.refs -= 1
@@ -200,34 +238,44 @@ class PrefixTree:
 
     # -- growing --------------------------------------------------------------------------------
 
-    def commit(self, tip: Segment, tokens: bytes, pages: Pages) -> Commit:
+    def commit(self, tip: Segment, tokens: bytes, pages: Pages) -> tuple[Segment, Pages | None]:
         """Cache `pages` with `tokens` below `tip`, for the holder of `tip`, who holds them afterwards.
 
-        What is cached already is held instead and the given copies go back to the pool (`instead` in the result).
+        Returns the new tip, and the pages to use instead of the first given ones where the content was cached already:
+        those are held, and the given copies are back in the pool.
         """
-        match = self.match(tip, tokens)
         instead = None
-        if match.pages:
-            end = self.hold(match, tip)
+        if tip.children and tokens[: self._page_bytes] in tip.children:
+            end, known = self.extend(tip, tokens)
             instead = self.path_pages(end, tip)
-            self._pool.give(pages[: match.pages])
-            tip, tokens, pages = end, tokens[match.pages * self._page_bytes :], pages[match.pages :]
-        if tokens:
-            tip = self._append(tip, tokens, pages)
-        return Commit(tip, instead)
+            self._pool.give(pages[:known])
+            tip, tokens, pages = end, tokens[known * self._page_bytes :], pages[known:]
+        return self._append(tip, tokens, pages) if tokens else tip, instead
 
     def _append(self, tip: Segment, tokens: bytes, pages: Pages) -> Segment:
         """New content below `tip`, held once: in place when nobody else could notice, else as a child."""
         count = len(pages)
         self.cached += count
+        hashes = self._announce(tip, tokens, pages) if self._hasher is not None else b""
         if tip.refs == 1 and not tip.children and 0 < len(tip.pages) and len(tip.pages) + count <= GROW_LIMIT:
             tip.tokens += tokens
+            tip.hashes += hashes
             tip.pages = np.concatenate((tip.pages, pages))
             return tip
-        child = Segment(tip, tokens, pages.copy(), 1, 0)
+        child = Segment(tip, tokens, pages.copy(), 1, 0, hashes)
         tip.children[tokens[: self._page_bytes]] = child
         self._segments += 1
         return child
+
+    def _announce(self, tip: Segment, tokens: bytes, pages: Pages) -> bytes:
+        """Hash new pages below `tip` and tell the listeners; the hashes, joined."""
+        hasher = self._hasher
+        assert hasher is not None
+        parent = PageHash(tip.hashes[-hasher.width :] if tip.parent is not None else tip.hashes)
+        hashes = hasher.chain(parent, tokens)
+        for listener in self._listeners:
+            listener.stored(parent, hashes, pages.copy(), tokens)
+        return b"".join(hashes)
 
     def _split(self, node: Segment, count: int) -> Segment:
         """Cut `node` after `count` pages; the upper part is new and returned, the lower keeps its identity."""
@@ -236,6 +284,9 @@ class PrefixTree:
         assert parent is not None
         upper = Segment(parent, node.tokens[:cut], node.pages[:count].copy(), node.refs, node.tick)
         node.tokens, node.pages, node.parent = node.tokens[cut:], node.pages[count:].copy(), upper
+        if self._hasher is not None:
+            hashed = count * self._hasher.width
+            upper.hashes, node.hashes = node.hashes[:hashed], node.hashes[hashed:]
         parent.children[upper.tokens[: self._page_bytes]] = upper
         upper.children[node.tokens[: self._page_bytes]] = node
         self._segments += 1
@@ -262,6 +313,8 @@ class PrefixTree:
             missing -= len(dropped)
             self.evicted += len(dropped)
             self._forget_pages(dropped)
+            if self._hasher is not None:
+                self._renounce(node, keep)
             if keep:
                 node.pages, node.tokens = node.pages[:keep].copy(), node.tokens[: keep * self._page_bytes]
             else:
@@ -281,6 +334,15 @@ class PrefixTree:
             self._queue.popleft()
         self._drop_if_unused(parent)
 
+    def _renounce(self, node: Segment, keep: int) -> None:
+        """Tell the listeners that the pages after the first `keep` of `node` are gone."""
+        assert self._hasher is not None
+        width = self._hasher.width
+        gone = [PageHash(node.hashes[at : at + width]) for at in range(keep * width, len(node.hashes), width)]
+        node.hashes = node.hashes[: keep * width]
+        for listener in self._listeners:
+            listener.removed(gone)
+
     def _forget_pages(self, pages: Pages) -> None:
         self.cached -= len(pages)
         self.evictable -= len(pages)
@@ -295,6 +357,8 @@ class PrefixTree:
                 stack.append(child)
                 if not child.refs:
                     self._forget_pages(child.pages)
+                    if self._hasher is not None:
+                        self._renounce(child, 0)
                     child.tick = -1
                     self._segments -= 1
                     del node.children[key]
@@ -327,6 +391,10 @@ class PrefixTree:
             cached += len(node.pages)
             evictable += 0 if node.refs else len(node.pages)
             np.add.at(seen, node.pages, 1)
+            if self._hasher is not None:
+                above = node.parent.hashes[-self._hasher.width :] if node.parent is not None else b""
+                right = b"".join(self._hasher.chain(PageHash(above), node.tokens))
+                self._check(node.hashes == right, node, "bears hashes of other tokens")
             self._check(
                 len(node.tokens) == len(node.pages) * self._page_bytes > 0, node, "tokens do not fill its pages"
             )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rayk.buffers import PageBuffers
-from rayk.context import TextContext
+from rayk.context import TextContext, TokenWindow
 from rayk.errors import AlreadyClaimedError, BatchError, InsufficientBlocksError, IntegrityError, NotClaimedError
 from rayk.exports import Exports, PageExport
 from rayk.inputs import BatchCharacteristics, BatchShape, InputStage, ReplicaInputs
@@ -21,19 +21,21 @@ from rayk.lookup import fill_batch
 from rayk.metrics import KVCacheMetrics
 from rayk.pages import PagePool, Pages
 from rayk.params import KVCacheParams
-from rayk.prefix import Match, PrefixTree, Segment
+from rayk.prefix import Match, PageListener, PrefixTree, Segment
 from rayk.tables import BlockTable
 
 
 class Request:
     """A claimed request. Its row holds `pages` page ids, of which the first `committed` are in the prefix tree."""
 
-    __slots__ = ("committed", "ctx", "dummy", "pages", "row", "tip")
+    __slots__ = ("committed", "ctx", "due", "dummy", "pages", "room", "row", "tip")
 
-    def __init__(self, row: int, dummy: bool) -> None:
+    def __init__(self, row: int, dummy: bool, due: int) -> None:
         self.row = row
+        self.due = due  # processed tokens at which its next page is full, and so to be committed; NEVER for a dummy
         self.dummy = dummy
-        self.pages = 0
+        self.pages = 1 if dummy else 0
+        self.room = 0  # slots that its own and shared pages offer: pages x page size, none for a dummy
         self.committed = 0
         self.ctx: TextContext | None = None  # the context it was used with last
         self.tip: Segment | None = None  # end of the held path in the prefix tree, None before the first hit or commit
@@ -59,6 +61,7 @@ class Reused(NamedTuple):
 
 
 NOTHING_REUSED = Reused(0, 0)
+NEVER = 1 << 62
 
 
 class ReplicaCore:
@@ -83,15 +86,19 @@ class ReplicaCore:
         self.stage = InputStage(self.buffers, devices, max_batch_size)
         self.requests: dict[str, Request] = {}
         self.table = BlockTable(num_pages, min(max_batch_size, 256))
+        self.page_size = params.page_size
+        # S = L + accepted drafts + 2 D + 1 + B - max(1, placeholders), as in MAX 26.5; here without the L
+        self.extra_slots = 2 * params.num_draft_tokens + params.block_draft_slots
         self._pool = PagePool(num_pages)
         self._tree = PrefixTree(params.page_size, self._pool)
-        self._page_size = params.page_size
         self._caching = params.enable_prefix_caching
-        # S = L + accepted drafts + 2 D + 1 + B - max(1, placeholders), as in MAX 26.5
-        self._slots = 2 * params.num_draft_tokens + 1 + params.block_draft_slots
         self.exports = Exports(params, self._tree, self.buffers)
         self._bytes_per_page = params.bytes_per_page
         self._input_tokens = self._device_hits = self._peer_hits = self._evicted_before = 0
+
+    def listen(self, listener: PageListener) -> None:
+        """Hash every page that is cached from now on and tell `listener`, and what is dropped. Before any request."""
+        self._tree.listen(listener, self.exports.hasher)
 
     # -- claims ----------------------------------------------------------------------------------
 
@@ -99,39 +106,33 @@ class ReplicaCore:
         """Reserve a place for the request; takes no page. A dummy has the null page for its only page."""
         if request_id in self.requests:
             raise AlreadyClaimedError(request_id, self.replica)
-        request = Request(self.table.acquire(), dummy)
-        request.pages = int(dummy)
-        self.requests[request_id] = request
+        due = NEVER if dummy or not self._caching else self.page_size
+        self.requests[request_id] = Request(self.table.acquire(), dummy, due)
 
     def release(self, request_id: str) -> None:
         """Forget the request. Its committed pages become evictable, deepest first; the others are empty."""
-        request = self._get(request_id)
-        del self.requests[request_id]
-        if not request.dummy and request.pages:
-            if request.pages > request.committed:
-                self._pool.give(self.table.cells[request.row, request.committed : request.pages])
-            if request.tip is not None:
-                self._tree.release(request.tip)
-        self.table.drop(request.row, request.pages)
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            raise NotClaimedError(request_id, self.replica, -1)
+        pages, committed = request.pages, request.committed
+        if pages > committed and not request.dummy:
+            self._pool.give(self.table.rows[request.row][committed:pages])
+        if request.tip is not None:
+            self._tree.release(request.tip)
+        self.table.drop(request.row, pages)
         if self.runtime_checks:
             self.check_integrity()
 
     def blocks(self, request_id: str) -> list[int]:
         """Page ids in sequence order; empty for an unknown request."""
         request = self.requests.get(request_id)
-        return [] if request is None else self.table.cells[request.row, : request.pages].tolist()
-
-    def _get(self, request_id: str) -> Request:
-        request = self.requests.get(request_id)
-        if request is None:
-            raise NotClaimedError(request_id, self.replica, -1)
-        return request
+        return [] if request is None else self.table.rows[request.row][: request.pages].tolist()
 
     def _adopt(self, request: Request, ctx: TextContext) -> None:
         """Go on with another context object for a claimed request: fine if it says the same about its pages."""
         old, window = request.ctx, ctx.tokens
         if old is not None and request.pages:
-            count = min(old.tokens.length, max(request.committed * self._page_size, window.processed))
+            count = min(old.tokens.length, max(request.committed * self.page_size, window.processed))
             same = np.array_equal(old.tokens.data[:count], window.data[: min(count, window.length)])
             if not same or old.root_key != ctx.root_key:
                 raise BatchError(
@@ -144,14 +145,17 @@ class ReplicaCore:
 
     def slots_needed(self, ctx: TextContext) -> int:
         """Slots that the request's pages must offer: as in MAX 26.5, and never less than the active window."""
+        length = ctx.tokens.length
+        if ctx.plain:
+            return length + self.extra_slots
+        slots = length + len(ctx.maybe_accepted_draft_tokens) + self.extra_slots + 1
         placeholders = ctx.pending_future_count
-        slots = ctx.tokens.length + len(ctx.maybe_accepted_draft_tokens) + self._slots
         return slots - 1 if placeholders < 2 else max(slots - placeholders, ctx.tokens.end)
 
     def _reusable(self, ctx: TextContext) -> int:
         """Leading pages of the request that may come from a cache: all full ones before its last token."""
         placeholders = ctx.pending_future_count
-        return (ctx.tokens.length - (placeholders if placeholders > 1 else 1)) // self._page_size
+        return (ctx.tokens.length - (placeholders if placeholders > 1 else 1)) // self.page_size
 
     def alloc(self, ctx: TextContext, imports: Sequence[PageExport] = ()) -> Reused:
         """Give the request the pages that its tokens need, reusing cached ones and moving its window past them.
@@ -159,63 +163,87 @@ class ReplicaCore:
         `imports` are copies of further prefix pages from other replicas, in order. InsufficientBlocksError leaves
         no trace: window, pages, metrics, cache and eviction order stay as they were. Returns what was found cached.
         """
-        request = self._get(ctx.request_id)
-        window, size = ctx.tokens, self._page_size
+        request = self.requests.get(ctx.request_id)
+        if request is None:
+            raise NotClaimedError(ctx.request_id, self.replica, -1)
+        window = ctx.tokens
         if (  # a decode step within the pages that it has, which is what nearly every alloc is
-            request.ctx is ctx
-            and window.length + self._slots - 1 <= request.pages * size
+            window.length + self.extra_slots <= request.room
             and window.end - window.processed == 1
-            and not (
-                ctx.pending_future_count or len(ctx.draft_tokens_to_verify) or len(ctx.maybe_accepted_draft_tokens)
-            )
+            and ctx.plain
+            and request.ctx is ctx
         ):
             self._input_tokens += 1
             return NOTHING_REUSED
         if request.dummy:
             return NOTHING_REUSED
-        if request.ctx is not ctx:
+        return self._alloc(request, ctx, window, imports)
+
+    def _alloc(
+        self, request: Request, ctx: TextContext, window: TokenWindow, imports: Sequence[PageExport]
+    ) -> Reused:
+        if request.ctx is None or not request.pages:
+            request.ctx = ctx
+        elif request.ctx is not ctx:
             self._adopt(request, ctx)
+        size, pool, tree, row = self.page_size, self._pool, self._tree, request.row
         slots = self.slots_needed(ctx)
-        drafts = len(ctx.draft_tokens_to_verify) + len(ctx.maybe_accepted_draft_tokens)
-        if window.length + drafts > self.num_pages * size:
-            needed = -(-max(window.length + drafts, slots) // size)
-            raise InsufficientBlocksError(ctx.request_id, self.replica, needed, self._free, self.num_pages)
-        processed, active, held = window.processed, window.end - window.processed, request.pages
+        self._check_size(ctx, slots)
+        processed, end, held = window.processed, window.end, request.pages
+        active = end - processed
         if not held:  # whatever was computed for it is not here any more: what is not reused is computed again
             window.processed = 0
-        first, looks = window.processed == 0, self._caching and window.end - window.processed != 1
+        first, looks = window.processed == 0, self._caching and end - window.processed != 1
         tip, hits, copied = self._reuse(ctx, request, imports) if looks else (request.tip, 0, 0)
-        keep, free = held, self._free - copied
-        if hits + copied:  # the request's own pages make way for the hits
+        keep, free = held, pool.empty + tree.evictable - copied
+        if hits or copied:  # the request's own pages make way for the hits
             keep = request.committed + hits + copied
             free += held - request.committed
-        need = max(0, -(-slots // size) - keep)
+        need = -(-slots // size) - keep
         if need > free:
             window.processed = processed
             if tip is not request.tip:
                 assert tip is not None
-                self._tree.undo(tip, request.tip)
+                tree.undo(tip, request.tip)
             raise InsufficientBlocksError(ctx.request_id, self.replica, need + copied, free + copied, self.num_pages)
         # From here on nothing fails.
-        if hits + copied:
+        reused = NOTHING_REUSED
+        if hits or copied:
             assert tip is not None
             self._attach(ctx, request, tip, hits, copied, imports)
             window.processed = keep * size
-            if window.processed >= window.end:  # the hit covers the chunk: keep its size, move it on
+            if window.processed >= end:  # the hit covers the chunk: keep its size, move it on
                 window.end = min(window.length, window.processed + active)
+            self._device_hits += hits
+            self._peer_hits += copied
+            reused = Reused(hits * size, copied * size)
         else:
             request.tip = tip
         if first and looks:
             ctx.cached_prefix_length = window.processed
-        if need:
-            self._take(request, keep, need)
-        request.pages = keep + need
+        if need > 0:
+            if need > pool.empty:
+                tree.make_room(need)
+            wanted = keep + need
+            if wanted > self.table.width:
+                self.table.widen(wanted)
+            self.table.rows[row][keep:wanted] = pool.take(need)
+            keep = wanted
+        request.pages = keep
+        request.room = keep * size
         self._input_tokens += window.end - window.processed
-        self._device_hits += hits
-        self._peer_hits += copied
         if self.runtime_checks:
             self.check_integrity()
-        return Reused(hits * size, copied * size)
+        return reused
+
+    def _check_size(self, ctx: TextContext, slots: int) -> None:
+        """InsufficientBlocksError when not even all pages would do."""
+        length = ctx.tokens.length
+        if not ctx.plain:
+            length += len(ctx.draft_tokens_to_verify) + len(ctx.maybe_accepted_draft_tokens)
+        if length > self.num_pages * self.page_size:
+            needed = -(-max(length, slots) // self.page_size)
+            raise InsufficientBlocksError(ctx.request_id, self.replica, needed, self._free, self.num_pages)
 
     def _reuse(
         self, ctx: TextContext, request: Request, imports: Sequence[PageExport]
@@ -224,18 +252,20 @@ class ReplicaCore:
 
         The new tip, how many pages it adds, and how many pages to take from `imports` after them.
         """
-        start, stop, size = request.committed, self._reusable(ctx), self._page_size
+        start, stop, size, tree = request.committed, self._reusable(ctx), self.page_size, self._tree
         if stop <= start:
             return request.tip, 0, 0
-        base = request.tip
+        base, data = request.tip, ctx.tokens.data
+        if not imports:  # most new requests end here: nothing is cached that begins like them
+            known = base if base is not None else tree.find_root(ctx.root_key)
+            if known is None or data[start * size : (start + 1) * size].tobytes() not in known.children:
+                return base, 0, 0
         if base is None:
-            if not imports and self._tree.find_root(ctx.root_key) is None:
-                return None, 0, 0
-            base = self._tree.hold_root(ctx.root_key)
-        match = self._tree.match(base, ctx.tokens.data[start * size : stop * size].tobytes())
-        tip, have = self._tree.hold(match, base), start + match.pages
-        copied = self.exports.usable(ctx, have, stop, imports) if imports else 0
-        return tip, match.pages, min(copied, self._free)
+            base = tree.hold_root(ctx.root_key)
+        tip, hits = tree.extend(base, data[start * size : stop * size].tobytes())
+        if not imports:
+            return tip, hits, 0
+        return tip, hits, min(self.exports.usable(ctx, start + hits, stop, imports), self._free)
 
     def _attach(
         self,
@@ -247,10 +277,11 @@ class ReplicaCore:
         imports: Sequence[PageExport],
     ) -> None:
         """Put the held hits into the request's row, then copies; its own pages from there on go back."""
-        size, start = self._page_size, request.committed
-        self.table.widen(start + hits + copied)
-        row = self.table.cells[request.row]
-        own = row[start : request.pages].copy()
+        size, start = self.page_size, request.committed
+        if start + hits + copied > self.table.width:
+            self.table.widen(start + hits + copied)
+        row = self.table.rows[request.row]
+        own = row[start : request.pages].copy() if request.pages > start else ()
         if hits:
             row[start : start + hits] = self._tree.path_pages(tip, request.tip)
         if copied:
@@ -259,59 +290,57 @@ class ReplicaCore:
             pages[:] = self._pool.take(copied)
             self.exports.land(pages, start + hits, imports)
             tokens = ctx.tokens.data[(start + hits) * size : (start + hits + copied) * size].tobytes()
-            tip = self._tree.commit(tip, tokens, pages).tip
+            tip, _ = self._tree.commit(tip, tokens, pages)
         if len(own):
             self._pool.give(own)
             row[start + hits + copied : request.pages] = self.num_pages
         request.tip = tip
         request.committed = start + hits + copied
-
-    def _take(self, request: Request, keep: int, need: int) -> None:
-        """Append `need` empty pages after the first `keep`, evicting when there are too few."""
-        if need > self._pool.empty:
-            self._tree.make_room(need)
-        if keep + need > self.table.cells.shape[1]:
-            self.table.widen(keep + need)
-        self.table.cells[request.row, keep : keep + need] = self._pool.take(need)
+        request.due = (request.committed + 1) * size
 
     # -- commit --------------------------------------------------------------------------------
 
     def step(self, batch: Sequence[TextContext]) -> None:
         """Commit the pages of each request that are full and processed; equal pages collapse into one."""
-        try:
-            requests = [self.requests[ctx.request_id] for ctx in batch]
-        except KeyError as missing:
-            raise NotClaimedError(missing.args[0], self.replica, -1) from None
-        if not self._caching:
-            return
-        size, due = self._page_size, []
-        for ctx, request in zip(batch, requests, strict=True):
-            window = ctx.tokens
-            full = min(window.processed, window.length - ctx.pending_future_count) // size
-            if full > request.committed and not request.dummy:
-                if request.ctx is not ctx:
-                    self._adopt(request, ctx)
-                if full > request.pages:
-                    raise BatchError(
-                        f"request {ctx.request_id!r} on replica {self.replica} has {window.processed} processed tokens "
-                        f"but only {request.pages} page(s) of {size}; call alloc() before the forward"
-                    )
-                due.append((ctx, request, full))
-        for ctx, request, full in due:
-            self._commit(ctx, request, full)
+        requests, due = self.requests, []
+        for ctx in batch:
+            request = requests.get(ctx.request_id)
+            if request is None:
+                raise NotClaimedError(ctx.request_id, self.replica, -1)
+            if ctx.tokens.processed >= request.due:
+                due.append((ctx, request, self._full_pages(ctx, request)))
+        for ctx, request, pages in due:
+            if pages > request.committed:
+                self._commit(ctx, request, pages)
         if self.runtime_checks:
             self.check_integrity()
 
+    def _full_pages(self, ctx: TextContext, request: Request) -> int:
+        """Leading pages that are full and processed. BatchError when the request does not have them."""
+        window = ctx.tokens
+        stable = window.processed if ctx.plain else min(window.processed, window.length - ctx.pending_future_count)
+        full = stable // self.page_size
+        if request.ctx is not ctx:
+            self._adopt(request, ctx)
+        if full > request.pages:
+            raise BatchError(
+                f"request {ctx.request_id!r} on replica {self.replica} has {window.processed} processed tokens but "
+                f"only {request.pages} page(s) of {self.page_size}; call alloc() before the forward"
+            )
+        return full
+
     def _commit(self, ctx: TextContext, request: Request, full: int) -> None:
-        start, size = request.committed, self._page_size
-        if request.tip is None:
-            request.tip = self._tree.hold_root(ctx.root_key)
+        start, size, tree = request.committed, self.page_size, self._tree
+        tip = request.tip
+        if tip is None:
+            tip = tree.hold_root(ctx.root_key)
+        row = self.table.rows[request.row]
         tokens = ctx.tokens.data[start * size : full * size].tobytes()
-        row = self.table.cells[request.row]
-        request.tip, instead = self._tree.commit(request.tip, tokens, row[start:full])
+        request.tip, instead = tree.commit(tip, tokens, row[start:full])
         if instead is not None:
             row[start : start + len(instead)] = instead
         request.committed = full
+        request.due = (full + 1) * size
 
     # -- batches -------------------------------------------------------------------------------
 
@@ -353,7 +382,7 @@ class ReplicaCore:
         root, stop = self._tree.find_root(ctx.root_key), self._reusable(ctx)
         if root is None or not self._caching or stop < 1:
             return None
-        return self._tree.match(root, ctx.tokens.data[: stop * self._page_size].tobytes())
+        return self._tree.match(root, ctx.tokens.data[: stop * self.page_size].tobytes())
 
     # -- queries -----------------------------------------------------------------------------------
 
@@ -373,7 +402,7 @@ class ReplicaCore:
         """
         request = self.requests.get(ctx.request_id)
         committed, held = (request.committed, request.pages) if request is not None else (0, 0)
-        used, wanted = self.num_pages - self._free, -(-self.slots_needed(ctx) // self._page_size)
+        used, wanted = self.num_pages - self._free, -(-self.slots_needed(ctx) // self.page_size)
         match = self._resident(ctx) if self.may_reuse(ctx) > committed else None
         if match is None or match.pages <= committed:
             used += max(0, wanted - held)
@@ -391,7 +420,7 @@ class ReplicaCore:
         """Counters since reset_metrics()."""
         return KVCacheMetrics(
             input_tokens=self._input_tokens,
-            cache_tokens=(self._device_hits + self._peer_hits) * self._page_size,
+            cache_tokens=(self._device_hits + self._peer_hits) * self.page_size,
             device_blocks_served=self._device_hits,
             cross_replica_blocks_copied=self._peer_hits,
             cross_replica_bytes_copied=self._peer_hits * self._bytes_per_page,
@@ -419,7 +448,7 @@ class ReplicaCore:
         self._tree.check_integrity(tips + self.exports.tips, seen)
         where = f"replica {self.replica}"
         for request_id, request in self.requests.items():
-            row = self.table.cells[request.row]
+            row = self.table.rows[request.row]
             if (row[request.pages :] != self.num_pages).any():
                 raise IntegrityError(where, f"request {request_id!r} has pages beyond its {request.pages}")
             if request.dummy:

@@ -14,24 +14,29 @@ Int32Array = npt.NDArray[np.int32]
 
 
 class BlockTable:
-    """Rows of page ids. `cells` may be replaced when it grows: read it anew after acquire() and widen()."""
+    """Rows of page ids. `cells` and its `rows` are replaced when it grows: read anew after acquire() and widen()."""
 
     def __init__(self, null_page: int, rows: int, width: int = 64) -> None:
         self.null_page = null_page
-        self.cells: Int32Array = np.full((max(1, rows), width), null_page, np.int32)
+        self._set(np.full((max(1, rows), width), null_page, np.int32))
         self._free = list(range(len(self.cells) - 1, -1, -1))
+
+    def _set(self, cells: Int32Array) -> None:
+        self.cells = cells
+        self.width = cells.shape[1]
+        self.rows: list[Int32Array] = list(cells)  # a view of each row: cheaper to index than the whole array
 
     def acquire(self) -> int:
         """The index of a row that is all null; the caller owns it until drop()."""
         if not self._free:
             rows = len(self.cells)
-            self.cells = np.concatenate((self.cells, np.full_like(self.cells, self.null_page)))
+            self._set(np.concatenate((self.cells, np.full_like(self.cells, self.null_page))))
             self._free = list(range(2 * rows - 1, rows - 1, -1))
         return self._free.pop()
 
     def drop(self, row: int, used: int) -> None:
         """Give a row back; its first `used` cells may hold page ids."""
-        self.cells[row, :used] = self.null_page
+        self.rows[row][:used] = self.null_page
         self._free.append(row)
 
     def widen(self, pages: int) -> None:
@@ -40,4 +45,4 @@ class BlockTable:
         if pages > width:
             grown = np.full((rows, max(pages, 2 * width)), self.null_page, np.int32)
             grown[:, :width] = self.cells
-            self.cells = grown
+            self._set(grown)

@@ -92,7 +92,8 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         match = self.tree.match(holder.tip, raw(tokens))
         full = (*holder.tokens, *tokens)
         assert match.pages == self.model.cached(holder.root, full) - len(holder.tokens)
-        end = self.tree.hold(match, holder.tip)
+        end, known = self.tree.extend(holder.tip, raw(tokens))
+        assert known == match.pages
         start = len(holder.tokens)
         want = [self.model.pages[holder.root, full[: i + 1]] for i in range(start, start + match.pages)]
         assert self.tree.path_pages(end, holder.tip).tolist() == [page.page for page in want]
@@ -119,10 +120,10 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         """What a refused alloc does, of a request that holds something or of a new one."""
         if pick < len(self.requests):
             tip = self.requests[pick].tip
-            self.tree.undo(self.tree.hold(self.tree.match(tip, raw(tokens)), tip), tip)
+            self.tree.undo(self.tree.extend(tip, raw(tokens))[0], tip)
         else:
             base = self.tree.hold_root((root, None))
-            self.tree.undo(self.tree.hold(self.tree.match(base, raw(tokens)), base), None)
+            self.tree.undo(self.tree.extend(base, raw(tokens))[0], None)
 
     @precondition(lambda self: len(self.pins) < 4 and self.model.pages)
     @rule(root=ROOT, tokens=TOKENS)

@@ -108,6 +108,6 @@ def make(session: rayk.InferenceSession) -> Iterator[Callable[..., Cache]]:
 
     yield make
     for manager in made:
-        if not manager._closed:
+        if manager._open:
             manager.check_integrity()
         manager.shutdown()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rayk import InsufficientBlocksError, MHAKVCacheParams, TextContext
-from rayk.hashing import page_hashes, root_hash
+from rayk.hashing import PageHasher
 from rayk.inputs import LeafInputs
 from rayk.replica import ReplicaCore
 
@@ -240,15 +240,17 @@ def test_a_request_that_ends_while_its_prefix_is_being_copied() -> None:
 
 @pytest.mark.parametrize("algorithm", ["sha256", "xxh3_128"])
 def test_hashes_chain(algorithm: str) -> None:
-    root = root_hash(b"", (None, None))
+    hasher = PageHasher(algorithm, b"", 2)
+    root = hasher.root((None, None))
     tokens = TextContext("r", range(6), 9).tokens.all.tobytes()
-    whole = page_hashes(algorithm, root, tokens, 8)
+    whole = hasher.chain(root, tokens)
     assert len(set(whole)) == 3
-    assert page_hashes(algorithm, whole[0], tokens[8:], 8) == whole[1:]
-    assert page_hashes(algorithm, root, tokens[:23], 8) == whole[:2]  # only full pages
+    assert {len(root), *map(len, whole)} == {hasher.width}
+    assert hasher.chain(whole[0], tokens[8:]) == whole[1:]
+    assert hasher.chain(root, tokens[:23]) == whole[:2]  # only full pages
 
 
 def test_roots_differ_by_seed_salt_and_adapter() -> None:
     keys = [(None, None), ("", None), (None, ""), ("a", "b"), ("a:b", None), ("ab", None), (None, "ab"), ("a", None)]
-    roots = [root_hash(seed, key) for seed in (b"", b"s" * 32) for key in keys]
+    roots = [PageHasher("sha256", seed, 1).root(key) for seed in (b"", b"s" * 32) for key in keys]
     assert len(set(roots)) == len(roots)

@@ -27,11 +27,11 @@ class Small:
         tokens = list(tokens)
         self.tree.make_room(len(tokens))
         tip = tip if tip is not None else self.tree.hold_root(KEY)
-        return self.tree.commit(tip, raw(tokens), self.pool.take(len(tokens)).copy()).tip
+        return self.tree.commit(tip, raw(tokens), self.pool.take(len(tokens)).copy())[0]
 
     def hold(self, tokens) -> Segment:
         root = self.tree.hold_root(KEY)
-        return self.tree.hold(self.tree.match(root, raw(tokens)), root)
+        return self.tree.extend(root, raw(tokens))[0]
 
     def cache(self, *prompts) -> None:
         for tokens in prompts:
@@ -88,9 +88,9 @@ def test_commit_uses_what_another_cached_and_gives_the_copies_back(small: Small)
     first = small.commit([1, 2, 3])
     root = small.tree.hold_root(KEY)
     copies = small.pool.take(4).copy()
-    done = small.tree.commit(root, raw([1, 2, 9, 9]), copies)
-    assert done.instead.tolist() == small.tree.path_pages(first)[:2].tolist()
-    assert small.tree.path_pages(done.tip).tolist() == [*done.instead, *copies[2:]]
+    tip, instead = small.tree.commit(root, raw([1, 2, 9, 9]), copies)
+    assert instead.tolist() == small.tree.path_pages(first)[:2].tolist()
+    assert small.tree.path_pages(tip).tolist() == [*instead, *copies[2:]]
     assert (small.pool.empty, small.tree.cached) == (12 - 5, 5)
 
 
@@ -142,7 +142,7 @@ def test_held_pages_are_passed_over(small: Small) -> None:
 def test_undo_restores_the_place_in_the_order(small: Small) -> None:
     small.cache([1, 2, 3], [7, 8])
     root = small.tree.hold_root(KEY)
-    small.tree.undo(small.tree.hold(small.tree.match(root, raw([1, 2])), root), None)
+    small.tree.undo(small.tree.extend(root, raw([1, 2]))[0], None)
     small.evict(2)
     assert (small.cached([1, 2, 3]), small.cached([7, 8])) == (1, 2)
 
