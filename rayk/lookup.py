@@ -28,7 +28,9 @@ def fill_batch(
 ) -> tuple[int, int, BatchShape]:
     """Fill the core's host arrays; rows, table width and scalars. RuntimeInputsError changes nothing."""
     size, extra, requests = core.page_size, core.extra_slots, core.requests
-    rows, lengths, trims = [], [], []
+    rows: list[int] = []
+    lengths: list[int] = []
+    trims: list[tuple[int, int]] = []
     most = prompt = cache = 0
     for ctx in batch:
         request = requests.get(ctx.request_id)

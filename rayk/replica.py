@@ -179,9 +179,7 @@ class ReplicaCore:
             return NOTHING_REUSED
         return self._alloc(request, ctx, window, imports)
 
-    def _alloc(
-        self, request: Request, ctx: TextContext, window: TokenWindow, imports: Sequence[PageExport]
-    ) -> Reused:
+    def _alloc(self, request: Request, ctx: TextContext, window: TokenWindow, imports: Sequence[PageExport]) -> Reused:
         if request.ctx is None or not request.pages:
             request.ctx = ctx
         elif request.ctx is not ctx:
@@ -281,7 +279,7 @@ class ReplicaCore:
         if start + hits + copied > self.table.width:
             self.table.widen(start + hits + copied)
         row = self.table.rows[request.row]
-        own = row[start : request.pages].copy() if request.pages > start else ()
+        own = row[start : request.pages].copy()
         if hits:
             row[start : start + hits] = self._tree.path_pages(tip, request.tip)
         if copied:

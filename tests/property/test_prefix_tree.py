@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rayk import prefix
+from rayk.hashing import PageHasher
 from rayk.pages import PagePool
 from rayk.prefix import PrefixTree, Segment
 
 MACHINES = settings.get_profile("rayk-machines")
 
 Chain = tuple[str, tuple[int, ...]]  # a root and the tokens of all pages from there; one token is one page here
+
+HASHER = PageHasher("xxh3_128", b"", 1)
 
 PICK = st.integers(0, 7)
 TOKENS = st.lists(st.integers(0, 1), max_size=6)
@@ -82,8 +85,22 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         self.model = Model(total)
         self.pool = PagePool(total)
         self.tree = PrefixTree(1, self.pool)
+        self.heard: dict[bytes, int] = {}
+        self.tree.listen(self, HASHER)
         self.requests: list[Holder] = []
         self.pins: list[Holder] = []
+
+    def stored(self, parent, hashes, pages, tokens) -> None:
+        assert not self.heard.keys() & set(hashes)
+        self.heard.update(zip(hashes, pages.tolist(), strict=True))
+
+    @staticmethod
+    def hash_of(chain: Chain) -> bytes:
+        return HASHER.chain(HASHER.root((chain[0], None)), raw(chain[1]))[-1]
+
+    def removed(self, hashes) -> None:
+        for page_hash in hashes:
+            del self.heard[page_hash]
 
     # -- holding -------------------------------------------------------------------------------
 
@@ -214,6 +231,7 @@ class PrefixTreeMachine(RuleBasedStateMachine):
             return
         model = self.model
         assert self.contents() == {chain: entry.page for chain, entry in model.pages.items()}
+        assert self.heard == {self.hash_of(chain): entry.page for chain, entry in model.pages.items()}
         assert (self.pool.empty, self.tree.cached, self.tree.evictable) == (
             model.empty,
             len(model.pages),

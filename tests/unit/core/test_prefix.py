@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rayk.errors import IntegrityError
+from rayk.hashing import PageHasher
 from rayk.pages import PagePool
 from rayk.prefix import GROW_LIMIT, PrefixTree, Segment
 
@@ -254,3 +255,49 @@ def test_the_integrity_check_notices(small: Small, what: str) -> None:
         setattr(segment, what, 5)
     with pytest.raises(IntegrityError, match="bug in rayk"):
         small.tree.check_integrity([], np.zeros(12, np.int64))
+
+
+class Recorder:
+    """What a listener would believe to be cached: hash -> page, with the hash before it."""
+
+    def __init__(self) -> None:
+        self.pages: dict[bytes, int] = {}
+        self.parents: dict[bytes, bytes] = {}
+
+    def stored(self, parent, hashes, pages, tokens) -> None:
+        assert len(hashes) == len(pages) and len(tokens) == 4 * len(pages)
+        for page_hash, page in zip(hashes, pages.tolist(), strict=True):
+            assert page_hash not in self.pages
+            self.pages[page_hash], self.parents[page_hash] = page, parent
+            parent = page_hash
+
+    def removed(self, hashes) -> None:
+        for page_hash in hashes:
+            del self.pages[page_hash], self.parents[page_hash]
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "xxh3_128"])
+def test_a_listener_knows_what_is_cached(algorithm: str) -> None:
+    small, recorder, hasher = Small(12), Recorder(), PageHasher(algorithm, b"seed", 1)
+    small.tree.listen(recorder, hasher)
+    small.cache([1, 2, 3, 4], [1, 2, 8, 9], [1, 2, 8, 9, 5])
+    chain = hasher.chain(hasher.root(KEY), raw([1, 2, 8, 9, 5]))
+    match = small.tree.match(small.tree.find_root(KEY), raw([1, 2, 8, 9, 5]))
+    assert [recorder.pages[h] for h in chain] == small.tree.path_pages(match.node).tolist()
+    assert small.tree.page_hash(match) == chain[-1]
+    half = small.tree.match(small.tree.find_root(KEY), raw([1, 7]))
+    assert small.tree.page_hash(half) == chain[0]
+    assert small.tree.page_hash(small.tree.match(small.tree.find_root(KEY), raw([6]))) == hasher.root(KEY)
+    assert set(recorder.parents.values()) <= {hasher.root(KEY), *recorder.pages}
+    small.tree.check_integrity([], np.zeros(12, np.int64))
+    small.evict(3)
+    assert len(recorder.pages) == small.tree.cached == 4
+    small.tree.reset()
+    assert not recorder.pages
+
+
+def test_a_listener_comes_before_the_first_page() -> None:
+    small = Small(4)
+    small.cache([1])
+    with pytest.raises(IntegrityError, match="at the start"):
+        small.tree.listen(Recorder(), PageHasher("sha256", b"", 1))
