@@ -1,0 +1,91 @@
+"""The engine's dealings with its replica's cache: every call of ReplicaCore that it makes is here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rayk.engine.generation import Generation
+from rayk.engine.rows import Column
+from rayk.errors import InsufficientBlocksError
+from rayk.inputs import LeafInputs, ShardInputs
+from rayk.replica import ReplicaCore
+
+
+class Cache:
+    """`watermark`: the share of all pages that admissions leave free for the growth of what runs already."""
+
+    def __init__(self, core: ReplicaCore, watermark: float) -> None:
+        self.core = core
+        self.page_size = core.params.page_size
+        self._spare = math.ceil(core.num_pages * watermark)
+
+    def admit(self, generation: Generation, alone: bool) -> bool:
+        """Claim and allocate; False, and nothing changed, while there is no room. `alone`: the watermark is moot."""
+        core, ctx = self.core, generation.ctx
+        if not alone and core.used_fraction_after(ctx) * core.num_pages > core.num_pages - self._spare + 1e-6:
+            return False
+        core.claim(ctx.request_id)
+        if self.extend(generation):
+            return True
+        core.release(ctx.request_id)
+        return False
+
+    def extend(self, generation: Generation) -> bool:
+        """Pages for a request's next window, reusing what others cached meanwhile; False when there are too few."""
+        try:
+            reused = self.core.alloc(generation.ctx)
+        except InsufficientBlocksError:
+            return False
+        if not generation.preemptions:
+            generation.cached_tokens += reused.device_tokens + reused.peer_tokens
+        return True
+
+    def extend_all(self, generations: Sequence[Generation], start: int = 0) -> int:
+        """Pages for the next token of each from `start` on: the index of the first refused one, or their number."""
+        alloc = self.core.alloc
+        at = start
+        try:
+            for at in range(start, len(generations)):
+                alloc(generations[at].ctx)
+        except InsufficientBlocksError:
+            return at
+        return len(generations)
+
+    def inputs(self, generations: Sequence[Generation]) -> ShardInputs:
+        """Block table and lengths of a batch, with the pages; the next call overwrites them."""
+        inputs = self.core.runtime_inputs([each.ctx for each in generations])
+        assert isinstance(inputs, LeafInputs)
+        return inputs.shards[0]
+
+    def append(self, generations: Sequence[Generation], tokens: Column) -> None:
+        """Each of them was processed and has a new token, [n] int64."""
+        for generation, token in zip(generations, tokens.tolist(), strict=True):
+            generation.ctx.update(token)
+
+    def publish(self, generations: Sequence[Generation]) -> None:
+        """Let others reuse the full pages of requests that were processed."""
+        self.core.step([each.ctx for each in generations])
+
+    def release(self, generation: Generation) -> None:
+        """Give a request's pages back; published ones stay until their place is needed."""
+        self.core.release(generation.request_id)
+
+    def will_be_reused(self, generation: Generation, running: Sequence[Generation]) -> bool:
+        """Whether one of `running` is computing the very page that this request would compute first.
+
+        It is worth waiting for: equal prompts that arrive together are then computed once.
+        """
+        ctx = generation.ctx
+        have = self.core.resident(ctx)
+        if have >= self.core.may_reuse(ctx):
+            return False
+        need = (have + 1) * self.page_size
+        page = ctx.tokens.data[:need].tobytes()
+        return any(
+            other.ctx.tokens.length > need
+            and other.ctx.root_key == ctx.root_key
+            # From the end: prompts that share a system prompt differ late.
+            and other.ctx.tokens.data[:need].tobytes() == page
+            for other in running
+        )

@@ -1,0 +1,398 @@
+"""The continuous-batching loop of one replica. No Ray, no threads, and the clock is given.
+
+    submit -> waiting -> prefill (in chunks) -> rows (decoding) -> finished
+                 ^            |                   |
+                 +-------- preempted <------------+     newest first, when pages run out; computed again later
+
+One step():  expire; grow the decoding rows by the pages that they need, preempting where there are none; fill what is
+left of the token budget with chunks of prompts, admitting requests while pages last; forward; sample; report.
+
+Requests keep their place in the queue, and the newest one makes way first, so the oldest always comes to its end. A
+forward that raises is repeated on halves of its batch until the request at fault is alone; only that one fails.
+"""
+
+from __future__ import annotations
+
+import heapq
+import secrets
+from collections.abc import Callable
+from time import monotonic
+
+import numpy as np
+import torch
+
+from rayk.engine.cache import Cache
+from rayk.engine.errors import ForwardError, QueueFullError, RequestCancelledError, RequestError, RequestTimeoutError
+from rayk.engine.events import Event, Finished, Text, Tokens
+from rayk.engine.forward import Model, forward, windows
+from rayk.engine.generation import Generation
+from rayk.engine.request import Limits, Request
+from rayk.engine.rows import Rows
+from rayk.engine.sampler import sample
+from rayk.engine.settings import EngineSettings, EngineStats
+from rayk.engine.text import Detokenizer
+from rayk.errors import InsufficientBlocksError, RaykError
+from rayk.replica import ReplicaCore
+
+
+class Engine:
+    """Serves requests from `core`'s pages with `model`. Not thread-safe; submit, cancel and step are its doors."""
+
+    def __init__(
+        self,
+        core: ReplicaCore,
+        model: Model,
+        settings: EngineSettings | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.settings = settings or EngineSettings()
+        self.core = core
+        self.model = model
+        self.limits = Limits(
+            model.vocab_size, model.max_length, core.num_pages, core.params.page_size, model.tokenizer is not None
+        )
+        self._clock = clock
+        self._cache = Cache(core, self.settings.watermark)
+        self._eos = tuple(model.eos_token_ids)
+        self._all: dict[int, Generation] = {}
+        self._ids: set[str] = set()
+        self._waiting: list[tuple[int, Generation]] = []  # a heap by order
+        self._prefill: list[Generation] = []  # by order
+        self._rows = Rows(core.params.page_size)
+        self._parked: list[Generation] = []  # paused while they decoded; they keep their pages
+        self._paused: set[int] = set()
+        self._ended: dict[int, str] = {}  # rows that end with this step, and why
+        self._deadlines: list[tuple[float, int]] = []  # a heap; may hold finished ones
+        self._events: list[Event] = []
+        self._orders = 0
+        self._steps = self._finished = self._failed = self._preemptions = 0
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. RequestError or QueueFullError refuse it and change nothing."""
+        if request.number in self._all or request.request_id in self._ids:
+            raise RequestError(request.request_id, "this id is in use; wait for its end or take another")
+        tokens = self.limits.check(request)
+        if len(self._all) >= self.settings.max_queue:
+            raise QueueFullError(request.request_id, self.settings.max_queue)
+        seed = request.sampling.seed
+        generation = Generation(
+            request, tokens, self.limits, self._orders, secrets.randbits(63) if seed is None else seed, self._clock()
+        )
+        self._orders += 1
+        sampling = request.sampling
+        generation.stop_ids = (*(() if sampling.ignore_eos else self._eos), *sampling.stop_token_ids)
+        if sampling.stop or request.stream_text:
+            generation.detokenizer = Detokenizer(self.model.tokenizer, sampling.stop)
+            for token in generation.answer.tolist():
+                generation.detokenizer.add(token)
+        self._all[request.number] = generation
+        self._ids.add(request.request_id)
+        heapq.heappush(self._waiting, (generation.order, generation))
+        if generation.deadline is not None:
+            heapq.heappush(self._deadlines, (generation.deadline, request.number))
+
+    def cancel(self, number: int) -> None:
+        """End a request; its Finished comes with the next step's events. An unknown or finished one is ignored."""
+        generation = self._all.get(number)
+        if generation is not None:
+            self._abort(generation, "cancelled", RequestCancelledError(generation.request_id, generation.generated))
+
+    def pause(self, number: int) -> None:
+        """Generate no more tokens for a request until resume(); it keeps its pages while nobody else needs them."""
+        generation = self._all.get(number)
+        if generation is None or generation.paused:
+            return
+        generation.paused = True
+        self._paused.add(number)
+        if generation in self._rows.generations:
+            self._rows.drop([self._rows.generations.index(generation)])
+            self._parked.append(generation)
+
+    def resume(self, number: int) -> None:
+        """Take back pause()."""
+        generation = self._all.get(number)
+        if generation is None or not generation.paused:
+            return
+        generation.paused = False
+        self._paused.discard(number)
+        if generation in self._parked:
+            self._parked.remove(generation)
+            self._rows.add([generation])
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step could do anything."""
+        return bool(self._events or self._rows or len(self._all) > len(self._paused))
+
+    def stats(self) -> EngineStats:
+        """Counters, and what there is now."""
+        usage = self.core.usage
+        return EngineStats(
+            self._steps,
+            len(self._waiting),
+            self._running,
+            self._finished,
+            self._failed,
+            self._preemptions,
+            self._prompt_tokens,
+            self._cached_tokens,
+            self._generated_tokens,
+            usage.free,
+            usage.total,
+        )
+
+    @property
+    def _running(self) -> int:
+        return len(self._rows) + len(self._prefill) + len(self._parked)
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def step(self) -> list[Event]:
+        """One forward of what can run; everything that happened since the last call, in order."""
+        self.expire()
+        refused = self._grow()
+        chunks = self._next_chunks(admit=not refused)
+        if self._rows or chunks:
+            self._steps += 1
+            self._forward(chunks)
+        events, self._events = self._events, []
+        return events
+
+    def expire(self) -> None:
+        """End the requests whose time is up."""
+        if not self._deadlines or self._deadlines[0][0] > (now := self._clock()):
+            return
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, number = heapq.heappop(self._deadlines)
+            generation = self._all.get(number)
+            if generation is not None and generation.deadline is not None and generation.deadline <= now:
+                timeout = generation.request.timeout or 0.0
+                self._abort(
+                    generation, "timeout", RequestTimeoutError(generation.request_id, timeout, generation.generated)
+                )
+
+    def _grow(self) -> bool:
+        """Pages for every decoding row; whether some request had to make way."""
+        at, refused = 0, False
+        while (at := self._cache.extend_all(self._rows.generations, at)) < len(self._rows):
+            refused = True
+            if self._running == 1:
+                self._no_room(self._rows.generations[0])
+            else:
+                at = self._preempt(at)
+        return refused
+
+    def _preempt(self, at: int) -> int:
+        """Make the newest request start over; where row `at` is then."""
+        newest = max((*self._rows.generations, *self._prefill, *self._parked), key=lambda each: each.order)
+        row = self._withdraw(newest)
+        newest.ctx.reset()
+        newest.preemptions += 1
+        self._preemptions += 1
+        heapq.heappush(self._waiting, (newest.order, newest))
+        return at - 1 if row is not None and row < at else at
+
+    def _no_room(self, generation: Generation) -> None:
+        """A request that fits an empty replica was refused while nothing else ran: others hold the pages."""
+        usage = self.core.usage
+        pages = -(-generation.limit // self.limits.page_size)
+        error = InsufficientBlocksError(generation.request_id, self.core.replica, pages, usage.free, usage.total)
+        self._abort(generation, "error", error)
+
+    # -- prompts -------------------------------------------------------------------------------------
+
+    def _next_chunks(self, admit: bool) -> list[Generation]:
+        """Requests whose prompts go on in this step, windows cut to the token budget (at least one token of one)."""
+        left = max(1, self.settings.chunk_size - len(self._rows))
+        chunks: list[Generation] = []
+        for generation in [each for each in self._prefill if not each.paused]:
+            if not left:
+                break
+            if self._cache.extend(generation):  # it has its pages; others may have published what it needs next
+                left -= self._cut(generation, left)
+                chunks.append(generation)
+        if admit and left and self._waiting:
+            self._admit(chunks, left)
+        return chunks
+
+    def _admit(self, chunks: list[Generation], left: int) -> None:
+        passed_over: list[tuple[int, Generation]] = []
+        computing = [each for each in self._prefill if not each.paused]
+        while left and self._waiting and self._running < self.core.max_batch_size:
+            order, generation = heapq.heappop(self._waiting)
+            if generation.paused or self._cache.will_be_reused(generation, computing):
+                passed_over.append((order, generation))
+                continue
+            if not self._cache.admit(generation, alone=not self._running):
+                heapq.heappush(self._waiting, (order, generation))
+                if not self._running:
+                    self._no_room(generation)
+                break
+            if generation.admitted_at is None:
+                generation.admitted_at = self._clock()
+                self._prompt_tokens += generation.prompt_length
+                self._cached_tokens += generation.cached_tokens
+            self._prefill.append(generation)
+            computing.append(generation)
+            left -= self._cut(generation, left)
+            chunks.append(generation)
+        self._prefill.sort(key=lambda each: each.order)
+        for entry in passed_over:
+            heapq.heappush(self._waiting, entry)
+
+    @staticmethod
+    def _cut(generation: Generation, left: int) -> int:
+        window = generation.ctx.tokens
+        if window.end - window.processed > left:
+            window.chunk(left)
+        return window.end - window.processed
+
+    # -- the forward -----------------------------------------------------------------------------------
+
+    def _forward(self, chunks: list[Generation]) -> None:
+        """Forward the rows and the chunks, and give each its token."""
+        batch = [*self._rows.generations, *chunks]
+        tokens, counts = self._rows.last, self._rows.ones
+        if chunks:
+            active = [window.data[window.processed : window.end] for window in windows(chunks)]
+            tokens = np.concatenate((tokens, *active))
+            counts = counts + [len(part) for part in active]
+        done = forward(self.model, self._cache, batch, tokens, counts)
+        for generation, error in done.failed:
+            self._broken(generation, error)
+        if done.failed:
+            chunks = [each for each in chunks if each.number in self._all]
+        if done.logits is not None:
+            self._take(chunks, done.logits)
+
+    def _broken(self, generation: Generation, error: Exception) -> None:
+        kind, message = type(error).__name__, str(error)
+        self._abort(generation, "error", ForwardError(generation.request_id, self.core.replica, kind, message))
+
+    def _take(self, chunks: list[Generation], logits: torch.Tensor) -> None:
+        """Sample where a prompt or a row is complete, and move everything on."""
+        rows, started = self._rows, [each for each in chunks if each.ctx.tokens.end == each.ctx.tokens.length]
+        before = len(rows)
+        if len(started) < len(chunks):
+            index = [before + i for i, each in enumerate(chunks) if each.ctx.tokens.end == each.ctx.tokens.length]
+            logits = logits[[*range(before), *index]]
+            for each in chunks:
+                if each.ctx.tokens.end < each.ctx.tokens.length:
+                    each.ctx.update(0)  # a chunk has no token yet
+        if started:
+            now = self._clock()
+            for each in started:
+                each.first_token_at = each.first_token_at or now
+            self._prefill = [each for each in self._prefill if each not in started]
+            rows.add(started)
+        published = dict.fromkeys(chunks)
+        if rows:
+            published |= dict.fromkeys(self._advance(logits))
+        self._cache.publish([each for each in published if each.number in self._all])
+        self._end_rows()
+
+    def _advance(self, logits: torch.Tensor) -> list[Generation]:
+        """Give every row its token; the requests that filled a page."""
+        rows = self._rows
+        sampled = sample(logits, rows.generations, rows.plain)
+        tokens = sampled.tokens
+        logprobs = {rows.generations[row].number: found for row, found in sampled.logprobs.items()}
+        if sampled.failed:
+            tokens = np.delete(tokens, list(sampled.failed))
+            for generation, error in [(rows.generations[row], why) for row, why in sampled.failed.items()]:
+                self._broken(generation, error)
+        self._cache.append(rows.generations, tokens)
+        advanced = rows.advance(tokens)
+        self._events.append(Tokens(rows.numbers, tokens, logprobs))
+        self._generated_tokens += len(tokens)
+        self._ended = {
+            row: "stop" if stopped else "length"
+            for row, stopped in zip(advanced.finished.tolist(), advanced.stopped[advanced.finished], strict=True)
+        }
+        for row in rows.special:
+            self._show(row, int(tokens[row]))
+        return [rows.generations[row] for row in advanced.full]
+
+    def _show(self, row: int, token: int) -> None:
+        """The text of a row that needs it grows by a token; a stop string may end it."""
+        generation = self._rows.generations[row]
+        detokenizer = generation.detokenizer
+        if detokenizer is None:
+            return
+        if self._ended.get(row) != "stop":  # a stop token is not shown
+            detokenizer.add(token)
+        if detokenizer.stopped:
+            self._ended[row] = "stop"
+        if row not in self._ended:
+            self._send_text(generation, detokenizer)
+
+    def _send_text(self, generation: Generation, detokenizer: Detokenizer) -> None:
+        if generation.request.stream_text and (piece := detokenizer.piece()):
+            self._events.append(Text(generation.number, piece))
+
+    # -- the end of a request ----------------------------------------------------------------------------
+
+    def _end_rows(self) -> None:
+        ended, self._ended = self._ended, {}
+        generations = [(self._rows.generations[row], reason) for row, reason in ended.items()]
+        self._rows.drop(ended)
+        for generation, reason in generations:
+            self._cache.release(generation)
+            self._finish(generation, reason, None)
+
+    def _abort(self, generation: Generation, reason: str, error: RaykError) -> None:
+        self._withdraw(generation)
+        self._finish(generation, reason, error)
+
+    def _withdraw(self, generation: Generation) -> int | None:
+        """Take a request from where it is, with its pages; its row, if it had one."""
+        for place in (self._prefill, self._parked):
+            if generation in place:
+                place.remove(generation)
+                self._cache.release(generation)
+                return None
+        if generation in self._rows.generations:
+            row = self._rows.generations.index(generation)
+            self._rows.drop([row])
+            self._cache.release(generation)
+            return row
+        self._waiting = [entry for entry in self._waiting if entry[1] is not generation]
+        heapq.heapify(self._waiting)
+        return None
+
+    def _finish(self, generation: Generation, reason: str, error: RaykError | None) -> None:
+        del self._all[generation.number]
+        self._ids.discard(generation.request_id)
+        self._paused.discard(generation.number)
+        self._finished += error is None
+        self._failed += error is not None
+        text, detokenizer = None, generation.detokenizer
+        if detokenizer is not None:
+            detokenizer.finish()
+            self._send_text(generation, detokenizer)
+            text = detokenizer.text
+        elif self.model.tokenizer is not None:
+            answer = generation.answer.tolist()
+            shown = answer[:-1] if reason == "stop" else answer
+            text = str(self.model.tokenizer.decode(shown, skip_special_tokens=True))
+
+        def after(moment: float | None) -> float | None:
+            return None if moment is None else moment - generation.submitted_at
+
+        now = self._clock()
+        self._events.append(
+            Finished(
+                generation.number,
+                reason,
+                generation.cached_tokens,
+                text,
+                error,
+                generation.preemptions,
+                after(generation.admitted_at),
+                after(generation.first_token_at),
+                now - generation.submitted_at,
+            )
+        )

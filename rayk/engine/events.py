@@ -1,0 +1,62 @@
+"""What a step of an engine reports. Tokens come as columns: one entry a step, whatever the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rayk.errors import RaykError
+
+Numbers = npt.NDArray[np.int64]
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities at one position: of the chosen token, and of the most likely ones."""
+
+    chosen: float
+    top_ids: tuple[int, ...] = ()
+    top: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """Request numbers[i] got tokens[i]: [n] int64 each. `logprobs[i]` exists for those that asked."""
+
+    numbers: Numbers
+    tokens: Numbers
+    logprobs: dict[int, TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """More text of a request that streams it; stop strings never show."""
+
+    number: int
+    piece: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request is over and holds nothing any more.
+
+    `reason` is "stop" (a stop token or string), "length" (as many tokens as asked for, or the model's limit), or, with
+    the `error`, "timeout", "cancelled" or "error". `text` is the whole answer where there is a tokenizer.
+    `cached_tokens` of the prompt were found in the cache at its first admission. Times are seconds of the engine's
+    clock since submission; None: it did not come to that.
+    """
+
+    number: int
+    reason: str
+    cached_tokens: int = 0
+    text: str | None = None
+    error: RaykError | None = None
+    preemptions: int = 0
+    admitted_after: float | None = None
+    first_token_after: float | None = None
+    seconds: float = 0.0
+
+
+Event = Tokens | Text | Finished

@@ -1,0 +1,129 @@
+"""Logits to tokens: the most likely one of each row at once, or transformers' processors and one draw a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rayk.engine.events import TokenLogprobs
+from rayk.engine.generation import Generation
+from rayk.engine.sampling import uniforms
+
+NOT_FINITE = "its logits are not finite; the weights or the dtype may be damaged or unfit"
+
+Processor = Any  # transformers' LogitsProcessor: (input_ids [n, length], scores [n, vocab]) -> scores
+
+
+class Sampled(NamedTuple):
+    """The chosen tokens, [n] int64; by row, what failed (its token means nothing), and log probabilities asked for."""
+
+    tokens: npt.NDArray[np.int64]
+    failed: dict[int, Exception]
+    logprobs: dict[int, TokenLogprobs]
+
+
+def sample(logits: torch.Tensor, generations: Sequence[Generation], plain: bool) -> Sampled:
+    """One token for each row of `logits` ([n, vocab] float32, not changed). `plain`: all rows are plain."""
+    best, tokens = logits.max(dim=-1)
+    chosen = torch.stack((tokens, torch.isfinite(best).to(torch.int64))).cpu().numpy()  # one copy off the device
+    found, finite = chosen[0], chosen[1]
+    failed: dict[int, Exception] = {}
+    if not finite.all():
+        failed = {int(row): FloatingPointError(NOT_FINITE) for row in np.flatnonzero(finite == 0)}
+    if plain:
+        return Sampled(found, failed, {})
+    found = found.copy()
+    good = [row for row in range(len(generations)) if finite[row]]
+    for rows in _alike([row for row in good if not _takes_best(generations[row])], generations):
+        try:
+            found[rows] = _draw(logits[rows], [generations[row] for row in rows])
+        except Exception as error:  # of a processor: a matter of these requests alone
+            failed |= dict.fromkeys(rows, error)
+    asked = [row for row in good if row not in failed and generations[row].sampling.logprobs is not None]
+    return Sampled(found, failed, {row: _logprobs(logits[row], int(found[row]), generations[row]) for row in asked})
+
+
+def is_plain(generation: Generation) -> bool:
+    """Whether its token is the most likely one, and nothing else is wanted."""
+    return _takes_best(generation) and generation.sampling.logprobs is None
+
+
+def _takes_best(generation: Generation) -> bool:
+    return generation.sampling.greedy and generation.sampling.repetition_penalty == 1
+
+
+def _alike(rows: Sequence[int], generations: Sequence[Generation]) -> list[list[int]]:
+    """Rows grouped by what shapes their distributions."""
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for row in rows:
+        groups.setdefault(generations[row].sampling.shape, []).append(row)
+    return list(groups.values())
+
+
+def _draw(scores: torch.Tensor, generations: Sequence[Generation]) -> npt.NDArray[np.int64]:
+    """Tokens of rows whose distributions are shaped alike, [n] int64."""
+    scores = _penalised(scores, generations)
+    sampling = generations[0].sampling
+    if sampling.greedy:
+        return np.asarray(scores.argmax(dim=-1).cpu())
+    if generations[0].processors is None:
+        generations[0].processors = warpers(*sampling.shape)
+    scores = scores - scores.amax(dim=-1, keepdim=True)  # so that a low temperature cannot overflow
+    for process in generations[0].processors:
+        scores = process(None, scores)
+    # The draw is the inverse of the distribution function, in float64 so that its last steps do not vanish.
+    reach = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
+    seeds = np.array([each.seed for each in generations], np.uint64)
+    positions = np.array([each.generated for each in generations], np.uint64)
+    at = torch.from_numpy(uniforms(seeds, positions)).to(reach.device)[:, None] * reach[:, -1:]
+    drawn = torch.searchsorted(reach, at, right=True)[:, 0]
+    return np.asarray(torch.minimum(drawn, _last_possible(scores)).cpu())
+
+
+def _last_possible(scores: torch.Tensor) -> torch.Tensor:
+    """The last token of each row with a probability, [n]: rounding must not carry a draw beyond it."""
+    return scores.shape[-1] - 1 - torch.isfinite(scores).flip(-1).to(torch.int8).argmax(dim=-1)
+
+
+def _penalised(scores: torch.Tensor, generations: Sequence[Generation]) -> torch.Tensor:
+    """Repetition penalties, row by row: each has its own tokens."""
+    if all(each.sampling.repetition_penalty == 1 for each in generations):
+        return scores
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    rows = []
+    for row, each in zip(scores, generations, strict=True):
+        penalty = each.sampling.repetition_penalty
+        if penalty == 1:
+            rows.append(row[None])
+            continue
+        seen = torch.from_numpy(each.ctx.tokens.all.astype(np.int64)).to(row.device)
+        rows.append(RepetitionPenaltyLogitsProcessor(float(penalty))(seen[None], row[None]))
+    return torch.cat(rows)
+
+
+def warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> list[Processor]:
+    """transformers' own, in the order in which generate() applies them."""
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    found: list[Processor] = []
+    if temperature != 1:
+        found.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        found.append(TopKLogitsWarper(int(top_k)))
+    if top_p < 1:
+        found.append(TopPLogitsWarper(float(top_p)))
+    if min_p:
+        found.append(MinPLogitsWarper(float(min_p)))
+    return found
+
+
+def _logprobs(row: torch.Tensor, token: int, generation: Generation) -> TokenLogprobs:
+    scores = torch.log_softmax(row.float(), dim=-1)
+    count = min(generation.sampling.logprobs or 0, len(row))
+    top = torch.topk(scores, count)
+    return TokenLogprobs(float(scores[token]), tuple(top.indices.tolist()), tuple(top.values.tolist()))

@@ -1,0 +1,121 @@
+"""How the next token of a request is chosen: its settings, and the one random number of each position."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 64
+COLD = 1e-6  # temperatures below it are 0: float32 could not tell
+MOST_PENALTY = 1e4
+
+Uint64 = npt.NDArray[np.uint64]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Settings of one request. Checked by the engine, request by request: see problem().
+
+    temperature: 0 takes the most likely token. top_k: 0 is off; top_p: 1 is off; min_p: 0 is off.
+    repetition_penalty: divides the logits of tokens that occurred, the prompt's included; 1 is off.
+    seed: equal seeds give equal tokens for equal logits, whatever else is in the batch; None draws one.
+    stop: strings that end the text, left out of it. stop_token_ids: tokens that end it, kept, as the model's own
+    end-of-sequence tokens are (ignore_eos: those do not end it).
+    logprobs: None, or report the natural logarithm of each chosen token's probability before any of the settings
+    above, and of so many of the most likely ones.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature < COLD
+
+    @property
+    def shape(self) -> tuple[float, int, float, float]:
+        """What shapes the distribution, without what depends on the request's own tokens."""
+        return (self.temperature, self.top_k, self.top_p, self.min_p)
+
+    def problem(self) -> str | None:
+        """Why a request with these settings cannot be served, or None."""
+        checks: list[tuple[str, Any, bool, str]] = [
+            ("max_new_tokens", self.max_new_tokens, _int(self.max_new_tokens, 1), "an integer of at least 1"),
+            ("temperature", self.temperature, _number(self.temperature, 0, math.inf), "a finite number of at least 0"),
+            ("top_k", self.top_k, _int(self.top_k, 0), "an integer of at least 0 (0: off)"),
+            ("top_p", self.top_p, _number(self.top_p, 0, 1) and self.top_p > 0, "above 0 and at most 1 (1: off)"),
+            ("min_p", self.min_p, _number(self.min_p, 0, 1), "between 0 (off) and 1"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                _number(self.repetition_penalty, 1 / MOST_PENALTY, MOST_PENALTY),
+                f"between {1 / MOST_PENALTY:g} and {MOST_PENALTY:g} (1: off)",
+            ),
+            ("seed", self.seed, self.seed is None or _int(self.seed, 0, 2**64 - 1), "an integer of 0 .. 2**64 - 1"),
+            ("stop", self.stop, _strings(self.stop), f"at most {MAX_STOPS} strings that are not empty"),
+            (
+                "stop_token_ids",
+                self.stop_token_ids,
+                isinstance(self.stop_token_ids, (tuple, list))
+                and len(self.stop_token_ids) <= MAX_STOPS
+                and all(_int(token, 0) for token in self.stop_token_ids),
+                f"at most {MAX_STOPS} token ids",
+            ),
+            (
+                "logprobs",
+                self.logprobs,
+                self.logprobs is None or _int(self.logprobs, 0, MAX_LOGPROBS),
+                f"None or an integer of 0 .. {MAX_LOGPROBS}",
+            ),
+        ]
+        return next((f"{name} is {value!r}, it must be {rule}" for name, value, good, rule in checks if not good), None)
+
+
+def _int(value: Any, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
+
+
+def _number(value: Any, low: float, high: float) -> bool:
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and math.isfinite(value) and low <= value <= high
+
+
+def _strings(value: Any) -> bool:
+    listed = isinstance(value, (tuple, list)) and len(value) <= MAX_STOPS
+    return listed and all(isinstance(each, str) and each for each in value)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: Uint64) -> Uint64:
+    """The finalizer of splitmix64 (Steele, Lea, Flood, 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def uniforms(seeds: Uint64, positions: Uint64) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) for each pair of seed and position of the token in the answer, [n] float64.
+
+    A function of the two alone: a request draws the same numbers after a preemption, on another replica, and in any
+    company.
+    """
+    with np.errstate(over="ignore"):
+        mixed = _mix(_mix(seeds + _GOLDEN) + (positions + np.uint64(1)) * _GOLDEN)
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53

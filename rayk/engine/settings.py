@@ -1,0 +1,40 @@
+"""How an engine batches, and what it says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rayk.params import require, require_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """chunk_size: tokens of one forward, decoding rows counted (each of them always gets its token).
+
+    max_queue: requests that wait or run; more are refused. watermark: share of the pages that admissions leave free.
+    """
+
+    chunk_size: int = 512
+    max_queue: int = 4096
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        require_at_least(1, chunk_size=self.chunk_size, max_queue=self.max_queue)
+        require(0 <= self.watermark < 1, f"watermark is {self.watermark}, it must be at least 0 and below 1")
+
+
+class EngineStats(NamedTuple):
+    """Counters since the start, and what there is now. Tokens of prompts count at first admissions."""
+
+    steps: int
+    waiting: int
+    running: int
+    finished: int
+    failed: int
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    free_pages: int
+    pages: int

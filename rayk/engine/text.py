@@ -1,0 +1,67 @@
+"""Tokens to text, a token at a time: characters of several tokens, and strings that end an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+UNFINISHED = "�"  # what a tokenizer shows for bytes that are no whole character (yet)
+
+
+class Detokenizer:
+    """The text of one answer while it grows. `tokenizer.decode(ids, skip_special_tokens=True)` is all it needs.
+
+    A token's text may depend on the tokens before it, so a short run of them is decoded with and without the new
+    ones, and the difference is new text; it waits while it ends in the middle of a character.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self.text = ""  # all of it, up to a stop string
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._longest = max((len(each) for each in stop), default=0)
+        self._ids: list[int] = []
+        self._start = self._read = 0  # ids[start:read] are shown, and decide how the next ones look
+        self._sent = 0
+
+    def add(self, token: int) -> None:
+        """One more token. `stopped` tells whether it completed a stop string; `text` then ends before that."""
+        self._ids.append(token)
+        shown, new = self._decode(self._ids[self._start : self._read]), self._decode(self._ids[self._start :])
+        if len(new) > len(shown) and not new.endswith(UNFINISHED):
+            self._grow(new[len(shown) :])
+            self._start, self._read = self._read, len(self._ids)
+
+    def finish(self) -> None:
+        """There will be no more tokens: what waited for the rest of a character is shown as it is."""
+        if self._read < len(self._ids) and not self.stopped:
+            shown, new = self._decode(self._ids[self._start : self._read]), self._decode(self._ids[self._start :])
+            self._grow(new[len(shown) :])
+            self._start = self._read = len(self._ids)
+        self._stop = ()
+
+    def piece(self) -> str:
+        """The text since the last call, without what may turn out to be the beginning of a stop string."""
+        end = len(self.text) - self._held_back()
+        piece, self._sent = self.text[self._sent : end], max(self._sent, end)
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _grow(self, more: str) -> None:
+        begin = max(0, len(self.text) - self._longest + 1)
+        self.text += more
+        found = [at for at in (self.text.find(each, begin) for each in self._stop) if at >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        if self.stopped or not self._stop:
+            return 0
+        for length in range(min(self._longest - 1, len(self.text)), 0, -1):
+            if any(each.startswith(self.text[-length:]) for each in self._stop):
+                return length
+        return 0
