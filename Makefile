@@ -10,14 +10,15 @@ DEMO_ARGS ?= --workload chat --replicas 2 --forward verify
 DEMO_OUT ?= demo-out
 # `make bench BENCH_ARGS=--smoke` is a short run of the serving benchmark instead.
 BENCH_ARGS ?= core
+BASELINE := docs/measurements/core-baseline.json
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format types bench gpu-report clean
+.PHONY: help setup demo test lint format types bench bench-instructions valgrind gpu-report clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12 picks the interpreter when $(VENV) is made; PYTEST_ARGS, DEMO_ARGS and"
 	@echo "  BENCH_ARGS are handed on, as in: make test PYTEST_ARGS='tests/unit -x'"
@@ -44,6 +45,10 @@ types: $(STAMP)  ## mypy --strict on the packages
 bench: $(STAMP)  ## what the control plane costs, beside its limits and the best peers
 	$(BIN)/rayk bench $(BENCH_ARGS)
 
+# Times are noisy and instructions are not: the same commit comes to the same count within a few thousandths of a percent.
+bench-instructions: $(STAMP) valgrind  ## count instructions under valgrind; fails when one grew by more than 3 %
+	$(BIN)/rayk bench core --only instructions --check --baseline $(BASELINE) --tolerance 0.03
+
 gpu-report: $(STAMP)  ## run the GPU tests and show what they print
 	@$(BIN)/python -c 'import torch; n = torch.cuda.device_count(); \
 	print("gpu-report:", ", ".join(torch.cuda.get_device_name(i) for i in range(n)) if n else \
@@ -54,6 +59,13 @@ gpu-report: $(STAMP)  ## run the GPU tests and show what they print
 clean:  ## remove caches, builds and output (.venv stays; rm -rf .venv starts afresh)
 	rm -rf build dist rayk.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out bench-out
 	find actors rayk scheduler tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+valgrind:
+	@command -v valgrind >/dev/null || { command -v apt-get >/dev/null && \
+		if [ "$$(id -u)" = 0 ]; then apt-get install -y -qq valgrind || { apt-get update -qq && apt-get install -y -qq valgrind; }; \
+		else sudo -n apt-get install -y -qq valgrind; fi; } || { \
+		echo "valgrind is needed and could not be installed: install it with the system's package manager" \
+			"(Debian and Ubuntu: apt-get install valgrind)" >&2; exit 1; }
 
 # -c keeps everything, but pip itself, at the versions in constraints.txt.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/pip

@@ -37,5 +37,11 @@ BOUNDS = {
     "w4": Bound(150.0, 550.0, "mini-sglang"),
     "start-time": Bound(1.0),
     "start-memory": Bound(400.0, scaled=False),
+    "i-w1": Bound(scaled=False),
+    "i-w2": Bound(scaled=False),
+    "i-w3": Bound(scaled=False),
+    "i-w3-batch": Bound(scaled=False),
+    "flat-w1": Bound(1.2, scaled=False),
+    "flat-w3": Bound(1.2, scaled=False),
 }
 """By the key of the figure."""

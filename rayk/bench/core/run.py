@@ -10,17 +10,27 @@ from typing import Any
 from rayk.bench.core.cache import POOL
 from rayk.bench.core.case import Case
 from rayk.bench.core.clock import Unit, lap_ns, quiet
-from rayk.bench.core.decode import BATCHES, STEPS, Decode
+from rayk.bench.core.decode import BATCHES, HAS_BATCH_API, STEPS, Decode
+from rayk.bench.core.instructions import DECODE_BATCH, SIZES, count_instructions
 from rayk.bench.core.limits import BOUNDS, Bound
 from rayk.bench.core.prompts import FULL_REQUESTS, REQUESTS, SMALL_POOL, Prompts, SharedPrefix, filling
 from rayk.bench.core.result import Figure, make_figure
 from rayk.bench.core.served import REQUESTS as TRACE_REQUESTS
 from rayk.bench.core.served import Served
 from rayk.bench.core.start import PAGES, measure_start
-from rayk.manager import PagedKVCacheManager
 
 GROUPS = ("w1", "w2", "w3", "w4", "start")
-"""What `--only` takes, in the order of the table."""
+"""What is measured when nothing is picked, in the order of the table."""
+
+EXTRA_GROUPS = ("instructions",)
+"""What `--only` takes as well: it needs more than the package."""
+
+INSTRUCTION_TITLES = {
+    "w1": "instructions of a cold request",
+    "w2": "instructions of one that shares a prefix",
+    "w3": f"instructions of a step, batch {DECODE_BATCH}",
+    "w3-batch": f"instructions of a step, batch {DECODE_BATCH}, batch API",
+}
 
 Progress = Callable[[str], None]
 
@@ -41,7 +51,7 @@ def make_cases(groups: Iterable[str], trace: Path | None, smoke: bool) -> list[C
     for batch in BATCHES:
         decode = f"request and step, batch {batch}"
         cases.append(Case(f"w3-{batch}", "w3", decode, "us", Decode(batch, steps, many=False)))
-        if hasattr(PagedKVCacheManager, "alloc_many"):
+        if HAS_BATCH_API:
             batched = Decode(batch, steps, many=True)
             cases.append(Case(f"w3-{batch}-batch", "w3", f"{decode}, batch API", "us", batched))
     cases.append(Case("w4", "w4", f"{TRACE_REQUESTS // part:,} requests of {served.name}", "ms", served))
@@ -105,3 +115,20 @@ def start_figures(unit: Unit, repeat: int, report: Progress) -> list[Figure]:
             "start-memory", "its memory beyond the pages", "MB", beyond, median(beyond), 1.0, BOUNDS["start-memory"]
         ),
     ]
+
+
+def instruction_figures(report: Progress) -> list[Figure]:
+    """Instructions of the small cases, and how they grow from 10,000 to 1,000,000 pages."""
+    report("counting instructions under valgrind")
+    counted = count_instructions()
+    figures = []
+    for key, title in INSTRUCTION_TITLES.items():
+        if key in counted:
+            value = counted[key]
+            figures.append(make_figure(f"i-{key}", title, "", [value], value, 1.0, BOUNDS[f"i-{key}"]))
+    small, large = SIZES
+    for key in ("w1", "w3"):
+        value = counted[f"{key}-{large}"] / counted[f"{key}-{small}"]
+        title = f"{INSTRUCTION_TITLES[key]}: 1,000,000 pages over 10,000"
+        figures.append(make_figure(f"flat-{key}", title, "x", [value], value, 1.0, BOUNDS[f"flat-{key}"]))
+    return figures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from rayk.bench.core.baseline import Comparison
 from rayk.bench.core.result import CoreResult, Figure
 
 _COLUMNS = {"": "left", "workload": "left", "here": "right", "limit here": "right", " ": "left"} | {
@@ -43,13 +44,25 @@ def notes(result: CoreResult) -> list[str]:
     return out
 
 
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """How a result differs from its baseline."""
+    entry = comparison.entry
+    than = f"{entry.commit[:10]} ({entry.date}, Python {entry.python}, {entry.cpu})"
+    out = [
+        f"{change.key}: {number(change.before)} -> {number(change.after)}, {word} than {than}"
+        for word, changes in (("worse", comparison.worse), ("better", comparison.better))
+        for change in changes
+    ]
+    return out or [f"Nothing differs by more than {comparison.tolerance:.0%} from {than}."]
+
+
 def _row(figure: Figure) -> tuple[str, ...]:
     verdict = {None: "", True: "[green]ok[/]", False: "[red]over[/]"}[figure.ok]
     faster = figure.times_faster
     return (
         figure.key,
         figure.title,
-        f"{number(figure.value)} {figure.unit}",
+        f"{number(figure.value)} {figure.unit}".rstrip(),
         "" if figure.limit_here is None else number(figure.limit_here),
         verdict,
         number(figure.at_reference),

@@ -1,0 +1,115 @@
+"""Figures of earlier commits, in a file of the repository, so that a regression shows.
+
+Times are kept as they come to on the reference machine (clock.py), instructions as they are. Newer entries come last.
+"""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from rayk.bench.core.result import CoreResult
+from rayk.errors import ConfigError
+
+OTHER_PYTHON = 0.25  # how much may differ from an entry of another minor version of Python
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of one commit, at_reference by key, and what they were measured with."""
+
+    commit: str
+    date: str
+    python: str
+    cpu: str
+    unit_us: float
+    figures: dict[str, float]
+
+    @property
+    def minor(self) -> str:
+        """Python's minor version: 3.11."""
+        return minor(self.python)
+
+
+class Change(NamedTuple):
+    """A figure that differs from the baseline's by the factor `after / before`."""
+
+    key: str
+    before: float
+    after: float
+
+
+class Comparison(NamedTuple):
+    """What differs from `entry` by more than `tolerance` (.1 is 10 %)."""
+
+    entry: Entry
+    tolerance: float
+    worse: list[Change]
+    better: list[Change]
+
+
+def minor(python: str) -> str:
+    """The minor version of a full one."""
+    return ".".join(python.split(".")[:2])
+
+
+def read_baseline(path: Path) -> list[Entry]:
+    """The entries of a file, oldest first. ConfigError says what is wrong with it."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Entry])
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); write it with --save {path}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a baseline of rayk bench core: {error}") from None
+
+
+def save_baseline(path: Path, result: CoreResult, today: date) -> Entry:
+    """Add the result to a file, in place of what the same commit had there for the same Python and processor."""
+    entry = Entry(
+        commit=result.commit or "unknown",
+        date=today.isoformat(),
+        python=result.environment["python"],
+        cpu=result.environment["cpu"],
+        unit_us=round(result.unit_us, 3),
+        figures={figure.key: float(f"{figure.at_reference:.5g}") for figure in result.figures},
+    )
+    before = read_baseline(path) if path.exists() else []
+
+    def same(other: Entry) -> bool:
+        return (other.commit, other.minor, other.cpu) == (entry.commit, entry.minor, entry.cpu)
+
+    figures = {key: value for other in before if same(other) for key, value in other.figures.items()}
+    entry = msgspec.structs.replace(entry, figures=figures | entry.figures)
+    entries = [*(other for other in before if not same(other)), entry]
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(entries), indent=1) + b"\n")
+    return entry
+
+
+def pick(entries: list[Entry], result: CoreResult) -> Entry:
+    """The newest entry with any of the result's figures; of its Python and processor, or else of its Python, if any."""
+    keys = {figure.key for figure in result.figures}
+    usable = [entry for entry in entries if keys & entry.figures.keys()]
+    if not usable:
+        raise ConfigError(f"the baseline has none of {', '.join(sorted(keys))}; write one with --save")
+    python, cpu = minor(result.environment["python"]), result.environment["cpu"]
+    return max(reversed(usable), key=lambda entry: (entry.minor == python, entry.cpu == cpu))
+
+
+def compare(entries: list[Entry], result: CoreResult, tolerance: float) -> Comparison:
+    """The result against the entry that suits it best; with OTHER_PYTHON where that is of another Python."""
+    entry = pick(entries, result)
+    if entry.minor != minor(result.environment["python"]):
+        tolerance = max(tolerance, OTHER_PYTHON)
+    known = [
+        Change(figure.key, entry.figures[figure.key], figure.at_reference)
+        for figure in result.figures
+        if figure.key in entry.figures
+    ]
+    return Comparison(
+        entry,
+        tolerance,
+        worse=[change for change in known if change.after > change.before * (1 + tolerance)],
+        better=[change for change in known if change.after < change.before / (1 + tolerance)],
+    )

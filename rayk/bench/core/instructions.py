@@ -1,0 +1,159 @@
+"""Instructions that a request takes, counted by valgrind: the same on a busy machine as on a quiet one.
+
+`count_instructions()` runs this module under callgrind. There each case is prepared and warmed up uncounted (Python
+specialises code after a few calls), then N and after that 2 N iterations are counted; the difference over N is free of
+what is done once. The caller's update() and the benchmark's clock readings are in the counts. Hashes of str are fixed
+(PYTHONHASHSEED=0); what is left between runs is where things happen to lie in memory, a few tenths of a percent.
+
+The cases are small, and then at 10,000 and at 1,000,000 pages, all full: of what a hundred times the pages and the
+running requests cost, the ratio is free of everything else.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, NamedTuple
+
+from rayk.errors import RaykError
+
+if TYPE_CHECKING:
+    from rayk.manager import PagedKVCacheManager
+
+N_REQUESTS, N_STEPS = 20, 16
+WARM_UP = 100
+DECODE_BATCH = 32
+SIZES = {"10k": 10_000, "1m": 1_000_000}
+FEW_PAGES = 20_000
+LIMIT_S = 300
+
+INSTALL = "install it (Debian, Ubuntu: apt-get install valgrind; make bench-instructions does so where it may)"
+
+
+class CountError(RaykError):
+    """Instructions could not be counted."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"instructions cannot be counted: {self.reason}"
+
+
+class Total(NamedTuple):
+    """Instructions of `times` iterations of the case `key`, and of what was done once."""
+
+    key: str
+    times: int
+    instructions: int
+
+
+def count_instructions() -> dict[str, float]:
+    """Instructions of one iteration of each case by its key. CountError if they cannot be counted."""
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
+        raise CountError(f"there is no valgrind; {INSTALL}")
+    with TemporaryDirectory(prefix="rayk-callgrind-") as folder:
+        out = Path(folder) / "counts"
+        command = [valgrind, "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
+        command += [sys.executable, "-m", "rayk.bench.core.instructions"]
+        environment = os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise CountError(f"valgrind took longer than {LIMIT_S} s") from None
+        if done.returncode:
+            raise CountError(f"the counted process failed:\n{done.stderr[-2000:]}")
+        files = sorted(Path(folder).glob("counts.*"), key=lambda file: int(file.suffix[1:]))
+        return per_iteration([read_total(file.read_text()) for file in files])
+
+
+def read_total(text: str) -> Total:
+    """One output file of callgrind: its trigger is `key times`, see _count()."""
+    trigger = re.search(r"^desc: Trigger: Client Request: (\S+) (\d+)$", text, re.MULTILINE)
+    total = re.search(r"^totals: (\d+)$", text, re.MULTILINE)
+    if trigger is None or total is None:
+        raise CountError("callgrind wrote a file of another form; valgrind 3.19 is known to work")
+    return Total(trigger[1], int(trigger[2]), int(total[1]))
+
+
+def per_iteration(totals: Sequence[Total]) -> dict[str, float]:
+    """Instructions of one iteration by key: the slope between the two totals of each case, which follow each other."""
+    out = {}
+    for few, many in zip(totals[::2], totals[1::2], strict=True):
+        assert few.key == many.key and few.times < many.times
+        out[few.key] = (many.instructions - few.instructions) / (many.times - few.times)
+    return out
+
+
+# -- inside valgrind -------------------------------------------------------------------------------------------------
+
+
+class Counted(NamedTuple):
+    """A prepared case: `work(n)` does n iterations, never the same one twice."""
+
+    key: str
+    times: int
+    work: Callable[[int], object]
+
+
+def _requests(key: str, manager: PagedKVCacheManager, prefix: bool = False) -> Counted:
+    """Requests of 1,024 tokens of their own, or of a shared prefix."""
+    from rayk.bench.core.cache import make_contexts, random_prompts
+    from rayk.bench.core.prompts import PROMPT, SharedPrefix, serve
+
+    count = WARM_UP + 3 * N_REQUESTS
+    left = iter(make_contexts(SharedPrefix(count).prompts() if prefix else random_prompts(count, PROMPT)))
+    serve(manager, list(islice(left, WARM_UP)))
+    return Counted(key, N_REQUESTS, lambda n: serve(manager, list(islice(left, n))))
+
+
+def _decode(key: str, manager: PagedKVCacheManager, many: bool = False) -> Counted:
+    """Steps of a batch."""
+    from rayk.bench.core.decode import decode_each, decode_many, start_batch
+
+    contexts, work = start_batch(manager, DECODE_BATCH), decode_many if many else decode_each
+    work(manager, contexts, WARM_UP)
+    return Counted(key, N_STEPS, lambda n: work(manager, contexts, n))
+
+
+def _cases() -> Iterator[Callable[[], Counted]]:
+    from rayk.bench.core.cache import make_manager
+    from rayk.bench.core.crowd import crowded
+    from rayk.bench.core.decode import HAS_BATCH_API
+
+    yield lambda: _requests("w1", make_manager(FEW_PAGES))
+    yield lambda: _requests("w2", make_manager(FEW_PAGES), prefix=True)
+    yield lambda: _decode("w3", make_manager(FEW_PAGES))
+    if HAS_BATCH_API:
+        yield lambda: _decode("w3-batch", make_manager(FEW_PAGES), many=True)
+    for name, pages in SIZES.items():
+        yield partial(lambda name, pages: _requests(f"w1-{name}", crowded(pages)), name, pages)
+        yield partial(lambda name, pages: _decode(f"w3-{name}", crowded(pages)), name, pages)
+
+
+def _main() -> None:
+    import torch
+
+    from rayk.bench.core.callgrind import Callgrind
+
+    torch.set_num_threads(1)
+    callgrind = Callgrind()
+    gc.disable()  # what makes garbage here is dropped case by case
+    for prepare in _cases():
+        case = prepare()
+        for times in (case.times, 2 * case.times):
+            with callgrind.counting(f"{case.key} {times}"):
+                case.work(times)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,82 @@
+"""Counting instructions, as far as it goes without valgrind; `make bench-instructions` does the rest."""
+
+import platform
+import shutil
+import subprocess
+
+import pytest
+
+from rayk import cli
+from rayk.bench.core import run
+from rayk.bench.core.cache import PAGE_SIZE
+from rayk.bench.core.callgrind import Callgrind
+from rayk.bench.core.crowd import PAGES_PER_RUNNING, crowded
+from rayk.bench.core.instructions import CountError, Total, count_instructions, per_iteration, read_total
+
+FILE = """# callgrind format
+version: 1
+creator: callgrind-3.19.0
+desc: Timerange: Basic block 10 - 20
+desc: Trigger: Client Request: w1-10k 20
+
+events: Ir
+summary: 2343956
+fn=(1) f
+1 2
+
+totals: 2344037
+"""
+
+
+def test_a_count_is_read_from_callgrinds_file() -> None:
+    assert read_total(FILE) == Total("w1-10k", 20, 2344037)
+    with pytest.raises(CountError, match="another form"):
+        read_total(FILE.replace("totals", "total"))
+
+
+def test_what_is_done_once_does_not_count() -> None:
+    assert per_iteration([Total("a", 10, 1500), Total("a", 20, 2500), Total("b", 1, 7), Total("b", 3, 7)]) == {
+        "a": 100.0,
+        "b": 0.0,
+    }
+
+
+def test_without_valgrind_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert cli.main(["bench", "core", "--only", "instructions", "--check"]) == 1
+    assert "there is no valgrind; install it (Debian, Ubuntu: apt-get" in capsys.readouterr().err
+
+
+def test_what_fails_under_valgrind_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/valgrind")
+    failed = subprocess.CompletedProcess([], 1, "", "Illegal instruction")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(CountError, match="Illegal instruction"):
+        count_instructions()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the request is x86-64 machine code")
+def test_a_request_does_nothing_without_valgrind() -> None:
+    with pytest.raises(OSError, match="does not run under valgrind"):
+        Callgrind()
+
+
+def test_figures_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = {"w1": 5.0, "w2": 6.0, "w3": 7.0, "w1-10k": 10.0, "w1-1m": 11.0, "w3-10k": 10.0, "w3-1m": 13.0}
+    monkeypatch.setattr(run, "count_instructions", lambda: counted)
+    figures = {figure.key: figure for figure in run.instruction_figures(lambda _: None)}
+    assert (figures["i-w1"].value, figures["i-w1"].ok) == (5.0, None)
+    assert (figures["flat-w1"].value, figures["flat-w1"].ok) == (1.1, True)
+    assert (figures["flat-w3"].value, figures["flat-w3"].ok) == (1.3, False)
+
+
+def test_a_crowded_replica_is_full() -> None:
+    pages = 1500
+    manager = crowded(pages)
+    assert manager.get_num_used_pages(0) == pages // PAGES_PER_RUNNING * 65
+    backend = manager._backend
+    (core,) = backend.cores  # type: ignore[attr-defined]
+    assert len(core.requests) == pages // PAGES_PER_RUNNING
+    assert core.usage.cached > pages - manager.get_num_used_pages(0) - 1024 // PAGE_SIZE
