@@ -66,11 +66,15 @@ class KVCacheQuantizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KVConnectorConfig:
-    """Where a host or disk tier keeps its pages. Sizes in bytes, per node."""
+    """Where a host or disk tier keeps its pages. Sizes in bytes, per node.
+
+    `model_id` tells models of one shape apart that share a directory; use the checkpoint's name and revision.
+    """
 
     disk_offload_dir: str | Path | None = None
     disk_offload_max_bytes: int = 0
     num_disk_workers: int = 4
+    model_id: str = ""
 
     def __post_init__(self) -> None:
         require_at_least(0, disk_offload_max_bytes=self.disk_offload_max_bytes)

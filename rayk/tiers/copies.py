@@ -1,0 +1,188 @@
+"""Copying whole pages between a replica's device buffers and rows of host memory.
+
+A row holds one page of all buffers, one after the other (leaves, TP shards, values, scales): `bytes_per_page` bytes.
+On the CPU a copy is done when the call returns. On CUDA copies run on their own streams, one for each direction:
+stores wait for what the compute stream has queued so far, and the compute stream waits for loads, so neither blocks
+the caller; a page that is still being stored is fenced before it is written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rayk.tiers.connector import Pages
+
+Rows = npt.NDArray[np.uint8]  # [rows, bytes per page]
+
+
+class Ticket(Protocol):
+    """A copy under way."""
+
+    def poll(self) -> bool: ...
+    def wait(self) -> None: ...
+
+
+class PageCopier(Protocol):
+    """Moves pages of one replica. `rows` of a call stay untouched by others until its ticket is done (None: now)."""
+
+    page_bytes: int
+
+    def store(self, pages: Pages, pool: Rows, rows: Sequence[int]) -> Ticket | None:
+        """Device pages -> pool[rows]."""
+        ...
+
+    def load(self, pool: Rows, rows: Sequence[int], pages: Pages) -> Ticket | None:
+        """pool[rows] -> device pages."""
+        ...
+
+    def fence(self, pages: Pages) -> None:
+        """Before these pages are given to somebody else: nothing reads them any more, in stream order."""
+        ...
+
+
+def make_copier(buffers: Sequence[torch.Tensor]) -> PageCopier:
+    """`buffers` are uint8 `[pages, bytes per page]`, one per device buffer, sharing memory with it."""
+    return CudaCopier(buffers) if any(b.is_cuda for b in buffers) else HostCopier(buffers)
+
+
+def _parts(buffers: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Where each buffer's part of a page is in a row: start, stop."""
+    parts, at = [], 0
+    for buffer in buffers:
+        parts.append((at, at + buffer.shape[1]))
+        at += buffer.shape[1]
+    return parts
+
+
+def runs(pages: Sequence[int], rows: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Maximal stretches (page, row, count) in which both numbers grow by one: each is a single copy."""
+    found: list[tuple[int, int, int]] = []
+    for page, row in zip(pages, rows, strict=True):
+        if found and found[-1][0] + found[-1][2] == page and found[-1][1] + found[-1][2] == row:
+            found[-1] = (found[-1][0], found[-1][1], found[-1][2] + 1)
+        else:
+            found.append((page, row, 1))
+    return found
+
+
+class HostCopier:
+    """Pages in host memory: plain copies."""
+
+    def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
+        self._buffers = [b.numpy() for b in buffers]
+        self._parts = _parts(buffers)
+        self.page_bytes = self._parts[-1][1]
+
+    def store(self, pages: Pages, pool: Rows, rows: Sequence[int]) -> None:
+        for page, row, count in runs(pages.tolist(), rows):
+            for buffer, (start, stop) in zip(self._buffers, self._parts, strict=True):
+                pool[row : row + count, start:stop] = buffer[page : page + count]
+
+    def load(self, pool: Rows, rows: Sequence[int], pages: Pages) -> None:
+        for page, row, count in runs(pages.tolist(), rows):
+            for buffer, (start, stop) in zip(self._buffers, self._parts, strict=True):
+                buffer[page : page + count] = pool[row : row + count, start:stop]
+
+    def fence(self, pages: Pages) -> None:
+        pass
+
+
+class _Event:
+    """Copies on several devices' streams."""
+
+    def __init__(self, events: Sequence[torch.cuda.Event]) -> None:
+        self.events = events
+
+    def poll(self) -> bool:
+        return all(e.query() for e in self.events)  # type: ignore[no-untyped-call]  # torch's streams have no types
+
+    def wait(self) -> None:
+        for event in self.events:
+            event.synchronize()
+
+
+class CudaCopier:
+    """Pages in GPU memory. The pool should be registered with CUDA (register()), else copies block the caller."""
+
+    def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
+        self._buffers = list(buffers)
+        self._parts = _parts(buffers)
+        self.page_bytes = self._parts[-1][1]
+        self._devices = sorted({b.device for b in buffers}, key=str)
+        self._stores = {d: torch.cuda.Stream(d) for d in self._devices}  # type: ignore[no-untyped-call]
+        self._loads = {d: torch.cuda.Stream(d) for d in self._devices}  # type: ignore[no-untyped-call]
+        self._storing: list[tuple[frozenset[int], _Event]] = []
+        self._pools: dict[int, torch.Tensor] = {}
+
+    def _pool(self, pool: Rows) -> torch.Tensor:
+        """The same memory as a tensor; made once for the node's pool, which lives as long as the process."""
+        tensor = self._pools.get(pool.ctypes.data)
+        if tensor is None or tensor.shape != pool.shape:
+            tensor = torch.from_numpy(pool)
+            self._pools = {pool.ctypes.data: tensor}
+        return tensor
+
+    def _copy(
+        self,
+        streams: dict[torch.device, torch.cuda.Stream],
+        pages: Pages,
+        copy: Callable[[torch.Tensor, int, int], None],
+    ) -> _Event:
+        events = []
+        for device, stream in streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for buffer, (start, stop) in zip(self._buffers, self._parts, strict=True):
+                    if buffer.device == device:
+                        copy(buffer, start, stop)
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(stream)
+                events.append(event)
+        return _Event(events)
+
+    def store(self, pages: Pages, pool: Rows, rows: Sequence[int]) -> Ticket:
+        host, stretches = self._pool(pool), runs(pages.tolist(), rows)
+
+        def copy(buffer: torch.Tensor, start: int, stop: int) -> None:
+            for page, row, count in stretches:
+                host[row : row + count, start:stop].copy_(buffer[page : page + count], non_blocking=True)
+
+        ticket = self._copy(self._stores, pages, copy)
+        self._storing = [s for s in self._storing if not s[1].poll()]
+        self._storing.append((frozenset(pages.tolist()), ticket))
+        return ticket
+
+    def load(self, pool: Rows, rows: Sequence[int], pages: Pages) -> Ticket:
+        host, stretches = self._pool(pool), runs(pages.tolist(), rows)
+
+        def copy(buffer: torch.Tensor, start: int, stop: int) -> None:
+            for page, row, count in stretches:
+                buffer[page : page + count].copy_(host[row : row + count, start:stop], non_blocking=True)
+
+        self.fence(pages)
+        ticket = self._copy(self._loads, pages, copy)
+        for event, device in zip(ticket.events, self._devices, strict=True):
+            torch.cuda.current_stream(device).wait_event(event)
+        return ticket
+
+    def fence(self, pages: Pages) -> None:
+        if not self._storing:
+            return
+        self._storing = [s for s in self._storing if not s[1].poll()]
+        wanted = set(pages.tolist())
+        for stored, ticket in self._storing:
+            if not wanted.isdisjoint(stored):
+                for event, device in zip(ticket.events, self._devices, strict=True):
+                    torch.cuda.current_stream(device).wait_event(event)
+
+
+def register(pool: Rows) -> str:
+    """Page-lock the pool for CUDA in this process, once; why it could not be, or "". Copies work either way."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = runtime.cudaHostRegister(pool.ctypes.data, pool.nbytes, 0)
+    return "" if int(code) == 0 else f"cudaHostRegister answered {code}"

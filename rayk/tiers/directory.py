@@ -1,0 +1,339 @@
+"""Which page is in which slot of a tier, for all processes of a node: a table in shared memory.
+
+The truth is one record per slot: its state, key (page hash), tick of last use, and who holds it. Everything else is
+derived and rebuilt when a process died while changing it: the hash table over the slots and the sums.
+
+    EMPTY --reserve()--> WRITING --publish()--> READY --(reserve() of another page)--> WRITING
+                            `-----abandon()----> EMPTY    '--seize()--> WRITING
+
+A page can be found only when it is READY, that is after its bytes were written: a writer that dies leaves a WRITING
+slot, which reap() takes over. READY slots that somebody has pinned are not given away. contains() takes no lock and
+may be wrong for a moment; pin() decides.
+
+Order of eviction: least recently used first; in a run of pages that were used together the deepest first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+
+from rayk.errors import IntegrityError
+from rayk.tiers.segment import MAX_PARTICIPANTS, Segment
+
+KEY_BYTES = 32  # shorter hashes are padded with zeros
+PRESENT = -1  # reserve(): the page is there or on its way
+FULL = -2  # reserve(): every slot is pinned or being written
+
+_CLOCK, _USED = 8, 9  # words of the segment
+_PAD = bytes(KEY_BYTES)
+
+
+class State(IntEnum):
+    EMPTY = 0
+    WRITING = 1
+    READY = 2
+
+
+class Directory:
+    """`slots` records in `segment`; `data` is the rest of its body. All changes are made under the segment's lock."""
+
+    def __init__(self, segment: Segment, slots: int) -> None:
+        self.slots = slots
+        self._segment = segment
+        self._seat = segment.seat
+        self._words = segment.words
+        at = 0
+
+        def take(dtype: str, *shape: int) -> np.ndarray:
+            nonlocal at
+            array = segment.body[at : at + int(np.prod(shape)) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+            at += -(-array.nbytes // 64) * 64
+            return array
+
+        self._table = take("int32", _table_size(slots))  # slot + 1, 0: nothing
+        self._ticks = take("uint64", slots)
+        self._keys = take("uint8", slots, KEY_BYTES)
+        self._state = take("uint8", slots)
+        self._owner = take("uint8", slots)  # seat of the writer
+        self._pins = take("uint16", slots)  # the sum over _pinned
+        self._pinned = take("uint16", MAX_PARTICIPANTS, slots)
+        self.data = segment.body[at:]
+        self._mask = len(self._table) - 1
+        self._cells = self._table.data  # scalar reads of a memoryview are the cheap ones
+        self._states = self._state.data
+        self._key_bytes = self._keys.data.cast("B")
+        self._queue: deque[tuple[int, int]] = deque()  # (slot, tick) to give away next; checked when met
+        segment.repair = self._repair
+
+    @staticmethod
+    def num_bytes(slots: int) -> int:
+        """Bytes of the records in a segment, before its data."""
+        per_slot = (8, KEY_BYTES, 1, 1, 2, 2 * MAX_PARTICIPANTS)
+        return sum(-(-slots * size // 64) * 64 for size in per_slot) + -(-_table_size(slots) * 4 // 64) * 64
+
+    # -- looking: no lock ----------------------------------------------------------------------
+
+    def contains(self, key: bytes) -> bool:
+        """Whether the page was READY a moment ago. A miss costs about a microsecond and no system call."""
+        cells, mask = self._cells, self._mask
+        at = int.from_bytes(key[:8], "little") & mask
+        while cell := cells[at]:
+            start = (cell - 1) * KEY_BYTES
+            if self._key_bytes[start : start + len(key)] == key:
+                return self._states[cell - 1] == State.READY
+            at = (at + 1) & mask
+        return False
+
+    @property
+    def used(self) -> int:
+        """Slots that hold a page or are being written."""
+        return int(self._words[_USED])
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def reserve(self, keys: Sequence[bytes]) -> list[int]:
+        """A slot to write each page into, PRESENT or FULL. Publish or abandon every slot got."""
+        with self._segment:
+            return [self._reserve(key) for key in keys]
+
+    def _reserve(self, key: bytes) -> int:
+        slot = self._find(key)
+        if slot is not None:
+            return PRESENT
+        slot = self._next_slot()
+        if slot is None:
+            return FULL
+        if self._state[slot] != State.EMPTY:
+            self._empty(slot)
+        self._keys[slot] = np.frombuffer(key.ljust(KEY_BYTES, b"\0"), np.uint8)
+        self._owner[slot] = self._seat
+        self._state[slot] = State.WRITING
+        self._words[_USED] += np.uint64(1)
+        self._insert(slot)
+        return slot
+
+    def publish(self, slots: Sequence[int], pin: Collection[int] = ()) -> None:
+        """The pages are written: let them be found, the first one evicted last. The caller holds those in `pin`."""
+        with self._segment:
+            self._use(slots)
+            for slot in slots:
+                assert self._state[slot] == State.WRITING and self._owner[slot] == self._seat
+                self._state[slot] = State.READY
+                if slot in pin:
+                    self._pin(slot, 1)
+
+    def abandon(self, slots: Sequence[int]) -> None:
+        """The pages were not written: free their slots."""
+        with self._segment:
+            for slot in slots:
+                assert self._state[slot] == State.WRITING and self._owner[slot] == self._seat
+                self._empty(slot)
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def pin(self, keys: Sequence[bytes]) -> list[int]:
+        """The slot of each page, -1 where it is not READY; those found are held until unpin()."""
+        with self._segment:
+            found = [self._ready(key) for key in keys]
+            got = [slot for slot in found if slot >= 0]
+            for slot in got:
+                self._pin(slot, 1)
+            self._use(got)
+            return found
+
+    def unpin(self, slots: Sequence[int]) -> None:
+        """Let go of pinned pages."""
+        with self._segment:
+            for slot in slots:
+                assert self._pinned[self._seat, slot] > 0
+                self._pin(slot, -1)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Pages of one prefix, in order, were used just now."""
+        with self._segment:
+            self._use([slot for slot in map(self._ready, keys) if slot >= 0])
+
+    def seize(self, slot: int, key: bytes) -> bool:
+        """Take an unreadable page from the readers, unless somebody holds it. Then clean up and abandon() its slot."""
+        with self._segment:
+            if self._ready(key) != slot or self._pins[slot]:
+                return False
+            self._state[slot] = State.WRITING
+            self._owner[slot] = self._seat
+            return True
+
+    def seize_all(self) -> list[int]:
+        """The same for all pages that nobody holds or writes; their slots."""
+        with self._segment:
+            found = np.flatnonzero((self._state == State.READY) & (self._pins == 0))
+            self._owner[found] = self._seat
+            self._state[found] = State.WRITING
+            return found.tolist()
+
+    def restore(self, slot: int, key: bytes) -> bool:
+        """While the tier is opened: the page is in that slot already. False if the slot or the page is taken."""
+        with self._segment:
+            if self._state[slot] != State.EMPTY or self._find(key) is not None:
+                return False
+            self._keys[slot] = np.frombuffer(key.ljust(KEY_BYTES, b"\0"), np.uint8)
+            self._use([slot])
+            self._state[slot] = State.READY
+            self._words[_USED] += np.uint64(1)
+            self._insert(slot)
+            return True
+
+    def empty_slots(self) -> list[int]:
+        """Slots without a page."""
+        return np.flatnonzero(self._state == State.EMPTY).tolist()
+
+    # -- the dead --------------------------------------------------------------------------------
+
+    def reap(self, own_seat: bool = False) -> list[int]:
+        """Take over what participants held that died: their pins are gone, and the slots that they were writing are
+        the caller's to clean up and abandon(). With `own_seat` also what the last holder of this seat left behind."""
+        with self._segment:
+            dead = self._segment.dead_seats()
+            lost: list[int] = []
+            for seat in [*dead, self._seat] if own_seat else dead:
+                lost += self._reap_seat(seat)
+                if seat != self._seat:
+                    self._segment.seats[seat] = 0
+            return lost
+
+    def _reap_seat(self, seat: int) -> list[int]:
+        row = self._pinned[seat]
+        for slot in np.flatnonzero(row):
+            self._pins[slot] -= row[slot]
+            row[slot] = 0
+        lost = np.flatnonzero((self._state == State.WRITING) & (self._owner == seat))
+        self._owner[lost] = self._seat
+        return lost.tolist()
+
+    def _repair(self) -> None:
+        """Somebody died while changing the records: rebuild what is derived from them."""
+        self._table[:] = 0
+        self._words[_USED] = np.count_nonzero(self._state)
+        self._pins[:] = self._pinned.sum(axis=0)
+        for slot in np.flatnonzero(self._state).tolist():
+            if self._find(self._key(slot)) is None:
+                self._insert(slot)
+            else:  # never two slots for one page
+                self._state[slot] = State.EMPTY
+                self._words[_USED] -= np.uint64(1)
+        self._words[_CLOCK] = max(int(self._words[_CLOCK]), int(self._ticks.max(initial=0)))
+
+    # -- inside the lock ---------------------------------------------------------------------------
+
+    def _key(self, slot: int) -> bytes:
+        return bytes(self._keys[slot].data)
+
+    def _find(self, key: bytes) -> int | None:
+        """The slot of that page in any state."""
+        cells, mask = self._cells, self._mask
+        at = int.from_bytes(key[:8], "little") & mask
+        while cell := cells[at]:
+            start = (cell - 1) * KEY_BYTES
+            if self._key_bytes[start : start + len(key)] == key:
+                return cell - 1
+            at = (at + 1) & mask
+        return None
+
+    def _ready(self, key: bytes) -> int:
+        slot = self._find(key)
+        return slot if slot is not None and self._states[slot] == State.READY else -1
+
+    def _home(self, slot: int) -> int:
+        return int.from_bytes(self._key_bytes[slot * KEY_BYTES : slot * KEY_BYTES + 8], "little") & self._mask
+
+    def _insert(self, slot: int) -> None:
+        at = self._home(slot)
+        while self._cells[at]:
+            at = (at + 1) & self._mask
+        self._cells[at] = slot + 1
+
+    def _empty(self, slot: int) -> None:
+        """Take the slot's page out of the table; later cells of its chain move up, so that no gap hides them."""
+        cells, mask = self._cells, self._mask
+        self._state[slot] = State.EMPTY
+        self._words[_USED] -= np.uint64(1)
+        at = self._home(slot)
+        while cells[at] != slot + 1:
+            at = (at + 1) & mask
+        gap = at
+        while cell := cells[(at := (at + 1) & mask)]:
+            if (at - self._home(cell - 1)) & mask >= (at - gap) & mask:
+                cells[gap] = cell
+                gap = at
+        cells[gap] = 0
+
+    def _pin(self, slot: int, by: int) -> None:
+        self._pinned[self._seat, slot] += by
+        self._pins[slot] += by
+
+    def _use(self, slots: Sequence[int]) -> None:
+        """Stamp slots as used now, the first latest, so that the deepest page of a run goes first."""
+        clock = int(self._words[_CLOCK])
+        self._words[_CLOCK] = clock + len(slots)
+        for back, slot in enumerate(slots):
+            self._ticks[slot] = clock + len(slots) - back
+
+    def _next_slot(self) -> int | None:
+        """An empty slot, else the least recently used one that nobody holds, else None."""
+        for _ in range(2):
+            while self._queue:
+                slot, tick = self._queue.popleft()
+                state = self._states[slot]
+                if state == State.EMPTY or (
+                    state == State.READY and self._ticks[slot] == tick and not self._pins[slot]
+                ):
+                    return slot
+            self._refill()
+        return None
+
+    def _refill(self) -> None:
+        """Look for slots to give away next; what is looked for once lasts for many calls, and its order is exact:
+        whatever is used later bears a later tick than all that were found."""
+        batch = max(16, self.slots // 16)
+        found = np.flatnonzero(self._state == State.EMPTY)[:batch]
+        if not len(found):
+            found = np.flatnonzero((self._state == State.READY) & (self._pins == 0))
+            if len(found) > batch:
+                found = found[np.argpartition(self._ticks[found], batch)[:batch]]
+            found = found[np.argsort(self._ticks[found])]
+        self._queue.extend(zip(found.tolist(), self._ticks[found].tolist(), strict=True))
+
+    # -- checking ----------------------------------------------------------------------------------
+
+    def held(self) -> int:
+        """Slots that this participant has pinned or is writing."""
+        writing = (self._state == State.WRITING) & (self._owner == self._seat)
+        return int(np.count_nonzero(self._pinned[self._seat]) + np.count_nonzero(writing))
+
+    def held_by_any(self) -> int:
+        """Slots that anybody has pinned or is writing."""
+        return int(np.count_nonzero(self._pins) + np.count_nonzero(self._state == State.WRITING))
+
+    def check_integrity(self, where: str | Path) -> None:
+        """IntegrityError unless the table and all sums agree with the records."""
+        with self._segment:
+            used = np.flatnonzero(self._state)
+            listed = sorted(int(c) - 1 for c in self._table if c)
+            self._check(where, listed == used.tolist(), f"{len(listed)} pages listed, {len(used)} in slots")
+            self._check(where, self.used == len(used), f"{self.used} slots counted, {len(used)} used")
+            for slot in used.tolist():
+                self._check(where, self._find(self._key(slot)) == slot, f"slot {slot} is not found by its key")
+            self._check(where, bool((self._pinned.sum(axis=0) == self._pins).all()), "pins do not add up")
+
+    @staticmethod
+    def _check(where: str | Path, ok: bool, message: str) -> None:
+        if not ok:
+            raise IntegrityError(f"tier at {where}", message)
+
+
+def _table_size(slots: int) -> int:
+    return 1 << max(6, (2 * slots - 1).bit_length())

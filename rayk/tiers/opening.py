@@ -1,0 +1,54 @@
+"""Opening a replica's connector from its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from rayk.params import KVCacheParams
+from rayk.planning import measure_node
+from rayk.tiers.connector import Connector, NullConnector, TierCounters
+from rayk.tiers.copies import CudaCopier, make_copier, register
+from rayk.tiers.disk import DiskTier
+from rayk.tiers.identity import fingerprint, keep_seed
+from rayk.tiers.pool import HostPool
+from rayk.tiers.tiered import TieredConnector
+from rayk.tiers.workers import Workers
+
+KEY_BYTES = {"sha256": 32, "xxh3_128": 16}
+
+
+def open_connector(
+    params: KVCacheParams, buffers: Sequence[torch.Tensor], host_pages: int, pool: str | None
+) -> Connector:
+    """The connector that `params.kv_connector` names, for one replica.
+
+    `buffers` are its device pages as uint8 `[pages, bytes per page]`; `host_pages` is the node's; `pool` names the
+    cluster, so that its replicas on a node share one pool (None: they are alone). PlanError when there is no room.
+    """
+    if params.kv_connector == "null" or not host_pages:
+        return NullConnector()
+    copier, counters = make_copier(buffers), TierCounters()
+    host = HostPool(pool, host_pages, copier.page_bytes, measure_node().host_free)
+    if isinstance(copier, CudaCopier):
+        register(host.rows)
+    disk, workers, config = None, None, params.kv_connector_config
+    if params.kv_connector == "tiered" and config is not None and config.disk_offload_dir is not None:
+        folder = Path(config.disk_offload_dir)
+        disk = DiskTier(
+            folder,
+            fingerprint(params),
+            copier.page_bytes,
+            config.disk_offload_max_bytes,
+            KEY_BYTES[params.kv_hash_algo],
+            counters,
+        )
+        workers = Workers(config.num_disk_workers)
+        if not disk.trouble and params.kv_hash_seed is not None:
+            try:
+                keep_seed(folder, params.kv_hash_seed)
+            except OSError as error:
+                disk.trouble = f"the seed cannot be kept at {folder}: {error.strerror}"
+    return TieredConnector(copier, host, disk, workers, counters)

@@ -1,0 +1,61 @@
+"""The host tier of a node: one pool of page rows in shared memory for all replicas of a cluster on that node."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from rayk.errors import PlanError
+from rayk.tiers.copies import Rows
+from rayk.tiers.directory import Directory
+from rayk.tiers.disk import SHARED_MEMORY
+from rayk.tiers.segment import HEADER_BYTES, Segment, sweep
+
+PREFIX = "rayk-pool-"
+ALIGNMENT = 4096
+
+
+class HostPool:
+    """`rows[slot]` is the page in that slot of `directory`. `name` is the cluster's; None makes a private pool.
+
+    PlanError when the node has no room for `pages` pages of `page_bytes`.
+    """
+
+    def __init__(self, name: str | None, pages: int, page_bytes: int, free_bytes: int | None = None) -> None:
+        records = -(-Directory.num_bytes(pages) // ALIGNMENT) * ALIGNMENT
+        size = records + pages * page_bytes
+        sweep(SHARED_MEMORY, PREFIX)
+        self._segment = Segment.attach(pool_path(name), size, page_bytes, lambda _: _check_room(size, free_bytes))
+        self.directory = Directory(self._segment, pages)
+        if not self._segment.fresh:
+            self.reap(own_seat=True)
+        self.rows: Rows = self._segment.body[records:].reshape(pages, page_bytes)
+        self.pages = pages
+
+    def reap(self, own_seat: bool = False) -> None:
+        """Free what dead replicas held."""
+        self.directory.abandon(self.directory.reap(own_seat))
+
+    def reset(self) -> None:
+        """Forget all pages that nobody holds."""
+        self.reap()
+        self.directory.abandon(self.directory.seize_all())
+
+    def close(self) -> None:
+        """Detach; the last one gives the memory back."""
+        self._segment.close()
+
+
+def pool_path(name: str | None) -> Path | None:
+    """Where the pool of that cluster is on this node."""
+    if name is None:
+        return None
+    return SHARED_MEMORY / f"{PREFIX}{os.getuid()}-{hashlib.sha256(name.encode()).hexdigest()[:24]}"
+
+
+def _check_room(size: int, free_bytes: int | None) -> None:
+    if free_bytes is not None and size + HEADER_BYTES > free_bytes:
+        raise PlanError(
+            f"the host tier needs {size} bytes of memory, this node has {free_bytes} free; ask for fewer host pages"
+        )
