@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +29,10 @@ PRESENT = -1  # reserve(): the page is there or on its way
 FULL = -2  # reserve(): every slot is pinned or being written
 
 _CLOCK, _USED = 8, 9  # words of the segment
-_PAD = bytes(KEY_BYTES)
+_LOW = (1 << 32) - 1
 
 
-class State(IntEnum):
-    EMPTY = 0
-    WRITING = 1
-    READY = 2
+EMPTY, WRITING, READY = 0, 1, 2
 
 
 class Directory:
@@ -55,17 +51,22 @@ class Directory:
             at += -(-array.nbytes // 64) * 64
             return array
 
-        self._table = take("int32", _table_size(slots))  # slot + 1, 0: nothing
+        self._table = take("uint64", _table_size(slots))  # tag << 32 | slot + 1; 0: nothing
         self._ticks = take("uint64", slots)
         self._keys = take("uint8", slots, KEY_BYTES)
         self._state = take("uint8", slots)
         self._owner = take("uint8", slots)  # seat of the writer
-        self._pins = take("uint16", slots)  # the sum over _pinned
-        self._pinned = take("uint16", MAX_PARTICIPANTS, slots)
+        self._pins = take("int16", slots)  # the sum over _pinned
+        self._pinned = take("int16", MAX_PARTICIPANTS, slots)
         self.data = segment.body[at:]
         self._mask = len(self._table) - 1
-        self._cells = self._table.data  # scalar reads of a memoryview are the cheap ones
+        self._cells = self._table.data  # scalars of a memoryview are the cheap ones
         self._states = self._state.data
+        self._owners = self._owner.data
+        self._stamps = self._ticks.data
+        self._sums = self._pins.data
+        self._mine = self._pinned[self._seat].data
+        self._counts = segment.words.data
         self._key_bytes = self._keys.data.cast("B")
         self._queue: deque[tuple[int, int]] = deque()  # (slot, tick) to give away next; checked when met
         segment.repair = self._repair
@@ -74,18 +75,20 @@ class Directory:
     def num_bytes(slots: int) -> int:
         """Bytes of the records in a segment, before its data."""
         per_slot = (8, KEY_BYTES, 1, 1, 2, 2 * MAX_PARTICIPANTS)
-        return sum(-(-slots * size // 64) * 64 for size in per_slot) + -(-_table_size(slots) * 4 // 64) * 64
+        return sum(-(-slots * size // 64) * 64 for size in per_slot) + -(-_table_size(slots) * 8 // 64) * 64
 
     # -- looking: no lock ----------------------------------------------------------------------
 
     def contains(self, key: bytes) -> bool:
         """Whether the page was READY a moment ago. A miss costs about a microsecond and no system call."""
-        cells, mask = self._cells, self._mask
-        at = int.from_bytes(key[:8], "little") & mask
+        number = _number(key)
+        cells, mask, tag = self._cells, self._mask, number >> 32
+        at = number & mask
         while cell := cells[at]:
-            start = (cell - 1) * KEY_BYTES
-            if self._key_bytes[start : start + len(key)] == key:
-                return self._states[cell - 1] == State.READY
+            if cell >> 32 == tag:
+                start = ((cell & _LOW) - 1) * KEY_BYTES
+                if self._key_bytes[start : start + len(key)] == key:
+                    return self._states[(cell & _LOW) - 1] == READY
             at = (at + 1) & mask
         return False
 
@@ -108,12 +111,12 @@ class Directory:
         slot = self._next_slot()
         if slot is None:
             return FULL
-        if self._state[slot] != State.EMPTY:
+        if self._states[slot] != EMPTY:
             self._empty(slot)
-        self._keys[slot] = np.frombuffer(key.ljust(KEY_BYTES, b"\0"), np.uint8)
-        self._owner[slot] = self._seat
-        self._state[slot] = State.WRITING
-        self._words[_USED] += np.uint64(1)
+        self._key_bytes[slot * KEY_BYTES : (slot + 1) * KEY_BYTES] = key.ljust(KEY_BYTES, b"\0")
+        self._owners[slot] = self._seat
+        self._states[slot] = WRITING
+        self._counts[_USED] += 1
         self._insert(slot)
         return slot
 
@@ -122,8 +125,8 @@ class Directory:
         with self._segment:
             self._use(slots)
             for slot in slots:
-                assert self._state[slot] == State.WRITING and self._owner[slot] == self._seat
-                self._state[slot] = State.READY
+                assert self._states[slot] == WRITING and self._owners[slot] == self._seat
+                self._states[slot] = READY
                 if slot in pin:
                     self._pin(slot, 1)
 
@@ -131,7 +134,7 @@ class Directory:
         """The pages were not written: free their slots."""
         with self._segment:
             for slot in slots:
-                assert self._state[slot] == State.WRITING and self._owner[slot] == self._seat
+                assert self._states[slot] == WRITING and self._owners[slot] == self._seat
                 self._empty(slot)
 
     # -- reading -------------------------------------------------------------------------------
@@ -150,7 +153,7 @@ class Directory:
         """Let go of pinned pages."""
         with self._segment:
             for slot in slots:
-                assert self._pinned[self._seat, slot] > 0
+                assert self._mine[slot] > 0
                 self._pin(slot, -1)
 
     def touch(self, keys: Sequence[bytes]) -> None:
@@ -161,35 +164,35 @@ class Directory:
     def seize(self, slot: int, key: bytes) -> bool:
         """Take an unreadable page from the readers, unless somebody holds it. Then clean up and abandon() its slot."""
         with self._segment:
-            if self._ready(key) != slot or self._pins[slot]:
+            if self._ready(key) != slot or self._sums[slot]:
                 return False
-            self._state[slot] = State.WRITING
-            self._owner[slot] = self._seat
+            self._states[slot] = WRITING
+            self._owners[slot] = self._seat
             return True
 
     def seize_all(self) -> list[int]:
         """The same for all pages that nobody holds or writes; their slots."""
         with self._segment:
-            found = np.flatnonzero((self._state == State.READY) & (self._pins == 0))
+            found = np.flatnonzero((self._state == READY) & (self._pins == 0))
             self._owner[found] = self._seat
-            self._state[found] = State.WRITING
+            self._state[found] = WRITING
             return found.tolist()
 
     def restore(self, slot: int, key: bytes) -> bool:
         """While the tier is opened: the page is in that slot already. False if the slot or the page is taken."""
         with self._segment:
-            if self._state[slot] != State.EMPTY or self._find(key) is not None:
+            if self._states[slot] != EMPTY or self._find(key) is not None:
                 return False
-            self._keys[slot] = np.frombuffer(key.ljust(KEY_BYTES, b"\0"), np.uint8)
+            self._key_bytes[slot * KEY_BYTES : (slot + 1) * KEY_BYTES] = key.ljust(KEY_BYTES, b"\0")
             self._use([slot])
-            self._state[slot] = State.READY
-            self._words[_USED] += np.uint64(1)
+            self._states[slot] = READY
+            self._counts[_USED] += 1
             self._insert(slot)
             return True
 
     def empty_slots(self) -> list[int]:
         """Slots without a page."""
-        return np.flatnonzero(self._state == State.EMPTY).tolist()
+        return np.flatnonzero(self._state == EMPTY).tolist()
 
     # -- the dead --------------------------------------------------------------------------------
 
@@ -210,7 +213,7 @@ class Directory:
         for slot in np.flatnonzero(row):
             self._pins[slot] -= row[slot]
             row[slot] = 0
-        lost = np.flatnonzero((self._state == State.WRITING) & (self._owner == seat))
+        lost = np.flatnonzero((self._state == WRITING) & (self._owner == seat))
         self._owner[lost] = self._seat
         return lost.tolist()
 
@@ -223,8 +226,8 @@ class Directory:
             if self._find(self._key(slot)) is None:
                 self._insert(slot)
             else:  # never two slots for one page
-                self._state[slot] = State.EMPTY
-                self._words[_USED] -= np.uint64(1)
+                self._states[slot] = EMPTY
+                self._counts[_USED] -= 1
         self._words[_CLOCK] = max(int(self._words[_CLOCK]), int(self._ticks.max(initial=0)))
 
     # -- inside the lock ---------------------------------------------------------------------------
@@ -234,63 +237,66 @@ class Directory:
 
     def _find(self, key: bytes) -> int | None:
         """The slot of that page in any state."""
-        cells, mask = self._cells, self._mask
-        at = int.from_bytes(key[:8], "little") & mask
+        number = _number(key)
+        cells, mask, tag = self._cells, self._mask, number >> 32
+        at = number & mask
         while cell := cells[at]:
-            start = (cell - 1) * KEY_BYTES
-            if self._key_bytes[start : start + len(key)] == key:
-                return cell - 1
+            if cell >> 32 == tag:
+                start = ((cell & _LOW) - 1) * KEY_BYTES
+                if self._key_bytes[start : start + len(key)] == key:
+                    return (cell & _LOW) - 1
             at = (at + 1) & mask
         return None
 
     def _ready(self, key: bytes) -> int:
         slot = self._find(key)
-        return slot if slot is not None and self._states[slot] == State.READY else -1
+        return slot if slot is not None and self._states[slot] == READY else -1
 
     def _home(self, slot: int) -> int:
-        return int.from_bytes(self._key_bytes[slot * KEY_BYTES : slot * KEY_BYTES + 8], "little") & self._mask
+        return _number(self._key_bytes[slot * KEY_BYTES : slot * KEY_BYTES + 8]) & self._mask
 
     def _insert(self, slot: int) -> None:
-        at = self._home(slot)
+        number = _number(self._key_bytes[slot * KEY_BYTES : slot * KEY_BYTES + 8])
+        at = number & self._mask
         while self._cells[at]:
             at = (at + 1) & self._mask
-        self._cells[at] = slot + 1
+        self._cells[at] = (number >> 32) << 32 | (slot + 1)
 
     def _empty(self, slot: int) -> None:
         """Take the slot's page out of the table; later cells of its chain move up, so that no gap hides them."""
         cells, mask = self._cells, self._mask
-        self._state[slot] = State.EMPTY
-        self._words[_USED] -= np.uint64(1)
+        self._states[slot] = EMPTY
+        self._counts[_USED] -= 1
         at = self._home(slot)
-        while cells[at] != slot + 1:
+        while cells[at] & _LOW != slot + 1:
             at = (at + 1) & mask
         gap = at
         while cell := cells[(at := (at + 1) & mask)]:
-            if (at - self._home(cell - 1)) & mask >= (at - gap) & mask:
+            if (at - self._home((cell & _LOW) - 1)) & mask >= (at - gap) & mask:
                 cells[gap] = cell
                 gap = at
         cells[gap] = 0
 
     def _pin(self, slot: int, by: int) -> None:
-        self._pinned[self._seat, slot] += by
-        self._pins[slot] += by
+        self._mine[slot] += by
+        self._sums[slot] += by
 
     def _use(self, slots: Sequence[int]) -> None:
         """Stamp slots as used now, the first latest, so that the deepest page of a run goes first."""
-        clock = int(self._words[_CLOCK])
-        self._words[_CLOCK] = clock + len(slots)
+        clock = self._counts[_CLOCK] + len(slots)
+        self._counts[_CLOCK] = clock
         for back, slot in enumerate(slots):
-            self._ticks[slot] = clock + len(slots) - back
+            self._stamps[slot] = clock - back
 
     def _next_slot(self) -> int | None:
         """An empty slot, else the least recently used one that nobody holds, else None."""
+        if self.used < self.slots and (not self._queue or self._states[self._queue[0][0]] != EMPTY):
+            self._queue.clear()  # empty ones first
         for _ in range(2):
             while self._queue:
                 slot, tick = self._queue.popleft()
                 state = self._states[slot]
-                if state == State.EMPTY or (
-                    state == State.READY and self._ticks[slot] == tick and not self._pins[slot]
-                ):
+                if state == EMPTY or (state == READY and self._stamps[slot] == tick and not self._sums[slot]):
                     return slot
             self._refill()
         return None
@@ -299,9 +305,9 @@ class Directory:
         """Look for slots to give away next; what is looked for once lasts for many calls, and its order is exact:
         whatever is used later bears a later tick than all that were found."""
         batch = max(16, self.slots // 16)
-        found = np.flatnonzero(self._state == State.EMPTY)[:batch]
+        found = np.flatnonzero(self._state == EMPTY)[:batch]
         if not len(found):
-            found = np.flatnonzero((self._state == State.READY) & (self._pins == 0))
+            found = np.flatnonzero((self._state == READY) & (self._pins == 0))
             if len(found) > batch:
                 found = found[np.argpartition(self._ticks[found], batch)[:batch]]
             found = found[np.argsort(self._ticks[found])]
@@ -311,18 +317,18 @@ class Directory:
 
     def held(self) -> int:
         """Slots that this participant has pinned or is writing."""
-        writing = (self._state == State.WRITING) & (self._owner == self._seat)
+        writing = (self._state == WRITING) & (self._owner == self._seat)
         return int(np.count_nonzero(self._pinned[self._seat]) + np.count_nonzero(writing))
 
     def held_by_any(self) -> int:
         """Slots that anybody has pinned or is writing."""
-        return int(np.count_nonzero(self._pins) + np.count_nonzero(self._state == State.WRITING))
+        return int(np.count_nonzero(self._pins) + np.count_nonzero(self._state == WRITING))
 
     def check_integrity(self, where: str | Path) -> None:
         """IntegrityError unless the table and all sums agree with the records."""
         with self._segment:
             used = np.flatnonzero(self._state)
-            listed = sorted(int(c) - 1 for c in self._table if c)
+            listed = sorted((int(c) & _LOW) - 1 for c in self._table if c)
             self._check(where, listed == used.tolist(), f"{len(listed)} pages listed, {len(used)} in slots")
             self._check(where, self.used == len(used), f"{self.used} slots counted, {len(used)} used")
             for slot in used.tolist():
@@ -336,4 +342,8 @@ class Directory:
 
 
 def _table_size(slots: int) -> int:
-    return 1 << max(6, (2 * slots - 1).bit_length())
+    return 1 << max(6, (4 * slots - 1).bit_length())
+
+
+def _number(key: bytes | memoryview) -> int:
+    return int.from_bytes(key[:8], "little")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from rayk.hashing import WIDTHS
 from rayk.params import KVCacheParams
 from rayk.planning import measure_node
 from rayk.tiers.connector import Connector, NullConnector, TierCounters
@@ -17,7 +19,7 @@ from rayk.tiers.pool import HostPool
 from rayk.tiers.tiered import TieredConnector
 from rayk.tiers.workers import Workers
 
-KEY_BYTES = {"sha256": 32, "xxh3_128": 16}
+log = logging.getLogger("rayk.tiers")
 
 
 def open_connector(
@@ -33,7 +35,9 @@ def open_connector(
     copier, counters = make_copier(buffers), TierCounters()
     host = HostPool(pool, host_pages, copier.page_bytes, measure_node().host_free)
     if isinstance(copier, CudaCopier):
-        register(host.rows)
+        trouble = register(host.rows)
+        if trouble:
+            log.warning("the host tier could not be page-locked (%s): copies will be slower", trouble)
     disk, workers, config = None, None, params.kv_connector_config
     if params.kv_connector == "tiered" and config is not None and config.disk_offload_dir is not None:
         folder = Path(config.disk_offload_dir)
@@ -42,7 +46,7 @@ def open_connector(
             fingerprint(params),
             copier.page_bytes,
             config.disk_offload_max_bytes,
-            KEY_BYTES[params.kv_hash_algo],
+            WIDTHS[params.kv_hash_algo],
             counters,
         )
         workers = Workers(config.num_disk_workers)

@@ -6,11 +6,10 @@ import hashlib
 import os
 from pathlib import Path
 
-from rayk.errors import PlanError
 from rayk.tiers.copies import Rows
 from rayk.tiers.directory import Directory
 from rayk.tiers.disk import SHARED_MEMORY
-from rayk.tiers.segment import HEADER_BYTES, Segment, sweep
+from rayk.tiers.segment import Segment, sweep
 
 PREFIX = "rayk-pool-"
 ALIGNMENT = 4096
@@ -19,14 +18,14 @@ ALIGNMENT = 4096
 class HostPool:
     """`rows[slot]` is the page in that slot of `directory`. `name` is the cluster's; None makes a private pool.
 
-    PlanError when the node has no room for `pages` pages of `page_bytes`.
+    PlanError when a new pool of `pages` pages of `page_bytes` needs more than `free_bytes`.
     """
 
     def __init__(self, name: str | None, pages: int, page_bytes: int, free_bytes: int | None = None) -> None:
         records = -(-Directory.num_bytes(pages) // ALIGNMENT) * ALIGNMENT
         size = records + pages * page_bytes
         sweep(SHARED_MEMORY, PREFIX)
-        self._segment = Segment.attach(pool_path(name), size, page_bytes, lambda _: _check_room(size, free_bytes))
+        self._segment = Segment.attach(pool_path(name), size, page_bytes, lambda _: None, free_bytes)
         self.directory = Directory(self._segment, pages)
         if not self._segment.fresh:
             self.reap(own_seat=True)
@@ -52,10 +51,3 @@ def pool_path(name: str | None) -> Path | None:
     if name is None:
         return None
     return SHARED_MEMORY / f"{PREFIX}{os.getuid()}-{hashlib.sha256(name.encode()).hexdigest()[:24]}"
-
-
-def _check_room(size: int, free_bytes: int | None) -> None:
-    if free_bytes is not None and size + HEADER_BYTES > free_bytes:
-        raise PlanError(
-            f"the host tier needs {size} bytes of memory, this node has {free_bytes} free; ask for fewer host pages"
-        )

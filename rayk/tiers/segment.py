@@ -121,24 +121,29 @@ class Segment:
     # words: 0 magic, 1 key, 2 size, 3 ready, 4 dirty; from 8 on the owner of the body may use them
 
     @classmethod
-    def attach(cls, path: Path | None, size: int, key: int, init: Callable[[Segment], None]) -> Segment:
+    def attach(
+        cls, path: Path | None, size: int, key: int, init: Callable[[Segment], None], room: int | None = None
+    ) -> Segment:
         """Map the segment at `path` (None: a private one), making it if nobody uses it; `init` fills a new one.
 
-        ConfigError when it is in use with another `key` (settings) or size; PlanError when there is no room.
+        ConfigError when it is in use with another `key` (settings) or size; PlanError when a new one needs more than
+        `room` bytes or the memory file system has less.
         """
         while True:
             fd = os.memfd_create("rayk") if path is None else os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 with _Lock(fd, _GATE, GATE_SECONDS):
                     if path is None or _same_file(fd, path):
-                        return cls._enter(path, fd, size, key, init)
+                        return cls._enter(path, fd, size, key, init, room)
             except BaseException:
                 os.close(fd)
                 raise
             os.close(fd)  # somebody removed it between open and lock
 
     @classmethod
-    def _enter(cls, path: Path | None, fd: int, size: int, key: int, init: Callable[[Segment], None]) -> Segment:
+    def _enter(
+        cls, path: Path | None, fd: int, size: int, key: int, init: Callable[[Segment], None], room: int | None
+    ) -> Segment:
         there = os.fstat(fd).st_size
         words = np.frombuffer(os.pread(fd, 40, 0).ljust(40, b"\0"), np.uint64)
         good = there == HEADER_BYTES + size and words.tolist()[:4] == [_MAGIC, key, size, 1]
@@ -148,7 +153,7 @@ class Segment:
                     f"{path} is in use with other settings ({there - HEADER_BYTES} bytes, wanted {size}); "
                     "give all replicas of a node the same tiers, or stop the others first"
                 )
-            _reserve(fd, path, HEADER_BYTES + size)
+            _reserve(fd, path, HEADER_BYTES + size, room)
         seat = _sit_down(fd)
         segment = cls(path, fd, size, seat, fresh=not good)
         if not good:
@@ -176,7 +181,9 @@ class Segment:
 
     def dead_seats(self) -> list[int]:
         """Participants that died without detaching. Inside the lock only."""
-        return [int(i) for i in np.flatnonzero(self.seats) if i != self.seat and not _is_locked(self._fd, _SEATS + int(i))]
+        return [
+            int(i) for i in np.flatnonzero(self.seats) if i != self.seat and not _is_locked(self._fd, _SEATS + int(i))
+        ]
 
     def close(self) -> bool:
         """Detach; who is last removes the file. Whether it was removed. Views of `body` stay readable until dropped."""
@@ -235,17 +242,21 @@ def _sit_down(fd: int) -> int:
     raise ConfigError(f"{MAX_PARTICIPANTS} processes use this node's tier already")
 
 
-def _reserve(fd: int, path: Path | None, size: int) -> None:
+def _reserve(fd: int, path: Path | None, size: int, room: int | None) -> None:
     """Give the file exactly `size` zero bytes that are really there: writing to a full tmpfs would kill us later."""
     os.ftruncate(fd, 0)
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        os.ftruncate(fd, 0)
+    reason = f"{room} bytes of memory are free" if room is not None and size > room else ""
+    if not reason:
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except (OSError, OverflowError) as error:
+            os.ftruncate(fd, 0)
+            reason = str(error)
+    if reason:
         raise PlanError(
-            f"no room for {size} bytes of shared memory at {path or 'a memory file'}: {error.strerror}; "
-            "ask for a smaller host tier or enlarge /dev/shm"
-        ) from None
+            f"no room for {size} bytes of shared memory ({path or 'private'}): {reason}; "
+            "ask for fewer host pages, or enlarge /dev/shm"
+        )
 
 
 def _same_file(fd: int, path: Path) -> bool:

@@ -14,7 +14,16 @@ pytestmark = pytest.mark.slow
 
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 SOURCES = ["pyproject.toml", "README.md", "LICENSE", "rayk", "actors", "scheduler"]
-PACKAGES = ["rayk", "rayk/actors", "rayk/scheduler", "rayk/bench", "rayk/bench/core", "rayk/engine", "rayk/memory"]
+PACKAGES = [
+    "rayk",
+    "rayk/actors",
+    "rayk/scheduler",
+    "rayk/bench",
+    "rayk/bench/core",
+    "rayk/engine",
+    "rayk/memory",
+    "rayk/tiers",
+]
 
 
 def build(hook: str, tree: Path, into: Path) -> Path:

@@ -1,0 +1,66 @@
+"""Whose pages: fingerprints and seeds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import rayk
+from rayk.buffers import PageBuffers
+from rayk.errors import PlanError
+from rayk.tiers.identity import fingerprint, keep_seed, read_seed
+from rayk.tiers.opening import open_connector
+
+BASE = rayk.MHAKVCacheParams(
+    dtype="float32", n_kv_heads=2, head_dim=4, num_layers=1, page_size=8, devices=["cpu"], enable_prefix_caching=True
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "float16"},
+        {"n_kv_heads": 4},
+        {"head_dim": 8},
+        {"num_layers": 2},
+        {"page_size": 16},
+        {"devices": ["cpu"] * 2},
+        {"kv_hash_algo": "xxh3_128"},
+        {"kv_hash_seed": bytes(32)},
+        {"kv_connector_config": rayk.KVConnectorConfig(model_id="another")},
+    ],
+    ids=str,
+)
+def test_whatever_changes_the_bytes_changes_the_fingerprint(change: dict) -> None:
+    assert fingerprint(replace(BASE, **change)) != fingerprint(BASE)
+
+
+def test_what_does_not_change_them_does_not(tmp_path: Path) -> None:
+    more = replace(
+        BASE,
+        devices=["cpu"] * 2,
+        data_parallel_degree=2,
+        kv_connector_config=rayk.KVConnectorConfig(disk_offload_dir=tmp_path, disk_offload_max_bytes=9),
+    )
+    assert fingerprint(more) == fingerprint(BASE)
+
+
+def test_the_first_seed_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    assert read_seed(folder) is None
+    assert keep_seed(folder, b"a" * 32) == b"a" * 32
+    assert keep_seed(folder, b"b" * 32) == b"a" * 32
+    assert [p.name for p in folder.iterdir()] == ["seed"]
+    (folder / "seed").write_bytes(b"short")
+    assert keep_seed(folder, b"b" * 32) == b"b" * 32
+
+
+def test_no_tiers_were_asked_for() -> None:
+    connector = open_connector(BASE, [], 0, None)
+    assert connector.count() == (0, 0, 0, 0, "")
+
+
+def test_a_pool_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    params = replace(BASE, kv_connector="local")
+    with pytest.raises(PlanError, match="fewer host pages"):
+        open_connector(params, PageBuffers(params, 2, ["cpu"])._bytes(), 1 << 40, None)

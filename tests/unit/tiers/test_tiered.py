@@ -1,0 +1,276 @@
+"""The connectors: what was offloaded comes back, and whatever goes wrong is a miss."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rayk.errors import IntegrityError
+from rayk.tiers.connector import Found, Landed, NullConnector, Tier, TierCounters
+from rayk.tiers.copies import HostCopier, runs
+from rayk.tiers.disk import DiskTier
+from rayk.tiers.files import HEADER_BYTES
+from rayk.tiers.pool import HostPool
+from rayk.tiers.segment import SegmentBusyError
+from rayk.tiers.tiered import TieredConnector
+from rayk.tiers.workers import READ, WRITE, Workers
+
+WIDTHS = (96, 32)  # two buffers, as of two TP shards
+BYTES = sum(WIDTHS)
+PAGES = 32
+
+
+def key(n: int) -> bytes:
+    """The hash of page n."""
+    return hashlib.sha256(b"%d" % n).digest()
+
+
+def keys(*numbers: int) -> list[bytes]:
+    return [key(n) for n in numbers]
+
+
+class Replica:
+    """Device pages and a connector below them."""
+
+    def __init__(self, folder: Path | None, host: int, disk: int, pool: str | None) -> None:
+        self.buffers = [torch.zeros((PAGES, width), dtype=torch.uint8) for width in WIDTHS]
+        counters = TierCounters()
+        tier = DiskTier(folder, 1, BYTES, disk * (BYTES + HEADER_BYTES), 32, counters) if folder else None
+        workers = Workers(2) if folder else None
+        self.tiers = TieredConnector(HostCopier(self.buffers), HostPool(pool, host, BYTES), tier, workers, counters)
+
+    def write(self, *numbers: int) -> np.ndarray:
+        """Pages of their own with the contents of pages n, n, ..: in device page n."""
+        for n in numbers:
+            for i, buffer in enumerate(self.buffers):
+                buffer[n] = 10 * n + i + 1
+        return np.array(numbers, np.int32)
+
+    def offload(self, *numbers: int) -> None:
+        self.tiers.offload(keys(*numbers), self.write(*numbers))
+
+    def load(self, *numbers: int) -> int:
+        """Load pages into device pages that hold nothing; how many landed, and they are right."""
+        pages = np.arange(PAGES - len(numbers), PAGES, dtype=np.int32)
+        for buffer in self.buffers:
+            buffer[pages] = 0
+        landed = self.tiers.load(keys(*numbers), pages).wait()
+        for at, n in enumerate(numbers):
+            for i, buffer in enumerate(self.buffers):
+                want = 10 * n + i + 1 if at < landed else 0
+                assert (buffer[pages[at]] == want).all()
+        return landed
+
+    def found(self, *numbers: int) -> list[int]:
+        return self.tiers.lookup(iter(keys(*numbers))).tiers
+
+
+@pytest.fixture
+def replica(tmp_path: Path) -> Iterator[Callable[..., Replica]]:
+    made: list[Replica] = []
+
+    def make(host: int = 8, disk: int = 0, pool: str | None = None) -> Replica:
+        made.append(Replica(tmp_path if disk else None, host, disk, pool))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.tiers.shutdown()
+
+
+def test_the_null_connector_finds_and_keeps_nothing() -> None:
+    null = NullConnector()
+    null.offload(keys(1), np.array([1], np.int32))
+    null.touch(keys(1)), null.poll(), null.drain(), null.reset(), null.check_integrity()
+    assert null.lookup(keys(1)) == Found([], [])
+    assert null.load(keys(1), np.array([1], np.int32)).wait() == 0
+    assert null.count().host_total == 0
+    null.shutdown()
+
+
+def test_runs_join_what_lies_side_by_side() -> None:
+    assert runs([4, 5, 6, 9, 10, 3], [0, 1, 2, 3, 5, 6]) == [(4, 0, 3), (9, 3, 1), (10, 5, 1), (3, 6, 1)]
+
+
+def test_local_gives_back_what_was_offloaded(replica: Callable[..., Replica]) -> None:
+    r = replica()
+    r.offload(1, 2, 3)
+    r.offload(2, 3, 4)  # only 4 is new
+    assert r.tiers.counters.d2h == 4
+    assert r.found(1, 2, 3, 4, 5) == [Tier.HOST] * 4
+    assert r.load(1, 2, 3, 4) == 4
+    assert r.tiers.counters.h2d == 4
+    assert r.tiers.count()[:4] == (8, 4, 0, 0)
+    r.tiers.check_integrity()
+
+
+def test_lookup_reads_no_hash_beyond_the_first_miss(replica: Callable[..., Replica]) -> None:
+    r = replica()
+    r.offload(1)
+    asked = []
+    assert r.tiers.lookup(asked.append(n) or key(n) for n in (1, 2, 3)).hashes == keys(1)
+    assert asked == [1, 2]
+
+
+def test_a_page_that_went_meanwhile_ends_the_load(replica: Callable[..., Replica]) -> None:
+    r = replica(host=2)
+    r.offload(1, 2)
+    r.tiers.touch(keys(1))
+    r.offload(3)
+    assert r.load(1, 2) == 1
+    assert r.tiers.counters.loads_failed == 1
+    r.tiers.check_integrity()
+
+
+def test_replicas_share_one_pool(replica: Callable[..., Replica]) -> None:
+    name = f"test-{os.getpid()}-{os.urandom(4).hex()}"
+    one, two = replica(pool=name), replica(pool=name)
+    one.offload(1, 2)
+    assert two.load(1, 2) == 2
+    two.offload(1, 2, 3)
+    assert two.tiers.counters.d2h == 1  # no second copy of the same page
+    assert one.tiers.count().host_used == two.tiers.count().host_used == 3
+
+
+def test_tiered_reads_from_disk_what_the_host_lost(replica: Callable[..., Replica]) -> None:
+    r = replica(host=2, disk=8)
+    for n in range(1, 6):
+        r.offload(n)
+        r.tiers.drain()
+    assert r.tiers.counters.disk_written == 5
+    assert r.found(1, 2, 3, 4, 5, 6) == [Tier.DISK] * 3 + [Tier.HOST] * 2
+    assert r.load(1, 2, 3, 4, 5) == 5  # more than the host tier can hold at once
+    assert r.tiers.counters.disk_read >= 3
+    r.tiers.drain()
+    r.tiers.check_integrity()
+    assert r.tiers.count()[:4] == (2, 2, 8 * (BYTES + HEADER_BYTES) // BYTES, 5)
+
+
+def test_more_than_the_host_holds_goes_straight_to_disk(replica: Callable[..., Replica]) -> None:
+    r = replica(host=2, disk=16)
+    r.offload(*range(1, 11))
+    r.tiers.drain()
+    assert r.tiers.counters.disk_written == 10
+    assert r.load(*range(1, 11)) == 10
+    r.tiers.check_integrity()
+
+
+def test_a_bad_file_ends_the_load_and_is_written_again(replica: Callable[..., Replica], tmp_path: Path) -> None:
+    r = replica(host=1, disk=8)
+    for n in (1, 2, 3):
+        r.offload(n)
+        r.tiers.drain()
+    [path] = [p for p in tmp_path.rglob("*.kv") if key(2) in p.read_bytes()]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert r.load(1, 2, 3) == 1
+    assert (r.tiers.counters.damaged, r.tiers.counters.loads_failed) == (1, 2)
+    r.offload(2)
+    r.tiers.drain()
+    assert r.load(1, 2, 3) == 3
+
+
+def test_a_restart_serves_old_pages(replica: Callable[..., Replica]) -> None:
+    r = replica(host=4, disk=8)
+    r.offload(1, 2, 3)
+    r.tiers.shutdown()
+    again = replica(host=4, disk=8)
+    assert again.found(1, 2, 3) == [Tier.DISK] * 3
+    assert again.load(1, 2, 3) == 3
+    assert again.found(1, 2, 3) == [Tier.HOST] * 3
+
+
+def test_a_load_on_its_way_can_be_cancelled(replica: Callable[..., Replica]) -> None:
+    r = replica(host=4, disk=8)
+    r.offload(1, 2)
+    r.tiers.drain()
+    r.tiers._host.reset()
+    gate = threading.Event()
+    for _ in range(2):
+        r.tiers._workers.submit(READ, gate.wait)
+    pages = np.array([20, 21], np.int32)
+    load = r.tiers.load(keys(1, 2), pages)
+    assert not load.poll()
+    load.cancel()
+    gate.set()
+    r.tiers.drain()
+    assert load.wait() == 0
+    assert not r.buffers[0][20:22].any()
+    r.tiers.check_integrity()
+    assert r.found(1, 2) == [Tier.HOST] * 2  # what was read is kept
+
+
+def test_pages_stay_pinned_until_they_are_written(replica: Callable[..., Replica]) -> None:
+    r = replica(host=2, disk=8)
+    gate = threading.Event()
+    for _ in range(2):
+        r.tiers._workers.submit(READ, gate.wait)
+    r.offload(1, 2)
+    assert r.tiers._directory.held() == 2
+    r.offload(3)  # no row for it: kept aside
+    assert r.found(1, 2, 3) == [Tier.HOST] * 2
+    gate.set()
+    r.tiers.drain()
+    assert r.tiers._directory.held() == 0
+    assert r.load(1, 2, 3) == 3
+
+
+def test_reset_forgets_everything(replica: Callable[..., Replica], tmp_path: Path) -> None:
+    r = replica(host=4, disk=8)
+    r.offload(1, 2, 3)
+    r.tiers.reset()
+    assert r.tiers.count()[1] == r.tiers.count()[3] == 0
+    assert not list(tmp_path.rglob("*.kv"))
+    assert r.load(1) == 0
+
+
+def test_a_busy_tier_is_a_miss_and_what_was_copied_is_published_later(replica: Callable[..., Replica]) -> None:
+    r = replica()
+    r.offload(1)
+    lock = r.tiers._host._segment._mutex
+
+    def busy() -> None:
+        raise SegmentBusyError
+
+    acquire, lock.acquire = lock.acquire, busy
+    assert r.load(1) == 0
+    r.offload(2)
+    assert r.tiers.counters.skipped == 1
+    lock.acquire = acquire
+    r.offload(3)
+    lock.acquire = busy
+    r.tiers.poll()
+    lock.acquire = acquire
+    assert r.load(1) == 1
+    r.tiers.check_integrity()
+
+
+def test_integrity_sees_a_page_that_nobody_lets_go(replica: Callable[..., Replica]) -> None:
+    r = replica()
+    r.offload(1)
+    r.tiers._directory.pin(keys(1))
+    with pytest.raises(IntegrityError, match="1 pages are held"):
+        r.tiers.check_integrity()
+
+
+def test_a_transfer_that_is_over() -> None:
+    done = Landed(3)
+    done.cancel()
+    assert done.poll() and done.wait() == 3
+
+
+def test_reads_overtake_writes_and_errors_stay_in_their_future() -> None:
+    workers, gate, order = Workers(1), threading.Event(), []
+    workers.submit(READ, gate.wait)
+    writes = [workers.submit(WRITE, lambda n=n: order.append(n)) for n in (1, 2)]
+    failed = workers.submit(READ, lambda: order.append(3) or 1 // 0)
+    gate.set()
+    workers.drain()
+    assert order == [3, 1, 2]
+    assert isinstance(failed.exception(), ZeroDivisionError)
+    assert all(w.done() for w in writes)
+    workers.stop()
