@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 import rayk
+from rayk.backend import InlineBackend
 from rayk.context import IntArray, TextContext
+from rayk.hashing import PageHash
 from rayk.manager import PagedKVCacheManager
+from rayk.pages import Pages
 from rayk.params import MHAKVCacheParams
+from rayk.replica import ReplicaCore
 
 PAGE_SIZE = 16
 POOL = 100_000
@@ -17,8 +21,8 @@ VOCABULARY = 150_000
 ROOM = 1024  # tokens that a request may still grow by
 
 
-def core_params() -> MHAKVCacheParams:
-    """As small as tensors get, so that bookkeeping is all there is; prefix caching on."""
+def core_params(hashing: str = "sha256") -> MHAKVCacheParams:
+    """As small as tensors get, so that bookkeeping is all there is; prefix caching on. `hashing` names pages."""
     return MHAKVCacheParams(
         dtype="float32",
         n_kv_heads=1,
@@ -27,12 +31,42 @@ def core_params() -> MHAKVCacheParams:
         page_size=PAGE_SIZE,
         devices=["cpu"],
         enable_prefix_caching=True,
+        kv_hash_algo=hashing,
     )
 
 
-def make_manager(pages: int = POOL, max_batch_size: int = 256) -> PagedKVCacheManager:
-    """One replica in this process: metrics and validation on, runtime checks off."""
-    return rayk.PagedKVCacheManager(core_params(), rayk.InferenceSession(), pages, max_batch_size=max_batch_size)
+class Listener:
+    """Counts the pages that it hears of; with one attached, a core hashes each page that it caches."""
+
+    def __init__(self) -> None:
+        self.stored_pages = self.removed_pages = 0
+
+    def stored(self, parent: PageHash, hashes: list[PageHash], pages: Pages, tokens: bytes) -> None:
+        """These pages are cached now."""
+        self.stored_pages += len(hashes)
+
+    def removed(self, hashes: list[PageHash]) -> None:
+        """These are not any more."""
+        self.removed_pages += len(hashes)
+
+
+def make_manager(pages: int = POOL, max_batch_size: int = 256, hashing: str | None = None) -> PagedKVCacheManager:
+    """One replica in this process: metrics and validation on, runtime checks off.
+
+    With `hashing` (sha256 or xxh3_128) somebody listens, so that pages are hashed when they are committed.
+    """
+    params = core_params(hashing or "sha256")
+    manager = rayk.PagedKVCacheManager(params, rayk.InferenceSession(), pages, max_batch_size=max_batch_size)
+    if hashing is not None:
+        replica_core(manager).listen(Listener())
+    return manager
+
+
+def replica_core(manager: PagedKVCacheManager) -> ReplicaCore:
+    """The core of an inline manager's only replica."""
+    backend = manager._backend
+    assert isinstance(backend, InlineBackend)
+    return backend.cores[0]
 
 
 def random_prompts(count: int, length: int, seed: int = 0) -> list[IntArray]:

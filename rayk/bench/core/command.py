@@ -35,8 +35,8 @@ def core(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Groups, as in w1,w3: w1 cold prompts, w2 shared prefix, w3 decode, w4 a trace, start; these if not "
-            "given. And instructions, which needs valgrind.",
+            help="Groups, as in w1,w3: w1 cold prompts, w2 shared prefix, hash both with hashed pages, w3 decode, "
+            "w4 a trace, start; these if not given. And instructions, which needs valgrind.",
             rich_help_panel=_WHAT,
         ),
     ] = None,

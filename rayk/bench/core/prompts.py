@@ -43,11 +43,11 @@ def serve(manager: PagedKVCacheManager, contexts: Sequence[TextContext], lap_ns:
 class Prompts:
     """`requests` unique prompts of 1,024 tokens on `pages` pages, after `before` others that fill the pool."""
 
-    def __init__(self, requests: int, pages: int = POOL, before: int = 0) -> None:
-        self._requests, self._pages, self._before = requests, pages, before
+    def __init__(self, requests: int, pages: int = POOL, before: int = 0, hashing: str | None = None) -> None:
+        self._requests, self._pages, self._before, self._hashing = requests, pages, before, hashing
 
     def run(self, lap_ns: float) -> Sample:
-        manager = make_manager(self._pages)
+        manager = make_manager(self._pages, hashing=self._hashing)
         prompts = random_prompts(self._before + self._requests, PROMPT)
         serve(manager, make_contexts(prompts[: self._before], "before"))
         contexts = make_contexts(prompts[self._before :])
@@ -57,15 +57,15 @@ class Prompts:
 class SharedPrefix:
     """`requests` prompts of one common prefix of 4,096 tokens and 128 of their own."""
 
-    def __init__(self, requests: int) -> None:
-        self._requests = requests
+    def __init__(self, requests: int, hashing: str | None = None) -> None:
+        self._requests, self._hashing = requests, hashing
 
     def prompts(self) -> list[IntArray]:
         (shared,) = random_prompts(1, SHARED)
         return [np.concatenate([shared, own]) for own in random_prompts(self._requests, OWN, seed=1)]
 
     def run(self, lap_ns: float) -> Sample:
-        manager, contexts = make_manager(), make_contexts(self.prompts())
+        manager, contexts = make_manager(hashing=self._hashing), make_contexts(self.prompts())
         return Sample(lambda: serve(manager, contexts, lap_ns) / self._requests / 1e3, manager)
 
 

@@ -19,12 +19,13 @@ from rayk.bench.core.served import REQUESTS as TRACE_REQUESTS
 from rayk.bench.core.served import Served
 from rayk.bench.core.start import PAGES, measure_start
 
-GROUPS = ("w1", "w2", "w3", "w4", "start")
+GROUPS = ("w1", "w2", "hash", "w3", "w4", "start")
 """What is measured when nothing is picked, in the order of the table."""
 
 EXTRA_GROUPS = ("instructions",)
 """What `--only` takes as well: it needs more than the package."""
 
+HASHES = {"xxh3": "xxh3_128", "sha256": "sha256"}
 INSTRUCTION_TITLES = {
     "w1": "instructions of a cold request",
     "w2": "instructions of one that shares a prefix",
@@ -48,6 +49,14 @@ def make_cases(groups: Iterable[str], trace: Path | None, smoke: bool) -> list[C
         Case("w1e", "w1", "cold request, evicting, 100,000 pages", "us", full),
         Case("w2", "w2", "request that shares 4,096 of 4,224 tokens", "us", SharedPrefix(few)),
     ]
+    for name, algorithm in HASHES.items():
+        hashed = f"pages hashed by {algorithm}"
+        small_hashed = Prompts(few, SMALL_POOL, 2 * filling(SMALL_POOL), algorithm)
+        cases += [
+            Case(f"w1-{name}", "hash", f"cold request, {hashed}", "us", Prompts(few, hashing=algorithm)),
+            Case(f"w1-8k-{name}", "hash", f"the same, evicting, {hashed}", "us", small_hashed),
+            Case(f"w2-{name}", "hash", f"shared prefix, {hashed}", "us", SharedPrefix(few, algorithm)),
+        ]
     for batch in BATCHES:
         decode = f"request and step, batch {batch}"
         cases.append(Case(f"w3-{batch}", "w3", decode, "us", Decode(batch, steps, many=False)))
@@ -79,17 +88,24 @@ def run_cases(cases: Sequence[Case], unit: Unit, repeat: int, report: Progress) 
             del prepared
     figures = []
     for case in cases:
-        bound = BOUNDS[case.key]
+        found, bound = samples[case.key], BOUNDS[case.key]
+        if isinstance(case.workload, Served) and case.workload.workload.kind != "mooncake":
+            bound = Bound()  # the limit and the peers are those of that trace
+        value = median(found)
+        figures.append(make_figure(case.key, case.title, case.unit, found, value, unit.speed, bound, details[case.key]))
         if isinstance(case.workload, Served):
             report("simulating an LRU of the same size")
-            details[case.key]["lru_hit_rate"] = case.workload.lru_hit_rate()
-            if case.workload.workload.kind != "mooncake":
-                bound = Bound()  # the limit and the peers are those of that trace
-        found = samples[case.key]
-        figures.append(
-            make_figure(case.key, case.title, case.unit, found, median(found), unit.speed, bound, details[case.key])
-        )
+            figures.append(_misses(case.workload, details[case.key]["hit_rate"]))
     return figures
+
+
+def _misses(served: Served, hit_rate: float) -> Figure:
+    """How much more a run misses than an LRU of as many pages, which it must not."""
+    lru = served.lru_hit_rate()
+    value = (1 - hit_rate) / (1 - lru)
+    title = "tokens missed, over those that an LRU misses"
+    details = {"hit_rate": hit_rate, "lru_hit_rate": lru}
+    return make_figure("w4-misses", title, "x", [value], value, 1.0, BOUNDS["w4-misses"], details)
 
 
 def start_figures(unit: Unit, repeat: int, report: Progress) -> list[Figure]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rayk import cli
-from rayk.bench.core import command
-from rayk.bench.core.cache import PAGE_SIZE, make_contexts, make_manager, random_prompts
+from rayk.bench.core import cache, command
+from rayk.bench.core.cache import PAGE_SIZE, Listener, make_contexts, make_manager, random_prompts
 from rayk.bench.core.clock import REFERENCE_US, Unit, quiet
 from rayk.bench.core.decode import Decode
 from rayk.bench.core.limits import BOUNDS, Bound
@@ -43,6 +43,23 @@ def test_a_full_pool_evicts_for_each_request() -> None:
 def test_requests_of_a_prefix_reuse_it() -> None:
     _, metrics = ran(SharedPrefix(10))
     assert metrics.cache_tokens == 9 * 4096 and metrics.input_tokens == 4096 + 10 * 128
+
+
+@pytest.mark.parametrize("algorithm", ["xxh3_128", "sha256"])
+def test_hashed_runs_hash_every_cached_page(monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
+    listeners: list[Listener] = []
+
+    class Kept(Listener):
+        def __init__(self) -> None:
+            super().__init__()
+            listeners.append(self)
+
+    monkeypatch.setattr(cache, "Listener", Kept)
+    prepared = Prompts(5, 1000, filling(1000), algorithm).run(0.0)
+    prepared.work()
+    prompt_pages = (filling(1000) + 5) * PROMPT // PAGE_SIZE
+    assert (listeners[0].stored_pages, listeners[0].removed_pages) == (prompt_pages, prompt_pages - 1000)
+    assert prepared.manager.params.kv_hash_algo == algorithm
 
 
 def test_each_decode_step_gives_a_page_to_a_sixteenth_of_the_batch() -> None:
