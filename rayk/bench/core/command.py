@@ -36,7 +36,7 @@ def core(
         str | None,
         typer.Option(
             help="Groups, as in w1,w3: w1 cold prompts, w2 shared prefix, hash both with hashed pages, w3 decode, "
-            "w4 a trace, start; these if not given. And instructions, which needs valgrind.",
+            "w4 a trace, start, memory; these if not given. And instructions, which needs valgrind.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -124,7 +124,7 @@ def _measure(groups: list[str], trace: Path | None, repeat: int, smoke: bool) ->
     from rayk.bench.core.clock import Unit
     from rayk.bench.core.origin import cpu_model, running_commit
     from rayk.bench.core.result import CoreResult
-    from rayk.bench.core.run import instruction_figures, make_cases, run_cases, start_figures
+    from rayk.bench.core.run import instruction_figures, make_cases, memory_figures, run_cases, start_figures
     from rayk.bench.result import environment
 
     torch.set_num_threads(1)
@@ -133,6 +133,9 @@ def _measure(groups: list[str], trace: Path | None, repeat: int, smoke: bool) ->
         figures = run_cases(make_cases(groups, trace, smoke), unit, repeat, status.update)
         if "start" in groups:
             figures += start_figures(unit, 1 if smoke else 3, status.update)
+        if "memory" in groups:
+            unit.sample()
+            figures += memory_figures(status.update)
         if "instructions" in groups:
             unit.sample()
             figures += instruction_figures(status.update)

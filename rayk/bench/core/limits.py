@@ -44,6 +44,12 @@ BOUNDS = {
     "w4-misses": Bound(1.0, scaled=False),
     "start-time": Bound(1.0),
     "start-memory": Bound(400.0, scaled=False),
+    "page-bytes": Bound(96.0, scaled=False),  # 64 of them are the page's tokens
+    "lone-page-bytes": Bound(640.0, scaled=False),
+    "request-bytes": Bound(1024.0, scaled=False),
+    "full-memory": Bound(400.0, scaled=False),
+    "slower-w1": Bound(scaled=False),
+    "slower-w3": Bound(scaled=False),
     "i-w1": Bound(scaled=False),
     "i-w2": Bound(scaled=False),
     "i-w3": Bound(scaled=False),

@@ -13,13 +13,14 @@ from rayk.bench.core.clock import Unit, lap_ns, quiet
 from rayk.bench.core.decode import BATCHES, HAS_BATCH_API, STEPS, Decode
 from rayk.bench.core.instructions import DECODE_BATCH, SIZES, count_instructions
 from rayk.bench.core.limits import BOUNDS, Bound
+from rayk.bench.core.memory import measure_memory
 from rayk.bench.core.prompts import FULL_REQUESTS, REQUESTS, SMALL_POOL, Prompts, SharedPrefix, filling
 from rayk.bench.core.result import Figure, make_figure
 from rayk.bench.core.served import REQUESTS as TRACE_REQUESTS
 from rayk.bench.core.served import Served
 from rayk.bench.core.start import PAGES, measure_start
 
-GROUPS = ("w1", "w2", "hash", "w3", "w4", "start")
+GROUPS = ("w1", "w2", "hash", "w3", "w4", "start", "memory")
 """What is measured when nothing is picked, in the order of the table."""
 
 EXTRA_GROUPS = ("instructions",)
@@ -131,6 +132,22 @@ def start_figures(unit: Unit, repeat: int, report: Progress) -> list[Figure]:
             "start-memory", "its memory beyond the pages", "MB", beyond, median(beyond), 1.0, BOUNDS["start-memory"]
         ),
     ]
+
+
+def memory_figures(report: Progress) -> list[Figure]:
+    """What is kept beside the pages, and how the time of an operation grows with all that there is."""
+    report("filling a core of a million pages")
+    found = measure_memory()
+    size = f"{found.tokens / 1e6:.0f}M tokens, {found.running:,} running"
+    figures = [
+        ("page-bytes", "memory of a cached page, 64 B of it its tokens", "B", found.cached_page),
+        ("lone-page-bytes", "the same, of a prompt of one page", "B", found.page_alone),
+        ("request-bytes", "memory of a running request of 1,024 tokens", "B", found.running_request),
+        ("full-memory", f"core of {size}: beyond the pages", "MB", found.beyond_bytes / 1e6),
+        ("slower-w1", "its cold request, over that of 1 % of the size", "x", found.request_slowdown),
+        ("slower-w3", "its decode step, over that of 1 % of the size", "x", found.step_slowdown),
+    ]
+    return [make_figure(key, title, unit, [value], value, 1.0, BOUNDS[key]) for key, title, unit, value in figures]
 
 
 def instruction_figures(report: Progress) -> list[Figure]:

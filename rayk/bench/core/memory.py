@@ -1,0 +1,176 @@
+"""What a replica keeps beside its page tensors, and whether its size slows it down; in a process of its own.
+
+Bytes are what Python and numpy allocate (tracemalloc), tables, stacks and their slack included. Page tensors are
+torch's and contexts are the caller's: neither counts. `python -m rayk.bench.core.memory PAGES` prints one line of
+JSON: see Memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import msgspec
+
+from rayk.bench.core.cache import PAGE_SIZE, core_params, make_contexts, make_manager, random_prompts
+from rayk.bench.core.crowd import crowded, start
+from rayk.bench.core.decode import decode_each, start_batch
+from rayk.bench.core.prompts import PROMPT, serve
+from rayk.buffers import PageBuffers
+from rayk.context import TextContext
+from rayk.manager import PagedKVCacheManager
+
+PAGES = 1_000_000
+LONG_PROMPTS, SHORT_PROMPTS, RUNNING = 512, 16_384, 1024
+REPEAT, REQUESTS, STEPS, BATCH = 5, 300, 64, 32
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes per cached page of prompts of 1,024 tokens, per cached page that is alone in its segment of the tree, and
+    per running request of 1,024 tokens beside its pages. Then of a full core of `pages` pages: tokens in its pages,
+    running requests, resident bytes beyond the page tensors, and the CPU time of a request that evicts and of a decode
+    step there over that on a core with a hundredth of everything.
+    """
+
+    cached_page: float
+    page_alone: float
+    running_request: float
+    pages: int
+    tokens: int
+    running: int
+    beyond_bytes: int
+    request_slowdown: float
+    step_slowdown: float
+
+
+def measure_memory(pages: int = PAGES) -> Memory:
+    """Measure in a fresh process."""
+    command = [sys.executable, "-m", "rayk.bench.core.memory", str(pages)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return msgspec.json.decode(done.stdout, type=Memory)
+
+
+# -- inside the process ----------------------------------------------------------------------------------------------
+
+
+def traced(make: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes that `make()` leaves allocated, and its result."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        made = make()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0], made
+    finally:
+        tracemalloc.stop()
+
+
+def bytes_per_cached_page(prompts: int, length: int) -> float:
+    """Growth from a manager full of the pages of `prompts` prompts of `length` tokens to one of twice as many."""
+    pages = prompts * (length // PAGE_SIZE)
+    return (_bytes_of_cached(2 * prompts, length) - _bytes_of_cached(prompts, length)) / pages
+
+
+def _bytes_of_cached(prompts: int, length: int) -> int:
+    """Of a manager that holds those pages and one more, for the token that every prompt ends with."""
+
+    def fill() -> PagedKVCacheManager:
+        manager = make_manager(prompts * (length // PAGE_SIZE) + 1)
+        for first in range(0, prompts, 100):
+            count = min(100, prompts - first)
+            serve(manager, make_contexts(random_prompts(count, length + 1, seed=first), f"{first}-"))
+        return manager
+
+    return traced(fill)[0]
+
+
+def bytes_per_running_request(requests: int, per_page: float) -> float:
+    """Growth from `requests` running requests of 1,024 tokens to twice as many, their cached pages left out.
+
+    A power of two: the block table doubles its rows, and is full at both ends then.
+    """
+    grown = (_bytes_of_running(2 * requests) - _bytes_of_running(requests)) / requests
+    return grown - per_page * (PROMPT // PAGE_SIZE)
+
+
+def _bytes_of_running(requests: int) -> int:
+    contexts = make_contexts(random_prompts(requests, PROMPT + 1))
+
+    def run() -> PagedKVCacheManager:
+        manager = make_manager(requests * (PROMPT // PAGE_SIZE + 1))
+        start(manager, contexts)
+        return manager
+
+    return traced(run)[0]
+
+
+def slowdown(work: Sequence[Callable[[], float]]) -> float:
+    """The time of the second piece of work over that of the first: medians of turns, after one to warm up."""
+    times = [[each() for each in work] for _ in range(REPEAT + 1)][1:]
+    return median(second for _, second in times) / median(first for first, _ in times)
+
+
+def _resident() -> int:
+    import psutil
+
+    return int(psutil.Process(os.getpid()).memory_info().rss)
+
+
+def _page_bytes(pages: int) -> int:
+    params, before = core_params(), _resident()
+    buffers = PageBuffers(params, pages, params.replica_devices(0))
+    grown = _resident() - before
+    del buffers
+    return grown
+
+
+def _measure(pages: int) -> Memory:
+    import torch
+
+    torch.set_num_threads(1)
+    serve(make_manager(100), make_contexts(random_prompts(1, PAGE_SIZE)))  # what is imported late is not the cache's
+    cached_page = bytes_per_cached_page(LONG_PROMPTS, PROMPT)
+    page_alone = bytes_per_cached_page(SHORT_PROMPTS, PAGE_SIZE)
+    running_request = bytes_per_running_request(RUNNING, cached_page)
+    page_bytes = _page_bytes(pages)
+    small, before = crowded(pages // 100), _resident()
+    large = crowded(pages)
+    gc.collect()
+    beyond = _resident() - before - page_bytes
+    held = large.get_num_used_pages(0)
+    gc.freeze()
+    gc.disable()
+    request = slowdown([_requests(small), _requests(large)])
+    step = slowdown([_steps(small), _steps(large)])
+    return Memory(
+        cached_page=cached_page,
+        page_alone=page_alone,
+        running_request=running_request,
+        pages=pages,
+        tokens=pages * PAGE_SIZE,
+        running=held // (PROMPT // PAGE_SIZE + 1),
+        beyond_bytes=beyond,
+        request_slowdown=request,
+        step_slowdown=step,
+    )
+
+
+def _requests(manager: PagedKVCacheManager) -> Callable[[], float]:
+    prompts = random_prompts((REPEAT + 1) * REQUESTS, PROMPT)
+    batches = iter([prompts[at : at + REQUESTS] for at in range(0, len(prompts), REQUESTS)])
+    return lambda: serve(manager, make_contexts(next(batches)))
+
+
+def _steps(manager: PagedKVCacheManager) -> Callable[[], float]:
+    contexts: list[TextContext] = start_batch(manager, BATCH)
+    return lambda: decode_each(manager, contexts, STEPS)
+
+
+if __name__ == "__main__":
+    print(msgspec.json.encode(_measure(int(sys.argv[1]))).decode())
