@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rayk.batch import ContextBatch
     from rayk.context import TextContext
     from rayk.errors import InsufficientBlocksError, RaykError, ReplicaLostError
     from rayk.inputs import BatchCharacteristics
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "batch": ["ContextBatch"],
     "context": ["TextContext"],
     "errors": ["InsufficientBlocksError", "RaykError", "ReplicaLostError"],
     "inputs": ["BatchCharacteristics"],
@@ -71,6 +73,7 @@ __all__ = [
     "SIGNAL_BUFFER_BYTES",
     "Admission",
     "BatchCharacteristics",
+    "ContextBatch",
     "HitCounts",
     "InferenceSession",
     "InsufficientBlocksError",

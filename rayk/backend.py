@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from rayk import decode
+from rayk.batch import ContextBatch
 from rayk.context import TextContext
 from rayk.errors import InsufficientBlocksError, NotClaimedError, RaykError
 from rayk.exports import PageExport
@@ -35,6 +37,7 @@ class Backend(Protocol):
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> None: ...
     def contains(self, request_id: str, replica: int) -> bool: ...
     def alloc(self, ctx: TextContext, replica: int) -> object: ...
+    def alloc_many(self, batches: Batches) -> list[dict[str, InsufficientBlocksError]]: ...
     def release(self, request_id: str, replica: int) -> None: ...
     def blocks(self, request_id: str, replica: int) -> list[int]: ...
     def try_admit(
@@ -99,6 +102,27 @@ class InlineBackend:
             return self._alloc_with_copies(ctx, core) if self._copies else core.alloc(ctx)
         except NotClaimedError:
             raise self._not_claimed(ctx.request_id, replica) from None
+
+    def alloc_many(self, batches: Batches) -> list[dict[str, InsufficientBlocksError]]:
+        for core, batch in zip(self.cores, batches, strict=True):
+            for ctx in () if isinstance(batch, ContextBatch) and decode.ready(core, batch) else batch:
+                if ctx.request_id not in core.requests:
+                    raise self._not_claimed(ctx.request_id, core.replica)
+        if self._copies:
+            return [self._alloc_each(batch, core) for core, batch in zip(self.cores, batches, strict=True)]
+        return [core.alloc_many(batch) for core, batch in zip(self.cores, batches, strict=True)]
+
+    def _alloc_each(self, batch: Sequence[TextContext], core: ReplicaCore) -> dict[str, InsufficientBlocksError]:
+        """alloc_many() of a replica that may copy from the others."""
+        if isinstance(batch, ContextBatch) and batch.decoding:
+            return core.alloc_many(batch)
+        refused = {}
+        for ctx in batch:
+            try:
+                self._alloc_with_copies(ctx, core)
+            except InsufficientBlocksError as error:
+                refused[ctx.request_id] = error
+        return refused
 
     def _not_claimed(self, request_id: str, replica: int) -> NotClaimedError:
         holder = self._placements.holder(request_id)
@@ -264,8 +288,12 @@ def run_tick(core: ReplicaCore, tick: Tick, fn: Forward | None) -> TickResult:
 
 
 def _check_claimed(core: ReplicaCore, tick: Tick) -> None:
-    named = [ctx.request_id for ctx in (*tick.step, *tick.alloc, *tick.execute)]
-    for request_id in (*named, *tick.release):
+    for part in (tick.step, tick.alloc, tick.execute):
+        if not (isinstance(part, ContextBatch) and decode.ready(core, part)):
+            for ctx in part:
+                if ctx.request_id not in core.requests:
+                    raise NotClaimedError(ctx.request_id, core.replica, -1)
+    for request_id in tick.release:
         if request_id not in core.requests:
             raise NotClaimedError(request_id, core.replica, -1)
 
@@ -291,14 +319,12 @@ class _Progress:
 
     def alloc(self, core: ReplicaCore, tick: Tick) -> None:
         start = perf_counter()
-        for ctx in tick.alloc:
-            try:
-                core.alloc(ctx)
-            except InsufficientBlocksError as error:
-                self.refused[ctx.request_id] = error
+        self.refused = core.alloc_many(tick.alloc)
         self.alloc_seconds = perf_counter() - start
 
     def execute(self, core: ReplicaCore, tick: Tick, fn: Forward | None) -> None:
-        batch = [ctx for ctx in tick.execute if ctx.request_id not in self.refused]
+        batch = tick.execute
+        if self.refused:
+            batch = [ctx for ctx in batch if ctx.request_id not in self.refused]
         if batch and fn is not None:
             self.value = run_forward(core, batch, fn)

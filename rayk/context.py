@@ -47,7 +47,9 @@ def as_int32(tokens: Any, request_id: str) -> IntArray:
 class TokenWindow:
     """The token array of a request and its window. int32, grows by appending; lengths are in tokens."""
 
-    __slots__ = ("_request_id", "data", "end", "length", "processed")
+    __slots__ = ("_at", "_batch", "_request_id", "data", "end", "length", "processed")
+    _at: int  # used while the window is in a ContextBatch, see rayk.batch
+    _batch: Any
 
     def __init__(self, tokens: IntArray, request_id: str = "") -> None:
         self.data = tokens
@@ -119,6 +121,9 @@ class TokenWindow:
             self.data = grown
         self.data[base:length] = tokens
         self.length = length
+
+    def changed(self) -> None:
+        """The context gained or lost drafts or placeholders. Of interest to a batch only, see rayk.batch."""
 
     def snapshot(self) -> TokenWindow:
         """The same window over the same tokens, which later appends and moves do not change."""
@@ -233,6 +238,7 @@ class TextContext:
         """A list may be filled in place later, so one counts as drafts even while it is empty."""
         lists = isinstance(self._drafts, list) or isinstance(self._accepted, list)
         self.plain = not (self._pending or lists or len(self._drafts) or len(self._accepted))
+        self.tokens.changed()
 
     def __repr__(self) -> str:
         t = self.tokens

@@ -119,6 +119,7 @@ class InputStage:
         self._devices = devices
         self._max_rows = max_rows
         self._pinned = any(d.startswith("cuda") for d in devices)
+        self.shown: object = None  # what the table shows, if rayk.decode filled it and nobody else since
         self._made: dict[tuple[int, int], tuple[ReplicaInputs, list[_Scalars]]] = {}
         self._resize(64)
 
@@ -129,6 +130,7 @@ class InputStage:
         self._table, self._lengths = host(self._max_rows * width), host(self._max_rows)
         self._capacity = width
         self._made.clear()
+        self.shown = None
         self.table: Int32Array = self._table.numpy()
         self.lengths: Int32Array = self._lengths.numpy()
         self._copies = {d: (self._table.to(d), self._lengths.to(d)) for d in set(self._devices) if d.startswith("cuda")}

@@ -60,9 +60,10 @@ def fill_batch(
             cache = end
     longest, cache = -(-most // size), cache + core.params.num_draft_tokens if rows else 0
     shape = BatchShape(len(rows), prompt, cache)
-    longest, shape = _bounded(core, longest, shape, max_cache_length, characteristics)
+    longest, shape = bounded(core, longest, shape, max_cache_length, characteristics)
     width = table_width(longest)
     table, cache_lengths = core.stage.host_views(len(rows), width)
+    core.stage.shown = None
     if rows:
         filled = min(width, core.table.width)
         np.take(core.table.cells[:, :filled], rows, axis=0, out=table[:, :filled]) if filled == width else _pad(
@@ -87,7 +88,7 @@ def _pad(table: np.ndarray, cells: np.ndarray, rows: list[int], filled: int, nul
     table[:, filled:] = null_page
 
 
-def _bounded(
+def bounded(
     core: ReplicaCore,
     longest: int,
     shape: BatchShape,

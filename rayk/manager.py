@@ -18,6 +18,7 @@ from rayk.context import TextContext
 from rayk.errors import (
     BatchError,
     ClosedError,
+    InsufficientBlocksError,
     LeafError,
     NotBuiltError,
     NotClaimedError,
@@ -140,6 +141,14 @@ class PagedKVCacheManager:
         if not 0 <= replica_idx < self._open:
             raise self._refusal(replica_idx)
         self._backend.alloc(data, replica_idx)
+
+    def alloc_many(self, replica_batches: Batches) -> list[dict[str, InsufficientBlocksError]]:
+        """alloc() for every context of one batch per replica: per replica the refusals, by request id.
+
+        A refused request keeps what it had; the others have their pages. A ContextBatch whose contexts all decode is
+        handled as a whole. NotClaimedError, before anything is done, unless all are claimed where they are named.
+        """
+        return self._for(replica_batches).alloc_many(replica_batches)
 
     def alloc_dummy(self, request_id: str, replica_idx: int) -> None:
         """Claim a request whose only page is the null page: padding for a batch."""

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rayk import decode
+from rayk.batch import ContextBatch
 from rayk.buffers import PageBuffers
 from rayk.context import TextContext, TokenWindow
 from rayk.errors import AlreadyClaimedError, BatchError, InsufficientBlocksError, IntegrityError, NotClaimedError
@@ -28,11 +30,12 @@ from rayk.tables import BlockTable
 class Request:
     """A claimed request. Its row holds `pages` page ids, of which the first `committed` are in the prefix tree."""
 
-    __slots__ = ("committed", "ctx", "due", "dummy", "pages", "room", "row", "tip")
+    __slots__ = ("bound", "committed", "ctx", "due", "dummy", "pages", "room", "row", "tip")
 
     def __init__(self, row: int, dummy: bool, due: int) -> None:
         self.row = row
         self.due = due  # processed tokens at which its next page is full, and so to be committed; NEVER for a dummy
+        self.bound = 0  # its number in the table's columns once it was in a ContextBatch, see rayk.tables
         self.dummy = dummy
         self.pages = 1 if dummy else 0
         self.room = 0  # slots that its own and shared pages offer: pages x page size, none for a dummy
@@ -94,11 +97,14 @@ class ReplicaCore:
         self._caching = params.enable_prefix_caching
         self.exports = Exports(params, self._tree, self.buffers)
         self._bytes_per_page = params.bytes_per_page
+        self._unpublished: list[ContextBatch] = []  # stepped, and not yet looked at for full pages
+        self._eager = False  # somebody listens: publish at once
         self._input_tokens = self._device_hits = self._peer_hits = self._evicted_before = 0
 
     def listen(self, listener: PageListener) -> None:
         """Hash every page that is cached from now on and tell `listener`, and what is dropped. Before any request."""
         self._tree.listen(listener, self.exports.hasher)
+        self._eager = True
 
     # -- claims ----------------------------------------------------------------------------------
 
@@ -109,8 +115,16 @@ class ReplicaCore:
         due = NEVER if dummy or not self._caching else self.page_size
         self.requests[request_id] = Request(self.table.acquire(), dummy, due)
 
+    def bind(self, request: Request) -> None:
+        """Keep the table's columns for this request from now on, see rayk.tables."""
+        table, row = self.table, request.row
+        request.bound = table.serial[row] = table.bind()
+        table.room[row], table.due[row] = request.room, request.due
+
     def release(self, request_id: str) -> None:
         """Forget the request. Its committed pages become evictable, deepest first; the others are empty."""
+        if self._unpublished:
+            self.publish()
         request = self.requests.pop(request_id, None)
         if request is None:
             raise NotClaimedError(request_id, self.replica, -1)
@@ -119,12 +133,16 @@ class ReplicaCore:
             self._pool.give(self.table.rows[request.row][committed:pages])
         if request.tip is not None:
             self._tree.release(request.tip)
+        if request.bound:
+            request.bound = 0
+            self.table.unbind(request.row)
         self.table.drop(request.row, pages)
-        if self.runtime_checks:
-            self.check_integrity()
+        self._check()
 
     def blocks(self, request_id: str) -> list[int]:
         """Page ids in sequence order; empty for an unknown request."""
+        if self._unpublished:
+            self.publish()
         request = self.requests.get(request_id)
         return [] if request is None else self.table.rows[request.row][: request.pages].tolist()
 
@@ -140,6 +158,9 @@ class ReplicaCore:
                     "than this context; release it before you use its id for a new request"
                 )
         request.ctx = ctx
+        if request.bound:
+            request.bound = 0
+            self.table.unbind(request.row)
 
     # -- allocation ------------------------------------------------------------------------------
 
@@ -180,6 +201,8 @@ class ReplicaCore:
         return self._alloc(request, ctx, window, imports)
 
     def _alloc(self, request: Request, ctx: TextContext, window: TokenWindow, imports: Sequence[PageExport]) -> Reused:
+        if self._unpublished:
+            self.publish()
         if request.ctx is None or not request.pages:
             request.ctx = ctx
         elif request.ctx is not ctx:
@@ -229,10 +252,41 @@ class ReplicaCore:
             keep = wanted
         request.pages = keep
         request.room = keep * size
+        if request.bound:
+            self.table.room[row] = request.room
+            self.table.version += 1
         self._input_tokens += window.end - window.processed
-        if self.runtime_checks:
-            self.check_integrity()
+        self._check()
         return reused
+
+    def alloc_many(self, batch: Sequence[TextContext]) -> dict[str, InsufficientBlocksError]:
+        """alloc() for each context; what was refused, by request id. The refused ones keep what they had."""
+        if isinstance(batch, ContextBatch) and decode.ready(self, batch) and decode.alloc(self, batch):
+            self._check()
+            return {}
+        refused = {}
+        for ctx in batch:
+            try:
+                self.alloc(ctx)
+            except InsufficientBlocksError as error:
+                refused[ctx.request_id] = error
+        return refused
+
+    def count_input(self, tokens: int) -> None:
+        """For rayk.decode: so many tokens are left to compute."""
+        self._input_tokens += tokens
+
+    def make_room(self, pages: int) -> bool:
+        """For rayk.decode: have so many empty pages, by evicting if need be. False when there are too few."""
+        if pages > self._pool.empty:
+            if pages > self._free:
+                return False
+            self._tree.make_room(pages)
+        return True
+
+    def take(self, pages: int) -> Pages:
+        """For rayk.decode: empty pages, a view as in PagePool.take()."""
+        return self._pool.take(pages)
 
     def _check_size(self, ctx: TextContext, slots: int) -> None:
         """InsufficientBlocksError when not even all pages would do."""
@@ -295,11 +349,23 @@ class ReplicaCore:
         request.tip = tip
         request.committed = start + hits + copied
         request.due = (request.committed + 1) * size
+        if request.bound:
+            self.table.due[request.row] = request.due
 
     # -- commit --------------------------------------------------------------------------------
 
     def step(self, batch: Sequence[TextContext]) -> None:
         """Commit the pages of each request that are full and processed; equal pages collapse into one."""
+        if isinstance(batch, ContextBatch) and decode.ready(self, batch) and decode.step(self, batch):
+            if self._caching and batch.unpublished is None:
+                batch.unpublished = self
+                self._unpublished.append(batch)
+            if self._eager or self.runtime_checks:
+                self.publish()
+                self._check()
+            return
+        if self._unpublished:
+            self.publish()
         requests, due = self.requests, []
         for ctx in batch:
             request = requests.get(ctx.request_id)
@@ -310,8 +376,17 @@ class ReplicaCore:
         for ctx, request, pages in due:
             if pages > request.committed:
                 self._commit(ctx, request, pages)
-        if self.runtime_checks:
-            self.check_integrity()
+        self._check()
+
+    def publish(self) -> None:
+        """Commit what stepped batches have processed. Everything that could tell the difference calls this first."""
+        batches, self._unpublished = self._unpublished, []
+        for batch in batches:
+            batch.unpublished = None
+            for at in np.flatnonzero(batch.stepped >= self.table.due[batch.row]).tolist():
+                request = batch.requests[at]
+                if request is not None and request.bound and request.bound == batch.serial[at]:
+                    self._commit(batch[at], request, int(batch.stepped[at]) // self.page_size)
 
     def _full_pages(self, ctx: TextContext, request: Request) -> int:
         """Leading pages that are full and processed. BatchError when the request does not have them."""
@@ -337,8 +412,11 @@ class ReplicaCore:
         request.tip, instead = tree.commit(tip, tokens, row[start:full])
         if instead is not None:
             row[start : start + len(instead)] = instead
+            self.table.version += 1
         request.committed = full
         request.due = (full + 1) * size
+        if request.bound:
+            self.table.due[request.row] = request.due
 
     # -- batches -------------------------------------------------------------------------------
 
@@ -349,7 +427,10 @@ class ReplicaCore:
         characteristics: BatchCharacteristics | None = None,
     ) -> ReplicaInputs:
         """Inputs with tensors; see rayk.inputs. RuntimeInputsError when a request has too few pages."""
-        rows, width, shape = fill_batch(self, batch, max_cache_length, characteristics)
+        filled = None
+        if isinstance(batch, ContextBatch) and max_cache_length is None and characteristics is None:
+            filled = decode.fill(self, batch) if decode.ready(self, batch) else None
+        rows, width, shape = filled or fill_batch(self, batch, max_cache_length, characteristics)
         return self.stage.build(rows, width, shape)
 
     def batch_tables(
@@ -377,6 +458,8 @@ class ReplicaCore:
         return match.pages if match is not None else 0
 
     def _resident(self, ctx: TextContext) -> Match | None:
+        if self._unpublished:
+            self.publish()
         root, stop = self._tree.find_root(ctx.root_key), self._reusable(ctx)
         if root is None or not self._caching or stop < 1:
             return None
@@ -386,6 +469,8 @@ class ReplicaCore:
 
     @property
     def _free(self) -> int:
+        if self._unpublished:
+            self.publish()
         return self._pool.empty + self._tree.evictable
 
     @property
@@ -432,7 +517,12 @@ class ReplicaCore:
 
     def reset_prefix_cache(self) -> None:
         """Forget cached pages that nobody holds."""
+        if self._unpublished:
+            self.publish()
         self._tree.reset()
+        self._check()
+
+    def _check(self) -> None:
         if self.runtime_checks:
             self.check_integrity()
 
@@ -440,6 +530,8 @@ class ReplicaCore:
 
     def check_integrity(self) -> None:
         """IntegrityError unless every page is in exactly one place and all counts agree with what they count."""
+        if self._unpublished:
+            self.publish()
         seen = np.zeros(self.num_pages, np.int64)
         self._pool.count_into(seen)
         tips = [r.tip for r in self.requests.values() if r.tip is not None]

@@ -3,6 +3,9 @@
 A request owns one row from claim to release. Beyond its pages a row is filled with the null page, so that a
 batch's lookup table is a gather of rows. The array doubles when rows or columns run out: it grows with the
 number and length of running requests, never with the pool.
+
+For requests in a ContextBatch (*bound* ones) the table also keeps columns over its rows, so that rayk.decode can
+look at a whole batch at once. They are written when a request is bound and whenever it changes after that.
 """
 
 from __future__ import annotations
@@ -20,6 +23,14 @@ class BlockTable:
         self.null_page = null_page
         self._set(np.full((max(1, rows), width), null_page, np.int32))
         self._free = list(range(len(self.cells) - 1, -1, -1))
+        self._columns = np.zeros((3, len(self.cells)), np.int64)
+        self._name_columns()
+        self.epoch = 0  # changes when a bound row is dropped or gets another context
+        self.version = 0  # changes when cells of a bound row change, but by rayk.decode itself
+        self._bound = 0
+
+    def _name_columns(self) -> None:
+        self.room, self.due, self.serial = self._columns  # of each row: Request.room, Request.due, Request.bound
 
     def _set(self, cells: Int32Array) -> None:
         self.cells = cells
@@ -32,7 +43,19 @@ class BlockTable:
             rows = len(self.cells)
             self._set(np.concatenate((self.cells, np.full_like(self.cells, self.null_page))))
             self._free = list(range(2 * rows - 1, rows - 1, -1))
+            self._columns = np.concatenate((self._columns, np.zeros_like(self._columns)), axis=1)
+            self._name_columns()
         return self._free.pop()
+
+    def bind(self) -> int:
+        """A number that no other bound row has or had, never 0."""
+        self._bound += 1
+        return self._bound
+
+    def unbind(self, row: int) -> None:
+        """The row is not that request's any more, or shows another context of it."""
+        self.serial[row] = 0
+        self.epoch += 1
 
     def drop(self, row: int, used: int) -> None:
         """Give a row back; its first `used` cells may hold page ids."""

@@ -113,6 +113,30 @@ class RayBackend:
         if admission.error is not None:
             raise admission.error
 
+    def alloc_many(self, batches: Batches) -> list[dict[str, InsufficientBlocksError]]:
+        """Decode steps in one message per replica; contexts that may find cached pages one by one, like alloc()."""
+        for r, batch in enumerate(batches):
+            for ctx in batch:
+                if self._placed.get(ctx.request_id, r) != r:
+                    raise NotClaimedError(ctx.request_id, r, self._placed[ctx.request_id])
+        refused: list[dict[str, InsufficientBlocksError]] = []
+        steady: list[Tick] = []
+        for r, batch in enumerate(batches):
+            refused.append({})
+            decoding = [ctx for ctx in batch if ctx.tokens.active_length == 1]
+            steady.append(Tick(alloc=decoding))
+            for ctx in batch if len(decoding) < len(batch) else ():
+                try:
+                    if ctx.tokens.active_length > 1:
+                        self.alloc(ctx, r)
+                except InsufficientBlocksError as error:
+                    refused[r][ctx.request_id] = error
+        for r, result in enumerate(self.tick(steady, None)):
+            if result.error is not None:
+                raise result.error
+            refused[r].update(result.refused)
+        return refused
+
     def try_admit(
         self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, stop_on_error: bool
     ) -> list[Admission]:
