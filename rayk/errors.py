@@ -9,6 +9,9 @@ RaykError
 ├── BatchError (ValueError)               batches that do not match the replicas or the requests' pages
 ├── RuntimeInputsError (ValueError, RuntimeError)   runtime_inputs cannot be built for this batch
 ├── LeafError (AssertionError)            a single-cache call on multi-cache parameters
+├── AttentionError (ValueError)           no attention backend can do what was asked for
+├── CheckpointError (ValueError)          a checkpoint that is missing, damaged or incomplete
+├── ArchitectureError (ValueError)        a model that cannot run on pages
 ├── InsufficientBlocksError               not enough free pages; nothing was changed
 ├── PlanError (RuntimeError)              the cluster cannot hold what was asked for; nothing was started
 ├── NotBuiltError (NotImplementedError)   a part of the reference that rayk does not have yet
@@ -122,6 +125,33 @@ class LeafError(RaykError, AssertionError):
 
     message: str
     text: ClassVar[str] = "{message}"
+
+
+class AttentionError(RaykError, ValueError):
+    """No attention backend, or not the one that was named, can do what was asked for."""
+
+    message: str
+    text: ClassVar[str] = "{message}"
+
+
+class CheckpointError(RaykError, ValueError):
+    """A checkpoint folder from which no model can be loaded; `file` is the one at fault, or ''."""
+
+    folder: str
+    file: str
+    message: str
+
+    def __str__(self) -> str:
+        where = f"checkpoint {self.folder}"
+        return f"{where}: {self.file}: {self.message}" if self.file else f"{where}: {self.message}"
+
+
+class ArchitectureError(RaykError, ValueError):
+    """A model that cannot run on a paged cache; `architecture` is its class or model type."""
+
+    architecture: str
+    message: str
+    text: ClassVar[str] = "{architecture} cannot run on rayk's pages: {message}"
 
 
 class InsufficientBlocksError(RaykError):

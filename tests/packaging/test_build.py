@@ -18,6 +18,7 @@ PACKAGES = [
     "rayk",
     "rayk/actors",
     "rayk/scheduler",
+    "rayk/attention",
     "rayk/bench",
     "rayk/bench/core",
     "rayk/engine",
