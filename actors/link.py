@@ -26,6 +26,14 @@ class Answer(NamedTuple):
     data: Any = None
 
 
+class Traffic(NamedTuple):
+    """Messages sent on a line, their bytes, and the bytes of the answers read; page data not counted."""
+
+    calls: int = 0
+    sent: int = 0
+    received: int = 0
+
+
 class Pending(NamedTuple):
     """A sent message whose answer was not read yet."""
 
@@ -66,12 +74,20 @@ class Link:
         self._gone = gone
         self._timeout = timeout
         self._numbers = itertools.count(1)
+        self._calls = self._sent = self._received = 0
+
+    @property
+    def traffic(self) -> Traffic:
+        """What went over this line so far."""
+        return Traffic(self._calls, self._sent, self._received)
 
     def send(self, command: Any, attached: Sequence[Any] = (), with_data: bool = False) -> Pending:
         """Send one command; `attached` are references to page data of other replicas."""
         seq = 0 if isinstance(command, m.READ_ONLY) else next(self._numbers)
         envelope = m.SchedulerEnvelope if isinstance(command, m.SchedulerCommand) else m.ReplicaEnvelope
         wire = m.encode(envelope(self._client, self.epoch, seq, command))
+        self._calls += 1
+        self._sent += len(wire)
         try:
             if with_data:
                 ref, data = self.actor.call("handle_with_data", wire, returns=2)
@@ -86,8 +102,9 @@ class Link:
 
     def read(self, ref: Any) -> m.Result:
         """The result behind a reference."""
-        wire = self.fetch(ref)
-        return m.decode_reply(bytes(wire)).result
+        wire = bytes(self.fetch(ref))
+        self._received += len(wire)
+        return m.decode_reply(wire).result
 
     def fetch(self, ref: Any) -> Any:
         """The value behind a reference of this actor's."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rayk import messages as m
-from rayk.actors.link import Answer, Link, Pending, new_client_id
+from rayk.actors.link import Answer, Link, Pending, Traffic, new_client_id
 from rayk.actors.runtime import ActorGoneError, Runtime
 from rayk.backend import Batches, Forward
 from rayk.buffers import PageBuffers
@@ -320,6 +320,10 @@ class RayBackend:
 
     # -- queries -------------------------------------------------------------------------------------
 
+    def traffic(self) -> list[Traffic]:
+        """What this driver has sent to each replica and to the scheduler, which comes last, and read from them."""
+        return [link.traffic for link in (*self._links, self._scheduler)]
+
     def usage(self, replica: int) -> Usage:
         done: m.UsageDone = self._links[replica].ask(m.GetUsage())
         return Usage(done.total, done.free, done.cached)
@@ -344,6 +348,10 @@ class RayBackend:
 
     def node_names(self) -> list[str]:
         return [plan.host_name for plan in self._cluster.plan.replicas]
+
+    def replica_pids(self) -> list[int]:
+        """The process of each replica, on its node."""
+        return [facts.pid for facts in self._cluster.facts]
 
     def check_integrity(self) -> None:
         self._scheduler.ask(m.EveryReplica(m.CheckIntegrity()))

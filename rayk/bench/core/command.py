@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -36,7 +37,8 @@ def core(
         str | None,
         typer.Option(
             help="Groups, as in w1,w3: w1 cold prompts, w2 shared prefix, hash both with hashed pages, w3 decode, "
-            "w4 a trace, start, memory; these if not given. And instructions, which needs valgrind.",
+            "w4 a trace, start, memory; these if not given. And ray, which starts a cluster; instructions, which needs "
+            "valgrind.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -124,7 +126,14 @@ def _measure(groups: list[str], trace: Path | None, repeat: int, smoke: bool) ->
     from rayk.bench.core.clock import Unit
     from rayk.bench.core.origin import cpu_model, running_commit
     from rayk.bench.core.result import CoreResult
-    from rayk.bench.core.run import instruction_figures, make_cases, memory_figures, run_cases, start_figures
+    from rayk.bench.core.run import (
+        instruction_figures,
+        make_cases,
+        memory_figures,
+        ray_figures,
+        run_cases,
+        start_figures,
+    )
     from rayk.bench.result import environment
 
     torch.set_num_threads(1)
@@ -136,6 +145,9 @@ def _measure(groups: list[str], trace: Path | None, repeat: int, smoke: bool) ->
         if "memory" in groups:
             unit.sample()
             figures += memory_figures(status.update)
+        if "ray" in groups:
+            with redirect_stdout(sys.stderr):  # Ray prints what its processes log
+                figures += ray_figures(unit, status.update)
         if "instructions" in groups:
             unit.sample()
             figures += instruction_figures(status.update)

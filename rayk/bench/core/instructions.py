@@ -116,28 +116,37 @@ def _requests(key: str, manager: PagedKVCacheManager, prefix: bool = False) -> C
     return Counted(key, N_REQUESTS, lambda n: serve(manager, list(islice(left, n))))
 
 
-def _decode(key: str, manager: PagedKVCacheManager, many: bool = False) -> Counted:
-    """Steps of a batch."""
-    from rayk.bench.core.decode import decode_each, decode_many, start_batch
+def _decode(key: str, manager: PagedKVCacheManager) -> Counted:
+    """Steps of a batch, one alloc() a request."""
+    from rayk.bench.core.decode import decode_each, start_batch
 
-    contexts, work = start_batch(manager, DECODE_BATCH), decode_many if many else decode_each
-    work(manager, contexts, WARM_UP)
-    return Counted(key, N_STEPS, lambda n: work(manager, contexts, n))
+    contexts = start_batch(manager, DECODE_BATCH)
+    decode_each(manager, contexts, WARM_UP)
+    return Counted(key, N_STEPS, lambda n: decode_each(manager, contexts, n))
+
+
+def _decode_many(key: str, manager: PagedKVCacheManager) -> Counted:
+    """Steps of a batch as arrays."""
+    from rayk.batch import ContextBatch
+    from rayk.bench.core.decode import decode_many, start_batch
+
+    batch = ContextBatch(start_batch(manager, DECODE_BATCH))
+    decode_many(manager, batch, WARM_UP)
+    return Counted(key, N_STEPS, lambda n: decode_many(manager, batch, n))
 
 
 def _cases() -> Iterator[Callable[[], Counted]]:
     from rayk.bench.core.cache import make_manager
     from rayk.bench.core.crowd import crowded
-    from rayk.bench.core.decode import HAS_BATCH_API
 
     yield lambda: _requests("w1", make_manager(FEW_PAGES))
     yield lambda: _requests("w2", make_manager(FEW_PAGES), prefix=True)
     yield lambda: _decode("w3", make_manager(FEW_PAGES))
-    if HAS_BATCH_API:
-        yield lambda: _decode("w3-batch", make_manager(FEW_PAGES), many=True)
+    yield lambda: _decode_many("w3-batch", make_manager(FEW_PAGES))
     for name, pages in SIZES.items():
         yield partial(lambda name, pages: _requests(f"w1-{name}", crowded(pages)), name, pages)
         yield partial(lambda name, pages: _decode(f"w3-{name}", crowded(pages)), name, pages)
+        yield partial(lambda name, pages: _decode_many(f"w3-batch-{name}", crowded(pages)), name, pages)
 
 
 def _main() -> None:

@@ -56,5 +56,11 @@ BOUNDS = {
     "i-w3-batch": Bound(scaled=False),
     "flat-w1": Bound(1.2, scaled=False),
     "flat-w3": Bound(1.2, scaled=False),
+    "flat-w3-batch": Bound(1.2, scaled=False),
+    "ray-calls": Bound(1.0, scaled=False),
+    "ray-sent": Bound(48.0, scaled=False),
+    "ray-received": Bound(32.0, scaled=False),
+    "ray-driver": Bound(),
+    "ray-replica": Bound(),
 }
 """By the key of the figure."""

@@ -10,11 +10,13 @@ from typing import Any
 from rayk.bench.core.cache import POOL
 from rayk.bench.core.case import Case
 from rayk.bench.core.clock import Unit, lap_ns, quiet
-from rayk.bench.core.decode import BATCHES, HAS_BATCH_API, STEPS, Decode
+from rayk.bench.core.decode import BATCHES, STEPS, Decode
 from rayk.bench.core.instructions import DECODE_BATCH, SIZES, count_instructions
 from rayk.bench.core.limits import BOUNDS, Bound
 from rayk.bench.core.memory import measure_memory
 from rayk.bench.core.prompts import FULL_REQUESTS, REQUESTS, SMALL_POOL, Prompts, SharedPrefix, filling
+from rayk.bench.core.ray_path import BATCH as RAY_BATCH
+from rayk.bench.core.ray_path import REPLICAS, measure_ray_path
 from rayk.bench.core.result import Figure, make_figure
 from rayk.bench.core.served import REQUESTS as TRACE_REQUESTS
 from rayk.bench.core.served import Served
@@ -23,8 +25,8 @@ from rayk.bench.core.start import PAGES, measure_start
 GROUPS = ("w1", "w2", "hash", "w3", "w4", "start", "memory")
 """What is measured when nothing is picked, in the order of the table."""
 
-EXTRA_GROUPS = ("instructions",)
-"""What `--only` takes as well: it needs more than the package."""
+EXTRA_GROUPS = ("ray", "instructions")
+"""What `--only` takes as well: they start a cluster, or need valgrind."""
 
 HASHES = {"xxh3": "xxh3_128", "sha256": "sha256"}
 INSTRUCTION_TITLES = {
@@ -61,9 +63,8 @@ def make_cases(groups: Iterable[str], trace: Path | None, smoke: bool) -> list[C
     for batch in BATCHES:
         decode = f"request and step, batch {batch}"
         cases.append(Case(f"w3-{batch}", "w3", decode, "us", Decode(batch, steps, many=False)))
-        if HAS_BATCH_API:
-            batched = Decode(batch, steps, many=True)
-            cases.append(Case(f"w3-{batch}-batch", "w3", f"{decode}, batch API", "us", batched))
+        batched = Decode(batch, steps, many=True)
+        cases.append(Case(f"w3-{batch}-batch", "w3", f"{decode}, batch API", "us", batched))
     cases.append(Case("w4", "w4", f"{TRACE_REQUESTS // part:,} requests of {served.name}", "ms", served))
     wanted = set(groups)
     return [case for case in cases if case.group in wanted]
@@ -150,6 +151,27 @@ def memory_figures(report: Progress) -> list[Figure]:
     return [make_figure(key, title, unit, [value], value, 1.0, BOUNDS[key]) for key, title, unit, value in figures]
 
 
+def ray_figures(unit: Unit, report: Progress) -> list[Figure]:
+    """A decode iteration on Ray."""
+    report(f"decoding on an embedded Ray, {REPLICAS} replicas")
+    unit.sample()
+    cost = measure_ray_path()
+    unit.sample()
+    each = f"request and step, {REPLICAS} replicas of {RAY_BATCH}"
+    figures = [
+        ("ray-calls", "messages to a replica in a decode iteration", "", cost.calls),
+        ("ray-sent", f"{each}: bytes sent", "B", cost.sent),
+        ("ray-received", f"{each}: bytes received", "B", cost.received),
+        ("ray-driver", f"{each}: CPU of the driver's thread", "us", cost.driver_us),
+        ("ray-replica", f"{each}: CPU of a replica's process", "us", cost.replica_us),
+    ]
+    details = {"ray-calls": {"iteration_ms": cost.iteration_ms}}
+    return [
+        make_figure(key, title, name, [value], value, unit.speed, BOUNDS[key], details.get(key))
+        for key, title, name, value in figures
+    ]
+
+
 def instruction_figures(report: Progress) -> list[Figure]:
     """Instructions of the small cases, and how they grow from 10,000 to 1,000,000 pages."""
     report("counting instructions under valgrind")
@@ -160,7 +182,7 @@ def instruction_figures(report: Progress) -> list[Figure]:
             value = counted[key]
             figures.append(make_figure(f"i-{key}", title, "", [value], value, 1.0, BOUNDS[f"i-{key}"]))
     small, large = SIZES
-    for key in ("w1", "w3"):
+    for key in ("w1", "w3", "w3-batch"):
         value = counted[f"{key}-{large}"] / counted[f"{key}-{small}"]
         title = f"{INSTRUCTION_TITLES[key]}: 1,000,000 pages over 10,000"
         figures.append(make_figure(f"flat-{key}", title, "x", [value], value, 1.0, BOUNDS[f"flat-{key}"]))

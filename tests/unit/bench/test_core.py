@@ -62,8 +62,9 @@ def test_hashed_runs_hash_every_cached_page(monkeypatch: pytest.MonkeyPatch, alg
     assert prepared.manager.params.kv_hash_algo == algorithm
 
 
-def test_each_decode_step_gives_a_page_to_a_sixteenth_of_the_batch() -> None:
-    prepared = Decode(32, 16, many=False).run(0.0)
+@pytest.mark.parametrize("many", [False, True])
+def test_each_decode_step_gives_a_page_to_a_sixteenth_of_the_batch(many: bool) -> None:
+    prepared = Decode(32, 16, many).run(0.0)
     used = prepared.manager.get_num_used_pages(0)
     prepared.work()
     assert prepared.manager.get_num_used_pages(0) == used + 16 * 32 // PAGE_SIZE

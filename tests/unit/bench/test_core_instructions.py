@@ -65,6 +65,7 @@ def test_a_request_does_nothing_without_valgrind() -> None:
 
 def test_figures_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = {"w1": 5.0, "w2": 6.0, "w3": 7.0, "w1-10k": 10.0, "w1-1m": 11.0, "w3-10k": 10.0, "w3-1m": 13.0}
+    counted |= {"w3-batch": 8.0, "w3-batch-10k": 10.0, "w3-batch-1m": 9.0}
     monkeypatch.setattr(run, "count_instructions", lambda: counted)
     figures = {figure.key: figure for figure in run.instruction_figures(lambda _: None)}
     assert (figures["i-w1"].value, figures["i-w1"].ok) == (5.0, None)
