@@ -19,10 +19,10 @@ from rayk.bench.core.command import CORE_EPILOG, core
 from rayk.describe import DESCRIBE_EPILOG, describe
 from rayk.errors import NotBuiltError, RaykError
 from rayk.memory.command import PLAN_EPILOG, plan
+from rayk.simulate.command import SIMULATE_EPILOG, simulate
 
-NOT_BUILT_COMMANDS = ("simulate", "generate", "top")
+NOT_BUILT_COMMANDS = ("generate", "top")
 NOT_BUILT_VALUES = {
-    "--workload": ("documents",),
     "--router": ("cost", "prefix", "session"),
     "--forward": ("hf",),
 }
@@ -118,7 +118,9 @@ def bench(
     ] = None,
     workload: Annotated[
         str | None,
-        typer.Option(help="A generator: chat (the default), agent or random.", rich_help_panel=_WORK, callback=_built),
+        typer.Option(
+            help="A generator: chat (the default), agent, documents or random.", rich_help_panel=_WORK, callback=_built
+        ),
     ] = None,
     scale: Annotated[
         float | None, typer.Option(help="Factor on all lengths of a generator.", rich_help_panel=_WORK)
@@ -279,6 +281,7 @@ bench_app.command("core", epilog=CORE_EPILOG)(core)
 app.add_typer(bench_app, name="bench")
 app.command(epilog=PLAN_EPILOG)(plan)
 app.command(epilog=DESCRIBE_EPILOG)(describe)
+app.command(epilog=SIMULATE_EPILOG)(simulate)
 for _name in NOT_BUILT_COMMANDS:
     _add_refused(_name)
 

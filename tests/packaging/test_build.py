@@ -23,6 +23,7 @@ PACKAGES = [
     "rayk/bench/core",
     "rayk/engine",
     "rayk/memory",
+    "rayk/simulate",
     "rayk/tiers",
 ]
 

@@ -97,7 +97,7 @@ def test_smoke_is_small(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "--trace", "x", "--workload", "chat"], "--trace and --workload exclude each other"),
         (["bench", "--trace", "/does/not/exist"], "cannot be read"),
         (["bench", "--trace", "x", "--scale", "2"], "--scale is for --workload"),
-        (["bench", "--workload", "poetry"], "--workload 'poetry' is not one of chat, agent, random"),
+        (["bench", "--workload", "poetry"], "--workload 'poetry' is not one of chat, agent, documents, random"),
         (["bench", "--router", "magic"], "--router 'magic' is not one of"),
         (["bench", "--duration", "soon"], "is not a duration"),
         (["bench", "--memory", "much"], "is not a size"),

@@ -36,7 +36,8 @@ def test_hit_rate_is_that_of_separate_lru_caches(serve: Serve, name: str, pages:
     measured = driver.measured
     modelled = round_robin_hit_rate(free.requests, 2, driver.settings.pages, 16, 8)
     assert measured.completed == 300 and measured.hit_rate is not None and measured.hit_rate > 0.02
-    assert measured.hit_rate == pytest.approx(modelled, abs=0.003)
+    # Turns of one agent that are in flight together may commit in another order than in the model.
+    assert measured.hit_rate == pytest.approx(modelled, abs=0.006 if name == "agent" else 0.003)
 
 
 def _without_predecessor(request: Any) -> Any:

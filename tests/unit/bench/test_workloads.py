@@ -51,9 +51,9 @@ def test_chat_has_the_shape_of_conversations() -> None:
     continued = np.mean([r.after is not None for r in requests])
     system = requests[0].prompt()[:512]
     opening = [r for r in requests if r.after is None]
-    cold = [r for r in opening if len(r.runs) == 1 or r.runs[0, 1] == 512]
+    branched = [r for r in opening if r.runs[0, 1] == 512 and len(r.runs) > 2]
     assert 0.28 < continued < 0.38
-    assert 0.55 < len(cold) / len(requests) < 0.68
+    assert 0.03 < len(branched) / len(requests) < 0.09
     assert all(np.array_equal(r.prompt()[:512], system[: r.prompt_length]) for r in opening[:200])
     turns: dict[str | None, int] = {}
     for request in requests:

@@ -1,0 +1,73 @@
+"""What a routing policy is asked and what it answers, with the reasons if it reckons in costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from rayk.scheduler.fleet import Fleet, FloatArray, Int64Array
+
+
+class Parts(NamedTuple):
+    """What a choice was made from: [replicas] tokens each, cost is the sum. `cached` and `waiting` are facts, not
+    costs."""
+
+    cached: Int64Array
+    waiting: FloatArray
+    prefill: FloatArray
+    loading: FloatArray
+    crowd: FloatArray
+    keep: FloatArray
+    pressure: FloatArray
+
+    @property
+    def cost(self) -> FloatArray:
+        """The sum of the costs, [replicas]."""
+        return self.prefill + self.loading + self.crowd + self.keep + self.pressure
+
+    def candidates(self, chosen: int, count: int = 8) -> list[Candidate]:
+        """The chosen replica and the cheapest others, cheapest first, at most `count` of them."""
+        cost = self.cost
+        order = [int(r) for r in np.argsort(cost, kind="stable")[:count]]
+        if chosen not in order:
+            order[-1:] = [chosen]
+        return [Candidate(r, float(cost[r]), *(float(part[r]) for part in self)) for r in order]
+
+
+class Candidate(NamedTuple):
+    """One replica's parts in a choice, in tokens."""
+
+    replica: int
+    cost: float
+    cached: float
+    waiting: float
+    prefill: float
+    loading: float
+    crowd: float
+    keep: float
+    pressure: float
+
+
+class Wish(NamedTuple):
+    """A request to be placed. `keys`: of the full pages that it may reuse, in order, never its last token's."""
+
+    tokens: int
+    keys: Sequence[int] = ()
+    session: str | None = None
+
+
+class Choice(NamedTuple):
+    """Where to place a request, -1 when no replica takes any. `parts` says why, if the policy reckons in costs."""
+
+    replica: int
+    parts: Parts | None = None
+
+
+class Policy(Protocol):
+    """Chooses; may remember what it chose, nothing else."""
+
+    def choose(self, wish: Wish, fleet: Fleet) -> Choice:
+        """The replica for `wish`, among those that are ready."""
+        ...

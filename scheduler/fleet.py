@@ -1,0 +1,104 @@
+"""What the scheduler knows of how busy each replica is, as arrays over the replicas, so that a choice among a
+thousand costs about as much as one among ten.
+
+It is exact and local: a request counts from the moment it is placed, so that a burst does not herd onto one replica.
+Tokens to prefill go down by themselves where the prefill rate is known (`advance`), otherwise when the scheduler is
+told (`prefilled`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Int64Array = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Fleet:
+    """Loads of `replicas` replicas, all [replicas]; read them, change them by the methods only.
+
+    `rate`: tokens a second that each replica prefills, None where that is not known. `capacity`: tokens that a
+    replica's pages hold, None where there is no limit.
+    """
+
+    def __init__(self, replicas: int, rate: float | None = None, capacity: int | None = None) -> None:
+        self.rate = rate
+        self.work: FloatArray = np.zeros(0)
+        """Tokens of placed requests that are still to be prefilled."""
+        self.computed: Int64Array = np.zeros(0, np.int64)
+        """Tokens that were ever placed to be prefilled; settles ties, so that the idle share what comes."""
+        self.requests: Int64Array = np.zeros(0, np.int64)
+        """Requests that are placed."""
+        self.held: Int64Array = np.zeros(0, np.int64)
+        """Tokens of placed requests; their pages cannot be evicted."""
+        self.capacity: Int64Array = np.zeros(0, np.int64)
+        """Tokens that the pages hold."""
+        self.ready: BoolArray = np.zeros(0, np.bool_)
+        """Whether requests may be placed there."""
+        self._all_ready = True
+        self._now = 0.0
+        self.join(replicas, capacity)
+
+    def __len__(self) -> int:
+        return len(self.work)
+
+    def join(self, replicas: int = 1, capacity: int | None = None) -> None:
+        """Add idle replicas; they get the next indices."""
+
+        def longer(array: npt.NDArray[np.generic], value: object) -> npt.NDArray[np.generic]:
+            return np.append(array, np.full(replicas, value, array.dtype))
+
+        self.work = longer(self.work, 0)  # type: ignore[assignment]  # as typed as it was
+        self.computed = longer(self.computed, self.computed.min(initial=0))  # type: ignore[assignment]
+        self.requests = longer(self.requests, 0)  # type: ignore[assignment]
+        self.held = longer(self.held, 0)  # type: ignore[assignment]
+        self.capacity = longer(self.capacity, 1 << 62 if capacity is None else capacity)  # type: ignore[assignment]
+        self.ready = longer(self.ready, True)  # type: ignore[assignment]
+
+    def set_ready(self, replica: int, ready: bool) -> None:
+        """Let requests be placed on a replica, or (draining, lost) not any more."""
+        self.ready[replica] = ready
+        self._all_ready = bool(self.ready.all())
+
+    def forget(self, replica: int) -> None:
+        """Nothing is placed on the replica any more: it was lost, or started anew."""
+        self.work[replica] = self.requests[replica] = self.held[replica] = 0
+
+    def advance(self, now: float) -> None:
+        """It is `now` (seconds, never less than before): what was prefilled meanwhile is done."""
+        if self.rate is not None and now > self._now:
+            self.work -= self.rate * (now - self._now)
+            np.maximum(self.work, 0.0, out=self.work)
+        self._now = max(now, self._now)
+
+    def place(self, replica: int, compute: int, tokens: int) -> None:
+        """A request of `tokens` tokens was placed, `compute` of which have to be prefilled."""
+        self.work[replica] += compute
+        self.computed[replica] += compute
+        self.requests[replica] += 1
+        self.held[replica] += tokens
+
+    def prefilled(self, replica: int, compute: int) -> None:
+        """`compute` tokens of what was placed are done, or will never be."""
+        self.work[replica] = max(0.0, self.work[replica] - compute)
+
+    def release(self, replica: int, tokens: int) -> None:
+        """A request of `tokens` tokens left."""
+        self.requests[replica] -= 1
+        self.held[replica] -= tokens
+
+    def lowest(self, costs: FloatArray, fair: bool = True) -> int:
+        """The ready replica of the lowest cost, -1 when none is ready. Of equals, if `fair`, the one that has computed
+        least so far, then the one of the lowest index."""
+        if not self._all_ready:
+            if not self.ready.any():
+                return -1
+            costs = np.where(self.ready, costs, np.inf)
+        best = int(costs.argmin())
+        if fair:
+            equal = np.flatnonzero(costs == costs[best])
+            if len(equal) > 1:
+                best = int(equal[self.computed[equal].argmin()])
+        return best
