@@ -13,7 +13,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from rayk.errors import CallTimeoutError, ConfigError, PlanError, RaykError, RemoteError
 
 CONTROL_GROUP = "ctl"  # answers while the data lane is busy
+STREAM_AHEAD = 4
 REASON_LENGTH = 300
 EMBEDDED_SETTINGS = {  # a dead replica is noticed in 0.2 s instead of 1.5 s, a dead node in 3 s instead of 16 s
     "RAY_timeout_ms_task_wait_for_death_info": "100",
@@ -95,6 +96,7 @@ class ActorSpec:
     placement: Placement | None = None
     bundle: int = 0
     name: str | None = None
+    lanes: tuple[str, ...] = ()  # more lanes, each with a thread of its own, for calls that last
 
 
 class RayActor:
@@ -108,6 +110,25 @@ class RayActor:
         if control:
             options["concurrency_group"] = CONTROL_GROUP
         return getattr(self.handle, method).options(**options).remote(*args)
+
+    def stream(self, method: str, lane: str, target: str, silence: float) -> Iterator[Any]:
+        """What a generator of the actor yields, at most STREAM_AHEAD items ahead of the reader.
+
+        ActorGoneError when the actor is gone, CallTimeoutError when nothing came for `silence` seconds.
+        """
+        options: dict[str, Any] = {"num_returns": "streaming", "concurrency_group": lane}
+        options["_generator_backpressure_num_objects"] = STREAM_AHEAD
+        items = getattr(self.handle, method).options(**options).remote()
+        runtime = RayRuntime()
+        while True:
+            ready, _ = ray.wait([items], timeout=silence)
+            if not ready:
+                raise CallTimeoutError(target, silence)
+            try:
+                ref = next(items)
+            except StopIteration:
+                return
+            yield runtime.get(ref, target, silence)
 
 
 class RayRuntime:
@@ -223,7 +244,7 @@ class RayRuntime:
         if spec.name is not None and self._namespace is not None:
             options |= {"name": spec.name, "namespace": self._namespace, "lifetime": "detached"}
         wrap: Any = ray.remote  # its overloads leave concurrency_groups out
-        actor_class = wrap(concurrency_groups={CONTROL_GROUP: 1}, num_cpus=0)(spec.cls)
+        actor_class = wrap(concurrency_groups={CONTROL_GROUP: 1, **dict.fromkeys(spec.lanes, 1)}, num_cpus=0)(spec.cls)
         try:
             return RayActor(actor_class.options(**options).remote(*spec.args))
         except (ray_errors.ActorAlreadyExistsError, ValueError) as error:

@@ -88,6 +88,7 @@ class Engine:
             generation.detokenizer = Detokenizer(self.model.tokenizer, sampling.stop)
             for token in generation.answer.tolist():
                 generation.detokenizer.add(token)
+            generation.detokenizer.piece()  # who continues an answer has seen it
         self._all[request.number] = generation
         self._ids.add(request.request_id)
         heapq.heappush(self._waiting, (generation.order, generation))
@@ -126,6 +127,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether a step could do anything."""
         return bool(self._events or self._rows or len(self._all) > len(self._paused))
+
+    @property
+    def steps(self) -> int:
+        """Forwards since the start: whoever watches it sees whether it moves."""
+        return self._steps
 
     def stats(self) -> EngineStats:
         """Counters, and what there is now."""
@@ -170,9 +176,7 @@ class Engine:
             generation = self._all.get(number)
             if generation is not None and generation.deadline is not None and generation.deadline <= now:
                 timeout = generation.request.timeout or 0.0
-                self._abort(
-                    generation, "timeout", RequestTimeoutError(generation.request_id, timeout, generation.generated)
-                )
+                self._abort(generation, "timeout", RequestTimeoutError(generation.request_id, timeout))
 
     def _grow(self) -> bool:
         """Pages for every decoding row; whether some request had to make way."""

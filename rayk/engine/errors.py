@@ -32,14 +32,13 @@ class QueueFullError(RaykError):
 
 
 class RequestTimeoutError(RaykError, TimeoutError):
-    """The request's time was up after `generated` tokens."""
+    """The request's time was up; its output has what was generated until then."""
 
+    # Two fields and no more: TimeoutError is an OSError, which cuts longer arguments.
     request_id: str
     seconds: float
-    generated: int
     text: ClassVar[str] = (
-        "request {request_id!r} was given {seconds:g} s and had generated {generated} token(s) by then; give it more "
-        "time, or ask for fewer tokens"
+        "request {request_id!r} was not finished within {seconds:g} s; give it more time, or ask for fewer tokens"
     )
 
 

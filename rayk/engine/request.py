@@ -34,6 +34,13 @@ class Request:
     adapter: str | None = None
 
 
+def timeout_problem(timeout: Any) -> str | None:
+    """Why `timeout` is no number of seconds, or None."""
+    if timeout is None or (isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout > 0):
+        return None
+    return f"timeout is {timeout!r}, it must be a number of seconds above 0"
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one request may ask of an engine. `max_length` counts prompt and answer."""
@@ -72,9 +79,9 @@ class Limits:
             raise refuse(f"stop token {beyond[0]} is outside the vocabulary of {self.vocab_size} tokens")
         if (sampling.stop or request.stream_text) and not self.has_tokenizer:
             raise refuse("stop strings and text need a tokenizer, and this model's folder has none; use stop_token_ids")
-        timeout = request.timeout
-        if timeout is not None and not (isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout > 0):
-            raise refuse(f"timeout is {timeout!r}, it must be a number of seconds above 0")
+        problem = timeout_problem(request.timeout)
+        if problem is not None:
+            raise refuse(problem)
         if prompt >= self.max_length:
             raise refuse(
                 f"its prompt of {prompt} tokens leaves no room for an answer within the model's {self.max_length}; "

@@ -85,6 +85,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         ]
         return next((f"{name} is {value!r}, it must be {rule}" for name, value, good, rule in checks if not good), None)
 
+    def plain(self) -> SamplingParams:
+        """The same in Python's own types, so that it can be sent (numpy's numbers cannot). Has no problem()."""
+        whole = {name: int(getattr(self, name)) for name in ("max_new_tokens", "top_k")}
+        maybe = {
+            name: None if getattr(self, name) is None else int(getattr(self, name)) for name in ("seed", "logprobs")
+        }
+        real = {name: float(getattr(self, name)) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+        stops = tuple(int(token) for token in self.stop_token_ids)
+        more: dict[str, Any] = {**whole, **maybe, **real}
+        return SamplingParams(stop=tuple(self.stop), stop_token_ids=stops, ignore_eos=bool(self.ignore_eos), **more)
+
 
 def _int(value: Any, low: int, high: float = math.inf) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high

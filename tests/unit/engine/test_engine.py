@@ -222,7 +222,7 @@ def test_a_deadline_changes_no_others_tokens() -> None:
     bench.run()
     error = bench.ended[late].error
     assert bench.ended[late].reason == "timeout" and isinstance(error, RequestTimeoutError)
-    assert 0 < len(bench.tokens[late]) == error.generated < 40 and "5 s" in str(error)
+    assert 0 < len(bench.tokens[late]) < 40 and "within 5 s" in str(error)
     assert all(bench.tokens[n] == expected(p, 12) for n, p in asked.items())
 
 

@@ -1,0 +1,164 @@
+"""What a caller holds of a request: its output when it is over, and until then a handle to it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from rayk.context import IntArray
+from rayk.engine.events import TokenLogprobs
+from rayk.engine.sampling import SamplingParams
+from rayk.errors import RaykError
+
+
+@dataclass(frozen=True)
+class Output:
+    """The answer to one prompt. With an `error`, `tokens` and `text` are what there was by then.
+
+    `tokens` include the stop token that ended it; `text` (None without a tokenizer) leaves special tokens, stop tokens
+    and stop strings out. `finish_reason`: "stop", "length", "timeout", "cancelled" or "error". `cached_tokens` of the
+    prompt were not computed. `logprobs` has an entry for each token where asked for. `ttft` and `seconds` are from the
+    call to the first token and to the end, `gaps` the seconds between arrivals of tokens with how many arrived.
+    """
+
+    id: str
+    prompt_length: int
+    tokens: list[int]
+    text: str | None
+    cached_tokens: int
+    finish_reason: str
+    error: RaykError | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    replica: int | None = None
+    preemptions: int = 0
+    retries: int = 0
+    ttft: float | None = None
+    seconds: float = 0.0
+    gaps: list[tuple[float, int]] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True)
+class Update:
+    """More of one answer: request `index` of the call. `output` comes with the last one."""
+
+    index: int
+    id: str
+    tokens: list[int]
+    text: str
+    output: Output | None = None
+
+
+class Handle:
+    """One request of a Cluster's; whoever submitted it may wait for it, read along, or cancel it.
+
+    What is not read yet is kept once, as the answer itself: a slow reader costs no more than that.
+    """
+
+    def __init__(
+        self, index: int, number: int, request_id: str, prompt: IntArray, sampling: SamplingParams, **more: Any
+    ) -> None:
+        self.index = index
+        self.number = number
+        self.id = request_id
+        self.prompt = prompt
+        self.sampling = sampling
+        self.timeout: float | None = more.get("timeout")
+        self.stream_text: bool = more.get("stream_text", False)
+        self.cache_salt: str | None = more.get("cache_salt")
+        self.submitted_at = monotonic()
+        self.replica: int | None = None
+        self.retries = 0
+        self.tokens: list[int] = []
+        self.future: Future[Output] = Future()
+        self.on_news: Callable[[Handle], None] | None = None  # called by the reader of reports, must not block
+        self.cancel: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+        self._pieces: list[str] = []
+        self._taken = 0
+        self._told = False  # somebody was told of what is not taken yet
+        self._logprobs: list[TokenLogprobs] = []
+        self._first_at: float | None = None
+        self._last_at = 0.0
+        self._gaps: list[tuple[float, int]] = []
+
+    def result(self, timeout: float | None = None) -> Output:
+        """Wait for the end. The built-in TimeoutError when it does not come in `timeout` seconds."""
+        return self.future.result(timeout)
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over."""
+        return self.future.done()
+
+    def take(self) -> Update:
+        """What came since the last call."""
+        with self._lock:
+            self._told = False
+            output = self.future.result() if self.future.done() else None
+            tokens, self._taken = self.tokens[self._taken :], len(self.tokens)
+            text, self._pieces = "".join(self._pieces), []
+        return Update(self.index, self.id, tokens, text, output)
+
+    # -- for the reader of reports ----------------------------------------------------------------------
+
+    def add(self, tokens: list[int], logprobs: list[TokenLogprobs]) -> None:
+        """More tokens."""
+        now = monotonic()
+        with self._lock:
+            if self._first_at is None:
+                self._first_at = now
+                if len(tokens) > 1:
+                    self._gaps.append((0.0, len(tokens) - 1))
+            else:
+                self._gaps.append((now - self._last_at, len(tokens)))
+            self._last_at = now
+            self.tokens += tokens
+            self._logprobs += logprobs
+        self._tell()
+
+    def add_text(self, piece: str) -> None:
+        """More text."""
+        with self._lock:
+            self._pieces.append(piece)
+        self._tell()
+
+    def finish(
+        self,
+        reason: str,
+        error: RaykError | None = None,
+        text: str | None = None,
+        cached_tokens: int = 0,
+        preemptions: int = 0,
+    ) -> None:
+        """It is over."""
+        with self._lock:
+            output = Output(
+                self.id,
+                len(self.prompt),
+                list(self.tokens),
+                text,
+                min(cached_tokens, len(self.prompt)),
+                reason,
+                error,
+                list(self._logprobs) if self.sampling.logprobs is not None else None,
+                self.replica,
+                preemptions,
+                self.retries,
+                None if self._first_at is None else self._first_at - self.submitted_at,
+                monotonic() - self.submitted_at,
+                self._gaps,
+            )
+            if not self.future.set_running_or_notify_cancel():
+                return
+            self.future.set_result(output)
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._lock:
+            told, self._told = self._told, True
+        if self.on_news is not None and not told:
+            self.on_news(self)

@@ -1,0 +1,140 @@
+"""What a driver and an engine say to each other: requests one way, reports the other, as msgpack.
+
+A report holds everything since the last one, whatever the number of steps; its tokens are columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from rayk import messages as m
+from rayk.context import as_int32
+from rayk.engine.events import Event, Finished, Numbers, Text, TokenLogprobs, Tokens
+from rayk.engine.request import Request
+from rayk.engine.sampling import SamplingParams
+from rayk.errors import RaykError
+
+
+class Ask(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """A Request; `tokens` are raw int32."""
+
+    number: int
+    request_id: str
+    tokens: bytes
+    sampling: SamplingParams
+    generated: int = 0
+    timeout: float | None = None
+    stream_text: bool = False
+    cache_salt: str | None = None
+    adapter: str | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> Ask:
+        """TokenError when the tokens are none."""
+        tokens = as_int32(request.tokens, request.request_id).tobytes()
+        rest = (request.sampling, request.generated, request.timeout, request.stream_text)
+        return cls(request.number, request.request_id, tokens, *rest, request.cache_salt, request.adapter)
+
+    def request(self) -> Request:
+        """The request again."""
+        tokens = np.frombuffer(self.tokens, np.int32)
+        rest = (self.sampling, self.generated, self.timeout, self.stream_text, self.cache_salt, self.adapter)
+        return Request(self.number, self.request_id, tokens, *rest)
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Take these requests; what is wrong with one is reported as its end."""
+
+    asks: list[Ask]
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End these requests."""
+
+    numbers: list[int]
+
+
+Command = Submit | Cancel
+
+
+class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """A Finished."""
+
+    number: int
+    reason: str
+    cached_tokens: int = 0
+    text: str | None = None
+    failure: m.Failure | None = None
+    preemptions: int = 0
+    admitted_after: float | None = None
+    first_token_after: float | None = None
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, event: Finished) -> Ended:
+        error = m.failure(event.error) if event.error is not None else None
+        times = (event.admitted_after, event.first_token_after, event.seconds)
+        return cls(event.number, event.reason, event.cached_tokens, event.text, error, event.preemptions, *times)
+
+    @property
+    def error(self) -> RaykError | None:
+        """What went wrong, or None."""
+        return m.to_error(self.failure) if self.failure is not None else None
+
+
+class Report(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What happened since the last report. numbers[i] got tokens[i], in this order: raw int64 and int32.
+
+    `logprobs[number]` has an entry for each of its tokens here. An empty report says that the engine lives.
+    """
+
+    numbers: bytes = b""
+    tokens: bytes = b""
+    logprobs: dict[int, list[TokenLogprobs]] = {}
+    texts: list[tuple[int, str]] = []
+    ended: list[Ended] = []
+    steps: int = 0
+
+    @classmethod
+    def of(cls, events: Sequence[Event], steps: int) -> Report:
+        """The report of these events."""
+        columns = [event for event in events if isinstance(event, Tokens)]
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        for event in columns:
+            for number, found in event.logprobs.items():
+                logprobs.setdefault(number, []).append(found)
+        return cls(
+            np.concatenate([event.numbers for event in columns]).tobytes() if columns else b"",
+            np.concatenate([event.tokens for event in columns]).astype(np.int32).tobytes() if columns else b"",
+            logprobs,
+            [(event.number, event.piece) for event in events if isinstance(event, Text)],
+            [Ended.of(event) for event in events if isinstance(event, Finished)],
+            steps,
+        )
+
+    def columns(self) -> tuple[Numbers, Numbers]:
+        """Request numbers and their tokens, [n] each."""
+        return np.frombuffer(self.numbers, np.int64), np.frombuffer(self.tokens, np.int32).astype(np.int64)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Submit | Cancel)
+_reports = msgspec.msgpack.Decoder(Report)
+
+
+def encode(message: Command | Report) -> bytes:
+    """The message's bytes."""
+    return _encoder.encode(message)
+
+
+def decode_command(wire: bytes) -> Command:
+    """msgspec.ValidationError for what is none."""
+    return _commands.decode(wire)
+
+
+def decode_report(wire: bytes) -> Report:
+    """msgspec.ValidationError for what is none."""
+    return _reports.decode(wire)
