@@ -8,8 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rayk.cluster import Cluster
     from rayk.batch import ContextBatch
     from rayk.context import TextContext
+    from rayk.engine.output import Output, Update
+    from rayk.engine.sampling import SamplingParams
     from rayk.errors import InsufficientBlocksError, RaykError, ReplicaLostError
     from rayk.inputs import BatchCharacteristics
     from rayk.manager import PagedKVCacheManager
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "cluster": ["Cluster"],
+    "engine.output": ["Output", "Update"],
+    "engine.sampling": ["SamplingParams"],
     "batch": ["ContextBatch"],
     "context": ["TextContext"],
     "errors": ["InsufficientBlocksError", "RaykError", "ReplicaLostError"],
@@ -86,13 +92,16 @@ __all__ = [
     "MemoryPlanError",
     "MemoryPlanner",
     "MultiKVCacheParams",
+    "Output",
     "PagedKVCacheManager",
     "PagedMemoryPlanner",
     "RaykError",
     "ReplicaLostError",
+    "SamplingParams",
     "TextContext",
     "Tick",
     "TickResult",
+    "Update",
     "compute_max_seq_len_fitting_in_cache",
     "compute_num_device_blocks",
     "compute_num_host_blocks",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rayk.context import TextContext
 from rayk.engine.generation import Generation
-from rayk.engine.rows import Column
 from rayk.errors import InsufficientBlocksError
 from rayk.inputs import LeafInputs, ShardInputs
 from rayk.replica import ReplicaCore
@@ -41,31 +41,21 @@ class Cache:
             generation.cached_tokens += reused.device_tokens + reused.peer_tokens
         return True
 
-    def extend_all(self, generations: Sequence[Generation], start: int = 0) -> int:
-        """Pages for the next token of each from `start` on: the index of the first refused one, or their number."""
-        alloc = self.core.alloc
-        at = start
-        try:
-            for at in range(start, len(generations)):
-                alloc(generations[at].ctx)
-        except InsufficientBlocksError:
-            return at
-        return len(generations)
+    def extend_rows(self, contexts: Sequence[TextContext]) -> list[TextContext]:
+        """Pages for the next token of each; those for which there were none, which keep what they had."""
+        refused = self.core.alloc_many(contexts)
+        return [ctx for ctx in contexts if ctx.request_id in refused] if refused else []
 
-    def inputs(self, generations: Sequence[Generation]) -> ShardInputs:
+    def inputs(self, contexts: Sequence[TextContext]) -> ShardInputs:
         """Block table and lengths of a batch, with the pages; the next call overwrites them."""
-        inputs = self.core.runtime_inputs([each.ctx for each in generations])
+        inputs = self.core.runtime_inputs(contexts)
         assert isinstance(inputs, LeafInputs)
         return inputs.shards[0]
 
-    def append(self, generations: Sequence[Generation], tokens: Column) -> None:
-        """Each of them was processed and has a new token, [n] int64."""
-        for generation, token in zip(generations, tokens.tolist(), strict=True):
-            generation.ctx.update(token)
-
-    def publish(self, generations: Sequence[Generation]) -> None:
-        """Let others reuse the full pages of requests that were processed."""
-        self.core.step([each.ctx for each in generations])
+    def publish(self, contexts: Sequence[TextContext]) -> None:
+        """Let others reuse the full pages of what was processed."""
+        if len(contexts):
+            self.core.step(contexts)
 
     def release(self, generation: Generation) -> None:
         """Give a request's pages back; published ones stay until their place is needed."""

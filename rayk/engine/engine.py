@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import heapq
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 
 import numpy as np
 import torch
 
+from rayk.context import TextContext
 from rayk.engine.cache import Cache
 from rayk.engine.errors import ForwardError, QueueFullError, RequestCancelledError, RequestError, RequestTimeoutError
 from rayk.engine.events import Event, Finished, Text, Tokens
-from rayk.engine.forward import Model, forward, windows
+from rayk.engine.forward import Model, forward
 from rayk.engine.generation import Generation
 from rayk.engine.request import Limits, Request
 from rayk.engine.rows import Rows
@@ -58,7 +59,7 @@ class Engine:
         self._ids: set[str] = set()
         self._waiting: list[tuple[int, Generation]] = []  # a heap by order
         self._prefill: list[Generation] = []  # by order
-        self._rows = Rows(core.params.page_size)
+        self._rows = Rows()
         self._parked: list[Generation] = []  # paused while they decoded; they keep their pages
         self._paused: set[int] = set()
         self._ended: dict[int, str] = {}  # rows that end with this step, and why
@@ -180,24 +181,28 @@ class Engine:
 
     def _grow(self) -> bool:
         """Pages for every decoding row; whether some request had to make way."""
-        at, refused = 0, False
-        while (at := self._cache.extend_all(self._rows.generations, at)) < len(self._rows):
-            refused = True
+        if not self._rows:
+            return False
+        refused = self._cache.extend_rows(self._rows.contexts)
+        if not refused:
+            return False
+        while refused:
             if self._running == 1:
                 self._no_room(self._rows.generations[0])
-            else:
-                at = self._preempt(at)
-        return refused
+                break
+            gone = self._preempt()
+            refused = self._cache.extend_rows([ctx for ctx in refused if ctx is not gone])
+        return True
 
-    def _preempt(self, at: int) -> int:
-        """Make the newest request start over; where row `at` is then."""
+    def _preempt(self) -> TextContext:
+        """Make the newest request start over; its context."""
         newest = max((*self._rows.generations, *self._prefill, *self._parked), key=lambda each: each.order)
-        row = self._withdraw(newest)
+        self._withdraw(newest)
         newest.ctx.reset()
         newest.preemptions += 1
         self._preemptions += 1
         heapq.heappush(self._waiting, (newest.order, newest))
-        return at - 1 if row is not None and row < at else at
+        return newest.ctx
 
     def _no_room(self, generation: Generation) -> None:
         """A request that fits an empty replica was refused while nothing else ran: others hold the pages."""
@@ -258,18 +263,27 @@ class Engine:
 
     def _forward(self, chunks: list[Generation]) -> None:
         """Forward the rows and the chunks, and give each its token."""
-        batch = [*self._rows.generations, *chunks]
-        tokens, counts = self._rows.last, self._rows.ones
+        rows = self._rows
         if chunks:
-            active = [window.data[window.processed : window.end] for window in windows(chunks)]
-            tokens = np.concatenate((tokens, *active))
-            counts = counts + [len(part) for part in active]
-        done = forward(self.model, self._cache, batch, tokens, counts)
-        for generation, error in done.failed:
-            self._broken(generation, error)
+            active = [each.ctx.tokens.active for each in chunks]
+            tokens = np.concatenate((rows.last, *active))
+            counts = rows.ones + [len(part) for part in active]
+            contexts: Sequence[TextContext] = [*rows.contexts, *(each.ctx for each in chunks)]
+        else:
+            tokens, counts, contexts = rows.last, rows.ones, rows.contexts
+        done = forward(self.model, self._cache, contexts, tokens, counts)
         if done.failed:
-            chunks = [each for each in chunks if each.number in self._all]
-        if done.logits is not None:
+            batch = [*rows.generations, *chunks]
+            failed = [(batch[at], error) for at, error in done.failed.items()]
+            logits_of = {id(each): at for at, each in enumerate(each for each in batch if each not in dict(failed))}
+            for generation, error in failed:
+                self._broken(generation, error)
+            chunks = [each for each in chunks if id(each) in logits_of]
+            if done.logits is None:
+                return
+            order = [logits_of[id(each)] for each in (*rows.generations, *chunks)]  # rows have moved up
+            self._take(chunks, done.logits[order])
+        elif done.logits is not None:
             self._take(chunks, done.logits)
 
     def _broken(self, generation: Generation, error: Exception) -> None:
@@ -292,33 +306,33 @@ class Engine:
                 each.first_token_at = each.first_token_at or now
             self._prefill = [each for each in self._prefill if each not in started]
             rows.add(started)
-        published = dict.fromkeys(chunks)
+            chunks = [each for each in chunks if each not in started]
         if rows:
-            published |= dict.fromkeys(self._advance(logits))
-        self._cache.publish([each for each in published if each.number in self._all])
+            self._advance(logits)
+        self._cache.publish([each.ctx for each in chunks])
+        self._cache.publish(rows.contexts)
         self._end_rows()
 
-    def _advance(self, logits: torch.Tensor) -> list[Generation]:
-        """Give every row its token; the requests that filled a page."""
+    def _advance(self, logits: torch.Tensor) -> None:
+        """Give every row its token."""
         rows = self._rows
         sampled = sample(logits, rows.generations, rows.plain)
         tokens = sampled.tokens
         logprobs = {rows.generations[row].number: found for row, found in sampled.logprobs.items()}
         if sampled.failed:
-            tokens = np.delete(tokens, list(sampled.failed))
+            chosen = {generation: tokens[row] for row, generation in enumerate(rows.generations)}
             for generation, error in [(rows.generations[row], why) for row, why in sampled.failed.items()]:
                 self._broken(generation, error)
-        self._cache.append(rows.generations, tokens)
-        advanced = rows.advance(tokens)
+            tokens = np.array([chosen[generation] for generation in rows.generations], np.int64)
+            if not rows:
+                return
+        finished, stopped = rows.advance(tokens)
         self._events.append(Tokens(rows.numbers, tokens, logprobs))
         self._generated_tokens += len(tokens)
-        self._ended = {
-            row: "stop" if stopped else "length"
-            for row, stopped in zip(advanced.finished.tolist(), advanced.stopped[advanced.finished], strict=True)
-        }
+        if len(finished):
+            self._ended = {row: "stop" if stopped[row] else "length" for row in finished.tolist()}
         for row in rows.special:
             self._show(row, int(tokens[row]))
-        return [rows.generations[row] for row in advanced.full]
 
     def _show(self, row: int, token: int) -> None:
         """The text of a row that needs it grows by a token; a stop string may end it."""
@@ -351,21 +365,19 @@ class Engine:
         self._withdraw(generation)
         self._finish(generation, reason, error)
 
-    def _withdraw(self, generation: Generation) -> int | None:
-        """Take a request from where it is, with its pages; its row, if it had one."""
+    def _withdraw(self, generation: Generation) -> None:
+        """Take a request from where it is, with its pages."""
         for place in (self._prefill, self._parked):
             if generation in place:
                 place.remove(generation)
                 self._cache.release(generation)
-                return None
+                return
         if generation in self._rows.generations:
-            row = self._rows.generations.index(generation)
-            self._rows.drop([row])
+            self._rows.drop([self._rows.generations.index(generation)])
             self._cache.release(generation)
-            return row
+            return
         self._waiting = [entry for entry in self._waiting if entry[1] is not generation]
         heapq.heapify(self._waiting)
-        return None
 
     def _finish(self, generation: Generation, reason: str, error: RaykError | None) -> None:
         del self._all[generation.number]

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 
-from rayk.context import TokenWindow
+from rayk.context import TextContext
 from rayk.engine.cache import Cache
-from rayk.engine.generation import Generation
 from rayk.engine.rows import Column
 from rayk.inputs import ShardInputs
 
@@ -32,41 +30,31 @@ class Model(Protocol):
 
 
 class Forwarded(NamedTuple):
-    """Logits of the requests that went well, in the batch's order (None: of none), and what became of the others."""
+    """Logits of the requests that went well, in the batch's order (None: of none); by position, why others did not."""
 
     logits: torch.Tensor | None
-    failed: list[tuple[Generation, Exception]]
-
-
-def windows(batch: Sequence[Generation]) -> list[TokenWindow]:
-    """The windows of a batch's contexts."""
-    return [each.ctx.tokens for each in batch]
+    failed: dict[int, Exception]
 
 
 def forward(
-    model: Model, cache: Cache, batch: Sequence[Generation], tokens: Column, counts: Sequence[int]
+    model: Model, cache: Cache, contexts: Sequence[TextContext], tokens: Column, counts: Sequence[int]
 ) -> Forwarded:
-    """Forward a batch: `tokens` are its active windows, packed, counts[i] of request i.
+    """Forward a batch: `tokens` ([sum of counts] int64) are its active windows, counts[i] of context i.
 
     If that raises, it is repeated on halves, down to the requests that fail alone. Processing a window twice is
     harmless: it writes the same keys and values to the same places.
     """
     try:
-        return Forwarded(_run(model, cache, batch, tokens, counts), [])
+        return Forwarded(model.logits(cache.inputs(contexts), torch.from_numpy(tokens), counts), {})
     except Exception as error:
-        if len(batch) == 1:
-            return Forwarded(None, [(batch[0], error)])
-    middle, cut = len(batch) // 2, sum(counts[: len(batch) // 2])
-    first = forward(model, cache, batch[:middle], tokens[:cut], counts[:middle])
+        if len(contexts) == 1:
+            return Forwarded(None, {0: error})
+    middle = len(contexts) // 2
+    cut = sum(counts[:middle])
+    first = forward(model, cache, contexts[:middle], tokens[:cut], counts[:middle])
     # What a model returns it may overwrite in its next forward.
     logits = [] if first.logits is None else [first.logits.clone()]
-    second = forward(model, cache, batch[middle:], tokens[cut:], counts[middle:])
+    second = forward(model, cache, contexts[middle:], tokens[cut:], counts[middle:])
     logits += [] if second.logits is None else [second.logits]
-    return Forwarded(torch.cat(logits) if logits else None, first.failed + second.failed)
-
-
-def _run(
-    model: Model, cache: Cache, batch: Sequence[Generation], tokens: Column, counts: Sequence[int]
-) -> torch.Tensor:
-    inputs = cache.inputs(batch)
-    return model.logits(inputs, torch.from_numpy(tokens.astype(np.int64, copy=False)), counts)
+    failed = first.failed | {middle + at: error for at, error in second.failed.items()}
+    return Forwarded(torch.cat(logits) if logits else None, failed)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from rayk.batch import ContextBatch
 from rayk.engine.generation import Generation
 from rayk.engine.sampler import is_plain
 
@@ -17,20 +17,19 @@ _NO_STOP = -1
 
 
 class Advanced(NamedTuple):
-    """What one token each made of the rows: those that end, those that end at a stop token, those with a full page."""
+    """What one token each made of the rows: those that end ([n] int64), and whether that was a stop token ([n])."""
 
     finished: Column
     stopped: npt.NDArray[np.bool_]
-    full: Column
 
 
 class Rows:
-    """`generations[i]` is row i of every column. `lengths`: all its tokens; `last`: the one to be processed next."""
+    """`generations[i]` and `contexts[i]` are row i of every column. `last`: the token that is to be processed next."""
 
-    def __init__(self, page_size: int) -> None:
-        self._page_size = page_size
+    def __init__(self) -> None:
         self.generations: list[Generation] = []
-        self.numbers = self.lengths = self.last = self._limits = np.empty(0, np.int64)
+        self.contexts = ContextBatch()
+        self.numbers = self.last = self._limits = np.empty(0, np.int64)
         self._stops = np.empty((0, 0), np.int64)
         self.plain = True  # every row takes the most likely token, and no more is wanted
         self.special: list[int] = []  # rows whose tokens need a look of their own
@@ -40,15 +39,16 @@ class Rows:
         return len(self.generations)
 
     def add(self, generations: Iterable[Generation]) -> None:
-        """Append rows for requests whose last token is to be processed next."""
+        """Append rows for requests that have processed all, or all but the last, of their tokens."""
         new = list(generations)
         if not new:
             return
         windows = [each.ctx.tokens for each in new]
+        self.last = np.append(self.last, [int(window.data[window.length - 1]) for window in windows])
+        for each in new:
+            self.contexts.add(each.ctx)
         self.generations = self.generations + new
         self.numbers = np.append(self.numbers, [each.number for each in new])
-        self.lengths = np.append(self.lengths, [window.length for window in windows])
-        self.last = np.append(self.last, [int(window.data[window.length - 1]) for window in windows])
         self._limits = np.append(self._limits, [each.limit for each in new])
         width = max(self._stops.shape[1], *(len(each.stop_ids) for each in new))
         stops = np.full((len(self.generations), width), _NO_STOP, np.int64)
@@ -59,14 +59,17 @@ class Rows:
         self._look()
 
     def drop(self, rows: Collection[int]) -> None:
-        """Take rows out; the others move up and keep their order."""
+        """Take rows out. As in the ContextBatch, the last row takes the place of each."""
         if not len(rows):
             return
-        gone = set(rows)
-        keep = [row for row in range(len(self)) if row not in gone]
+        keep = list(range(len(self)))
+        for row in sorted(rows, reverse=True):
+            self.contexts.remove(self.generations[keep[row]].request_id)
+            keep[row] = keep[-1]
+            keep.pop()
         self.generations = [self.generations[row] for row in keep]
-        self.numbers, self.lengths = self.numbers[keep], self.lengths[keep]
-        self.last, self._limits, self._stops = self.last[keep], self._limits[keep], self._stops[keep]
+        self.numbers, self.last = self.numbers[keep], self.last[keep]
+        self._limits, self._stops = self._limits[keep], self._stops[keep]
         self._look()
 
     def _look(self) -> None:
@@ -74,15 +77,9 @@ class Rows:
         self.special = [row for row, each in enumerate(self.generations) if not each.simple]
         self.ones = [1] * len(self)
 
-    def tokens(self) -> torch.Tensor:
-        """The tokens to be processed, [rows] int64; valid until the rows change."""
-        return torch.from_numpy(self.last)
-
     def advance(self, tokens: Column) -> Advanced:
-        """Every row has a new token, [rows] int64."""
-        self.lengths += 1
+        """Every row was processed and has a new token, [rows] int64."""
+        self.contexts.update(tokens.astype(np.int32))
         self.last = tokens
         stopped = (tokens[:, None] == self._stops).any(axis=1)
-        finished = np.flatnonzero(stopped | (self.lengths >= self._limits))
-        full = np.flatnonzero((self.lengths - 1) % self._page_size == 0)
-        return Advanced(finished, stopped, full)
+        return Advanced(np.flatnonzero(stopped | (self.contexts.lengths >= self._limits)), stopped)
