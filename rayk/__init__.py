@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayk.cluster import Cluster
     from rayk.batch import ContextBatch
+    from rayk.cluster import Cluster
     from rayk.context import TextContext
     from rayk.engine.output import Output, Update
     from rayk.engine.sampling import SamplingParams
@@ -79,6 +79,7 @@ __all__ = [
     "SIGNAL_BUFFER_BYTES",
     "Admission",
     "BatchCharacteristics",
+    "Cluster",
     "ContextBatch",
     "HitCounts",
     "InferenceSession",
