@@ -29,7 +29,7 @@ from rayk.engine.forward import Model, forward
 from rayk.engine.generation import Generation
 from rayk.engine.request import Limits, Request
 from rayk.engine.rows import Rows
-from rayk.engine.sampler import sample
+from rayk.engine.sampler import Sampler, sample
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.text import Detokenizer
 from rayk.errors import InsufficientBlocksError, RaykError
@@ -45,7 +45,9 @@ class Engine:
         model: Model,
         settings: EngineSettings | None = None,
         clock: Callable[[], float] = monotonic,
+        sampler: Sampler = sample,
     ) -> None:
+        self._sampler = sampler
         self.settings = settings or EngineSettings()
         self.core = core
         self.model = model
@@ -316,7 +318,7 @@ class Engine:
     def _advance(self, logits: torch.Tensor) -> None:
         """Give every row its token."""
         rows = self._rows
-        sampled = sample(logits, rows.generations, rows.plain)
+        sampled = self._sampler(logits, rows.generations, rows.plain)
         tokens = sampled.tokens
         logprobs = {rows.generations[row].number: found for row, found in sampled.logprobs.items()}
         if sampled.failed:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import thread_time
-from typing import Any
 
 import numpy as np
 import torch
 
-from rayk.engine import engine as engine_module
 from rayk.engine.engine import Engine
+from rayk.engine.generation import Generation
 from rayk.engine.request import Request
+from rayk.engine.sampler import Sampled, sample
 from rayk.engine.sampling import SamplingParams
 from rayk.engine.settings import EngineSettings
 from rayk.inputs import ShardInputs
@@ -33,9 +33,12 @@ class LoopCost:
 
 
 class _Still:
-    """A model that does nothing, and counts the time that it takes."""
+    """A model that does nothing."""
 
-    vocab_size, max_length, eos_token_ids, tokenizer = 1000, LENGTH, (999,), None
+    vocab_size: int = 1000
+    max_length: int = LENGTH
+    eos_token_ids: tuple[int, ...] = (999,)
+    tokenizer: None = None
 
     def __init__(self) -> None:
         self.logits_of = torch.zeros(0, self.vocab_size)
@@ -58,34 +61,26 @@ def loop_cost(batch: int = 256, steps: int = 300, page_size: int = 16) -> LoopCo
         devices=["cpu"],
         enable_prefix_caching=True,
     )
-    engine = Engine(
-        ReplicaCore(params, 0, pages, batch), _Still(), EngineSettings(chunk_size=batch * PROMPT, max_queue=batch)
-    )
+    left_out = 0.0
+
+    def timed(logits: torch.Tensor, generations: Sequence[Generation], plain: bool) -> Sampled:
+        nonlocal left_out
+        began = thread_time()
+        found = sample(logits, generations, plain)
+        left_out += thread_time() - began
+        return found
+
+    settings = EngineSettings(chunk_size=batch * PROMPT, max_queue=batch)
+    engine = Engine(ReplicaCore(params, 0, pages, batch), _Still(), settings, sampler=timed)
     rng = np.random.default_rng(0)
     for number in range(batch):
         prompt = rng.integers(1, 900, PROMPT - int(rng.integers(page_size)))  # so that pages fill at any step
         engine.submit(Request(number, str(number), prompt, SamplingParams(max_new_tokens=steps + 30)))
-    left_out = 0.0
-    real = engine_module.sample
-
-    def timed(*given: Any) -> Any:
-        nonlocal left_out
-        began = thread_time()
-        found = real(*given)
-        left_out += thread_time() - began
-        return found
-
-    engine_module.sample = timed
-    try:
-        while engine.stats().waiting:
-            engine.step()
-        for _ in range(10):
-            engine.step()
-        costs = []
-        for _ in range(steps):
-            left_out, began = 0.0, thread_time()
-            engine.step()
-            costs.append(thread_time() - began - left_out)
-    finally:
-        engine_module.sample = real
-    return LoopCost(batch, steps, sum(costs) / steps)
+    while engine.stats().waiting:
+        engine.step()
+    for _ in range(10):
+        engine.step()
+    left_out, began = 0.0, thread_time()
+    for _ in range(steps):
+        engine.step()
+    return LoopCost(batch, steps, (thread_time() - began - left_out) / steps)

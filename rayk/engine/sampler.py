@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,9 @@ class Sampled(NamedTuple):
     tokens: npt.NDArray[np.int64]
     failed: dict[int, Exception]
     logprobs: dict[int, TokenLogprobs]
+
+
+Sampler = Callable[[torch.Tensor, Sequence[Generation], bool], Sampled]
 
 
 def sample(logits: torch.Tensor, generations: Sequence[Generation], plain: bool) -> Sampled:
