@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import monotonic
 from typing import Any, NamedTuple
 
 from rayk import messages as m
 from rayk.actors.runtime import Actor, ActorGoneError, Runtime
-from rayk.errors import RaykError
+from rayk.errors import CallTimeoutError, RaykError
 
 CALL_SECONDS = 120.0  # an answer that takes longer means a hung process
 
@@ -48,9 +51,32 @@ class Pending(NamedTuple):
             raise m.to_error(answer.result)
         return answer
 
+    def heard(self, waited: float = 0.0) -> Answer | RaykError:
+        """The answer, or why there is none; so many seconds of the deadline were waited for it already."""
+        try:
+            return Answer(self.link.read(self.ref, waited), self.data)
+        except RaykError as error:
+            return error
+
+    async def arrival(self) -> None:
+        """Return when outcome() would not wait."""
+        await self.link.arrival(self.ref)
+
     def outcome(self) -> Answer:
         """The answer, a Failure included. Raises only when the actor is gone or silent."""
         return Answer(self.link.read(self.ref), self.data)
+
+
+def hear(sent: Sequence[Pending | RaykError], since: float | None = None) -> list[Answer | RaykError]:
+    """heard() of a whole round: one wait where all goes well. Its deadlines count from `since` (monotonic) on."""
+    on_way = [pending for pending in sent if isinstance(pending, Pending)]
+    started = monotonic() if since is None else since
+    if len(on_way) == len(sent) > 1:
+        wires = on_way[0].link.fetch_all([pending.ref for pending in on_way], monotonic() - started)
+        if wires is not None:
+            return [Answer(p.link.decoded(wire), p.data) for wire, p in zip(wires, on_way, strict=True)]
+    waited = monotonic() - started
+    return [each.heard(waited) if isinstance(each, Pending) else each for each in sent]
 
 
 class Link:
@@ -100,15 +126,29 @@ class Link:
         """Send and wait: the result, or the error it stands for."""
         return self.send(command).wait().result
 
-    def read(self, ref: Any) -> m.Result:
+    def read(self, ref: Any, waited: float = 0.0) -> m.Result:
         """The result behind a reference."""
-        wire = bytes(self.fetch(ref))
+        return self.decoded(self.fetch(ref, waited))
+
+    def decoded(self, wire: bytes) -> m.Result:
+        """The result in an answer that came over this line."""
         self._received += len(wire)
         return m.decode_reply(wire).result
 
-    def fetch(self, ref: Any) -> Any:
+    def fetch_all(self, refs: Sequence[Any], waited: float) -> list[Any] | None:
+        """The values behind references of any actors; None when one of them has to be asked for by itself."""
+        return self._runtime.get_all(refs, max(0.0, self._timeout - waited))
+
+    async def arrival(self, ref: Any) -> None:
+        """Return when the value behind a reference is there, or will not come any more."""
+        with suppress(Exception):  # read() says what it was
+            await asyncio.wait_for(asyncio.wrap_future(self._runtime.future(ref)), self._timeout)
+
+    def fetch(self, ref: Any, waited: float = 0.0) -> Any:
         """The value behind a reference of this actor's."""
         try:
-            return self._runtime.get(ref, self._target, self._timeout)
+            return self._runtime.get(ref, self._target, max(0.0, self._timeout - waited))
+        except CallTimeoutError:
+            raise CallTimeoutError(self._target, self._timeout) from None
         except ActorGoneError as error:
             raise self._gone(str(error)) from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import psutil
 
+from rayk.actors.process import settle
 from rayk.actors.runtime import RayRuntime
 from rayk.params import KVCacheParams
 from rayk.planning import NodeMemory, measure_node
@@ -58,6 +59,7 @@ class ReplicaActor:
         devices = _local_devices(params, replica)
         core = ReplicaCore(params, replica, num_pages, max_batch_size, devices, runtime_checks)
         self._service = ReplicaService(core, epoch, RayRuntime().dumps)
+        settle()
 
     def handle(self, wire: bytes, *attached: PageData) -> bytes:
         """Answer a message; `attached` is page data from other replicas."""

@@ -14,6 +14,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -80,6 +81,8 @@ class Runtime(Protocol):
     def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> Placement: ...
     def start(self, spec: ActorSpec) -> Actor: ...
     def get(self, ref: Any, target: str, timeout: float) -> Any: ...
+    def get_all(self, refs: Sequence[Any], timeout: float) -> list[Any] | None: ...
+    def future(self, ref: Any) -> Future[Any]: ...
     def find(self, name: str) -> Actor | None: ...
     def stop(self, actors: Sequence[Actor], placement: Placement | None) -> None: ...
     def dumps(self, value: Any) -> bytes: ...
@@ -97,6 +100,7 @@ class ActorSpec:
     bundle: int = 0
     name: str | None = None
     lanes: tuple[str, ...] = ()  # more lanes, each with a thread of its own, for calls that last
+    threads: int = 1  # so many calls at once in the data lane
 
 
 class RayActor:
@@ -106,6 +110,8 @@ class RayActor:
         self.handle = handle
 
     def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
+        if returns == 1 and not control:
+            return getattr(self.handle, method).remote(*args)
         options: dict[str, Any] = {"num_returns": returns}
         if control:
             options["concurrency_group"] = CONTROL_GROUP
@@ -237,6 +243,7 @@ class RayRuntime:
             "num_gpus": spec.gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
+            "max_concurrency": spec.threads,
         }
         if spec.placement is not None:
             group: PlacementGroup = spec.placement.group
@@ -275,6 +282,19 @@ class RayRuntime:
             raise RemoteError(-1, type(cause).__name__, _one_line(str(cause)), str(error)) from error
         except ray_errors.RayError as error:  # a lost worker, object or node: whoever answered is gone
             raise ActorGoneError(_short(error)) from None
+
+    def get_all(self, refs: Sequence[Any], timeout: float) -> list[Any] | None:
+        """All results, or None when any of them failed or is late: get() says which and how."""
+        try:
+            results: list[Any] = ray.get(list(refs), timeout=timeout)
+            return results
+        except (ray_errors.RayError, RaykError):
+            return None
+
+    def future(self, ref: Any) -> Future[Any]:
+        """Done when get() would not wait; of its result and its errors only get() knows the meaning."""
+        future: Future[Any] = ref.future()
+        return future
 
     def stop(self, actors: Sequence[Actor], placement: Placement | None) -> None:
         """Kill actors and remove their placement group, and wait until both are gone; dead ones are fine."""

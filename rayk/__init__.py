@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rayk.async_manager import AsyncPagedKVCacheManager
     from rayk.batch import ContextBatch
     from rayk.cluster import Cluster
     from rayk.context import TextContext
@@ -46,6 +47,7 @@ _HOMES = {
     "engine.output": ["Output", "Update"],
     "engine.sampling": ["SamplingParams"],
     "batch": ["ContextBatch"],
+    "async_manager": ["AsyncPagedKVCacheManager"],
     "context": ["TextContext"],
     "errors": ["InsufficientBlocksError", "RaykError", "ReplicaLostError"],
     "inputs": ["BatchCharacteristics"],
@@ -78,6 +80,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "SIGNAL_BUFFER_BYTES",
     "Admission",
+    "AsyncPagedKVCacheManager",
     "BatchCharacteristics",
     "Cluster",
     "ContextBatch",

@@ -1,4 +1,4 @@
-"""The last answer to each sender's numbered mutations, so that one that arrives twice is done once."""
+"""The last answers to each sender's numbered mutations, so that one that arrives twice is done once."""
 
 from __future__ import annotations
 
@@ -11,29 +11,49 @@ SENDERS_REMEMBERED = 256  # beyond that the one that was silent for longest is f
 T = TypeVar("T")
 
 
-class Answers(Generic[T]):
-    """Numbers grow from 1 for each sender; 0 is a question, which changes nothing and is not remembered."""
+class _Sender(Generic[T]):
+    """`highest` is the largest number that was taken up; answers to the last few are there."""
+
+    __slots__ = ("answers", "highest")
 
     def __init__(self) -> None:
-        self._last: dict[str, tuple[int, T]] = {}
+        self.highest = 0
+        self.answers: dict[int, T] = {}
+
+
+class Answers(Generic[T]):
+    """Numbers grow from 1 for each sender; 0 is a question, which changes nothing and is not remembered.
+
+    A receiver that works on several messages of one sender at once needs a `window` of as many answers at least;
+    within it numbers may overtake each other.
+    """
+
+    def __init__(self, window: int = 1) -> None:
+        self._window = window
+        self._senders: dict[str, _Sender[T]] = {}
 
     def repeated(self, sender: str, seq: int) -> T | None:
         """The answer that this very mutation had before, None for a new one; MessageError for one that is overtaken."""
-        last = self._last.get(sender)
-        if not seq or last is None or seq > last[0]:
+        known = self._senders.get(sender)
+        if not seq or known is None or seq > known.highest:
             return None
-        if seq < last[0]:
-            raise MessageError(f"{sender} sent number {seq} after {last[0]}: a late duplicate, ignored")
-        return last[1]
+        answer = known.answers.get(seq)
+        if answer is None and seq <= known.highest - self._window:
+            raise MessageError(f"{sender} sent number {seq} after {known.highest}: a late duplicate, ignored")
+        return answer
 
     def keep(self, sender: str, seq: int, answer: T) -> None:
-        """Remember the answer to a mutation in place of the one before it."""
+        """Remember the answer to a mutation in place of the oldest one."""
         if seq:
-            self._last.pop(sender, None)
-            self._last[sender] = (seq, answer)
-            if len(self._last) > SENDERS_REMEMBERED:
-                del self._last[next(iter(self._last))]
+            known = self._senders.pop(sender, None) or _Sender()
+            self._senders[sender] = known
+            known.highest = max(known.highest, seq)
+            known.answers[seq] = answer
+            while len(known.answers) > self._window:
+                del known.answers[min(known.answers)]
+            if len(self._senders) > SENDERS_REMEMBERED:
+                del self._senders[next(iter(self._senders))]
 
     def forget(self, sender: str) -> None:
         """The sender left."""
-        self._last.pop(sender, None)
+        self._senders.pop(sender, None)

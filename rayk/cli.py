@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from rayk.bench.core.command import CORE_EPILOG, core
+from rayk.bench.scheduler_command import SCHEDULER_EPILOG, scheduler
 from rayk.describe import DESCRIBE_EPILOG, describe
 from rayk.errors import NotBuiltError, RaykError
 from rayk.memory.command import PLAN_EPILOG, plan
@@ -278,6 +279,7 @@ def _add_refused(name: str) -> None:
 
 
 bench_app.command("core", epilog=CORE_EPILOG)(core)
+bench_app.command("scheduler", epilog=SCHEDULER_EPILOG)(scheduler)
 app.add_typer(bench_app, name="bench")
 app.command(epilog=PLAN_EPILOG)(plan)
 app.command(epilog=DESCRIBE_EPILOG)(describe)

@@ -21,6 +21,7 @@ from rayk.errors import TokenError
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 PLACEHOLDER = -1
+PLAIN_ROOT: tuple[str | None, str | None] = (None, None)  # of requests without a cache salt and an adapter
 
 IntArray = npt.NDArray[np.int32]
 Drafts = Sequence[int] | IntArray
@@ -193,6 +194,20 @@ class TextContext:
         self._drafts: Drafts = ()
         self._accepted: Drafts = ()
         self.plain = not pending_future_count  # neither placeholders nor drafts: what nearly all requests are
+
+    @classmethod
+    def arrived(cls, request_id: str, tokens: IntArray, max_length: int) -> TextContext:
+        """A plain context whose tokens were checked where it was made; `tokens` is its own to keep and to write."""
+        ctx = cls.__new__(cls)
+        ctx.request_id = request_id
+        ctx.tokens = TokenWindow(tokens, request_id)
+        ctx.max_length = max_length
+        ctx.session_id = ctx.tenant = ctx.deadline = ctx.cached_prefix_length = None
+        ctx.priority = ctx._pending = 0
+        ctx.root_key = PLAIN_ROOT
+        ctx._drafts = ctx._accepted = ()
+        ctx.plain = True
+        return ctx
 
     @property
     def cache_salt(self) -> str | None:

@@ -56,6 +56,32 @@ class ContextView(_Part, frozen=True):
     origin: Origin | None = None  # present when base is 0
 
 
+class Traits(_Part, frozen=True):
+    """What few contexts of a batch have; all defaults for the others."""
+
+    cache_salt: str | None = None
+    adapter: str | None = None
+    session_id: str | None = None
+    tenant: str | None = None
+    priority: int = 0
+    deadline: float | None = None
+    to_verify: bytes = b""
+    accepted: bytes = b""
+
+
+class Contexts(_Part, frozen=True):
+    """Many contexts as columns, so that a batch costs little more than its bytes; see rayk.columns.
+
+    `numbers` is int64 [n, 7]: base, tokens sent, processed, end, max_length, placeholders, cached prefix (-1: None).
+    `tokens` are the sent tokens of all, one context after the other; `traits` by row, for those that have any.
+    """
+
+    ids: list[str]
+    numbers: bytes
+    tokens: bytes
+    traits: dict[int, Traits] = {}
+
+
 class Moved(_Part, frozen=True):
     """Where alloc() left a window."""
 
@@ -79,14 +105,6 @@ class Release(_Message, frozen=True):
     missing_ok: bool = False
 
 
-class Want(_Part, frozen=True):
-    """One request to allocate, after claiming it if `claim`. `imports` are indices into the attached exports."""
-
-    view: ContextView
-    claim: bool = False
-    imports: list[int] = []
-
-
 class ImportHead(_Part, frozen=True):
     """What an attached export holds: pages from `start` on, one hash each."""
 
@@ -95,10 +113,15 @@ class ImportHead(_Part, frozen=True):
 
 
 class Admit(_Message, frozen=True):
-    """Allocate requests in order. With `stop_on_error` what follows a refused one is not tried."""
+    """Allocate requests in order, after claiming them if `claim`. With `stop_on_error` none is tried after a refusal.
 
-    wants: list[Want]
+    `uses[i]` are the imports, in order, that context i may continue its prefix with.
+    """
+
+    contexts: Contexts
+    claim: bool = False
     imports: list[ImportHead] = []
+    uses: dict[int, list[int]] = {}
     stop_on_error: bool = False
 
 
@@ -206,23 +229,17 @@ READ_ONLY = (Lookup, Inputs, Blocks, GetUsage, UsedFraction, GetMetrics, ReadPag
 # -- to the scheduler ---------------------------------------------------------------------------------
 
 
-class Place(_Part, frozen=True):
-    """A request for the scheduler to place: on `replica`, or where the router says when it is -1.
+class PlaceMany(_Message, frozen=True):
+    """Route, claim (unless they are claimed already) and allocate.
 
-    `claim` is False for one that is claimed already; `peers`: other replicas may hold more of its prefix.
+    `replicas[i]` is where context i has to go; empty: the router says. `peers`: other replicas may hold more of a
+    prefix. `released` are ids that the sender released on replicas directly.
     """
 
-    view: ContextView
-    length: int
-    replica: int = -1
+    contexts: Contexts
+    replicas: list[int] = []
     claim: bool = True
     peers: bool = False
-
-
-class PlaceMany(_Message, frozen=True):
-    """Route, claim and allocate; `released` are ids that the sender released on replicas directly."""
-
-    places: list[Place]
     released: list[str] = []
     stop_on_error: bool = False
 
@@ -275,26 +292,25 @@ class Failure(_Message, frozen=True):
     fields: list[Any]
 
 
-class Admitted(_Part, frozen=True):
-    """One request of an Admit: where its window is now, or why not (None: not tried)."""
-
-    moved: Moved | None = None
-    failure: Failure | None = None
-    device_tokens: int = 0
-    peer_tokens: int = 0
-    claim_seconds: float = 0.0
-    alloc_seconds: float = 0.0
-
-
 class AdmitDone(_Message, frozen=True):
-    admitted: list[Admitted]
+    """What became of each context of an Admit: rows of columns, see rayk.columns.Outcomes.
+
+    `numbers` is int64 [n, 5]: processed, end, cached prefix (-1: None), tokens reused here, tokens copied in; a row of
+    -1 was refused, or not tried when it has no failure. `seconds` is float64 [n, 2]: of the claim and of the alloc.
+    """
+
+    numbers: bytes
+    seconds: bytes
+    failures: dict[int, Failure] = {}
 
 
 class PlaceDone(_Message, frozen=True):
-    """`replicas[i]` is where request i went."""
+    """`replicas[i]` is where context i went (-1: nowhere); the rest as in AdmitDone."""
 
     replicas: list[int]
-    admitted: list[Admitted]
+    numbers: bytes
+    seconds: bytes
+    failures: dict[int, Failure] = {}
 
 
 class Found(_Message, frozen=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
+from array import array
 from collections.abc import Callable, Sequence
 from time import monotonic, perf_counter
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from rayk import messages as m
 from rayk.answers import Answers
 from rayk.backend import Forward, run_forward, run_tick
+from rayk.columns import RESULTS, Batch
 from rayk.context import TextContext
 from rayk.errors import MessageError, RaykError, RemoteError, StaleEpochError
 from rayk.exports import PageExport
@@ -27,6 +29,7 @@ from rayk.replica import ReplicaCore
 from rayk.ticks import Tick
 from rayk.views import Mirrors, moved
 
+REFUSED = (-1,) * RESULTS
 PageData = list[npt.NDArray[np.uint8]]  # one [pages, bytes per page] array per buffer
 EXPORT_SECONDS = 120  # an export that is not acknowledged by then is unpinned: its reader is gone
 
@@ -141,35 +144,42 @@ class ReplicaService:
             PageExport(0, head.start, head.hashes, [torch.from_numpy(np.array(part)) for part in data])
             for head, data in zip(command.imports, attached, strict=True)
         ]
-        done: list[m.Admitted] = []
-        for want in command.wants:
-            done.append(self._admit_one(want, [exports[i] for i in want.imports]))
-            if command.stop_on_error and done[-1].failure is not None:
-                break
-        return m.AdmitDone(done + [m.Admitted()] * (len(command.wants) - len(done)))
-
-    def _admit_one(self, want: m.Want, imports: list[PageExport]) -> m.Admitted:
-        core, request_id, start = self.core, want.view.request_id, perf_counter()
-        try:
-            if want.claim:
-                core.claim(request_id)
-            claimed = perf_counter()
+        uses = {row: [exports[i] for i in of] for row, of in command.uses.items()}
+        batch = Batch(command.contexts)
+        numbers: list[int] = []
+        seconds: list[float] = []
+        failures: dict[int, m.Failure] = {}
+        for row in range(len(batch)):
             try:
-                ctx = self._mirrors.context(want.view, keep=request_id in core.requests)
-                reused = core.alloc(ctx, imports)
-            except RaykError:
-                if want.claim:
-                    self._release(request_id)
-                raise
-        except RaykError as error:
-            return m.Admitted(failure=m.failure(error))
-        return m.Admitted(
-            moved=moved(ctx),
-            device_tokens=reused.device_tokens,
-            peer_tokens=reused.peer_tokens,
-            claim_seconds=claimed - start,
-            alloc_seconds=perf_counter() - claimed,
-        )
+                numbers += self._admit_one(batch, row, command.claim, uses.get(row, ()), seconds)
+            except RaykError as error:
+                failures[row] = m.failure(error)
+                numbers += REFUSED
+                seconds += (0.0, 0.0)
+                if command.stop_on_error:
+                    break
+        untried = len(batch) - len(numbers) // RESULTS
+        numbers += REFUSED * untried
+        seconds += (0.0, 0.0) * untried
+        return m.AdmitDone(array("q", numbers).tobytes(), array("d", seconds).tobytes(), failures)
+
+    def _admit_one(
+        self, batch: Batch, row: int, claim: bool, imports: Sequence[PageExport], seconds: list[float]
+    ) -> tuple[int, int, int, int, int]:
+        core, request_id, start = self.core, batch.ids[row], perf_counter()
+        if claim:
+            core.claim(request_id)
+        claimed = perf_counter()
+        try:
+            ctx = self._mirrors.row(batch, row, keep=claim or request_id in core.requests)
+            reused = core.alloc(ctx, imports)
+        except BaseException:
+            if claim:
+                self._release(request_id)
+            raise
+        seconds += (claimed - start, perf_counter() - claimed)
+        window, cached = ctx.tokens, ctx.cached_prefix_length
+        return (window.processed, window.end, -1 if cached is None else cached, *reused)
 
     def _tick(self, command: m.RunTick) -> m.TickDone:
         ctxs = self._contexts(command.views)

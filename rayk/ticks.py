@@ -13,8 +13,7 @@ from rayk.context import TextContext
 from rayk.errors import InsufficientBlocksError, RaykError
 
 
-@dataclass(frozen=True)
-class Admission:
+class Admission(NamedTuple):
     """What try_admit() did with one request. With an `error` nothing of it is claimed or changed."""
 
     replica: int

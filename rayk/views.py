@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
 
-from rayk.context import IntArray, TextContext, TokenWindow
+from rayk.columns import PLAIN, Batch, Outcome
+from rayk.context import IntArray, TextContext
 from rayk.errors import MessageError, StaleContextError
-from rayk.messages import ContextView, Moved, Origin
+from rayk.messages import Contexts, ContextView, Moved, Origin, Traits
 
 assert sys.byteorder == "little", "raw int32 tokens travel little-endian"
 
@@ -30,11 +32,7 @@ class Sender:
 
     def view(self, ctx: TextContext, replica: int = -1, whole: bool = False) -> ContextView:
         """The context for `replica`; only tokens it has not seen unless `whole` or the replica is open (-1)."""
-        base = 0
-        if not whole:
-            known = self._sent.get(ctx.request_id)
-            if known is not None and known[0] is ctx and known[1] == replica:
-                base = known[2]
+        base = 0 if whole else self._known(ctx, replica)
         window = ctx.tokens
         origin = None
         if not base:
@@ -52,6 +50,28 @@ class Sender:
             origin,
         )
 
+    def pack(self, ctxs: Sequence[TextContext], replica: int = -1, whole: bool = False) -> Contexts:
+        """view() of each context, as columns for one message."""
+        numbers: list[int] = []
+        tokens: list[memoryview] = []
+        traits: dict[int, Traits] = {}
+        for row, ctx in enumerate(ctxs):
+            base = 0 if whole else self._known(ctx, replica)
+            window, cached = ctx.tokens, ctx.cached_prefix_length
+            tokens.append(window.data[base : window.length].data)
+            numbers += (
+                base, window.length - base, window.processed, window.end, ctx.max_length,
+                ctx.pending_future_count, -1 if cached is None else cached,
+            )  # fmt: skip
+            if (found := _traits(ctx, bool(base))) is not None:
+                traits[row] = found
+        return Contexts([c.request_id for c in ctxs], array("q", numbers).tobytes(), b"".join(tokens), traits)
+
+    def _known(self, ctx: TextContext, replica: int) -> int:
+        """How many tokens of the context `replica` has been sent."""
+        known = self._sent.get(ctx.request_id)
+        return known[2] if known is not None and known[0] is ctx and known[1] == replica else 0
+
     def arrived(self, ctx: TextContext, replica: int) -> None:
         """`replica` keeps the context and has all its tokens; placeholders must be sent again once filled in."""
         self._sent[ctx.request_id] = (ctx, replica, ctx.tokens.length - ctx.pending_future_count)
@@ -61,7 +81,20 @@ class Sender:
         self._sent.pop(request_id, None)
 
 
-def apply_move(ctx: TextContext, moved: Moved) -> None:
+def _traits(ctx: TextContext, known: bool) -> Traits | None:
+    """What the context has of the rarer things; of one that is `known` only what may change."""
+    to_verify, accepted = _raw(ctx.draft_tokens_to_verify), _raw(ctx.maybe_accepted_draft_tokens)
+    if known:
+        return Traits(to_verify=to_verify, accepted=accepted) if to_verify or accepted else None
+    cache_salt, adapter = ctx.root_key
+    found = (cache_salt, adapter, ctx.session_id, ctx.tenant, ctx.priority, ctx.deadline, to_verify, accepted)
+    return Traits(*found) if found != _USUAL else None
+
+
+_USUAL = (None, None, None, None, 0, None, b"", b"")
+
+
+def apply_move(ctx: TextContext, moved: Moved | Outcome) -> None:
     """Move the driver's window to where the replica's alloc left it."""
     ctx.tokens.processed, ctx.tokens.end = moved.processed, moved.end
     ctx.cached_prefix_length = moved.cached_prefix
@@ -84,36 +117,67 @@ class Mirrors:
 
     def context(self, view: ContextView, keep: bool = True) -> TextContext:
         """The context of a view, brought up to date; StaleContextError when earlier tokens are missing."""
-        ctx = self._contexts.get(view.request_id)
-        tokens = _tokens(view.tokens)
-        if view.base == 0:
-            if view.origin is None:
-                raise MessageError(f"the first tokens of request {view.request_id!r} came without their origin")
-            o = view.origin
+        tokens, o = _tokens(view.tokens), view.origin
+        if view.base:
+            ctx = self._longer(view.request_id, view.base, tokens)
+        elif o is None:
+            raise MessageError(f"the first tokens of request {view.request_id!r} came without their origin")
+        else:
             ctx = TextContext(
                 view.request_id, tokens, o.max_length, o.cache_salt,
                 adapter=o.adapter, session_id=o.session_id, tenant=o.tenant,
             )  # fmt: skip
             if keep:
                 self._contexts[view.request_id] = ctx
-        elif ctx is None or ctx.tokens.length < view.base:
-            raise StaleContextError(view.request_id, self._replica)
-        else:
-            ctx.tokens.replace(view.base, tokens)
-        self._place(ctx.tokens, view)
+        if not 0 <= view.processed < view.end <= ctx.tokens.length:
+            raise _wrong_window(ctx, view.processed, view.end)
+        ctx.tokens.processed, ctx.tokens.end = view.processed, view.end
         ctx.pending_future_count = view.pending
         ctx.cached_prefix_length = view.cached_prefix
         ctx.draft_tokens_to_verify = _tokens(view.to_verify)
         ctx.maybe_accepted_draft_tokens = _tokens(view.accepted)
         return ctx
 
-    def _place(self, window: TokenWindow, view: ContextView) -> None:
-        if not 0 <= view.processed < view.end <= window.length:
-            raise MessageError(
-                f"request {view.request_id!r} has a window {view.processed}..{view.end} over {window.length} tokens"
-            )
-        window.processed, window.end = view.processed, view.end
+    def row(self, batch: Batch, row: int, keep: bool = True) -> TextContext:
+        """The same for one row of a batch."""
+        request_id, tokens = batch.ids[row], batch.int32[row]
+        base, sent, processed, end, max_length, pending, cached = batch.rows[row]
+        traits = batch.traits(row)
+        if base:
+            ctx = self._longer(request_id, base, tokens)
+        elif traits is PLAIN and sent and not pending:
+            ctx = TextContext.arrived(request_id, tokens.copy(), max_length)
+        else:
+            ctx = TextContext(
+                request_id, tokens, max_length, traits.cache_salt,
+                adapter=traits.adapter, session_id=traits.session_id, tenant=traits.tenant,
+                priority=traits.priority, deadline=traits.deadline,
+            )  # fmt: skip
+        if not base and keep:
+            self._contexts[request_id] = ctx
+        window = ctx.tokens
+        if not 0 <= processed < end <= window.length:
+            raise _wrong_window(ctx, processed, end)
+        window.processed, window.end = processed, end
+        ctx.cached_prefix_length = None if cached < 0 else cached
+        if base or pending or traits is not PLAIN:
+            ctx.pending_future_count = pending
+            ctx.draft_tokens_to_verify = _tokens(traits.to_verify)
+            ctx.maybe_accepted_draft_tokens = _tokens(traits.accepted)
+        return ctx
+
+    def _longer(self, request_id: str, base: int, tokens: IntArray) -> TextContext:
+        """The mirror with `tokens` from position `base` on."""
+        ctx = self._contexts.get(request_id)
+        if ctx is None or ctx.tokens.length < base:
+            raise StaleContextError(request_id, self._replica)
+        ctx.tokens.replace(base, tokens)
+        return ctx
 
     def drop(self, request_id: str) -> None:
         """Forget a context; unknown ids are ignored."""
         self._contexts.pop(request_id, None)
+
+
+def _wrong_window(ctx: TextContext, processed: int, end: int) -> MessageError:
+    return MessageError(f"request {ctx.request_id!r} has a window {processed}..{end} over {ctx.tokens.length} tokens")

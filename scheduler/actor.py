@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from threading import Condition
 from time import monotonic
 from typing import Any
 
 from rayk import messages as m
-from rayk.actors.link import Link, Pending, new_client_id
+from rayk.actors.link import Link, Pending, hear, new_client_id
+from rayk.actors.process import settle
 from rayk.actors.runtime import Actor, RayRuntime, Runtime
 from rayk.answers import Answers
 from rayk.errors import MessageError, RaykError, ReplicaLostError, StaleEpochError
-from rayk.scheduler.core import Ask, SchedulerCore, Told
+from rayk.scheduler.asks import Ask, Told
+from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.routing import make_router
+
+LANES = 8  # batches that are under way at once; the driver that waits for each of its batches uses one
+ANSWERS = 16 * LANES  # remembered for each driver; more than its messages can overtake each other by
 
 
 class SchedulerActor:
@@ -38,10 +44,16 @@ class SchedulerActor:
             Link(runtime, actor, f"replica {r}", epochs[r], client, partial(self._lost, r))
             for r, actor in enumerate(replicas)
         ]
-        self._answers: Answers[bytes] = Answers()
+        self._answers: Answers[bytes] = Answers(ANSWERS)
+        self._working: set[tuple[str, int]] = set()  # mutations that a lane is at
+        self._core_lock = Condition()  # a script's step and the sending of what it asks are one
+        settle()
 
     def handle(self, wire: bytes) -> bytes:
-        """Answer a message. Never raises for what a sender did wrong or a replica failed to do."""
+        """Answer a message. Never raises for what a sender did wrong or a replica failed to do.
+
+        Several lanes call this at once: while one waits for replicas, others take the next batches.
+        """
         seq = 0
         try:
             envelope = m.decode_envelope(wire)
@@ -50,49 +62,67 @@ class SchedulerActor:
                 raise MessageError(f"the scheduler does not take {type(envelope.command).__name__}; a replica does")
             if envelope.epoch != self._epoch:
                 raise StaleEpochError(-1, envelope.epoch, self._epoch)
-            repeated = self._answers.repeated(envelope.client, seq)
-            if repeated is not None:
-                return repeated
-            result = self._run(envelope.client, envelope.command)
+            return self._once(envelope)
         except RaykError as error:
             return m.encode(m.Reply(self._epoch, seq, m.failure(error)))
-        reply = m.encode(m.Reply(self._epoch, seq, result))
-        self._answers.keep(envelope.client, seq, reply)
-        if isinstance(envelope.command, m.Disconnect):
-            self._answers.forget(envelope.client)
+
+    def _once(self, envelope: m.SchedulerEnvelope) -> bytes:
+        """Carry a command out unless that was done before, or is being done."""
+        client, seq = envelope.client, envelope.seq
+        this = (client, seq)
+        with self._core_lock:
+            self._core_lock.wait_for(lambda: this not in self._working)
+            repeated = self._answers.repeated(client, seq)
+            if repeated is not None:
+                return repeated
+            if seq:
+                self._working.add(this)
+        reply = b""
+        try:
+            reply = self._reply(envelope)
+        finally:
+            with self._core_lock:
+                self._working.discard(this)
+                if reply:
+                    self._answers.keep(client, seq, reply)
+                if isinstance(envelope.command, m.Disconnect):
+                    self._answers.forget(client)
+                self._core_lock.notify_all()
         return reply
 
-    def _run(self, client: str, command: m.SchedulerCommand) -> m.Result:
-        self._core.renewed[client] = monotonic()
-        script = self._core.handle(client, command)
+    def _reply(self, envelope: m.SchedulerEnvelope) -> bytes:
         try:
-            asks = next(script)
+            result = self._run(envelope.client, envelope.command)
+        except RaykError as error:
+            result = m.failure(error)
+        return m.encode(m.Reply(self._epoch, envelope.seq, result))
+
+    def _run(self, client: str, command: m.SchedulerCommand) -> m.Result:
+        script = self._core.handle(client, command)
+        told: list[Told] | None = None
+        try:
             while True:
-                asks = script.send(self._ask(asks))
+                with self._core_lock:
+                    if told is None:
+                        self._core.renewed[client] = monotonic()
+                    asks = script.send(told) if told is not None else next(script)
+                    sent = [self._send(ask) for ask in asks]
+                told = [
+                    Told(m.failure(heard)) if isinstance(heard, RaykError) else Told(*heard) for heard in hear(sent)
+                ]
         except StopIteration as end:
             result: m.Result = end.value
             return result
 
-    def _ask(self, asks: Sequence[Ask]) -> list[Told]:
-        """One round: all messages are sent before the first answer is read."""
-        sent: list[Pending | RaykError] = []
-        for ask in asks:
-            try:
-                sent.append(self._links[ask.replica].send(ask.command, ask.attached, ask.with_data))
-            except RaykError as error:
-                sent.append(error)
-        return [self._read(pending) for pending in sent]
-
-    def _read(self, pending: Pending | RaykError) -> Told:
+    def _send(self, ask: Ask) -> Pending | RaykError:
         try:
-            if isinstance(pending, RaykError):
-                raise pending
-            return Told(*pending.outcome())
+            return self._links[ask.replica].send(ask.command, ask.attached, ask.with_data)
         except RaykError as error:
-            return Told(m.failure(error))
+            return error
 
     def _lost(self, replica: int, reason: str) -> RaykError:
-        placed = self._core.placements.on(replica)
+        with self._core_lock:
+            placed = self._core.placements.on(replica)
         return ReplicaLostError(replica, self._core.epochs[replica], placed, reason)
 
     def ping(self) -> int:

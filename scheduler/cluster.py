@@ -18,7 +18,7 @@ from rayk.actors.runtime import Actor, ActorGoneError, ActorSpec, NameTakenError
 from rayk.errors import ConfigError, PlanError, RaykError, SchedulerLostError
 from rayk.params import KVCacheParams
 from rayk.planning import ClusterPlan, NodeMemory, plan_cluster, refused_nodes, replicas_that_fit, uses_cuda
-from rayk.scheduler.actor import SchedulerActor
+from rayk.scheduler.actor import LANES, SchedulerActor
 from rayk.scheduler.routing import make_router
 
 log = logging.getLogger("rayk.scheduler")
@@ -183,7 +183,7 @@ def _start_scheduler(runtime: Runtime, cluster: Cluster, name: str | None) -> Cl
     copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy
     cluster = replace(cluster, scheduler_epoch=epoch)
     arguments = (epoch, cluster.replicas, cluster.epochs, cluster.config.router, copies, params.page_size, cluster)
-    spec = ActorSpec(SchedulerActor, arguments, name=f"{name}/scheduler" if name else None)
+    spec = ActorSpec(SchedulerActor, arguments, name=f"{name}/scheduler" if name else None, threads=LANES)
     scheduler = runtime.start(spec)
     try:
         _ready(runtime, scheduler, "the scheduler", "ping")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,6 +195,16 @@ class FakeRuntime:
     def get(self, ref: FakeRef, target: str, timeout: float) -> Any:
         self.note("read", ref.actor.label if ref.actor is not None else target)
         return _resolve(ref)
+
+    def get_all(self, refs: Sequence[FakeRef], timeout: float) -> list[Any] | None:
+        return None  # get() is asked for each, so that it is seen which was read
+
+    def future(self, ref: FakeRef) -> Future[Any]:
+        future: Future[Any] = Future()
+        with suppress(Exception):
+            _resolve(ref)
+        future.set_result(None)
+        return future
 
     def find(self, name: str) -> FakeActor | None:
         return next((a for a in self.actors if a.name == name and not a.stopped and a.dead is None), None)

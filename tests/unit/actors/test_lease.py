@@ -49,7 +49,7 @@ def attach(runtime: FakeRuntime, first: PagedKVCacheManager) -> Iterator[Callabl
 
 
 def client_of(manager: PagedKVCacheManager) -> str:
-    name: str = manager._backend._scheduler._client  # type: ignore[attr-defined]
+    name: str = manager._backend.calls.client  # type: ignore[attr-defined]
     return name
 
 
@@ -150,7 +150,7 @@ def test_a_silent_driver_is_noticed_without_a_new_one(
 
 
 def test_leaving_releases_at_once(runtime: FakeRuntime, first: PagedKVCacheManager) -> None:
-    first._backend._scheduler.ask(m.Disconnect())  # type: ignore[attr-defined]
+    first._backend.calls.scheduler.ask(m.Disconnect())  # type: ignore[attr-defined]
     assert held(runtime) == [[], []]
 
 

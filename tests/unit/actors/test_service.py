@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from rayk import TextContext
 from rayk import messages as m
 from rayk.answers import SENDERS_REMEMBERED
+from rayk.columns import Outcomes
 from rayk.errors import (
     AlreadyClaimedError,
     InsufficientBlocksError,
@@ -82,10 +84,21 @@ def view(ctx: TextContext) -> m.ContextView:
     return Sender().view(ctx, whole=True)
 
 
-def admit(client: Client, *ctxs: TextContext, **options: Any) -> list[m.Admitted]:
-    done = client.send(m.Admit([m.Want(view(c), claim=True) for c in ctxs], **options))
-    assert isinstance(done, m.AdmitDone)
-    return done.admitted
+class Done:
+    """An AdmitDone, readable."""
+
+    def __init__(self, done: Any, rows: int) -> None:
+        assert isinstance(done, m.AdmitDone)
+        self.message = done
+        self.outcomes = Outcomes.received(done.numbers, done.seconds, done.failures, rows)
+        self.landed = [row[0] >= 0 for row in self.outcomes.rows]
+
+    def error(self, row: int) -> RaykError:
+        return m.to_error(self.message.failures[row])
+
+
+def admit(client: Client, *ctxs: TextContext, claim: bool = True, **options: Any) -> Done:
+    return Done(client.send(m.Admit(Sender().pack(ctxs, whole=True), claim, **options)), len(ctxs))
 
 
 # -- once and only once ----------------------------------------------------------------------------
@@ -96,7 +109,7 @@ def test_a_repeated_mutation_is_answered_from_memory(client: Client, service: Re
     first = admit(client, ctx)
     metrics = service.core.metrics
     again = client.raw(client.wire)
-    assert again.result == m.AdmitDone(first)
+    assert again.result == first.message
     assert service.core.metrics == metrics and list(service.core.requests) == ["r"]
 
 
@@ -212,8 +225,8 @@ def test_mirrors_go_with_their_requests(client: Client, service: ReplicaService)
 
 
 def test_a_refused_admission_keeps_nothing(client: Client, service: ReplicaService) -> None:
-    [admitted] = admit(client, context("big", range(500)))
-    assert admitted.moved is None and isinstance(m.to_error(admitted.failure), InsufficientBlocksError)
+    done = admit(client, context("big", range(500)))
+    assert done.landed == [False] and isinstance(done.error(0), InsufficientBlocksError)
     assert not service.core.requests and len(service._mirrors) == 0 and service.core.usage.used == 0
 
 
@@ -241,27 +254,24 @@ def test_a_tick_for_a_request_that_is_not_claimed_does_nothing(client: Client, s
 def test_stop_on_error_leaves_the_rest_untried(client: Client, service: ReplicaService) -> None:
     small, big, last = context("small"), context("big", range(500)), context("last")
     done = admit(client, small, big, last, stop_on_error=True)
-    assert [d.moved is not None for d in done] == [True, False, False]
-    assert done[1].failure is not None and done[2] == m.Admitted()
+    assert done.landed == [True, False, False] and list(done.message.failures) == [1]
     assert list(service.core.requests) == ["small"]
 
 
 def test_without_it_each_stands_for_itself(client: Client, service: ReplicaService) -> None:
     small, big, last = context("small"), context("big", range(500)), context("last")
     done = admit(client, small, big, last)
-    assert [d.moved is not None for d in done] == [True, False, True]
+    assert done.landed == [True, False, True]
     assert list(service.core.requests) == ["small", "last"]
 
 
 def test_alloc_of_an_unclaimed_request(client: Client) -> None:
-    [admitted] = client.send(m.Admit([m.Want(view(context("r")))])).admitted
-    assert isinstance(m.to_error(admitted.failure), NotClaimedError)
+    assert isinstance(admit(client, context("r"), claim=False).error(0), NotClaimedError)
 
 
 def test_a_claimed_request_is_not_claimed_twice(client: Client, service: ReplicaService) -> None:
     admit(client, context("r"))
-    [admitted] = admit(client, context("r"))
-    assert isinstance(m.to_error(admitted.failure), AlreadyClaimedError)
+    assert isinstance(admit(client, context("r")).error(0), AlreadyClaimedError)
     assert list(service.core.requests) == ["r"], "the first claim is not undone"
 
 
@@ -344,6 +354,13 @@ def test_an_exception_in_fn_is_reported_with_its_traceback(client: Client, servi
     assert client.send(m.Claim("alive")) == m.Done()
 
 
+ONE = Sender().pack([context("r")])
+
+
+def numbers(base: int, sent: int) -> bytes:
+    return np.array([base, sent, 0, 1, 9, 0, -1], np.int64).tobytes()
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -354,8 +371,11 @@ def test_an_exception_in_fn_is_reported_with_its_traceback(client: Client, servi
         m.Step([m.ContextView("r", 0, b"\x01\x00\x00\x00", 0, 2, origin=m.Origin(10))]),  # beyond the tokens
         m.Step([m.ContextView("r", -4, b"\x01\x00\x00\x00", 0, 1)]),  # negative base
         m.RunTick([], step=[0]),  # no such view
-        m.Admit([m.Want(m.ContextView("r", 0, b"\x01\x00\x00\x00", 0, 1, origin=m.Origin(10)), True, [3])]),
-        m.Admit([], [m.ImportHead(0, [])]),  # its data is missing
+        m.Admit(ONE, True, uses={0: [3]}),
+        m.Admit(m.Contexts([], b"", b""), True, [m.ImportHead(0, [])]),  # its data is missing
+        m.Admit(m.Contexts(["r"], b"", b"\x01\x00\x00\x00")),  # no numbers
+        m.Admit(m.Contexts(ONE.ids, ONE.numbers, ONE.tokens[:-1])),  # too few tokens
+        m.Admit(m.Contexts(["r", "s"], numbers(0, -1) + numbers(0, 2), bytes(4))),  # a negative count
         m.ReadPages([99]),
         m.ReadPages([-1]),
     ],

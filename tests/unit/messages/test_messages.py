@@ -34,7 +34,14 @@ def example(cls: type[msgspec.Struct]) -> Any:
     """The simplest message of a class, in its envelope."""
     values: dict[str, Any] = {}
     view = m.ContextView("r", 0, b"", 0, 1)
-    known = {"command": m.GetMetrics(), "view": view, "metrics": m.KVCacheMetrics(), "shape": (1, 2, 3)}
+    contexts = m.Contexts([], b"", b"")
+    known = {
+        "contexts": contexts,
+        "command": m.GetMetrics(),
+        "view": view,
+        "metrics": m.KVCacheMetrics(),
+        "shape": (1, 2, 3),
+    }
     simple = {"int": 1, "str": "x", "bytes": b"x", "bool": True, "float": 1.0}
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.default is inspect.Parameter.empty:
@@ -162,6 +169,6 @@ def test_messages_are_immutable_and_compact() -> None:
     with pytest.raises(AttributeError):
         claim.request_id = "s"  # type: ignore[misc]
     tokens = bytes(4 * 1024)
-    view = m.ContextView("r", 0, tokens, 0, 1024, origin=m.Origin(2000))
-    wire = m.encode(m.ReplicaEnvelope("driver", 1, 1, m.Admit([m.Want(view, True)])))
+    contexts = m.Contexts(["r"], bytes(56), tokens)
+    wire = m.encode(m.ReplicaEnvelope("driver", 1, 1, m.Admit(contexts, True)))
     assert len(wire) < len(tokens) + 120

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
+from rayk import TextContext
 from rayk import messages as m
+from rayk.columns import Outcomes
 from rayk.errors import (
     AlreadyClaimedError,
     InsufficientBlocksError,
@@ -16,20 +20,29 @@ from rayk.errors import (
     ReplicaLostError,
 )
 from rayk.metrics import KVCacheMetrics
-from rayk.scheduler.core import Ask, SchedulerCore, Told
+from rayk.scheduler.asks import Ask, Told
+from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.routing import make_router
+from rayk.views import Sender
 
 LOST = m.failure(ReplicaLostError(1, 11, [], "it died"))
 FULL = m.failure(InsufficientBlocksError("r", 0, 9, 1, 8))
-OK = m.Admitted(m.Moved(0, 4, 0))
+OK = (0, 4, 0, 0, 0)
+REFUSED = (-1, -1, -1, -1, -1)
 Answer = Callable[[Ask], m.Result]
+
+
+def admit_done(*rows: tuple[int, ...], **failures: m.Failure) -> m.AdmitDone:
+    """Outcomes by row; `r1=failure` is that of row 1."""
+    numbers = np.array(rows, np.int64).tobytes()
+    return m.AdmitDone(numbers, bytes(16 * len(rows)), {int(name[1:]): f for name, f in failures.items()})
 
 
 def usual(ask: Ask) -> m.Result:
     """What a replica with nothing cached and room for everything says."""
     match ask.command:
-        case m.Admit(wants):
-            return m.AdmitDone([OK] * len(wants))
+        case m.Admit(contexts):
+            return admit_done(*[OK] * len(contexts.ids))
         case m.Lookup(views):
             return m.Found([0] * len(views), [9] * len(views))
         case m.Blocks():
@@ -37,6 +50,28 @@ def usual(ask: Ask) -> m.Result:
         case m.GetMetrics():
             return m.MetricsDone(KVCacheMetrics(input_tokens=1 + ask.replica))
     return m.Done()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A request to place: on `replica`, or where the router says when all of a batch are -1."""
+
+    request_id: str
+    replica: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A PlaceDone, readable."""
+
+    replicas: list[int]
+    rows: list[tuple[int, ...]]
+    failures: dict[int, m.Failure]
+
+    @property
+    def landed(self) -> list[bool]:
+        return [row != REFUSED for row in self.rows]
 
 
 class Scheduler:
@@ -62,10 +97,14 @@ class Scheduler:
         except StopIteration as end:
             return end.value
 
-    def place(self, *places: m.Place, answer: Answer = usual, **options: Any) -> m.PlaceDone:
-        done = self.run(m.PlaceMany(list(places), **options), answer)
-        assert isinstance(done, m.PlaceDone) and len(done.replicas) == len(done.admitted) == len(places)
-        return done
+    def place(self, *places: Place, answer: Answer = usual, **options: Any) -> Placed:
+        ctxs = [TextContext(p.request_id, [1] * p.length, 99) for p in places]
+        replicas = [p.replica for p in places] if any(p.replica >= 0 for p in places) else []
+        done = self.run(m.PlaceMany(Sender().pack(ctxs, whole=True), replicas, **options), answer)
+        assert isinstance(done, m.PlaceDone) and len(done.replicas) == len(places)
+        outcomes = Outcomes.received(done.numbers, done.seconds, done.failures, len(places))
+        assert set(done.failures) <= set(outcomes.refused)
+        return Placed(done.replicas, [tuple(row) for row in outcomes.rows], done.failures)
 
     @property
     def placed(self) -> dict[str, int]:
@@ -73,9 +112,8 @@ class Scheduler:
         return {i: r for r in range(len(placements.loads)) for i in placements.on(r)}
 
 
-def place(request_id: str, replica: int = -1, length: int = 4, **options: Any) -> m.Place:
-    view = m.ContextView(request_id, 0, b"\x01\0\0\0" * length, 0, length, origin=m.Origin(99))
-    return m.Place(view, length, replica, **options)
+def place(request_id: str, replica: int = -1, length: int = 4) -> Place:
+    return Place(request_id, replica, length)
 
 
 def but(what: type, result: m.Result, replica: int | None = None) -> Answer:
@@ -131,31 +169,30 @@ def test_one_message_to_each_replica_with_work() -> None:
     scheduler = Scheduler(3)
     done = scheduler.place(*(place(f"r{i}", i % 2) for i in range(6)))
     assert scheduler.rounds == [[(0, "Admit"), (1, "Admit")]]
-    assert [[w.view.request_id for w in ask.command.wants] for ask in scheduler.asked] == [
+    assert [ask.command.contexts.ids for ask in scheduler.asked] == [
         ["r0", "r2", "r4"],
         ["r1", "r3", "r5"],
     ]
-    assert done.replicas == [0, 1] * 3 and done.admitted == [OK] * 6
+    assert done.replicas == [0, 1] * 3 and done.rows == [OK] * 6
 
 
 def test_answers_are_put_back_in_the_order_of_the_requests() -> None:
     def number(ask: Ask) -> m.Result:
-        wants = ask.command.wants
-        return m.AdmitDone([m.Admitted(m.Moved(0, 4, int(w.view.request_id[1:]))) for w in wants])
+        return admit_done(*[(0, 4, int(request_id[1:]), 0, 0) for request_id in ask.command.contexts.ids])
 
     done = Scheduler(3).place(*(place(f"r{i}", (2 * i) % 3) for i in range(7)), answer=number)
-    assert [a.moved.cached_prefix for a in done.admitted] == list(range(7))
+    assert [cached for _, _, cached, _, _ in done.rows] == list(range(7))
 
 
 def test_the_router_places_what_has_no_replica() -> None:
     scheduler = Scheduler(2)
-    done = scheduler.place(place("a", length=9), place("b"), place("c"), place("d", 0))
-    assert done.replicas == [0, 1, 1, 0]
+    done = scheduler.place(place("a", length=9), place("b"), place("c"), place("d"))
+    assert done.replicas == [0, 1, 1, 1]
 
 
 def test_nothing_to_place_asks_nothing() -> None:
     scheduler = Scheduler()
-    assert scheduler.place() == m.PlaceDone([], [])
+    assert scheduler.place() == Placed([], [], {})
     assert scheduler.rounds == []
 
 
@@ -165,9 +202,9 @@ def test_what_a_replica_refuses_is_not_placed() -> None:
         place("a"),
         place("b"),
         place("c"),
-        answer=but(m.Admit, m.AdmitDone([OK, m.Admitted(failure=FULL), m.Admitted()])),
+        answer=but(m.Admit, admit_done(OK, REFUSED, REFUSED, r1=FULL)),
     )
-    assert [a.moved is not None for a in done.admitted] == [True, False, False]
+    assert done.landed == [True, False, False] and done.failures == {1: FULL}
     assert scheduler.placed == {"a": 0}
     assert scheduler.core.placements.loads[0].tokens == 4
 
@@ -175,32 +212,31 @@ def test_what_a_replica_refuses_is_not_placed() -> None:
 def test_a_lost_replica_fails_its_part_only() -> None:
     scheduler = Scheduler(2)
     done = scheduler.place(place("a", 0), place("b", 1), place("c", 1), answer=but(m.Admit, LOST, 1))
-    assert [a.failure for a in done.admitted] == [None, LOST, LOST]
+    assert done.landed == [True, False, False] and done.failures == {1: LOST, 2: LOST}
     assert scheduler.placed == {"a": 0}
 
 
 def test_an_id_twice_in_a_batch_is_placed_once() -> None:
     scheduler = Scheduler(2)
     done = scheduler.place(place("a"), place("a"), place("b"))
-    assert done.admitted[1].failure is not None and done.admitted[1].failure.kind == "AlreadyClaimedError"
+    assert done.failures[1].kind == "AlreadyClaimedError"
     assert scheduler.placed == {"a": 0, "b": 1}
 
 
 def test_alloc_of_a_claimed_request_places_nothing_anew() -> None:
     scheduler = Scheduler(2)
     scheduler.run(m.ClaimOne("r", 1))
-    scheduler.place(place("r", 1, claim=False), answer=but(m.Admit, m.AdmitDone([m.Admitted(failure=FULL)])))
+    scheduler.place(place("r", 1), claim=False, answer=but(m.Admit, admit_done(REFUSED, r0=FULL)))
     assert scheduler.placed == {"r": 1}, "still claimed, though it got no pages"
     assert scheduler.rounds == [[(1, "Admit")]]
-    [want] = scheduler.asked[0].command.wants
-    assert not want.claim
+    assert not scheduler.asked[0].command.claim
 
 
 def test_placing_out_of_range_is_refused_for_that_request() -> None:
     scheduler = Scheduler(2)
-    done = scheduler.place(place("a", 5), place("b"))
-    assert done.admitted[0].failure.kind == "ReplicaIndexError" and done.admitted[1] == OK
-    assert scheduler.placed == {"b": 0}
+    done = scheduler.place(place("a", 5), place("b", 1))
+    assert done.failures[0].kind == "ReplicaIndexError" and done.rows[1] == OK
+    assert scheduler.placed == {"b": 1}
 
 
 def test_stop_on_error_counts_what_the_scheduler_refuses() -> None:
@@ -208,7 +244,7 @@ def test_stop_on_error_counts_what_the_scheduler_refuses() -> None:
     scheduler = Scheduler(1)
     scheduler.run(m.ClaimOne("taken", 0))
     done = scheduler.place(place("a"), place("taken"), place("b"), stop_on_error=True)
-    assert [a.moved is not None for a in done.admitted] == [True, False, False]
+    assert done.landed == [True, False, False]
     assert scheduler.placed == {"taken": 0, "a": 0}
 
 
@@ -231,7 +267,7 @@ def found(**residents: list[int]) -> Answer:
 
 def test_missing_pages_are_fetched_from_those_that_hold_them() -> None:
     scheduler = Scheduler(3, copies=True)
-    scheduler.place(place("a", 1, peers=True), answer=found(r0=[2], r1=[1], r2=[5]))
+    scheduler.place(place("a", 1), peers=True, answer=found(r0=[2], r1=[1], r2=[5]))
     assert scheduler.rounds == [
         [(0, "Lookup"), (1, "Lookup"), (2, "Lookup")],
         [(0, "Export"), (2, "Export")],
@@ -243,7 +279,7 @@ def test_missing_pages_are_fetched_from_those_that_hold_them() -> None:
     [admit] = [ask for ask in scheduler.asked if isinstance(ask.command, m.Admit)]
     assert [(h.start, len(h.hashes)) for h in admit.command.imports] == [(1, 1), (2, 3)]
     assert admit.attached == ("data of replica 0", "data of replica 2")
-    assert admit.command.wants[0].imports == [0, 1]
+    assert admit.command.uses == {0: [0, 1]}
     acks = [ask.command.export_ids for ask in scheduler.asked if isinstance(ask.command, m.Acknowledge)]
     assert acks == [[1], [202]]
 
@@ -251,16 +287,20 @@ def test_missing_pages_are_fetched_from_those_that_hold_them() -> None:
 def test_imports_belong_to_their_requests() -> None:
     scheduler = Scheduler(2, copies=True)
     scheduler.place(
-        place("a", 0, peers=True), place("b", 0, peers=True), place("c", 0), answer=found(r0=[0, 3], r1=[2, 4])
+        place("a", 0),
+        place("b", 0),
+        place("c", 0),
+        peers=True,
+        answer=found(r0=[0, 3, 1], r1=[2, 4, 1]),
     )
     [admit] = [ask for ask in scheduler.asked if isinstance(ask.command, m.Admit)]
-    assert [w.imports for w in admit.command.wants] == [[0], [1], []]
+    assert admit.command.uses == {0: [0], 1: [1]}
     assert [h.start for h in admit.command.imports] == [0, 3]
 
 
 def test_both_directions_in_one_batch_are_the_same_rounds() -> None:
     scheduler = Scheduler(2, copies=True)
-    scheduler.place(place("a", 0, peers=True), place("b", 1, peers=True), answer=found(r0=[0, 4], r1=[4, 0]))
+    scheduler.place(place("a", 0), place("b", 1), peers=True, answer=found(r0=[0, 4], r1=[4, 0]))
     assert scheduler.rounds == [
         [(0, "Lookup"), (1, "Lookup")],
         [(1, "Export"), (0, "Export")],
@@ -273,10 +313,10 @@ def test_both_directions_in_one_batch_are_the_same_rounds() -> None:
 def test_a_lost_replica_does_not_keep_others_from_copying(lost: int) -> None:
     scheduler = Scheduler(3, copies=True)
     base = found(r0=[2], r1=[0], r2=[5])
-    done = scheduler.place(place("a", 1, peers=True), answer=lambda ask: LOST if ask.replica == lost else base(ask))
+    done = scheduler.place(place("a", 1), peers=True, answer=lambda ask: LOST if ask.replica == lost else base(ask))
     exported = [ask.replica for ask in scheduler.asked if isinstance(ask.command, m.Export)]
     assert exported == {0: [2], 1: [], 2: [0]}[lost]
-    assert (done.admitted[0].moved is None) == (lost == 1)
+    assert done.landed == [lost != 1]
     acked = [ask.replica for ask in scheduler.asked if isinstance(ask.command, m.Acknowledge)]
     assert acked == exported
 
@@ -285,9 +325,9 @@ def test_exports_are_acknowledged_when_the_target_fails() -> None:
     scheduler = Scheduler(2, copies=True)
     base = found(r0=[4], r1=[0])
     done = scheduler.place(
-        place("a", 1, peers=True), answer=lambda ask: LOST if isinstance(ask.command, m.Admit) else base(ask)
+        place("a", 1), peers=True, answer=lambda ask: LOST if isinstance(ask.command, m.Admit) else base(ask)
     )
-    assert done.admitted[0].failure == LOST
+    assert done.failures == {0: LOST}
     assert scheduler.rounds[-1] == [(0, "Acknowledge")]
 
 
@@ -297,7 +337,7 @@ def test_nobody_is_asked_without_copies() -> None:
         (Scheduler(1, copies=True), True),
         (Scheduler(2, copies=True), False),
     ):
-        scheduler.place(place("a", 0, peers=wanted))
+        scheduler.place(place("a", 0), peers=wanted)
         assert scheduler.rounds == [[(0, "Admit")]]
 
 
@@ -320,7 +360,7 @@ def test_one_failure_is_the_answer_but_all_are_asked(command: Any) -> None:
 
 
 def test_hit_counts() -> None:
-    view = place("a").view
+    view = Sender().view(TextContext("a", [1, 1, 1, 1], 99))
     scheduler = Scheduler(3)
     assert scheduler.run(m.HitCountsOf(view), found(r1=[4])) == m.Counts([0, 4, 0])
     assert scheduler.run(m.HitCountsOf(view), but(m.Lookup, LOST, 2)) == LOST

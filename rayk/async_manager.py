@@ -1,0 +1,315 @@
+"""AsyncPagedKVCacheManager: the manager's calls as coroutines, many of them in flight at once.
+
+What is called in one turn of the event loop travels together: all admissions in one message to the scheduler, all
+releases and all steps in one message to each replica. A call that is cancelled is still carried out: its messages are
+on their way, and what they claim has to be known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import torch
+
+from rayk.backend import Batches, Forward
+from rayk.context import TextContext
+from rayk.errors import InsufficientBlocksError, RaykError, RuntimeInputsError
+from rayk.inputs import BatchCharacteristics, RuntimeInputs
+from rayk.manager import DeviceBuffer, PagedKVCacheManager
+from rayk.metrics import KVCacheMetrics
+from rayk.params import KVCacheParams
+from rayk.session import InferenceSession
+from rayk.ticks import Admission, HitCounts, Tick, TickResult
+
+MOST_TOGETHER = 512  # requests of one message
+
+
+class _Together:
+    """Calls of one kind that were made in this turn of the event loop, to be carried out as one."""
+
+    def __init__(self, carry_out: Callable[[list[Any]], Coroutine[Any, Any, list[Any]]]) -> None:
+        self._carry_out = carry_out
+        self._due: list[tuple[Any, asyncio.Future[Any]]] = []
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps only weak references
+
+    async def add(self, work: Any) -> Any:
+        """The result for `work`, or its error."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self._due.append((work, future))
+        if len(self._due) == 1:
+            loop.call_soon(self._start)
+        return await future
+
+    def _start(self) -> None:
+        due, self._due = self._due, []
+        task = asyncio.get_running_loop().create_task(self._run(due))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, due: list[tuple[Any, asyncio.Future[Any]]]) -> None:
+        try:
+            results = await self._carry_out([work for work, _ in due])
+        except Exception as error:
+            results = [error] * len(due)
+        for (_, future), result in zip(due, results, strict=True):
+            if future.done():
+                continue  # cancelled: carried out all the same
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+
+class AsyncPagedKVCacheManager:
+    """PagedKVCacheManager for an event loop; same arguments, same results, same errors. One event loop, any tasks.
+
+    Messages leave in the order in which the calls were made. Two calls about one request should be awaited one
+    after the other; calls about different requests need not.
+    """
+
+    def __init__(
+        self,
+        params: KVCacheParams,
+        session: InferenceSession,
+        total_num_pages: int | None,
+        total_num_host_pages: int = 0,
+        enable_runtime_checks: bool = False,
+        **options: Any,
+    ) -> None:
+        self.sync = PagedKVCacheManager(
+            params, session, total_num_pages, total_num_host_pages, enable_runtime_checks, **options
+        )
+        self.params = params
+        self._admissions = _Together(self._admit_together)
+        self._releases = _Together(self._release_together)
+        self._steps = _Together(self._step_together)
+        self._under_way: set[asyncio.Task[Any]] = set()
+
+    async def _run(self, name: str, *arguments: Any) -> Any:
+        """Carry a call of the backend out; on Ray without blocking the event loop."""
+        backend: Any = self.sync._backend
+        calls = getattr(backend, "calls", None)
+        if calls is None:
+            return getattr(backend, name)(*arguments)
+        from rayk.scheduler.calls import await_for
+
+        task = asyncio.get_running_loop().create_task(await_for(getattr(calls, name)(*arguments)))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await asyncio.shield(task)
+
+    # -- the life of a request ---------------------------------------------------------------------
+
+    async def claim(self, request_id: str, replica_idx: int) -> None:
+        """See PagedKVCacheManager.claim()."""
+        self.sync._at(replica_idx)
+        await self._run("claim", request_id, replica_idx)
+
+    async def contains(self, request_id: str, replica_idx: int) -> bool:
+        """Whether the request is claimed on that replica."""
+        self.sync._at(replica_idx)
+        found: bool = await self._run("contains", request_id, replica_idx)
+        return found
+
+    async def alloc(self, data: TextContext, replica_idx: int) -> None:
+        """See PagedKVCacheManager.alloc()."""
+        self.sync._at(replica_idx)
+        await self._run("alloc", data, replica_idx)
+
+    async def alloc_many(self, replica_batches: Batches) -> list[dict[str, InsufficientBlocksError]]:
+        """See PagedKVCacheManager.alloc_many()."""
+        self.sync._for(replica_batches)
+        refused: list[dict[str, InsufficientBlocksError]] = await self._run("alloc_many", replica_batches)
+        return refused
+
+    async def alloc_dummy(self, request_id: str, replica_idx: int) -> None:
+        """See PagedKVCacheManager.alloc_dummy()."""
+        self.sync._at(replica_idx)
+        await self._run("claim", request_id, replica_idx, True)
+
+    async def get_req_blocks(self, request_id: str, replica_idx: int) -> list[int]:
+        """See PagedKVCacheManager.get_req_blocks()."""
+        self.sync._at(replica_idx)
+        blocks: list[int] = await self._run("blocks", request_id, replica_idx)
+        return blocks
+
+    async def release(self, request_id: str, replica_idx: int) -> None:
+        """See PagedKVCacheManager.release()."""
+        self.sync._at(replica_idx)
+        calls = getattr(self.sync._backend, "calls", None)
+        if calls is None or calls.holder(request_id) != replica_idx:
+            await self._run("release", request_id, replica_idx)
+        else:
+            await self._releases.add(request_id)
+
+    async def _release_together(self, request_ids: list[str]) -> list[None]:
+        calls: Any = getattr(self.sync._backend, "calls", None)
+        once = list(dict.fromkeys(request_ids))
+        known = [request_id for request_id in once if calls.holder(request_id) is not None]
+        await self._run("release_many", known)
+        return [None] * len(request_ids)
+
+    # -- batches -----------------------------------------------------------------------------------
+
+    async def admit(self, ctxs: Sequence[TextContext]) -> list[int]:
+        """Route, claim and allocate a batch: the replica of each, or an error and none of them claimed."""
+        before = [(c.tokens.processed, c.tokens.end, c.cached_prefix_length) for c in ctxs]
+        admissions = await self.try_admit(ctxs)
+        failed = next((a.error for a in admissions if a.error is not None), None)
+        if failed is None:
+            return [a.replica for a in admissions]
+        for ctx, admission, (processed, end, cached) in zip(ctxs, admissions, before, strict=True):
+            if admission.error is None:
+                await self.release(ctx.request_id, admission.replica)
+                ctx.tokens.processed, ctx.tokens.end, ctx.cached_prefix_length = processed, end, cached
+        raise failed
+
+    async def try_admit(self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None = None) -> list[Admission]:
+        """Claim and allocate each context, on replicas[i] or where the router says; one result each."""
+        if replicas is None:
+            self.sync._at(0)
+            together: list[Admission] = await self._admissions.add(ctxs)
+            return together
+        for replica in replicas:
+            self.sync._at(replica)
+        admissions: list[Admission] = await self._run("try_admit", ctxs, replicas, False)
+        return admissions
+
+    async def _admit_together(self, groups: list[Sequence[TextContext]]) -> list[list[Admission]]:
+        flat = [ctx for group in groups for ctx in group]
+        parts = [flat[i : i + MOST_TOGETHER] for i in range(0, len(flat), MOST_TOGETHER)]
+        done: list[list[Admission]] = await asyncio.gather(
+            *(self._run("try_admit", part, None, False) for part in parts)
+        )
+        admissions = iter([admission for part in done for admission in part])
+        return [[next(admissions) for _ in group] for group in groups]
+
+    async def tick(self, ticks: Sequence[Tick], fn: Forward | None = None) -> list[TickResult]:
+        """See PagedKVCacheManager.tick()."""
+        self.sync._for(ticks)
+        results: list[TickResult] = await self._run("tick", ticks, fn)
+        for result in results:
+            if result.error is not None:
+                raise result.error
+        return results
+
+    async def runtime_inputs(
+        self,
+        batches: Batches,
+        *,
+        max_cache_length: int | None = None,
+        batch_characteristics: BatchCharacteristics | None = None,
+    ) -> RuntimeInputs:
+        """See PagedKVCacheManager.runtime_inputs()."""
+        replicas = self.params.data_parallel_degree
+        if len(batches) != replicas:
+            raise RuntimeInputsError(-1, f"{len(batches)} batch(es) for {replicas} replica(s); pass one for each")
+        self.sync._at(0)
+        return RuntimeInputs(await self._run("runtime_inputs", batches, max_cache_length, batch_characteristics))
+
+    async def execute(self, batches: Batches, fn: Forward) -> list[Any]:
+        """See PagedKVCacheManager.execute()."""
+        self.sync._for(batches)
+        results: list[Any] = await self._run("execute", batches, fn)
+        return results
+
+    async def step(self, batches: Batches) -> None:
+        """See PagedKVCacheManager.step()."""
+        self.sync._for(batches)
+        await self._steps.add(batches)
+
+    async def _step_together(self, calls: list[Batches]) -> list[RaykError | None]:
+        """One step for all; should it fail, each call of its own, so that it hears of its own error only."""
+        merged = [[ctx for batches in calls for ctx in batches[r]] for r in range(len(calls[0]))]
+        try:
+            await self._run("step", merged)
+        except RaykError as error:
+            return [error] if len(calls) == 1 else [await self._step_alone(batches) for batches in calls]
+        return [None] * len(calls)
+
+    async def _step_alone(self, batches: Batches) -> RaykError | None:
+        try:
+            await self._run("step", batches)
+        except RaykError as error:
+            return error
+        return None
+
+    # -- counters ----------------------------------------------------------------------------------------
+
+    async def num_free_blocks(self, replica_idx: int = 0) -> int:
+        """See PagedKVCacheManager.num_free_blocks()."""
+        self.sync._at(replica_idx)
+        free: int = (await self._run("usage", replica_idx)).free
+        return free
+
+    async def get_num_used_pages(self, replica_idx: int) -> int:
+        """See PagedKVCacheManager.get_num_used_pages()."""
+        self.sync._at(replica_idx)
+        used: int = (await self._run("usage", replica_idx)).used
+        return used
+
+    async def total_num_blocks(self, replica_idx: int = 0) -> int:
+        """See PagedKVCacheManager.total_num_blocks()."""
+        self.sync._at(replica_idx)
+        total: int = (await self._run("usage", replica_idx)).total
+        return total
+
+    async def get_pct_used_blocks_after_allocation(self, ctx: TextContext, replica_idx: int) -> float:
+        """See PagedKVCacheManager.get_pct_used_blocks_after_allocation()."""
+        self.sync._at(replica_idx)
+        fraction: float = await self._run("used_fraction_after", ctx, replica_idx)
+        return fraction
+
+    async def get_prefix_cache_hit_counts(self, ctx: TextContext) -> list[HitCounts]:
+        """See PagedKVCacheManager.get_prefix_cache_hit_counts()."""
+        self.sync._at(0)
+        counts: list[HitCounts] = await self._run("hit_counts", ctx)
+        return counts
+
+    async def get_metrics_aggregated(self) -> KVCacheMetrics:
+        """See PagedKVCacheManager.get_metrics_aggregated()."""
+        self.sync._at(0)
+        metrics: KVCacheMetrics = await self._run("metrics")
+        return metrics
+
+    async def reset_metrics(self) -> None:
+        """See PagedKVCacheManager.reset_metrics()."""
+        self.sync._at(0)
+        await self._run("reset_metrics")
+
+    async def reset_prefix_cache(self) -> None:
+        """See PagedKVCacheManager.reset_prefix_cache()."""
+        self.sync._at(0)
+        await self._run("reset_prefix_cache")
+
+    async def check_integrity(self) -> None:
+        """See PagedKVCacheManager.check_integrity()."""
+        self.sync._at(0)
+        await self._run("check_integrity")
+
+    # -- contents and the end --------------------------------------------------------------------------------
+
+    def get_device_buffer(self, replica_idx: int) -> DeviceBuffer:
+        """See PagedKVCacheManager.get_device_buffer()."""
+        return self.sync.get_device_buffer(replica_idx)
+
+    async def read_pages(self, page_ids: Sequence[int], replica_idx: int) -> list[torch.Tensor]:
+        """See PagedKVCacheManager.read_pages()."""
+        self.sync._at(replica_idx)
+        pages: list[torch.Tensor] = await self._run("read_pages", page_ids, replica_idx)
+        return pages
+
+    async def shutdown(self) -> None:
+        """Wait for what is under way, then give everything back. Safe to call twice."""
+        while self._under_way:
+            await asyncio.gather(*self._under_way, return_exceptions=True)
+        self.sync.shutdown()
+
+    async def __aenter__(self) -> AsyncPagedKVCacheManager:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.shutdown()

@@ -1,0 +1,406 @@
+"""What a driver says to its cluster: each call as a script of rounds, so that it can be waited for or awaited.
+
+A script sends a round of messages, one per replica, yields them, and is sent their answers; its result is the
+call's. claim and alloc go through the scheduler; step, execute, runtime_inputs, release and ticks go straight to the
+replicas. Tokens are sent once: later messages carry only new ones. Several scripts may be under way at once.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayk import messages as m
+from rayk.actors.link import Answer, Link, Pending, Traffic, hear, new_client_id
+from rayk.actors.runtime import Runtime
+from rayk.backend import Batches, Forward
+from rayk.buffers import PageBuffers
+from rayk.columns import Outcomes
+from rayk.context import TextContext
+from rayk.errors import (
+    InsufficientBlocksError,
+    NotClaimedError,
+    RaykError,
+    ReplicaLostError,
+    SchedulerLostError,
+    StaleContextError,
+)
+from rayk.inputs import BatchCharacteristics, BatchShape, table_only
+from rayk.replica import Usage
+from rayk.scheduler.cluster import Cluster
+from rayk.ticks import Admission, HitCounts, Tick, TickResult
+from rayk.views import Sender, apply_move
+
+Heard = Answer | RaykError  # an answer, or why there is none
+Call = Generator[list[Pending], list[Heard], Any]
+
+
+class Calls:
+    """The messages of one driver to one running Cluster."""
+
+    def __init__(self, runtime: Runtime, cluster: Cluster) -> None:
+        assert cluster.scheduler is not None
+        self.client = new_client_id("driver")
+        params = cluster.config.params
+        self._runtime = runtime
+        self._cluster = cluster
+        self._params = params
+        self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy
+        self._copies = self._copies and len(cluster.replicas) > 1
+        self._sender = Sender()
+        self._placed: dict[str, int] = {}
+        self._released: list[str] = []  # straight on replicas; the scheduler hears of it with the next message
+        self._links = [
+            Link(runtime, actor, f"replica {r}", cluster.epochs[r], self.client, partial(self._lost, r))
+            for r, actor in enumerate(cluster.replicas)
+        ]
+        self.scheduler = Link(
+            runtime, cluster.scheduler, "the scheduler", cluster.scheduler_epoch, self.client, SchedulerLostError
+        )
+
+    def _lost(self, replica: int, reason: str) -> RaykError:
+        mine = [request_id for request_id, r in self._placed.items() if r == replica]
+        return ReplicaLostError(replica, self._cluster.epochs[replica], mine, reason)
+
+    @staticmethod
+    def _ask(link: Link, command: Any) -> Call:
+        """One message; its result, or the error it stands for."""
+        [heard] = yield [link.send(command)]
+        return _result(heard)
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def claim(self, request_id: str, replica: int, dummy: bool = False) -> Call:
+        yield from self._ask(self.scheduler, m.ClaimOne(request_id, replica, dummy, self._take_released()))
+        self._placed[request_id] = replica
+
+    def _take_released(self) -> list[str]:
+        released, self._released = self._released, []
+        return released
+
+    def contains(self, request_id: str, replica: int) -> Call:
+        done: m.BlocksDone = yield from self._ask(self._links[replica], m.Blocks(request_id))
+        return done.claimed
+
+    def blocks(self, request_id: str, replica: int) -> Call:
+        done: m.BlocksDone = yield from self._ask(self._links[replica], m.Blocks(request_id))
+        return done.page_ids
+
+    def release(self, request_id: str, replica: int) -> Call:
+        holder = self._placed.get(request_id, -1)
+        if holder not in (-1, replica):
+            raise NotClaimedError(request_id, replica, holder)
+        yield from self._ask(self._links[replica], m.Release([request_id]))
+        self._gone(request_id)
+
+    def release_many(self, request_ids: Sequence[str]) -> Call:
+        """Release requests that this driver placed, one message per replica; what a replica has not is passed over."""
+        by_replica: dict[int, list[str]] = {}
+        for request_id in request_ids:
+            by_replica.setdefault(self._placed[request_id], []).append(request_id)
+        answers = yield [self._links[r].send(m.Release(ids, missing_ok=True)) for r, ids in by_replica.items()]
+        for ids, heard in zip(by_replica.values(), answers, strict=True):
+            if not isinstance(heard, RaykError):
+                for request_id in ids:
+                    self._gone(request_id)
+        for heard in answers:
+            _result(heard)
+
+    def holder(self, request_id: str) -> int | None:
+        """Where this driver's request is, as far as it knows."""
+        return self._placed.get(request_id)
+
+    def _gone(self, request_id: str) -> None:
+        self._sender.forget(request_id)
+        self._placed.pop(request_id, None)
+        self._released.append(request_id)
+
+    def alloc(self, ctx: TextContext, replica: int) -> Call:
+        [admission] = yield from self._place([ctx], [replica], claim=False, stop_on_error=True)
+        if admission.error is not None:
+            raise admission.error
+
+    def alloc_many(self, batches: Batches) -> Call:
+        """Decode steps in one message per replica; contexts that may find cached pages one by one, like alloc()."""
+        for r, batch in enumerate(batches):
+            for ctx in batch:
+                if self._placed.get(ctx.request_id, r) != r:
+                    raise NotClaimedError(ctx.request_id, r, self._placed[ctx.request_id])
+        refused: list[dict[str, InsufficientBlocksError]] = []
+        steady: list[Tick] = []
+        for r, batch in enumerate(batches):
+            refused.append({})
+            decoding = [ctx for ctx in batch if ctx.tokens.active_length == 1]
+            steady.append(Tick(alloc=decoding))
+            for ctx in batch if len(decoding) < len(batch) else ():
+                try:
+                    if ctx.tokens.active_length > 1:
+                        yield from self.alloc(ctx, r)
+                except InsufficientBlocksError as error:
+                    refused[r][ctx.request_id] = error
+        results: list[TickResult] = yield from self.tick(steady, None)
+        for r, result in enumerate(results):
+            if result.error is not None:
+                raise result.error
+            refused[r].update(result.refused)
+        return refused
+
+    def try_admit(self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, stop_on_error: bool) -> Call:
+        return (yield from self._place(ctxs, replicas, claim=True, stop_on_error=stop_on_error))
+
+    def _place(
+        self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, claim: bool, stop_on_error: bool
+    ) -> Call:
+        if not ctxs:
+            return []
+        peers = self._copies and (claim or any(map(self._may_copy, ctxs)))
+
+        def command() -> m.PlaceMany:
+            at = replicas[0] if replicas is not None and not claim else -1
+            contexts = self._sender.pack(ctxs, at, whole=claim or peers)
+            targets = list(replicas) if replicas is not None else []
+            return m.PlaceMany(contexts, targets, claim, peers, self._take_released(), stop_on_error)
+
+        done: m.PlaceDone = yield from self._ask(self.scheduler, command())
+        stale = any(isinstance(m.to_error(failure), StaleContextError) for failure in done.failures.values())
+        if stale and not claim:
+            self._sender.forget(ctxs[0].request_id)
+            done = yield from self._ask(self.scheduler, command())
+        return self._landed(ctxs, done)
+
+    def _may_copy(self, ctx: TextContext) -> bool:
+        """Whether the next alloc of a claimed request looks for a cached prefix."""
+        window = ctx.tokens
+        first = ctx.request_id not in self._placed
+        return first or window.processed == 0 or window.end - window.processed != 1
+
+    def _landed(self, ctxs: Sequence[TextContext], done: m.PlaceDone) -> list[Admission]:
+        """Move windows to where the replicas' alloc left them, and remember who has what."""
+        outcomes = Outcomes.received(done.numbers, done.seconds, done.failures, len(ctxs))
+        admissions: list[Admission] = []
+        for ctx, replica, row, seconds in zip(
+            ctxs, done.replicas, outcomes.rows, outcomes.seconds.tolist(), strict=True
+        ):
+            processed, end, cached, *reused = row
+            if processed < 0:
+                # Requests that were not tried failed for the reason of the first that was refused.
+                at = len(admissions) if len(admissions) in done.failures else min(done.failures)
+                admissions.append(Admission(replica, m.to_error(done.failures[at])))
+                continue
+            window = ctx.tokens
+            window.processed, window.end = processed, end
+            ctx.cached_prefix_length = None if cached < 0 else cached
+            self._sender.arrived(ctx, replica)
+            self._placed[ctx.request_id] = replica
+            admissions.append(Admission(replica, None, *reused, *seconds))
+        return admissions
+
+    # -- batches -----------------------------------------------------------------------------------
+
+    def _views(self, ctxs: Sequence[TextContext], replica: int) -> list[m.ContextView]:
+        return [self._sender.view(ctx, replica) for ctx in ctxs]
+
+    def _each(self, batches: Batches, command: Callable[[int, Sequence[TextContext]], Any]) -> Call:
+        """One message to each replica whose command is not None; then the first error is raised.
+
+        A replica that lacks earlier tokens has done nothing and gets its message again, whole.
+        """
+        results: list[Any] = [None] * len(batches)
+        errors: dict[int, RaykError] = {}
+        due = list(range(len(batches)))
+        for again in (False, True):
+            sent: list[tuple[int, Pending]] = []
+            for r in due:
+                try:
+                    message = command(r, batches[r])
+                    if message is not None:
+                        sent.append((r, self._links[r].send(message)))
+                except RaykError as error:
+                    errors[r] = error
+            due = []
+            answers = yield [pending for _, pending in sent]
+            for (r, _), heard in zip(sent, answers, strict=True):
+                try:
+                    results[r] = _result(heard)
+                    self._arrived(batches[r], r)
+                except StaleContextError as error:
+                    for ctx in batches[r]:
+                        self._sender.forget(ctx.request_id)
+                    if again:
+                        errors[r] = error
+                    else:
+                        due.append(r)
+                except RaykError as error:
+                    errors[r] = error
+            if not due:
+                break
+        if errors:
+            raise errors[min(errors)]
+        return results
+
+    def _arrived(self, batch: Sequence[TextContext], replica: int) -> None:
+        for ctx in batch:
+            if self._placed.get(ctx.request_id) == replica:
+                self._sender.arrived(ctx, replica)
+
+    def step(self, batches: Batches) -> Call:
+        yield from self._each(batches, lambda r, batch: m.Step(self._views(batch, r)) if batch else None)
+
+    def execute(self, batches: Batches, fn: Forward) -> Call:
+        pickled = self._runtime.dumps(fn)
+        values = yield from self._each(batches, lambda r, batch: m.Execute(self._views(batch, r), pickled))
+        return [pickle.loads(value.data) for value in values]
+
+    def runtime_inputs(
+        self, batches: Batches, max_cache_length: int | None, characteristics: BatchCharacteristics | None
+    ) -> Call:
+        bounds = (
+            (characteristics.batch_size, characteristics.max_prompt_length, characteristics.max_cache_valid_length)
+            if characteristics is not None
+            else None
+        )
+        done: list[m.InputsDone] = yield from self._each(
+            batches, lambda r, batch: m.Inputs(self._views(batch, r), max_cache_length, bounds)
+        )
+        shards = dict.fromkeys(self._params.leaves, self._params.tensor_parallel_degree)
+        return [
+            table_only(
+                shards,
+                np.frombuffer(bytearray(d.table), np.int32).reshape(d.rows, d.width),
+                np.frombuffer(bytearray(d.lengths), np.int32),
+                BatchShape(*d.shape),
+            )
+            for d in done
+        ]
+
+    def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> Call:
+        pickled = self._runtime.dumps(fn) if fn is not None else b""
+        contexts = [list({id(c): c for c in (*t.step, *t.alloc, *t.execute)}.values()) for t in ticks]
+
+        def command(r: int, batch: Sequence[TextContext]) -> m.RunTick | None:
+            tick = ticks[r]
+            if tick.empty:
+                return None
+            at = {id(ctx): i for i, ctx in enumerate(batch)}
+            return m.RunTick(
+                self._views(batch, r),
+                [at[id(c)] for c in tick.step],
+                list(tick.release),
+                [at[id(c)] for c in tick.alloc],
+                [at[id(c)] for c in tick.execute],
+                pickled if tick.execute else b"",
+            )
+
+        done = yield from self._each(contexts, command)
+        return [self._ticked(tick, d) for tick, d in zip(ticks, done, strict=True)]
+
+    def _ticked(self, tick: Tick, done: m.TickDone | None) -> TickResult:
+        if done is None:
+            return TickResult()
+        for ctx in tick.alloc:
+            moved = done.moved.get(ctx.request_id)
+            if moved is not None:
+                apply_move(ctx, moved)
+        for request_id in tick.release[: done.released]:
+            self._gone(request_id)
+        refused = {}
+        for request_id, failed in done.refused.items():
+            error = m.to_error(failed)
+            assert isinstance(error, InsufficientBlocksError)
+            refused[request_id] = error
+        return TickResult(
+            value=pickle.loads(done.value) if done.value else None,
+            refused=refused,
+            free_pages=done.free,
+            used_pages=done.used,
+            step_seconds=done.step_seconds,
+            alloc_seconds=done.alloc_seconds,
+            released=done.released,
+            error=m.to_error(done.failure) if done.failure is not None else None,
+        )
+
+    def traffic(self) -> list[Traffic]:
+        """What this driver has sent to each replica and to the scheduler, which comes last, and read from them."""
+        return [link.traffic for link in (*self._links, self.scheduler)]
+
+    # -- queries -------------------------------------------------------------------------------------
+
+    def usage(self, replica: int) -> Call:
+        done: m.UsageDone = yield from self._ask(self._links[replica], m.GetUsage())
+        return Usage(done.total, done.free, done.cached)
+
+    def used_fraction_after(self, ctx: TextContext, replica: int) -> Call:
+        view = self._sender.view(ctx, whole=True)
+        done: m.Fraction = yield from self._ask(self._links[replica], m.UsedFraction(view))
+        return done.value
+
+    def hit_counts(self, ctx: TextContext) -> Call:
+        view = self._sender.view(ctx, whole=True)
+        done: m.Counts = yield from self._ask(self.scheduler, m.HitCountsOf(view))
+        return [HitCounts(pages) for pages in done.counts]
+
+    def metrics(self) -> Call:
+        done: m.MetricsDone = yield from self._ask(self.scheduler, m.EveryReplica(m.GetMetrics()))
+        return done.metrics
+
+    def reset_metrics(self) -> Call:
+        yield from self._ask(self.scheduler, m.EveryReplica(m.ResetMetrics()))
+
+    def reset_prefix_cache(self) -> Call:
+        yield from self._ask(self.scheduler, m.EveryReplica(m.ResetPrefixCache()))
+
+    def check_integrity(self) -> Call:
+        yield from self._ask(self.scheduler, m.EveryReplica(m.CheckIntegrity()))
+
+    def buffers(self, replica: int) -> list[torch.Tensor]:
+        shards = ["meta"] * self._params.tensor_parallel_degree
+        return PageBuffers(self._params, self._cluster.pages[replica], shards).all_buffers
+
+    def read_pages(self, page_ids: Sequence[int], replica: int) -> Call:
+        link = self._links[replica]
+        [heard] = yield [link.send(m.ReadPages([int(p) for p in page_ids]), with_data=True)]
+        _result(heard)
+        assert isinstance(heard, Answer)
+        data = link.fetch(heard.data)
+        return [
+            torch.from_numpy(np.array(raw)).view(buffer.dtype).view(len(page_ids), *buffer.shape[1:])
+            for raw, buffer in zip(data, self.buffers(replica), strict=True)
+        ]
+
+
+def _result(heard: Heard) -> Any:
+    """The result of an answer; a Failure is raised as the error it stands for."""
+    if isinstance(heard, RaykError):
+        raise heard
+    if isinstance(heard.result, m.Failure):
+        raise m.to_error(heard.result)
+    return heard.result
+
+
+def wait_for(call: Call) -> Any:
+    """Run a call to its end, waiting for each round."""
+    try:
+        round_ = next(call)
+        while True:
+            round_ = call.send(hear(round_))
+    except StopIteration as end:
+        return end.value
+
+
+async def await_for(call: Call) -> Any:
+    """Run a call to its end without blocking the event loop."""
+    try:
+        round_ = next(call)
+        while True:
+            since = monotonic()
+            for pending in round_:
+                await pending.arrival()
+            round_ = call.send(hear(round_, since))
+    except StopIteration as end:
+        return end.value

@@ -1,0 +1,224 @@
+"""Placing requests: who has which, and the rounds that route, claim, copy prefixes and allocate a batch.
+
+The books are soft: replicas own the truth about claims, so a placement that surprises is checked with its
+replica before it is believed.
+
+Replicas never call each other or the scheduler. A page copy is three rounds of the scheduler's (lookup,
+export, admit) with the data going from replica to replica beside the messages, so copies in both directions
+at once cannot block each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from rayk import messages as m
+from rayk.columns import Batch, Outcomes
+from rayk.errors import AlreadyClaimedError, MessageError, RaykError, ReplicaIndexError
+from rayk.peers import copy_spans
+from rayk.scheduler.asks import Ask, Part, Script, Told
+from rayk.scheduler.routing import Placements, Router
+
+Owner = tuple[str, int]  # a client, and which of its scripts; compared by identity
+Groups = dict[int, list[int]]  # replica -> rows of a batch
+
+
+class _Copy(NamedTuple):
+    """Exported pages on their way to a place."""
+
+    source: int
+    export: m.Exported
+    data: Any
+
+
+Copies = dict[int, list[_Copy]]  # row of a batch -> what it may import, in order
+
+
+class Placer:
+    """The placements of all drivers on `replicas` replicas. `copies`: prefixes are copied between them."""
+
+    def __init__(self, replicas: int, router: Router, copies: bool, page_size: int) -> None:
+        self.placements = Placements(replicas)
+        self._owners: dict[str, Owner] = {}  # request -> who placed it
+        self._scripts = itertools.count(1)
+        self._replicas = replicas
+        self._router = router
+        self._copies = copies and replicas > 1
+        self._page_size = page_size
+
+    # -- the books -------------------------------------------------------------------------------
+
+    def check_index(self, replica: int) -> None:
+        """ReplicaIndexError unless there is such a replica."""
+        if not 0 <= replica < self._replicas:
+            raise ReplicaIndexError(replica, self._replicas)
+
+    def _owner(self, client: str) -> Owner:
+        return client, next(self._scripts)
+
+    def add(self, owner: Owner, request_id: str, replica: int, tokens: int) -> None:
+        """Place a request; AlreadyClaimedError when it has a place."""
+        self.placements.add(request_id, replica, tokens)
+        self._owners[request_id] = owner
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Those requests have no place any more; unknown ones are ignored."""
+        for request_id in request_ids:
+            self.placements.remove(request_id)
+            self._owners.pop(request_id, None)
+
+    def forget_of(self, owner: Owner, request_ids: Iterable[str]) -> None:
+        """What one script placed; another may have found the id free and placed it meanwhile."""
+        self.forget([i for i in request_ids if self._owners.get(i) is owner])
+
+    def forget_own(self, client: str, request_ids: Sequence[str]) -> None:
+        """What `client` released on replicas itself; by now another client may have claimed the id."""
+        owners = self._owners
+        self.forget([i for i in request_ids if i in owners and owners[i][0] == client])
+
+    def verify(self, request_ids: Sequence[str]) -> Part:
+        """Forget those of `request_ids` that their replica does not have any more (released there directly)."""
+        owners = self._owners
+        known = [(i, owners[i], self.placements.holder(i)) for i in request_ids if i in owners]
+        if known:
+            answers = yield [Ask(r, m.Blocks(request_id)) for request_id, _, r in known if r is not None]
+            for (request_id, owner, _), told in zip(known, answers, strict=True):
+                if isinstance(told.result, m.BlocksDone) and not told.result.claimed:
+                    self.forget_of(owner, [request_id])
+
+    def release_all(self, client: str) -> Part:
+        """Release what a driver has claimed."""
+        mine = [request_id for request_id, owner in self._owners.items() if owner[0] == client]
+        by_replica: dict[int, list[str]] = {}
+        for request_id in mine:
+            holder = self.placements.holder(request_id)
+            if holder is not None:
+                by_replica.setdefault(holder, []).append(request_id)
+        if by_replica:
+            yield [Ask(r, m.Release(ids, missing_ok=True)) for r, ids in by_replica.items()]
+        self.forget(mine)
+
+    # -- placing ---------------------------------------------------------------------------------
+
+    def claim(self, client: str, command: m.ClaimOne) -> Script:
+        """Claim one request where the driver says."""
+        self.forget_own(client, command.released)
+        self.check_index(command.replica)
+        yield from self.verify([command.request_id])
+        owner = self._owner(client)
+        self.add(owner, command.request_id, command.replica, 0)
+        [told] = yield [Ask(command.replica, m.Claim(command.request_id, command.dummy))]
+        if isinstance(told.result, m.Failure):
+            self.forget_of(owner, [command.request_id])
+        return told.result
+
+    def place_many(self, client: str, command: m.PlaceMany) -> Script:
+        """Route, claim and allocate a batch: one message to each replica that gets something."""
+        self.forget_own(client, command.released)
+        batch = Batch(command.contexts)
+        if command.replicas and len(command.replicas) != len(batch):
+            raise MessageError(f"{len(command.replicas)} replica(s) were named for {len(batch)} request(s)")
+        if command.claim:
+            yield from self.verify(batch.ids)
+        outcomes, owner = Outcomes(len(batch)), self._owner(client)
+        replicas, groups = self._choose(owner, batch, command, outcomes)
+        copies: Copies = {}
+        if command.peers and self._copies:
+            copies = yield from self._fetch(batch, groups)
+        try:
+            # A source that receives no copy itself waits until its pages are unpinned: they may be all it can give.
+            sources = {copy.source for parts in copies.values() for copy in parts}
+            late = {r: rows for r, rows in groups.items() if r in sources and not any(i in copies for i in rows)}
+            early = {r: rows for r, rows in groups.items() if r not in late}
+            yield from self._admit(batch, command, early, copies, outcomes)
+        finally:
+            exported: dict[int, list[int]] = {}
+            for copy in (copy for parts in copies.values() for copy in parts):
+                exported.setdefault(copy.source, []).append(copy.export.export_id)
+            if exported:
+                yield [Ask(source, m.Acknowledge(ids)) for source, ids in exported.items()]
+        yield from self._admit(batch, command, late, copies, outcomes)
+        if command.claim and (refused := set(outcomes.refused)):
+            self.forget_of(owner, [batch.ids[i] for rows in groups.values() for i in rows if i in refused])
+        return m.PlaceDone(replicas, *outcomes.columns)
+
+    def _choose(self, owner: Owner, batch: Batch, command: m.PlaceMany, outcomes: Outcomes) -> tuple[list[int], Groups]:
+        """The replica of each request, which counts there from now on; -1 for what is refused."""
+        wanted, replicas, groups = command.replicas, [-1] * len(batch), Groups()
+        for i, (request_id, length) in enumerate(zip(batch.ids, batch.lengths, strict=True)):
+            try:
+                if wanted:
+                    replica = wanted[i]
+                    self.check_index(replica)
+                else:
+                    replica = self._router.choose(length, self.placements.loads)
+                if command.claim:
+                    self.add(owner, request_id, replica, length)
+                replicas[i] = replica
+                groups.setdefault(replica, []).append(i)
+            except RaykError as error:
+                if isinstance(error, AlreadyClaimedError):
+                    replicas[i] = error.replica
+                outcomes.failures[i] = m.failure(error)
+                if command.stop_on_error:
+                    break
+        return replicas, dict(sorted(groups.items()))
+
+    def _admit(self, batch: Batch, command: m.PlaceMany, groups: Groups, copies: Copies, outcomes: Outcomes) -> Part:
+        """Admit groups of rows, one message per replica; what became of them goes into `outcomes`."""
+        if groups:
+            answers = yield [self._admission(r, batch, command, rows, copies) for r, rows in groups.items()]
+            for rows, told in zip(groups.values(), answers, strict=True):
+                if isinstance(told.result, m.AdmitDone):
+                    outcomes.put(rows, told.result)
+                elif isinstance(told.result, m.Failure):
+                    outcomes.failures.update((i, told.result) for i in rows)
+
+    def _admission(self, replica: int, batch: Batch, command: m.PlaceMany, rows: Sequence[int], copies: Copies) -> Ask:
+        heads: list[m.ImportHead] = []
+        uses: dict[int, list[int]] = {}
+        data: list[Any] = []
+        for at, i in enumerate(rows) if copies else ():
+            if parts := copies.get(i):
+                uses[at] = list(range(len(heads), len(heads) + len(parts)))
+                heads += [m.ImportHead(c.export.start, c.export.hashes) for c in parts]
+                data += [c.data for c in parts]
+        return Ask(replica, m.Admit(batch.part(rows), command.claim, heads, uses, command.stop_on_error), tuple(data))
+
+    # -- copies ----------------------------------------------------------------------------------
+
+    def _fetch(self, batch: Batch, groups: Groups) -> Generator[list[Ask], list[Told], Copies]:
+        """Have the prefixes that a chosen replica misses exported by others."""
+        replicas = {i: r for r, rows in groups.items() for i in rows}
+        wanted = sorted(replicas)
+        if not wanted:
+            return {}
+        views = [batch.view(i) for i in wanted]
+        answers = yield [Ask(r, m.Lookup(views)) for r in range(self._replicas)]
+        found = [told.result if isinstance(told.result, m.Found) else None for told in answers]
+        exports: list[tuple[int, Ask]] = []
+        known: set[tuple[Any, ...]] = set()
+        for at, i in enumerate(wanted):
+            target = found[replicas[i]]
+            if target is not None:
+                resident = [0 if f is None or r == replicas[i] else f.resident[at] for r, f in enumerate(found)]
+                for span in copy_spans(target.resident[at], resident, target.reusable[at]):
+                    coming = (replicas[i], span, self._prefix(views[at], span.stop))
+                    if coming not in known:  # else an earlier request of this batch brings these pages
+                        known.add(coming)
+                        exports.append((i, Ask(span.replica, m.Export(views[at], span.start, span.stop), (), True)))
+        copies: Copies = {}
+        if exports:
+            answers = yield [ask for _, ask in exports]
+            for (i, ask), told in zip(exports, answers, strict=True):
+                if isinstance(told.result, m.Exported):
+                    copies.setdefault(i, []).append(_Copy(ask.replica, told.result, told.data))
+        return copies
+
+    def _prefix(self, view: m.ContextView, pages: int) -> tuple[Any, ...]:
+        """What makes the first pages of a request what they are."""
+        origin = view.origin
+        owner = (origin.cache_salt, origin.adapter) if origin is not None else None
+        return owner, view.tokens[: pages * self._page_size * 4]
