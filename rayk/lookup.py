@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from rayk.context import TextContext
 from rayk.errors import RuntimeInputsError
 from rayk.inputs import BatchCharacteristics, BatchShape
@@ -66,9 +64,8 @@ def fill_batch(
     core.stage.shown = None
     if rows:
         filled = min(width, core.table.width)
-        np.take(core.table.cells[:, :filled], rows, axis=0, out=table[:, :filled]) if filled == width else _pad(
-            table, core.table.cells, rows, filled, core.num_pages
-        )
+        table[:, :filled] = core.table.cells[rows, :filled]  # np.take would copy the whole of a slice first
+        table[:, filled:] = core.num_pages
         for at, count in trims:
             table[at, count:] = core.num_pages
         cache_lengths[:] = lengths
@@ -81,11 +78,6 @@ def _too_few_pages(core: ReplicaCore, ctx: TextContext, slots: int, pages: int) 
         f"request {ctx.request_id!r} needs {-(-slots // core.page_size)} page(s) for {slots} slots and has {pages}; "
         "call alloc() first",
     )
-
-
-def _pad(table: np.ndarray, cells: np.ndarray, rows: list[int], filled: int, null_page: int) -> None:
-    table[:, :filled] = cells[rows]
-    table[:, filled:] = null_page
 
 
 def bounded(
