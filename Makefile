@@ -46,8 +46,8 @@ bench: $(STAMP)  ## what the control plane costs, beside its limits and the best
 	$(BIN)/rayk bench $(BENCH_ARGS)
 
 # Times are noisy and instructions are not: the same commit comes to the same count within a few thousandths of a percent.
-bench-instructions: $(STAMP) valgrind  ## count instructions under valgrind; fails when one grew by more than 3 %
-	$(BIN)/rayk bench core --only instructions --check --baseline $(BASELINE) --tolerance 0.03
+bench-instructions: $(STAMP) valgrind  ## count instructions under valgrind; fails when one grew by more than 5 %
+	$(BIN)/rayk bench core --only instructions --check --baseline $(BASELINE) --tolerance 0.05
 
 gpu-report: $(STAMP)  ## run the GPU tests and show what they print
 	@$(BIN)/python -c 'import torch; n = torch.cuda.device_count(); \
