@@ -64,23 +64,24 @@ class Cost:
 
     def _parts(self, wish: Wish, fleet: Fleet) -> Parts:
         weights, page = self._weights, self._page_size
-        pages, spans = self._index.reach(wish.keys)
-        own = pages[-1] * page
+        device, host, disk, spans = self._index.reach(wish.keys)
+        cached = disk * page
         loading = np.zeros(len(fleet))
-        for tier, price in ((1, weights.host_price), (2, weights.disk_price)):
-            if (pages[tier] != pages[tier - 1]).any():
-                loading += min(price, 1.0) * page * (pages[tier] - pages[tier - 1])
-        cached = own
+        if host is not device:
+            loading += min(weights.host_price, 1.0) * page * (host - device)
+        if disk is not host:
+            loading += min(weights.disk_price, 1.0) * page * (disk - host)
         if weights.peer_price < 1 and spans:
-            cached = np.full(len(fleet), spans[0].pages * page)
-            loading += weights.peer_price * (cached - own)
+            longest = np.full(len(fleet), spans[0].pages * page)
+            loading += weights.peer_price * (longest - cached)
+            cached = longest
         missing = wish.tokens - cached
         waiting = fleet.work
         prefill = (waiting + missing) * (1 + fleet.requests / weights.step)
-        crowd = waiting * missing * (weights.crowd / max(self._usual, 1.0))
+        crowd = waiting * missing * (weights.crowd / max(self._usual or wish.tokens, 1.0))
         short = fleet.held + wish.tokens - fleet.capacity
         pressure = weights.pressure * np.maximum(short, 0)
-        return Parts(cached, waiting.copy(), prefill, loading, crowd, self._keep(pages[-1], spans), pressure)
+        return Parts(cached, waiting.copy(), prefill, loading, crowd, self._keep(disk, spans), pressure)
 
     def _keep(self, own: Int64Array, spans: list[Span]) -> FloatArray:
         """The cost of storing pages `own`[r] .. spans[0].pages, which others hold, a second time: [replicas]."""

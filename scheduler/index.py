@@ -9,6 +9,9 @@ A replica holds a page only with all pages before it (they are evicted from the 
 holders never grows along a request. Lookups rely on it: they bisect, a dozen probes for a request of any length. An
 entry that breaks the rule costs a miss.
 
+A request that was just placed will store its pages soon. `promise` enters them at once, so that those who share its
+prefix and arrive together find them; they stay when the replica reports them, and `withdraw` takes the others back.
+
 Clearing a replica gives it a fresh slot at once. What its old slot left behind is not looked at any more and is swept
 up in small pieces beside later changes, so that no call takes long; then the slot is used again.
 """
@@ -26,6 +29,7 @@ from rayk.errors import IntegrityError
 
 Int64Array = npt.NDArray[np.int64]
 
+KNOWN = 4096  # bit sets that are kept taken apart
 SWEEP = 4096  # entries looked at by a change while an old slot is being swept up
 _TIERS = 3
 _EVERY_TIER = (1 << _TIERS) - 1
@@ -61,11 +65,20 @@ class Span(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """`pages[t, r]` is how many leading pages replica r holds in tiers up to t, [3, replicas] int64; the longest span
-    comes first."""
+    """How many leading pages of a request each replica holds, [replicas] int64 each: in its device tier, in device and
+    host, in all three (the same array where the lower tiers add nothing). The longest span comes first."""
 
-    pages: Int64Array
+    device: Int64Array
+    host: Int64Array
+    disk: Int64Array
     spans: list[Span]
+
+
+class _Members(NamedTuple):
+    """A bit set, taken apart: the replicas by tier, and how many different ones they are."""
+
+    by_tier: list[Int64Array]
+    replicas: int
 
 
 def short_keys(hashes: Sequence[int | bytes]) -> list[int]:
@@ -78,13 +91,20 @@ def short_keys(hashes: Sequence[int | bytes]) -> list[int]:
 
 
 class PrefixIndex:
-    """Pages of `replicas` replicas; more may join. Changes only through stored, removed, cleared, join and sweep."""
+    """Pages of `replicas` replicas; more may join. Lookups change nothing.
+
+    An entry takes about 80 bytes (`python -m rayk.simulate.scale --index` measures it), as little for a page that many
+    replicas hold, up to 64 of them.
+    """
 
     def __init__(self, replicas: int = 0) -> None:
         self._holders: dict[int, int] = {}
         self._slot: list[int] = []  # replica -> slot
         self._replica: list[int] = []  # slot -> replica, -1 while it is swept up
+        self._at: Int64Array = np.zeros(0, np.int64)  # the same as an array
+        self._known: dict[int, _Members] = {}
         self._counts: list[list[int]] = []  # slot -> entries by tier
+        self._unsure: dict[int, int] = {}  # key -> those of its bits that are promises
         self._live = 0  # bits of slots that replicas have
         self._free: list[int] = []  # slots swept clean
         self._sweeping: list[int] = []  # keys still to be looked at
@@ -112,6 +132,7 @@ class PrefixIndex:
         for _ in range(replicas):
             self._slot.append(-1)
             self._take_slot(len(self._slot) - 1)
+        self._moved()
 
     def _take_slot(self, replica: int) -> None:
         if self._free:
@@ -124,11 +145,16 @@ class PrefixIndex:
         self._slot[replica] = slot
         self._live |= _EVERY_TIER << _TIERS * slot
 
+    def _moved(self) -> None:
+        """Slots changed hands: what was derived from them is out of date."""
+        self._at = np.array(self._replica, np.int64)
+        self._known.clear()
+
     def stored(self, replica: int, keys: Iterable[int], tier: Tier = Tier.device) -> None:
         """The replica holds these pages now. Pages that it held already stay as they are."""
         slot = self._slot[replica]
         bit = 1 << _TIERS * slot + tier
-        holders, get = self._holders, self._holders.get
+        holders, get, unsure = self._holders, self._holders.get, self._unsure
         fresh = 0
         before, after = 0, bit  # neighbours have the same holders as a rule, and then share one bit set
         for key in keys:
@@ -138,6 +164,8 @@ class PrefixIndex:
                     before, after = old, old | bit
                 holders[key] = after
                 fresh += 1
+            elif unsure and unsure.get(key, 0) & bit:
+                self._settle(key, bit)
         self._counts[slot][tier] += fresh
         if self._sweeping:
             self.sweep()
@@ -147,7 +175,7 @@ class PrefixIndex:
         slot = self._slot[replica]
         bit = 1 << _TIERS * slot + tier
         holders, get = self._holders, self._holders.get
-        gone = 0
+        unsure, gone = self._unsure, 0
         before, after = bit, 0
         for key in keys:
             old = get(key, 0)
@@ -159,19 +187,47 @@ class PrefixIndex:
                 else:
                     del holders[key]
                 gone += 1
+                if unsure and unsure.get(key, 0) & bit:
+                    self._settle(key, bit)
         self._counts[slot][tier] -= gone
         if self._sweeping:
             self.sweep()
+
+    def _settle(self, key: int, bits: int) -> None:
+        """What was a promise is so, or is not."""
+        if left := self._unsure[key] & ~bits:
+            self._unsure[key] = left
+        else:
+            del self._unsure[key]
+
+    def promise(self, replica: int, keys: Iterable[int]) -> list[int]:
+        """The replica will hold these pages soon, in its device tier. Returns those that it did not hold or promise
+        before, for `withdraw`."""
+        bit = 1 << _TIERS * self._slot[replica]
+        holders, unsure = self._holders, self._unsure
+        fresh = [key for key in keys if not holders.get(key, 0) & bit]
+        self.stored(replica, fresh)
+        for key in fresh:
+            unsure[key] = unsure.get(key, 0) | bit
+        return fresh
+
+    def withdraw(self, replica: int, keys: Iterable[int]) -> None:
+        """Nobody will store these pages any more: those that the replica has not reported go."""
+        bit = 1 << _TIERS * self._slot[replica]
+        self.removed(replica, [key for key in keys if self._unsure.get(key, 0) & bit])
 
     def cleared(self, replica: int) -> None:
         """The replica holds nothing any more, in no tier."""
         slot = self._slot[replica]
         if any(self._counts[slot]):
             bits = _EVERY_TIER << _TIERS * slot
+            for key in [key for key, promised in self._unsure.items() if promised & bits]:
+                self._settle(key, bits)
             self._live &= ~bits
             self._replica[slot] = -1
             self._dirty |= bits
             self._take_slot(replica)
+            self._moved()
             if not self._sweeping:
                 self._start_sweep()
 
@@ -211,9 +267,16 @@ class PrefixIndex:
         return Best(pages, min(self._members(holders)))
 
     def _deepest(self, keys: Sequence[int]) -> tuple[int, int]:
-        """How many leading keys anybody holds, and who holds the last of them."""
+        """How many leading keys anybody holds, and who holds the last of them. All or none of a request are the usual
+        answers, so its ends are looked at first."""
+        if not keys:
+            return 0, 0
         get, live = self._holders.get, self._live
-        low, high, found = 0, len(keys), 0
+        low, high = 1, len(keys) - 1
+        if found := get(keys[high], 0) & live:
+            return high + 1, found
+        if not (found := get(keys[0], 0) & live):
+            return 0, 0
         while low < high:
             mid = (low + high) // 2
             if holders := get(keys[mid], 0) & live:
@@ -260,22 +323,41 @@ class PrefixIndex:
 
     def reach(self, keys: Sequence[int]) -> Reach:
         """How many leading pages each replica holds, tier by tier, and by how many replicas they are held."""
-        pages = np.zeros((_TIERS, len(self._slot)), np.int64)
+        depths: list[Int64Array | None] = [None] * _TIERS
         spans: list[Span] = []
-        seen = 0
-        held: set[int] = set()
-        for depth, holders in self.steps(keys):
-            for at in _bits(holders & ~seen):
-                replica = self._replica[at // _TIERS]
-                pages[at % _TIERS, replica] = depth
-                held.add(replica)
-            seen |= holders
-            spans.append(Span(depth, len(held)))
-        np.maximum.accumulate(pages, axis=0, out=pages)
-        return Reach(pages, spans)
+        for depth, holders in reversed(self.steps(keys)):
+            members = self._apart(holders)
+            for tier, replicas in enumerate(members.by_tier):
+                if len(replicas):
+                    array = depths[tier]
+                    if array is None:
+                        array = depths[tier] = np.zeros(len(self._slot), np.int64)
+                    array[replicas] = depth
+            spans.append(Span(depth, members.replicas))
+        spans.reverse()
+        device = depths[0] if depths[0] is not None else np.zeros(len(self._slot), np.int64)
+        host = device if depths[1] is None else np.maximum(device, depths[1])
+        disk = host if depths[2] is None else np.maximum(host, depths[2])
+        return Reach(device, host, disk, spans)
+
+    def _apart(self, holders: int) -> _Members:
+        """The members of a bit set; those of large sets are remembered, since popular pages share them."""
+        known = self._known.get(holders)
+        if known is None:
+            at = np.array(_bits(holders), np.int64)
+            replicas, tiers = self._at[at // _TIERS], at % _TIERS
+            by_tier = [replicas[tiers == tier] for tier in range(_TIERS)]
+            known = _Members(by_tier, len(at) if len(by_tier[0]) == len(at) else len(np.unique(replicas)))
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            self._known[holders] = known
+        return known
 
     def check_integrity(self) -> None:
         """IntegrityError unless the counts are those of the entries, and nothing is left where nobody looks."""
+        for key, promised in self._unsure.items():
+            if promised & ~self._holders.get(key, 0) or not promised:
+                raise IntegrityError("prefix index", f"promises {promised:b} of a page held by others")
         counts = [[0] * _TIERS for _ in self._replica]
         for holders in self._holders.values():
             for at in _bits(holders):

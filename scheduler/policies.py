@@ -57,7 +57,7 @@ class LongestPrefix:
 
     def choose(self, wish: Wish, fleet: Fleet) -> Choice:
         """See Policy."""
-        pages = self._index.reach(wish.keys).pages[-1]
+        pages = self._index.reach(wish.keys).disk
         longest = pages[fleet.ready].max(initial=0)
         return Choice(fleet.lowest(np.where(pages == longest, fleet.work, np.inf), fair=False))
 

@@ -1,0 +1,186 @@
+"""Policies: what each looks at, and that replicas which take nothing get nothing."""
+
+import pytest
+
+from rayk.errors import ConfigError
+from rayk.scheduler.choice import Wish
+from rayk.scheduler.cost import Cost, Weights
+from rayk.scheduler.fleet import Fleet
+from rayk.scheduler.index import PrefixIndex, Tier
+from rayk.scheduler.policies import POLICIES, Session, make_policy
+
+PAGE = 10
+KEYS = list(range(1000, 1010))
+
+
+def placed(policy: str | Cost, fleet: Fleet, index: PrefixIndex, wish: Wish) -> int:
+    """Choose, and place as a scheduler does."""
+    router = make_policy(policy, index, PAGE) if isinstance(policy, str) else policy
+    replica = router.choose(wish, fleet).replica
+    cached = int(index.reach(wish.keys).disk[replica]) * PAGE
+    index.promise(replica, wish.keys)
+    fleet.place(replica, wish.tokens - cached, wish.tokens)
+    return replica
+
+
+def test_round_robin_skips_who_is_not_ready() -> None:
+    fleet, router = Fleet(4), make_policy("round-robin", PrefixIndex(4), PAGE)
+    fleet.set_ready(2, False)
+    assert [router.choose(Wish(5), fleet).replica for _ in range(7)] == [0, 1, 3, 0, 1, 3, 0]
+
+
+def test_least_loaded_looks_at_what_waits_and_then_the_index() -> None:
+    fleet, index = Fleet(3), PrefixIndex(3)
+    index.stored(2, KEYS)
+    assert [placed("least-loaded", fleet, index, Wish(n, KEYS)) for n in (150, 120, 200)] == [0, 1, 2]
+    assert fleet.work.tolist() == [150, 120, 100]
+    fleet.prefilled(0, 60)
+    fleet.prefilled(2, 500)  # more than it had: it has nothing
+    assert fleet.work.tolist() == [90, 120, 0]
+    assert placed("least-loaded", fleet, index, Wish(10)) == 2
+    fleet.set_ready(2, False)
+    assert placed("least-loaded", fleet, index, Wish(10)) == 0
+
+
+def test_prefix_looks_at_the_longest_prefix_only() -> None:
+    fleet, index = Fleet(3), PrefixIndex(3)
+    index.stored(1, KEYS[:5])
+    index.stored(2, KEYS[:5], Tier.host)
+    fleet.place(1, 10_000, 10_000)
+    fleet.place(2, 20_000, 20_000)
+    assert placed("prefix", fleet, index, Wish(101, KEYS)) == 1
+    fleet.set_ready(1, False)
+    fleet.set_ready(2, False)
+    assert placed("prefix", fleet, index, Wish(101, KEYS)) == 0
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nobody_ready_is_nobody_chosen(name: str) -> None:
+    fleet, index = Fleet(2), PrefixIndex(2)
+    router = make_policy(name, index, PAGE)
+    for replica in range(2):
+        fleet.set_ready(replica, False)
+    assert router.choose(Wish(50, KEYS, "s"), fleet).replica == -1
+    fleet.set_ready(1, True)
+    assert router.choose(Wish(50, KEYS, "s"), fleet).replica == 1
+    fleet.join()
+    index.join()
+    assert len(fleet) == index.replicas == 3 and router.choose(Wish(50, KEYS, "s"), fleet).replica >= 1
+
+
+def test_unknown_routers_are_refused_with_the_names() -> None:
+    with pytest.raises(ConfigError, match="'fast' is not one of cost, round-robin, least-loaded, prefix, session"):
+        make_policy("fast", PrefixIndex(1), PAGE)
+
+
+def test_a_session_stays_until_its_replica_carries_too_much() -> None:
+    fleet, router = Fleet(4), Session(bound=1.5)
+    home = router.choose(Wish(100, session="a"), fleet).replica
+    assert Session().choose(Wish(1, session="a"), Fleet(4)).replica == home  # in any process
+    fleet.place(home, 120, 120)
+    assert router.choose(Wish(100, session="a"), fleet).replica == home
+    fleet.place(home, 400, 400)
+    moved = router.choose(Wish(100, session="a"), fleet).replica
+    assert moved != home
+    fleet.forget(home)
+    assert router.choose(Wish(100, session="a"), fleet).replica == moved
+    spread = {Session().choose(Wish(1, session=str(i)), Fleet(4)).replica for i in range(50)}
+    assert spread == {0, 1, 2, 3}
+    fleet.place(0, 9, 9)
+    assert router.choose(Wish(9), fleet).replica == 1  # without a session: the least that waits, the least computed
+
+
+def test_most_sessions_stay_where_they_hash_to_when_a_replica_joins() -> None:
+    before = [Session._hashed(f"s{i}", 7) for i in range(500)]
+    after = [Session._hashed(f"s{i}", 8) for i in range(500)]
+    assert all(b in (a, 7) for a, b in zip(before, after, strict=True))
+    assert 30 < after.count(7) < 100
+
+
+def test_cost_prefers_the_cache_until_the_wait_is_longer() -> None:
+    fleet, index = Fleet(2), PrefixIndex(2)
+    index.stored(1, KEYS)
+    assert placed("cost", fleet, index, Wish(105, KEYS)) == 1
+    fleet.place(1, 200, 200)
+    assert placed("cost", fleet, index, Wish(105, KEYS)) == 1  # a second copy would cost more than the wait
+    fleet.place(1, 400, 400)
+    assert placed("cost", fleet, index, Wish(105, KEYS)) == 0
+
+
+def test_those_who_share_a_prefix_and_arrive_together_stay_together() -> None:
+    fleet, index = Fleet(4), PrefixIndex(4)
+    router = Cost(index, PAGE)
+    first = [placed(router, fleet, index, Wish(101, KEYS)) for _ in range(3)]
+    other = [placed(router, fleet, index, Wish(101, list(range(2000, 2010)))) for _ in range(3)]
+    assert len(set(first)) == len(set(other)) == 1 and first[0] != other[0]
+
+
+def test_a_hot_prefix_is_not_sent_to_one_replica_only() -> None:
+    fleet, index = Fleet(4), PrefixIndex(4)
+    router = Cost(index, PAGE)
+    chosen = [placed(router, fleet, index, Wish(130, KEYS)) for _ in range(400)]
+    assert min(chosen.count(r) for r in range(4)) > 60
+
+
+def test_idle_replicas_share_what_has_nothing_in_common() -> None:
+    fleet, index = Fleet(8, rate=1000.0), PrefixIndex(8)
+    router = Cost(index, PAGE)
+    chosen = []
+    for i in range(80):
+        fleet.advance(float(i))  # each is done before the next arrives
+        chosen.append(placed(router, fleet, index, Wish(100, range(10_000 * (i + 1), 10_000 * (i + 1) + 9))))
+    assert {chosen.count(r) for r in range(8)} == {10}
+    assert fleet.work.sum() == 100 and fleet.requests.sum() == 80 and fleet.held.sum() == 8000
+
+
+def test_tiers_and_copies_have_their_price() -> None:
+    index = PrefixIndex(4)
+    index.stored(1, KEYS[:9], Tier.host)
+    index.stored(2, KEYS[:9], Tier.disk)
+    index.stored(3, KEYS[:2])
+    index.stored(3, KEYS[:9], Tier.host)
+    wish = Wish(100, KEYS[:9])
+    parts = Cost(index, PAGE, Weights(host_price=0.1, disk_price=0.5)).choose(wish, Fleet(4)).parts
+    assert parts is not None
+    assert parts.prefill.tolist() == [100, 10, 10, 10]
+    assert parts.loading.tolist() == pytest.approx([0, 9, 45, 7])
+    assert parts.keep.tolist() == pytest.approx([2.5 * 90 / 3, 0, 0, 0])
+    lent = Cost(index, PAGE, Weights(peer_price=0.2)).choose(wish, Fleet(4)).parts
+    assert lent is not None and lent.prefill[0] == 10 and lent.loading[0] == pytest.approx(18)
+
+
+def test_a_page_with_many_holders_is_cheap_to_store_again() -> None:
+    index = PrefixIndex(5)
+    for replica in range(3):
+        index.stored(replica, KEYS[:4])
+    index.stored(0, KEYS[:6])
+    parts = Cost(index, PAGE).choose(Wish(100, KEYS), Fleet(5)).parts
+    assert parts is not None
+    two, four = 2 * PAGE * 2.5, 4 * PAGE * 2.5 / 3
+    assert parts.keep.tolist() == pytest.approx([0, two, two, two + four, two + four])
+
+
+def test_pages_that_cannot_be_had_and_rows_that_decode_count() -> None:
+    fleet, index = Fleet(2, capacity=1000), PrefixIndex(2)
+    for _ in range(4):
+        fleet.place(0, 0, 240)
+    router = Cost(index, PAGE)
+    parts = router.choose(Wish(100), fleet).parts
+    assert parts is not None
+    assert parts.pressure.tolist() == [4.0 * 60, 0]
+    assert parts.prefill.tolist() == pytest.approx([100 * (1 + 4 / 2048), 100])
+    fleet.release(0, 240)
+    assert fleet.held.tolist() == [720, 0] and fleet.requests.tolist() == [3, 0]
+
+
+def test_a_choice_is_explained() -> None:
+    fleet, index = Fleet(30), PrefixIndex(30)
+    index.stored(17, KEYS)
+    fleet.place(17, 50, 50)
+    choice = Cost(index, PAGE).choose(Wish(101, KEYS), fleet)
+    assert choice.replica == 17 and choice.parts is not None
+    best, *others = choice.parts.candidates(17, 5)
+    assert (best.replica, best.cached, best.waiting) == (17, 100, 50) and len(others) == 4
+    assert best.cost == pytest.approx(best.prefill + best.loading + best.crowd + best.keep + best.pressure)
+    assert [c.cost for c in others] == sorted(c.cost for c in others) and others[0].cost > best.cost
+    assert 29 in [c.replica for c in choice.parts.candidates(29, 5)]
