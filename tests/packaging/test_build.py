@@ -23,6 +23,7 @@ PACKAGES = [
     "rayk/bench/core",
     "rayk/engine",
     "rayk/memory",
+    "rayk/models",
     "rayk/simulate",
     "rayk/tiers",
 ]

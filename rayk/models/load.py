@@ -1,0 +1,143 @@
+"""From a checkpoint folder to a model on pages. Nothing is downloaded, and no code of the checkpoint is run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayk.errors import ArchitectureError, CheckpointError, ConfigError
+from rayk.models import architecture
+from rayk.models.bridge import NAME, register
+from rayk.models.checkpoint import CONFIG, TOKENIZERS, check_folder, has_tokenizer
+from rayk.models.model import PagedModel
+
+log = logging.getLogger("rayk.models")
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(
+    folder: str | Path, *, dtype: str = "auto", device: str = "cpu", attention: str | None = None
+) -> PagedModel:
+    """The causal language model in `folder`, with its tokenizer if there is one.
+
+    dtype: of weights and arithmetic, "auto" is what the checkpoint has. attention: a backend by name
+    (rayk.attention.BACKENDS), else the fastest that can. CheckpointError names the folder and file that is missing or
+    damaged, ArchitectureError the model that cannot run on pages, AttentionError why the backend cannot be used.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    folder = Path(folder)
+    raw = check_folder(folder)
+    config, model_class = _config(folder, raw)
+    text = config.get_text_config(decoder=True)
+    architecture.refuse_by_config(text, model_class)
+    register()
+    model = _weights(folder, model_class, config, dtype).to(device).eval().requires_grad_(False)
+    limit = architecture.freeze_rope(model)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    with torch.inference_mode():
+        tokens = architecture.trial_tokens(vocab_size, model.device)
+        shapes = architecture.layer_shapes(model, tokens, text.num_hidden_layers)
+        architecture.try_out(model, tokens, shapes)
+    length = _max_length(folder, text, limit, model_class.__name__)
+    return PagedModel(model, shapes, length, _eos(model), _tokenizer(folder), attention)
+
+
+def _config(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
+    """transformers' config and model class for what config.json says."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    named = raw.get("architectures") or [raw.get("model_type") or "a model without model_type"]
+    name = str(named[0] if isinstance(named, list) else named)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each config class checks its fields in its own way
+        if raw.get("model_type") not in _model_types():
+            raise ArchitectureError(name, f"model_type {raw.get('model_type')!r} is unknown to transformers") from None
+        raise CheckpointError(str(folder), CONFIG, f"is refused by transformers: {_line(error)}") from None
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise ArchitectureError(name, f"model_type {config.model_type!r} is no causal language model in transformers")
+    return config, mapping[type(config)]
+
+
+def _model_types() -> Any:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING
+
+
+def _weights(folder: Path, model_class: Any, config: Any, dtype: str) -> Any:
+    """The model with all its weights on the CPU. transformers would fill in missing ones at random."""
+    try:
+        model, report = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=NAME,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in the report, which is clearer
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, OSError, KeyError, ImportError) as error:
+        raise CheckpointError(str(folder), "", f"cannot be loaded: {_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(str(folder), "", f"{len(missing)} tensor(s) are missing, such as {missing[0]}")
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise CheckpointError(
+            str(folder),
+            "",
+            f"{name} has shape {tuple(stored)}, {CONFIG} wants {tuple(wanted)}; so they do not belong together",
+        )
+    return model
+
+
+def _max_length(folder: Path, text: Any, limit: int | None, name: str) -> int:
+    positions = getattr(text, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        raise CheckpointError(str(folder), CONFIG, f"max_position_embeddings must be a number, got {positions!r}")
+    if limit is not None and limit < positions:
+        log.warning(
+            "%s is served up to %d of its %d positions: beyond, its rotary frequencies depend on the longest row of a "
+            "batch",
+            name,
+            limit,
+            positions,
+        )
+        return limit
+    return positions
+
+
+def _eos(model: Any) -> tuple[int, ...]:
+    """Of the generation config, else of the config."""
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+    return ()
+
+
+def _tokenizer(folder: Path) -> Any:
+    """None without files of a tokenizer; CheckpointError when they are there and cannot be loaded."""
+    if not has_tokenizer(folder):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        name = next(name for name in TOKENIZERS if (folder / name).is_file())
+        raise CheckpointError(str(folder), name, f"no tokenizer can be made of it: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    """The first two lines of a message: what, and often why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__

@@ -1,0 +1,154 @@
+"""A Hugging Face model on pages: what an engine needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+
+from rayk.attention import Backend, PagedPool, choose, pack
+from rayk.errors import AttentionError, BatchError, ConfigError
+from rayk.inputs import ShardInputs
+from rayk.models.architecture import needs
+from rayk.models.bridge import LayerShape, PagedAttention
+from rayk.params import MHAKVCacheParams, dtype_name
+
+PAGE_SIZE = 128
+
+
+class PagedModel:
+    """One model on one device; made by load_model(). Several may live in one process, and in several threads.
+
+    vocab_size: width of the logits. max_length: positions that the model has, prompt and answer together.
+    eos_token_ids: tokens that end an answer. tokenizer: transformers' own, or None. backend: name of what attends.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        shapes: dict[int, LayerShape],
+        max_length: int,
+        eos_token_ids: tuple[int, ...],
+        tokenizer: Any,
+        attention: str | None,
+    ) -> None:
+        self._model = model
+        self._shapes = shapes
+        self._layers = {layer: at for at, layer in enumerate(shapes)}
+        self._attention = attention
+        self._backends: dict[tuple[torch.dtype, int], Backend] = {}
+        self._keeps_rows = "logits_to_keep" in signature(model.forward).parameters
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.max_length = max_length
+        self.eos_token_ids = eos_token_ids
+        self.tokenizer = tokenizer
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.backend: str = self._backend(self.dtype, PAGE_SIZE).name
+
+    @property
+    def architecture(self) -> str:
+        """The name of the model's class."""
+        return type(self._model).__name__
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its parameters and buffers on the device; what is shared counts once."""
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def _backend(self, cache_dtype: torch.dtype, page_size: int) -> Backend:
+        key = cache_dtype, page_size
+        if key not in self._backends:
+            asked = needs(self._shapes, self.device, self.dtype, cache_dtype, page_size)
+            self._backends[key] = choose(asked, self._attention)
+        return self._backends[key]
+
+    def cache_params(
+        self,
+        page_size: int = PAGE_SIZE,
+        devices: Sequence[str] | None = None,
+        data_parallel_degree: int | None = None,
+        dtype: str | None = None,
+        **more: Any,
+    ) -> MHAKVCacheParams:
+        """The cache of this model: one replica per device. `more` goes to MHAKVCacheParams as it is.
+
+        dtype: of the pages, the model's own unless given ("float8_e4m3fn" where the backend reads it). From here on
+        `backend` is what attends over such pages. ConfigError for more than one device a replica; AttentionError where
+        no backend reads such pages.
+        """
+        devices = [str(self.device)] if devices is None else list(devices)
+        replicas = len(devices) if data_parallel_degree is None else data_parallel_degree
+        if len(devices) != replicas:
+            raise ConfigError(
+                f"{len(devices)} device(s) for {replicas} replica(s): a Hugging Face model runs on one device a "
+                "replica, tensor parallelism is not built; use more replicas"
+            )
+        if more.get("kvcache_quant_config") is not None:
+            raise ConfigError("pages with scales are not read by rayk's attention; use dtype='float8_e4m3fn' alone")
+        name = dtype_name(dtype or self.dtype)
+        self.backend = self._backend(getattr(torch, name), page_size).name
+        shape = next(iter(self._shapes.values()))
+        return MHAKVCacheParams(
+            dtype=name,
+            n_kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            num_layers=len(self._shapes),
+            page_size=page_size,
+            devices=devices,
+            data_parallel_degree=replicas,
+            **more,
+        )
+
+    @torch.inference_mode()
+    def logits(
+        self, inputs: ShardInputs, tokens: torch.Tensor, counts: Sequence[int], *, every_token: bool = False
+    ) -> torch.Tensor:
+        """Process packed tokens: write their keys and values, and return float32 logits `[rows, vocab]`.
+
+        inputs: the pages and tables of this batch. tokens: int64 `[sum(counts)]`; row i's are the counts[i] after its
+        `inputs.cache_lengths[i]` cached ones, and its logits are those after its last. every_token: `[tokens, vocab]`
+        instead. On CUDA the call does not wait for the device, and a batch of one token a row can be captured.
+        BatchError for tokens, counts or lengths that do not fit each other, the table or the model.
+        """
+        pool = self._pool(inputs)
+        try:
+            batch = pack(
+                inputs.lookup_table, inputs.cache_lengths, counts, pool.page_size, int(inputs.max_cache_length)
+            )
+        except AttentionError as error:
+            raise BatchError(error.message) from None
+        if tokens.shape != (batch.tokens,):
+            raise BatchError(f"{tuple(tokens.shape)} tokens for counts {list(batch.counts)}, which want {batch.tokens}")
+        if batch.kv_lengths_host is not None and batch.max_kv > self.max_length:
+            raise BatchError(f"a row of {batch.max_kv} tokens, and {self.architecture} has {self.max_length} positions")
+        attention = PagedAttention(pool, batch, self._backend(pool.dtype, pool.page_size), self._layers)
+        wanted = None if every_token else batch.last
+        only = {} if wanted is None or not self._keeps_rows else {"logits_to_keep": wanted}
+        found: torch.Tensor = self._model(
+            input_ids=tokens.to(self.device, non_blocking=True)[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            paged=attention,
+            **only,
+        ).logits[0]
+        return (found if only or wanted is None else found[wanted]).float()
+
+    def _pool(self, inputs: ShardInputs) -> PagedPool:
+        if inputs.kv_blocks is None or inputs.kv_blocks.device != self.device:
+            where = "not in this process" if inputs.kv_blocks is None else f"on {inputs.kv_blocks.device}"
+            raise BatchError(f"the pages are {where}, {self.architecture} is on {self.device}")
+        if inputs.kv_scales is not None:
+            raise BatchError("pages with scales are not read by rayk's attention")
+        pool = PagedPool(inputs.kv_blocks)
+        shape = next(iter(self._shapes.values()))
+        want = (len(self._shapes), shape.kv_heads, shape.head_dim)
+        if (pool.layers, pool.heads, pool.head_dim) != want:
+            raise BatchError(
+                f"pages of {(pool.layers, pool.heads, pool.head_dim)} (layers, KV heads, head size), "
+                f"{self.architecture} needs {want}; make the cache with its cache_params()"
+            )
+        return pool
