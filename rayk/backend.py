@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from socket import gethostname
 from time import perf_counter
 from typing import Any, Protocol
@@ -37,6 +38,7 @@ class Backend(Protocol):
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> None: ...
     def contains(self, request_id: str, replica: int) -> bool: ...
     def alloc(self, ctx: TextContext, replica: int) -> object: ...
+    def allocator(self, replica: int) -> Callable[[TextContext], object]: ...
     def alloc_many(self, batches: Batches) -> list[dict[str, InsufficientBlocksError]]: ...
     def release(self, request_id: str, replica: int) -> None: ...
     def blocks(self, request_id: str, replica: int) -> list[int]: ...
@@ -72,8 +74,11 @@ class InlineBackend:
         from rayk.scheduler.routing import Placements, make_router
 
         replicas = params.data_parallel_degree
-        self.cores = [ReplicaCore(params, r, num_pages, max_batch_size, None, runtime_checks) for r in range(replicas)]
         self._placements = Placements(replicas)
+        self.cores = [
+            ReplicaCore(params, r, num_pages, max_batch_size, None, runtime_checks, self._holder)
+            for r in range(replicas)
+        ]
         self._router = make_router(router)
         self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy and replicas > 1
 
@@ -87,48 +92,45 @@ class InlineBackend:
         return request_id in self.cores[replica].requests
 
     def release(self, request_id: str, replica: int) -> None:
-        try:
-            self.cores[replica].release(request_id)
-        except NotClaimedError:
-            raise self._not_claimed(request_id, replica) from None
+        self.cores[replica].release(request_id)
         self._placements.remove(request_id)
 
     def blocks(self, request_id: str, replica: int) -> list[int]:
         return self.cores[replica].blocks(request_id)
 
-    def alloc(self, ctx: TextContext, replica: int) -> Reused:
+    def allocator(self, replica: int) -> Callable[[TextContext], Reused]:
         core = self.cores[replica]
-        try:
-            return self._alloc_with_copies(ctx, core) if self._copies else core.alloc(ctx)
-        except NotClaimedError:
-            raise self._not_claimed(ctx.request_id, replica) from None
+        return partial(self._alloc_with_copies, core) if self._copies else core.alloc
+
+    def alloc(self, ctx: TextContext, replica: int) -> Reused:
+        return self.allocator(replica)(ctx)
+
+    def _holder(self, request_id: str) -> int:
+        holder = self._placements.holder(request_id)
+        return -1 if holder is None else holder
 
     def alloc_many(self, batches: Batches) -> list[dict[str, InsufficientBlocksError]]:
         for core, batch in zip(self.cores, batches, strict=True):
-            for ctx in () if isinstance(batch, ContextBatch) and decode.ready(core, batch) else batch:
+            for ctx in () if type(batch) is ContextBatch and decode.ready(core, batch) else batch:
                 if ctx.request_id not in core.requests:
-                    raise self._not_claimed(ctx.request_id, core.replica)
+                    raise core.not_claimed(ctx.request_id)
         if self._copies:
             return [self._alloc_each(batch, core) for core, batch in zip(self.cores, batches, strict=True)]
         return [core.alloc_many(batch) for core, batch in zip(self.cores, batches, strict=True)]
 
     def _alloc_each(self, batch: Sequence[TextContext], core: ReplicaCore) -> dict[str, InsufficientBlocksError]:
         """alloc_many() of a replica that may copy from the others."""
-        if isinstance(batch, ContextBatch) and batch.decoding:
+        if type(batch) is ContextBatch and batch.decoding:
             return core.alloc_many(batch)
         refused = {}
         for ctx in batch:
             try:
-                self._alloc_with_copies(ctx, core)
+                self._alloc_with_copies(core, ctx)
             except InsufficientBlocksError as error:
                 refused[ctx.request_id] = error
         return refused
 
-    def _not_claimed(self, request_id: str, replica: int) -> NotClaimedError:
-        holder = self._placements.holder(request_id)
-        return NotClaimedError(request_id, replica, -1 if holder is None else holder)
-
-    def _alloc_with_copies(self, ctx: TextContext, core: ReplicaCore) -> Reused:
+    def _alloc_with_copies(self, core: ReplicaCore, ctx: TextContext) -> Reused:
         """alloc() that first fetches from the other replicas what this one misses, pinned there meanwhile."""
         stop = core.may_reuse(ctx)
         have = core.resident(ctx) if stop else 0
@@ -289,7 +291,7 @@ def run_tick(core: ReplicaCore, tick: Tick, fn: Forward | None) -> TickResult:
 
 def _check_claimed(core: ReplicaCore, tick: Tick) -> None:
     for part in (tick.step, tick.alloc, tick.execute):
-        if not (isinstance(part, ContextBatch) and decode.ready(core, part)):
+        if not (type(part) is ContextBatch and decode.ready(core, part)):
             for ctx in part:
                 if ctx.request_id not in core.requests:
                     raise NotClaimedError(ctx.request_id, core.replica, -1)

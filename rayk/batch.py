@@ -25,7 +25,7 @@ _OFFSET, _SPACE, _LIMIT, _ROW, _SERIAL, _STEPPED, _LENGTH, _PROCESSED, _END = ra
 _FIRST_ARENA = 1 << 14  # tokens
 
 
-class ContextBatch(Sequence[TextContext]):
+class ContextBatch(Sequence[TextContext]):  # told apart by `type(..) is`: isinstance() is slow for an abstract base
     """Contexts of one replica, in batch order. The caller owns it; each context is in at most one batch.
 
     `lengths`, `processed` and `ends` are int64 `[len(batch)]`, read-only views that are valid until the next call.

@@ -94,7 +94,7 @@ def _grow(
     table.cells[rows, columns] = pages
     table.room[rows] = room + size
     shown = core.stage.shown
-    if isinstance(shown, Shown) and shown.by(batch, table) and columns.max() < shown.cells.shape[1]:
+    if type(shown) is Shown and shown.by(batch, table) and columns.max() < shown.cells.shape[1]:
         shown.cells[at, columns] = pages
     for i in at.tolist():
         request = batch.requests[i]
@@ -112,7 +112,7 @@ def fill(core: ReplicaCore, batch: ContextBatch) -> tuple[int, int, BatchShape] 
     width = table_width(longest)
     shown = core.stage.shown
     if not (
-        isinstance(shown, Shown)
+        type(shown) is Shown
         and shown.by(batch, table)
         and shown.cells.shape == (rows, width)
         and batch.allocated == batch.moves

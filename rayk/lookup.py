@@ -25,17 +25,18 @@ def fill_batch(
     characteristics: BatchCharacteristics | None,
 ) -> tuple[int, int, BatchShape]:
     """Fill the core's host arrays; rows, table width and scalars. RuntimeInputsError changes nothing."""
-    size, extra, requests = core.page_size, core.extra_slots, core.requests
+    size, extra = core.page_size, core.extra_slots
     rows: list[int] = []
     lengths: list[int] = []
     trims: list[tuple[int, int]] = []
     most = prompt = cache = 0
-    for ctx in batch:
-        request = requests.get(ctx.request_id)
-        if request is None:
-            raise RuntimeInputsError(
-                core.replica, f"request {ctx.request_id!r} is not claimed here; call claim() and alloc() first"
-            )
+    try:
+        requests = core.requests_of(batch)
+    except KeyError as missing:
+        raise RuntimeInputsError(
+            core.replica, f"request {missing.args[0]!r} is not claimed here; call claim() and alloc() first"
+        ) from None
+    for ctx, request in zip(batch, requests, strict=True):
         window = ctx.tokens
         processed, end = window.processed, window.end
         slots, active = window.length + extra, end - processed

@@ -90,6 +90,8 @@ class PagedKVCacheManager:
         self._session = session
         wanted = Wanted(total_num_pages, max_batch_size, enable_runtime_checks, router, uniform, memory_utilization)
         self._backend = self._start(session, wanted)
+        # Looked up once: alloc() is called for every request and step.
+        self._alloc = {r: self._backend.allocator(r) for r in range(self._open)}
         session.adopt(self)
 
     def _start(self, session: InferenceSession, wanted: Wanted) -> Backend:
@@ -138,9 +140,11 @@ class PagedKVCacheManager:
 
         NotClaimedError unless claimed there. InsufficientBlocksError leaves no trace.
         """
-        if not 0 <= replica_idx < self._open:
-            raise self._refusal(replica_idx)
-        self._backend.alloc(data, replica_idx)
+        try:
+            alloc = self._alloc[replica_idx]
+        except KeyError:
+            raise self._refusal(replica_idx) from None
+        alloc(data)
 
     def alloc_many(self, replica_batches: Batches) -> list[dict[str, InsufficientBlocksError]]:
         """alloc() for every context of one batch per replica: per replica the refusals, by request id.
@@ -344,6 +348,7 @@ class PagedKVCacheManager:
         """Give everything back: pages, actors, placement. Safe to call twice."""
         if self._open:
             self._open = 0
+            self._alloc.clear()
             self._session.dismiss(self)
             self._backend.close()
 
@@ -351,6 +356,7 @@ class PagedKVCacheManager:
         """Release what this driver has claimed and go; the actors of a named session stay for other drivers."""
         if self._open:
             self._open = 0
+            self._alloc.clear()
             self._session.dismiss(self)
             self._backend.leave()
 

@@ -35,7 +35,7 @@ class Segment:
     `hashes` has the pages' chained hashes one after the other if somebody listens, else nothing; a root's is its own.
     """
 
-    __slots__ = ("children", "hashes", "pages", "parent", "queued", "refs", "tick", "tokens")
+    __slots__ = ("below", "children", "hashes", "pages", "parent", "queued", "refs", "tick", "tokens")
 
     def __init__(
         self, parent: Segment | None, tokens: bytes, pages: Pages, refs: int, tick: int, hashes: bytes = b""
@@ -46,6 +46,7 @@ class Segment:
         self.hashes = hashes
         self.refs = refs
         self.tick = tick  # of the release that freed it last; -1 once it left the tree
+        self.below: Segment | None = None  # the child that was freed by the same release, if any
         self.queued = False  # whether the eviction queue has an entry (tick, self)
         self.children: dict[bytes, Segment] = {}
 
@@ -201,14 +202,15 @@ class PrefixTree:
     def release(self, tip: Segment) -> None:
         """A holder of the path to `tip` is done: what nobody else holds becomes evictable, as of now."""
         self._tick = tick = self._tick + 1
-        node = tip
+        node, below = tip, None
         while node.parent is not None:
             node.refs -= 1
             node.tick = tick  # also when an export still holds it: undo() will find its place by the tick
             node.queued = False  # an older entry, if any, bears an older tick
+            node.below = below
             if not node.refs:
                 self.evictable += len(node.pages)
-            node = node.parent
+            node, below = node.parent, node
         if not tip.refs and len(tip.pages):
             self._queue.append((tick, tip))
             tip.queued = True
@@ -218,7 +220,8 @@ class PrefixTree:
 
     def _requeue(self, node: Segment) -> None:
         """Put an entry back that make_room() dropped while the segment was held by an export."""
-        if any(c.tick == node.tick and not c.refs for c in node.children.values()):
+        below = node.below
+        if below is not None and below.tick == node.tick and not below.refs:
             return  # the child's entry leads here
         at = 0
         for tick, _ in self._queue:
@@ -283,6 +286,9 @@ class PrefixTree:
         parent = node.parent
         assert parent is not None
         upper = Segment(parent, node.tokens[:cut], node.pages[:count].copy(), node.refs, node.tick)
+        upper.below = node
+        if parent.below is node:
+            parent.below = upper
         node.tokens, node.pages, node.parent = node.tokens[cut:], node.pages[count:].copy(), upper
         if self._hasher is not None:
             hashed = count * self._hasher.width
@@ -325,6 +331,8 @@ class PrefixTree:
         parent = node.parent
         assert parent is not None and not node.children
         del parent.children[node.tokens[: self._page_bytes]]
+        if parent.below is node:
+            parent.below = None
         node.tick = -1
         self._segments -= 1
         if parent.tick == tick and not parent.refs and not parent.queued and len(parent.pages):
@@ -356,6 +364,9 @@ class PrefixTree:
             for key, child in list(node.children.items()):
                 stack.append(child)
                 if not child.refs:
+                    child.below = None
+                    if node.below is child:
+                        node.below = None
                     self._forget_pages(child.pages)
                     if self._hasher is not None:
                         self._renounce(child, 0)

@@ -7,7 +7,7 @@ transaction. A request is claimed -> allocated -> .. -> released; its pages are,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,10 +65,11 @@ class Reused(NamedTuple):
 
 NOTHING_REUSED = Reused(0, 0)
 NEVER = 1 << 62
+FEW = 8  # contexts that are looked up one by one
 
 
 class ReplicaCore:
-    """`replica` is its index, for messages. `seed` keys the hashes of pages that travel."""
+    """`replica` is its index and `holder_of` finds the replica of a request (-1: none): both are for messages."""
 
     def __init__(
         self,
@@ -78,9 +79,11 @@ class ReplicaCore:
         max_batch_size: int,
         devices: Sequence[str] | None = None,
         runtime_checks: bool = False,
+        holder_of: Callable[[str], int] = lambda _: -1,
     ) -> None:
         devices = tuple(devices or params.replica_devices(replica))
         self.replica = replica
+        self.holder_of = holder_of
         self.params = params
         self.num_pages = num_pages
         self.max_batch_size = max_batch_size
@@ -97,6 +100,8 @@ class ReplicaCore:
         self._caching = params.enable_prefix_caching
         self.exports = Exports(params, self._tree, self.buffers)
         self._bytes_per_page = params.bytes_per_page
+        self._claims = 0  # claims and releases so far
+        self._last: tuple[int, list[TextContext], list[Request]] = (0, [], [])  # see requests_of()
         self._unpublished: list[ContextBatch] = []  # stepped, and not yet looked at for full pages
         self._eager = False  # somebody listens: publish at once
         self._input_tokens = self._device_hits = self._peer_hits = self._evicted_before = 0
@@ -114,6 +119,7 @@ class ReplicaCore:
             raise AlreadyClaimedError(request_id, self.replica)
         due = NEVER if dummy or not self._caching else self.page_size
         self.requests[request_id] = Request(self.table.acquire(), dummy, due)
+        self._claims += 1
 
     def bind(self, request: Request) -> None:
         """Keep the table's columns for this request from now on, see rayk.tables."""
@@ -127,7 +133,8 @@ class ReplicaCore:
             self.publish()
         request = self.requests.pop(request_id, None)
         if request is None:
-            raise NotClaimedError(request_id, self.replica, -1)
+            raise self.not_claimed(request_id)
+        self._claims += 1
         pages, committed = request.pages, request.committed
         if pages > committed and not request.dummy:
             self._pool.give(self.table.rows[request.row][committed:pages])
@@ -145,6 +152,25 @@ class ReplicaCore:
             self.publish()
         request = self.requests.get(request_id)
         return [] if request is None else self.table.rows[request.row][: request.pages].tolist()
+
+    def not_claimed(self, request_id: str) -> NotClaimedError:
+        """The error for a request that is not claimed here."""
+        return NotClaimedError(request_id, self.replica, self.holder_of(request_id))
+
+    def requests_of(self, batch: Sequence[TextContext]) -> list[Request]:
+        """The request of each context; KeyError (a request id) unless all are claimed.
+
+        The contexts of a running batch are mostly those of the last call, and comparing two lists is the faster way
+        to find that out than one lookup for each.
+        """
+        if len(batch) < FEW:
+            return [self.requests[ctx.request_id] for ctx in batch]
+        claims, contexts, found = self._last
+        if claims != self._claims or batch != contexts:
+            requests = self.requests
+            found = [requests[ctx.request_id] for ctx in batch]
+            self._last = (self._claims, list(batch), found)
+        return found
 
     def _adopt(self, request: Request, ctx: TextContext) -> None:
         """Go on with another context object for a claimed request: fine if it says the same about its pages."""
@@ -184,9 +210,10 @@ class ReplicaCore:
         `imports` are copies of further prefix pages from other replicas, in order. InsufficientBlocksError leaves
         no trace: window, pages, metrics, cache and eviction order stay as they were. Returns what was found cached.
         """
-        request = self.requests.get(ctx.request_id)
-        if request is None:
-            raise NotClaimedError(ctx.request_id, self.replica, -1)
+        try:
+            request = self.requests[ctx.request_id]
+        except KeyError:
+            raise self.not_claimed(ctx.request_id) from None
         window = ctx.tokens
         if (  # a decode step within the pages that it has, which is what nearly every alloc is
             window.length + self.extra_slots <= request.room
@@ -208,14 +235,13 @@ class ReplicaCore:
         elif request.ctx is not ctx:
             self._adopt(request, ctx)
         size, pool, tree, row = self.page_size, self._pool, self._tree, request.row
-        slots = self.slots_needed(ctx)
-        self._check_size(ctx, slots)
+        slots, reusable = self._needs(ctx, window.length)
         processed, end, held = window.processed, window.end, request.pages
         active = end - processed
         if not held:  # whatever was computed for it is not here any more: what is not reused is computed again
             window.processed = 0
         first, looks = window.processed == 0, self._caching and end - window.processed != 1
-        tip, hits, copied = self._reuse(ctx, request, imports) if looks else (request.tip, 0, 0)
+        tip, hits, copied = self._reuse(ctx, request, reusable, imports) if looks else (request.tip, 0, 0)
         keep, free = held, pool.empty + tree.evictable - copied
         if hits or copied:  # the request's own pages make way for the hits
             keep = request.committed + hits + copied
@@ -261,7 +287,7 @@ class ReplicaCore:
 
     def alloc_many(self, batch: Sequence[TextContext]) -> dict[str, InsufficientBlocksError]:
         """alloc() for each context; what was refused, by request id. The refused ones keep what they had."""
-        if isinstance(batch, ContextBatch) and decode.ready(self, batch) and decode.alloc(self, batch):
+        if type(batch) is ContextBatch and decode.ready(self, batch) and decode.alloc(self, batch):
             self._check()
             return {}
         refused = {}
@@ -288,23 +314,27 @@ class ReplicaCore:
         """For rayk.decode: empty pages, a view as in PagePool.take()."""
         return self._pool.take(pages)
 
-    def _check_size(self, ctx: TextContext, slots: int) -> None:
-        """InsufficientBlocksError when not even all pages would do."""
-        length = ctx.tokens.length
-        if not ctx.plain:
+    def _needs(self, ctx: TextContext, length: int) -> tuple[int, int]:
+        """slots_needed() and _reusable(). InsufficientBlocksError when not even all pages would do."""
+        size = self.page_size
+        if ctx.plain:
+            slots, reusable = length + self.extra_slots, (length - 1) // size
+        else:
+            slots, reusable = self.slots_needed(ctx), self._reusable(ctx)
             length += len(ctx.draft_tokens_to_verify) + len(ctx.maybe_accepted_draft_tokens)
-        if length > self.num_pages * self.page_size:
-            needed = -(-max(length, slots) // self.page_size)
+        if length > self.num_pages * size:
+            needed = -(-max(length, slots) // size)
             raise InsufficientBlocksError(ctx.request_id, self.replica, needed, self._free, self.num_pages)
+        return slots, reusable
 
     def _reuse(
-        self, ctx: TextContext, request: Request, imports: Sequence[PageExport]
+        self, ctx: TextContext, request: Request, stop: int, imports: Sequence[PageExport]
     ) -> tuple[Segment | None, int, int]:
-        """Hold the cached pages that continue the request's committed ones.
+        """Hold the cached pages that continue the request's committed ones, up to page `stop`.
 
         The new tip, how many pages it adds, and how many pages to take from `imports` after them.
         """
-        start, stop, size, tree = request.committed, self._reusable(ctx), self.page_size, self._tree
+        start, size, tree = request.committed, self.page_size, self._tree
         if stop <= start:
             return request.tip, 0, 0
         base, data = request.tip, ctx.tokens.data
@@ -333,7 +363,7 @@ class ReplicaCore:
         if start + hits + copied > self.table.width:
             self.table.widen(start + hits + copied)
         row = self.table.rows[request.row]
-        own = row[start : request.pages].copy()
+        own = row[start : request.pages].copy() if request.pages > start else None
         if hits:
             row[start : start + hits] = self._tree.path_pages(tip, request.tip)
         if copied:
@@ -343,7 +373,7 @@ class ReplicaCore:
             self.exports.land(pages, start + hits, imports)
             tokens = ctx.tokens.data[(start + hits) * size : (start + hits + copied) * size].tobytes()
             tip, _ = self._tree.commit(tip, tokens, pages)
-        if len(own):
+        if own is not None:
             self._pool.give(own)
             row[start + hits + copied : request.pages] = self.num_pages
         request.tip = tip
@@ -356,7 +386,7 @@ class ReplicaCore:
 
     def step(self, batch: Sequence[TextContext]) -> None:
         """Commit the pages of each request that are full and processed; equal pages collapse into one."""
-        if isinstance(batch, ContextBatch) and decode.ready(self, batch) and decode.step(self, batch):
+        if type(batch) is ContextBatch and decode.ready(self, batch) and decode.step(self, batch):
             if self._caching and batch.unpublished is None:
                 batch.unpublished = self
                 self._unpublished.append(batch)
@@ -366,17 +396,24 @@ class ReplicaCore:
             return
         if self._unpublished:
             self.publish()
-        requests, due = self.requests, []
-        for ctx in batch:
-            request = requests.get(ctx.request_id)
-            if request is None:
-                raise NotClaimedError(ctx.request_id, self.replica, -1)
-            if ctx.tokens.processed >= request.due:
-                due.append((ctx, request, self._full_pages(ctx, request)))
+        due = []
+        try:
+            if len(batch) < FEW:
+                for ctx in batch:
+                    request = self.requests[ctx.request_id]
+                    if ctx.tokens.processed >= request.due:
+                        due.append((ctx, request, self._full_pages(ctx, request)))
+            else:
+                for ctx, request in zip(batch, self.requests_of(batch), strict=True):
+                    if ctx.tokens.processed >= request.due:
+                        due.append((ctx, request, self._full_pages(ctx, request)))
+        except KeyError as missing:
+            raise self.not_claimed(missing.args[0]) from None
         for ctx, request, pages in due:
             if pages > request.committed:
                 self._commit(ctx, request, pages)
-        self._check()
+        if self.runtime_checks:
+            self.check_integrity()
 
     def publish(self) -> None:
         """Commit what stepped batches have processed. Everything that could tell the difference calls this first."""
@@ -428,7 +465,7 @@ class ReplicaCore:
     ) -> ReplicaInputs:
         """Inputs with tensors; see rayk.inputs. RuntimeInputsError when a request has too few pages."""
         filled = None
-        if isinstance(batch, ContextBatch) and max_cache_length is None and characteristics is None:
+        if type(batch) is ContextBatch and max_cache_length is None and characteristics is None:
             filled = decode.fill(self, batch) if decode.ready(self, batch) else None
         rows, width, shape = filled or fill_batch(self, batch, max_cache_length, characteristics)
         return self.stage.build(rows, width, shape)

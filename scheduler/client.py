@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from threading import Event, Thread
 from typing import Any
 
@@ -51,6 +52,9 @@ class RayBackend:
     def contains(self, request_id: str, replica: int) -> bool:
         done: bool = wait_for(self.calls.contains(request_id, replica))
         return done
+
+    def allocator(self, replica: int) -> Callable[[TextContext], None]:
+        return partial(self.alloc, replica=replica)
 
     def alloc(self, ctx: TextContext, replica: int) -> None:
         wait_for(self.calls.alloc(ctx, replica))
