@@ -9,10 +9,10 @@ from rayk.manager import PagedKVCacheManager
 
 
 class Sample(NamedTuple):
-    """One prepared run: `work` does it and returns the figure; `manager` is what it ran on, to be asked afterwards."""
+    """One prepared run: `work` does it and returns the figure; `manager` can be asked for a hit rate afterwards."""
 
     work: Callable[[], float]
-    manager: PagedKVCacheManager
+    manager: PagedKVCacheManager | None = None
 
 
 class Workload(Protocol):

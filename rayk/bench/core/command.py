@@ -36,9 +36,9 @@ def core(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Groups, as in w1,w3: w1 cold prompts, w2 shared prefix, hash both with hashed pages, w3 decode, "
-            "w4 a trace, start, memory; these if not given. And ray, which starts a cluster; instructions, which needs "
-            "valgrind.",
+            help="Groups, as in w1,w3: w1 cold prompts, w2 shared prefix, hash both with hashed pages, w3 decode, w4 a "
+            "trace, w5 the prefix index, start, memory; these if not given. And ray, which starts a cluster, and "
+            "instructions, which needs valgrind.",
             rich_help_panel=_WHAT,
         ),
     ] = None,

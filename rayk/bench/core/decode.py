@@ -36,7 +36,7 @@ class Decode:
             spent = decode_each(manager, contexts, steps) if batch is None else decode_many(manager, batch, steps)
             return (spent - laps) / self._batch / steps / 1e3
 
-        return Sample(work, manager)
+        return Sample(work)
 
 
 def start_batch(manager: PagedKVCacheManager, batch: int) -> list[TextContext]:

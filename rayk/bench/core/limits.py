@@ -1,7 +1,8 @@
 """Limits of `rayk bench core`, and what the best peers need for the same work.
 
 All numbers are those of the reference machine (clock.py): a limit here is limit x unit / REFERENCE_US. Peers were
-measured there with page size 16 and prefix caching on: vLLM 0.33.0, SGLang 0.5.23, mini-sglang 20fcd7f.
+measured there with page size 16 and prefix caching on: vLLM 0.33.0, SGLang 0.5.23, mini-sglang 20fcd7f,
+ai-dynamo-runtime 1.6.1 (its find_matches answers for all replicas at once).
 """
 
 from __future__ import annotations
@@ -42,11 +43,21 @@ BOUNDS = {
     "w3-256-batch": Bound(0.15, 0.26, "SGLang"),
     "w4": Bound(150.0, 550.0, "mini-sglang"),
     "w4-misses": Bound(1.0, scaled=False),
+    "w5-8": Bound(8.0, 14.3, "Dynamo"),
+    "w5-8-cold": Bound(),
+    "w5-8-all": Bound(None, 14.3, "Dynamo"),
+    "w5-32": Bound(8.0, 19.0, "Dynamo"),
+    "w5-32-cold": Bound(),
+    "w5-32-all": Bound(None, 19.0, "Dynamo"),
+    "w5-64": Bound(8.0, 25.0, "Dynamo"),
+    "w5-64-cold": Bound(),
+    "w5-64-all": Bound(None, 25.0, "Dynamo"),
     "start-time": Bound(1.0),
     "start-memory": Bound(400.0, scaled=False),
     "page-bytes": Bound(96.0, scaled=False),  # 64 of them are the page's tokens
     "lone-page-bytes": Bound(640.0, scaled=False),
     "request-bytes": Bound(1024.0, scaled=False),
+    "entry-bytes": Bound(200.0, scaled=False),  # 10 million entries in 2 GB
     "full-memory": Bound(400.0, scaled=False),
     "slower-w1": Bound(scaled=False),
     "slower-w3": Bound(scaled=False),

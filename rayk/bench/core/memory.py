@@ -14,17 +14,21 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from rayk.bench.core.cache import PAGE_SIZE, core_params, make_contexts, make_manager, random_prompts
 from rayk.bench.core.crowd import crowded, start
 from rayk.bench.core.decode import decode_each, start_batch
+from rayk.bench.core.lookups import ENTRIES, FLEETS, Indexed
 from rayk.bench.core.prompts import PROMPT, serve
 from rayk.buffers import PageBuffers
 from rayk.context import TextContext
 from rayk.manager import PagedKVCacheManager
+
+if TYPE_CHECKING:
+    from rayk.scheduler.index import PrefixIndex
 
 PAGES = 1_000_000
 LONG_PROMPTS, SHORT_PROMPTS, RUNNING = 512, 16_384, 1024
@@ -32,15 +36,16 @@ REPEAT, REQUESTS, STEPS, BATCH = 5, 300, 64, 32
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes per cached page of prompts of 1,024 tokens, per cached page that is alone in its segment of the tree, and
-    per running request of 1,024 tokens beside its pages. Then of a full core of `pages` pages: tokens in its pages,
-    running requests, resident bytes beyond the page tensors, and the CPU time of a request that evicts and of a decode
-    step there over that on a core with a hundredth of everything.
+    """Bytes per cached page of prompts of 1,024 tokens, per cached page that is alone in its segment of the tree, per
+    running request of 1,024 tokens beside its pages, and per entry of the scheduler's index. Then of a full core of
+    `pages` pages: tokens in its pages, running requests, resident bytes beyond the page tensors, and the CPU time of a
+    request that evicts and of a decode step there over that on a core with a hundredth of everything.
     """
 
     cached_page: float
     page_alone: float
     running_request: float
+    index_entry: float
     pages: int
     tokens: int
     running: int
@@ -110,6 +115,19 @@ def _bytes_of_running(requests: int) -> int:
     return traced(run)[0]
 
 
+def bytes_per_index_entry(replicas: int, entries: int) -> float:
+    """Of an index of `entries` entries, their keys included."""
+
+    def fill() -> PrefixIndex:
+        indexed = Indexed(replicas, entries)
+        index = indexed.index
+        indexed.requests.clear()
+        return index
+
+    kept, index = traced(fill)
+    return kept / len(index)
+
+
 def slowdown(work: Sequence[Callable[[], float]]) -> float:
     """The time of the second piece of work over that of the first: medians of turns, after one to warm up."""
     times = [[each() for each in work] for _ in range(REPEAT + 1)][1:]
@@ -148,10 +166,12 @@ def _measure(pages: int) -> Memory:
     gc.disable()
     request = slowdown([_requests(small), _requests(large)])
     step = slowdown([_steps(small), _steps(large)])
+    index_entry = bytes_per_index_entry(FLEETS[-1], ENTRIES)  # last: what it frees would hide what is resident
     return Memory(
         cached_page=cached_page,
         page_alone=page_alone,
         running_request=running_request,
+        index_entry=index_entry,
         pages=pages,
         tokens=pages * PAGE_SIZE,
         running=held // (PROMPT // PAGE_SIZE + 1),

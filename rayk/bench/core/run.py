@@ -13,6 +13,7 @@ from rayk.bench.core.clock import Unit, lap_ns, quiet
 from rayk.bench.core.decode import BATCHES, STEPS, Decode
 from rayk.bench.core.instructions import DECODE_BATCH, SIZES, count_instructions
 from rayk.bench.core.limits import BOUNDS, Bound
+from rayk.bench.core.lookups import ALL, ENTRIES, FEW, FLEETS, Indexed, Lookups
 from rayk.bench.core.memory import measure_memory
 from rayk.bench.core.prompts import FULL_REQUESTS, REQUESTS, SMALL_POOL, Prompts, SharedPrefix, filling
 from rayk.bench.core.ray_path import BATCH as RAY_BATCH
@@ -22,7 +23,7 @@ from rayk.bench.core.served import REQUESTS as TRACE_REQUESTS
 from rayk.bench.core.served import Served
 from rayk.bench.core.start import PAGES, measure_start
 
-GROUPS = ("w1", "w2", "hash", "w3", "w4", "start", "memory")
+GROUPS = ("w1", "w2", "hash", "w3", "w4", "w5", "start", "memory")
 """What is measured when nothing is picked, in the order of the table."""
 
 EXTRA_GROUPS = ("ray", "instructions")
@@ -66,6 +67,13 @@ def make_cases(groups: Iterable[str], trace: Path | None, smoke: bool) -> list[C
         batched = Decode(batch, steps, many=True)
         cases.append(Case(f"w3-{batch}-batch", "w3", f"{decode}, batch API", "us", batched))
     cases.append(Case("w4", "w4", f"{TRACE_REQUESTS // part:,} requests of {served.name}", "ms", served))
+    for replicas in FLEETS:
+        indexed, fleet = Indexed(replicas, ENTRIES // part), f"{replicas} replicas"
+        cases += [
+            Case(f"w5-{replicas}", "w5", f"best of {fleet}", "us", Lookups(indexed, False, FEW)),
+            Case(f"w5-{replicas}-cold", "w5", f"best of {fleet}, seldom asked", "us", Lookups(indexed, False, ALL)),
+            Case(f"w5-{replicas}-all", "w5", f"pages of each of {fleet}", "us", Lookups(indexed, True, FEW)),
+        ]
     wanted = set(groups)
     return [case for case in cases if case.group in wanted]
 
@@ -85,7 +93,7 @@ def run_cases(cases: Sequence[Case], unit: Unit, repeat: int, report: Progress) 
             unit.sample()
             if turn:
                 samples[case.key].append(figure)
-            if case.group != "w3":  # there every step counts as computed input
+            if prepared.manager is not None:
                 details[case.key] = {"hit_rate": prepared.manager.get_metrics_aggregated().cache_hit_rate}
             del prepared
     figures = []
@@ -143,6 +151,7 @@ def memory_figures(report: Progress) -> list[Figure]:
     figures = [
         ("page-bytes", "memory of a cached page, 64 B of it its tokens", "B", found.cached_page),
         ("lone-page-bytes", "the same, of a prompt of one page", "B", found.page_alone),
+        ("entry-bytes", "memory of an entry of the index, 64 replicas", "B", found.index_entry),
         ("request-bytes", "memory of a running request of 1,024 tokens", "B", found.running_request),
         ("full-memory", f"core of {size}: beyond the pages", "MB", found.beyond_bytes / 1e6),
         ("slower-w1", "its cold request, over that of 1 % of the size", "x", found.request_slowdown),

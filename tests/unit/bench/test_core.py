@@ -7,23 +7,26 @@ from pathlib import Path
 import pytest
 
 from rayk import cli
-from rayk.bench.core import cache, command
+from rayk.bench.core import cache, command, decode
 from rayk.bench.core.cache import PAGE_SIZE, Listener, make_contexts, make_manager, random_prompts
 from rayk.bench.core.clock import REFERENCE_US, Unit, quiet
 from rayk.bench.core.decode import Decode
 from rayk.bench.core.limits import BOUNDS, Bound
+from rayk.bench.core.lookups import OWN, SHARED, Indexed, Lookups
 from rayk.bench.core.prompts import PROMPT, Prompts, SharedPrefix, filling, serve
 from rayk.bench.core.result import CoreResult, make_figure
 from rayk.bench.core.run import GROUPS, make_cases
 from rayk.bench.core.served import Served
 from rayk.bench.core.start import measure_start
 from rayk.bench.core.table import notes, result_table
+from rayk.manager import PagedKVCacheManager
 from rayk.metrics import KVCacheMetrics
 
 
 def ran(workload: Prompts | SharedPrefix | Decode | Served) -> tuple[float, KVCacheMetrics]:
     prepared = workload.run(0.0)
     figure = prepared.work()
+    assert prepared.manager is not None
     return figure, prepared.manager.get_metrics_aggregated()
 
 
@@ -63,12 +66,26 @@ def test_hashed_runs_hash_every_cached_page(monkeypatch: pytest.MonkeyPatch, alg
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_each_decode_step_gives_a_page_to_a_sixteenth_of_the_batch(many: bool) -> None:
+def test_each_decode_step_gives_a_page_to_a_sixteenth_of_the_batch(monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
+    managers: list[PagedKVCacheManager] = []
+    monkeypatch.setattr(decode, "make_manager", lambda **wanted: managers.append(make_manager(**wanted)) or managers[0])
     prepared = Decode(32, 16, many).run(0.0)
-    used = prepared.manager.get_num_used_pages(0)
-    prepared.work()
-    assert prepared.manager.get_num_used_pages(0) == used + 16 * 32 // PAGE_SIZE
-    assert prepared.manager.get_metrics_aggregated().input_tokens == sum(PROMPT + i % 16 for i in range(32)) + 16 * 32
+    used = managers[0].get_num_used_pages(0)
+    assert prepared.work() > 0
+    assert managers[0].get_num_used_pages(0) == used + 16 * 32 // PAGE_SIZE
+    assert managers[0].get_metrics_aggregated().input_tokens == sum(PROMPT + i % 16 for i in range(32)) + 16 * 32
+
+
+def test_lookups_find_what_the_index_holds() -> None:
+    indexed = Indexed(8, 5000)
+    index = indexed.index
+    assert 5000 - OWN < len(index) <= 5000 and len(indexed.requests) == (5000 - 8 * SHARED) // OWN
+    for number, keys in enumerate(indexed.requests):
+        assert index.best(keys) == (SHARED + OWN, number % 8)
+        expected = [SHARED + OWN if replica == number % 8 else SHARED for replica in range(8)]
+        assert index.reach(keys).pages[0].tolist() == expected
+    assert Lookups(indexed, scores=False, distinct=5).run(0.0).work() > 0
+    assert Lookups(indexed, scores=True, distinct=5000).run(0.0).work() > 0
 
 
 def test_served_chats_hit_what_an_independent_lru_hits() -> None:

@@ -6,6 +6,7 @@ from rayk.bench.core import run
 from rayk.bench.core.memory import (
     Memory,
     bytes_per_cached_page,
+    bytes_per_index_entry,
     bytes_per_running_request,
     slowdown,
     traced,
@@ -30,6 +31,11 @@ def test_a_running_request_has_a_row_and_an_object() -> None:
     assert 128 * 4 < running < 1536  # a row of 128 pages, as the table doubled its width at page 65
 
 
+def test_an_index_keeps_a_key_and_a_place_for_each_entry() -> None:
+    entry = bytes_per_index_entry(8, 20_000)
+    assert 32 + 16 < entry < 200  # an int and its place in a dict, at least
+
+
 def test_slowdown_is_a_ratio_of_medians_after_a_warm_up() -> None:
     first = iter([1000.0, 1, 1, 1, 2, 9])
     second = iter([1.0, 3, 3, 3, 3, 1000])
@@ -41,6 +47,7 @@ def test_figures_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         cached_page=80.0,
         page_alone=700.0,
         running_request=900.0,
+        index_entry=120.0,
         pages=1_000_000,
         tokens=16_000_000,
         running=10_000,
