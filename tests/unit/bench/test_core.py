@@ -83,7 +83,7 @@ def test_lookups_find_what_the_index_holds() -> None:
     for number, keys in enumerate(indexed.requests):
         assert index.best(keys) == (SHARED + OWN, number % 8)
         expected = [SHARED + OWN if replica == number % 8 else SHARED for replica in range(8)]
-        assert index.reach(keys).pages[0].tolist() == expected
+        assert index.reach(keys).device.tolist() == expected
     assert Lookups(indexed, scores=False, distinct=5).run(0.0).work() > 0
     assert Lookups(indexed, scores=True, distinct=5000).run(0.0).work() > 0
 
