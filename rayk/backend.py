@@ -7,8 +7,9 @@ there is one batch per replica. It is wider than a protocol should be because tw
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from socket import gethostname
 from time import perf_counter
@@ -27,6 +28,9 @@ from rayk.params import KVCacheParams
 from rayk.peers import copy_spans
 from rayk.replica import ReplicaCore, Reused, Usage
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
+from rayk.tiers.connector import TierCount
+from rayk.tiers.identity import find_seed
+from rayk.tiers.opening import open_connector
 
 Batches = Sequence[Sequence[TextContext]]
 Forward = Callable[[ReplicaInputs, Sequence[TextContext]], Any]
@@ -59,6 +63,9 @@ class Backend(Protocol):
     def reset_prefix_cache(self) -> None: ...
     def buffers(self, replica: int) -> list[torch.Tensor]: ...
     def read_pages(self, page_ids: Sequence[int], replica: int) -> list[torch.Tensor]: ...
+    def tier_count(self, replica: int) -> TierCount: ...
+    def poll_transfers(self) -> None: ...
+    def drain(self) -> None: ...
     def node_names(self) -> list[str]: ...
     def check_integrity(self) -> None: ...
     def close(self) -> None: ...
@@ -69,16 +76,32 @@ class InlineBackend:
     """All replicas in this process; no copy of a context or a token is made on the way."""
 
     def __init__(
-        self, params: KVCacheParams, num_pages: int, max_batch_size: int, runtime_checks: bool, router: str
+        self,
+        params: KVCacheParams,
+        num_pages: int,
+        max_batch_size: int,
+        runtime_checks: bool,
+        router: str,
+        host_pages: int = 0,
     ) -> None:
         from rayk.scheduler.routing import Placements, make_router
 
         replicas = params.data_parallel_degree
+        if params.kv_hash_seed is None:
+            params = replace(params, kv_hash_seed=find_seed(params))
         self._placements = Placements(replicas)
         self.cores = [
             ReplicaCore(params, r, num_pages, max_batch_size, None, runtime_checks, self._holder)
             for r in range(replicas)
         ]
+        pool = f"inline-{os.getpid()}-{os.urandom(8).hex()}" if replicas > 1 else None
+        try:
+            for core in self.cores:
+                if params.kv_connector != "null":
+                    core.connect(open_connector(params, core.buffers.all_bytes, host_pages, pool))
+        except BaseException:
+            self.close()
+            raise
         self._router = make_router(router)
         self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy and replicas > 1
 
@@ -176,7 +199,7 @@ class InlineBackend:
         except RaykError as error:
             self.release(ctx.request_id, replica)
             return Admission(replica, error)
-        return Admission(replica, None, *reused, claimed - start, perf_counter() - claimed)
+        return Admission(replica, None, *reused, claim_seconds=claimed - start, alloc_seconds=perf_counter() - claimed)
 
     def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> list[TickResult]:
         results = []
@@ -224,7 +247,7 @@ class InlineBackend:
         return self.cores[replica].used_fraction_after(ctx)
 
     def hit_counts(self, ctx: TextContext) -> list[HitCounts]:
-        return [HitCounts(core.resident(ctx)) for core in self.cores]
+        return [HitCounts(*core.tier_hits(ctx)) for core in self.cores]
 
     def metrics(self) -> KVCacheMetrics:
         return sum((core.metrics for core in self.cores), KVCacheMetrics())
@@ -243,6 +266,18 @@ class InlineBackend:
     def read_pages(self, page_ids: Sequence[int], replica: int) -> list[torch.Tensor]:
         return self.cores[replica].buffers.read(page_ids)
 
+    def tier_count(self, replica: int) -> TierCount:
+        connector = self.cores[replica].connector
+        return connector.count() if connector is not None else TierCount()
+
+    def poll_transfers(self) -> None:
+        for core in self.cores:
+            core.poll_transfers()
+
+    def drain(self) -> None:
+        for core in self.cores:
+            core.drain()
+
     def node_names(self) -> list[str]:
         return [gethostname()] * len(self.cores)
 
@@ -251,6 +286,8 @@ class InlineBackend:
             core.check_integrity()
 
     def close(self) -> None:
+        for core in self.cores:
+            core.shutdown()
         self.cores.clear()
 
     def leave(self) -> None:

@@ -64,7 +64,8 @@ class PageBuffers:
         """Every buffer in the public shape: per leaf its shards' values, then its shards' scales."""
         return [tensor for leaf in self.leaves.values() for tensor in (*leaf.values, *leaf.scales)]
 
-    def _bytes(self) -> list[torch.Tensor]:
+    @property
+    def all_bytes(self) -> list[torch.Tensor]:
         """Every buffer as uint8 `[pages + 1, bytes per page]`, sharing memory."""
         return [t.transpose(1, 2).flatten(1).view(torch.uint8) for t in self.all_buffers]
 
@@ -87,16 +88,16 @@ class PageBuffers:
     def read_bytes(self, page_ids: PageIds) -> list[torch.Tensor]:
         """Copies of those pages as uint8 `[n, bytes per page]` per buffer, on the buffers' devices."""
         index = self._index(page_ids)
-        return [raw[index.to(raw.device)] for raw in self._bytes()]
+        return [raw[index.to(raw.device)] for raw in self.all_bytes]
 
     def write_bytes(self, page_ids: PageIds, data: Sequence[torch.Tensor]) -> None:
         """Overwrite those pages with what read_bytes() of an equal layout gave; data may be on any device."""
         index = self._index(page_ids)
-        for raw, new in zip(self._bytes(), data, strict=True):
+        for raw, new in zip(self.all_bytes, data, strict=True):
             raw[index.to(raw.device)] = new.to(raw.device)
 
     def check_layout(self, data: Sequence[torch.Tensor], pages: int) -> str | None:
         """Why `data` does not hold `pages` pages of this layout, or None."""
-        want = [(pages, raw.shape[1]) for raw in self._bytes()]
+        want = [(pages, raw.shape[1]) for raw in self.all_bytes]
         got = [tuple(d.shape) for d in data]
         return None if got == want else f"page data of shapes {got}, expected {want}"

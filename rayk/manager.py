@@ -20,12 +20,12 @@ from rayk.errors import (
     ClosedError,
     InsufficientBlocksError,
     LeafError,
-    NotBuiltError,
     NotClaimedError,
     ReplicaIndexError,
     RuntimeInputsError,
 )
 from rayk.inputs import BatchCharacteristics, RuntimeInputs
+from rayk.memory.budget import compute_num_host_blocks
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning import plan_here
@@ -49,6 +49,7 @@ class Wanted(NamedTuple):
     router: str
     uniform: bool
     utilization: float | None
+    host_pages: int = 0
 
 
 class PagedKVCacheManager:
@@ -82,13 +83,25 @@ class PagedKVCacheManager:
             total_num_host_pages == 0 or params.kv_connector != "null",
             f"{total_num_host_pages} host pages need kv_connector 'local' or 'tiered'",
         )
-        if params.kv_connector != "null":
-            raise NotBuiltError(f"the {params.kv_connector!r} host tier (kv_connector='null' works)")
+        if params.kv_connector != "null" and not total_num_host_pages:
+            require(
+                params.host_kvcache_swap_space_gb is not None,
+                f"kv_connector {params.kv_connector!r} needs total_num_host_pages or host_kvcache_swap_space_gb",
+            )
+            total_num_host_pages = compute_num_host_blocks(params)
         session.check_open()
         self.params = params
         self._replicas = self._open = params.data_parallel_degree  # _open: 0 after the end
         self._session = session
-        wanted = Wanted(total_num_pages, max_batch_size, enable_runtime_checks, router, uniform, memory_utilization)
+        wanted = Wanted(
+            total_num_pages,
+            max_batch_size,
+            enable_runtime_checks,
+            router,
+            uniform,
+            memory_utilization,
+            total_num_host_pages,
+        )
         self._backend = self._start(session, wanted)
         # Looked up once: alloc() is called for every request and step.
         self._alloc = {r: self._backend.allocator(r) for r in range(self._open)}
@@ -98,7 +111,9 @@ class PagedKVCacheManager:
         """The backend of the session's runtime; on Ray this plans, places and starts the actors."""
         if session.runtime == "inline":
             pages = plan_here(self.params, wanted.pages, wanted.utilization)
-            return InlineBackend(self.params, pages, wanted.max_batch_size, wanted.runtime_checks, wanted.router)
+            return InlineBackend(
+                self.params, pages, wanted.max_batch_size, wanted.runtime_checks, wanted.router, wanted.host_pages
+            )
         from rayk.scheduler.client import RayBackend
         from rayk.scheduler.cluster import ClusterConfig, start_cluster
 
@@ -282,21 +297,20 @@ class PagedKVCacheManager:
         return self._at(replica_idx).usage(replica_idx).used
 
     def get_num_host_pages(self, replica_idx: int) -> int:
-        """Pages of the host tier: 0, there is none."""
-        self._at(replica_idx)
-        return 0
+        """Pages of the host tier on the replica's node, which all replicas there share; 0 without one."""
+        return self._at(replica_idx).tier_count(replica_idx).host_total
 
     def get_num_used_host_pages(self, replica_idx: int) -> int:
-        """Used pages of the host tier: 0, there is none."""
-        return self.get_num_host_pages(replica_idx)
+        """Of these, pages in use."""
+        return self._at(replica_idx).tier_count(replica_idx).host_used
 
     def get_num_disk_pages(self, replica_idx: int) -> int:
-        """Pages of the disk tier: 0, there is none."""
-        return self.get_num_host_pages(replica_idx)
+        """Pages that the disk budget of the replica's node is for, shared likewise; 0 without a disk tier."""
+        return self._at(replica_idx).tier_count(replica_idx).disk_total
 
     def get_num_used_disk_pages(self, replica_idx: int) -> int:
-        """Used pages of the disk tier: 0, there is none."""
-        return self.get_num_host_pages(replica_idx)
+        """Of these, pages in use."""
+        return self._at(replica_idx).tier_count(replica_idx).disk_used
 
     def get_pct_used_blocks_after_allocation(self, ctx: TextContext, replica_idx: int) -> float:
         """Fraction (0..1) of the replica's pages in use if alloc(ctx) were called now. Changes nothing."""
@@ -315,7 +329,7 @@ class PagedKVCacheManager:
         self._at(0).reset_metrics()
 
     def reset_prefix_cache(self) -> None:
-        """Forget cached pages that nobody holds, on all replicas; held ones can still be hit."""
+        """Forget cached pages that nobody holds, on all replicas and in the tiers; held ones can still be hit."""
         self._at(0).reset_prefix_cache()
 
     # -- contents and the end --------------------------------------------------------------------------------
@@ -329,12 +343,12 @@ class PagedKVCacheManager:
         return self._at(replica_idx).read_pages(page_ids, replica_idx)
 
     def poll_transfers(self) -> None:
-        """Take note of finished transfers. Copies between replicas end within alloc(): there are none to wait for."""
-        self._at(0)
+        """Take note of finished transfers, so that what has landed can be reused. Never waits for one."""
+        self._at(0).poll_transfers()
 
     def drain(self) -> None:
-        """Return when no host or disk transfer is pending."""
-        self.poll_transfers()
+        """Return when no host or disk transfer is pending; afterwards no page is held by one."""
+        self._at(0).drain()
 
     def get_node_names(self) -> list[str]:
         """The host name of each replica's node."""

@@ -17,6 +17,8 @@ class KVCacheMetrics(msgspec.Struct, frozen=True, kw_only=True):
     cross_replica_bytes_copied: int = 0  # the same in bytes, all shards and leaves
     disk_blocks_written: int = 0
     disk_blocks_read: int = 0
+    failed_loads: int = 0  # pages that a tier had, but that did not arrive: they were computed
+    rejected_files: int = 0  # page files that were damaged, foreign or of another version
     evicted_blocks: int = 0  # cached pages given up for new content
 
     @property

@@ -157,6 +157,15 @@ class PrefixTree:
             node = node.parent
         return parts[0] if len(parts) == 1 else np.concatenate(parts[::-1] or [_NO_PAGES])
 
+    def path_hashes(self, tip: Segment) -> bytes:
+        """The hashes of all pages down to `tip`, joined; nothing without a hasher."""
+        parts = []
+        node: Segment | None = tip
+        while node is not None and node.parent is not None:
+            parts.append(node.hashes)
+            node = node.parent
+        return b"".join(reversed(parts))
+
     # -- holding ------------------------------------------------------------------------------
 
     def hold_root(self, key: RootKey) -> Segment:

@@ -18,13 +18,16 @@ from rayk.buffers import PageBuffers
 from rayk.context import TextContext, TokenWindow
 from rayk.errors import AlreadyClaimedError, BatchError, InsufficientBlocksError, IntegrityError, NotClaimedError
 from rayk.exports import Exports, PageExport
+from rayk.hashing import PageHash
 from rayk.inputs import BatchCharacteristics, BatchShape, InputStage, ReplicaInputs
+from rayk.loads import Loads
 from rayk.lookup import fill_batch
 from rayk.metrics import KVCacheMetrics
 from rayk.pages import PagePool, Pages
 from rayk.params import KVCacheParams
 from rayk.prefix import Match, PageListener, PrefixTree, Segment
 from rayk.tables import BlockTable
+from rayk.tiers.connector import Connector, Tier
 
 
 class Request:
@@ -57,10 +60,15 @@ class Usage(NamedTuple):
 
 
 class Reused(NamedTuple):
-    """Tokens that an alloc found cached: on the replica itself, and copied in from other replicas."""
+    """Tokens that an alloc found cached: on the replica itself, copied in from other replicas, or in a tier.
+
+    Those from a tier may still be on their way; what fails to arrive is computed.
+    """
 
     device_tokens: int
     peer_tokens: int
+    host_tokens: int = 0
+    disk_tokens: int = 0
 
 
 NOTHING_REUSED = Reused(0, 0)
@@ -105,6 +113,16 @@ class ReplicaCore:
         self._unpublished: list[ContextBatch] = []  # stepped, and not yet looked at for full pages
         self._eager = False  # somebody listens: publish at once
         self._input_tokens = self._device_hits = self._peer_hits = self._evicted_before = 0
+        self._loads: Loads | None = None
+        self._loads_before = KVCacheMetrics()
+
+    def connect(self, connector: Connector) -> None:
+        """Offload what is cached from now on to `connector`, and load from it. Before any request; once.
+
+        The core owns it: shutdown() shuts it down.
+        """
+        self._loads = Loads(self, connector)
+        self.listen(self._loads)
 
     def listen(self, listener: PageListener) -> None:
         """Hash every page that is cached from now on and tell `listener`, and what is dropped. Before any request."""
@@ -135,6 +153,10 @@ class ReplicaCore:
         if request is None:
             raise self.not_claimed(request_id)
         self._claims += 1
+        if self._loads is not None:
+            self._loads.cancel(request_id)
+            if request.tip is not None:
+                self._loads.released(self._tree.path_hashes(request.tip))
         pages, committed = request.pages, request.committed
         if pages > committed and not request.dummy:
             self._pool.give(self.table.rows[request.row][committed:pages])
@@ -230,6 +252,9 @@ class ReplicaCore:
     def _alloc(self, request: Request, ctx: TextContext, window: TokenWindow, imports: Sequence[PageExport]) -> Reused:
         if self._unpublished:
             self.publish()
+        loads = self._loads
+        if loads is not None and loads.under_way:
+            self.settle([ctx])
         if request.ctx is None or not request.pages:
             request.ctx = ctx
         elif request.ctx is not ctx:
@@ -266,27 +291,35 @@ class ReplicaCore:
             reused = Reused(hits * size, copied * size)
         else:
             request.tip = tip
-        if first and looks:
-            ctx.cached_prefix_length = window.processed
         if need > 0:
             if need > pool.empty:
                 tree.make_room(need)
             wanted = keep + need
             if wanted > self.table.width:
                 self.table.widen(wanted)
-            self.table.rows[row][keep:wanted] = pool.take(need)
+            self.table.rows[row][keep:wanted] = pool.take(need) if loads is None else self.take(need)
             keep = wanted
         request.pages = keep
         request.room = keep * size
         if request.bound:
             self.table.room[row] = request.room
             self.table.version += 1
+        if loads is not None and looks:
+            if reusable > request.committed:
+                host, disk = loads.start(ctx, request, reusable)
+                if host or disk:
+                    reused = Reused(reused.device_tokens, reused.peer_tokens, host * size, disk * size)
+            loads.flush()
+        if first and looks:
+            ctx.cached_prefix_length = window.processed
         self._input_tokens += window.end - window.processed
         self._check()
         return reused
 
     def alloc_many(self, batch: Sequence[TextContext]) -> dict[str, InsufficientBlocksError]:
         """alloc() for each context; what was refused, by request id. The refused ones keep what they had."""
+        if self._loads is not None and self._loads.under_way:
+            self.settle(batch)
         if type(batch) is ContextBatch and decode.ready(self, batch) and decode.alloc(self, batch):
             self._check()
             return {}
@@ -311,8 +344,11 @@ class ReplicaCore:
         return True
 
     def take(self, pages: int) -> Pages:
-        """For rayk.decode: empty pages, a view as in PagePool.take()."""
-        return self._pool.take(pages)
+        """Empty pages, a view as in PagePool.take(); also for rayk.decode."""
+        taken = self._pool.take(pages)
+        if self._loads is not None:
+            self._loads.connector.reuse(taken)
+        return taken
 
     def _needs(self, ctx: TextContext, length: int) -> tuple[int, int]:
         """slots_needed() and _reusable(). InsufficientBlocksError when not even all pages would do."""
@@ -369,7 +405,7 @@ class ReplicaCore:
         if copied:
             self._tree.make_room(copied)
             pages = row[start + hits : start + hits + copied]
-            pages[:] = self._pool.take(copied)
+            pages[:] = self.take(copied)
             self.exports.land(pages, start + hits, imports)
             tokens = ctx.tokens.data[(start + hits) * size : (start + hits + copied) * size].tobytes()
             tip, _ = self._tree.commit(tip, tokens, pages)
@@ -386,6 +422,8 @@ class ReplicaCore:
 
     def step(self, batch: Sequence[TextContext]) -> None:
         """Commit the pages of each request that are full and processed; equal pages collapse into one."""
+        if self._loads is not None and self._loads.under_way:
+            self.settle(batch)
         if type(batch) is ContextBatch and decode.ready(self, batch) and decode.step(self, batch):
             if self._caching and batch.unpublished is None:
                 batch.unpublished = self
@@ -411,7 +449,9 @@ class ReplicaCore:
             raise self.not_claimed(missing.args[0]) from None
         for ctx, request, pages in due:
             if pages > request.committed:
-                self._commit(ctx, request, pages)
+                self.commit(ctx, request, pages)
+        if self._loads is not None:
+            self._loads.flush()
         if self.runtime_checks:
             self.check_integrity()
 
@@ -423,7 +463,9 @@ class ReplicaCore:
             for at in np.flatnonzero(batch.stepped >= self.table.due[batch.row]).tolist():
                 request = batch.requests[at]
                 if request is not None and request.bound and request.bound == batch.serial[at]:
-                    self._commit(batch[at], request, int(batch.stepped[at]) // self.page_size)
+                    self.commit(batch[at], request, int(batch.stepped[at]) // self.page_size)
+        if self._loads is not None:
+            self._loads.flush()
 
     def _full_pages(self, ctx: TextContext, request: Request) -> int:
         """Leading pages that are full and processed. BatchError when the request does not have them."""
@@ -439,7 +481,8 @@ class ReplicaCore:
             )
         return full
 
-    def _commit(self, ctx: TextContext, request: Request, full: int) -> None:
+    def commit(self, ctx: TextContext, request: Request, full: int) -> None:
+        """Put the request's pages up to `full` into the tree; for step() and landed loads."""
         start, size, tree = request.committed, self.page_size, self._tree
         tip = request.tip
         if tip is None:
@@ -455,6 +498,80 @@ class ReplicaCore:
         if request.bound:
             self.table.due[request.row] = request.due
 
+    # -- tiers -----------------------------------------------------------------------------------
+
+    def settle(self, batch: Sequence[TextContext]) -> list[TextContext]:
+        """Wait for the loads that these requests need; the contexts whose window moved back, because a load failed."""
+        moved: list[TextContext] = []
+        loads = self._loads
+        if loads is None or not loads.under_way:
+            return moved
+        for ctx in batch:
+            load = loads.under_way.get(ctx.request_id)
+            request = self.requests.get(ctx.request_id)
+            if load is None or request is None:
+                continue
+            if request.ctx is not ctx:
+                self._adopt(request, ctx)
+            loads.land(request, load)
+            del loads.under_way[ctx.request_id]
+            request.room = request.pages * self.page_size
+            if request.bound:
+                self.table.room[request.row] = request.room
+            self._input_tokens += (load.pages - load.landed) * self.page_size
+            if loads.resume(ctx, request, load):
+                moved.append(ctx)
+        return moved
+
+    def loading(self, ctx: TextContext) -> bool:
+        """Whether the request waits for a load, so that a batch with it would, too."""
+        load = self._loads.under_way.get(ctx.request_id) if self._loads is not None else None
+        return load is not None and load.landed < 0 and not load.transfer.poll()
+
+    def poll_transfers(self) -> None:
+        """Take note of finished transfers: what has landed can be reused by others."""
+        if self._loads is not None:
+            for request_id, load in self._loads.under_way.items():
+                if load.landed < 0 and load.transfer.poll():
+                    self._loads.land(self.requests[request_id], load)
+            self._loads.flush()
+
+    def drain(self) -> None:
+        """Wait until nothing is on its way to or from a tier."""
+        if self._loads is not None:
+            for request_id, load in self._loads.under_way.items():
+                self._loads.land(self.requests[request_id], load)
+            self._loads.flush()
+            self._loads.connector.drain()
+
+    def tier_hits(self, ctx: TextContext) -> tuple[int, int, int]:
+        """Leading pages of the request that are cached here, and after them in the host and the disk tier."""
+        match = self._resident(ctx)
+        have, stop, loads = match.pages if match is not None else 0, self._reusable(ctx), self._loads
+        if loads is None or stop <= have or not self._caching:
+            return have, 0, 0
+        parent = self._tree.page_hash(match) if match is not None else loads.root(ctx.root_key)
+        size = self.page_size
+        tiers = loads.find(parent, ctx.tokens.data[have * size : stop * size].tobytes()).tiers
+        host = tiers.count(Tier.HOST)
+        return have, host, len(tiers) - host
+
+    def path_hash(self, tip: Segment) -> PageHash:
+        """The hash of the last page of a held path."""
+        return self._tree.page_hash(Match(tip, 0, None, 0))
+
+    @property
+    def connector(self) -> Connector | None:
+        """What connect() was given."""
+        return self._loads.connector if self._loads is not None else None
+
+    def shutdown(self) -> None:
+        """Finish transfers and let go of the tiers. The core is of no use afterwards."""
+        if self._loads is not None:
+            self.drain()
+            self._loads.connector.shutdown()
+            self._loads = None
+
     # -- batches -------------------------------------------------------------------------------
 
     def runtime_inputs(
@@ -463,7 +580,12 @@ class ReplicaCore:
         max_cache_length: int | None = None,
         characteristics: BatchCharacteristics | None = None,
     ) -> ReplicaInputs:
-        """Inputs with tensors; see rayk.inputs. RuntimeInputsError when a request has too few pages."""
+        """Inputs with tensors; see rayk.inputs. RuntimeInputsError when a request has too few pages.
+
+        Waits for the loads of the batch; when one failed, its window moves back first.
+        """
+        if self._loads is not None and self._loads.under_way:
+            self.settle(batch)
         filled = None
         if type(batch) is ContextBatch and max_cache_length is None and characteristics is None:
             filled = decode.fill(self, batch) if decode.ready(self, batch) else None
@@ -477,6 +599,8 @@ class ReplicaCore:
         characteristics: BatchCharacteristics | None = None,
     ) -> tuple[Pages, Pages, BatchShape]:
         """The same without tensors: lookup table, cache lengths, scalars (views, as in rayk.inputs)."""
+        if self._loads is not None and self._loads.under_way:
+            self.settle(batch)
         rows, width, shape = fill_batch(self, batch, max_cache_length, characteristics)
         return (*self.stage.host_views(rows, width), shape)
 
@@ -538,9 +662,17 @@ class ReplicaCore:
     @property
     def metrics(self) -> KVCacheMetrics:
         """Counters since reset_metrics()."""
+        tiers = self._tier_metrics()
+        before, loaded = self._loads_before, tiers.cache_tokens - self._loads_before.cache_tokens
         return KVCacheMetrics(
             input_tokens=self._input_tokens,
-            cache_tokens=(self._device_hits + self._peer_hits) * self.page_size,
+            cache_tokens=(self._device_hits + self._peer_hits) * self.page_size + loaded,
+            h2d_blocks_copied=tiers.h2d_blocks_copied - before.h2d_blocks_copied,
+            d2h_blocks_copied=tiers.d2h_blocks_copied - before.d2h_blocks_copied,
+            disk_blocks_written=tiers.disk_blocks_written - before.disk_blocks_written,
+            disk_blocks_read=tiers.disk_blocks_read - before.disk_blocks_read,
+            failed_loads=tiers.failed_loads - before.failed_loads,
+            rejected_files=tiers.rejected_files - before.rejected_files,
             device_blocks_served=self._device_hits,
             cross_replica_blocks_copied=self._peer_hits,
             cross_replica_bytes_copied=self._peer_hits * self._bytes_per_page,
@@ -551,12 +683,31 @@ class ReplicaCore:
         """Counters to zero."""
         self._input_tokens = self._device_hits = self._peer_hits = 0
         self._evicted_before = self._tree.evicted
+        self._loads_before = self._tier_metrics()
+
+    def _tier_metrics(self) -> KVCacheMetrics:
+        """What came from tiers and went there since the start."""
+        if self._loads is None:
+            return KVCacheMetrics()
+        self._loads.connector.poll()
+        counters = self._loads.connector.counters
+        return KVCacheMetrics(
+            cache_tokens=self._loads.pages * self.page_size,
+            h2d_blocks_copied=counters.h2d,
+            d2h_blocks_copied=counters.d2h,
+            disk_blocks_written=counters.disk_written,
+            disk_blocks_read=counters.disk_read,
+            failed_loads=counters.loads_failed,
+            rejected_files=counters.damaged + counters.foreign + counters.outdated,
+        )
 
     def reset_prefix_cache(self) -> None:
-        """Forget cached pages that nobody holds."""
+        """Forget cached pages that nobody holds, here and in the tiers."""
         if self._unpublished:
             self.publish()
         self._tree.reset()
+        if self._loads is not None:
+            self._loads.connector.reset()
         self._check()
 
     def _check(self) -> None:

@@ -20,6 +20,8 @@ class Admission(NamedTuple):
     error: RaykError | None = None
     device_tokens: int = 0  # reused from the replica's own cache
     peer_tokens: int = 0  # copied from other replicas
+    host_tokens: int = 0  # loaded from the host tier, or on their way
+    disk_tokens: int = 0  # the same from the disk tier
     claim_seconds: float = 0.0  # inside the replica
     alloc_seconds: float = 0.0
 
@@ -57,7 +59,7 @@ class TickResult:
 
 
 class HitCounts(NamedTuple):
-    """Leading pages of a request that one replica could reuse, by where they are."""
+    """Leading pages of a request that one replica could reuse, by where they are; tiers count what follows."""
 
     device_blocks: int
     host_blocks: int = 0

@@ -103,7 +103,11 @@ class Connector(Protocol):
         ...
 
     def offload(self, hashes: Sequence[bytes], pages: Pages) -> None:
-        """Copy device pages out. Once it returns, later work on the device may change them."""
+        """Copy device pages out. Nobody writes to them before reuse()."""
+        ...
+
+    def reuse(self, pages: Pages) -> None:
+        """These device pages are about to be written: what is still reading them must be waited for, on the device."""
         ...
 
     def touch(self, hashes: Sequence[bytes]) -> None:
@@ -148,6 +152,9 @@ class NullConnector:
         return Landed(0)
 
     def offload(self, hashes: Sequence[bytes], pages: Pages) -> None:
+        pass
+
+    def reuse(self, pages: Pages) -> None:
         pass
 
     def touch(self, hashes: Sequence[bytes]) -> None:

@@ -18,6 +18,7 @@ import torch
 from rayk.tiers.connector import Pages
 
 Rows = npt.NDArray[np.uint8]  # [rows, bytes per page]
+Groups = Sequence[Sequence[torch.Tensor]]  # buffers; those of a group hold the same bytes
 
 
 class Ticket(Protocol):
@@ -45,17 +46,21 @@ class PageCopier(Protocol):
         ...
 
 
-def make_copier(buffers: Sequence[torch.Tensor]) -> PageCopier:
-    """`buffers` are uint8 `[pages, bytes per page]`, one per device buffer, sharing memory with it."""
-    return CudaCopier(buffers) if any(b.is_cuda for b in buffers) else HostCopier(buffers)
+def make_copier(buffers: Sequence[torch.Tensor], copies: int = 1) -> PageCopier:
+    """`buffers` are uint8 `[pages, bytes per page]`, one per device buffer, sharing memory with it.
+
+    Each run of `copies` buffers holds the same bytes (a replicated cache's TP shards); a row has them once.
+    """
+    copier = CudaCopier if any(b.is_cuda for b in buffers) else HostCopier
+    return copier([buffers[at : at + copies] for at in range(0, len(buffers), copies)])
 
 
-def _parts(buffers: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Where each buffer's part of a page is in a row: start, stop."""
+def _parts(groups: Groups) -> list[tuple[int, int]]:
+    """Where each group's part of a page is in a row: start, stop."""
     parts, at = [], 0
-    for buffer in buffers:
-        parts.append((at, at + buffer.shape[1]))
-        at += buffer.shape[1]
+    for group in groups:
+        parts.append((at, at + group[0].shape[1]))
+        at += group[0].shape[1]
     return parts
 
 
@@ -73,20 +78,21 @@ def runs(pages: Sequence[int], rows: Sequence[int]) -> list[tuple[int, int, int]
 class HostCopier:
     """Pages in host memory: plain copies."""
 
-    def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
-        self._buffers = [b.numpy() for b in buffers]
-        self._parts = _parts(buffers)
+    def __init__(self, groups: Groups) -> None:
+        self._groups = [[b.numpy() for b in group] for group in groups]
+        self._parts = _parts(groups)
         self.page_bytes = self._parts[-1][1]
 
     def store(self, pages: Pages, pool: Rows, rows: Sequence[int]) -> None:
         for page, row, count in runs(pages.tolist(), rows):
-            for buffer, (start, stop) in zip(self._buffers, self._parts, strict=True):
-                pool[row : row + count, start:stop] = buffer[page : page + count]
+            for group, (start, stop) in zip(self._groups, self._parts, strict=True):
+                pool[row : row + count, start:stop] = group[0][page : page + count]
 
     def load(self, pool: Rows, rows: Sequence[int], pages: Pages) -> None:
         for page, row, count in runs(pages.tolist(), rows):
-            for buffer, (start, stop) in zip(self._buffers, self._parts, strict=True):
-                buffer[page : page + count] = pool[row : row + count, start:stop]
+            for group, (start, stop) in zip(self._groups, self._parts, strict=True):
+                for buffer in group:
+                    buffer[page : page + count] = pool[row : row + count, start:stop]
 
     def fence(self, pages: Pages) -> None:
         pass
@@ -109,11 +115,11 @@ class _Event:
 class CudaCopier:
     """Pages in GPU memory. The pool should be registered with CUDA (register()), else copies block the caller."""
 
-    def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
-        self._buffers = list(buffers)
-        self._parts = _parts(buffers)
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._parts = _parts(groups)
         self.page_bytes = self._parts[-1][1]
-        self._devices = sorted({b.device for b in buffers}, key=str)
+        self._devices = sorted({b.device for group in groups for b in group}, key=str)
         self._stores = {d: torch.cuda.Stream(d) for d in self._devices}  # type: ignore[no-untyped-call]
         self._loads = {d: torch.cuda.Stream(d) for d in self._devices}  # type: ignore[no-untyped-call]
         self._storing: list[tuple[frozenset[int], _Event]] = []
@@ -127,19 +133,13 @@ class CudaCopier:
             self._pools = {pool.ctypes.data: tensor}
         return tensor
 
-    def _copy(
-        self,
-        streams: dict[torch.device, torch.cuda.Stream],
-        pages: Pages,
-        copy: Callable[[torch.Tensor, int, int], None],
-    ) -> _Event:
+    def _copy(self, streams: dict[torch.device, torch.cuda.Stream], copy: Callable[[torch.device], None]) -> _Event:
+        """Queue `copy` for each device on its stream, after what its compute stream has queued."""
         events = []
         for device, stream in streams.items():
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                for buffer, (start, stop) in zip(self._buffers, self._parts, strict=True):
-                    if buffer.device == device:
-                        copy(buffer, start, stop)
+                copy(device)
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(stream)
                 events.append(event)
@@ -148,11 +148,13 @@ class CudaCopier:
     def store(self, pages: Pages, pool: Rows, rows: Sequence[int]) -> Ticket:
         host, stretches = self._pool(pool), runs(pages.tolist(), rows)
 
-        def copy(buffer: torch.Tensor, start: int, stop: int) -> None:
-            for page, row, count in stretches:
-                host[row : row + count, start:stop].copy_(buffer[page : page + count], non_blocking=True)
+        def copy(device: torch.device) -> None:
+            for group, (start, stop) in zip(self._groups, self._parts, strict=True):
+                if group[0].device == device:
+                    for page, row, count in stretches:
+                        host[row : row + count, start:stop].copy_(group[0][page : page + count], non_blocking=True)
 
-        ticket = self._copy(self._stores, pages, copy)
+        ticket = self._copy(self._stores, copy)
         self._storing = [s for s in self._storing if not s[1].poll()]
         self._storing.append((frozenset(pages.tolist()), ticket))
         return ticket
@@ -160,12 +162,15 @@ class CudaCopier:
     def load(self, pool: Rows, rows: Sequence[int], pages: Pages) -> Ticket:
         host, stretches = self._pool(pool), runs(pages.tolist(), rows)
 
-        def copy(buffer: torch.Tensor, start: int, stop: int) -> None:
-            for page, row, count in stretches:
-                buffer[page : page + count].copy_(host[row : row + count, start:stop], non_blocking=True)
+        def copy(device: torch.device) -> None:
+            for group, (start, stop) in zip(self._groups, self._parts, strict=True):
+                for buffer in group:
+                    if buffer.device == device:
+                        for page, row, count in stretches:
+                            buffer[page : page + count].copy_(host[row : row + count, start:stop], non_blocking=True)
 
         self.fence(pages)
-        ticket = self._copy(self._loads, pages, copy)
+        ticket = self._copy(self._loads, copy)
         for event, device in zip(ticket.events, self._devices, strict=True):
             torch.cuda.current_stream(device).wait_event(event)
         return ticket

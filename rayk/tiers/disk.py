@@ -43,10 +43,17 @@ class DiskTier:
     """
 
     def __init__(
-        self, folder: Path, fingerprint: int, page_bytes: int, max_bytes: int, key_bytes: int, counters: TierCounters
+        self,
+        folder: Path,
+        fingerprint: int,
+        page_bytes: int,
+        max_bytes: int,
+        max_pages: int,
+        key_bytes: int,
+        counters: TierCounters,
     ) -> None:
-        self.capacity = max_bytes // page_bytes  # what was asked for
-        self.slots = max_bytes // (page_bytes + HEADER_BYTES)  # what fits with headers
+        self.capacity = max_pages  # what was asked for
+        self.slots = min(max_pages, max_bytes // (page_bytes + HEADER_BYTES))  # what fits with headers
         self.trouble = ""
         self._fingerprint = fingerprint
         self._page_bytes = page_bytes

@@ -40,6 +40,14 @@ def read_seed(folder: Path) -> bytes | None:
     return None
 
 
+def find_seed(params: KVCacheParams) -> bytes:
+    """The seed of a cluster that was given none: the one kept with its tier directory, else a new one."""
+    config = params.kv_connector_config
+    folder = config.disk_offload_dir if config is not None else None
+    known = read_seed(Path(folder)) if folder is not None else None
+    return known if known is not None else os.urandom(SEED_BYTES)
+
+
 def keep_seed(folder: Path, seed: bytes) -> bytes:
     """Keep `seed` with a tier directory that has none; the one that is there in the end. OSError passes."""
     folder.mkdir(parents=True, exist_ok=True)

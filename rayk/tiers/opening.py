@@ -32,7 +32,10 @@ def open_connector(
     """
     if params.kv_connector == "null" or not host_pages:
         return NullConnector()
-    copier, counters = make_copier(buffers), TierCounters()
+    # A replicated cache (MLA) has values, then scales, shard by shard: each run of TP shards is one set of bytes.
+    replicated = next(iter(params.leaves.values())).replicates_kv_across_tp
+    copier = make_copier(buffers, params.tensor_parallel_degree if replicated else 1)
+    counters = TierCounters()
     host = HostPool(pool, host_pages, copier.page_bytes, measure_node().host_free)
     if isinstance(copier, CudaCopier):
         trouble = register(host.rows)
@@ -46,6 +49,7 @@ def open_connector(
             fingerprint(params),
             copier.page_bytes,
             config.disk_offload_max_bytes,
+            config.disk_offload_max_bytes // params.bytes_per_page,
             WIDTHS[params.kv_hash_algo],
             counters,
         )

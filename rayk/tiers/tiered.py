@@ -233,6 +233,9 @@ class TieredConnector:
             except SegmentBusyError:
                 self._late.extend(rows)
 
+    def reuse(self, pages: Pages) -> None:
+        self._copier.fence(pages)
+
     # -- the rest ----------------------------------------------------------------------------------
 
     def touch(self, hashes: Sequence[bytes]) -> None:

@@ -46,7 +46,7 @@ def open_tier(tmp_path: Path) -> Iterator[Open]:
 
     def make(pages: int = 4, fingerprint: int = 1) -> DiskTier:
         counters = TierCounters()
-        tiers.append(DiskTier(tmp_path, fingerprint, BYTES, pages * FILE, 32, counters))
+        tiers.append(DiskTier(tmp_path, fingerprint, BYTES, pages * FILE, pages * FILE // BYTES, 32, counters))
         return tiers[-1]
 
     yield make
@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_used_is_no_error(tmp_path: Path, what: str, cap
         folder.write_text("in the way")
     else:
         size = FILE - 1
-    tier = DiskTier(folder, 1, BYTES, size, 32, TierCounters())
+    tier = DiskTier(folder, 1, BYTES, size, size // BYTES, 32, TierCounters())
     assert tier.trouble
     assert not tier.write(key(1), page(1))
     assert not tier.contains(key(1))
@@ -209,7 +209,7 @@ DIE = """
 import numpy as np
 from rayk.tiers.connector import TierCounters
 from rayk.tiers.disk import DiskTier
-tier = DiskTier(Path({folder!r}), 1, 500, 4 * 564, 32, TierCounters())
+tier = DiskTier(Path({folder!r}), 1, 500, 4 * 564, 4, 32, TierCounters())
 if {where!r} == "before the rename":
     os.rename = die
 else:

@@ -63,4 +63,4 @@ def test_no_tiers_were_asked_for() -> None:
 def test_a_pool_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     params = replace(BASE, kv_connector="local")
     with pytest.raises(PlanError, match="fewer host pages"):
-        open_connector(params, PageBuffers(params, 2, ["cpu"])._bytes(), 1 << 40, None)
+        open_connector(params, PageBuffers(params, 2, ["cpu"]).all_bytes, 1 << 40, None)

@@ -12,7 +12,7 @@ import torch
 
 from rayk.errors import IntegrityError
 from rayk.tiers.connector import Found, Landed, NullConnector, Tier, TierCounters
-from rayk.tiers.copies import HostCopier, runs
+from rayk.tiers.copies import make_copier, runs
 from rayk.tiers.disk import DiskTier
 from rayk.tiers.files import HEADER_BYTES
 from rayk.tiers.pool import HostPool
@@ -40,9 +40,9 @@ class Replica:
     def __init__(self, folder: Path | None, host: int, disk: int, pool: str | None) -> None:
         self.buffers = [torch.zeros((PAGES, width), dtype=torch.uint8) for width in WIDTHS]
         counters = TierCounters()
-        tier = DiskTier(folder, 1, BYTES, disk * (BYTES + HEADER_BYTES), 32, counters) if folder else None
+        tier = DiskTier(folder, 1, BYTES, disk * (BYTES + HEADER_BYTES), disk, 32, counters) if folder else None
         workers = Workers(2) if folder else None
-        self.tiers = TieredConnector(HostCopier(self.buffers), HostPool(pool, host, BYTES), tier, workers, counters)
+        self.tiers = TieredConnector(make_copier(self.buffers), HostPool(pool, host, BYTES), tier, workers, counters)
 
     def write(self, *numbers: int) -> np.ndarray:
         """Pages of their own with the contents of pages n, n, ..: in device page n."""
@@ -148,7 +148,7 @@ def test_tiered_reads_from_disk_what_the_host_lost(replica: Callable[..., Replic
     assert r.tiers.counters.disk_read >= 3
     r.tiers.drain()
     r.tiers.check_integrity()
-    assert r.tiers.count()[:4] == (2, 2, 8 * (BYTES + HEADER_BYTES) // BYTES, 5)
+    assert r.tiers.count()[:4] == (2, 2, 8, 5)
 
 
 def test_more_than_the_host_holds_goes_straight_to_disk(replica: Callable[..., Replica]) -> None:
@@ -274,3 +274,13 @@ def test_reads_overtake_writes_and_errors_stay_in_their_future() -> None:
     assert isinstance(failed.exception(), ZeroDivisionError)
     assert all(w.done() for w in writes)
     workers.stop()
+
+
+def test_shards_that_hold_the_same_are_kept_once() -> None:
+    buffers = [torch.arange(8, dtype=torch.uint8).reshape(4, 2) + 10 * (i // 2) for i in range(4)]
+    copier, pool = make_copier(buffers, copies=2), np.zeros((2, 4), np.uint8)
+    assert copier.page_bytes == 4
+    copier.store(np.array([1], np.int32), pool, [0])
+    assert pool.tolist() == [[2, 3, 12, 13], [0, 0, 0, 0]]
+    copier.load(pool, [0], np.array([3], np.int32))
+    assert [b[3].tolist() for b in buffers] == [[2, 3], [2, 3], [12, 13], [12, 13]]

@@ -1,0 +1,193 @@
+"""A replica core's dealings with its connector: what it offloads, and the loads of its requests.
+
+A load starts in alloc, which moves the request's window past it at once. The loaded pages are the request's own and
+in no tree until they have landed; whoever needs the request (runtime_inputs, step, the next alloc) lands them first.
+Pages that did not land are computed: the next call with the request's context moves its window back to them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayk.context import TextContext
+from rayk.hashing import PageHash, PageHasher, RootKey
+from rayk.pages import Pages
+from rayk.tiers.connector import Connector, Found, Landed, Tier, Transfer
+
+if TYPE_CHECKING:
+    from rayk.replica import ReplicaCore, Request
+
+log = logging.getLogger("rayk.tiers")
+
+
+class Load:
+    """Pages `base` .. `base + pages` of a request, on their way. `reached` is where its window was moved to."""
+
+    __slots__ = ("base", "landed", "pages", "reached", "transfer")
+
+    def __init__(self, transfer: Transfer, base: int, pages: int, reached: int) -> None:
+        self.transfer = transfer
+        self.base = base
+        self.pages = pages
+        self.reached = reached
+        self.landed = -1  # leading pages that are in the tree; -1 while they are on their way
+
+
+class Loads:
+    """Listens to the core's tree and offloads what is cached; finds, starts and lands loads.
+
+    `under_way` has the requests that may not go into a batch before settle(). Errors of a connector are misses.
+    """
+
+    def __init__(self, core: ReplicaCore, connector: Connector) -> None:
+        self.connector = connector
+        self.under_way: dict[str, Load] = {}
+        self.pages = 0  # found by alloc, less what then failed to land
+        self._core = core
+        self._hasher: PageHasher = core.exports.hasher
+        self._page_bytes = core.page_size * 4
+        self._roots: dict[RootKey, PageHash] = {}
+        self._new_hashes: list[bytes] = []
+        self._new_pages: list[Pages] = []
+        self._used: list[list[bytes]] = []  # hashes of released prefixes
+        self._landing = False
+        self._warned = False
+
+    # -- what the tree tells -----------------------------------------------------------------------
+
+    def stored(self, parent: PageHash, hashes: list[PageHash], pages: Pages, tokens: bytes) -> None:
+        """Newly cached pages; flush() offloads them, before anybody can change them."""
+        if not self._landing:  # else a tier has them
+            self._new_hashes += hashes
+            self._new_pages.append(pages)
+
+    def removed(self, hashes: list[PageHash]) -> None:
+        """Dropped pages: the tiers have them already."""
+
+    def flush(self) -> None:
+        """Offload what was cached since the last call. The core calls it before it returns from any method."""
+        hashes, pages, used = self._new_hashes, self._new_pages, self._used
+        try:
+            if hashes:
+                self._new_hashes, self._new_pages = [], []
+                self.connector.offload(hashes, np.concatenate(pages))
+            if used:
+                self._used = []
+                for prefix in used:
+                    self.connector.touch(prefix)
+            self.connector.poll()
+        except Exception as error:
+            self._warn("offload", error)
+
+    def released(self, prefix: bytes) -> None:
+        """A request let go of a prefix with these hashes, joined: lower tiers keep longest what was used last."""
+        width = self._hasher.width
+        self._used.append([prefix[at : at + width] for at in range(0, len(prefix), width)])
+
+    def _warn(self, what: str, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("the connector failed to %s; its pages are computed instead", what, exc_info=error)
+
+    # -- looking -------------------------------------------------------------------------------------
+
+    def root(self, key: RootKey) -> PageHash:
+        """The hash above the first page of that salt and adapter."""
+        root = self._roots.get(key)
+        if root is None:
+            if len(self._roots) > 10_000:
+                self._roots.clear()
+            root = self._roots[key] = self._hasher.root(key)
+        return root
+
+    def find(self, parent: PageHash, tokens: bytes) -> Found:
+        """Which leading pages of `tokens`, that continue `parent`, are in a tier. A miss hashes one page."""
+        try:
+            return self.connector.lookup(self._chain(parent, tokens))
+        except Exception as error:
+            self._warn("look up", error)
+            return Found([], [])
+
+    def _chain(self, parent: PageHash, tokens: bytes) -> Iterator[bytes]:
+        [first] = self._hasher.chain(parent, tokens[: self._page_bytes])
+        yield first
+        yield from self._hasher.chain(first, tokens[self._page_bytes :])
+
+    # -- loading ---------------------------------------------------------------------------------------
+
+    def start(self, ctx: TextContext, request: Request, stop: int) -> tuple[int, int]:
+        """Load what a tier has of the pages between the request's committed ones and `stop`, into its own pages.
+
+        Moves the window past them; how many pages come from host and disk.
+        """
+        core, base, window = self._core, request.committed, ctx.tokens
+        size = core.page_size
+        parent = core.path_hash(request.tip) if request.tip is not None else self.root(ctx.root_key)
+        found = self.find(parent, window.data[base * size : stop * size].tobytes())
+        count = len(found.hashes)
+        reached = (base + count) * size
+        if not count or reached <= window.processed:
+            return 0, 0
+        active = window.end - window.processed
+        pages = core.table.rows[request.row][base : base + count].copy()
+        load = Load(self._begin(found.hashes, pages), base, count, reached)
+        window.processed = reached
+        if reached >= window.end:  # the load covers the chunk: keep its size, move it on
+            window.end = min(window.length, reached + active)
+        self.pages += count
+        if load.transfer.poll():
+            self.land(request, load)
+            self.resume(ctx, request, load)
+            count = load.landed
+        else:
+            self.under_way[ctx.request_id] = load
+            request.room = 0  # sends the next alloc to settle() first
+            if request.bound:
+                core.table.room[request.row] = 0
+        host = found.tiers[:count].count(Tier.HOST)
+        return host, count - host
+
+    def _begin(self, hashes: Sequence[bytes], pages: Pages) -> Transfer:
+        try:
+            return self.connector.load(hashes, pages)
+        except Exception as error:
+            self._warn("load", error)
+            return Landed(0)
+
+    def land(self, request: Request, load: Load) -> None:
+        """Wait for a load and put what landed into the tree."""
+        if load.landed >= 0:
+            return
+        try:
+            load.landed = min(load.transfer.wait(), load.pages)
+        except Exception as error:
+            self._warn("load", error)
+            load.landed = 0
+        self.pages -= load.pages - load.landed
+        if load.landed:
+            assert request.ctx is not None
+            self._landing = True
+            self._core.commit(request.ctx, request, load.base + load.landed)
+            self._landing = False
+
+    def resume(self, ctx: TextContext, request: Request, load: Load) -> bool:
+        """The load is over and landed: whether the window had to move back to what did not."""
+        good, window = (load.base + load.landed) * self._core.page_size, ctx.tokens
+        if load.landed == load.pages or window.processed <= good:
+            return False
+        active, chunked = window.end - window.processed, window.end < window.length
+        window.processed = good
+        window.end = min(window.length, good + active) if chunked else window.length
+        if ctx.cached_prefix_length == load.reached:
+            ctx.cached_prefix_length = good
+        return True
+
+    def cancel(self, request_id: str) -> None:
+        """The request is released."""
+        load = self.under_way.pop(request_id, None)
+        if load is not None and load.landed < 0:
+            load.transfer.cancel()
