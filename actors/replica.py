@@ -47,17 +47,22 @@ class ReplicaActor:
         max_batch_size: int,
         runtime_checks: bool,
         epoch: int,
+        host_pages: int = 0,
+        pool: str | None = None,
     ) -> None:
         import torch
 
         from rayk.replica import ReplicaCore
         from rayk.service import ReplicaService
+        from rayk.tiers.opening import open_connector
 
         self._started_at = time.time()
         self._torch = torch
         torch.set_num_threads(1)
         devices = _local_devices(params, replica)
         core = ReplicaCore(params, replica, num_pages, max_batch_size, devices, runtime_checks)
+        if params.kv_connector != "null":
+            core.connect(open_connector(params, core.buffers.all_bytes, host_pages, pool))
         self._service = ReplicaService(core, epoch, RayRuntime().dumps)
         settle()
 
@@ -68,6 +73,10 @@ class ReplicaActor:
     def handle_with_data(self, wire: bytes) -> tuple[bytes, PageData]:
         """Answer a message whose result comes with page data."""
         return self._service.handle(wire)
+
+    def close(self) -> None:
+        """Finish transfers and let go of the tiers; the last thing that is asked of a replica."""
+        self._service.core.shutdown()
 
     def ping(self) -> int:
         """The epoch, at once, also while the data lane is busy."""

@@ -156,10 +156,12 @@ class InlineBackend:
     def _alloc_with_copies(self, core: ReplicaCore, ctx: TextContext) -> Reused:
         """alloc() that first fetches from the other replicas what this one misses, pinned there meanwhile."""
         stop = core.may_reuse(ctx)
-        have = core.resident(ctx) if stop else 0
-        if have >= stop:
+        have, host, disk = core.tier_hits(ctx) if stop else (0, 0, 0)
+        if have + host + disk >= stop:
             return core.alloc(ctx)
         resident = [c.resident(ctx) if c is not core else 0 for c in self.cores]
+        if max(resident) <= have + host + disk:  # what the others have is in this node's tiers
+            return core.alloc(ctx)
         exports: list[tuple[ReplicaCore, PageExport]] = []
         try:
             for span in copy_spans(have, resident, stop):
@@ -321,6 +323,7 @@ def run_tick(core: ReplicaCore, tick: Tick, fn: Forward | None) -> TickResult:
         used_pages=usage.used,
         step_seconds=done.step_seconds,
         alloc_seconds=done.alloc_seconds,
+        waiting=done.waiting,
         released=done.released,
         error=done.error,
     )
@@ -346,6 +349,7 @@ class _Progress:
     step_seconds: float = 0.0
     alloc_seconds: float = 0.0
     released: int = 0
+    waiting: frozenset[str] = frozenset()
     error: Exception | None = None
 
     def step(self, core: ReplicaCore, tick: Tick) -> None:
@@ -365,5 +369,10 @@ class _Progress:
         batch = tick.execute
         if self.refused:
             batch = [ctx for ctx in batch if ctx.request_id not in self.refused]
+        if batch and core.loads_under_way:
+            late = frozenset(ctx.request_id for ctx in batch if core.loading(ctx))
+            if len(late) < len(batch):  # else the forward waits for them
+                self.waiting = late
+                batch = [ctx for ctx in batch if ctx.request_id not in late]
         if batch and fn is not None:
             self.value = run_forward(core, batch, fn)

@@ -21,7 +21,7 @@ Float64 = npt.NDArray[np.float64]
 
 FIELDS = 7  # of Contexts.numbers
 BASE, SENT, PROCESSED, END, MAX_LENGTH, PENDING, CACHED = range(FIELDS)
-RESULTS = 5  # of AdmitDone.numbers
+RESULTS = 7  # of AdmitDone.numbers
 TOKEN_BYTES = 4
 PLAIN = Traits()
 
@@ -110,6 +110,8 @@ class Outcome(NamedTuple):
     cached_prefix: int | None
     device_tokens: int
     peer_tokens: int
+    host_tokens: int = 0
+    disk_tokens: int = 0
 
 
 class Outcomes:
@@ -154,5 +156,5 @@ class Outcomes:
         return rows
 
     def __getitem__(self, row: int) -> Outcome:
-        processed, end, cached, device, peer = self.numbers[row].tolist()
-        return Outcome(processed, end, None if cached < 0 else cached, device, peer)
+        processed, end, cached, *reused = self.numbers[row].tolist()
+        return Outcome(processed, end, None if cached < 0 else cached, *reused)

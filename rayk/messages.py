@@ -126,7 +126,7 @@ class Admit(_Message, frozen=True):
 
 
 class Lookup(_Message, frozen=True):
-    """How many leading pages of each context are cached, and how many could be reused."""
+    """How many leading pages of each context are cached, here and in tiers, and how many could be reused."""
 
     views: list[ContextView]
 
@@ -203,6 +203,18 @@ class CheckIntegrity(_Message, frozen=True):
     pass
 
 
+class GetTiers(_Message, frozen=True):
+    """Occupancy and health of the node's host and disk tier."""
+
+
+class PollTransfers(_Message, frozen=True):
+    pass
+
+
+class Drain(_Message, frozen=True):
+    """Answer when nothing is on its way to or from a tier."""
+
+
 ReplicaCommand = (
     Claim
     | Release
@@ -222,8 +234,11 @@ ReplicaCommand = (
     | ResetPrefixCache
     | ReadPages
     | CheckIntegrity
+    | GetTiers
+    | PollTransfers
+    | Drain
 )
-READ_ONLY = (Lookup, Inputs, Blocks, GetUsage, UsedFraction, GetMetrics, ReadPages, CheckIntegrity)
+READ_ONLY = (Lookup, Inputs, Blocks, GetUsage, UsedFraction, GetMetrics, ReadPages, CheckIntegrity, GetTiers)
 
 
 # -- to the scheduler ---------------------------------------------------------------------------------
@@ -258,7 +273,7 @@ class HitCountsOf(_Message, frozen=True):
 class EveryReplica(_Message, frozen=True):
     """The same question or order for all replicas; metrics come back added up."""
 
-    command: GetMetrics | ResetMetrics | ResetPrefixCache | CheckIntegrity
+    command: GetMetrics | ResetMetrics | ResetPrefixCache | CheckIntegrity | PollTransfers | Drain
 
 
 class Connect(_Message, frozen=True):
@@ -295,8 +310,9 @@ class Failure(_Message, frozen=True):
 class AdmitDone(_Message, frozen=True):
     """What became of each context of an Admit: rows of columns, see rayk.columns.Outcomes.
 
-    `numbers` is int64 [n, 5]: processed, end, cached prefix (-1: None), tokens reused here, tokens copied in; a row of
-    -1 was refused, or not tried when it has no failure. `seconds` is float64 [n, 2]: of the claim and of the alloc.
+    `numbers` is int64 [n, 7]: processed, end, cached prefix (-1: None), and tokens reused here, copied in, from the
+    host tier and from disk; a row of -1 was refused, or not tried when it has no failure. `seconds` is float64
+    [n, 2]: of the claim and of the alloc.
     """
 
     numbers: bytes
@@ -314,16 +330,27 @@ class PlaceDone(_Message, frozen=True):
 
 
 class Found(_Message, frozen=True):
-    """Per context: pages cached, pages that alloc could reuse."""
+    """Per context: pages cached, pages that alloc could reuse, and pages in tiers that follow the cached ones.
+
+    `host` and `disk` are empty where there are no tiers.
+    """
 
     resident: list[int]
     reusable: list[int]
+    host: list[int] = []
+    disk: list[int] = []
 
 
 class Exported(_Message, frozen=True):
     export_id: int
     start: int
     hashes: list[bytes]
+
+
+class MovedBack(_Message, frozen=True):
+    """Nothing was done: loads of these requests failed, and their windows are here now. Send the command again."""
+
+    moved: dict[str, Moved]
 
 
 class TickDone(_Message, frozen=True):
@@ -341,6 +368,7 @@ class TickDone(_Message, frozen=True):
     alloc_seconds: float
     released: int
     failure: Failure | None = None
+    waiting: list[str] = []
 
 
 class InputsDone(_Message, frozen=True):
@@ -378,8 +406,22 @@ class MetricsDone(_Message, frozen=True):
     metrics: KVCacheMetrics
 
 
+class TiersDone(_Message, frozen=True):
+    """Pages; `trouble` is empty while all is well."""
+
+    host_total: int
+    host_used: int
+    disk_total: int
+    disk_used: int
+    trouble: str
+
+
 class Counts(_Message, frozen=True):
+    """Leading pages of each replica, and after them, where there are tiers, pages in its host and disk tier."""
+
     counts: list[int]
+    host: list[int] = []
+    disk: list[int] = []
 
 
 class Description(_Message, frozen=True):
@@ -398,6 +440,7 @@ Result = (
     | PlaceDone
     | Found
     | Exported
+    | MovedBack
     | TickDone
     | InputsDone
     | Value
@@ -405,6 +448,7 @@ Result = (
     | UsageDone
     | Fraction
     | MetricsDone
+    | TiersDone
     | Counts
     | Description
 )

@@ -523,6 +523,11 @@ class ReplicaCore:
                 moved.append(ctx)
         return moved
 
+    @property
+    def loads_under_way(self) -> bool:
+        """Whether any request has a load that was not settled."""
+        return self._loads is not None and bool(self._loads.under_way)
+
     def loading(self, ctx: TextContext) -> bool:
         """Whether the request waits for a load, so that a batch with it would, too."""
         load = self._loads.under_way.get(ctx.request_id) if self._loads is not None else None

@@ -27,6 +27,7 @@ from rayk.exports import PageExport
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.replica import ReplicaCore
 from rayk.ticks import Tick
+from rayk.tiers.connector import TierCount
 from rayk.views import Mirrors, moved
 
 REFUSED = (-1,) * RESULTS
@@ -89,11 +90,19 @@ class ReplicaService:
             case m.Admit():
                 return self._admit(command, attached), []
             case m.Step(views):
-                core.step(self._contexts(views))
+                batch = self._contexts(views)
+                if back := core.settle(batch):
+                    return self._moved_back(back), []
+                core.step(batch)
             case m.Inputs(views, max_cache_length, bounds):
-                return self._inputs(views, max_cache_length, bounds), []
+                batch = self._contexts(views)
+                if back := core.settle(batch):
+                    return self._moved_back(back), []
+                return self._inputs(batch, max_cache_length, bounds), []
             case m.Execute(views, fn):
                 batch = self._contexts(views)
+                if back := core.settle(batch):
+                    return self._moved_back(back), []
                 return m.Value(self._dumps(run_forward(core, batch, self._shipped(fn)))), []
             case m.Claim(request_id, dummy):
                 core.claim(request_id, dummy)
@@ -103,7 +112,7 @@ class ReplicaService:
                         self._release(request_id)
             case m.Lookup(views):
                 ctxs = [self._mirrors.context(view, keep=False) for view in views]
-                return m.Found([core.resident(c) for c in ctxs], [core.may_reuse(c) for c in ctxs]), []
+                return self._found(ctxs), []
             case m.Export(view, start, stop):
                 ctx = self._mirrors.context(view, keep=False)
                 export = core.exports.export(ctx, start, stop, int(self._clock()) + EXPORT_SECONDS)
@@ -128,12 +137,30 @@ class ReplicaService:
                 return m.Done(), [t.contiguous().view(torch.uint8).numpy() for t in core.buffers.read(page_ids)]
             case m.CheckIntegrity():
                 core.check_integrity()
+            case m.GetTiers():
+                connector = core.connector
+                return m.TiersDone(*(connector.count() if connector is not None else TierCount())), []
+            case m.PollTransfers():
+                core.poll_transfers()
+            case m.Drain():
+                core.drain()
         return m.Done(), []
 
     def _contexts(self, views: Sequence[m.ContextView]) -> list[TextContext]:
         """Up-to-date contexts of all views, before anything is done with one; kept for claimed requests."""
         requests = self.core.requests
         return [self._mirrors.context(view, keep=view.request_id in requests) for view in views]
+
+    def _found(self, ctxs: Sequence[TextContext]) -> m.Found:
+        core, reusable = self.core, [self.core.may_reuse(ctx) for ctx in ctxs]
+        if core.connector is None:
+            return m.Found([core.resident(ctx) for ctx in ctxs], reusable)
+        hits = [core.tier_hits(ctx) for ctx in ctxs]
+        return m.Found([h[0] for h in hits], reusable, [h[1] for h in hits], [h[2] for h in hits])
+
+    @staticmethod
+    def _moved_back(ctxs: Sequence[TextContext]) -> m.MovedBack:
+        return m.MovedBack({ctx.request_id: moved(ctx) for ctx in ctxs})
 
     def _release(self, request_id: str) -> None:
         self.core.release(request_id)
@@ -165,7 +192,7 @@ class ReplicaService:
 
     def _admit_one(
         self, batch: Batch, row: int, claim: bool, imports: Sequence[PageExport], seconds: list[float]
-    ) -> tuple[int, int, int, int, int]:
+    ) -> tuple[int, ...]:
         core, request_id, start = self.core, batch.ids[row], perf_counter()
         if claim:
             core.claim(request_id)
@@ -181,8 +208,10 @@ class ReplicaService:
         window, cached = ctx.tokens, ctx.cached_prefix_length
         return (window.processed, window.end, -1 if cached is None else cached, *reused)
 
-    def _tick(self, command: m.RunTick) -> m.TickDone:
+    def _tick(self, command: m.RunTick) -> m.TickDone | m.MovedBack:
         ctxs = self._contexts(command.views)
+        if back := self.core.settle([ctx for ctx in ctxs if not self.core.loading(ctx)]):
+            return self._moved_back(back)
         tick = Tick(
             step=[ctxs[i] for i in command.step],
             release=command.release,
@@ -192,8 +221,10 @@ class ReplicaService:
         done = run_tick(self.core, tick, self._shipped(command.fn) if command.fn else None)
         for request_id in command.release[: done.released]:
             self._mirrors.drop(request_id)
+        changed = {c.request_id: c for c in tick.alloc if c.request_id not in done.refused}
+        changed |= {c.request_id: c for c, view in zip(ctxs, command.views, strict=True) if _went_back(c, view)}
         return m.TickDone(
-            moved={c.request_id: moved(c) for c in tick.alloc if c.request_id not in done.refused},
+            moved={request_id: moved(c) for request_id, c in changed.items()},
             refused={request_id: m.failure(error) for request_id, error in done.refused.items()},
             value=self._dumps(done.value) if done.value is not None else b"",
             free=done.free_pages,
@@ -202,6 +233,7 @@ class ReplicaService:
             alloc_seconds=done.alloc_seconds,
             released=done.released,
             failure=self._failure(done.error) if done.error is not None else None,
+            waiting=sorted(done.waiting),
         )
 
     def _shipped(self, pickled: bytes) -> Forward:
@@ -225,9 +257,14 @@ class ReplicaService:
         return m.failure(RemoteError(self.core.replica, type(error).__name__, str(error), trace))
 
     def _inputs(
-        self, views: Sequence[m.ContextView], max_cache_length: int | None, bounds: tuple[int, int, int] | None
+        self, batch: Sequence[TextContext], max_cache_length: int | None, bounds: tuple[int, int, int] | None
     ) -> m.InputsDone:
         characteristics = BatchCharacteristics(*bounds) if bounds is not None else None
-        table, lengths, shape = self.core.batch_tables(self._contexts(views), max_cache_length, characteristics)
+        table, lengths, shape = self.core.batch_tables(batch, max_cache_length, characteristics)
         rows, width = table.shape
         return m.InputsDone(rows, width, table.tobytes(), lengths.tobytes(), (*shape,))
+
+
+def _went_back(ctx: TextContext, view: m.ContextView) -> bool:
+    """Whether the window was moved back since the driver sent it: a load failed while the tick waited for it."""
+    return ctx.tokens.processed < view.processed

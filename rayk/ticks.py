@@ -30,7 +30,8 @@ class Admission(NamedTuple):
 class Tick:
     """Work for one replica, done in this order: step, release, alloc, execute.
 
-    `execute` is run without the requests whose alloc was refused, and not at all when none is left.
+    `execute` is run without the requests whose alloc was refused and those that wait for a load from a tier (unless
+    all of them wait), and not at all when none is left.
     """
 
     step: Sequence[TextContext] = ()
@@ -54,6 +55,7 @@ class TickResult:
     used_pages: int = 0
     step_seconds: float = 0.0  # inside the replica
     alloc_seconds: float = 0.0
+    waiting: frozenset[str] = frozenset()  # left out of this forward: their loads are still on their way
     released: int = 0  # so many of the tick's `release` are done, in order
     error: Exception | None = None  # what ended it early; tick() raises the first of all replicas
 

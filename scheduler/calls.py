@@ -35,6 +35,7 @@ from rayk.inputs import BatchCharacteristics, BatchShape, table_only
 from rayk.replica import Usage
 from rayk.scheduler.cluster import Cluster
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
+from rayk.tiers.connector import TierCount
 from rayk.views import Sender, apply_move
 
 Heard = Answer | RaykError  # an answer, or why there is none
@@ -209,12 +210,14 @@ class Calls:
     def _each(self, batches: Batches, command: Callable[[int, Sequence[TextContext]], Any]) -> Call:
         """One message to each replica whose command is not None; then the first error is raised.
 
-        A replica that lacks earlier tokens has done nothing and gets its message again, whole.
+        A replica that lacks earlier tokens has done nothing and gets its message again, whole. So does one whose loads
+        from a tier failed, with the windows moved back to what it has.
         """
         results: list[Any] = [None] * len(batches)
         errors: dict[int, RaykError] = {}
         due = list(range(len(batches)))
-        for again in (False, True):
+        whole: set[int] = set()  # replicas that lacked tokens
+        while due:
             sent: list[tuple[int, Pending]] = []
             for r in due:
                 try:
@@ -227,22 +230,32 @@ class Calls:
             answers = yield [pending for _, pending in sent]
             for (r, _), heard in zip(sent, answers, strict=True):
                 try:
-                    results[r] = _result(heard)
+                    result = _result(heard)
                     self._arrived(batches[r], r)
+                    if isinstance(result, m.MovedBack):
+                        self._move_back(batches[r], result)
+                        due.append(r)
+                    else:
+                        results[r] = result
                 except StaleContextError as error:
                     for ctx in batches[r]:
                         self._sender.forget(ctx.request_id)
-                    if again:
+                    if r in whole:
                         errors[r] = error
                     else:
+                        whole.add(r)
                         due.append(r)
                 except RaykError as error:
                     errors[r] = error
-            if not due:
-                break
         if errors:
             raise errors[min(errors)]
         return results
+
+    @staticmethod
+    def _move_back(batch: Sequence[TextContext], back: m.MovedBack) -> None:
+        for ctx in batch:
+            if ctx.request_id in back.moved:
+                apply_move(ctx, back.moved[ctx.request_id])
 
     def _arrived(self, batch: Sequence[TextContext], replica: int) -> None:
         for ctx in batch:
@@ -303,7 +316,7 @@ class Calls:
     def _ticked(self, tick: Tick, done: m.TickDone | None) -> TickResult:
         if done is None:
             return TickResult()
-        for ctx in tick.alloc:
+        for ctx in (*tick.alloc, *tick.execute) if done.moved else ():
             moved = done.moved.get(ctx.request_id)
             if moved is not None:
                 apply_move(ctx, moved)
@@ -321,6 +334,7 @@ class Calls:
             used_pages=done.used,
             step_seconds=done.step_seconds,
             alloc_seconds=done.alloc_seconds,
+            waiting=frozenset(done.waiting),
             released=done.released,
             error=m.to_error(done.failure) if done.failure is not None else None,
         )
@@ -343,7 +357,9 @@ class Calls:
     def hit_counts(self, ctx: TextContext) -> Call:
         view = self._sender.view(ctx, whole=True)
         done: m.Counts = yield from self._ask(self.scheduler, m.HitCountsOf(view))
-        return [HitCounts(pages) for pages in done.counts]
+        if not done.host:
+            return [HitCounts(pages) for pages in done.counts]
+        return [HitCounts(*pages) for pages in zip(done.counts, done.host, done.disk, strict=True)]
 
     def metrics(self) -> Call:
         done: m.MetricsDone = yield from self._ask(self.scheduler, m.EveryReplica(m.GetMetrics()))
@@ -354,6 +370,16 @@ class Calls:
 
     def reset_prefix_cache(self) -> Call:
         yield from self._ask(self.scheduler, m.EveryReplica(m.ResetPrefixCache()))
+
+    def tier_count(self, replica: int) -> Call:
+        done: m.TiersDone = yield from self._ask(self._links[replica], m.GetTiers())
+        return TierCount(done.host_total, done.host_used, done.disk_total, done.disk_used, done.trouble)
+
+    def poll_transfers(self) -> Call:
+        yield from self._ask(self.scheduler, m.EveryReplica(m.PollTransfers()))
+
+    def drain(self) -> Call:
+        yield from self._ask(self.scheduler, m.EveryReplica(m.Drain()))
 
     def check_integrity(self) -> Call:
         yield from self._ask(self.scheduler, m.EveryReplica(m.CheckIntegrity()))

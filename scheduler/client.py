@@ -22,6 +22,7 @@ from rayk.replica import Usage
 from rayk.scheduler.calls import Calls, wait_for
 from rayk.scheduler.cluster import Cluster
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
+from rayk.tiers.connector import TierCount
 
 LEASE_SECONDS = 15.0  # a driver of a named session that is silent this long has its requests released
 
@@ -122,6 +123,16 @@ class RayBackend:
     def read_pages(self, page_ids: Sequence[int], replica: int) -> list[torch.Tensor]:
         done: list[torch.Tensor] = wait_for(self.calls.read_pages(page_ids, replica))
         return done
+
+    def tier_count(self, replica: int) -> TierCount:
+        done: TierCount = wait_for(self.calls.tier_count(replica))
+        return done
+
+    def poll_transfers(self) -> None:
+        wait_for(self.calls.poll_transfers())
+
+    def drain(self) -> None:
+        wait_for(self.calls.drain())
 
     def check_integrity(self) -> None:
         wait_for(self.calls.check_integrity())

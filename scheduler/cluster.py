@@ -10,7 +10,9 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rayk.actors.replica import ReplicaActor, ReplicaFacts, measure
@@ -20,12 +22,14 @@ from rayk.params import KVCacheParams
 from rayk.planning import ClusterPlan, NodeMemory, plan_cluster, refused_nodes, replicas_that_fit, uses_cuda
 from rayk.scheduler.actor import LANES, SchedulerActor
 from rayk.scheduler.routing import make_router
+from rayk.tiers.identity import read_seed
 
 log = logging.getLogger("rayk.scheduler")
 
 START_SECONDS = 180.0
 TOLERANCE = 0.03  # of the planned bytes; a replica that is further off is worth a warning
 PLACE_SECONDS = 60.0
+CLOSE_SECONDS = 30.0
 SLIVER = 0.001  # of a CPU: Ray refuses an empty bundle, and many replicas must fit a small machine
 
 
@@ -40,6 +44,7 @@ class ClusterConfig:
     router: str
     uniform: bool = False  # the same number of pages on all replicas
     utilization: float | None = None  # part of the free memory to take
+    host_pages: int = 0  # of the host tier of each node
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,15 @@ class Cluster:
         return tuple(plan.pages for plan in self.plan.replicas)
 
     def stop(self, runtime: Runtime) -> None:
-        """Kill all actors and give the placement back; returns when they are gone."""
+        """Kill all actors and give the placement back; returns when they are gone. Tiers are written out first."""
+        if self.config.params.kv_connector != "null":
+            closing = []
+            for actor in self.replicas:
+                with suppress(ActorGoneError):
+                    closing.append(actor.call("close"))
+            for ref in closing:
+                with suppress(ActorGoneError, RaykError):  # a dead or hung replica's share is cleaned up by the next
+                    runtime.get(ref, "a replica", CLOSE_SECONDS)
         scheduler = () if self.scheduler is None else (self.scheduler,)
         runtime.stop((*scheduler, *self.replicas), self.placement)
 
@@ -95,7 +108,7 @@ def _await_scheduler(runtime: Runtime, name: str) -> Actor:
 
 def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster:
     if config.params.kv_hash_seed is None:
-        config = replace(config, params=replace(config.params, kv_hash_seed=os.urandom(32)))
+        config = replace(config, params=replace(config.params, kv_hash_seed=_seed(runtime, config.params)))
     disk = config.params.kv_connector_config
     nodes = measure_nodes(runtime, str(disk.disk_offload_dir) if disk and disk.disk_offload_dir else None)
     placement = _place(runtime, config, nodes)
@@ -128,6 +141,21 @@ def measure_nodes(runtime: Runtime, disk_dir: str | None = None) -> list[NodeMem
         raise PlanError(f"a node could not be measured: {error}") from None
 
 
+def _seed(runtime: Runtime, params: KVCacheParams) -> bytes:
+    """The seed that the nodes' tier directories were used with before, else a new one."""
+    config = params.kv_connector_config
+    if config is not None and config.disk_offload_dir is not None:
+        refs = [(n, runtime.run_on(n.node_id, read_seed, Path(config.disk_offload_dir))) for n in runtime.nodes()]
+        for node, ref in refs:
+            try:
+                seed: bytes | None = runtime.get(ref, f"node {node.host_name}", START_SECONDS)
+            except ActorGoneError as error:
+                raise PlanError(f"a node could not be asked for its tier's seed: {error}") from None
+            if seed is not None:
+                return seed
+    return os.urandom(32)
+
+
 def _measure(runtime: Runtime, node: Node, disk_dir: str | None) -> Any:
     memory = node.resources.get("memory")  # what Ray was told that it may use there
     return runtime.run_on(
@@ -152,9 +180,20 @@ def _start_replicas(runtime: Runtime, cluster: Cluster, name: str | None) -> Clu
     config, epoch = cluster.config, time.time_ns() // 1_000
     gpus = config.params.tensor_parallel_degree if uses_cuda(config.params) else 0
     started: list[Actor] = []
+    tiers = f"{epoch}-{os.urandom(8).hex()}"
     try:
         for r, pages in enumerate(cluster.pages):
-            arguments = (config.params, r, pages, config.max_batch_size, config.runtime_checks, epoch + r)
+            pool = f"{tiers}-{cluster.placement.node_ids[r]}"  # one for each node
+            arguments = (
+                config.params,
+                r,
+                pages,
+                config.max_batch_size,
+                config.runtime_checks,
+                epoch + r,
+                config.host_pages,
+                pool,
+            )
             named = f"{name}/replica-{r}" if name else None
             started.append(runtime.start(ActorSpec(ReplicaActor, arguments, gpus, cluster.placement, r, named)))
         facts = tuple(_ready(runtime, actor, f"replica {r}", "facts") for r, actor in enumerate(started))
@@ -225,6 +264,7 @@ def _differences(cluster: Cluster, wanted: ClusterConfig) -> str:
         ("max_batch_size", lambda: wanted.max_batch_size == running.max_batch_size),
         ("router", lambda: wanted.router == running.router),
         ("uniform", lambda: wanted.uniform == running.uniform),
+        ("total_num_host_pages", lambda: wanted.host_pages == running.host_pages),
     ]
     return ", ".join(what for what, same in checks if not same())
 

@@ -65,7 +65,10 @@ class SchedulerCore:
         for told in answers:
             if not isinstance(told.result, m.Found):
                 return told.result
-        return m.Counts([told.result.resident[0] for told in answers if isinstance(told.result, m.Found)])
+        found = [told.result for told in answers if isinstance(told.result, m.Found)]
+        if not any(f.host for f in found):
+            return m.Counts([f.resident[0] for f in found])
+        return m.Counts([f.resident[0] for f in found], [sum(f.host) for f in found], [sum(f.disk) for f in found])
 
     def _every(self, command: Any) -> Script:
         answers = yield [Ask(r, command) for r in range(len(self.epochs))]

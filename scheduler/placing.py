@@ -204,6 +204,8 @@ class Placer:
             target = found[replicas[i]]
             if target is not None:
                 resident = [0 if f is None or r == replicas[i] else f.resident[at] for r, f in enumerate(found)]
+                if target.host and max(resident) <= target.resident[at] + target.host[at] + target.disk[at]:
+                    continue  # what the others have is in this node's tiers
                 for span in copy_spans(target.resident[at], resident, target.reusable[at]):
                     coming = (replicas[i], span, self._prefix(views[at], span.stop))
                     if coming not in known:  # else an earlier request of this batch brings these pages
