@@ -25,6 +25,7 @@ from rayk import messages as m
 from rayk.actors.replica import ReplicaActor
 from rayk.actors.runtime import ActorGoneError, ActorSpec, NameTakenError, Node, Placement, RayRuntime
 from rayk.errors import PlanError
+from rayk.planning import NodeMemory
 from rayk.replica import ReplicaCore
 from rayk.scheduler.actor import SchedulerActor
 
@@ -165,8 +166,10 @@ class FakeRuntime:
         error = self.note("measure", node_id)
         if error is not None:
             return FakeRef(None, error=error, ready=True)
-        memory = msgspec.structs.replace(task(*args), host_free=self.free[node_id], gpus=())
-        return FakeRef(None, value=memory, ready=True)
+        value = task(*args)
+        if isinstance(value, NodeMemory):
+            value = msgspec.structs.replace(value, host_free=self.free[node_id], gpus=())
+        return FakeRef(None, value=value, ready=True)
 
     def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> Placement:
         self._note_or_raise("place", tuple(tuple(b.items()) for b in bundles), tuple(avoid))
@@ -281,7 +284,7 @@ def manager_on(
     runtime: FakeRuntime, replicas: int = 2, pages: int | None = 16, name: str | None = None, **changes: Any
 ) -> Iterator[PagedKVCacheManager]:
     """A manager whose actors live in `runtime`, with runtime checks on."""
-    options = {k: changes.pop(k) for k in ("router", "max_batch_size") if k in changes}
+    options = {k: changes.pop(k) for k in ("router", "max_batch_size", "total_num_host_pages") if k in changes}
     with session_on(runtime, name) as session:
         manager = PagedKVCacheManager(
             params(replicas, **changes), session, pages, enable_runtime_checks=True, **{"max_batch_size": 8} | options

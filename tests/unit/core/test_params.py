@@ -11,7 +11,7 @@ from rayk import (
     MultiKVCacheParams,
     PagedKVCacheManager,
 )
-from rayk.errors import ConfigError, NotBuiltError, RaykError
+from rayk.errors import ConfigError, RaykError
 
 
 def mha(tp: int = 1, dp: int = 1, **kwargs) -> MHAKVCacheParams:
@@ -207,10 +207,13 @@ def test_a_manager_refuses_sizes_that_cannot_work(
     assert isinstance(caught.value, ValueError)
 
 
-def test_a_tier_that_is_not_built_says_so(session: InferenceSession) -> None:
-    params = mha(num_layers=1, page_size=1, enable_prefix_caching=True, kv_connector="local")
-    with pytest.raises(NotBuiltError, match="local"):
-        PagedKVCacheManager(params, session, 4, 4, max_batch_size=1)
+def test_a_tier_without_a_size_is_refused_and_one_of_gigabytes_is_counted_in_pages(session: InferenceSession) -> None:
+    tiered = {"num_layers": 1, "page_size": 1, "enable_prefix_caching": True, "kv_connector": "local"}
+    with pytest.raises(ConfigError, match="needs total_num_host_pages or host_kvcache_swap_space_gb"):
+        PagedKVCacheManager(mha(**tiered), session, 4, max_batch_size=1)
+    params = mha(**tiered, host_kvcache_swap_space_gb=0.001)
+    with PagedKVCacheManager(params, session, 4, max_batch_size=1) as manager:
+        assert manager.get_num_host_pages(0) == int(0.001 * 2**30) // params.bytes_per_page
 
 
 def test_an_unknown_router_is_refused_by_name(make) -> None:
