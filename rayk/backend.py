@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from socket import gethostname
@@ -294,6 +295,10 @@ class InlineBackend:
 
     def leave(self) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # a manager that was dropped: its tiers' threads and shared memory must go, too
+            self.close()
 
 
 def run_forward(core: ReplicaCore, batch: Sequence[TextContext], fn: Forward) -> Any:

@@ -26,7 +26,7 @@ from rayk.errors import ConfigError
 from rayk.tiers.connector import TierCounters
 from rayk.tiers.directory import FULL, PRESENT, Directory
 from rayk.tiers.files import HEADER_BYTES, PageBytes, Verdict, read_head, read_page, remove, write_page
-from rayk.tiers.segment import Segment, byte_range
+from rayk.tiers.segment import Segment, byte_range, sweep
 
 log = logging.getLogger("rayk.tiers")
 
@@ -73,6 +73,7 @@ class DiskTier:
     # -- opening ---------------------------------------------------------------------------------
 
     def _open(self, folder: Path) -> None:
+        sweep(SHARED_MEMORY, PREFIX)
         for lane in range(LANES):
             self.folder = folder / f"{self._fingerprint:016x}-{lane}"
             self.folder.mkdir(parents=True, exist_ok=True)

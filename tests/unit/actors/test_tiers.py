@@ -321,7 +321,8 @@ def tiered(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[
                 runtime = FakeRuntime({"node-a": 1 << 32})
                 return stack.enter_context(manager_on(runtime, replicas, 16, total_num_host_pages=host, **changes))
             session = stack.enter_context(InferenceSession("inline"))
-            return PagedKVCacheManager(params(replicas, **changes), session, 16, host, True, max_batch_size=8)
+            manager = PagedKVCacheManager(params(replicas, **changes), session, 16, host, True, max_batch_size=8)
+            return stack.enter_context(manager)
 
         yield make
 
