@@ -10,6 +10,7 @@ import pytest
 
 from rayk import TextContext
 from rayk import messages as m
+from rayk.columns import RESULTS
 from rayk.answers import Answers
 from rayk.errors import MessageError
 from rayk.scheduler.actor import SchedulerActor
@@ -43,7 +44,7 @@ class Patient(FakeRuntime):
         command = envelope.command
         if isinstance(command, m.Admit):
             rows = len(command.contexts.ids)
-            result: Any = m.AdmitDone(b"".join([(4).to_bytes(8, "little")] * 5 * rows), bytes(16 * rows))
+            result: Any = m.AdmitDone(b"".join([(4).to_bytes(8, "little")] * RESULTS * rows), bytes(16 * rows))
         else:
             result = m.BlocksDone(True, []) if isinstance(command, m.Blocks) else m.Done()
         return m.encode(m.Reply(1, envelope.seq, result))

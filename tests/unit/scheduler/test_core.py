@@ -27,8 +27,8 @@ from rayk.views import Sender
 
 LOST = m.failure(ReplicaLostError(1, 11, [], "it died"))
 FULL = m.failure(InsufficientBlocksError("r", 0, 9, 1, 8))
-OK = (0, 4, 0, 0, 0)
-REFUSED = (-1, -1, -1, -1, -1)
+OK = (0, 4, 0, 0, 0, 0, 0)
+REFUSED = (-1,) * 7
 Answer = Callable[[Ask], m.Result]
 
 
@@ -178,7 +178,7 @@ def test_one_message_to_each_replica_with_work() -> None:
 
 def test_answers_are_put_back_in_the_order_of_the_requests() -> None:
     def number(ask: Ask) -> m.Result:
-        return admit_done(*[(0, 4, int(request_id[1:]), 0, 0) for request_id in ask.command.contexts.ids])
+        return admit_done(*[(0, 4, int(request_id[1:]), 0, 0, 0, 0) for request_id in ask.command.contexts.ids])
 
     done = Scheduler(3).place(*(place(f"r{i}", (2 * i) % 3) for i in range(7)), answer=number)
     assert [cached for _, _, cached, _, _ in done.rows] == list(range(7))
