@@ -10,8 +10,8 @@ import pytest
 
 from rayk import TextContext
 from rayk import messages as m
-from rayk.columns import RESULTS
 from rayk.answers import Answers
+from rayk.columns import RESULTS
 from rayk.errors import MessageError
 from rayk.scheduler.actor import SchedulerActor
 from rayk.views import Sender
