@@ -74,14 +74,17 @@ def _attend(
 
 
 def window_of(module: Any, given: int | None) -> int | None:
-    """The window of that layer: as the model gives it, or as its config has it for layers of that type."""
+    """The window of that layer: as the model gives it, or as its config has it for that layer or for all.
+
+    Some models say it to transformers' masks only, which are not made here.
+    """
     if given is not None:
         return given
     types = getattr(module.config, "layer_types", None)
-    if types and types[module.layer_idx] == "sliding_attention":
-        window: int | None = module.config.sliding_window
-        return window
-    return None
+    if types and types[module.layer_idx] != "sliding_attention":
+        return None
+    window: int | None = getattr(module.config, "sliding_window", None)
+    return window
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("Phi3Config", common()),
     "phi3-window": ("Phi3Config", common(sliding_window=WINDOW)),
+    "phimoe": ("PhimoeConfig", common(sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2)),
     "gpt2": (
         "GPT2Config",
         {

@@ -239,6 +239,19 @@ def test_a_model_that_pages_change_is_refused(llama: Path, monkeypatch: pytest.M
         load_model(llama)
 
 
+def test_a_window_that_is_not_seen_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The windows are far longer than the trial."""
+    write(tmp_path, "gemma2", sliding_window=200)
+    monkeypatch.setattr("rayk.models.bridge.window_of", lambda module, given: None)
+    with pytest.raises(ArchitectureError, match=r"Gemma2ForCausalLM .*differ from those without a cache by"):
+        load_model(tmp_path)
+    monkeypatch.undo()
+    model = load_model(tmp_path)
+    assert model._model.config.sliding_window == 200
+    windows = {getattr(module, "sliding_window", None) for module in model._model.modules()}
+    assert windows == {None, 200}
+
+
 def test_code_in_a_checkpoint_is_not_run(copy: Path) -> None:
     (copy / "modeling.py").write_text("raise SystemExit('ran')\n")
     edit(copy, model_type="own", auto_map={"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"})
