@@ -18,11 +18,12 @@ import typer
 from rayk.bench.core.command import CORE_EPILOG, core
 from rayk.bench.scheduler_command import SCHEDULER_EPILOG, scheduler
 from rayk.describe import DESCRIBE_EPILOG, describe
+from rayk.engine.command import GENERATE_EPILOG, generate
 from rayk.errors import NotBuiltError, RaykError
 from rayk.memory.command import PLAN_EPILOG, plan
 from rayk.simulate.command import SIMULATE_EPILOG, simulate
 
-NOT_BUILT_COMMANDS = ("generate", "top")
+NOT_BUILT_COMMANDS = ("top",)
 NOT_BUILT_VALUES = {
     "--router": ("cost", "prefix", "session"),
     "--forward": ("hf",),
@@ -283,6 +284,7 @@ bench_app.command("scheduler", epilog=SCHEDULER_EPILOG)(scheduler)
 app.add_typer(bench_app, name="bench")
 app.command(epilog=PLAN_EPILOG)(plan)
 app.command(epilog=DESCRIBE_EPILOG)(describe)
+app.command(epilog=GENERATE_EPILOG)(generate)
 app.command(epilog=SIMULATE_EPILOG)(simulate)
 for _name in NOT_BUILT_COMMANDS:
     _add_refused(_name)

@@ -43,9 +43,10 @@ Prompt = str | Sequence[int] | IntArray | Mapping[str, Any]
 class Cluster:
     """`model` is a checkpoint folder, or a function `device -> model` (see rayk.engine.forward.Model).
 
-    `session` says where: InferenceSession("inline") (the default) or InferenceSession("ray"). `pages` is per replica,
-    None takes what fits and can be used. `chunk_size` bounds the tokens of one forward. A request whose replica is
-    lost is sent again `max_retries` times. `tokenizer`: for text prompts, where the folder has none.
+    `session` says where: InferenceSession("inline") (the default) or InferenceSession("ray"). `pages` is per replica;
+    None takes what fits and can be used, by requests of at most `longest` tokens if that is given. `chunk_size` bounds
+    the tokens of one forward. A request whose replica is lost is sent again `max_retries` times. `tokenizer`: for text
+    prompts, where the folder has none.
     Safe to use from several threads and event loops. close() (also the end of a `with` block) ends it.
     """
 
@@ -67,6 +68,7 @@ class Cluster:
         max_retries: int = 2,
         watermark: float = 0.01,
         memory_utilization: float | None = None,
+        longest: int | None = None,
         threads: int = 1,
         tokenizer: Any = None,
     ) -> None:
@@ -81,6 +83,7 @@ class Cluster:
             device=device,
             prefix_caching=prefix_caching,
             utilization=memory_utilization,
+            longest=longest,
             threads=threads,
             engine=EngineSettings(chunk_size=chunk_size, watermark=watermark),
         )
@@ -491,13 +494,14 @@ class Cluster:
 def model_source(
     model: str | Path | Callable[[str], Any], dtype: str = "auto", attention: str | None = None
 ) -> ModelSource:
-    """Where the model comes from; ConfigError when there is no such folder."""
+    """Where the model comes from; CheckpointError when the folder has none."""
     if callable(model):
         return ModelSource(make=model, dtype=dtype, attention=attention)
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
-    return ModelSource(folder=folder.resolve(), dtype=dtype, attention=attention)
+    from rayk.models.checkpoint import check_folder
+
+    folder = Path(model).expanduser().resolve()
+    check_folder(folder)  # here, before anything is started
+    return ModelSource(folder=folder, dtype=dtype, attention=attention)
 
 
 def _listed(prompts: Any) -> list[Any]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
+from socket import gethostname
 from typing import Any, Protocol
 
 from rayk.engine.engine import Engine
@@ -38,9 +38,9 @@ class ModelSource:
         if self.make is not None:
             return self.make(device)
         assert self.folder is not None
-        return import_module("rayk.models").load_model(
-            self.folder, dtype=self.dtype, device=device, attention=self.attention
-        )
+        from rayk.models import load_model
+
+        return load_model(self.folder, dtype=self.dtype, device=device, attention=self.attention)
 
     def __str__(self) -> str:
         return str(self.folder) if self.folder is not None else getattr(self.make, "__name__", "a model")
@@ -48,7 +48,10 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """How replicas of one model are served. `pages` is per replica; None takes what fits and what can be used."""
+    """How replicas of one model are served. `pages` is per replica; None takes what fits and what can be used.
+
+    longest: tokens of the longest request that will come, for that; the model's limit when None.
+    """
 
     replicas: int = 1
     page_size: int = 128
@@ -57,6 +60,7 @@ class ServeSettings:
     device: str = "cpu"
     prefix_caching: bool = True
     utilization: float | None = None
+    longest: int | None = None
     threads: int = 1  # of torch, in each process
     engine: EngineSettings = field(default_factory=EngineSettings)
 
@@ -127,7 +131,8 @@ def plan_pages(
     plan = plan_replica(node, params, settings.pages, sharing, settings.utilization)
     if settings.pages is not None:
         return plan
-    useful = settings.max_batch_size * -(-(model.max_length + 1) // settings.page_size)
+    longest = min(model.max_length, settings.longest or model.max_length)
+    useful = settings.max_batch_size * -(-(longest + 1) // settings.page_size)
     return plan_replica(node, params, min(plan.pages, useful), sharing, settings.utilization)
 
 
@@ -151,7 +156,7 @@ class InlineReplicas:
                 raise ConfigError("this process sees no CUDA device; use device='cpu'")
             models[device] = source.load(device)
         engines = []
-        node = measure_node()
+        node = measure_node(host_name=gethostname())
         for replica, device in enumerate(devices):
             model = models[device]
             params = cache_params(model, settings, device)

@@ -6,7 +6,7 @@ Run it by hand for every architecture, chunk size and page size (half an hour on
     python tests/greedy/matrix.py llama gemma2 --chunk-size 16 --page-size 128 --runtime ray
 
 Each configuration serves 64 random prompts of 1 to 700 tokens, many with a common beginning, with so few pages that
-requests are preempted at least 20 times; where once is not enough for that, they are served up to four times, which
+requests are preempted at least 20 times; where once is not enough for that, they are served several times, which
 the cache makes fuller still. A token may differ from the dense model's only where its two best logits are
 within 1e-4; that is counted and printed, and ends the comparison of that prompt. Exit code 1 for any other difference.
 """
@@ -27,7 +27,7 @@ import torch
 TIE = 1e-4
 NEW_TOKENS = 32
 PROMPTS, LONGEST = 64, 700
-PREEMPTIONS, ROUNDS = 20, 4
+PREEMPTIONS, ROUNDS = 20, 10
 CHUNK_SIZES, PAGE_SIZES = (16, 64, 512), (16, 128)
 
 

@@ -18,7 +18,7 @@ from rayk.engine.errors import RequestCancelledError, RequestError, RequestTimeo
 from rayk.engine.sampling import SamplingParams
 from rayk.engine.serve import InlineReplicas
 from rayk.engine.wire import Report, Submit
-from rayk.errors import ClosedError, ConfigError, ReplicaLostError
+from rayk.errors import CheckpointError, ClosedError, ConfigError, ReplicaLostError
 
 from .fake import POISON, VOCAB, PageModel, Tokenizer, expected
 from .test_engine import prompts
@@ -104,7 +104,7 @@ def test_wrong_use(cluster: Cluster) -> None:
     assert cluster.generate([]) == []
     outputs = cluster.generate([{"id": "a", "tokens": [1]}, {"id": "a", "tokens": [2]}], max_new_tokens=2)
     assert outputs[0].tokens == expected([1], 2) and "in use" in str(outputs[1].error)
-    with pytest.raises(ConfigError, match="not a folder"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         Cluster("/nowhere/at/all")
     for wrong in ({"replicas": 0}, {"pages": 0}, {"device": "tpu"}, {"router": "best"}, {"chunk_size": 0}):
         with pytest.raises(ConfigError):

@@ -11,8 +11,7 @@ from rayk.engine.text import Detokenizer
 TEXT = "The naïve café — 東京の天気は🌧️ and 👩‍👩‍👧 said: “stop”. Ünïcödé!  two  spaces\nnew line"
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -24,6 +23,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     raw.train_from_iterator(["the stop said and two spaces new line"] * 5, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
 
 
 def pieces(tokenizer, ids, stop=()) -> tuple[list[str], Detokenizer]:
