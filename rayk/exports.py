@@ -57,7 +57,7 @@ class Exports:
         They are pinned until acknowledge() or the deadline; their place in the eviction order does not change.
         """
         root = self._tree.hold_root(ctx.root_key)
-        tip, pages = self._tree.extend(root, ctx.tokens.data[: stop * self._params.page_size].tobytes())
+        tip, pages = self._tree.extend(root, ctx.tokens.data[: stop * self._params.page_size])
         try:
             data = self._buffers.read_bytes(self._tree.path_pages(tip)[start:])
             hashes = self.hashes(ctx, pages)[start:]

@@ -9,7 +9,8 @@ sha256 resists an adversary; xxh3_128 is for clusters whose users trust each oth
 from __future__ import annotations
 
 import hashlib
-from typing import NewType
+from collections.abc import Iterator, Sequence
+from typing import NewType, overload
 
 import xxhash
 
@@ -17,6 +18,33 @@ PageHash = NewType("PageHash", bytes)
 RootKey = tuple[str | None, str | None]  # cache salt and adapter
 
 WIDTHS = {"sha256": 32, "xxh3_128": 16}  # bytes of a hash
+
+
+class PageHashes(Sequence[PageHash]):
+    """Hashes that lie one after the other in `joined`, `width` bytes each; taken apart when asked for."""
+
+    __slots__ = ("joined", "width")
+
+    def __init__(self, joined: bytes, width: int) -> None:
+        self.joined = joined
+        self.width = width
+
+    def __len__(self) -> int:
+        return len(self.joined) // self.width
+
+    @overload
+    def __getitem__(self, at: int) -> PageHash: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[PageHash]: ...
+    def __getitem__(self, at: int | slice) -> PageHash | list[PageHash]:
+        if isinstance(at, slice):
+            return list(self)[at]
+        start = range(len(self))[at] * self.width
+        return PageHash(self.joined[start : start + self.width])
+
+    def __iter__(self) -> Iterator[PageHash]:
+        joined, width = self.joined, self.width
+        return iter([PageHash(joined[at : at + width]) for at in range(0, len(joined), width)])
 
 
 class PageHasher:

@@ -15,15 +15,17 @@ back without a release: ticks and queue stay, and so does the order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from rayk.errors import IntegrityError
-from rayk.hashing import PageHash, PageHasher, RootKey
+from rayk.hashing import PageHash, PageHasher, PageHashes, RootKey
 from rayk.pages import PagePool, Pages
+
+Tokens = npt.NDArray[np.int32]  # contiguous
 
 _NO_PAGES: Pages = np.empty(0, np.int32)
 GROW_LIMIT = 64  # pages: a tip grows in place up to this, then a new segment starts (bounds the copying)
@@ -73,11 +75,11 @@ class Match(NamedTuple):
 class PageListener(Protocol):
     """Told what a tree caches and drops, while it does so: it must neither raise nor call the tree."""
 
-    def stored(self, parent: PageHash, hashes: list[PageHash], pages: Pages, tokens: bytes) -> None:
+    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
         """`pages` now hold `tokens` and are cached after `parent` (a page or a root); the array may be kept."""
         ...
 
-    def removed(self, hashes: list[PageHash]) -> None:
+    def removed(self, hashes: Sequence[PageHash]) -> None:
         """These pages are not cached any more."""
         ...
 
@@ -89,6 +91,7 @@ class PrefixTree:
     """
 
     def __init__(self, page_size: int, pool: PagePool, hasher: PageHasher | None = None) -> None:
+        self._page_size = page_size
         self._page_bytes = page_size * 4
         self._pool = pool
         self._hasher = hasher
@@ -122,27 +125,28 @@ class PrefixTree:
         """The root of that salt and adapter, if anything was ever cached under it."""
         return self._roots.get(key)
 
-    def match(self, start: Segment, tokens: bytes) -> Match:
-        """The longest cached continuation of `start` that `tokens` (whole pages) begins with."""
-        page, at, node, end = self._page_bytes, 0, start, len(tokens)
+    def match(self, start: Segment, tokens: Tokens) -> Match:
+        """The longest cached continuation of `start` that `tokens` (int32, whole pages) begins with."""
+        size, at, node, end = self._page_size, 0, start, len(tokens)
         while at < end:
-            child = node.children.get(tokens[at : at + page])
+            child = node.children.get(tokens[at : at + size].tobytes())
             if child is None:
                 break
-            if not tokens.startswith(child.tokens, at):
+            stop = at + len(child.pages) * size
+            if stop > end or not child.tokens.startswith(tokens[at:stop]):  # type: ignore[arg-type]  # a buffer
                 partial = self._common_pages(child.tokens, tokens, at)
-                return Match(node, at // page + partial, child, partial)
-            at += len(child.tokens)
-            node = child
-        return Match(node, at // page, None, 0)
+                return Match(node, at // size + partial, child, partial)
+            at, node = stop, child
+        return Match(node, at // size, None, 0)
 
-    def _common_pages(self, segment: bytes, tokens: bytes, at: int) -> int:
+    def _common_pages(self, segment: bytes, tokens: Tokens, at: int) -> int:
         """Pages of `segment` that `tokens[at:]` begins with, knowing that the first one fits and not all do."""
-        page = self._page_bytes
-        low, high = 1, min(len(segment), len(tokens) - at) // page + 1  # low fits, high does not
+        size, page = self._page_size, self._page_bytes
+        low, high = 1, min(len(segment) // page, (len(tokens) - at) // size) + 1  # low fits, high does not
         while high - low > 1:
             mid = (low + high) // 2
-            if tokens.startswith(segment[low * page : mid * page], at + low * page):
+            part = tokens[at + low * size : at + mid * size]
+            if segment[low * page : mid * page].startswith(part):  # type: ignore[arg-type]  # a buffer
                 low = mid
             else:
                 high = mid
@@ -176,24 +180,24 @@ class PrefixTree:
         root.refs += 1
         return root
 
-    def extend(self, tip: Segment, tokens: bytes) -> tuple[Segment, int]:
+    def extend(self, tip: Segment, tokens: Tokens) -> tuple[Segment, int]:
         """Hold what is cached of `tokens` below `tip`, for its holder: the new tip, and how many pages it adds."""
-        page, at, end = self._page_bytes, 0, len(tokens)
+        size, at, end = self._page_size, 0, len(tokens)
         while at < end:
-            child = tip.children.get(tokens[at : at + page])
+            child = tip.children.get(tokens[at : at + size].tobytes())
             if child is None:
                 break
-            segment, step = child.tokens, len(child.tokens)
-            if not tokens.startswith(segment, at):
-                partial = self._common_pages(segment, tokens, at)
-                child, step = self._split(child, partial), partial * page
-                end = 0  # the last one
+            stop = at + len(child.pages) * size
+            if stop > end or not child.tokens.startswith(tokens[at:stop]):  # type: ignore[arg-type]  # a buffer
+                partial = self._common_pages(child.tokens, tokens, at)
+                if partial < len(child.pages):
+                    child = self._split(child, partial)
+                stop, end = at + partial * size, 0  # the last one
             if not child.refs:
                 self.evictable -= len(child.pages)
             child.refs += 1
-            tip = child
-            at += step
-        return tip, at // page
+            tip, at = child, stop
+        return tip, at // size
 
     def undo(self, end: Segment, tip: Segment | None) -> None:
         """Take a hold back from `end` up to, not including, `tip` (None: the root too); order as before."""
@@ -250,23 +254,26 @@ class PrefixTree:
 
     # -- growing --------------------------------------------------------------------------------
 
-    def commit(self, tip: Segment, tokens: bytes, pages: Pages) -> tuple[Segment, Pages | None]:
-        """Cache `pages` with `tokens` below `tip`, for the holder of `tip`, who holds them afterwards.
+    def commit(self, tip: Segment, tokens: Tokens, pages: Pages) -> tuple[Segment, Pages | None]:
+        """Cache `pages` with `tokens` (int32) below `tip`, for the holder of `tip`, who holds them afterwards.
 
         Returns the new tip, and the pages to use instead of the first given ones where the content was cached already:
         those are held, and the given copies are back in the pool.
         """
-        instead = None
-        if tip.children and tokens[: self._page_bytes] in tip.children:
-            end, known = self.extend(tip, tokens)
-            instead = self.path_pages(end, tip)
-            self._pool.give(pages[:known])
-            tip, tokens, pages = end, tokens[known * self._page_bytes :], pages[known:]
-        return self._append(tip, tokens, pages) if tokens else tip, instead
+        if not tip.children:
+            return self._append(tip, tokens.tobytes(), pages), None
+        end, known = self.extend(tip, tokens)
+        if not known:
+            return self._append(tip, tokens.tobytes(), pages), None
+        instead = self.path_pages(end, tip)
+        self._pool.give(pages[:known])
+        return self._append(end, tokens[known * self._page_size :].tobytes(), pages[known:]), instead
 
     def _append(self, tip: Segment, tokens: bytes, pages: Pages) -> Segment:
         """New content below `tip`, held once: in place when nobody else could notice, else as a child."""
         count = len(pages)
+        if not count:
+            return tip
         self.cached += count
         hashes = self._announce(tip, tokens, pages) if self._hasher is not None else b""
         if tip.refs == 1 and not tip.children and 0 < len(tip.pages) and len(tip.pages) + count <= GROW_LIMIT:
@@ -311,7 +318,8 @@ class PrefixTree:
 
     def make_room(self, count: int) -> None:
         """Evict until the pool has `count` empty pages; the caller has checked that enough are evictable."""
-        missing = count - self._pool.empty
+        before = self._pool.empty
+        missing = count - before
         while missing > 0:
             if not self._queue:
                 raise IntegrityError(
@@ -323,17 +331,20 @@ class PrefixTree:
                 if node.tick == tick:
                     node.queued = False
                 continue
-            keep = max(0, len(node.pages) - missing)
-            dropped = node.pages[keep:]
-            missing -= len(dropped)
-            self.evicted += len(dropped)
-            self._forget_pages(dropped)
-            if self._hasher is not None:
-                self._renounce(node, keep)
-            if keep:
-                node.pages, node.tokens = node.pages[:keep].copy(), node.tokens[: keep * self._page_bytes]
-            else:
+            count = len(node.pages)
+            if count <= missing:
+                missing -= count
+                self._forget_pages(node.pages)
+                if self._hasher is not None:
+                    self._renounce(node, 0)
                 self._detach(node, tick)
+            else:
+                keep, missing = count - missing, 0
+                self._forget_pages(node.pages[keep:])
+                if self._hasher is not None:
+                    self._renounce(node, keep)
+                node.pages, node.tokens = node.pages[:keep].copy(), node.tokens[: keep * self._page_bytes]
+        self.evicted += self._pool.empty - before
 
     def _detach(self, node: Segment, tick: int) -> None:
         """Remove an empty leaf that heads the queue; its parent takes its place if it was freed with it."""
@@ -355,7 +366,7 @@ class PrefixTree:
         """Tell the listeners that the pages after the first `keep` of `node` are gone."""
         assert self._hasher is not None
         width = self._hasher.width
-        gone = [PageHash(node.hashes[at : at + width]) for at in range(keep * width, len(node.hashes), width)]
+        gone = PageHashes(node.hashes[keep * width :], width)
         node.hashes = node.hashes[: keep * width]
         for listener in self._listeners:
             listener.removed(gone)

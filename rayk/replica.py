@@ -380,7 +380,7 @@ class ReplicaCore:
                 return base, 0, 0
         if base is None:
             base = tree.hold_root(ctx.root_key)
-        tip, hits = tree.extend(base, data[start * size : stop * size].tobytes())
+        tip, hits = tree.extend(base, data[start * size : stop * size])
         if not imports:
             return tip, hits, 0
         return tip, hits, min(self.exports.usable(ctx, start + hits, stop, imports), self._free)
@@ -407,7 +407,7 @@ class ReplicaCore:
             pages = row[start + hits : start + hits + copied]
             pages[:] = self.take(copied)
             self.exports.land(pages, start + hits, imports)
-            tokens = ctx.tokens.data[(start + hits) * size : (start + hits + copied) * size].tobytes()
+            tokens = ctx.tokens.data[(start + hits) * size : (start + hits + copied) * size]
             tip, _ = self._tree.commit(tip, tokens, pages)
         if own is not None:
             self._pool.give(own)
@@ -488,7 +488,7 @@ class ReplicaCore:
         if tip is None:
             tip = tree.hold_root(ctx.root_key)
         row = self.table.rows[request.row]
-        tokens = ctx.tokens.data[start * size : full * size].tobytes()
+        tokens = ctx.tokens.data[start * size : full * size]
         request.tip, instead = tree.commit(tip, tokens, row[start:full])
         if instead is not None:
             row[start : start + len(instead)] = instead
@@ -629,7 +629,7 @@ class ReplicaCore:
         root, stop = self._tree.find_root(ctx.root_key), self._reusable(ctx)
         if root is None or not self._caching or stop < 1:
             return None
-        return self._tree.match(root, ctx.tokens.data[: stop * self.page_size].tobytes())
+        return self._tree.match(root, ctx.tokens.data[: stop * self.page_size])
 
     # -- queries -----------------------------------------------------------------------------------
 

@@ -29,6 +29,10 @@ TOKENS = st.lists(st.integers(0, 1), max_size=6)
 ROOT = st.sampled_from(["plain", "plain", "plain", "salted"])
 
 
+def array(tokens) -> np.ndarray:
+    return np.array(list(tokens), np.int32)
+
+
 def raw(tokens) -> bytes:
     return np.array(tokens, np.int32).tobytes()
 
@@ -106,10 +110,10 @@ class PrefixTreeMachine(RuleBasedStateMachine):
 
     def hold(self, holder: Holder, tokens) -> None:
         """Extend a hold by what is cached of `tokens`, in the tree and in the model."""
-        match = self.tree.match(holder.tip, raw(tokens))
+        match = self.tree.match(holder.tip, array(tokens))
         full = (*holder.tokens, *tokens)
         assert match.pages == self.model.cached(holder.root, full) - len(holder.tokens)
-        end, known = self.tree.extend(holder.tip, raw(tokens))
+        end, known = self.tree.extend(holder.tip, array(tokens))
         assert known == match.pages
         start = len(holder.tokens)
         want = [self.model.pages[holder.root, full[: i + 1]] for i in range(start, start + match.pages)]
@@ -137,10 +141,10 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         """What a refused alloc does, of a request that holds something or of a new one."""
         if pick < len(self.requests):
             tip = self.requests[pick].tip
-            self.tree.undo(self.tree.extend(tip, raw(tokens))[0], tip)
+            self.tree.undo(self.tree.extend(tip, array(tokens))[0], tip)
         else:
             base = self.tree.hold_root((root, None))
-            self.tree.undo(self.tree.extend(base, raw(tokens))[0], None)
+            self.tree.undo(self.tree.extend(base, array(tokens))[0], None)
 
     @precondition(lambda self: len(self.pins) < 4 and self.model.pages)
     @rule(root=ROOT, tokens=TOKENS)
@@ -184,7 +188,7 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         pages = self.pool.take(len(tokens)).copy()
         start, full = len(holder.tokens), (*holder.tokens, *tokens)
         known = self.model.cached(holder.root, full) - start
-        tip, instead = self.tree.commit(holder.tip, raw(tokens), pages)
+        tip, instead = self.tree.commit(holder.tip, array(tokens), pages)
         assert (0 if instead is None else len(instead)) == known
         for i, page in enumerate(pages.tolist()):
             entry = self.model.pages.setdefault((holder.root, full[: start + i + 1]), Page(page))

@@ -41,11 +41,11 @@ class Listener:
     def __init__(self) -> None:
         self.stored_pages = self.removed_pages = 0
 
-    def stored(self, parent: PageHash, hashes: list[PageHash], pages: Pages, tokens: bytes) -> None:
+    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
         """These pages are cached now."""
         self.stored_pages += len(hashes)
 
-    def removed(self, hashes: list[PageHash]) -> None:
+    def removed(self, hashes: Sequence[PageHash]) -> None:
         """These are not any more."""
         self.removed_pages += len(hashes)
 

@@ -14,6 +14,10 @@ from rayk.prefix import GROW_LIMIT, PrefixTree, Segment
 KEY = (None, None)
 
 
+def array(tokens) -> np.ndarray:
+    return np.array(list(tokens), np.int32)
+
+
 def raw(tokens) -> bytes:
     return np.array(list(tokens), np.int32).tobytes()
 
@@ -28,11 +32,11 @@ class Small:
         tokens = list(tokens)
         self.tree.make_room(len(tokens))
         tip = tip if tip is not None else self.tree.hold_root(KEY)
-        return self.tree.commit(tip, raw(tokens), self.pool.take(len(tokens)).copy())[0]
+        return self.tree.commit(tip, array(tokens), self.pool.take(len(tokens)).copy())[0]
 
     def hold(self, tokens) -> Segment:
         root = self.tree.hold_root(KEY)
-        return self.tree.extend(root, raw(tokens))[0]
+        return self.tree.extend(root, array(tokens))[0]
 
     def cache(self, *prompts) -> None:
         for tokens in prompts:
@@ -42,7 +46,7 @@ class Small:
 
     def cached(self, tokens) -> int:
         root = self.tree.find_root(KEY)
-        return 0 if root is None else self.tree.match(root, raw(tokens)).pages
+        return 0 if root is None else self.tree.match(root, array(tokens)).pages
 
     def evict(self, count: int = 1) -> None:
         self.tree.make_room(self.pool.empty + count)
@@ -55,7 +59,7 @@ def small() -> Small:
 
 def test_a_match_ends_within_a_segment(small: Small) -> None:
     small.cache([1, 2, 3, 4])
-    match = small.tree.match(small.tree.find_root(KEY), raw([1, 2, 9]))
+    match = small.tree.match(small.tree.find_root(KEY), array([1, 2, 9]))
     assert (match.pages, match.partial) == (2, 2)
     for tokens, pages in (([1, 2, 3, 4, 5], 4), ([1], 1), ([9], 0), ([], 0), ([2], 0), ([1, 2, 3], 3)):
         assert small.cached(tokens) == pages
@@ -89,7 +93,7 @@ def test_commit_uses_what_another_cached_and_gives_the_copies_back(small: Small)
     first = small.commit([1, 2, 3])
     root = small.tree.hold_root(KEY)
     copies = small.pool.take(4).copy()
-    tip, instead = small.tree.commit(root, raw([1, 2, 9, 9]), copies)
+    tip, instead = small.tree.commit(root, array([1, 2, 9, 9]), copies)
     assert instead.tolist() == small.tree.path_pages(first)[:2].tolist()
     assert small.tree.path_pages(tip).tolist() == [*instead, *copies[2:]]
     assert (small.pool.empty, small.tree.cached) == (12 - 5, 5)
@@ -143,7 +147,7 @@ def test_held_pages_are_passed_over(small: Small) -> None:
 def test_undo_restores_the_place_in_the_order(small: Small) -> None:
     small.cache([1, 2, 3], [7, 8])
     root = small.tree.hold_root(KEY)
-    small.tree.undo(small.tree.extend(root, raw([1, 2]))[0], None)
+    small.tree.undo(small.tree.extend(root, array([1, 2]))[0], None)
     small.evict(2)
     assert (small.cached([1, 2, 3]), small.cached([7, 8])) == (1, 2)
 
@@ -282,12 +286,12 @@ def test_a_listener_knows_what_is_cached(algorithm: str) -> None:
     small.tree.listen(recorder, hasher)
     small.cache([1, 2, 3, 4], [1, 2, 8, 9], [1, 2, 8, 9, 5])
     chain = hasher.chain(hasher.root(KEY), raw([1, 2, 8, 9, 5]))
-    match = small.tree.match(small.tree.find_root(KEY), raw([1, 2, 8, 9, 5]))
+    match = small.tree.match(small.tree.find_root(KEY), array([1, 2, 8, 9, 5]))
     assert [recorder.pages[h] for h in chain] == small.tree.path_pages(match.node).tolist()
     assert small.tree.page_hash(match) == chain[-1]
-    half = small.tree.match(small.tree.find_root(KEY), raw([1, 7]))
+    half = small.tree.match(small.tree.find_root(KEY), array([1, 7]))
     assert small.tree.page_hash(half) == chain[0]
-    assert small.tree.page_hash(small.tree.match(small.tree.find_root(KEY), raw([6]))) == hasher.root(KEY)
+    assert small.tree.page_hash(small.tree.match(small.tree.find_root(KEY), array([6]))) == hasher.root(KEY)
     assert set(recorder.parents.values()) <= {hasher.root(KEY), *recorder.pages}
     small.tree.check_integrity([], np.zeros(12, np.int64))
     small.evict(3)
