@@ -373,15 +373,17 @@ class ReplicaCore:
         start, size, tree = request.committed, self.page_size, self._tree
         if stop <= start:
             return request.tip, 0, 0
-        base, data = request.tip, ctx.tokens.data
-        if not imports:  # most new requests end here: nothing is cached that begins like them
-            known = base if base is not None else tree.find_root(ctx.root_key)
-            if known is None or data[start * size : (start + 1) * size].tobytes() not in known.children:
-                return base, 0, 0
+        base = request.tip
         if base is None:
-            base = tree.hold_root(ctx.root_key)
-        tip, hits = tree.extend(base, data[start * size : stop * size])
+            base = tree.hold_root(ctx.root_key) if imports else tree.find_root(ctx.root_key)
+        if base is None:
+            return None, 0, 0
+        tip, hits = tree.extend(base, ctx.tokens.data[start * size : stop * size])
         if not imports:
+            if not hits:
+                return request.tip, 0, 0
+            if request.tip is None:
+                tree.hold_root(ctx.root_key)
             return tip, hits, 0
         return tip, hits, min(self.exports.usable(ctx, start + hits, stop, imports), self._free)
 
