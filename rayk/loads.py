@@ -59,13 +59,13 @@ class Loads:
 
     # -- what the tree tells -----------------------------------------------------------------------
 
-    def stored(self, parent: PageHash, hashes: list[PageHash], pages: Pages, tokens: bytes) -> None:
+    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
         """Newly cached pages; flush() offloads them, before anybody can change them."""
         if not self._landing:  # else a tier has them
             self._new_hashes += hashes
             self._new_pages.append(pages)
 
-    def removed(self, hashes: list[PageHash]) -> None:
+    def removed(self, hashes: Sequence[PageHash]) -> None:
         """Dropped pages: the tiers have them already."""
 
     def flush(self) -> None:
