@@ -29,9 +29,6 @@ NOT_BUILT_VALUES = {
     "--forward": ("hf",),
 }
 NOT_BUILT_FLAGS = (
-    "--host-memory",
-    "--disk-dir",
-    "--disk-memory",
     "--speed",
     "--model",
     "--prefill-rate",
@@ -187,6 +184,20 @@ def bench(
             rich_help_panel=_CACHE,
         ),
     ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="A host tier for the replicas of each node: 16GiB, bytes, or 0.5 of what is free.",
+            rich_help_panel=_CACHE,
+        ),
+    ] = None,
+    disk_dir: Annotated[
+        Path | None,
+        typer.Option(help="A disk tier in this folder of each node, kept for the next run.", rich_help_panel=_CACHE),
+    ] = None,
+    disk_memory: Annotated[
+        str | None, typer.Option(help="What --disk-dir may hold on each node.", rich_help_panel=_CACHE)
+    ] = None,
     layers: Annotated[int, typer.Option(help="Layers.", rich_help_panel=_CACHE)] = 2,
     kv_heads: Annotated[int, typer.Option(help="KV heads.", rich_help_panel=_CACHE)] = 2,
     head_dim: Annotated[int, typer.Option(help="Elements of a head.", rich_help_panel=_CACHE)] = 8,
@@ -200,9 +211,6 @@ def bench(
     form: Annotated[
         Format, typer.Option("--format", help="json: one object on stdout.", rich_help_panel=_OUTPUT)
     ] = Format.table,
-    host_memory: Annotated[str | None, _refused("--host-memory")] = None,
-    disk_dir: Annotated[str | None, _refused("--disk-dir")] = None,
-    disk_memory: Annotated[str | None, _refused("--disk-memory")] = None,
     speed: Annotated[str | None, _refused("--speed")] = None,
     model: Annotated[str | None, _refused("--model")] = None,
     prefill_rate: Annotated[str | None, _refused("--prefill-rate")] = None,
@@ -228,6 +236,9 @@ def bench(
         duration=duration,
         pages=pages,
         memory=memory,
+        host_memory=host_memory,
+        disk_dir=disk_dir,
+        disk_memory=disk_memory,
         concurrency=concurrency,
         max_batch_size=max_batch_size,
         token_budget=token_budget,

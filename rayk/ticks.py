@@ -25,6 +25,11 @@ class Admission(NamedTuple):
     claim_seconds: float = 0.0  # inside the replica
     alloc_seconds: float = 0.0
 
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens from all sources."""
+        return self.device_tokens + self.peer_tokens + self.host_tokens + self.disk_tokens
+
 
 @dataclass(frozen=True)
 class Tick:

@@ -21,7 +21,7 @@ from rayk.bench.report import write_report
 from rayk.bench.request import Workload
 from rayk.bench.result import BenchResult, read_result
 from rayk.bench.run import run_bench
-from rayk.bench.settings import VERIFY_BUDGET, BenchSettings, complete
+from rayk.bench.settings import VERIFY_BUDGET, BenchSettings, complete, with_tiers
 from rayk.bench.traces import read_trace
 from rayk.bench.workloads import GENERATORS
 from rayk.errors import ConfigError
@@ -45,6 +45,9 @@ class BenchCommand:
     duration: str | None = None
     pages: int | None = None
     memory: str | None = None
+    host_memory: str | None = None
+    disk_dir: Path | None = None
+    disk_memory: str | None = None
     concurrency: int | None = None
     max_batch_size: int | None = None
     token_budget: int | None = None
@@ -62,7 +65,7 @@ class BenchCommand:
             raise ConfigError(f"--requests is {self.requests}, at least 1 is needed")
         if self.requests is not None and duration_s is not None:
             raise ConfigError("--requests and --duration exclude each other")
-        settings = self._settings(duration_s)
+        settings = with_tiers(self._settings(duration_s), self.host_memory, self.disk_dir, self.disk_memory)
         self._check_out()
         torch.set_num_threads(1)  # the verify model works on small pieces, for which threads only wait for each other
         workload = self._workload(settings, duration_s)

@@ -33,6 +33,7 @@ class Flight:
         "replica",
         "request",
         "request_id",
+        "reused",
         "submitted_at",
         "take",
     )
@@ -55,6 +56,7 @@ class Flight:
         self.take = 0  # tokens that this tick's forward computes
         self.admission = 0  # running number of its last admission
         self.counted = False  # whether its first admission was counted
+        self.reused = 0  # tokens that its first admission counted as cached, until its first forward
         self.entering = False  # whether its next forward is the first since its admission
         self.refusals = 0  # admissions refused in a row while its replica was idle
         self.first_token_at: float | None = None

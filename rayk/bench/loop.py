@@ -28,7 +28,7 @@ from rayk.bench.measure import Measured, ReplicaCounts, Sample
 from rayk.bench.request import Workload
 from rayk.bench.verify import forward
 from rayk.errors import InsufficientBlocksError, RaykError
-from rayk.ticks import Tick, TickResult
+from rayk.ticks import Admission, Tick, TickResult
 
 if TYPE_CHECKING:
     from rayk.manager import PagedKVCacheManager
@@ -159,7 +159,7 @@ class Driver:
                 self.measured.latency["claim"].add(admission.claim_seconds)
                 self.measured.latency["alloc"].add(admission.alloc_seconds)
                 flight.replica = admission.replica
-                self._enter(flight, admission.device_tokens, admission.peer_tokens)
+                self._enter(flight, admission)
             elif isinstance(admission.error, InsufficientBlocksError):
                 if not self._refuse_for_good(flight, admission.replica, admission.error):
                     refused.setdefault(flight.replica, []).append(flight)
@@ -195,7 +195,7 @@ class Driver:
             room -= chosen[-1].length
         return chosen
 
-    def _enter(self, flight: Flight, device_tokens: int, peer_tokens: int) -> None:
+    def _enter(self, flight: Flight, admission: Admission) -> None:
         measured = self.measured
         flight.prefill = flight.context.tokens.active_length
         flight.admission, self._admissions = self._admissions, self._admissions + 1
@@ -205,7 +205,8 @@ class Driver:
             measured.recomputed += flight.prefill
         else:
             flight.counted = True
-            measured.admit(self.elapsed, flight.replica, flight.length, device_tokens, peer_tokens)
+            flight.reused = admission.reused_tokens
+            measured.admit(self.elapsed, flight.replica, flight.length, admission)
         measured.events.append(Event("admit", flight.request.index, flight.length))
         lane = self.lanes[flight.replica]
         lane.running.append(flight)
@@ -292,12 +293,18 @@ class Driver:
         for flight in batch:
             if refused and flight.request_id in refused:
                 continue
-            executed.append(flight)
-            flight.entering = False
             context = flight.context
+            if flight.request_id in result.waiting:  # for pages from a tier
+                context.tokens.end = context.tokens.length
+                continue
+            executed.append(flight)
+            if flight.entering:
+                flight.entering = False
+                self._count_lost(flight)
             if flight.prefill:
-                flight.prefill -= flight.take
+                chunked = context.tokens.end < context.tokens.length
                 context.update(flight.next_token)
+                flight.prefill = context.tokens.active_length if chunked else 0  # also after a window moved back
                 processed = context.tokens.processed_length
                 measured.events.append(Event("commit", flight.request.index, processed))
                 if flight.prefill:
@@ -330,6 +337,13 @@ class Driver:
         if refused and not lane.finished:
             self._preempt(lane)
         return decoded
+
+    def _count_lost(self, flight: Flight) -> None:
+        """Pages that a tier did not deliver were computed after all."""
+        lost = flight.reused - (flight.context.cached_prefix_length or 0)
+        if flight.reused and lost > 0:
+            self.measured.lose(flight.replica, lost)
+        flight.reused = 0
 
     def _preempt(self, lane: Lane) -> None:
         """Make the newest running request start over. Alone on its replica it tries again: pages may be in transit."""

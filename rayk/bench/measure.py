@@ -12,7 +12,7 @@ import numpy as np
 
 from rayk.bench.lru import Event
 from rayk.bench.verify import Verified
-from rayk.ticks import Tick, TickResult
+from rayk.ticks import Admission, Tick, TickResult
 
 
 class Latency:
@@ -105,6 +105,8 @@ class Measured:
     prompt: int = 0
     device_tokens: int = 0
     peer_tokens: int = 0
+    host_tokens: int = 0
+    disk_tokens: int = 0
     recomputed: int = 0
     generated: int = 0
     slots_checked: int = 0
@@ -121,23 +123,32 @@ class Measured:
     @property
     def cached(self) -> int:
         """Prompt tokens reused at first admissions, from all sources."""
-        return self.device_tokens + self.peer_tokens
+        return self.device_tokens + self.peer_tokens + self.host_tokens + self.disk_tokens
 
     @property
     def hit_rate(self) -> float | None:
         """Cached over prompt tokens of first admissions; None before the first."""
         return self.cached / self.prompt if self.prompt else None
 
-    def admit(self, t: float, replica: int, prompt: int, device_tokens: int, peer_tokens: int) -> None:
+    def admit(self, t: float, replica: int, prompt: int, admission: Admission) -> None:
         """Count the first admission of a request."""
         self.prompt += prompt
-        self.device_tokens += device_tokens
-        self.peer_tokens += peer_tokens
-        self.admitted.append((t, prompt, device_tokens + peer_tokens))
+        self.device_tokens += admission.device_tokens
+        self.peer_tokens += admission.peer_tokens
+        self.host_tokens += admission.host_tokens
+        self.disk_tokens += admission.disk_tokens
+        self.admitted.append((t, prompt, admission.reused_tokens))
         counts = self.replicas[replica]
         counts.requests += 1
         counts.prompt += prompt
-        counts.cached += device_tokens + peer_tokens
+        counts.cached += admission.reused_tokens
+
+    def lose(self, replica: int, tokens: int) -> None:
+        """So many tokens that an admission counted did not arrive from a tier: they were computed."""
+        from_disk = min(tokens, self.disk_tokens)
+        self.disk_tokens -= from_disk
+        self.host_tokens -= tokens - from_disk
+        self.replicas[replica].cached -= tokens
 
     def tick(self, replica: int, tick: Tick, result: TickResult) -> None:
         """Add what one replica did in a tick that was not empty."""

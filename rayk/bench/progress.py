@@ -134,7 +134,19 @@ def summary_rows(result: BenchResult) -> list[tuple[str, str]]:
         text = f"{hits.measured:.4f}  ({others})"
         if hits.by_tier.peer:
             text += f"; {hits.by_tier.peer:.4f} copied from peers"
+        if hits.by_tier.host is not None:
+            text += f"; {hits.by_tier.host:.4f} from the host tier"
+        if hits.by_tier.disk is not None:
+            text += f"; {hits.by_tier.disk:.4f} from disk"
         rows.append(("hit rate", text))
+    if result.tiers is not None:
+        t = result.tiers
+        text = f"{t.offloaded:,} pages out, {t.loaded:,} in; host {t.host_used:,} of {t.host_pages:,} pages"
+        if t.disk_pages:
+            text += f"; disk {t.disk_used:,} of {t.disk_pages:,}, {t.disk_written:,} written, {t.disk_read:,} read"
+        if t.failed_loads or t.rejected_files:
+            text += f"; {t.failed_loads:,} loads failed, {t.rejected_files:,} files rejected"
+        rows.append(("tiers", text))
     if result.verify is not None:
         rows.append(
             ("verify", f"{result.verify.slots_checked:,} slots checked, {result.verify.mismatches:,} mismatches")

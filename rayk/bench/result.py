@@ -69,6 +69,21 @@ class HitRate(_Form, frozen=True, kw_only=True):
     infinite: float | None = None
 
 
+class TierUse(_Form, frozen=True, kw_only=True):
+    """What the tiers did in the run, in pages over all replicas, and what they held at its end, of the first node."""
+
+    offloaded: int
+    loaded: int
+    disk_written: int
+    disk_read: int
+    failed_loads: int
+    rejected_files: int
+    host_pages: int
+    host_used: int
+    disk_pages: int
+    disk_used: int
+
+
 class VerifyCounts(_Form, frozen=True, kw_only=True):
     """Slots compared, each in all layers and shards, and how many held other bytes."""
 
@@ -146,6 +161,7 @@ class BenchResult(_Form, frozen=True, kw_only=True):
     series: Series
     elapsed: float
     verify: VerifyCounts | None = None
+    tiers: TierUse | None = None
     imbalance: float | None = None
 
     @property
@@ -170,7 +186,11 @@ def read_result(path: Path) -> BenchResult:
 
 
 def make_result(
-    settings: BenchSettings, workload: Workload, measured: Measured, nodes: Sequence[str] = ()
+    settings: BenchSettings,
+    workload: Workload,
+    measured: Measured,
+    nodes: Sequence[str] = (),
+    tiers: TierUse | None = None,
 ) -> BenchResult:
     """The result of a run, also of one that was stopped. Replays its events to simulate other caches.
 
@@ -187,6 +207,8 @@ def make_result(
     by_tier = ByTier(
         device=share and measured.device_tokens * share,
         peer=None if device_only else share and measured.peer_tokens * share,
+        host=share and measured.host_tokens * share if settings.connector != "null" else None,
+        disk=share and measured.disk_tokens * share if settings.connector == "tiered" else None,
     )
     return BenchResult(
         command="bench",
@@ -218,6 +240,7 @@ def make_result(
         )
         if settings.forward == "verify"
         else None,
+        tiers=tiers,
         latency={name: _summary(latency) for name, latency in measured.latency.items() if latency},
         throughput=Throughput(
             requests_per_s=measured.completed * per_s,

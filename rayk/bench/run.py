@@ -8,7 +8,7 @@ from time import perf_counter
 
 from rayk.bench.loop import Driver
 from rayk.bench.request import Workload
-from rayk.bench.result import BenchResult, make_result
+from rayk.bench.result import BenchResult, TierUse, make_result
 from rayk.bench.settings import BenchSettings
 from rayk.errors import RaykError
 from rayk.manager import PagedKVCacheManager
@@ -42,20 +42,23 @@ def run_bench(
             settings.params(),
             session,
             settings.pages,
+            settings.host_pages,
             max_batch_size=settings.max_batch_size,
             router=settings.router,
         )
         nodes = manager.get_node_names()
         driver = Driver(manager, workload, settings.loop(), clock, on_tick)
+        tiers: TierUse | None = None
         try:
             driver.run()
+            tiers = _tiers(manager) if settings.connector != "null" else None
         except (RaykError, KeyboardInterrupt) as stopped:
             error = stopped
     except BaseException:
         _close(session, quietly=True)
         raise
     _close(session, quietly=error is not None)
-    return Outcome(make_result(settings, workload, driver.measured, nodes), error)
+    return Outcome(make_result(settings, workload, driver.measured, nodes, tiers), error)
 
 
 def _close(session: InferenceSession, quietly: bool) -> None:
@@ -64,3 +67,22 @@ def _close(session: InferenceSession, quietly: bool) -> None:
     except RaykError:
         if not quietly:
             raise
+
+
+def _tiers(manager: PagedKVCacheManager) -> TierUse:
+    """Wait for the tiers and look at them; IntegrityError when a page is held that nobody uses."""
+    manager.drain()
+    manager.check_integrity()
+    metrics = manager.get_metrics_aggregated()
+    return TierUse(
+        offloaded=metrics.d2h_blocks_copied,
+        loaded=metrics.h2d_blocks_copied,
+        disk_written=metrics.disk_blocks_written,
+        disk_read=metrics.disk_blocks_read,
+        failed_loads=metrics.failed_loads,
+        rejected_files=metrics.rejected_files,
+        host_pages=manager.get_num_host_pages(0),
+        host_used=manager.get_num_used_host_pages(0),
+        disk_pages=manager.get_num_disk_pages(0),
+        disk_used=manager.get_num_used_disk_pages(0),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from rayk.bench.loop import LoopSettings
 from rayk.bench.quantity import parse_size, show_bytes
 from rayk.bench.request import Workload
 from rayk.errors import ConfigError
-from rayk.params import MHAKVCacheParams
+from rayk.params import KVConnectorConfig, MHAKVCacheParams
 from rayk.planning import measure_node, planned_pages
 
 VERIFY_BUDGET = 2048
@@ -21,13 +22,18 @@ VERIFY_BUDGET = 2048
 BATCHES_KEPT = 3
 """Default pages: room for this many average batches, so that a cache is worth having and still has to evict."""
 
+LEAST_HOST_PAGES = 64
+
 ROUTERS = ("round-robin", "least-loaded")
 FORWARDS = ("verify", "none")
 RUNTIMES = ("ray", "inline")
 
 
 class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """One run. `pages` is per replica, `token_budget` and `max_batch_size` per replica and forward (None: no bound)."""
+    """One run. `pages` is per replica, `host_pages` and `disk_bytes` are per node.
+
+    `token_budget` and `max_batch_size` are per replica and forward (None: no bound).
+    """
 
     replicas: int = 2
     page_size: int = 128
@@ -44,6 +50,9 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int = 8
     dtype: str = "float32"
     tp: int = 1
+    host_pages: int = 0
+    disk_dir: str | None = None
+    disk_bytes: int = 0
     seed: int = 0
     runtime: str = "ray"
     address: str | None = None
@@ -76,7 +85,16 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
             enable_prefix_caching=True,
             enable_dp_cross_replica_prefix_copy=self.peer_copies,
             kv_hash_algo="xxh3_128",
+            kv_connector=self.connector,
+            kv_connector_config=KVConnectorConfig(
+                disk_offload_dir=self.disk_dir, disk_offload_max_bytes=self.disk_bytes, model_id="rayk bench verify"
+            ),
         )
+
+    @property
+    def connector(self) -> str:
+        """The tiers below the device pages."""
+        return "tiered" if self.disk_dir is not None else "local" if self.host_pages else "null"
 
     def loop(self) -> LoopSettings:
         """What the driver loop needs of this."""
@@ -136,3 +154,36 @@ def default_pages(settings: BenchSettings, workload: Workload) -> int:
     sizes = [request.pages(settings.page_size) for request in workload.requests]
     batch = math.ceil(settings.concurrency / settings.replicas) * sum(sizes) / len(sizes)
     return max(max(sizes), math.ceil(BATCHES_KEPT * batch))
+
+
+def with_tiers(
+    settings: BenchSettings, host_memory: str | None, disk_dir: Path | None, disk_memory: str | None
+) -> BenchSettings:
+    """`settings` with a host tier of `host_memory` and a disk tier of `disk_memory` in `disk_dir`, per node.
+
+    Pages reach the disk through the host tier; without `host_memory` it gets an eighth of the disk's, at least
+    LEAST_HOST_PAGES pages. ConfigError for what cannot be had.
+    """
+    if (disk_dir is None) != (disk_memory is None):
+        raise ConfigError("--disk-dir and --disk-memory go together: a folder, and how much it may hold")
+    page_bytes = settings.params().bytes_per_page
+    disk_bytes = 0
+    if disk_dir is not None and disk_memory is not None:
+        disk_bytes = parse_size(disk_memory, measure_node(disk_dir=str(disk_dir)).disk_free or 0)
+        if disk_bytes <= page_bytes:
+            raise ConfigError(f"--disk-memory {disk_memory} does not hold a page of {show_bytes(page_bytes)}")
+    pages = 0
+    if host_memory is not None:
+        size = parse_size(host_memory, measure_node().host_free)
+        pages = size // page_bytes
+        if not pages:
+            shown = f"--host-memory {host_memory} is {show_bytes(size)}"
+            raise ConfigError(f"{shown}, one page takes {show_bytes(page_bytes)}; give more")
+    elif disk_dir is not None:
+        pages = max(LEAST_HOST_PAGES, disk_bytes // 8 // page_bytes)
+    return msgspec.structs.replace(
+        settings,
+        host_pages=pages,
+        disk_dir=str(disk_dir.resolve()) if disk_dir is not None else None,
+        disk_bytes=disk_bytes,
+    )

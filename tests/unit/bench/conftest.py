@@ -62,12 +62,18 @@ def serve() -> Iterator[Serve]:
             full = complete(asked, workload, pages)
             loop: LoopSettings = full.loop()
             manager = PagedKVCacheManager(
-                full.params(), session, full.pages, max_batch_size=full.max_batch_size, router=full.router
+                full.params(),
+                session,
+                full.pages,
+                full.host_pages,
+                max_batch_size=full.max_batch_size,
+                router=full.router,
             )
             driver = Driver(manager, workload, loop, ticking_clock(), on_tick)
             driver.run()
             manager.check_integrity()
             assert [manager.get_num_used_pages(r) for r in range(full.replicas)] == [0] * full.replicas
+            manager.shutdown()
             return driver
 
         yield run

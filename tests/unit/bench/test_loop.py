@@ -1,6 +1,7 @@
 """The driver loop on inline replicas: batching, preemption, verification, and how runs end."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,3 +174,45 @@ def test_a_run_that_is_stopped_keeps_what_it_measured(
     assert (measured.submitted, measured.completed, measured.failed) == (3, 0, 3)
     assert [(fault.kind, fault.replica) for fault in measured.faults] == [(kind, replica)]
     assert measured.elapsed > 0 and measured.samples and measured.ticks == 2
+
+
+TIERED = {
+    "peer_copies": False,
+    "replicas": 2,
+    "page_size": 8,
+    "concurrency": 6,
+    "host_pages": 40,
+    "disk_bytes": 4 << 20,
+}
+
+
+def _tier_tokens(driver: Driver) -> int:
+    return driver.measured.host_tokens + driver.measured.disk_tokens
+
+
+def test_tiers_serve_what_the_device_lost_and_what_an_earlier_run_left(serve: Serve, tmp_path: Path) -> None:
+    workload = workloads.chat(30, seed=2, scale=0.02)
+    pages = max(r.pages(8) for r in workload.requests)
+    plain = serve(workload, pages=pages, replicas=2, page_size=8, concurrency=6, peer_copies=False).measured
+    cold = serve(workload, pages=pages, disk_dir=str(tmp_path), **TIERED)
+    assert cold.measured.cached > plain.cached and _tier_tokens(cold) > 0
+    warm = serve(workload, pages=pages, disk_dir=str(tmp_path), **TIERED)
+    assert warm.measured.cached > cold.measured.cached
+    for driver in (cold, warm):
+        assert (driver.measured.completed, driver.measured.mismatches) == (30, 0)
+        assert driver.measured.cached == sum(counts.cached for counts in driver.measured.replicas)
+
+
+def test_damaged_pages_are_computed_and_not_counted_as_hits(serve: Serve, tmp_path: Path) -> None:
+    workload = workloads.chat(30, seed=2, scale=0.02)
+    pages = max(r.pages(8) for r in workload.requests)
+    cold = serve(workload, pages=pages, disk_dir=str(tmp_path), **TIERED)
+    files = sorted(tmp_path.rglob("*.kv"))
+    for path in files:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    again = serve(workload, pages=pages, disk_dir=str(tmp_path), **TIERED)
+    assert (again.measured.completed, again.measured.mismatches) == (30, 0)
+    assert abs(again.measured.cached - cold.measured.cached) < 0.1 * cold.measured.prompt
+    assert again.measured.cached == sum(counts.cached for counts in again.measured.replicas)

@@ -1,12 +1,13 @@
 """Settings are checked when made, and completed with pages that suit the workload."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from rayk.bench.capacity import RequestTooLargeError
 from rayk.bench.request import Workload
-from rayk.bench.settings import BenchSettings, complete, default_pages, free_bytes
+from rayk.bench.settings import LEAST_HOST_PAGES, BenchSettings, complete, default_pages, free_bytes, with_tiers
 from rayk.errors import ConfigError
 
 Lengths = Callable[..., Workload]
@@ -57,3 +58,31 @@ def test_one_request_too_large_is_named_before_anything_starts(lengths: Lengths)
         complete(settings, lengths([(4, 2), (18, 2)]), pages=4)
     timed = BenchSettings(runtime="inline", page_size=4, duration_s=1.0)
     assert complete(timed, lengths([(4, 2), (18, 2)]), pages=4).pages == 4
+
+
+def test_tiers_from_memory(tmp_path: Path) -> None:
+    settings = BenchSettings(runtime="inline", page_size=4)
+    page_bytes = settings.params().bytes_per_page
+    none = with_tiers(settings, None, None, None)
+    assert (none.host_pages, none.connector) == (0, "null")
+    local = with_tiers(settings, f"{7 * page_bytes}", None, None)
+    assert (local.host_pages, local.connector) == (7, "local")
+    both = with_tiers(settings, "1MiB", tmp_path, "2MiB")
+    assert (both.host_pages, both.disk_bytes, both.connector) == ((1 << 20) // page_bytes, 2 << 20, "tiered")
+    assert with_tiers(settings, None, tmp_path, "2MiB").host_pages == (2 << 20) // 8 // page_bytes
+    assert with_tiers(settings, None, tmp_path, f"{2 * page_bytes}").host_pages == LEAST_HOST_PAGES
+    assert both.params().kv_connector_config.disk_offload_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("host", "folder", "disk", "problem"),
+    [
+        ("10", None, None, "--host-memory 10 is 10 B, one page takes"),
+        (None, Path("x"), None, "go together"),
+        (None, None, "1GiB", "go together"),
+        (None, Path("/"), "10", "--disk-memory 10 does not hold a page"),
+    ],
+)
+def test_tiers_that_cannot_be_had(host: str | None, folder: Path | None, disk: str | None, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        with_tiers(BenchSettings(runtime="inline"), host, folder, disk)
