@@ -60,6 +60,9 @@ class ContextBatch(Sequence[TextContext]):  # told apart by `type(..) is`: isins
         self.row, self.serial, self.stepped = columns[_ROW, :n], columns[_SERIAL, :n], columns[_STEPPED, :n]
         self.length, self.done, self.end = columns[_LENGTH, :n], columns[_PROCESSED, :n], columns[_END, :n]
         self._window = columns[_LENGTH:, :n]
+        # Scratch of rayk.decode, kept so that a step allocates nothing of the batch's size.
+        self.need, self.room, self.short = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.bool_)
+        self._places = np.empty(n, np.int64)
 
     # -- who is in it ------------------------------------------------------------------------------
 
@@ -219,7 +222,7 @@ class ContextBatch(Sequence[TextContext]):  # told apart by `type(..) is`: isins
             for at in np.flatnonzero(self.space <= self.length).tolist():
                 self._store(at, self.data(at)[: int(self.length[at])].copy(), int(self.length[at]))
             self._look()
-        self._tokens[self.offset + self.length] = new
+        self._tokens[np.add(self.offset, self.length, out=self._places)] = new
         self._window += 1  # length, processed and end alike
         self.moves += 1
         self.longest += 1

@@ -66,10 +66,10 @@ def _bind(core: ReplicaCore, batch: ContextBatch) -> bool:
 
 def alloc(core: ReplicaCore, batch: ContextBatch) -> bool:
     """A page more for each context whose pages are full. False, and nothing is changed, when there are too few."""
-    table = core.table
-    need = batch.length + core.extra_slots
-    room = table.room[batch.row]
-    at = np.flatnonzero(room < need)
+    need, room = batch.need, batch.room
+    np.add(batch.length, core.extra_slots, out=need)
+    core.table.room.take(batch.row, out=room, mode="clip")  # rows are in range; "raise" would go through a copy
+    at = np.less(room, need, out=batch.short).nonzero()[0]
     if at.size and not _grow(core, batch, at, room[at], need[at]):
         return False
     core.count_input(len(batch))
