@@ -18,6 +18,7 @@ up in small pieces beside later changes, so that no call takes long; then the sl
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from rayk.errors import IntegrityError
 Int64Array = npt.NDArray[np.int64]
 
 KNOWN = 4096  # bit sets that are kept taken apart
-SWEEP = 4096  # entries looked at by a change while an old slot is being swept up
+SWEEP = 256  # entries looked at by a change while an old slot is being swept up
 _TIERS = 3
 _EVERY_TIER = (1 << _TIERS) - 1
 
@@ -81,20 +82,23 @@ class _Members(NamedTuple):
     replicas: int
 
 
-def short_keys(hashes: Sequence[int | bytes]) -> list[int]:
+def short_keys(hashes: Sequence[int | bytes]) -> Sequence[int]:
     """Keys of page hashes: their first 8 bytes, or the low 64 bits of a number."""
-    if hashes and all(type(each) is bytes for each in hashes):
-        return [int.from_bytes(each[:8], "little") for each in hashes]  # type: ignore[index]
-    return [
-        each & 0xFFFFFFFFFFFFFFFF if isinstance(each, int) else int.from_bytes(each[:8], "little") for each in hashes
-    ]
+    try:
+        array("Q", hashes)  # type: ignore[type-var]  # the quick way to see that they are keys already
+    except (TypeError, OverflowError):
+        return [
+            each & 0xFFFFFFFFFFFFFFFF if isinstance(each, int) else int.from_bytes(each[:8], "little")
+            for each in hashes
+        ]
+    return hashes  # type: ignore[return-value]
 
 
 class PrefixIndex:
     """Pages of `replicas` replicas; more may join. Lookups change nothing.
 
-    An entry takes about 80 bytes (`python -m rayk.simulate.scale --index` measures it), as little for a page that many
-    replicas hold, up to 64 of them.
+    An entry takes about 80 bytes, its key included (`rayk bench core` weighs it); a page with many holders less for
+    each of them.
     """
 
     def __init__(self, replicas: int = 0) -> None:
@@ -103,6 +107,7 @@ class PrefixIndex:
         self._replica: list[int] = []  # slot -> replica, -1 while it is swept up
         self._at: Int64Array = np.zeros(0, np.int64)  # the same as an array
         self._known: dict[int, _Members] = {}
+        self._bit: list[list[int]] = []  # slot -> its bits by tier, made once, so that pages of one holder share them
         self._counts: list[list[int]] = []  # slot -> entries by tier
         self._unsure: dict[int, int] = {}  # key -> those of its bits that are promises
         self._live = 0  # bits of slots that replicas have
@@ -142,6 +147,7 @@ class PrefixIndex:
             slot = len(self._replica)
             self._replica.append(replica)
             self._counts.append([0] * _TIERS)
+            self._bit.append([1 << _TIERS * slot + tier for tier in range(_TIERS)])
         self._slot[replica] = slot
         self._live |= _EVERY_TIER << _TIERS * slot
 
@@ -153,7 +159,7 @@ class PrefixIndex:
     def stored(self, replica: int, keys: Iterable[int], tier: Tier = Tier.device) -> None:
         """The replica holds these pages now. Pages that it held already stay as they are."""
         slot = self._slot[replica]
-        bit = 1 << _TIERS * slot + tier
+        bit = self._bit[slot][tier]
         holders, get, unsure = self._holders, self._holders.get, self._unsure
         fresh = 0
         before, after = 0, bit  # neighbours have the same holders as a rule, and then share one bit set
@@ -173,7 +179,7 @@ class PrefixIndex:
     def removed(self, replica: int, keys: Iterable[int], tier: Tier = Tier.device) -> None:
         """The replica does not hold these pages any more; those that it did not hold are ignored."""
         slot = self._slot[replica]
-        bit = 1 << _TIERS * slot + tier
+        bit = self._bit[slot][tier]
         holders, get = self._holders, self._holders.get
         unsure, gone = self._unsure, 0
         before, after = bit, 0
@@ -200,12 +206,19 @@ class PrefixIndex:
         else:
             del self._unsure[key]
 
-    def promise(self, replica: int, keys: Iterable[int]) -> list[int]:
+    def promise(self, replica: int, keys: Sequence[int]) -> list[int]:
         """The replica will hold these pages soon, in its device tier. Returns those that it did not hold or promise
         before, for `withdraw`."""
-        bit = 1 << _TIERS * self._slot[replica]
-        holders, unsure = self._holders, self._unsure
-        fresh = [key for key in keys if not holders.get(key, 0) & bit]
+        bit = self._bit[self._slot[replica]][0]
+        get, unsure = self._holders.get, self._unsure
+        low, high = 0, len(keys)
+        while low < high:
+            mid = (low + high) // 2
+            if get(keys[mid], 0) & bit:
+                low = mid + 1
+            else:
+                high = mid
+        fresh = [key for key in keys[low:] if not get(key, 0) & bit]
         self.stored(replica, fresh)
         for key in fresh:
             unsure[key] = unsure.get(key, 0) | bit
@@ -213,7 +226,7 @@ class PrefixIndex:
 
     def withdraw(self, replica: int, keys: Iterable[int]) -> None:
         """Nobody will store these pages any more: those that the replica has not reported go."""
-        bit = 1 << _TIERS * self._slot[replica]
+        bit = self._bit[self._slot[replica]][0]
         self.removed(replica, [key for key in keys if self._unsure.get(key, 0) & bit])
 
     def cleared(self, replica: int) -> None:
