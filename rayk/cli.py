@@ -26,11 +26,9 @@ from rayk.simulate.command import SIMULATE_EPILOG, simulate
 NOT_BUILT_COMMANDS = ("top",)
 NOT_BUILT_VALUES = {
     "--router": ("cost", "prefix", "session"),
-    "--forward": ("hf",),
 }
 NOT_BUILT_FLAGS = (
     "--speed",
-    "--model",
     "--prefill-rate",
     "--warmup",
     "--think-time",
@@ -168,11 +166,15 @@ def bench(
     forward: Annotated[
         str,
         typer.Option(
-            help="verify: write and check every slot. none: tokens just advance.",
+            help="verify: write and check every slot. none: tokens just advance. hf: a model answers (--model).",
             rich_help_panel=_LOAD,
             callback=_built,
         ),
     ] = "verify",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="With --forward hf: folder of a Hugging Face checkpoint.", rich_help_panel=_LOAD),
+    ] = None,
     page_size: Annotated[int, typer.Option(help="Tokens of a page.", rich_help_panel=_CACHE)] = 128,
     pages: Annotated[
         int | None, typer.Option(help="Pages of a replica; suits the workload if not given.", rich_help_panel=_CACHE)
@@ -212,7 +214,6 @@ def bench(
         Format, typer.Option("--format", help="json: one object on stdout.", rich_help_panel=_OUTPUT)
     ] = Format.table,
     speed: Annotated[str | None, _refused("--speed")] = None,
-    model: Annotated[str | None, _refused("--model")] = None,
     prefill_rate: Annotated[str | None, _refused("--prefill-rate")] = None,
     warmup: Annotated[str | None, _refused("--warmup")] = None,
     think_time: Annotated[str | None, _refused("--think-time")] = None,
@@ -243,6 +244,7 @@ def bench(
         max_batch_size=max_batch_size,
         token_budget=token_budget,
         forward=forward,
+        model=model,
         peer_copies=peer_copies,
         smoke=smoke,
         out=out,

@@ -413,7 +413,7 @@ class Cluster:
                 self._forget(handle)
             over = self._pump() if self._pending and not self._closed else []
         for handle, end in ended:
-            handle.finish(end.reason, end.error, end.text, end.cached_tokens, end.preemptions)
+            handle.finish(end.reason, end.error, end.text, end.cached_tokens, end.preemptions, end.admitted_after)
         for handle, error in over:
             _end(handle, error)
 

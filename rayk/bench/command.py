@@ -15,6 +15,7 @@ import msgspec
 import torch
 from rich.console import Console
 
+from rayk.bench.hf import fitted, longest, model_shape, with_room
 from rayk.bench.progress import progress_view, summary_table
 from rayk.bench.quantity import parse_duration
 from rayk.bench.report import write_report
@@ -24,10 +25,12 @@ from rayk.bench.run import run_bench
 from rayk.bench.settings import VERIFY_BUDGET, BenchSettings, complete, with_tiers
 from rayk.bench.traces import read_trace
 from rayk.bench.workloads import GENERATORS
-from rayk.errors import ConfigError
+from rayk.errors import ConfigError, NotBuiltError
 
 DEFAULT_REQUESTS = 1000
+MODEL_REQUESTS = 200
 SMOKE_REQUESTS = 40
+MODEL_BUDGET = 512  # tokens of one forward of a real model
 PER_SECOND = 2000  # requests generated for each second of a run of a fixed duration; more than can be served
 MOST_GENERATED = 200_000
 
@@ -52,6 +55,7 @@ class BenchCommand:
     max_batch_size: int | None = None
     token_budget: int | None = None
     forward: str = "verify"
+    model: Path | None = None
     peer_copies: bool = True
     smoke: bool = False
     out: Path | None = None
@@ -66,13 +70,21 @@ class BenchCommand:
         if self.requests is not None and duration_s is not None:
             raise ConfigError("--requests and --duration exclude each other")
         settings = with_tiers(self._settings(duration_s), self.host_memory, self.disk_dir, self.disk_memory)
+        shape = None
+        if self.model is not None:
+            if settings.connector != "null":
+                raise NotBuiltError("--forward hf with host or disk tiers")
+            shape = model_shape(self.model)
+            settings = shape.applied(settings)
         self._check_out()
         torch.set_num_threads(1)  # the verify model works on small pieces, for which threads only wait for each other
-        workload = self._workload(settings, duration_s)
+        workload = self._workload(settings, duration_s, None if shape is None else shape.length)
         source = {"name": workload.source, "kind": workload.kind, "requests": len(workload.requests)}
         settings = complete(
             msgspec.structs.replace(settings, source=source | workload.parameters), workload, self.pages, self.memory
         )
+        if shape is not None and self.pages is None and self.memory is None:
+            settings = with_room(settings, workload)
         log.info(
             "%s: %d requests for %d replica(s) of %d pages of %d tokens",
             workload.source,
@@ -95,19 +107,23 @@ class BenchCommand:
     def _settings(self, duration_s: float | None) -> BenchSettings:
         concurrency = 16 if self.concurrency is None else self.concurrency
         verify = self.forward == "verify"
-        budget = VERIFY_BUDGET if verify and self.token_budget is None else self.token_budget
+        budget = self.token_budget
+        if budget is None and self.forward != "none":
+            budget = VERIFY_BUDGET if verify else MODEL_BUDGET
         return BenchSettings(
             concurrency=concurrency,
             max_batch_size=concurrency if self.max_batch_size is None else self.max_batch_size,
             forward=self.forward,
-            # Copying saves computing; with no forward there is none to save.
-            peer_copies=self.peer_copies and self.forward != "none",
+            # Copying saves computing; with no forward there is none to save, and engines do not copy yet.
+            peer_copies=self.peer_copies and verify,
+            model=None if self.model is None else str(self.model),
             token_budget=budget,
             duration_s=duration_s,
             **self.settings,
         )
 
-    def _workload(self, settings: BenchSettings, duration_s: float | None) -> Workload:
+    def _workload(self, settings: BenchSettings, duration_s: float | None, length: int | None) -> Workload:
+        """What is to be served; `length` is the model's, if there is one."""
         if self.trace is not None and self.workload is not None:
             raise ConfigError("--trace and --workload exclude each other")
         requests = self.requests
@@ -116,12 +132,18 @@ class BenchCommand:
         if self.trace is not None:
             if self.scale is not None:
                 raise ConfigError("--scale is for --workload; a trace is served as it is")
-            return read_trace(self.trace, requests, lanes=settings.concurrency)
+            workload = read_trace(self.trace, requests, lanes=settings.concurrency)
+            if length is not None and longest(workload) > length:
+                raise ConfigError(
+                    f"{self.trace} has a request of {longest(workload)} tokens, the model has {length}; use a model of "
+                    "that length, or a generated workload, which is scaled to the model"
+                )
+            return workload
         name = self.workload or "chat"
         if name not in GENERATORS:
             raise ConfigError(f"--workload {name!r} is not one of {', '.join(GENERATORS)}")
         if requests is None:
-            requests = DEFAULT_REQUESTS
+            requests = DEFAULT_REQUESTS if length is None else MODEL_REQUESTS
             if duration_s is not None:
                 requests = min(MOST_GENERATED, math.ceil(PER_SECOND * duration_s))
         scale: dict[str, float] = {}
@@ -129,6 +151,8 @@ class BenchCommand:
             if not 0 < self.scale <= 100:
                 raise ConfigError(f"--scale is {self.scale}, more than 0 and at most 100 is needed")
             scale = {"scale": self.scale}
+        if length is not None and not scale:
+            return fitted(lambda part: GENERATORS[name](requests, seed=settings.seed, scale=part), length)
         return GENERATORS[name](requests, seed=settings.seed, **scale)
 
     def _check_out(self) -> None:

@@ -108,6 +108,7 @@ class Measured:
     host_tokens: int = 0
     disk_tokens: int = 0
     recomputed: int = 0
+    retried: int = 0
     generated: int = 0
     slots_checked: int = 0
     mismatches: int = 0

@@ -220,7 +220,7 @@ def make_result(
             completed=measured.completed,
             failed=measured.failed,
             preempted=measured.preempted,
-            retried=0,
+            retried=measured.retried,
         ),
         tokens=Tokens(
             prompt=measured.prompt,

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
+from rayk.bench.hf import ModelDriver, start
 from rayk.bench.loop import Driver
+from rayk.bench.progress import Running
 from rayk.bench.request import Workload
 from rayk.bench.result import BenchResult, TierUse, make_result
 from rayk.bench.settings import BenchSettings
@@ -26,7 +28,7 @@ class Outcome:
 def run_bench(
     settings: BenchSettings,
     workload: Workload,
-    on_tick: Callable[[Driver], None] = lambda driver: None,
+    on_tick: Callable[[Running], None] = lambda driver: None,
     clock: Callable[[], float] = perf_counter,
 ) -> Outcome:
     """Serve `workload` as `settings` say. Errors before the first request is sent are raised, later ones returned.
@@ -38,20 +40,12 @@ def run_bench(
     session = InferenceSession(settings.runtime, **address)
     error: BaseException | None = None
     try:
-        manager = PagedKVCacheManager(
-            settings.params(),
-            session,
-            settings.pages,
-            settings.host_pages,
-            max_batch_size=settings.max_batch_size,
-            router=settings.router,
-        )
-        nodes = manager.get_node_names()
-        driver = Driver(manager, workload, settings.loop(), clock, on_tick)
+        driver, nodes = _driver(settings, session, workload, clock, on_tick)
         tiers: TierUse | None = None
         try:
             driver.run()
-            tiers = _tiers(manager) if settings.connector != "null" else None
+            if isinstance(driver, Driver) and settings.connector != "null":
+                tiers = _tiers(driver.manager)
         except (RaykError, KeyboardInterrupt) as stopped:
             error = stopped
     except BaseException:
@@ -59,6 +53,29 @@ def run_bench(
         raise
     _close(session, quietly=error is not None)
     return Outcome(make_result(settings, workload, driver.measured, nodes, tiers), error)
+
+
+def _driver(
+    settings: BenchSettings,
+    session: InferenceSession,
+    workload: Workload,
+    clock: Callable[[], float],
+    on_tick: Callable[[Running], None],
+) -> tuple[Driver | ModelDriver, list[str]]:
+    """What serves the workload, and the replicas' nodes."""
+    if settings.forward == "hf":
+        cluster = start(settings, session, workload)
+        nodes = [facts.node for facts in cluster.facts]
+        return ModelDriver(cluster, workload, settings.loop(), clock, on_tick), nodes
+    manager = PagedKVCacheManager(
+        settings.params(),
+        session,
+        settings.pages,
+        settings.host_pages,
+        max_batch_size=settings.max_batch_size,
+        router=settings.router,
+    )
+    return Driver(manager, workload, settings.loop(), clock, on_tick), manager.get_node_names()
 
 
 def _close(session: InferenceSession, quietly: bool) -> None:

@@ -25,7 +25,7 @@ BATCHES_KEPT = 3
 LEAST_HOST_PAGES = 64
 
 ROUTERS = ("round-robin", "least-loaded")
-FORWARDS = ("verify", "none")
+FORWARDS = ("verify", "none", "hf")
 RUNTIMES = ("ray", "inline")
 
 
@@ -56,6 +56,7 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     runtime: str = "ray"
     address: str | None = None
+    model: str | None = None
     source: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
@@ -71,6 +72,8 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
         ):
             if value not in allowed:
                 raise ConfigError(f"--{name} {value!r} is not one of {', '.join(allowed)}")
+        if (self.model is not None) != (self.forward == "hf"):
+            raise ConfigError("--forward hf needs --model DIR, and --model is for --forward hf")
 
     def params(self) -> MHAKVCacheParams:
         """The cache's parameters. ConfigError for shapes that do not fit together."""

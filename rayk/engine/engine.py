@@ -69,7 +69,7 @@ class Engine:
         self._events: list[Event] = []
         self._orders = 0
         self._steps = self._finished = self._failed = self._preemptions = 0
-        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._recomputed_tokens = 0
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -149,6 +149,7 @@ class Engine:
             self._prompt_tokens,
             self._cached_tokens,
             self._generated_tokens,
+            self._recomputed_tokens,
             usage.free,
             usage.total,
         )
@@ -246,6 +247,8 @@ class Engine:
                 generation.admitted_at = self._clock()
                 self._prompt_tokens += generation.prompt_length
                 self._cached_tokens += generation.cached_tokens
+            else:
+                self._recomputed_tokens += generation.ctx.tokens.active_length
             self._prefill.append(generation)
             computing.append(generation)
             left -= self._cut(generation, left)

@@ -22,7 +22,8 @@ class Output:
     `tokens` include the stop token that ended it; `text` (None without a tokenizer) leaves special tokens, stop tokens
     and stop strings out. `finish_reason`: "stop", "length", "timeout", "cancelled" or "error". `cached_tokens` of the
     prompt were not computed. `logprobs` has an entry for each token where asked for. `ttft` and `seconds` are from the
-    call to the first token and to the end, `gaps` the seconds between arrivals of tokens with how many arrived.
+    call to the first token and to the end, `queued` from its arrival at a replica to its admission there, `gaps` are
+    the seconds between arrivals of tokens, with how many arrived.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Output:
     replica: int | None = None
     preemptions: int = 0
     retries: int = 0
+    queued: float | None = None
     ttft: float | None = None
     seconds: float = 0.0
     gaps: list[tuple[float, int]] = field(default_factory=list, repr=False)
@@ -133,6 +135,7 @@ class Handle:
         text: str | None = None,
         cached_tokens: int = 0,
         preemptions: int = 0,
+        queued: float | None = None,
     ) -> None:
         """It is over."""
         with self._lock:
@@ -148,6 +151,7 @@ class Handle:
                 self.replica,
                 preemptions,
                 self.retries,
+                queued,
                 None if self._first_at is None else self._first_at - self.submitted_at,
                 monotonic() - self.submitted_at,
                 self._gaps,

@@ -36,5 +36,6 @@ class EngineStats(NamedTuple):
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    recomputed_tokens: int  # left to compute when preempted requests were admitted again
     free_pages: int
     pages: int
