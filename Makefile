@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format types bench bench-instructions valgrind gpu-report clean
+.PHONY: help setup demo test lint format types bench bench-instructions valgrind profile gpu-report clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: $(STAMP)  ## what the control plane costs, beside its limits and the best
 bench-instructions: $(STAMP) valgrind  ## count instructions under valgrind; fails when one grew by more than 5 %
 	$(BIN)/rayk bench core --only instructions --check --baseline $(BASELINE) --tolerance 0.05
 
+profile: $(STAMP)  ## sample driver, scheduler and replica on Ray with py-spy, write profile-out/
+	$(BIN)/python -m rayk.bench.core.profile profile-out
+
 gpu-report: $(STAMP)  ## run the GPU tests and show what they print
 	@$(BIN)/python -c 'import torch; n = torch.cuda.device_count(); \
 	print("gpu-report:", ", ".join(torch.cuda.get_device_name(i) for i in range(n)) if n else \
@@ -57,7 +60,7 @@ gpu-report: $(STAMP)  ## run the GPU tests and show what they print
 	$(BIN)/python -m pytest tests/gpu -m gpu -s $(PYTEST_ARGS)
 
 clean:  ## remove caches, builds and output (.venv stays; rm -rf .venv starts afresh)
-	rm -rf build dist rayk.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out bench-out
+	rm -rf build dist rayk.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out bench-out profile-out
 	find actors rayk scheduler tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 valgrind:

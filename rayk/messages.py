@@ -354,7 +354,8 @@ class MovedBack(_Message, frozen=True):
 
 
 class TickDone(_Message, frozen=True):
-    """`moved` and `refused` by request id; `value` is what fn returned, pickled, b'' when it did not run.
+    """`moved` and `refused` by request id, the former for windows that are not where they were sent; `value` is what fn
+    returned, pickled, b'' when it did not run.
 
     `failure` is what ended the tick early; by then the first `released` requests were released.
     """

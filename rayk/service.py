@@ -221,10 +221,8 @@ class ReplicaService:
         done = run_tick(self.core, tick, self._shipped(command.fn) if command.fn else None)
         for request_id in command.release[: done.released]:
             self._mirrors.drop(request_id)
-        changed = {c.request_id: c for c in tick.alloc if c.request_id not in done.refused}
-        changed |= {c.request_id: c for c, view in zip(ctxs, command.views, strict=True) if _went_back(c, view)}
         return m.TickDone(
-            moved={request_id: moved(c) for request_id, c in changed.items()},
+            moved={c.request_id: moved(c) for c, v in zip(ctxs, command.views, strict=True) if _has_moved(c, v)},
             refused={request_id: m.failure(error) for request_id, error in done.refused.items()},
             value=self._dumps(done.value) if done.value is not None else b"",
             free=done.free_pages,
@@ -265,6 +263,7 @@ class ReplicaService:
         return m.InputsDone(rows, width, table.tobytes(), lengths.tobytes(), (*shape,))
 
 
-def _went_back(ctx: TextContext, view: m.ContextView) -> bool:
-    """Whether the window was moved back since the driver sent it: a load failed while the tick waited for it."""
-    return ctx.tokens.processed < view.processed
+def _has_moved(ctx: TextContext, view: m.ContextView) -> bool:
+    """Whether the window is not where the driver sent it, which is where a decode step leaves it."""
+    window = ctx.tokens
+    return (window.processed, window.end, ctx.cached_prefix_length) != (view.processed, view.end, view.cached_prefix)

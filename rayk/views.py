@@ -16,12 +16,15 @@ from rayk.messages import Contexts, ContextView, Moved, Origin, Traits
 assert sys.byteorder == "little", "raw int32 tokens travel little-endian"
 
 
+_NO_TOKENS: IntArray = np.frombuffer(b"", np.int32)
+
+
 def _raw(tokens: Sequence[int] | IntArray) -> bytes:
     return np.asarray(tokens, np.int32).tobytes() if len(tokens) else b""
 
 
 def _tokens(raw: bytes) -> IntArray:
-    return np.frombuffer(raw, np.int32)
+    return np.frombuffer(raw, np.int32) if raw else _NO_TOKENS
 
 
 class Sender:

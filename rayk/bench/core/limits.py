@@ -69,8 +69,8 @@ BOUNDS = {
     "flat-w3": Bound(1.2, scaled=False),
     "flat-w3-batch": Bound(1.2, scaled=False),
     "ray-calls": Bound(1.0, scaled=False),
-    "ray-sent": Bound(48.0, scaled=False),
-    "ray-received": Bound(32.0, scaled=False),
+    "ray-sent": Bound(44.0, scaled=False),
+    "ray-received": Bound(12.0, scaled=False),
     "ray-driver": Bound(),
     "ray-replica": Bound(),
 }

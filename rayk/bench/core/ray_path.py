@@ -63,11 +63,7 @@ def measure_ray_path() -> PathCost:
 def decode_cost(manager: PagedKVCacheManager, replicas: int, batch: int, iterations: int, warm_up: int) -> PathCost:
     """The cost of decoding `batch` requests on each replica of a manager on Ray."""
     backend = _backend(manager)
-    lanes = [make_contexts(random_prompts(batch, PROMPT, seed=r), f"lane{r}-") for r in range(replicas)]
-    everybody = [ctx for lane in lanes for ctx in lane]
-    manager.try_admit(everybody, [r for r, lane in enumerate(lanes) for _ in lane])
-    for ctx in everybody:
-        ctx.update(1)
+    lanes = start_lanes(manager, replicas, batch)
     for _ in range(warm_up):
         iterate(manager, lanes)
     pids = backend.replica_pids()
@@ -87,6 +83,16 @@ def decode_cost(manager: PagedKVCacheManager, replicas: int, batch: int, iterati
         replica_us=cpu / rows * 1e6,
         iteration_ms=wall / iterations * 1e3,
     )
+
+
+def start_lanes(manager: PagedKVCacheManager, replicas: int, batch: int) -> list[list[TextContext]]:
+    """`batch` requests on each replica that have their first token; one list a replica."""
+    lanes = [make_contexts(random_prompts(batch, PROMPT, seed=r), f"lane{r}-") for r in range(replicas)]
+    everybody = [ctx for lane in lanes for ctx in lane]
+    manager.try_admit(everybody, [r for r, lane in enumerate(lanes) for _ in lane])
+    for ctx in everybody:
+        ctx.update(1)
+    return lanes
 
 
 def iterate(manager: PagedKVCacheManager, lanes: Sequence[Sequence[TextContext]]) -> None:

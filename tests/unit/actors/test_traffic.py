@@ -18,7 +18,7 @@ from rayk.scheduler.client import RayBackend
 from .fake import FakeRuntime, manager_on
 
 BATCH = 32
-SENT, RECEIVED = 40, 24  # bytes a request and step, all in all, for ids of 8 characters: an id and a few small numbers
+SENT, RECEIVED = 40, 8  # bytes a request and step, all in all, for ids of 8 characters; 4 of each are a token
 
 Lanes = list[list[TextContext]]
 
