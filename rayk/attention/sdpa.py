@@ -11,13 +11,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from rayk.attention.backend import FP8, Needs, Rules
 from rayk.attention.batch import PagedBatch
+
+Ints = npt.NDArray[np.int64]
 
 GROUP_BYTES = 1 << 20
 """Rows are taken together while their keys stay below this: a few of the caches next to a core."""
@@ -28,17 +31,19 @@ QUERY_BLOCK = 256
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows of one token that are gathered together. tokens: their packed tokens; pages: int64 `[rows * n]`.
+    """`rows` rows of one token that are gathered together; pages: int64 `[rows * n]`.
 
-    first, end: the slots of the gathered n pages that any row sees; outside: bool `[rows, end - first]`, those that a
-    row does not see, None where all see all.
+    first, end: the slots of the gathered n pages that any row sees. seen: bool `[rows, 1, 1, end - first]`, None where
+    every row sees all. foreign: parts of those slots that some rows do not see, as from, to and a bool mask
+    `[rows, 1, to - from, 1]`: what stands there is zeroed.
     """
 
-    tokens: list[int]
+    rows: int
     pages: torch.Tensor
     first: int
     end: int
-    outside: torch.Tensor | None
+    seen: torch.Tensor | None
+    foreign: list[tuple[int, int, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,6 @@ class _Chunk:
     kv_length: int
     pages: torch.Tensor
     origin: int
-
-
-class _Single(NamedTuple):
-    """A row of one token: pages that it sees, row, packed token, first position that it sees, length."""
-
-    pages: int
-    row: int
-    token: int
-    seen: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,7 @@ class TorchSdpa:
         spaces = self._spaces(keys, max(len(group.pages) for group in plan.groups))
         found, at = [], 0
         for group in plan.groups:
-            rows, pages = len(group.tokens), len(group.pages)
+            rows, pages = group.rows, len(group.pages)
             shape = (rows, heads, group.end - group.first, dim)
             strides = (pages // rows * size * heads * dim, dim, heads * dim, 1)
             k, v = (
@@ -138,11 +133,10 @@ class TorchSdpa:
                 )
                 for view, space in zip((keys, values), spaces, strict=True)
             )
-            seen = None
-            if group.outside is not None:
-                k, v = (part.masked_fill_(group.outside[:, None, :, None], 0) for part in (k, v))
-                seen = ~group.outside[:, None, None]
-            found.append(_scored(q[at : at + rows], k, v, seen, rules, sinks))
+            for start, end, outside in group.foreign:
+                k[:, :, start:end].masked_fill_(outside, 0)
+                v[:, :, start:end].masked_fill_(outside, 0)
+            found.append(_scored(q[at : at + rows], k, v, group.seen, rules, sinks))
             at += rows
         return (torch.cat(found) if len(found) > 1 else found[0]).flatten(1, 2)
 
@@ -184,42 +178,51 @@ def _readable(
 def _plan(batch: PagedBatch, window: int | None, slot_bytes: int) -> _Plan:
     """Rows of one token in groups of about the same length, the others one by one."""
     size = batch.page_size
-    lengths = batch.kv_lengths.tolist() if batch.kv_lengths_host is None else batch.kv_lengths_host
+    host = batch.kv_lengths.tolist() if batch.kv_lengths_host is None else batch.kv_lengths_host
+    lengths, counts = np.array(host), np.array(batch.counts)
+    starts = counts.cumsum() - counts
+    seen = np.zeros_like(lengths) if window is None else np.maximum(lengths - counts + 1 - window, 0)
+    skipped, pages = seen // size, -(-lengths // size)
     table = batch.table.long()
-    chunks, single, start = [], [], 0
-    for row, (count, length) in enumerate(zip(batch.counts, lengths, strict=True)):
-        seen = 0 if window is None else max(0, length - count + 1 - window)
-        if count == 1:
-            single.append(_Single(-(-length // size) - seen // size, row, start, seen, length))
-        else:
-            pages = table[row, seen // size : -(-length // size)]
-            chunks.append(_Chunk(start, count, length, pages, seen // size * size))
-        start += count
-    single.sort(key=lambda one: one.pages)  # stable: rows of equal length keep their order
+    chunks = [
+        _Chunk(int(starts[row]), int(counts[row]), int(lengths[row]), table[row, skipped[row] : pages[row]], origin)
+        for row, origin in zip(np.flatnonzero(counts > 1), (skipped * size)[counts > 1].tolist(), strict=True)
+    ]
+    single = np.flatnonzero(counts == 1)
+    single = single[np.argsort((pages - skipped)[single], kind="stable")]
+    widths = (pages - skipped)[single].tolist()
     groups, at = [], 0
     while at < len(single):
         end = at + 1
-        while end < len(single) and (end + 1 - at) * single[end].pages * size * slot_bytes <= GROUP_BYTES:
+        while end < len(single) and (end + 1 - at) * widths[end] * size * slot_bytes <= GROUP_BYTES:
             end += 1
-        groups.append(_group(single[at:end], table, size))
+        rows = single[at:end]
+        first = (seen - skipped * size)[rows]
+        groups.append(_group(table, rows, skipped[rows], widths[end - 1], first, (lengths - skipped * size)[rows]))
         at = end
-    order = [one.token for one in single]
-    return _Plan(groups, chunks, torch.tensor(order, device=table.device), order == list(range(start)))
+    order = starts[single]
+    in_order = len(order) == batch.tokens and bool((order[1:] > order[:-1]).all())
+    return _Plan(groups, chunks, torch.from_numpy(order).to(table.device), in_order)
 
 
-def _group(rows: list[_Single], table: torch.Tensor, size: int) -> _Group:
-    """Rows sorted by pages; all are given as many pages as the last."""
-    device = table.device
-    _, at, _, seen, lengths = torch.tensor(rows, device=device).T
-    skipped = seen // size
-    columns = (skipped[:, None] + torch.arange(rows[-1].pages, device=device)).clamp_(max=table.shape[1] - 1)
-    first, end = seen - skipped * size, lengths - skipped * size
-    low, high = int(first.min()), int(end.max())
-    outside = None
-    if low != first.max() or high != end.min():
-        slots = torch.arange(low, high, device=device)
-        outside = (slots < first[:, None]) | (slots >= end[:, None])
-    return _Group([one.token for one in rows], table[at[:, None], columns].flatten(), low, high, outside)
+def _group(table: torch.Tensor, rows: Ints, skipped: Ints, width: int, first: Ints, end: Ints) -> _Group:
+    """Rows that all get `width` pages from their `skipped` one on, and see the gathered slots `first` to `end`."""
+    columns = np.minimum(skipped[:, None] + np.arange(width), table.shape[1] - 1)
+    at, places = (torch.from_numpy(index).to(table.device) for index in (rows, columns))
+    pages = table[at[:, None], places].flatten()
+    low, full_from, full_to, high = int(first.min()), int(first.max()), int(end.min()), int(end.max())
+    if low == full_from and full_to == high:
+        return _Group(len(rows), pages, low, high, None, [])
+    slots = np.arange(low, high)
+    seen = torch.from_numpy((slots >= first[:, None]) & (slots < end[:, None])).to(table.device)
+    # Where a row sees nothing of what all others see (windows without a common slot), all of it is foreign to some.
+    parts = [(low, full_from), (full_to, high)] if full_from <= full_to else [(low, high)]
+    foreign = [
+        (start - low, stop - low, ~seen[:, None, start - low : stop - low, None])
+        for start, stop in parts
+        if start < stop
+    ]
+    return _Group(len(rows), pages, low, high, seen[:, None, None], foreign)
 
 
 def _blocks(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +77,17 @@ def _model_types() -> Any:
 def _weights(folder: Path, model_class: Any, config: Any, dtype: str) -> Any:
     """The model with all its weights on the CPU. transformers would fill in missing ones at random."""
     try:
-        model, report = model_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=NAME,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in the report, which is clearer
-            output_loading_info=True,
-        )
+        with _progress_on_terminals():
+            model, report = model_class.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation=NAME,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in the report, which is clearer
+                output_loading_info=True,
+            )
     except (RuntimeError, ValueError, OSError, KeyError, ImportError) as error:
         raise CheckpointError(str(folder), "", f"cannot be loaded: {_line(error)}") from error
     missing = sorted(report["missing_keys"])
@@ -97,6 +101,21 @@ def _weights(folder: Path, model_class: Any, config: Any, dtype: str) -> Any:
             f"{name} has shape {tuple(stored)}, {CONFIG} wants {tuple(wanted)}; so they do not belong together",
         )
     return model
+
+
+@contextmanager
+def _progress_on_terminals() -> Iterator[None]:
+    """transformers' progress bars are for people: none in the log of a replica or a job."""
+    from transformers.utils import logging as bars
+
+    quiet = bars.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if quiet:
+        bars.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    try:
+        yield
+    finally:
+        if quiet:
+            bars.enable_progress_bar()  # type: ignore[no-untyped-call]  # as above
 
 
 def _max_length(folder: Path, text: Any, limit: int | None, name: str) -> int:

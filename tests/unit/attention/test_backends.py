@@ -1,4 +1,4 @@
-"""Every backend that runs without a GPU gives what the definition of attention gives."""
+"""Plain torch gives what the definition of attention gives. (FlexAttention: tests/attention, it takes seconds.)"""
 
 import threading
 from typing import Any
@@ -8,13 +8,9 @@ import torch
 
 from rayk.attention import Rules, attend
 from rayk.attention.backend import Backend
-from rayk.attention.flex import TorchFlex
 from rayk.attention.sdpa import TorchSdpa, _padded_decode
 
 from .cases import BATCHES, RULES, Case, make_case, rules_of
-
-# Said once when FlexAttention runs uncompiled, which only these tests do.
-uncompiled = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
 
 class Padded(TorchSdpa):
@@ -36,15 +32,6 @@ def test_torch_sdpa(batch: str, rules: str, page_size: int) -> None:
 @pytest.mark.parametrize("batch", ["decode", "equal decodes"])
 def test_padded_decode(batch: str, rules: str) -> None:
     check(make_case(**BATCHES[batch]), Padded(), rules_of(**RULES[rules]))
-
-
-@uncompiled
-@pytest.mark.parametrize("rules", ["plain", "window, softcap and sinks"])
-def test_torch_flex(rules: str) -> None:
-    """One batch of each kind of row; tests/attention has them all, and the compiled kernel."""
-    case = make_case(**BATCHES["mixed"])
-    case.stored.nan_to_num_(0.0)  # uncompiled, it multiplies every slot of the pool by a weight, most by zero
-    check(case, TorchFlex(compiled=False), rules_of(**RULES[rules]))
 
 
 def check(case: Case, backend: Backend, rules: Rules, most: float = 2e-6) -> None:

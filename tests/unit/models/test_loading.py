@@ -225,6 +225,9 @@ def test_what_cannot_run_on_pages_is_refused_by_name(tmp_path: Path, kind: str) 
         ({"model_type": "unheard_of", "architectures": ["UnheardOf"]}, "UnheardOf .*'unheard_of' is unknown"),
         ({"model_type": "t5"}, "'t5' is no causal"),
         ({"is_causal": False}, "not causal"),
+        ({"num_kv_shared_layers": 1}, "keys and values of others"),
+        ({"use_bidirectional_attention": True}, "looks ahead"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layers of type linear_attention; known are"),
     ],
 )
 def test_what_the_config_says(copy: Path, changes: dict[str, Any], says: str) -> None:
