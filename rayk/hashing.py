@@ -65,6 +65,12 @@ class PageHasher:
             hasher.update(data)
         return PageHash(hasher.digest()[: self.width])
 
+    def next(self, parent: PageHash, page: bytes) -> PageHash:
+        """The hash of one page that follows `parent`."""
+        if self.algorithm == "sha256":
+            return PageHash(hashlib.sha256(parent + page).digest())
+        return PageHash(xxhash.xxh3_128_digest(parent + page))
+
     def chain(self, parent: PageHash, tokens: bytes) -> list[PageHash]:
         """One hash per full page of `tokens` (raw int32), continuing after `parent`."""
         page, digest, hashes = self._page_bytes, parent, []

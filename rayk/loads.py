@@ -49,8 +49,11 @@ class Loads:
         self.pages = 0  # found by alloc, less what then failed to land
         self._core = core
         self._hasher: PageHasher = core.exports.hasher
+        self._size = core.page_size
         self._page_bytes = core.page_size * 4
+        self._holds, self._next = connector.holds, self._hasher.next
         self._roots: dict[RootKey, PageHash] = {}
+        self.due = False  # whether flush() has something to do
         self._new_hashes: list[bytes] = []
         self._new_pages: list[Pages] = []
         self._used: list[list[bytes]] = []  # hashes of released prefixes
@@ -64,6 +67,7 @@ class Loads:
         if not self._landing:  # else a tier has them
             self._new_hashes += hashes
             self._new_pages.append(pages)
+            self.due = True
 
     def removed(self, hashes: Sequence[PageHash]) -> None:
         """Dropped pages: the tiers have them already."""
@@ -71,6 +75,7 @@ class Loads:
     def flush(self) -> None:
         """Offload what was cached since the last call. The core calls it before it returns from any method."""
         hashes, pages, used = self._new_hashes, self._new_pages, self._used
+        self.due = False
         try:
             if hashes:
                 self._new_hashes, self._new_pages = [], []
@@ -86,6 +91,7 @@ class Loads:
     def released(self, prefix: bytes) -> None:
         """A request let go of a prefix with these hashes, joined: lower tiers keep longest what was used last."""
         width = self._hasher.width
+        self.due = True
         self._used.append([prefix[at : at + width] for at in range(0, len(prefix), width)])
 
     def _warn(self, what: str, error: Exception) -> None:
@@ -124,10 +130,20 @@ class Loads:
 
         Moves the window past them; how many pages come from host and disk.
         """
-        core, base, window = self._core, request.committed, ctx.tokens
-        size = core.page_size
-        parent = core.path_hash(request.tip) if request.tip is not None else self.root(ctx.root_key)
-        found = self.find(parent, window.data[base * size : stop * size].tobytes())
+        base, window, tip, size = request.committed, ctx.tokens, request.tip, self._size
+        core = self._core
+        if tip is not None:
+            parent = core.path_hash(tip)
+        else:
+            parent = self._roots.get(ctx.root_key) or self.root(ctx.root_key)
+        data, start = window.data, base * size
+        try:
+            if not self._holds(self._next(parent, data[start : start + size].tobytes())):
+                return 0, 0
+        except Exception as error:
+            self._warn("look up", error)
+            return 0, 0
+        found = self.find(parent, data[start : stop * size].tobytes())
         count = len(found.hashes)
         reached = (base + count) * size
         if not count or reached <= window.processed:

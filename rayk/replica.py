@@ -309,7 +309,8 @@ class ReplicaCore:
                 host, disk = loads.start(ctx, request, reusable)
                 if host or disk:
                     reused = Reused(reused.device_tokens, reused.peer_tokens, host * size, disk * size)
-            loads.flush()
+            if copied:
+                loads.flush()
         if first and looks:
             ctx.cached_prefix_length = window.processed
         self._input_tokens += window.end - window.processed

@@ -94,6 +94,10 @@ class Connector(Protocol):
 
     counters: TierCounters
 
+    def holds(self, key: bytes) -> bool:
+        """Whether a tier seems to have that page. Asked for every new request: it must be cheap, not certain."""
+        ...
+
     def lookup(self, hashes: Iterable[bytes]) -> Found:
         """The leading hashes whose pages are in a tier. Reads no further than the first miss, and changes nothing."""
         ...
@@ -144,6 +148,9 @@ class NullConnector:
 
     def __init__(self) -> None:
         self.counters = TierCounters()
+
+    def holds(self, key: bytes) -> bool:
+        return False
 
     def lookup(self, hashes: Iterable[bytes]) -> Found:
         return Found([], [])

@@ -77,6 +77,11 @@ class Directory:
         per_slot = (8, KEY_BYTES, 1, 1, 2, 2 * MAX_PARTICIPANTS)
         return sum(-(-slots * size // 64) * 64 for size in per_slot) + -(-_table_size(slots) * 8 // 64) * 64
 
+    @property
+    def cells(self) -> tuple[memoryview, int]:
+        """The table and its mask: an empty cell at `int.from_bytes(key[:8], "little") & mask` is a certain miss."""
+        return self._cells, self._mask
+
     # -- looking: no lock ----------------------------------------------------------------------
 
     def contains(self, key: bytes) -> bool:
@@ -95,7 +100,7 @@ class Directory:
     @property
     def used(self) -> int:
         """Slots that hold a page or are being written."""
-        return int(self._words[_USED])
+        return self._counts[_USED]
 
     # -- writing -------------------------------------------------------------------------------
 

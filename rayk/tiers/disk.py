@@ -161,6 +161,11 @@ class DiskTier:
         return not self.trouble and self._directory is not None and self._directory.contains(key)
 
     @property
+    def cells(self) -> tuple[memoryview, int]:
+        """As Directory.cells; one empty cell where there is no tier."""
+        return self._directory.cells if self._directory is not None else (memoryview(bytes(1)), 0)
+
+    @property
     def used(self) -> int:
         """Pages on disk or being written."""
         return self._directory.used if self._directory is not None else 0

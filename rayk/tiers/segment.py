@@ -110,7 +110,8 @@ class Segment:
         self.fresh = fresh
         self.repair: Callable[[], None] | None = None
         self._fd = fd
-        self._memory = mmap.mmap(fd, HEADER_BYTES + size)
+        # Populated: a first touch later would cost a lookup a page fault.
+        self._memory = mmap.mmap(fd, HEADER_BYTES + size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._mutex = _Lock(fd, _MUTEX)
         self._gate = _Lock(fd, _GATE, GATE_SECONDS)
         self.words: Words = np.frombuffer(self._memory, np.uint64, 64)

@@ -57,7 +57,16 @@ class TieredConnector:
         self._written: deque[tuple[bool, int]] = deque()  # by workers: whether, overflow pages freed; see poll()
         self._loads = 0  # under way
 
+        self._host_cells, self._host_mask = host.directory.cells
+        self._disk_cells, self._disk_mask = disk.cells if disk is not None else (memoryview(bytes(1)), 0)
+
     # -- looking ---------------------------------------------------------------------------------
+
+    def holds(self, key: bytes) -> bool:
+        number = int.from_bytes(key[:8], "little")
+        if self._host_cells[number & self._host_mask] and self._directory.contains(key):
+            return True
+        return bool(self._disk_cells[number & self._disk_mask]) and self._disk is not None and self._disk.contains(key)
 
     def lookup(self, hashes: Iterable[bytes]) -> Found:
         on_host, disk = self._directory.contains, self._disk

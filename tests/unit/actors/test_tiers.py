@@ -63,6 +63,9 @@ class Keeper(NullConnector):
     def __post_init__(self) -> None:
         super().__init__()
 
+    def holds(self, key: bytes) -> bool:
+        return key in self.kept
+
     def lookup(self, hashes: Iterable[bytes]) -> Found:
         found = []
         for key in hashes:
@@ -280,7 +283,7 @@ def test_a_connector_that_raises_is_a_miss(cache: Cache, caplog: pytest.LogCaptu
     def broken(*_: object) -> Any:
         raise RuntimeError("third parties make mistakes")
 
-    for method in ("lookup", "load", "offload"):
+    for method in ("holds", "lookup", "load", "offload"):
         setattr(cache.keeper, method, broken)
         ctx = cache.serve(f"after {method}")
         cache.manager.release(ctx.request_id, 0)
