@@ -95,6 +95,8 @@ class TorchFlex:
     ) -> torch.Tensor:
         if self._flex is None:
             self._flex = torch.compile(flex_attention, dynamic=False)
+        size = mask.BLOCK_SIZE[1]
+        options = {"BLOCK_N": size} if size < QUERY_TILE else None  # the kernels' tiles must divide a page
         extra = {} if rules.sinks is None else {"return_aux": AuxRequest(lse=True)}
         with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
             found = self._flex(
@@ -105,6 +107,7 @@ class TorchFlex:
                 block_mask=mask,
                 scale=rules.scale,
                 enable_gqa=query.shape[1] != keys.shape[1],
+                kernel_options=options,
                 **extra,
             )
         if rules.sinks is None:

@@ -87,7 +87,7 @@ class TorchSdpa:
         if batch.is_decode and query.device.type != "cpu":
             return _padded_decode(query, keys, values, batch, rules)
         slot_bytes = keys[0, 0].numel() * query.element_size()
-        plan = batch.once(("torch-sdpa", rules.window, slot_bytes), lambda: _plan(batch, rules.window, slot_bytes))
+        plan = batch.once(("plan", rules.window, slot_bytes), lambda: _plan(batch, rules.window, slot_bytes))
         out = torch.empty_like(query)
         if plan.groups:
             found = self._decode(query, keys, values, plan, rules)
@@ -158,7 +158,7 @@ class TorchSdpa:
             for view, space in zip((keys, values), self._spaces(keys, pages), strict=True)
         )
         for start, end, first, last, seen in batch.once(
-            ("torch-sdpa", rules.window, chunk.start), lambda: list(_blocks(chunk, rules.window, query.device))
+            ("blocks", rules.window, chunk.start), lambda: list(_blocks(chunk, rules.window, query.device))
         ):
             q = query[start:end].transpose(0, 1)[None]  # [1, query heads, tokens, dim]
             found = _scored(q, k[:, :, first:last], v[:, :, first:last], seen, rules, sinks)

@@ -75,6 +75,11 @@ def test_many_short_rows_of_any_length() -> None:
     check(case, TorchSdpa(), rules_of(window=13, softcap=2.0))
 
 
+def test_a_row_may_start_at_any_token() -> None:
+    """Slots of 16 bytes and a row from token 16 on: what is kept for the batch is told apart by more than numbers."""
+    check(make_case([16, 2], [16, 2], heads=1, kv_heads=1, dim=4), TorchSdpa(), rules_of(4))
+
+
 def test_a_transposed_query_is_taken_as_it_is() -> None:
     """Models hand over `[1, heads, tokens, dim]` transposed."""
     case = make_case([1, 20, 1], [50, 60, 200])
