@@ -45,8 +45,8 @@ class Cluster:
 
     `session` says where: InferenceSession("inline") (the default) or InferenceSession("ray"). `pages` is per replica;
     None takes what fits and can be used, by requests of at most `longest` tokens if that is given. `chunk_size` bounds
-    the tokens of one forward. A request whose replica is lost is sent again `max_retries` times. `tokenizer`: for text
-    prompts, where the folder has none.
+    the tokens of one forward. A request whose replica is lost is sent again `max_retries` times. `graphs`: on CUDA,
+    capture decode steps. `tokenizer`: for text prompts, where the folder has none.
     Safe to use from several threads and event loops. close() (also the end of a `with` block) ends it.
     """
 
@@ -69,6 +69,7 @@ class Cluster:
         watermark: float = 0.01,
         memory_utilization: float | None = None,
         longest: int | None = None,
+        graphs: bool = True,
         threads: int = 1,
         tokenizer: Any = None,
     ) -> None:
@@ -84,6 +85,7 @@ class Cluster:
             prefix_caching=prefix_caching,
             utilization=memory_utilization,
             longest=longest,
+            graphs=graphs,
             threads=threads,
             engine=EngineSettings(chunk_size=chunk_size, watermark=watermark),
         )

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from rayk.engine.engine import Engine
 from rayk.engine.forward import Model
+from rayk.engine.graphs import with_graphs
 from rayk.engine.host import EngineHost
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.wire import Command, Report
@@ -61,6 +62,7 @@ class ServeSettings:
     prefix_caching: bool = True
     utilization: float | None = None
     longest: int | None = None
+    graphs: bool = True  # decode steps as CUDA graphs
     threads: int = 1  # of torch, in each process
     engine: EngineSettings = field(default_factory=EngineSettings)
 
@@ -139,8 +141,9 @@ def plan_pages(
 def make_engine(
     model: Model, params: KVCacheParams, settings: ServeSettings, replica: int, pages: int, device: str
 ) -> Engine:
-    """One replica's engine over a new cache."""
-    return Engine(ReplicaCore(params, replica, pages, settings.max_batch_size, [device]), model, settings.engine)
+    """One replica's engine over a new cache; on CUDA its decode steps are captured."""
+    core = ReplicaCore(params, replica, pages, settings.max_batch_size, [device])
+    return Engine(core, with_graphs(model, core) if settings.graphs else model, settings.engine)
 
 
 class InlineReplicas:

@@ -1,0 +1,80 @@
+"""The engine on a CUDA device: captured decode steps against eager ones, and tokens against transformers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayk import Cluster
+from rayk.engine.graphs import CudaRecorder, DecodeGraphs
+from rayk.inputs import LeafInputs
+from rayk.models import PagedModel, load_model
+from rayk.replica import ReplicaCore
+
+from ..greedy.matrix import compare, dense_answers, random_prompts, scarce_pages  # noqa: TID252  # no absolute name
+from ..unit.models.checkpoints import VOCAB, dense, write  # noqa: TID252  # as above
+
+DEVICE = "cuda:0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 64: the kernels have smallest sizes."""
+    shape = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256}
+    return write(tmp_path_factory.mktemp("llama"), "llama", **shape)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> PagedModel:
+    return load_model(folder, device=DEVICE, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("rows", [1, 3, 8, 20])
+def test_a_replay_is_bitwise_the_eager_padded_batch(model: PagedModel, page_size: int, rows: int) -> None:
+    core = ReplicaCore(model.cache_params(page_size=page_size, devices=[DEVICE]), 0, 64, 32, [DEVICE])
+    for buffer in core.buffers.all_buffers:
+        buffer.normal_()
+    graphs = DecodeGraphs(model, core, CudaRecorder(torch.device(DEVICE)), [1, 4, 8, 32])
+    inputs = core.runtime_inputs([])
+    assert isinstance(inputs, LeafInputs)
+    size = next(size for size in (1, 4, 8, 32) if size >= rows)
+    table = torch.full((size, graphs._table.shape[1]), core.num_pages, dtype=torch.int32, device=DEVICE)
+    pages = torch.randperm(64, device=DEVICE)[: rows * 2].view(rows, 2).int()
+    table[:rows, :2] = pages
+    lengths = torch.zeros(size, dtype=torch.int32, device=DEVICE)
+    lengths[:rows] = torch.randint(0, 2 * page_size - 1, (rows,), device=DEVICE).int()
+    tokens = torch.zeros(size, dtype=torch.int64)
+    tokens[:rows] = torch.randint(3, VOCAB, (rows,))
+    bounds = {
+        "max_prompt_length": torch.tensor([1], dtype=torch.int32),
+        "max_cache_length": torch.tensor([graphs._limit], dtype=torch.int32),
+    }
+    padded = replace(inputs.shards[0], lookup_table=table, cache_lengths=lengths, **bounds)
+    eager = model.logits(padded, tokens, [1] * size)[:rows].clone()
+    short = replace(padded, lookup_table=table[:rows, :18].contiguous(), cache_lengths=lengths[:rows])
+    for _ in range(3):  # a step writes what it writes again
+        assert torch.equal(graphs.logits(short, tokens[:rows], [1] * rows), eager)
+    assert graphs.replays == 3
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_tokens_are_those_of_transformers(folder: Path, page_size: int) -> None:
+    prompts = random_prompts(VOCAB, page_size, count=32)
+    references = dense_answers(dense(folder), prompts)
+    pages = 2 * scarce_pages(prompts, page_size)
+    found = {}
+    for graphs in (True, False):
+        with Cluster(
+            folder, page_size=page_size, pages=pages, device="cuda", dtype="float32", graphs=graphs, max_batch_size=32
+        ) as cluster:
+            outputs = cluster.generate(prompts, max_new_tokens=32)
+            found[graphs] = [output.tokens for output in outputs]
+            assert all(output.error is None for output in outputs)
+    kinds = [compare(tokens, reference) for tokens, reference in zip(found[True], references, strict=True)]
+    print(f"page {page_size}: {kinds.count('same')} same, {kinds.count('tie')} ties, {kinds.count('wrong')} wrong")
+    # TF32 and other orders of sums move logits by more than on the CPU: random weights have close calls.
+    assert kinds.count("wrong") <= 3
