@@ -101,8 +101,9 @@ def layer_shapes(model: Any, tokens: torch.Tensor, layers: int) -> dict[int, Lay
 
 
 @torch.inference_mode()
-def try_out(model: Any, tokens: torch.Tensor, shapes: dict[int, LayerShape]) -> None:
-    """ArchitectureError unless a few tokens give, in two chunks on pages, what they give without a cache.
+def try_out(model: Any, tokens: torch.Tensor, shapes: dict[int, LayerShape]) -> int:
+    """The width of the logits; ArchitectureError unless a few tokens give, in two chunks on pages, what they give
+    without a cache.
 
     This is about the architecture (biases by distance, positions of its own, windows that only a mask knows), not
     about rounding: in half precision a fifth of the logits' norm is allowed. Windows are made small for it.
@@ -121,6 +122,7 @@ def try_out(model: Any, tokens: torch.Tensor, shapes: dict[int, LayerShape]) -> 
             type(model).__name__,
             f"its logits on pages differ from those without a cache by {error:.1e} of their norm",
         )
+    return int(want.shape[1])
 
 
 @contextmanager

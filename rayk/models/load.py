@@ -33,21 +33,31 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    where = _device(device)
     folder = Path(folder)
     raw = check_folder(folder)
     config, model_class = _config(folder, raw)
     text = config.get_text_config(decoder=True)
     architecture.refuse_by_config(text, model_class)
     register()
-    model = _weights(folder, model_class, config, dtype).to(device).eval().requires_grad_(False)
+    model = _weights(folder, model_class, config, dtype).to(where).eval().requires_grad_(False)
     limit = architecture.freeze_rope(model)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
     with torch.inference_mode():
-        tokens = architecture.trial_tokens(vocab_size, model.device)
+        tokens = architecture.trial_tokens(model.get_input_embeddings().weight.shape[0], where)
         shapes = architecture.layer_shapes(model, tokens, text.num_hidden_layers)
-        architecture.try_out(model, tokens, shapes)
+        vocab_size = architecture.try_out(model, tokens, shapes)
     length = _max_length(folder, text, limit, model_class.__name__)
-    return PagedModel(model, shapes, length, _eos(model), _tokenizer(folder), attention)
+    return PagedModel(model, shapes, vocab_size, length, _eos(model), _tokenizer(folder), attention)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: this process sees {torch.cuda.device_count()} CUDA device(s)")
+    return device
 
 
 def _config(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
@@ -88,7 +98,7 @@ def _weights(folder: Path, model_class: Any, config: Any, dtype: str) -> Any:
                 ignore_mismatched_sizes=True,  # they are in the report, which is clearer
                 output_loading_info=True,
             )
-    except (RuntimeError, ValueError, OSError, KeyError, ImportError) as error:
+    except Exception as error:  # foreign code over foreign files
         raise CheckpointError(str(folder), "", f"cannot be loaded: {_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:

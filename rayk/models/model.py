@@ -29,6 +29,7 @@ class PagedModel:
         self,
         model: Any,
         shapes: dict[int, LayerShape],
+        vocab_size: int,
         max_length: int,
         eos_token_ids: tuple[int, ...],
         tokenizer: Any,
@@ -40,7 +41,8 @@ class PagedModel:
         self._attention = attention
         self._backends: dict[tuple[torch.dtype, int], Backend] = {}
         self._keeps_rows = "logits_to_keep" in signature(model.forward).parameters
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size = vocab_size
+        self._embedded: int = model.get_input_embeddings().weight.shape[0]
         self.max_length = max_length
         self.eos_token_ids = eos_token_ids
         self.tokenizer = tokenizer
@@ -125,6 +127,7 @@ class PagedModel:
             raise BatchError(f"{tuple(tokens.shape)} tokens for counts {list(batch.counts)}, which want {batch.tokens}")
         if batch.kv_lengths_host is not None and batch.max_kv > self.max_length:
             raise BatchError(f"a row of {batch.max_kv} tokens, and {self.architecture} has {self.max_length} positions")
+        self._check_tokens(tokens)
         attention = PagedAttention(pool, batch, self._backend(pool.dtype, pool.page_size), self._layers)
         wanted = None if every_token else batch.last
         only = {} if wanted is None or not self._keeps_rows else {"logits_to_keep": wanted}
@@ -136,6 +139,14 @@ class PagedModel:
             **only,
         ).logits[0]
         return (found if only or wanted is None else found[wanted]).float()
+
+    def _check_tokens(self, tokens: torch.Tensor) -> None:
+        """On the host only: on a device it would wait, and a wrong id ends the process there."""
+        if tokens.device.type == "cpu":
+            low, high = tokens.aminmax()
+            if low < 0 or high >= self._embedded:
+                wrong = int(low) if low < 0 else int(high)
+                raise BatchError(f"token {wrong} is outside the vocabulary of {self._embedded} of {self.architecture}")
 
     def _pool(self, inputs: ShardInputs) -> PagedPool:
         if inputs.kv_blocks is None or inputs.kv_blocks.device != self.device:

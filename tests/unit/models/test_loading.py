@@ -270,6 +270,10 @@ def test_arguments(llama: Path) -> None:
     with pytest.raises(AttentionError, match="vllm-flash-attn-3: it needs a CUDA device"):
         load_model(llama, attention="vllm-flash-attn-3")
     assert load_model(llama, attention="torch-sdpa").backend == "torch-sdpa"
+    with pytest.raises(ConfigError, match="device 'gpu'"):
+        load_model(llama, device="gpu")
+    with pytest.raises(ConfigError, match=r"device 'cuda:99': this process sees \d+ CUDA device"):
+        load_model(llama, device="cuda:99")
 
 
 LONGROPE = {
@@ -315,6 +319,9 @@ def test_batches_that_do_not_fit(llama: Path) -> None:
         model.logits(inputs, tokens, [5])
     with pytest.raises(BatchError, match=r"\(5,\) tokens for counts \[4, 4\], which want 8"):
         model.logits(inputs, tokens, [4, 4])
+    for token in (-1, VOCAB):
+        with pytest.raises(BatchError, match=rf"token {token} is outside the vocabulary of {VOCAB}"):
+            model.logits(inputs, torch.tensor([3, token]), [1, 1])
     with pytest.raises(BatchError, match="at least one token"):
         model.logits(inputs, tokens, [5, 0])
     other = Rows(load_model(write(llama.parent / "other", "qwen3")), 2)
