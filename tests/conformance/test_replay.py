@@ -1,6 +1,6 @@
 """The recorded traffic of ../shared/conformance, replayed through rayk's public surface: no answer may differ.
 
-In this process all cases without a host or disk tier, on Ray a few that cross process borders in each way.
+In this process all cases, on Ray a few that cross process borders in each way.
 Where the clone has no ../shared beside it, this module is skipped.
 """
 
@@ -18,7 +18,7 @@ import rayk
 
 CONFORMANCE = Path(__file__).resolve().parents[3] / "shared" / "conformance"
 CASES = CONFORMANCE / "public"
-ON_RAY = ("c05", "c10", "c12", "c16", "c17", "c18", "c22b")
+ON_RAY = ("c05", "c10", "c12", "c16", "c17", "c18", "c22b", "c22d", "c25")
 
 if not CASES.is_dir():
     pytest.skip("../shared/conformance not found beside the clone: conformance skipped", allow_module_level=True)
@@ -45,13 +45,6 @@ def load(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return replay.read_jsonl(ops), replay.read_jsonl(outs)
 
 
-def needs_tier(name: str) -> bool:
-    return any(op.get("host_pages") for op in load(name)[0])
-
-
-WITHOUT_TIERS = [name for name in FILES if not needs_tier(name)]
-
-
 @pytest.fixture(scope="module")
 def inline() -> Iterator[rayk.InferenceSession]:
     with rayk.InferenceSession("inline") as session:
@@ -72,17 +65,17 @@ def on_ray() -> Iterator[rayk.InferenceSession]:
 
 
 def test_there_are_cases() -> None:
-    assert len(WITHOUT_TIERS) >= 27
-    assert all(any(name.startswith(prefix) for name in WITHOUT_TIERS) for prefix in ON_RAY)
+    assert len(FILES) >= 32
+    assert all(any(name.startswith(prefix) for name in FILES) for prefix in ON_RAY)
 
 
-@pytest.mark.parametrize("name", WITHOUT_TIERS)
+@pytest.mark.parametrize("name", list(FILES))
 def test_inline(name: str, inline: rayk.InferenceSession) -> None:
     assert replay.replay_case(*load(name), inline, "inline") == []
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", [name for name in WITHOUT_TIERS if name.startswith(ON_RAY)])
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(ON_RAY)])
 def test_on_ray(name: str, on_ray: rayk.InferenceSession) -> None:
     assert replay.replay_case(*load(name), on_ray, "ray") == []
 
