@@ -11,7 +11,7 @@ import typer
 from rayk.errors import NotBuiltError
 
 if TYPE_CHECKING:
-    from rayk.scheduler.describe import ManagerState, ReplicaState
+    from rayk.scheduler.describe import ManagerState, ReplicaState, TierState
 
 DESCRIBE_EPILOG = "Example: rayk describe --name prod --format json"
 
@@ -64,11 +64,20 @@ def _show(state: ManagerState, console: Any) -> None:
     for replica in state.replicas:
         if replica.reason is not None:
             console.print(f"replica {replica.index} is lost: {replica.reason}", markup=False)
+        if replica.tiers is not None:
+            console.print(_tier_line(replica.index, replica.tiers), markup=False)
     for reason in state.refused.values():
         console.print(f"left out: {reason}", markup=False)
     if state.metrics is not None:
         tokens = f"{state.metrics.input_tokens:,} tokens computed, {state.metrics.cache_tokens:,} reused"
         console.print(f"{tokens}; {state.drivers} driver(s) attached", markup=False)
+
+
+def _tier_line(index: int, tiers: TierState) -> str:
+    text = f"replica {index}'s node: {tiers.host_used:,} of {tiers.host_pages:,} host pages used"
+    if tiers.disk_pages:
+        text += f", {tiers.disk_used:,} of {tiers.disk_pages:,} disk pages"
+    return f"{text}; {tiers.trouble}" if tiers.trouble else text
 
 
 def _cells(replica: ReplicaState) -> list[str]:

@@ -18,6 +18,16 @@ from rayk.scheduler.cluster import Cluster
 ASK_SECONDS = 10.0
 
 
+class TierState(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The host and disk tier of a replica's node, in pages, shared by its replicas. `trouble` says why one is off."""
+
+    host_pages: int
+    host_used: int
+    disk_pages: int = 0
+    disk_used: int = 0
+    trouble: str = ""
+
+
 class ReplicaState(msgspec.Struct, frozen=True, omit_defaults=True):
     """One replica. Pages and bytes; what a lost replica cannot say is absent, `reason` says why it is lost."""
 
@@ -36,6 +46,7 @@ class ReplicaState(msgspec.Struct, frozen=True, omit_defaults=True):
     peak_bytes: int | None = None
     requests: int | None = None
     tokens: int | None = None
+    tiers: TierState | None = None
 
 
 class ManagerState(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -101,9 +112,9 @@ def _replica(runtime: Runtime, cluster: Cluster, r: int, known: m.Description) -
     }
     lost = partial(ReplicaLostError, r, epoch, [])
     try:
-        usage: m.UsageDone = Link(
-            runtime, actor, f"replica {r}", epoch, new_client_id("describe"), lost, ASK_SECONDS
-        ).ask(m.GetUsage())
+        link = Link(runtime, actor, f"replica {r}", epoch, new_client_id("describe"), lost, ASK_SECONDS)
+        usage: m.UsageDone = link.ask(m.GetUsage())
+        tiers: m.TiersDone = link.ask(m.GetTiers())
         now = runtime.get(actor.call("facts", control=True), f"replica {r}", ASK_SECONDS)
     except ReplicaLostError as error:
         return ReplicaState(state="lost", reason=error.reason, **common)
@@ -118,5 +129,8 @@ def _replica(runtime: Runtime, cluster: Cluster, r: int, known: m.Description) -
         peak_bytes=now.peak,
         requests=known.requests[r],
         tokens=known.tokens[r],
+        tiers=TierState(tiers.host_total, tiers.host_used, tiers.disk_total, tiers.disk_used, tiers.trouble)
+        if tiers.host_total
+        else None,
         **common,
     )

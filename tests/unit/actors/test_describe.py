@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import msgspec
 import pytest
 
-from rayk import TextContext
+from rayk import KVConnectorConfig, TextContext
 from rayk.actors.replica import ReplicaActor, ReplicaFacts
+from rayk.describe import _tier_line
 from rayk.errors import ConfigError
 from rayk.scheduler.describe import describe
 
-from .fake import FakeRuntime, manager_on
+from .fake import FakeRuntime, manager_on, stamp
 
 
 @pytest.fixture
@@ -66,3 +68,24 @@ def test_a_lost_replica_is_shown_as_lost(runtime: FakeRuntime) -> None:
 def test_an_unknown_name(runtime: FakeRuntime) -> None:
     with pytest.raises(ConfigError, match="'nobody'"):
         describe(runtime, "nobody")
+
+
+def test_tiers_are_shown_with_occupancy_and_health(runtime: FakeRuntime, tmp_path: Path) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_text("in the way")
+    tiers = {
+        "kv_connector": "tiered",
+        "kv_connector_config": KVConnectorConfig(disk_offload_dir=blocked, disk_offload_max_bytes=1 << 20),
+    }
+    with manager_on(runtime, 1, name="prod", total_num_host_pages=6, **tiers) as manager:
+        ctx = TextContext("a", range(9), 100)
+        manager.admit([ctx])
+        manager.execute([[ctx]], stamp)
+        ctx.update(1)
+        manager.step([[ctx]])
+        [state] = describe(runtime, "prod")
+        [replica] = state.replicas
+        assert replica.tiers is not None
+        assert (replica.tiers.host_pages, replica.tiers.host_used, replica.tiers.disk_used) == (6, 2, 0)
+        assert "cannot be used" in replica.tiers.trouble
+        assert "2 of 6 host pages used" in _tier_line(0, replica.tiers)
