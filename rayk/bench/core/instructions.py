@@ -24,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
+from rayk.bench.core.shares import read_shares
 from rayk.errors import RaykError
 
 if TYPE_CHECKING:
@@ -49,14 +50,22 @@ class CountError(RaykError):
 
 
 class Total(NamedTuple):
-    """Instructions of `times` iterations of the case `key`, and of what was done once."""
+    """Instructions of `times` iterations of the case `key`, and of what was done once; `shares` by kind (shares.py)."""
 
     key: str
     times: int
     instructions: int
+    shares: dict[str, float]
 
 
-def count_instructions() -> dict[str, float]:
+class Counted(NamedTuple):
+    """Instructions of one iteration, and their shares by kind."""
+
+    instructions: float
+    shares: dict[str, float]
+
+
+def count_instructions() -> dict[str, Counted]:
     """Instructions of one iteration of each case by its key. CountError if they cannot be counted."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
@@ -82,30 +91,31 @@ def read_total(text: str) -> Total:
     total = re.search(r"^totals: (\d+)$", text, re.MULTILINE)
     if trigger is None or total is None:
         raise CountError("callgrind wrote a file of another form; valgrind 3.19 is known to work")
-    return Total(trigger[1], int(trigger[2]), int(total[1]))
+    return Total(trigger[1], int(trigger[2]), int(total[1]), read_shares(text))
 
 
-def per_iteration(totals: Sequence[Total]) -> dict[str, float]:
+def per_iteration(totals: Sequence[Total]) -> dict[str, Counted]:
     """Instructions of one iteration by key: the slope between the two totals of each case, which follow each other."""
     out = {}
     for few, many in zip(totals[::2], totals[1::2], strict=True):
         assert few.key == many.key and few.times < many.times
-        out[few.key] = (many.instructions - few.instructions) / (many.times - few.times)
+        slope = (many.instructions - few.instructions) / (many.times - few.times)
+        out[few.key] = Counted(slope, many.shares)
     return out
 
 
 # -- inside valgrind -------------------------------------------------------------------------------------------------
 
 
-class Counted(NamedTuple):
-    """A prepared case: `work(n)` does n iterations, never the same one twice."""
+class Prepared(NamedTuple):
+    """A case: `work(n)` does n iterations, never the same one twice."""
 
     key: str
     times: int
     work: Callable[[int], object]
 
 
-def _requests(key: str, manager: PagedKVCacheManager, prefix: bool = False) -> Counted:
+def _requests(key: str, manager: PagedKVCacheManager, prefix: bool = False) -> Prepared:
     """Requests of 1,024 tokens of their own, or of a shared prefix."""
     from rayk.bench.core.cache import make_contexts, random_prompts
     from rayk.bench.core.prompts import PROMPT, SharedPrefix, serve
@@ -113,29 +123,29 @@ def _requests(key: str, manager: PagedKVCacheManager, prefix: bool = False) -> C
     count = WARM_UP + 3 * N_REQUESTS
     left = iter(make_contexts(SharedPrefix(count).prompts() if prefix else random_prompts(count, PROMPT)))
     serve(manager, list(islice(left, WARM_UP)))
-    return Counted(key, N_REQUESTS, lambda n: serve(manager, list(islice(left, n))))
+    return Prepared(key, N_REQUESTS, lambda n: serve(manager, list(islice(left, n))))
 
 
-def _decode(key: str, manager: PagedKVCacheManager) -> Counted:
+def _decode(key: str, manager: PagedKVCacheManager) -> Prepared:
     """Steps of a batch, one alloc() a request."""
     from rayk.bench.core.decode import decode_each, start_batch
 
     contexts = start_batch(manager, DECODE_BATCH)
     decode_each(manager, contexts, WARM_UP)
-    return Counted(key, N_STEPS, lambda n: decode_each(manager, contexts, n))
+    return Prepared(key, N_STEPS, lambda n: decode_each(manager, contexts, n))
 
 
-def _decode_many(key: str, manager: PagedKVCacheManager) -> Counted:
+def _decode_many(key: str, manager: PagedKVCacheManager) -> Prepared:
     """Steps of a batch as arrays."""
     from rayk.batch import ContextBatch
     from rayk.bench.core.decode import decode_many, start_batch
 
     batch = ContextBatch(start_batch(manager, DECODE_BATCH))
     decode_many(manager, batch, WARM_UP)
-    return Counted(key, N_STEPS, lambda n: decode_many(manager, batch, n))
+    return Prepared(key, N_STEPS, lambda n: decode_many(manager, batch, n))
 
 
-def _cases() -> Iterator[Callable[[], Counted]]:
+def _cases() -> Iterator[Callable[[], Prepared]]:
     from rayk.bench.core.cache import make_manager
     from rayk.bench.core.crowd import crowded
 

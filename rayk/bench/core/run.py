@@ -188,11 +188,11 @@ def instruction_figures(report: Progress) -> list[Figure]:
     figures = []
     for key, title in INSTRUCTION_TITLES.items():
         if key in counted:
-            value = counted[key]
-            figures.append(make_figure(f"i-{key}", title, "", [value], value, 1.0, BOUNDS[f"i-{key}"]))
+            value, shares = counted[key]
+            figures.append(make_figure(f"i-{key}", title, "", [value], value, 1.0, BOUNDS[f"i-{key}"], {**shares}))
     small, large = SIZES
     for key in ("w1", "w3", "w3-batch"):
-        value = counted[f"{key}-{large}"] / counted[f"{key}-{small}"]
+        value = counted[f"{key}-{large}"].instructions / counted[f"{key}-{small}"].instructions
         title = f"{INSTRUCTION_TITLES[key]}: 1,000,000 pages over 10,000"
         figures.append(make_figure(f"flat-{key}", title, "x", [value], value, 1.0, BOUNDS[f"flat-{key}"]))
     return figures

@@ -11,7 +11,8 @@ from rayk.bench.core import run
 from rayk.bench.core.cache import PAGE_SIZE
 from rayk.bench.core.callgrind import Callgrind
 from rayk.bench.core.crowd import PAGES_PER_RUNNING, crowded
-from rayk.bench.core.instructions import CountError, Total, count_instructions, per_iteration, read_total
+from rayk.bench.core.instructions import Counted, CountError, Total, count_instructions, per_iteration, read_total
+from rayk.bench.core.shares import kind_of
 
 FILE = """# callgrind format
 version: 1
@@ -19,26 +20,54 @@ creator: callgrind-3.19.0
 desc: Timerange: Basic block 10 - 20
 desc: Trigger: Client Request: w1-10k 20
 
+positions: line
 events: Ir
-summary: 2343956
-fn=(1) f
-1 2
+summary: 1000
 
-totals: 2344037
+ob=(1) /usr/lib/libpython3.11.so.1.0
+fl=(1) ceval.c
+fn=(1) _PyEval_EvalFrameDefault
+7 500
+fi=(2) object.h
++3 50
+cob=(2) /usr/lib/libc.so.6
+cfn=(2) __memcpy_avx_unaligned_erms
+calls=3 7
+* 40
+fn=(3) PyLong_Add
+9 200
+ob=(2)
+fn=(2)
+0 40
+ob=(3) /site-packages/numpy/_core/_multiarray_umath.cpython-311.so
+fn=(4) array_subscript
+0 150
+ob=(4) /usr/lib/libstdc++.so
+fn=(5) f
+-2 60
+
+totals: 1000
 """
 
 
 def test_a_count_is_read_from_callgrinds_file() -> None:
-    assert read_total(FILE) == Total("w1-10k", 20, 2344037)
+    shares = {"interpreter": 0.55, "objects": 0.2, "numpy": 0.15, "work": 0.04, "other": 0.06}
+    assert read_total(FILE) == Total("w1-10k", 20, 1000, pytest.approx(shares))
     with pytest.raises(CountError, match="another form"):
         read_total(FILE.replace("totals", "total"))
 
 
 def test_what_is_done_once_does_not_count() -> None:
-    assert per_iteration([Total("a", 10, 1500), Total("a", 20, 2500), Total("b", 1, 7), Total("b", 3, 7)]) == {
-        "a": 100.0,
-        "b": 0.0,
-    }
+    totals = [("a", 10, 1500, {}), ("a", 20, 2500, {"work": 1.0}), ("b", 1, 7, {}), ("b", 3, 7, {})]
+    counted = per_iteration([Total(*total) for total in totals])
+    assert counted == {"a": (100.0, {"work": 1.0}), "b": (0.0, {})}
+
+
+def test_kinds_of_code() -> None:
+    assert kind_of("/bin/python3.11", "_PyFrame_Push") == "interpreter"
+    assert kind_of("/usr/lib/libc.so.6", "_int_malloc") == "objects"
+    assert kind_of("/usr/lib/libc.so.6", "__memcmp_avx2_movbe") == kind_of("/bin/python3.11", "siphash13") == "work"
+    assert kind_of("???", "0x0000000004936788") == "other"
 
 
 def test_without_valgrind_it_says_what_to_install(
@@ -64,11 +93,12 @@ def test_a_request_does_nothing_without_valgrind() -> None:
 
 
 def test_figures_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = {"w1": 5.0, "w2": 6.0, "w3": 7.0, "w1-10k": 10.0, "w1-1m": 11.0, "w3-10k": 10.0, "w3-1m": 13.0}
-    counted |= {"w3-batch": 8.0, "w3-batch-10k": 10.0, "w3-batch-1m": 9.0}
+    numbers = {"w1": 5.0, "w2": 6.0, "w3": 7.0, "w1-10k": 10.0, "w1-1m": 11.0, "w3-10k": 10.0, "w3-1m": 13.0}
+    numbers |= {"w3-batch": 8.0, "w3-batch-10k": 10.0, "w3-batch-1m": 9.0}
+    counted = {key: Counted(value, {"work": 0.5}) for key, value in numbers.items()}
     monkeypatch.setattr(run, "count_instructions", lambda: counted)
     figures = {figure.key: figure for figure in run.instruction_figures(lambda _: None)}
-    assert (figures["i-w1"].value, figures["i-w1"].ok) == (5.0, None)
+    assert (figures["i-w1"].value, figures["i-w1"].ok, figures["i-w1"].details) == (5.0, None, {"work": 0.5})
     assert (figures["flat-w1"].value, figures["flat-w1"].ok) == (1.1, True)
     assert (figures["flat-w3"].value, figures["flat-w3"].ok) == (1.3, False)
 
