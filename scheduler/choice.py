@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 
 from rayk.scheduler.fleet import Fleet, FloatArray, Int64Array
@@ -30,14 +31,14 @@ class Parts(NamedTuple):
     def candidates(self, chosen: int, count: int = 8) -> list[Candidate]:
         """The chosen replica and the cheapest others, cheapest first, at most `count` of them."""
         cost = self.cost
-        order = [int(r) for r in np.argsort(cost, kind="stable")[:count]]
+        order: list[int] = np.argsort(cost, kind="stable")[:count].tolist()
         if chosen not in order:
             order[-1:] = [chosen]
         return [Candidate(r, float(cost[r]), *(float(part[r]) for part in self)) for r in order]
 
 
-class Candidate(NamedTuple):
-    """One replica's parts in a choice, in tokens."""
+class Candidate(msgspec.Struct, frozen=True):
+    """One replica's parts in a choice, in tokens; see Parts."""
 
     replica: int
     cost: float

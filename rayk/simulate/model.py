@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -19,6 +20,9 @@ from rayk.errors import ConfigError
 from rayk.simulate.arrivals import arrivals
 from rayk.simulate.caches import BeladyCache, Cache, Changed, LruCache, next_uses
 from rayk.simulate.paths import build_paths
+
+if TYPE_CHECKING:  # the scheduler is above this package: imported where it is needed
+    from rayk.scheduler.cost import Weights
 
 POLICIES = ("lru", "belady")
 
@@ -95,15 +99,16 @@ class Simulator:
         """The prefill rate at which round robin would keep the case's replicas busy that part of the time."""
         return self.round_robin_rate(case.replicas, self.pages(case.capacity), case.policy) / utilization
 
-    def run(self, case: Case, rate: float) -> Row:
-        """Serve the workload, each replica prefilling `rate` tokens a second."""
+    def run(self, case: Case, rate: float, weights: Weights | None = None) -> Row:
+        """Serve the workload, each replica prefilling `rate` tokens a second. `weights` are for the cost router."""
         from rayk.scheduler.choice import Wish
+        from rayk.scheduler.cost import Cost
         from rayk.scheduler.fleet import Fleet
         from rayk.scheduler.index import PrefixIndex
         from rayk.scheduler.policies import WANT_KEYS, make_policy
 
         index, fleet = PrefixIndex(case.replicas), Fleet(case.replicas, rate)
-        router = make_policy(case.router, index, self.page_size)
+        router = Cost(index, self.page_size, weights) if weights else make_policy(case.router, index, self.page_size)
         keyed = case.router in WANT_KEYS
 
         def hears(change: Callable[..., None], replica: int) -> Changed:

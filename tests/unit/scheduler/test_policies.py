@@ -1,10 +1,12 @@
 """Policies: what each looks at, and that replicas which take nothing get nothing."""
 
+import msgspec
 import pytest
 
 from rayk.errors import ConfigError
 from rayk.scheduler.choice import Wish
 from rayk.scheduler.cost import Cost, Weights
+from rayk.scheduler.decisions import Decisions, Reason
 from rayk.scheduler.fleet import Fleet
 from rayk.scheduler.index import PrefixIndex, Tier
 from rayk.scheduler.policies import POLICIES, Session, make_policy
@@ -184,3 +186,19 @@ def test_a_choice_is_explained() -> None:
     assert best.cost == pytest.approx(best.prefill + best.loading + best.crowd + best.keep + best.pressure)
     assert [c.cost for c in others] == sorted(c.cost for c in others) and others[0].cost > best.cost
     assert 29 in [c.replica for c in choice.parts.candidates(29, 5)]
+
+
+def test_the_last_decisions_are_kept_and_travel() -> None:
+    fleet, index = Fleet(3), PrefixIndex(3)
+    index.stored(2, KEYS)
+    decisions = Decisions("cost", kept=2)
+    for i in range(3):
+        decisions.keep(f"r{i}", 101, Cost(index, PAGE).choose(Wish(101, KEYS), fleet), at=float(i))
+    assert decisions.why("r0") is None and len(decisions) == 2
+    reason = decisions.why("r2", candidates=2)
+    assert reason is not None and (reason.replica, reason.tokens, reason.at, reason.router) == (2, 101, 2.0, "cost")
+    assert [c.replica for c in reason.candidates] == [2, 0] and reason.candidates[0].cached == 100
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(reason), type=Reason) == reason
+    decisions.keep("r2", 7, make_policy("round-robin", index, PAGE).choose(Wish(7), fleet), at=9.0)
+    again = decisions.why("r2")
+    assert again is not None and again.candidates == [] and again.at == 9.0 and len(decisions) == 2

@@ -1,0 +1,114 @@
+"""Fitting the weights of the cost policy: the same scenarios under each pair of weights, and which pair does best.
+
+    python -m rayk.simulate.fit --azure ../shared/traces/azure2023_conv.csv.gz
+
+Scenarios are the generated workloads on several replica counts and loads, with their own arrivals and, where files are
+given, with those of recorded Azure requests, which come in bursts. A pair's loss in a scenario is
+
+    sqrt(mean * p90 time to first token) / (hit rate / pooled hit rate)
+
+over the smallest of all pairs; printed is the geometric mean over the scenarios, and the worst of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from itertools import product
+
+import msgspec
+import numpy as np
+
+from rayk.bench.request import BenchRequest, Workload
+from rayk.bench.traces import read_trace
+from rayk.bench.workloads import agent, chat, documents
+from rayk.simulate.model import Case, Simulator
+
+REPLICAS = (2, 8, 32)
+LOADS = (0.6, 0.8)
+CAPACITY = 900_000
+
+
+class Fitted(msgspec.Struct, frozen=True, kw_only=True):
+    """A pair of weights and its losses, 1 being the best of all pairs; `hit_rate` is the lowest part of pooled."""
+
+    keep: float
+    crowd: float
+    loss: float
+    worst: float
+    hit_rate: float
+
+
+def generated(requests: int, seed: int) -> list[Workload]:
+    """The workloads, in full length."""
+    return [
+        chat(requests, seed=seed, scale=1.0, rate=3.4),
+        agent(requests, seed=seed, scale=1.0, sessions=48),
+        documents(requests, seed=seed, scale=1.0, rate=3.0),
+    ]
+
+
+def retimed(workload: Workload, times: Sequence[float]) -> Workload:
+    """The workload's requests, arriving at `times` for as long as these last; turns do not wait for each other."""
+    requests = [
+        BenchRequest(
+            r.index, r.request_id, t, r.session_id, r.prompt_length, r.output_length, r.runs, r.output_first, None
+        )
+        for r, t in zip(workload.requests, times, strict=False)
+    ]
+    return Workload(f"{workload.source}, retimed", workload.kind, requests, workload.parameters)
+
+
+def fit(
+    workloads: Sequence[Workload], keeps: Sequence[float], crowds: Sequence[float], page_size: int = 512
+) -> list[Fitted]:
+    """All pairs, the best first."""
+    from rayk.scheduler.cost import DEFAULT_WEIGHTS
+
+    pairs = list(product(keeps, crowds))
+    losses: list[list[float]] = []
+    hit_rates: list[list[float]] = []
+    for workload in workloads:
+        simulator = Simulator(workload, page_size)
+        for replicas, load in product(REPLICAS, LOADS):
+            case = Case(replicas=replicas, capacity=CAPACITY, policy="lru", router="cost")
+            rate = simulator.rate(case, load)
+            rows = [
+                simulator.run(case, rate, DEFAULT_WEIGHTS._replace(keep=keep, crowd=crowd)) for keep, crowd in pairs
+            ]
+            hits = [row.hit_rate / row.pooled if row.pooled else 1.0 for row in rows]
+            raw = [math.sqrt(r.ttft.mean * r.ttft.p90) / max(h, 1e-9) for r, h in zip(rows, hits, strict=True)]
+            losses.append([loss / min(raw) for loss in raw])
+            hit_rates.append(hits)
+    table = np.array(losses)
+    means, worst, lowest = np.exp(np.log(table).mean(0)), table.max(0), np.array(hit_rates).min(0)
+    found = [
+        Fitted(keep=keep, crowd=crowd, loss=float(means[i]), worst=float(worst[i]), hit_rate=float(lowest[i]))
+        for i, (keep, crowd) in enumerate(pairs)
+    ]
+    return sorted(found, key=lambda each: each.loss)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see the module."""
+    parser = argparse.ArgumentParser(prog="python -m rayk.simulate.fit", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0, 1, 2, 2.5, 3, 4])
+    parser.add_argument("--crowd", type=float, nargs="+", default=[0, 0.25, 0.5, 1])
+    parser.add_argument("--azure", nargs="*", default=[], help="recorded requests whose arrivals are used, too")
+    asked = parser.parse_args(argv)
+    workloads = generated(asked.requests, asked.seed)
+    for path in asked.azure:
+        times = [request.arrival_s for request in read_trace(path).requests]
+        workloads += [retimed(workload, times) for workload in generated(asked.requests, asked.seed + 1)]
+    print(f"{'keep':>6} {'crowd':>6} {'loss':>7} {'worst':>7} {'hits/pooled, lowest':>20}")
+    for each in fit(workloads, asked.keep, asked.crowd):
+        print(f"{each.keep:6g} {each.crowd:6g} {each.loss:7.3f} {each.worst:7.3f} {each.hit_rate:20.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
