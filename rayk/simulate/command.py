@@ -84,13 +84,13 @@ def simulate(
     cases = [
         Case(replicas=n, capacity=tokens, policy=kind, router=name)
         for n, tokens, kind, name in product(
-            [_count(text) for text in _list("--replicas", replicas)],
-            [parse_tokens(text) for text in _list("--capacity", capacity)],
+            [parse_count(text) for text in parse_list("--replicas", replicas)],
+            [parse_tokens(text) for text in parse_list("--capacity", capacity)],
             _names("--policy", policy, POLICIES),
             _names("--router", router, tuple(ROUTERS)),
         )
     ]
-    work = _workload(trace, workload, requests, scale, arrival_rate, seed)
+    work = read_work(trace, workload, requests, scale, arrival_rate, seed)
     simulator = Simulator(work, page_size, seed)
     rows = []
     for case in cases:
@@ -115,7 +115,7 @@ def parse_tokens(text: str) -> int:
     return round(tokens)
 
 
-def _list(flag: str, text: str) -> list[str]:
+def parse_list(flag: str, text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise ConfigError(f"{flag} {text!r} has an empty entry; write it like 1,4,8")
@@ -123,14 +123,14 @@ def _list(flag: str, text: str) -> list[str]:
 
 
 def _names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
-    names = _list(flag, text)
+    names = parse_list(flag, text)
     for name in names:
         if name not in allowed:
             raise ConfigError(f"{flag} {name!r} is not one of {', '.join(allowed)}")
     return names
 
 
-def _count(text: str) -> int:
+def parse_count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 100_000:
         raise ConfigError(f"--replicas {text!r} is not a number of replicas")
     return int(text)
@@ -145,7 +145,7 @@ def _check_time(utilization: float | None, prefill_rate: float | None) -> None:
         raise ConfigError(f"--prefill-rate is {prefill_rate}, more than 0 tokens a second is needed")
 
 
-def _workload(
+def read_work(
     trace: Path | None, name: str | None, requests: int | None, scale: float | None, rate: float | None, seed: int
 ) -> Any:
     from rayk.bench.traces import read_trace
