@@ -26,10 +26,11 @@ from rayk.engine.errors import RequestCancelledError, RequestError, RequestTimeo
 from rayk.engine.output import Handle, Output, Update
 from rayk.engine.request import Request, timeout_problem
 from rayk.engine.sampling import SamplingParams
-from rayk.engine.serve import InlineReplicas, ModelSource, ReplicaFacts, Replicas, ServeSettings
+from rayk.engine.serve import HASH_ALGORITHM, InlineReplicas, ModelSource, ReplicaFacts, Replicas, ServeSettings
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.wire import Ask, Cancel, Report, Submit
 from rayk.errors import ClosedError, ConfigError, NotBuiltError, RaykError, ReplicaLostError, TokenError
+from rayk.hashing import PageHasher
 from rayk.params import require_at_least
 from rayk.session import InferenceSession
 
@@ -37,7 +38,7 @@ MESSAGE_BYTES = 90_000  # of one message: beyond 100 KiB Ray goes through its ob
 LINED_UP = 2  # full batches that a replica is given at a time; what waits here can still go elsewhere
 
 Prompt = str | Sequence[int] | IntArray | Mapping[str, Any]
-"""Text, token ids, or a mapping with "text" or "tokens" and, if wanted, "id" (and "cache_salt")."""
+"""Text, token ids, or a mapping with "text" or "tokens" and, if wanted, "id", "cache_salt" and "session"."""
 
 
 class Cluster:
@@ -64,7 +65,7 @@ class Cluster:
         dtype: str = "auto",
         attention: str | None = None,
         prefix_caching: bool = True,
-        router: str = "least-loaded",
+        router: str = "cost",
         max_retries: int = 2,
         watermark: float = 0.01,
         memory_utilization: float | None = None,
@@ -73,8 +74,9 @@ class Cluster:
         threads: int = 1,
         tokenizer: Any = None,
     ) -> None:
-        from rayk.scheduler.routing import Placements, make_router
+        from rayk.scheduler.steering import Steering, wants_pages
 
+        hears = wants_pages(router) and replicas > 1 and prefix_caching
         require_at_least(0, max_retries=max_retries)
         settings = ServeSettings(
             replicas=replicas,
@@ -86,16 +88,14 @@ class Cluster:
             utilization=memory_utilization,
             longest=longest,
             graphs=graphs,
+            hash_seed=secrets.token_bytes(32) if hears else None,
             threads=threads,
             engine=EngineSettings(chunk_size=chunk_size, watermark=watermark),
         )
         source = model_source(model, dtype, attention)
-        self._router = make_router(router)
-        self._placements = Placements(replicas)
         self._source = source
         self._tokenizer = tokenizer
         self._max_retries = max_retries
-        self._limit = LINED_UP * max_batch_size
         self._numbers = count(1)
         self._handles: dict[int, Handle] = {}  # not finished
         self._ids: set[str] = set()
@@ -111,6 +111,9 @@ class Cluster:
             if self._own_session:
                 self._session.close()
             raise
+        capacities = [facts.pages * page_size for facts in self.facts]
+        hasher = PageHasher(HASH_ALGORITHM, settings.hash_seed, page_size) if settings.hash_seed else None
+        self._steering = Steering(router, page_size, capacities, LINED_UP * max_batch_size, hasher)
         self._live = list(range(replicas))
         self._why_lost = ""
         self._session.adopt(self)
@@ -269,6 +272,7 @@ class Cluster:
         handle = Handle(
             index, number, request_id, tokens, sampling, timeout=timeout, stream_text=stream, cache_salt=salt
         )
+        handle.session = fields.get("session")
         handle.on_news = on_news
         handle.cancel = lambda: self._cancel(handle)
         if error is not None:
@@ -276,13 +280,14 @@ class Cluster:
         return handle
 
     def _tokens(self, request_id: str, fields: Mapping[str, Any]) -> IntArray:
-        unknown = set(fields) - {"text", "tokens", "cache_salt"}
+        unknown = set(fields) - {"text", "tokens", "cache_salt", "session"}
         if unknown:
             raise RequestError(request_id, f"a prompt has no field {min(unknown)!r}; it has text or tokens, and an id")
         if ("text" in fields) == ("tokens" in fields):
             raise RequestError(request_id, "a prompt has either text or tokens")
-        if not isinstance(fields.get("cache_salt"), str | None):
-            raise RequestError(request_id, f"cache_salt must be a string, got {fields['cache_salt']!r}")
+        for name in ("cache_salt", "session"):
+            if not isinstance(fields.get(name), str | None):
+                raise RequestError(request_id, f"{name} must be a string, got {fields[name]!r}")
         if "tokens" in fields:
             try:
                 return as_int32(fields["tokens"], request_id)
@@ -331,13 +336,12 @@ class Cluster:
                 over.append((handle, self._lost_error(handle)))
                 self._forget(handle)
                 continue
-            room = [r for r in self._live if self._placements.loads[r].requests < self._limit]
-            if not room:
+            handle = self._pending[0]
+            keys = self._steering.keys(handle.prompt, handle.cache_salt)
+            replica = self._steering.place(handle.number, len(handle.prompt), keys, handle.session)
+            if replica < 0:
                 break
-            handle = self._pending.popleft()
-            length = len(handle.prompt) + handle.sampling.max_new_tokens
-            replica = room[self._router.choose(length, [self._placements.loads[r] for r in room])]
-            self._placements.add(str(handle.number), replica, length)
+            self._pending.popleft()
             handle.replica = replica
             asks.setdefault(replica, []).append(self._ask(handle))
         for replica, batch in asks.items():
@@ -382,7 +386,7 @@ class Cluster:
     def _forget(self, handle: Handle) -> None:
         self._handles.pop(handle.number, None)
         self._ids.discard(handle.id)
-        self._placements.remove(str(handle.number))
+        self._steering.remove(handle.number)
 
     # -- hearing ---------------------------------------------------------------------------------------
 
@@ -391,13 +395,14 @@ class Cluster:
         reason = "its engine was stopped"
         try:
             for report in self._replicas.reports(replica):
-                self._hear(report)
+                self._hear(replica, report)
         except Exception as error:  # whatever it was, nothing more will come from there
             reason = str(error)
         if not self._closed:
             self._lose(replica, reason)
 
-    def _hear(self, report: Report) -> None:
+    def _hear(self, replica: int, report: Report) -> None:
+        first: list[int] = []
         numbers, tokens = report.columns()
         order = np.argsort(numbers, kind="stable")
         numbers, tokens = numbers[order], tokens[order]
@@ -405,11 +410,16 @@ class Cluster:
         for number, part in zip(numbers[starts].tolist(), np.split(tokens, starts[1:]), strict=False):
             handle = self._handles.get(number)
             if handle is not None:
+                if not handle.tokens:
+                    first.append(number)
                 handle.add(part.tolist(), report.logprobs.get(number, []))
         for number, piece in report.texts:
             if (handle := self._handles.get(number)) is not None:
                 handle.add_text(piece)
         with self._lock:
+            self._steering.hear(replica, report.pages)
+            for number in first:
+                self._steering.prefilled(number)
             ended = [(self._handles[e.number], e) for e in report.ended if e.number in self._handles]
             for handle, _ in ended:
                 self._forget(handle)
@@ -425,10 +435,11 @@ class Cluster:
         with self._lock:
             self._live.remove(replica)
             self._why_lost = reason
+            self._steering.lose(replica)
             had = [handle for handle in self._handles.values() if handle.replica == replica]
             over: list[tuple[Handle, RaykError]] = []
             for handle in reversed(had):
-                self._placements.remove(str(handle.number))
+                self._steering.remove(handle.number)
                 if handle.retries >= self._max_retries or not self._live:
                     over.append((handle, self._lost_error(handle)))
                     self._forget(handle)

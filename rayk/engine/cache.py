@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rayk.context import TextContext
+from rayk.engine.events import PagesChanged
 from rayk.engine.generation import Generation
 from rayk.errors import InsufficientBlocksError
+from rayk.hashing import PageHash
 from rayk.inputs import LeafInputs, ShardInputs
+from rayk.pages import Pages
 from rayk.replica import ReplicaCore
+
+
+class _Told:
+    """A PageListener."""
+
+    def __init__(self, tell: Callable[[PagesChanged], None]) -> None:
+        self._tell = tell
+
+    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
+        self._tell(PagesChanged(True, b"".join([each[:8] for each in hashes])))
+
+    def removed(self, hashes: Sequence[PageHash]) -> None:
+        self._tell(PagesChanged(False, b"".join([each[:8] for each in hashes])))
 
 
 class Cache:
@@ -19,6 +35,10 @@ class Cache:
         self.core = core
         self.page_size = core.params.page_size
         self._spare = math.ceil(core.num_pages * watermark)
+
+    def report_pages(self, tell: Callable[[PagesChanged], None]) -> None:
+        """Call `tell` with what is cached and dropped from now on. Before any request."""
+        self.core.listen(_Told(tell))
 
     def admit(self, generation: Generation, alone: bool) -> bool:
         """Claim and allocate; False, and nothing changed, while there is no room. `alone`: the watermark is moot."""

@@ -87,8 +87,9 @@ def generate(
         typer.Option(help="Ray cluster to join; otherwise one that runs, or a new one.", rich_help_panel=_CLUSTER),
     ] = None,
     router: Annotated[
-        str, typer.Option(help="round-robin or least-loaded.", rich_help_panel=_CLUSTER)
-    ] = "least-loaded",
+        str,
+        typer.Option(help="cost, round-robin, least-loaded, prefix or session.", rich_help_panel=_CLUSTER),
+    ] = "cost",
     chunk_size: Annotated[int, typer.Option(help="Tokens of one forward.", rich_help_panel=_CLUSTER)] = 512,
     max_batch_size: Annotated[int, typer.Option(help="Requests of one forward.", rich_help_panel=_CLUSTER)] = 64,
     page_size: Annotated[int, typer.Option(help="Tokens of a page.", rich_help_panel=_CLUSTER)] = 128,
@@ -213,7 +214,7 @@ def _changed(sampling: SamplingParams, line: dict[str, Any]) -> SamplingParams:
 
 
 def _prompt(line: dict[str, Any], index: int) -> dict[str, Any]:
-    known: dict[str, Any] = {name: line[name] for name in ("text", "tokens", "cache_salt") if name in line}
+    known: dict[str, Any] = {name: line[name] for name in ("text", "tokens", "cache_salt", "session") if name in line}
     return {"id": str(line.get("id", index)), **known}
 
 

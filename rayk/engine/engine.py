@@ -56,6 +56,8 @@ class Engine:
         )
         self._clock = clock
         self._cache = Cache(core, self.settings.watermark)
+        if self.settings.report_pages:
+            self._cache.report_pages(lambda change: self._events.append(change))
         self._eos = tuple(model.eos_token_ids)
         self._all: dict[int, Generation] = {}
         self._ids: set[str] = set()

@@ -59,4 +59,12 @@ class Finished:
     seconds: float = 0.0
 
 
-Event = Tokens | Text | Finished
+@dataclass(frozen=True, slots=True)
+class PagesChanged:
+    """Pages were cached (`stored`) or dropped; `keys` are 8 bytes of each one's hash, in order."""
+
+    stored: bool
+    keys: bytes
+
+
+Event = Tokens | Text | Finished | PagesChanged

@@ -72,6 +72,7 @@ class Handle:
         self.stream_text: bool = more.get("stream_text", False)
         self.cache_salt: str | None = more.get("cache_salt")
         self.submitted_at = monotonic()
+        self.session: str | None = None
         self.replica: int | None = None
         self.retries = 0
         self.tokens: list[int] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from socket import gethostname
 from typing import Any, Protocol
@@ -23,6 +23,8 @@ from rayk.errors import ConfigError
 from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning import NodeMemory, ReplicaPlan, measure_node, plan_replica
 from rayk.replica import ReplicaCore
+
+HASH_ALGORITHM = "xxh3_128"  # of pages, for routing only: a stale or wrong entry costs a miss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class ServeSettings:
     prefix_caching: bool = True
     utilization: float | None = None
     longest: int | None = None
+    hash_seed: bytes | None = None  # of pages' hashes, where engines report them
     graphs: bool = True  # decode steps as CUDA graphs
     threads: int = 1  # of torch, in each process
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -116,7 +119,8 @@ def cache_params(model: Any, settings: ServeSettings, device: str) -> KVCachePar
         devices=[device],
         data_parallel_degree=1,
         enable_prefix_caching=settings.prefix_caching,
-        kv_hash_algo="xxh3_128",
+        kv_hash_algo=HASH_ALGORITHM,
+        kv_hash_seed=settings.hash_seed,
     )
     assert isinstance(params, KVCacheParams)
     return params
@@ -143,7 +147,8 @@ def make_engine(
 ) -> Engine:
     """One replica's engine over a new cache; on CUDA its decode steps are captured."""
     core = ReplicaCore(params, replica, pages, settings.max_batch_size, [device])
-    return Engine(core, with_graphs(model, core) if settings.graphs else model, settings.engine)
+    rules = replace(settings.engine, report_pages=settings.hash_seed is not None)
+    return Engine(core, with_graphs(model, core) if settings.graphs else model, rules)
 
 
 class InlineReplicas:

@@ -13,11 +13,13 @@ class EngineSettings:
     """chunk_size: tokens of one forward, decoding rows counted (each of them always gets its token).
 
     max_queue: requests that wait or run; more are refused. watermark: share of the pages that admissions leave free.
+    report_pages: whether its events tell what is cached and dropped.
     """
 
     chunk_size: int = 512
     max_queue: int = 4096
     watermark: float = 0.01
+    report_pages: bool = False
 
     def __post_init__(self) -> None:
         require_at_least(1, chunk_size=self.chunk_size, max_queue=self.max_queue)

@@ -12,7 +12,7 @@ import numpy as np
 
 from rayk import messages as m
 from rayk.context import as_int32
-from rayk.engine.events import Event, Finished, Numbers, Text, TokenLogprobs, Tokens
+from rayk.engine.events import Event, Finished, Numbers, PagesChanged, Text, TokenLogprobs, Tokens
 from rayk.engine.request import Request
 from rayk.engine.sampling import SamplingParams
 from rayk.errors import RaykError
@@ -88,7 +88,8 @@ class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     """What happened since the last report. numbers[i] got tokens[i], in this order: raw int64 and int32.
 
-    `logprobs[number]` has an entry for each of its tokens here. An empty report says that the engine lives.
+    `logprobs[number]` has an entry for each of its tokens here. `pages`: what was cached (True) or dropped since, in
+    order, 8 bytes of each page's hash, by engines that were asked for it. An empty report says that the engine lives.
     """
 
     numbers: bytes = b""
@@ -96,6 +97,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: dict[int, list[TokenLogprobs]] = {}
     texts: list[tuple[int, str]] = []
     ended: list[Ended] = []
+    pages: list[tuple[bool, bytes]] = []
     steps: int = 0
 
     @classmethod
@@ -112,6 +114,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
             logprobs,
             [(event.number, event.piece) for event in events if isinstance(event, Text)],
             [Ended.of(event) for event in events if isinstance(event, Finished)],
+            [(event.stored, event.keys) for event in events if isinstance(event, PagesChanged)],
             steps,
         )
 

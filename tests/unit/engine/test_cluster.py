@@ -124,6 +124,35 @@ def test_close_ends_everything() -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("rayk-")]
 
 
+@pytest.mark.parametrize("router", ["cost", "prefix"])
+def test_requests_go_where_their_prefix_is(router: str) -> None:
+    """Engines report their pages; the second turn of each conversation finds the first one's."""
+    with Cluster(model, replicas=3, page_size=4, pages=300, max_batch_size=8, router=router) as cluster:
+        first = [[i, *range(40 + i, 80 + i)] for i in range(9)]
+        before = cluster.generate(first, max_new_tokens=10)
+        again = [[*prompt, *output.tokens, 1, 2] for prompt, output in zip(first, before, strict=True)]
+        order = [4, 8, 0, 2, 6, 1, 7, 3, 5]
+        after = cluster.generate([again[i] for i in order], max_new_tokens=5)
+        for i, output in zip(order, after, strict=True):
+            assert output.tokens == expected(again[i], 5)
+            assert output.replica == before[i].replica and output.cached_tokens == 48
+        if router == "cost":
+            assert {output.replica for output in before} == {0, 1, 2}
+
+
+def test_pages_that_were_dropped_are_not_sought() -> None:
+    with Cluster(model, replicas=2, page_size=4, pages=24, max_batch_size=8) as cluster:
+        [old] = cluster.generate([list(range(40))], max_new_tokens=2)
+        cluster.generate([[i] * 40 for i in range(50, 60)], max_new_tokens=2)
+        index = cluster._steering._index
+        index.check_integrity()
+        for replica in range(2):
+            assert index.pages(replica) <= 24
+        assert not any(index.reach(cluster._steering.keys(np.arange(40, dtype=np.int32), None)).device)
+        [new] = cluster.generate([list(range(40))], max_new_tokens=2)
+        assert new.tokens == old.tokens and new.cached_tokens == 0
+
+
 # -- streams and handles --------------------------------------------------------------------------------
 
 
