@@ -7,6 +7,9 @@ from typing import NamedTuple, Protocol
 
 from rayk.manager import PagedKVCacheManager
 
+Progress = Callable[[str], None]
+"""Told what is being measured, for people who wait."""
+
 
 class Sample(NamedTuple):
     """One prepared run: `work` does it and returns the figure; `manager` can be asked for a hit rate afterwards."""

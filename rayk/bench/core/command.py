@@ -37,8 +37,8 @@ def core(
         str | None,
         typer.Option(
             help="Groups, as in w1,w3: w1 cold prompts, w2 shared prefix, hash both with hashed pages, w3 decode, w4 a "
-            "trace, w5 the prefix index, start, memory; these if not given. And ray, which starts a cluster, and "
-            "instructions, which needs valgrind.",
+            "trace, w5 the prefix index, start, memory, engine; these if not given. And ray, which starts a "
+            "cluster, and instructions, which needs valgrind.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -124,16 +124,16 @@ def _measure(groups: list[str], trace: Path | None, repeat: int, smoke: bool) ->
 
     import rayk
     from rayk.bench.core.clock import Unit
-    from rayk.bench.core.origin import cpu_model, running_commit
-    from rayk.bench.core.result import CoreResult
-    from rayk.bench.core.run import (
+    from rayk.bench.core.once import (
+        engine_figures,
         instruction_figures,
-        make_cases,
         memory_figures,
         ray_figures,
-        run_cases,
         start_figures,
     )
+    from rayk.bench.core.origin import cpu_model, running_commit
+    from rayk.bench.core.result import CoreResult
+    from rayk.bench.core.run import make_cases, run_cases
     from rayk.bench.result import environment
 
     torch.set_num_threads(1)
@@ -145,6 +145,8 @@ def _measure(groups: list[str], trace: Path | None, repeat: int, smoke: bool) ->
         if "memory" in groups:
             unit.sample()
             figures += memory_figures(status.update)
+        if "engine" in groups:
+            figures += engine_figures(unit, status.update)
         if "ray" in groups:
             with redirect_stdout(sys.stderr):  # Ray prints what its processes log
                 figures += ray_figures(unit, status.update)

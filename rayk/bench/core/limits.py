@@ -61,6 +61,8 @@ BOUNDS = {
     "full-memory": Bound(400.0, scaled=False),
     "slower-w1": Bound(scaled=False),
     "slower-w3": Bound(scaled=False),
+    "engine-loop": Bound(0.5),
+    "attention": Bound(1.5, scaled=False),
     "i-w1": Bound(scaled=False),
     "i-w2": Bound(scaled=False),
     "i-w3": Bound(scaled=False),

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from rayk import cli
-from rayk.bench.core import run
+from rayk.bench.core import once
 from rayk.bench.core.cache import PAGE_SIZE
 from rayk.bench.core.callgrind import Callgrind
 from rayk.bench.core.crowd import PAGES_PER_RUNNING, crowded
@@ -96,8 +96,8 @@ def test_figures_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = {"w1": 5.0, "w2": 6.0, "w3": 7.0, "w1-10k": 10.0, "w1-1m": 11.0, "w3-10k": 10.0, "w3-1m": 13.0}
     numbers |= {"w3-batch": 8.0, "w3-batch-10k": 10.0, "w3-batch-1m": 9.0}
     counted = {key: Counted(value, {"work": 0.5}) for key, value in numbers.items()}
-    monkeypatch.setattr(run, "count_instructions", lambda: counted)
-    figures = {figure.key: figure for figure in run.instruction_figures(lambda _: None)}
+    monkeypatch.setattr(once, "count_instructions", lambda: counted)
+    figures = {figure.key: figure for figure in once.instruction_figures(lambda _: None)}
     assert (figures["i-w1"].value, figures["i-w1"].ok, figures["i-w1"].details) == (5.0, None, {"work": 0.5})
     assert (figures["flat-w1"].value, figures["flat-w1"].ok) == (1.1, True)
     assert (figures["flat-w3"].value, figures["flat-w3"].ok) == (1.3, False)

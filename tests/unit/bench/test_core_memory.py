@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayk.bench.core import run
+from rayk.bench.core import once
 from rayk.bench.core.memory import (
     Memory,
     bytes_per_cached_page,
@@ -55,7 +55,7 @@ def test_figures_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         request_slowdown=1.1,
         step_slowdown=1.2,
     )
-    monkeypatch.setattr(run, "measure_memory", lambda: found)
-    figures = {figure.key: figure for figure in run.memory_figures(lambda _: None)}
+    monkeypatch.setattr(once, "measure_memory", lambda: found)
+    figures = {figure.key: figure for figure in once.memory_figures(lambda _: None)}
     assert figures["page-bytes"].ok and not figures["lone-page-bytes"].ok and figures["full-memory"].value == 92.0
     assert "16M tokens, 10,000 running" in figures["full-memory"].title
