@@ -9,8 +9,8 @@ sha256 resists an adversary; xxh3_128 is for clusters whose users trust each oth
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import NewType, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NewType, overload
 
 import xxhash
 
@@ -47,12 +47,21 @@ class PageHashes(Sequence[PageHash]):
         return iter([PageHash(joined[at : at + width]) for at in range(0, len(joined), width)])
 
 
+def _sha256(data: bytes, _new: Callable[[bytes], Any] = hashlib.sha256) -> bytes:
+    digest: bytes = _new(data).digest()
+    return digest
+
+
+_DIGESTS: dict[str, Callable[[bytes], bytes]] = {"sha256": _sha256, "xxh3_128": xxhash.xxh3_128_digest}
+
+
 class PageHasher:
     """Makes the hashes of one cluster: `algorithm` and `seed` decide, `page_size` is in tokens."""
 
     def __init__(self, algorithm: str, seed: bytes, page_size: int) -> None:
         self.algorithm = algorithm
         self.width = WIDTHS[algorithm]
+        self.digest = _DIGESTS[algorithm]  # of parent + tokens of one page: its hash
         self._seed = seed
         self._page_bytes = page_size * 4
 
@@ -64,12 +73,6 @@ class PageHasher:
             hasher.update(b"-" if part is None else b"+%d:" % len(data))
             hasher.update(data)
         return PageHash(hasher.digest()[: self.width])
-
-    def next(self, parent: PageHash, page: bytes) -> PageHash:
-        """The hash of one page that follows `parent`."""
-        if self.algorithm == "sha256":
-            return PageHash(hashlib.sha256(parent + page).digest())
-        return PageHash(xxhash.xxh3_128_digest(parent + page))
 
     def chain(self, parent: PageHash, tokens: bytes) -> list[PageHash]:
         """One hash per full page of `tokens` (raw int32), continuing after `parent`."""

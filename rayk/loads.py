@@ -51,7 +51,7 @@ class Loads:
         self._hasher: PageHasher = core.exports.hasher
         self._size = core.page_size
         self._page_bytes = core.page_size * 4
-        self._holds, self._next = connector.holds, self._hasher.next
+        self._holds, self._digest = connector.holds, self._hasher.digest
         self._roots: dict[RootKey, PageHash] = {}
         self.due = False  # whether flush() has something to do
         self._new_hashes: list[bytes] = []
@@ -88,11 +88,21 @@ class Loads:
         except Exception as error:
             self._warn("offload", error)
 
-    def released(self, prefix: bytes) -> None:
-        """A request let go of a prefix with these hashes, joined: lower tiers keep longest what was used last."""
-        width = self._hasher.width
+    def released(self, prefix: bytes, pages: Pages) -> None:
+        """A request lets go of a prefix: its hashes, joined, and its pages, which are still its own.
+
+        What was used last is kept longest below, too, and what lower tiers gave up meanwhile goes there again.
+        """
+        width, holds = self._hasher.width, self._holds
+        hashes = [prefix[at : at + width] for at in range(0, len(prefix), width)]
+        try:
+            missing = [i for i, key in enumerate(hashes) if not holds(key)]
+            if missing:
+                self.connector.offload([hashes[i] for i in missing], pages[missing])
+        except Exception as error:
+            self._warn("offload", error)
+        self._used.append(hashes)
         self.due = True
-        self._used.append([prefix[at : at + width] for at in range(0, len(prefix), width)])
 
     def _warn(self, what: str, error: Exception) -> None:
         if not self._warned:
@@ -138,7 +148,7 @@ class Loads:
             parent = self._roots.get(ctx.root_key) or self.root(ctx.root_key)
         data, start = window.data, base * size
         try:
-            if not self._holds(self._next(parent, data[start : start + size].tobytes())):
+            if not self._holds(self._digest(parent + data[start : start + size].tobytes())):
                 return 0, 0
         except Exception as error:
             self._warn("look up", error)

@@ -156,7 +156,8 @@ class ReplicaCore:
         if self._loads is not None:
             self._loads.cancel(request_id)
             if request.tip is not None:
-                self._loads.released(self._tree.path_hashes(request.tip))
+                tree = self._tree
+                self._loads.released(tree.path_hashes(request.tip), tree.path_pages(request.tip))
         pages, committed = request.pages, request.committed
         if pages > committed and not request.dummy:
             self._pool.give(self.table.rows[request.row][committed:pages])

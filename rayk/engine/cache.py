@@ -53,12 +53,15 @@ class Cache:
 
     def extend(self, generation: Generation) -> bool:
         """Pages for a request's next window, reusing what others cached meanwhile; False when there are too few."""
+        ctx = generation.ctx
         try:
-            reused = self.core.alloc(generation.ctx)
+            reused = self.core.alloc(ctx)
         except InsufficientBlocksError:
             return False
+        found = ctx.tokens.processed
+        self.core.settle([ctx])  # before its tokens are looked at: a load that failed moves the window back
         if not generation.preemptions:
-            generation.cached_tokens += reused.device_tokens + reused.peer_tokens
+            generation.cached_tokens += sum(reused) - (found - ctx.tokens.processed)
         return True
 
     def extend_rows(self, contexts: Sequence[TextContext]) -> list[TextContext]:

@@ -9,6 +9,7 @@ Whatever goes wrong here makes a page a miss: a busy lock, a full pool, a bad fi
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ from rayk.tiers.pool import HostPool
 from rayk.tiers.segment import SegmentBusyError
 from rayk.tiers.workers import READ, WRITE, Workers
 
+_number = struct.Struct("<Q").unpack_from
 OVERFLOW_BYTES = 64 << 20  # pages on their way to disk that found no host row
 
 
@@ -63,7 +65,7 @@ class TieredConnector:
     # -- looking ---------------------------------------------------------------------------------
 
     def holds(self, key: bytes) -> bool:
-        number = int.from_bytes(key[:8], "little")
+        (number,) = _number(key)
         if self._host_cells[number & self._host_mask] and self._directory.contains(key):
             return True
         return bool(self._disk_cells[number & self._disk_mask]) and self._disk is not None and self._disk.contains(key)

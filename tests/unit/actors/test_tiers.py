@@ -362,6 +362,14 @@ def test_replicas_of_a_node_share_the_host_tier(tiered: Callable[..., PagedKVCac
     manager.check_integrity()
 
 
+def test_what_a_tier_gave_up_goes_there_again_when_it_was_used(tiered: Callable[..., PagedKVCacheManager]) -> None:
+    manager = tiered(host=4)
+    assert [serve(manager, prompt(n)) for n in (1, 2, 1)] == [0, 0, 16]  # 2 took the place of 1, which the device has
+    assert manager.get_metrics_aggregated().d2h_blocks_copied == 3 * 4
+    assert [serve(manager, prompt(1)), serve(manager, prompt(1))] == [16, 16]
+    assert manager.get_metrics_aggregated().d2h_blocks_copied == 3 * 4  # it is there
+
+
 def test_what_the_host_tier_has_is_not_copied_from_a_peer(tiered: Callable[..., PagedKVCacheManager]) -> None:
     manager = tiered(host=8, replicas=2)
     serve(manager, prompt(1), 0)
