@@ -22,6 +22,7 @@ from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams
 from rayk.session import InferenceSession
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
+from rayk.tiers.connector import TierCount
 
 MOST_TOGETHER = 512  # requests of one message
 
@@ -284,6 +285,37 @@ class AsyncPagedKVCacheManager:
         """See PagedKVCacheManager.reset_prefix_cache()."""
         self.sync._at(0)
         await self._run("reset_prefix_cache")
+
+    async def _tiers(self, replica_idx: int) -> TierCount:
+        self.sync._at(replica_idx)
+        count: TierCount = await self._run("tier_count", replica_idx)
+        return count
+
+    async def get_num_host_pages(self, replica_idx: int) -> int:
+        """See PagedKVCacheManager.get_num_host_pages()."""
+        return (await self._tiers(replica_idx)).host_total
+
+    async def get_num_used_host_pages(self, replica_idx: int) -> int:
+        """See PagedKVCacheManager.get_num_used_host_pages()."""
+        return (await self._tiers(replica_idx)).host_used
+
+    async def get_num_disk_pages(self, replica_idx: int) -> int:
+        """See PagedKVCacheManager.get_num_disk_pages()."""
+        return (await self._tiers(replica_idx)).disk_total
+
+    async def get_num_used_disk_pages(self, replica_idx: int) -> int:
+        """See PagedKVCacheManager.get_num_used_disk_pages()."""
+        return (await self._tiers(replica_idx)).disk_used
+
+    async def poll_transfers(self) -> None:
+        """See PagedKVCacheManager.poll_transfers()."""
+        self.sync._at(0)
+        await self._run("poll_transfers")
+
+    async def drain(self) -> None:
+        """See PagedKVCacheManager.drain()."""
+        self.sync._at(0)
+        await self._run("drain")
 
     async def check_integrity(self) -> None:
         """See PagedKVCacheManager.check_integrity()."""

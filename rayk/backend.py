@@ -267,7 +267,7 @@ class InlineBackend:
         return self.cores[replica].buffers.all_buffers
 
     def read_pages(self, page_ids: Sequence[int], replica: int) -> list[torch.Tensor]:
-        return self.cores[replica].buffers.read(page_ids)
+        return self.cores[replica].read_pages(page_ids)
 
     def tier_count(self, replica: int) -> TierCount:
         connector = self.cores[replica].connector

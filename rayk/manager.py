@@ -83,7 +83,7 @@ class PagedKVCacheManager:
             total_num_host_pages == 0 or params.kv_connector != "null",
             f"{total_num_host_pages} host pages need kv_connector 'local' or 'tiered'",
         )
-        if params.kv_connector != "null" and not total_num_host_pages:
+        if params.kv_connector in ("local", "tiered") and not total_num_host_pages:
             require(
                 params.host_kvcache_swap_space_gb is not None,
                 f"kv_connector {params.kv_connector!r} needs total_num_host_pages or host_kvcache_swap_space_gb",

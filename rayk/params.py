@@ -7,6 +7,7 @@ behind one block table.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -28,6 +29,7 @@ QUANTIZED_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "int8")
 SCALE_DTYPES = ("float32", "float16", "float8_e8m0fnu")
 HASH_ALGORITHMS = ("sha256", "xxh3_128")
 CONNECTORS = ("null", "local", "tiered")
+CUSTOM_CONNECTOR = re.compile(r"[\w.]+:\w+")  # a module and a function of it, see rayk.tiers.opening
 SPECULATIVE_METHODS = (None, "eagle", "mtp", "dflash")
 
 
@@ -150,7 +152,10 @@ class KVCacheParams:
             self.speculative_method in SPECULATIVE_METHODS,
             f"speculative_method {self.speculative_method!r}: use one of {SPECULATIVE_METHODS}",
         )
-        require(self.kv_connector in CONNECTORS, f"kv_connector {self.kv_connector!r}: use one of {CONNECTORS}")
+        require(
+            self.kv_connector in CONNECTORS or CUSTOM_CONNECTOR.fullmatch(self.kv_connector) is not None,
+            f"kv_connector {self.kv_connector!r}: use one of {CONNECTORS}, or 'package.module:factory' of your own",
+        )
         if self.kv_connector != "null":
             require(self.enable_prefix_caching, f"kv_connector {self.kv_connector!r} needs enable_prefix_caching=True")
         if self.quantized:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from rayk import decode
 from rayk.batch import ContextBatch
@@ -552,6 +553,13 @@ class ReplicaCore:
                 self._loads.land(self.requests[request_id], load)
             self._loads.flush()
             self._loads.connector.drain()
+
+    def read_pages(self, page_ids: Sequence[int]) -> list[torch.Tensor]:
+        """Host copies of those pages, one tensor per buffer; waits for loads."""
+        if self._loads is not None:
+            for request_id, load in self._loads.under_way.items():
+                self._loads.land(self.requests[request_id], load)
+        return self.buffers.read(page_ids)
 
     def tier_hits(self, ctx: TextContext) -> tuple[int, int, int]:
         """Leading pages of the request that are cached here, and after them in the host and the disk tier."""

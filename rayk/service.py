@@ -134,7 +134,7 @@ class ReplicaService:
             case m.ResetPrefixCache():
                 core.reset_prefix_cache()
             case m.ReadPages(page_ids):
-                return m.Done(), [t.contiguous().view(torch.uint8).numpy() for t in core.buffers.read(page_ids)]
+                return m.Done(), [t.contiguous().view(torch.uint8).numpy() for t in core.read_pages(page_ids)]
             case m.CheckIntegrity():
                 core.check_integrity()
             case m.GetTiers():

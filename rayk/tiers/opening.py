@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from rayk.errors import ConfigError
 from rayk.hashing import WIDTHS
 from rayk.params import KVCacheParams
 from rayk.planning import measure_node
@@ -21,6 +23,8 @@ from rayk.tiers.workers import Workers
 
 log = logging.getLogger("rayk.tiers")
 
+Factory = Callable[[KVCacheParams, Sequence[torch.Tensor], int, str | None], Connector]
+
 
 def open_connector(
     params: KVCacheParams, buffers: Sequence[torch.Tensor], host_pages: int, pool: str | None
@@ -29,7 +33,11 @@ def open_connector(
 
     `buffers` are its device pages as uint8 `[pages, bytes per page]`; `host_pages` is the node's; `pool` names the
     cluster, so that its replicas on a node share one pool (None: they are alone). PlanError when there is no room.
+    A name like "package.module:factory" is a third party's: factory(params, buffers, host_pages, pool) makes its
+    connector; ConfigError when it cannot be imported.
     """
+    if ":" in params.kv_connector:
+        return _imported(params.kv_connector)(params, buffers, host_pages, pool)
     if params.kv_connector == "null" or not host_pages:
         return NullConnector()
     # A replicated cache (MLA) has values, then scales, shard by shard: each run of TP shards is one set of bytes.
@@ -60,3 +68,12 @@ def open_connector(
             except OSError as error:
                 disk.trouble = f"the seed cannot be kept at {folder}: {error.strerror}"
     return TieredConnector(copier, host, disk, workers, counters)
+
+
+def _imported(name: str) -> Factory:
+    module, function = name.split(":")
+    try:
+        factory: Factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"kv_connector {name!r} cannot be imported where the replica runs: {error}") from error
+    return factory

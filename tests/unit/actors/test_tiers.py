@@ -306,6 +306,31 @@ def test_what_is_used_is_touched(cache: Cache) -> None:
     assert cache.keeper.touched == [list(cache.keeper.kept)[:4]]
 
 
+def keeper(params: object, buffers: Sequence[Any], host_pages: int, pool: str | None) -> Keeper:
+    """A third party's factory."""
+    return Keeper(buffers[0].numpy())
+
+
+def test_a_connector_of_ones_own_is_named_by_module_and_function() -> None:
+    with InferenceSession("inline") as session:
+        mine = PagedKVCacheManager(params(1, kv_connector=f"{__name__}:keeper"), session, 16, max_batch_size=8)
+        assert isinstance(mine._backend.cores[0].connector, Keeper)
+        assert serve(mine, PROMPT) == 0
+        mine._backend.cores[0]._tree.reset()
+        assert serve(mine, PROMPT) == 16
+        with pytest.raises(ConfigError, match="cannot be imported"):
+            PagedKVCacheManager(params(1, kv_connector="no.such:thing"), session, 16, max_batch_size=8)
+        with pytest.raises(ConfigError, match=r"'package\.module:factory'"):
+            params(1, kv_connector="locl")
+
+
+def test_reading_pages_waits_for_what_is_loaded_into_them(cache: Cache) -> None:
+    cache.only_in_tier()
+    cache.keeper.slow = True
+    ctx = cache.start("late")
+    cache.right(ctx)
+
+
 # -- the built-in connectors --------------------------------------------------------------------------------
 
 
