@@ -12,6 +12,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -46,8 +47,9 @@ class Cluster:
 
     `session` says where: InferenceSession("inline") (the default) or InferenceSession("ray"). `pages` is per replica;
     None takes what fits and can be used, by requests of at most `longest` tokens if that is given. `chunk_size` bounds
-    the tokens of one forward. A request whose replica is lost is sent again `max_retries` times. `graphs`: on CUDA,
-    capture decode steps. `tokenizer`: for text prompts, where the folder has none.
+    the tokens of one forward. `device`: "cpu", "cuda", or "auto" for CUDA where there are enough GPUs. `graphs`: on
+    CUDA, capture decode steps. A request whose replica is lost is sent again `max_retries` times. `tokenizer`: for
+    text prompts, where the folder has none.
     Safe to use from several threads and event loops. close() (also the end of a `with` block) ends it.
     """
 
@@ -61,7 +63,7 @@ class Cluster:
         pages: int | None = None,
         max_batch_size: int = 64,
         chunk_size: int = 512,
-        device: str = "cpu",
+        device: str = "auto",
         dtype: str = "auto",
         attention: str | None = None,
         prefix_caching: bool = True,
@@ -127,6 +129,8 @@ class Cluster:
     def _start(self, source: ModelSource, settings: ServeSettings) -> Replicas:
         if self._session.name is not None:
             raise NotBuiltError("Cluster in a named session")
+        if settings.device == "auto":
+            settings = replace(settings, device=_device(self._session, settings.replicas))
         if self._session.runtime == "inline":
             return InlineReplicas(source, settings)
         from rayk.actors.engine import RayReplicas
@@ -502,6 +506,16 @@ class Cluster:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _device(session: InferenceSession, replicas: int) -> str:
+    """Where replicas run if nobody says: on GPUs if each has one (in this process they may share)."""
+    if session.runtime == "inline":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = sum(int(node.resources.get("GPU", 0)) for node in session.ray.nodes())
+    return "cuda" if gpus >= replicas else "cpu"
 
 
 def model_source(

@@ -96,8 +96,6 @@ def with_room(settings: BenchSettings, workload: Workload) -> BenchSettings:
 
 def start(settings: BenchSettings, session: Any, workload: Workload) -> Cluster:
     """The model's replicas."""
-    import torch
-
     from rayk.cluster import Cluster
 
     assert settings.model is not None
@@ -109,7 +107,6 @@ def start(settings: BenchSettings, session: Any, workload: Workload) -> Cluster:
         pages=settings.pages,
         max_batch_size=settings.max_batch_size,
         chunk_size=settings.token_budget or longest(workload),
-        device="cuda" if torch.cuda.is_available() else "cpu",
         router=settings.router,
     )
 

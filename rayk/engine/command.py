@@ -97,7 +97,9 @@ def generate(
         int | None,
         typer.Option(help="Pages of a replica; as many as these prompts can use and fit.", rich_help_panel=_CLUSTER),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=_CLUSTER)] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: cuda if there are enough GPUs.", rich_help_panel=_CLUSTER)
+    ] = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto (as the checkpoint has it), float32, bfloat16.", rich_help_panel=_CLUSTER)
     ] = "auto",

@@ -60,7 +60,7 @@ class ServeSettings:
     page_size: int = 128
     pages: int | None = None
     max_batch_size: int = 64
-    device: str = "cpu"
+    device: str = "auto"
     prefix_caching: bool = True
     utilization: float | None = None
     longest: int | None = None
@@ -79,8 +79,8 @@ class ServeSettings:
             **({} if self.pages is None else {"pages": self.pages}),
         )
         require(
-            self.device == "cpu" or self.device == "cuda" or self.device.startswith("cuda:"),
-            f"device {self.device!r} is neither 'cpu' nor 'cuda'",
+            self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
+            f"device {self.device!r} is not 'auto', 'cpu' or 'cuda'",
         )
 
 
