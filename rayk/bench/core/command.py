@@ -37,7 +37,7 @@ def core(
         str | None,
         typer.Option(
             help="Groups, as in w1,w3: w1 cold prompts, w2 shared prefix, hash both with hashed pages, w3 decode, w4 a "
-            "trace, w5 the prefix index, start, memory, engine; these if not given. And ray, which starts a "
+            "trace, w5 the prefix index, tiers, start, memory, engine; these if not given. And ray, which starts a "
             "cluster, and instructions, which needs valgrind.",
             rich_help_panel=_WHAT,
         ),

@@ -52,6 +52,10 @@ BOUNDS = {
     "w5-64": Bound(8.0, 25.0, "Dynamo"),
     "w5-64-cold": Bound(),
     "w5-64-all": Bound(None, 25.0, "Dynamo"),
+    "tier-miss": Bound(3.0),
+    "tier-out": Bound(1 / 0.6, scaled=False),
+    "tier-in": Bound(1 / 0.6, scaled=False),
+    "tier-decode": Bound(1.1, scaled=False),
     "start-time": Bound(1.0),
     "start-memory": Bound(400.0, scaled=False),
     "page-bytes": Bound(96.0, scaled=False),  # 64 of them are the page's tokens

@@ -17,8 +17,9 @@ from rayk.bench.core.prompts import FULL_REQUESTS, REQUESTS, SMALL_POOL, Prompts
 from rayk.bench.core.result import Figure, make_figure
 from rayk.bench.core.served import REQUESTS as TRACE_REQUESTS
 from rayk.bench.core.served import Served
+from rayk.bench.core.tiers import Copies, Miss, Offloading
 
-GROUPS = ("w1", "w2", "hash", "w3", "w4", "w5", "start", "memory", "engine")
+GROUPS = ("w1", "w2", "hash", "w3", "w4", "w5", "tiers", "start", "memory", "engine")
 """What is measured when nothing is picked, in the order of the table."""
 
 EXTRA_GROUPS = ("ray", "instructions")
@@ -61,6 +62,16 @@ def make_cases(groups: Iterable[str], trace: Path | None, smoke: bool) -> list[C
             Case(f"w5-{replicas}-cold", "w5", f"best of {fleet}, seldom asked", "us", Lookups(indexed, False, ALL)),
             Case(f"w5-{replicas}-all", "w5", f"pages of each of {fleet}", "us", Lookups(indexed, True, FEW)),
         ]
+    cases += [
+        Case(
+            "tier-miss", "tiers", "what a miss in host and disk tier adds to a cold alloc", "us", Miss(12 // part + 1)
+        ),
+        Case("tier-out", "tiers", "pages copied to the host tier, over a memcpy", "x", Copies(out=True)),
+        Case("tier-in", "tiers", "pages copied from it, over a memcpy", "x", Copies(out=False)),
+        Case(
+            "tier-decode", "tiers", "decode while pages go to host and disk, over without", "x", Offloading(128 // part)
+        ),
+    ]
     wanted = set(groups)
     return [case for case in cases if case.group in wanted]
 

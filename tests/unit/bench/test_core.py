@@ -19,6 +19,7 @@ from rayk.bench.core.run import GROUPS, make_cases
 from rayk.bench.core.served import Served
 from rayk.bench.core.start import measure_start
 from rayk.bench.core.table import notes, result_table
+from rayk.bench.core.tiers import Copies, Miss, Offloading
 from rayk.manager import PagedKVCacheManager
 from rayk.metrics import KVCacheMetrics
 
@@ -139,6 +140,19 @@ def test_limits_scale_with_the_machine() -> None:
     memory = make_figure("m", "t", "MB", [300.0], 300.0, 0.5, Bound(400.0, scaled=False))
     assert (memory.limit_here, memory.at_reference, memory.ok) == (400.0, 300.0, True)
     assert make_figure("n", "t", "us", [1.0], 1.0, 1.0, Bound()).ok is None
+
+
+def test_tiers_cost_something_and_leave_nothing() -> None:
+    miss, decoding = Miss(rounds=1), Offloading(steps=8)
+    assert miss.run(0.0).work() > 0
+    ratio = decoding.run(0.0).work()
+    assert 0.1 < ratio < 10
+    for workload in (miss, decoding):
+        plain, tiered = workload._cores
+        assert plain.connector is None and tiered.connector is not None
+        tiered.connector.check_integrity()
+    assert decoding._cores[1].metrics.disk_blocks_written == 32 + 2  # one of each prompt; every fourth step fills one
+    assert Copies(out=True).run(0.0).work() > 0
 
 
 def test_every_case_has_its_bound() -> None:
