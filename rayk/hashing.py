@@ -77,6 +77,8 @@ class PageHasher:
 
     def chain(self, parent: PageHash, tokens: bytes) -> list[PageHash]:
         """One hash per full page of `tokens` (raw int32), continuing after `parent`."""
+        if len(tokens) == self._page.itemsize:
+            return [PageHash(self.digest(parent + tokens))]
         # tolist() cuts all pages at once, at a third of what a slice each costs.
         pages: list[bytes] = np.frombuffer(tokens, self._page, len(tokens) // self._page.itemsize).tolist()
         digest: bytes = parent
