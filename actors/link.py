@@ -101,6 +101,11 @@ class Link:
         self._timeout = timeout
         self._numbers = itertools.count(1)
         self._calls = self._sent = self._received = 0
+        self.seen = self.unfilled = 0
+        """The latest change that an answer told of, and the tokens left to prefill after it."""
+        self.news: Callable[[m.News], None] | None = None
+        """Told of news in answers; who sets it says in `known` from where on."""
+        self.known = m.NOT_ASKED
 
     @property
     def traffic(self) -> Traffic:
@@ -110,8 +115,10 @@ class Link:
     def send(self, command: Any, attached: Sequence[Any] = (), with_data: bool = False) -> Pending:
         """Send one command; `attached` are references to page data of other replicas."""
         seq = 0 if isinstance(command, m.READ_ONLY) else next(self._numbers)
-        envelope = m.SchedulerEnvelope if isinstance(command, m.SchedulerCommand) else m.ReplicaEnvelope
-        wire = m.encode(envelope(self._client, self.epoch, seq, command))
+        if isinstance(command, m.SchedulerCommand):
+            wire = m.encode(m.SchedulerEnvelope(self._client, self.epoch, seq, command))
+        else:
+            wire = m.encode(m.ReplicaEnvelope(self._client, self.epoch, seq, command, self.known))
         self._calls += 1
         self._sent += len(wire)
         try:
@@ -133,7 +140,12 @@ class Link:
     def decoded(self, wire: bytes) -> m.Result:
         """The result in an answer that came over this line."""
         self._received += len(wire)
-        return m.decode_reply(wire).result
+        reply = m.decode_reply(wire)
+        if reply.seen > self.seen:
+            self.seen, self.unfilled = reply.seen, reply.unfilled
+        if reply.news is not None and self.news is not None:
+            self.news(reply.news)
+        return reply.result
 
     def fetch_all(self, refs: Sequence[Any], waited: float) -> list[Any] | None:
         """The values behind references of any actors; None when one of them has to be asked for by itself."""

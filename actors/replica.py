@@ -49,6 +49,7 @@ class ReplicaActor:
         epoch: int,
         host_pages: int = 0,
         pool: str | None = None,
+        journal: bool = False,
     ) -> None:
         import torch
 
@@ -63,7 +64,7 @@ class ReplicaActor:
         core = ReplicaCore(params, replica, num_pages, max_batch_size, devices, runtime_checks)
         if params.kv_connector != "null":
             core.connect(open_connector(params, core.buffers.all_bytes, host_pages, pool))
-        self._service = ReplicaService(core, epoch, RayRuntime().dumps)
+        self._service = ReplicaService(core, epoch, RayRuntime().dumps, journal=journal)
         settle()
 
     def handle(self, wire: bytes, *attached: PageData) -> bytes:

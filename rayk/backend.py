@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from socket import gethostname
-from time import perf_counter
-from typing import Any, Protocol
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -32,6 +32,9 @@ from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
 from rayk.tiers.identity import find_seed
 from rayk.tiers.opening import open_connector
+
+if TYPE_CHECKING:
+    from rayk.scheduler.choice import Wish
 
 Batches = Sequence[Sequence[TextContext]]
 Forward = Callable[[ReplicaInputs, Sequence[TextContext]], Any]
@@ -85,7 +88,8 @@ class InlineBackend:
         router: str,
         host_pages: int = 0,
     ) -> None:
-        from rayk.scheduler.routing import Placements, make_router
+        from rayk.scheduler.desk import DeskSettings, IndexFeed
+        from rayk.scheduler.routing import Placements
 
         replicas = params.data_parallel_degree
         if params.kv_hash_seed is None:
@@ -103,7 +107,14 @@ class InlineBackend:
         except BaseException:
             self.close()
             raise
-        self._router = make_router(router)
+        seed = params.kv_hash_seed or b""
+        settings = DeskSettings(
+            router, (num_pages,) * replicas, params.page_size, params.kv_hash_algo, seed, params.enable_prefix_caching
+        )
+        self._desk = settings.make(monotonic)
+        for core in self.cores if self._desk.keyed else ():
+            core.listen(IndexFeed(self._desk.index, core.replica))
+        self._filling: dict[str, tuple[TextContext, int]] = {}  # requests that may still have tokens to prefill
         self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy and replicas > 1
 
     # -- requests ----------------------------------------------------------------------------
@@ -117,7 +128,12 @@ class InlineBackend:
 
     def release(self, request_id: str, replica: int) -> None:
         self.cores[replica].release(request_id)
+        self._gone(request_id)
+
+    def _gone(self, request_id: str) -> None:
         self._placements.remove(request_id)
+        self._desk.remove(request_id)
+        self._filling.pop(request_id, None)
 
     def blocks(self, request_id: str, replica: int) -> list[int]:
         return self.cores[replica].blocks(request_id)
@@ -187,7 +203,32 @@ class InlineBackend:
         return admissions
 
     def _route(self, ctx: TextContext) -> int:
-        return self._router.choose(ctx.tokens.length, self._placements.loads)
+        self._report()
+        replica = self._desk.choose(ctx.request_id, self._wish(ctx))
+        assert replica >= 0, "replicas of this process are always there"
+        return replica
+
+    def _wish(self, ctx: TextContext) -> Wish:
+        from rayk.scheduler.choice import Wish
+
+        window = ctx.tokens
+        keys: Sequence[int] = ()
+        if self._desk.keyed:
+            keys = self._desk.keys(window.data[: window.length].tobytes(), ctx.root_key, ctx.pending_future_count)
+        return Wish(window.length, keys, ctx.session_id)
+
+    def _report(self) -> None:
+        """Tell the desk what the replicas still have to prefill; contexts say themselves how far they are."""
+        waiting = [0] * len(self.cores)
+        for request_id, (ctx, replica) in list(self._filling.items()):
+            left = ctx.tokens.length - ctx.tokens.processed
+            if left > 1:
+                waiting[replica] += left
+            else:
+                del self._filling[request_id]
+        for core, tokens in zip(self.cores, waiting, strict=True):
+            core.publish()
+            self._desk.report(core.replica, tokens, 0)
 
     def _admit(self, ctx: TextContext, replica: int) -> Admission:
         core, start = self.cores[replica], perf_counter()
@@ -195,6 +236,7 @@ class InlineBackend:
             self._placements.add(ctx.request_id, replica, ctx.tokens.length)
         except RaykError as error:
             return Admission(replica, error)
+        self._desk.place(ctx.request_id, replica, self._wish(ctx))
         core.claim(ctx.request_id)
         claimed = perf_counter()
         try:
@@ -202,6 +244,8 @@ class InlineBackend:
         except RaykError as error:
             self.release(ctx.request_id, replica)
             return Admission(replica, error)
+        self._desk.answered(ctx.request_id)
+        self._filling[ctx.request_id] = (ctx, replica)
         return Admission(replica, None, *reused, claim_seconds=claimed - start, alloc_seconds=perf_counter() - claimed)
 
     def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> list[TickResult]:
@@ -209,7 +253,7 @@ class InlineBackend:
         for core, tick in zip(self.cores, ticks, strict=True):
             results.append(run_tick(core, tick, fn))
             for request_id in tick.release[: results[-1].released]:
-                self._placements.remove(request_id)
+                self._gone(request_id)
         return results
 
     def runtime_inputs(

@@ -24,9 +24,7 @@ from rayk.memory.command import PLAN_EPILOG, plan
 from rayk.simulate.command import SIMULATE_EPILOG, simulate
 
 NOT_BUILT_COMMANDS = ("top",)
-NOT_BUILT_VALUES = {
-    "--router": ("cost", "prefix", "session"),
-}
+NOT_BUILT_VALUES: dict[str, tuple[str, ...]] = {}
 NOT_BUILT_FLAGS = (
     "--speed",
     "--prefill-rate",
@@ -142,8 +140,12 @@ def bench(
         typer.Option(help="Ray cluster to join; otherwise one that runs, or a new one.", rich_help_panel=_CLUSTER),
     ] = None,
     router: Annotated[
-        str, typer.Option(help="round-robin or least-loaded.", rich_help_panel=_CLUSTER, callback=_built)
-    ] = "least-loaded",
+        str | None,
+        typer.Option(
+            help="cost (the default), round-robin, least-loaded (the default with --forward hf), prefix or session.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
     peer_copies: Annotated[
         bool,
         typer.Option(
@@ -253,7 +255,7 @@ def bench(
             "replicas": replicas,
             "runtime": runtime,
             "address": address,
-            "router": router,
+            "router": router or ("least-loaded" if forward == "hf" else "cost"),
             "page_size": page_size,
             "layers": layers,
             "kv_heads": kv_heads,

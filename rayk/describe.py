@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from rayk.errors import NotBuiltError
-
 if TYPE_CHECKING:
-    from rayk.scheduler.describe import ManagerState, ReplicaState, TierState
+    from rayk.scheduler.describe import Decision, ManagerState, ReplicaState, TierState
 
 DESCRIBE_EPILOG = "Example: rayk describe --name prod --format json"
 
@@ -28,7 +26,9 @@ def describe(
     address: Annotated[
         str | None, typer.Option(help="The Ray cluster; the one that runs here or that RAY_ADDRESS names otherwise.")
     ] = None,
-    why: Annotated[str | None, typer.Option(help="A routing decision; not built yet.", hidden=True)] = None,
+    why: Annotated[
+        str | None, typer.Option(help="Only this: why the request of that id went where it went.", metavar="ID")
+    ] = None,
     form: Annotated[
         DescribeFormat, typer.Option("--format", help="json: one object on stdout.")
     ] = DescribeFormat.table,
@@ -38,9 +38,16 @@ def describe(
 
     from rayk.session import InferenceSession
 
-    if why is not None:
-        raise NotBuiltError("--why")
     with InferenceSession("ray", address or "auto", name, log_to_driver=False, logging_level="error") as session:
+        if why is not None:
+            from rayk.scheduler.describe import explain
+
+            decision = explain(session.ray, name, why)
+            if form is DescribeFormat.json:
+                typer.echo(msgspec.json.encode({"command": "describe", "decision": decision}).decode())
+            else:
+                _show_decision(decision, Console())
+            return 0
         from rayk.scheduler.describe import describe as take
 
         states = take(session.ray, name)
@@ -78,6 +85,24 @@ def _tier_line(index: int, tiers: TierState) -> str:
     if tiers.disk_pages:
         text += f", {tiers.disk_used:,} of {tiers.disk_pages:,} disk pages"
     return f"{text}; {tiers.trouble}" if tiers.trouble else text
+
+
+def _show_decision(decision: Decision, console: Any) -> None:
+    from rich.table import Table
+
+    head = f"request {decision.request_id!r}: {decision.tokens:,} tokens to replica {decision.replica}"
+    console.print(f"{head}, by router {decision.router}, {decision.seconds_ago:.1f} s ago", markup=False)
+    if not decision.candidates:
+        console.print("this router does not reckon in costs: there is nothing more to say", markup=False)
+        return
+    table = Table(title="candidates, in tokens of prefill; cost is the sum from prefill on", title_justify="left")
+    for name in decision.candidates[0]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for candidate in decision.candidates:
+        chosen = "*" if candidate["replica"] == decision.replica else " "
+        values = [f"{value:,.0f}" for value in candidate.values()]
+        table.add_row(chosen + values[0], *values[1:])
+    console.print(table)
 
 
 def _cells(replica: ReplicaState) -> list[str]:

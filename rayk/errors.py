@@ -23,6 +23,7 @@ RaykError
     ├── CallTimeoutError (TimeoutError)   no answer in time
     ├── StaleEpochError                   the replica was replaced since the caller last talked to it
     ├── StaleContextError                 a replica misses tokens of a request; the client sends them again
+    ├── NoReplicaError                    no replica takes requests: all are lost or draining
     ├── MessageError (ValueError)         a message that cannot be decoded or is unknown
     └── RemoteError                       code that the caller shipped, or rayk itself, raised on a replica
 
@@ -252,6 +253,13 @@ class StaleContextError(ClusterError):
     request_id: str
     replica: int
     text: ClassVar[str] = "replica {replica} does not have the earlier tokens of request {request_id!r}"
+
+
+class NoReplicaError(ClusterError):
+    """No replica takes requests."""
+
+    request_id: str
+    text: ClassVar[str] = "request {request_id!r} has no place: all replicas are lost or draining; add one"
 
 
 class MessageError(ClusterError, ValueError):

@@ -71,7 +71,7 @@ class PagedKVCacheManager:
         enable_runtime_checks: bool = False,
         *,
         max_batch_size: int,
-        router: str = "least-loaded",
+        router: str = "cost",
         uniform: bool = False,
         memory_utilization: float | None = None,
     ) -> None:

@@ -179,6 +179,10 @@ class GetUsage(_Message, frozen=True):
     pass
 
 
+class GetNews(_Message, frozen=True):
+    """For the news that come with the answer."""
+
+
 class UsedFraction(_Message, frozen=True):
     view: ContextView
 
@@ -228,6 +232,7 @@ ReplicaCommand = (
     | Step
     | Blocks
     | GetUsage
+    | GetNews
     | UsedFraction
     | GetMetrics
     | ResetMetrics
@@ -238,7 +243,7 @@ ReplicaCommand = (
     | PollTransfers
     | Drain
 )
-READ_ONLY = (Lookup, Inputs, Blocks, GetUsage, UsedFraction, GetMetrics, ReadPages, CheckIntegrity, GetTiers)
+READ_ONLY = (Lookup, Inputs, Blocks, GetUsage, GetNews, UsedFraction, GetMetrics, ReadPages, CheckIntegrity, GetTiers)
 
 
 # -- to the scheduler ---------------------------------------------------------------------------------
@@ -248,7 +253,8 @@ class PlaceMany(_Message, frozen=True):
     """Route, claim (unless they are claimed already) and allocate.
 
     `replicas[i]` is where context i has to go; empty: the router says. `peers`: other replicas may hold more of a
-    prefix. `released` are ids that the sender released on replicas directly.
+    prefix. `released` are ids that the sender released on replicas directly, `seen` and `unfilled` what it last
+    saw in the answers of each: what it was told is done counts in the choice.
     """
 
     contexts: Contexts
@@ -257,6 +263,8 @@ class PlaceMany(_Message, frozen=True):
     peers: bool = False
     released: list[str] = []
     stop_on_error: bool = False
+    seen: list[int] = []
+    unfilled: list[int] = []
 
 
 class ClaimOne(_Message, frozen=True):
@@ -290,7 +298,30 @@ class Describe(_Message, frozen=True):
     pass
 
 
-SchedulerCommand = PlaceMany | ClaimOne | HitCountsOf | EveryReplica | Connect | Disconnect | Describe
+class Explain(_Message, frozen=True):
+    """Why a request went where it went."""
+
+    request_id: str
+
+
+SchedulerCommand = PlaceMany | ClaimOne | HitCountsOf | EveryReplica | Connect | Disconnect | Describe | Explain
+
+
+NOT_ASKED = -2  # for ReplicaEnvelope.known; -1 knows nothing
+
+
+class News(_Part, frozen=True):
+    """What changed in a replica's cache in batches since + 1 .. number, in order; since -1: all that it holds.
+
+    A change is (stored or removed, page keys of 8 bytes). `unfilled` are tokens that the replica still has to prefill
+    for what it was given, `free` its free pages.
+    """
+
+    number: int
+    since: int
+    batches: list[list[tuple[bool, bytes]]]
+    unfilled: int
+    free: int
 
 
 # -- answers --------------------------------------------------------------------------------------
@@ -434,6 +465,17 @@ class Description(_Message, frozen=True):
     clients: int
 
 
+class Explained(_Message, frozen=True):
+    """A choice of the router: `candidates` by cost, each the values of `names`; empty when it does not reckon so."""
+
+    router: str
+    replica: int
+    tokens: int
+    seconds_ago: float
+    names: list[str]
+    candidates: list[list[float]]
+
+
 Result = (
     Done
     | Failure
@@ -452,6 +494,7 @@ Result = (
     | TiersDone
     | Counts
     | Description
+    | Explained
 )
 
 
@@ -459,10 +502,13 @@ Result = (
 
 
 class ReplicaEnvelope(_Message, frozen=True):
+    """`known`: the sender wants to hear what the replica's cache changed after that batch; see rayk.journal."""
+
     client: str
     epoch: int
     seq: int
     command: ReplicaCommand
+    known: int = NOT_ASKED
 
 
 class SchedulerEnvelope(_Message, frozen=True):
@@ -473,9 +519,14 @@ class SchedulerEnvelope(_Message, frozen=True):
 
 
 class Reply(_Message, frozen=True):
+    """A replica numbers what it changed so far, and has so many tokens to prefill; `news` is what was asked for."""
+
     epoch: int
     seq: int
     result: Result
+    seen: int = 0
+    unfilled: int = 0
+    news: News | None = None
 
 
 Envelope = ReplicaEnvelope | SchedulerEnvelope

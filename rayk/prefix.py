@@ -111,6 +111,19 @@ class PrefixTree:
         self._hasher = hasher
         self._listeners.append(listener)
 
+    def hashes(self) -> Iterator[bytes]:
+        """The hash of every cached page, parents first; nothing without a hasher."""
+        if self._hasher is None:
+            return
+        width = self._hasher.width
+        due: list[Segment] = list(self._roots.values())
+        while due:
+            node = due.pop()
+            if node.parent is not None:
+                for at in range(0, len(node.hashes), width):
+                    yield node.hashes[at : at + width]
+            due += node.children.values()
+
     # -- lookup: these change nothing ------------------------------------------------------
 
     def page_hash(self, match: Match) -> PageHash:

@@ -7,7 +7,7 @@ transaction. A request is claimed -> allocated -> .. -> released; its pages are,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -129,6 +129,10 @@ class ReplicaCore:
         """Hash every page that is cached from now on and tell `listener`, and what is dropped. Before any request."""
         self._tree.listen(listener, self.exports.hasher)
         self._eager = True
+
+    def page_hashes(self) -> Iterator[bytes]:
+        """The hash of every cached page, once somebody listens."""
+        return self._tree.hashes()
 
     # -- claims ----------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from rayk.context import TextContext
 from rayk.errors import MessageError, RaykError, RemoteError, StaleEpochError
 from rayk.exports import PageExport
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
+from rayk.journal import Journal, Unfilled
 from rayk.replica import ReplicaCore
 from rayk.ticks import Tick
 from rayk.tiers.connector import TierCount
@@ -36,7 +37,10 @@ EXPORT_SECONDS = 120  # an export that is not acknowledged by then is unpinned: 
 
 
 class ReplicaService:
-    """`epoch` names this start of the replica; `dumps` pickles what shipped functions return."""
+    """`epoch` names this start of the replica; `dumps` pickles what shipped functions return.
+
+    With `journal` it notes which pages are cached, for a scheduler whose router goes by that.
+    """
 
     def __init__(
         self,
@@ -44,8 +48,13 @@ class ReplicaService:
         epoch: int,
         dumps: Callable[[Any], bytes] = pickle.dumps,
         clock: Callable[[], float] = monotonic,
+        journal: bool = False,
     ) -> None:
         self.core = core
+        self._journal = Journal(core.page_hashes)
+        if journal:
+            core.listen(self._journal)
+        self._unfilled = Unfilled()
         self.epoch = epoch
         self._dumps = dumps
         self._clock = clock
@@ -71,7 +80,9 @@ class ReplicaService:
         except RaykError as error:
             result = m.failure(error)
             return m.encode(m.Reply(self.epoch, seq, result)), []
-        answer = (m.encode(m.Reply(self.epoch, seq, result)), data)
+        seen = self._journal.close(self._unfilled.total)
+        news = None if envelope.known == m.NOT_ASKED else self._journal.news(envelope.known, self.core.usage.free)
+        answer = (m.encode(m.Reply(self.epoch, seq, result, seen, self._unfilled.total, news)), data)
         self._answers.keep(envelope.client, seq, answer)
         return answer
 
@@ -123,6 +134,8 @@ class ReplicaService:
                     core.exports.acknowledge(export_id)
             case m.Blocks(request_id):
                 return m.BlocksDone(request_id in core.requests, core.blocks(request_id)), []
+            case m.GetNews():
+                pass
             case m.GetUsage():
                 return m.UsageDone(*core.usage), []
             case m.UsedFraction(view):
@@ -149,7 +162,9 @@ class ReplicaService:
     def _contexts(self, views: Sequence[m.ContextView]) -> list[TextContext]:
         """Up-to-date contexts of all views, before anything is done with one; kept for claimed requests."""
         requests = self.core.requests
-        return [self._mirrors.context(view, keep=view.request_id in requests) for view in views]
+        ctxs = [self._mirrors.context(view, keep=view.request_id in requests) for view in views]
+        self._unfilled.seen(ctxs)
+        return ctxs
 
     def _found(self, ctxs: Sequence[TextContext]) -> m.Found:
         core, reusable = self.core, [self.core.may_reuse(ctx) for ctx in ctxs]
@@ -164,6 +179,7 @@ class ReplicaService:
 
     def _release(self, request_id: str) -> None:
         self.core.release(request_id)
+        self._unfilled.drop(request_id)
         self._mirrors.drop(request_id)
 
     def _admit(self, command: m.Admit, attached: Sequence[PageData]) -> m.AdmitDone:
@@ -206,6 +222,7 @@ class ReplicaService:
             raise
         seconds += (claimed - start, perf_counter() - claimed)
         window, cached = ctx.tokens, ctx.cached_prefix_length
+        self._unfilled.now(request_id, window.length - window.processed)
         return (window.processed, window.end, -1 if cached is None else cached, *reused)
 
     def _tick(self, command: m.RunTick) -> m.TickDone | m.MovedBack:
@@ -221,6 +238,7 @@ class ReplicaService:
         done = run_tick(self.core, tick, self._shipped(command.fn) if command.fn else None)
         for request_id in command.release[: done.released]:
             self._mirrors.drop(request_id)
+            self._unfilled.drop(request_id)
         return m.TickDone(
             moved={c.request_id: moved(c) for c, v in zip(ctxs, command.views, strict=True) if _has_moved(c, v)},
             refused={request_id: m.failure(error) for request_id, error in done.refused.items()},

@@ -16,7 +16,7 @@ from rayk.answers import Answers
 from rayk.errors import MessageError, RaykError, ReplicaLostError, StaleEpochError
 from rayk.scheduler.asks import Ask, Told
 from rayk.scheduler.core import SchedulerCore
-from rayk.scheduler.routing import make_router
+from rayk.scheduler.desk import DeskSettings
 
 LANES = 8  # batches that are under way at once; the driver that waits for each of its batches uses one
 ANSWERS = 16 * LANES  # remembered for each driver; more than its messages can overtake each other by
@@ -30,20 +30,21 @@ class SchedulerActor:
         epoch: int,
         replicas: Sequence[Actor],
         epochs: Sequence[int],
-        router: str,
+        settings: DeskSettings,
         copies: bool,
-        page_size: int,
         roster: Any,
         runtime: Runtime | None = None,
     ) -> None:
         client, runtime = new_client_id("scheduler"), runtime or RayRuntime()
         self._epoch = epoch
         self._roster = roster
-        self._core = SchedulerCore(epochs, make_router(router), copies, monotonic, page_size)
+        self._core = SchedulerCore(epochs, settings, copies, monotonic)
         self._links = [
             Link(runtime, actor, f"replica {r}", epochs[r], client, partial(self._lost, r))
             for r, actor in enumerate(replicas)
         ]
+        for r, link in enumerate(self._links):
+            link.news, link.known = partial(self._hear, r), -1
         self._answers: Answers[bytes] = Answers(ANSWERS)
         self._working: set[tuple[str, int]] = set()  # mutations that a lane is at
         self._core_lock = Condition()  # a script's step and the sending of what it asks are one
@@ -119,6 +120,11 @@ class SchedulerActor:
             return self._links[ask.replica].send(ask.command, ask.attached, ask.with_data)
         except RaykError as error:
             return error
+
+    def _hear(self, replica: int, news: m.News) -> None:
+        with self._core_lock:
+            self._core.desk.hear(replica, news)
+            self._links[replica].known = self._core.desk.known[replica]
 
     def _lost(self, replica: int, reason: str) -> RaykError:
         with self._core_lock:

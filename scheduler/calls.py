@@ -166,7 +166,8 @@ class Calls:
             at = replicas[0] if replicas is not None and not claim else -1
             contexts = self._sender.pack(ctxs, at, whole=claim or peers)
             targets = list(replicas) if replicas is not None else []
-            return m.PlaceMany(contexts, targets, claim, peers, self._take_released(), stop_on_error)
+            seen, unfilled = [link.seen for link in self._links], [link.unfilled for link in self._links]
+            return m.PlaceMany(contexts, targets, claim, peers, self._take_released(), stop_on_error, seen, unfilled)
 
         done: m.PlaceDone = yield from self._ask(self.scheduler, command())
         stale = any(isinstance(m.to_error(failure), StaleContextError) for failure in done.failures.values())

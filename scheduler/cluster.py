@@ -21,7 +21,8 @@ from rayk.errors import ConfigError, PlanError, RaykError, SchedulerLostError
 from rayk.params import KVCacheParams
 from rayk.planning import ClusterPlan, NodeMemory, plan_cluster, refused_nodes, replicas_that_fit, uses_cuda
 from rayk.scheduler.actor import LANES, SchedulerActor
-from rayk.scheduler.routing import make_router
+from rayk.scheduler.desk import DeskSettings
+from rayk.scheduler.policies import check_router
 from rayk.tiers.identity import read_seed
 
 log = logging.getLogger("rayk.scheduler")
@@ -79,9 +80,22 @@ class Cluster:
         runtime.stop((*scheduler, *self.replicas), self.placement)
 
 
+def desk_settings(config: ClusterConfig, pages: tuple[int, ...]) -> DeskSettings:
+    """What the scheduler places requests by."""
+    params = config.params
+    return DeskSettings(
+        config.router,
+        pages,
+        params.page_size,
+        params.kv_hash_algo,
+        params.kv_hash_seed or b"",
+        params.enable_prefix_caching,
+    )
+
+
 def start_cluster(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster:
     """Start everything, or attach to what runs under `name`; PlanError or ConfigError otherwise."""
-    make_router(config.router)  # a wrong name is refused before anything starts
+    check_router(config.router)  # a wrong name is refused before anything starts
     if name is not None:
         running = runtime.find(f"{name}/scheduler")
         if running is not None:
@@ -178,6 +192,7 @@ def _place(runtime: Runtime, config: ClusterConfig, nodes: list[NodeMemory]) -> 
 
 def _start_replicas(runtime: Runtime, cluster: Cluster, name: str | None) -> Cluster:
     config, epoch = cluster.config, time.time_ns() // 1_000
+    keyed = desk_settings(config, cluster.pages).keyed
     gpus = config.params.tensor_parallel_degree if uses_cuda(config.params) else 0
     started: list[Actor] = []
     tiers = f"{epoch}-{os.urandom(8).hex()}"
@@ -193,6 +208,7 @@ def _start_replicas(runtime: Runtime, cluster: Cluster, name: str | None) -> Clu
                 epoch + r,
                 config.host_pages,
                 pool,
+                keyed,
             )
             named = f"{name}/replica-{r}" if name else None
             started.append(runtime.start(ActorSpec(ReplicaActor, arguments, gpus, cluster.placement, r, named)))
@@ -221,7 +237,7 @@ def _start_scheduler(runtime: Runtime, cluster: Cluster, name: str | None) -> Cl
     params, epoch = cluster.config.params, time.time_ns() // 1_000
     copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy
     cluster = replace(cluster, scheduler_epoch=epoch)
-    arguments = (epoch, cluster.replicas, cluster.epochs, cluster.config.router, copies, params.page_size, cluster)
+    arguments = (epoch, cluster.replicas, cluster.epochs, desk_settings(cluster.config, cluster.pages), copies, cluster)
     spec = ActorSpec(SchedulerActor, arguments, name=f"{name}/scheduler" if name else None, threads=LANES)
     scheduler = runtime.start(spec)
     try:

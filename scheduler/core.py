@@ -11,20 +11,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rayk import messages as m
+from rayk.errors import ConfigError
 from rayk.metrics import KVCacheMetrics
 from rayk.scheduler.asks import Ask, Part, Script
+from rayk.scheduler.choice import Candidate
+from rayk.scheduler.desk import DeskSettings
 from rayk.scheduler.placing import Placer
-from rayk.scheduler.routing import Placements, Router
+from rayk.scheduler.routing import Placements
 
 
 class SchedulerCore:
     """`epochs[r]` is replica r's start; `copies` says whether replicas copy prefixes from each other."""
 
-    def __init__(
-        self, epochs: Sequence[int], router: Router, copies: bool, clock: Callable[[], float], page_size: int
-    ) -> None:
+    def __init__(self, epochs: Sequence[int], settings: DeskSettings, copies: bool, clock: Callable[[], float]) -> None:
         self.epochs = list(epochs)
-        self.placer = Placer(len(self.epochs), router, copies, page_size)
+        self.desk = settings.make(clock)
+        self.placer = Placer(len(self.epochs), self.desk, copies, settings.page_size)
         self.renewed: dict[str, float] = {}  # client -> when it was heard of last
         self._leases: dict[str, float] = {}  # client -> seconds it may be silent
         self._silent: set[str] = set()  # clients that were silent for longer, and whose requests were released
@@ -57,6 +59,8 @@ class SchedulerCore:
                 return self._leave(client)
             case m.Describe():
                 return self._describe()
+            case m.Explain(request_id):
+                return self._explain(request_id)
 
     # -- all replicas ------------------------------------------------------------------------------
 
@@ -107,3 +111,21 @@ class SchedulerCore:
         loads = self.placements.loads
         yield []
         return m.Description(self.epochs, [x.requests for x in loads], [x.tokens for x in loads], len(self._leases))
+
+    def _explain(self, request_id: str) -> Script:
+        made = self.desk.made(request_id)
+        yield []
+        if made is None:
+            raise ConfigError(
+                f"no routing decision for request {request_id!r} is remembered: it was placed by its driver, long ago, "
+                "or never"
+            )
+        candidates = made.choice.parts.candidates(made.choice.replica) if made.choice.parts is not None else []
+        return m.Explained(
+            self.desk.router,
+            made.choice.replica,
+            made.wish.tokens,
+            self._clock() - made.at,
+            list(Candidate._fields) if candidates else [],
+            [[float(value) for value in candidate] for candidate in candidates],
+        )

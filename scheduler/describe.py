@@ -63,10 +63,42 @@ class ManagerState(msgspec.Struct, frozen=True, omit_defaults=True):
     metrics: KVCacheMetrics | None = None
 
 
+class Decision(msgspec.Struct, frozen=True):
+    """Why a request went where it went: the cheapest candidates with the parts of their costs, in tokens of prefill."""
+
+    request_id: str
+    manager: str
+    router: str
+    replica: int
+    tokens: int
+    seconds_ago: float
+    candidates: list[dict[str, float]]
+
+
 def describe(runtime: Runtime, name: str) -> list[ManagerState]:
     """All managers of the sessions called `name`, in the order they were made; ConfigError when there is none."""
-    states: list[ManagerState] = []
-    while (actor := runtime.find(f"{name}/{len(states)}/scheduler")) is not None:
+    return [_manager(runtime, each, cluster, link) for each, cluster, link in _managers(runtime, name)]
+
+
+def explain(runtime: Runtime, name: str, request_id: str) -> Decision:
+    """Why that request went where it went; ConfigError when no manager of that name remembers it."""
+    missing: RaykError | None = None
+    for manager, _, link in _managers(runtime, name):
+        try:
+            why: m.Explained = link.ask(m.Explain(request_id))
+        except ConfigError as error:
+            missing = error
+            continue
+        candidates = [dict(zip(why.names, values, strict=True)) for values in why.candidates]
+        return Decision(request_id, manager, why.router, why.replica, why.tokens, why.seconds_ago, candidates)
+    assert missing is not None
+    raise missing
+
+
+def _managers(runtime: Runtime, name: str) -> list[tuple[str, Cluster, Link]]:
+    """Name, cluster and a line to the scheduler of each manager of the sessions called `name`."""
+    found: list[tuple[str, Cluster, Link]] = []
+    while (actor := runtime.find(f"{name}/{len(found)}/scheduler")) is not None:
         try:
             cluster = runtime.get(actor.call("roster", control=True), "the scheduler", ASK_SECONDS)
         except ActorGoneError as error:
@@ -75,10 +107,10 @@ def describe(runtime: Runtime, name: str) -> list[ManagerState]:
         link = Link(
             runtime, actor, "the scheduler", cluster.scheduler_epoch, new_client_id("describe"), SchedulerLostError
         )
-        states.append(_manager(runtime, f"{name}/{len(states)}", cluster, link))
-    if not states:
+        found.append((f"{name}/{len(found)}", cluster, link))
+    if not found:
         raise ConfigError(f"no rayk cluster of the name {name!r} runs here; only sessions with a name can be described")
-    return states
+    return found
 
 
 def _manager(runtime: Runtime, name: str, cluster: Cluster, scheduler: Link) -> ManagerState:

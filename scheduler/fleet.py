@@ -80,6 +80,10 @@ class Fleet:
         self.requests[replica] += 1
         self.held[replica] += tokens
 
+    def waits(self, replica: int, tokens: int) -> None:
+        """So many tokens are still to be prefilled there, by the replica's own account."""
+        self.work[replica] = tokens
+
     def prefilled(self, replica: int, compute: int) -> None:
         """`compute` tokens of what was placed are done, or will never be."""
         self.work[replica] = max(0.0, self.work[replica] - compute)

@@ -15,11 +15,13 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rayk import messages as m
-from rayk.columns import Batch, Outcomes
-from rayk.errors import AlreadyClaimedError, MessageError, RaykError, ReplicaIndexError
+from rayk.columns import BASE, PENDING, Batch, Outcomes
+from rayk.errors import AlreadyClaimedError, MessageError, NoReplicaError, RaykError, ReplicaIndexError
 from rayk.peers import copy_spans
 from rayk.scheduler.asks import Ask, Part, Script, Told
-from rayk.scheduler.routing import Placements, Router
+from rayk.scheduler.choice import Wish
+from rayk.scheduler.desk import Desk
+from rayk.scheduler.routing import Placements
 
 Owner = tuple[str, int]  # a client, and which of its scripts; compared by identity
 Groups = dict[int, list[int]]  # replica -> rows of a batch
@@ -39,12 +41,12 @@ Copies = dict[int, list[_Copy]]  # row of a batch -> what it may import, in orde
 class Placer:
     """The placements of all drivers on `replicas` replicas. `copies`: prefixes are copied between them."""
 
-    def __init__(self, replicas: int, router: Router, copies: bool, page_size: int) -> None:
+    def __init__(self, replicas: int, desk: Desk, copies: bool, page_size: int) -> None:
         self.placements = Placements(replicas)
+        self.desk = desk
         self._owners: dict[str, Owner] = {}  # request -> who placed it
         self._scripts = itertools.count(1)
         self._replicas = replicas
-        self._router = router
         self._copies = copies and replicas > 1
         self._page_size = page_size
 
@@ -58,15 +60,17 @@ class Placer:
     def _owner(self, client: str) -> Owner:
         return client, next(self._scripts)
 
-    def add(self, owner: Owner, request_id: str, replica: int, tokens: int) -> None:
+    def add(self, owner: Owner, request_id: str, replica: int, wish: Wish) -> None:
         """Place a request; AlreadyClaimedError when it has a place."""
-        self.placements.add(request_id, replica, tokens)
+        self.placements.add(request_id, replica, wish.tokens)
+        self.desk.place(request_id, replica, wish)
         self._owners[request_id] = owner
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Those requests have no place any more; unknown ones are ignored."""
         for request_id in request_ids:
             self.placements.remove(request_id)
+            self.desk.remove(request_id)
             self._owners.pop(request_id, None)
 
     def forget_of(self, owner: Owner, request_ids: Iterable[str]) -> None:
@@ -108,7 +112,7 @@ class Placer:
         self.check_index(command.replica)
         yield from self.verify([command.request_id])
         owner = self._owner(client)
-        self.add(owner, command.request_id, command.replica, 0)
+        self.add(owner, command.request_id, command.replica, Wish(0))
         [told] = yield [Ask(command.replica, m.Claim(command.request_id, command.dummy))]
         if isinstance(told.result, m.Failure):
             self.forget_of(owner, [command.request_id])
@@ -122,11 +126,12 @@ class Placer:
             raise MessageError(f"{len(command.replicas)} replica(s) were named for {len(batch)} request(s)")
         if command.claim:
             yield from self.verify(batch.ids)
+        yield from self._catch_up(command)
         outcomes, owner = Outcomes(len(batch)), self._owner(client)
-        replicas, groups = self._choose(owner, batch, command, outcomes)
+        replicas, groups, lonely = self._choose(owner, batch, command, outcomes)
         copies: Copies = {}
         if command.peers and self._copies:
-            copies = yield from self._fetch(batch, groups)
+            copies = yield from self._fetch(batch, groups, lonely)
         try:
             # A source that receives no copy itself waits until its pages are unpinned: they may be all it can give.
             sources = {copy.source for parts in copies.values() for copy in parts}
@@ -144,18 +149,40 @@ class Placer:
             self.forget_of(owner, [batch.ids[i] for rows in groups.values() for i in rows if i in refused])
         return m.PlaceDone(replicas, *outcomes.columns)
 
-    def _choose(self, owner: Owner, batch: Batch, command: m.PlaceMany, outcomes: Outcomes) -> tuple[list[int], Groups]:
-        """The replica of each request, which counts there from now on; -1 for what is refused."""
-        wanted, replicas, groups = command.replicas, [-1] * len(batch), Groups()
+    def _catch_up(self, command: m.PlaceMany) -> Part:
+        """What a driver was told is done counts in the choice, so it has to be known here: which pages are cached is
+        asked for, and only where the router goes by it."""
+        desk = self.desk
+        behind = desk.behind(command.seen)
+        if behind and desk.keyed:
+            yield [Ask(r, m.GetNews()) for r in behind]
+        elif len(command.unfilled) == len(command.seen):
+            for r in behind:
+                desk.report(r, command.unfilled[r], command.seen[r])
+
+    def _choose(
+        self, owner: Owner, batch: Batch, command: m.PlaceMany, outcomes: Outcomes
+    ) -> tuple[list[int], Groups, set[int]]:
+        """The replica of each request, which counts there from now on; -1 for what is refused. The set holds the rows
+        of whose prefix no other replica has anything."""
+        wanted, replicas, groups, lonely = command.replicas, [-1] * len(batch), Groups(), set[int]()
+        keyed, desk = self.desk.keyed, self.desk
         for i, (request_id, length) in enumerate(zip(batch.ids, batch.lengths, strict=True)):
+            traits = batch.traits(i)
+            keys = self._keys(batch, i, traits) if keyed else ()
+            wish = Wish(length, keys, traits.session_id)
             try:
                 if wanted:
                     replica = wanted[i]
                     self.check_index(replica)
                 else:
-                    replica = self._router.choose(length, self.placements.loads)
+                    replica = desk.choose(request_id, wish)
+                    if replica < 0:
+                        raise NoReplicaError(request_id)
+                if keyed and not desk.elsewhere(replica, keys):
+                    lonely.add(i)
                 if command.claim:
-                    self.add(owner, request_id, replica, length)
+                    self.add(owner, request_id, replica, wish)
                 replicas[i] = replica
                 groups.setdefault(replica, []).append(i)
             except RaykError as error:
@@ -164,13 +191,21 @@ class Placer:
                 outcomes.failures[i] = m.failure(error)
                 if command.stop_on_error:
                     break
-        return replicas, dict(sorted(groups.items()))
+        return replicas, dict(sorted(groups.items())), lonely
+
+    def _keys(self, batch: Batch, row: int, traits: m.Traits) -> Sequence[int]:
+        base, pending = batch.rows[row][BASE], batch.rows[row][PENDING]
+        if base:  # the tokens before were sent to the replica only; it is claimed, and the router has no choice
+            return []
+        return self.desk.keys(batch.tokens(row), (traits.cache_salt, traits.adapter), pending)
 
     def _admit(self, batch: Batch, command: m.PlaceMany, groups: Groups, copies: Copies, outcomes: Outcomes) -> Part:
         """Admit groups of rows, one message per replica; what became of them goes into `outcomes`."""
         if groups:
             answers = yield [self._admission(r, batch, command, rows, copies) for r, rows in groups.items()]
             for rows, told in zip(groups.values(), answers, strict=True):
+                for i in rows:
+                    self.desk.answered(batch.ids[i])
                 if isinstance(told.result, m.AdmitDone):
                     outcomes.put(rows, told.result)
                 elif isinstance(told.result, m.Failure):
@@ -189,9 +224,9 @@ class Placer:
 
     # -- copies ----------------------------------------------------------------------------------
 
-    def _fetch(self, batch: Batch, groups: Groups) -> Generator[list[Ask], list[Told], Copies]:
-        """Have the prefixes that a chosen replica misses exported by others."""
-        replicas = {i: r for r, rows in groups.items() for i in rows}
+    def _fetch(self, batch: Batch, groups: Groups, lonely: set[int]) -> Generator[list[Ask], list[Told], Copies]:
+        """Have the prefixes that a chosen replica misses exported by others; nobody has any of the `lonely` ones."""
+        replicas = {i: r for r, rows in groups.items() for i in rows if i not in lonely}
         wanted = sorted(replicas)
         if not wanted:
             return {}

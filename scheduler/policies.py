@@ -41,11 +41,12 @@ class RoundRobin:
 
 
 class LeastLoaded:
-    """The replica with the fewest tokens still to be prefilled, caches ignored; of equals the lowest index."""
+    """The replica with the fewest tokens, still to be prefilled or held by what runs there, caches ignored; of equals
+    the lowest index."""
 
     def choose(self, wish: Wish, fleet: Fleet) -> Choice:
         """See Policy."""
-        return Choice(fleet.lowest(fleet.work, fair=False))
+        return Choice(fleet.lowest(fleet.work + fleet.held, fair=False))
 
 
 class LongestPrefix:
@@ -112,6 +113,11 @@ WANT_KEYS = frozenset({"cost", "prefix"})
 def make_policy(name: str, index: PrefixIndex, page_size: int) -> Policy:
     """The policy of that name over `index`, whose keys stand for pages of `page_size` tokens; ConfigError lists the
     names."""
+    check_router(name)
+    return POLICIES[name](index, page_size)
+
+
+def check_router(name: str) -> None:
+    """ConfigError, which lists the names, unless there is a policy of that name."""
     if name not in POLICIES:
         raise ConfigError(f"router {name!r} is not one of {', '.join(POLICIES)}")
-    return POLICIES[name](index, page_size)

@@ -284,7 +284,8 @@ def manager_on(
     runtime: FakeRuntime, replicas: int = 2, pages: int | None = 16, name: str | None = None, **changes: Any
 ) -> Iterator[PagedKVCacheManager]:
     """A manager whose actors live in `runtime`, with runtime checks on."""
-    options = {k: changes.pop(k) for k in ("router", "max_batch_size", "total_num_host_pages") if k in changes}
+    names = ("router", "max_batch_size", "total_num_host_pages")
+    options = {"router": "least-loaded"} | {k: changes.pop(k) for k in names if k in changes}
     with session_on(runtime, name) as session:
         manager = PagedKVCacheManager(
             params(replicas, **changes), session, pages, enable_runtime_checks=True, **{"max_batch_size": 8} | options

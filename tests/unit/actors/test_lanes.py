@@ -14,6 +14,7 @@ from rayk.answers import Answers
 from rayk.columns import RESULTS
 from rayk.errors import MessageError
 from rayk.scheduler.actor import SchedulerActor
+from rayk.scheduler.desk import DeskSettings
 from rayk.views import Sender
 
 from .fake import FakeRuntime
@@ -57,7 +58,7 @@ def replicas() -> list[SlowReplica]:
 
 @pytest.fixture
 def scheduler(replicas: list[SlowReplica]) -> SchedulerActor:
-    return SchedulerActor(EPOCH, replicas, [1, 2], "round-robin", False, 4, None, Patient())
+    return SchedulerActor(EPOCH, replicas, [1, 2], DeskSettings("round-robin", (9, 9), 4), False, None, Patient())
 
 
 def place(request_id: str, seq: int, replica: int, client: str = "driver") -> bytes:

@@ -214,7 +214,7 @@ def stamp_where_it_fits(inputs: Any, batch: Any) -> int:
 def both(check: Callable[[Side, Side], None], lazy: bool, **changes: Any) -> None:
     settings_ = {"replicas": REPLICAS, "kv_hash_seed": b"0" * 32} | changes
     with manager_on(FakeRuntime(lazy=lazy), pages=12, **settings_) as actors, InferenceSession() as session:
-        cores = PagedKVCacheManager(params(**settings_), session, 12, 0, True, max_batch_size=8)
+        cores = PagedKVCacheManager(params(**settings_), session, 12, 0, True, max_batch_size=8, router="least-loaded")
         check(Side(cores), Side(actors))
 
 

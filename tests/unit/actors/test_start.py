@@ -75,10 +75,10 @@ def test_a_failure_leaves_nothing_behind_and_the_next_try_works(stage: tuple[str
     with session_on(runtime) as session:
         expected = PlanError if stage[0] == "construct" else type(error)
         with pytest.raises(expected, match="injected"):
-            PagedKVCacheManager(params(), session, 8, max_batch_size=4)
+            PagedKVCacheManager(params(), session, 8, max_batch_size=4, router="least-loaded")
         assert runtime.running == [] and runtime.placements == []
         runtime.fail = None
-        with PagedKVCacheManager(params(), session, 8, max_batch_size=4) as manager:
+        with PagedKVCacheManager(params(), session, 8, max_batch_size=4, router="least-loaded") as manager:
             assert manager.get_num_pages(1) == 8
         assert runtime.running == [] and runtime.placements == []
 
@@ -96,14 +96,14 @@ def test_an_actor_that_never_answers_is_stopped_again(silent: str) -> None:
 
     runtime.get = hanging
     with session_on(runtime) as session, pytest.raises(CallTimeoutError, match=silent.replace("-", " ")):
-        PagedKVCacheManager(params(), session, 8, max_batch_size=4)
+        PagedKVCacheManager(params(), session, 8, max_batch_size=4, router="least-loaded")
     assert runtime.running == [] and runtime.placements == []
 
 
 def test_an_interrupt_while_starting_leaves_nothing_behind() -> None:
     runtime = FakeRuntime(fail=lambda event: KeyboardInterrupt() if event == ("start", "replica-1") else None)
     with session_on(runtime) as session, pytest.raises(KeyboardInterrupt):
-        PagedKVCacheManager(params(), session, 8, max_batch_size=4)
+        PagedKVCacheManager(params(), session, 8, max_batch_size=4, router="least-loaded")
     assert runtime.running == [] and runtime.placements == []
 
 
@@ -111,7 +111,7 @@ def test_nodes_that_are_too_small_are_named() -> None:
     page = params().bytes_per_page
     runtime = FakeRuntime({"a": 10 * page, "b": 20 * page})
     with session_on(runtime) as session, pytest.raises(PlanError) as caught:
-        PagedKVCacheManager(params(), session, 100, max_batch_size=4)
+        PagedKVCacheManager(params(), session, 100, max_batch_size=4, router="least-loaded")
     text = str(caught.value)
     assert "host-of-a" in text and "host-of-b" in text and "100 page(s)" in text
     assert str(10 * page) in text and "ask for at most 9 pages" in text
@@ -130,14 +130,14 @@ def test_replicas_that_fit_one_by_one_but_not_together_are_refused() -> None:
     page = params().bytes_per_page
     runtime = FakeRuntime({"a": 60 * page})
     with session_on(runtime) as session, pytest.raises(PlanError, match=r"host-of-a.*2 replica"):
-        PagedKVCacheManager(params(), session, 20, max_batch_size=4)
+        PagedKVCacheManager(params(), session, 20, max_batch_size=4, router="least-loaded")
     assert runtime.running == [] and runtime.placements == []
 
 
 def test_cuda_needs_gpus() -> None:
     runtime = FakeRuntime()
     with session_on(runtime) as session, pytest.raises(PlanError, match=r"host-of-node-a has 0 GPU\(s\)"):
-        PagedKVCacheManager(params(devices=["cuda:0", "cuda:1"]), session, 8, max_batch_size=4)
+        PagedKVCacheManager(params(devices=["cuda:0", "cuda:1"]), session, 8, max_batch_size=4, router="least-loaded")
 
 
 # -- by name -----------------------------------------------------------------------------------------
@@ -149,10 +149,14 @@ def test_a_second_session_of_that_name_uses_the_same_actors() -> None:
         started = list(runtime.actors)
         first.claim("r", 1)
         with session_on(runtime, "prod") as session:
-            second = PagedKVCacheManager(params(), session, 16, enable_runtime_checks=True, max_batch_size=8)
+            second = PagedKVCacheManager(
+                params(), session, 16, enable_runtime_checks=True, max_batch_size=8, router="least-loaded"
+            )
             assert runtime.actors == started
             assert second.contains("r", 1)
-            anything = PagedKVCacheManager(params(), session, 16, max_batch_size=8)  # index 1: another one
+            anything = PagedKVCacheManager(
+                params(), session, 16, max_batch_size=8, router="least-loaded"
+            )  # index 1: another one
             assert len(runtime.actors) == 2 * len(started)
             anything.shutdown()
         assert first.contains("r", 1), "closing a named session leaves its managers alone"
@@ -162,7 +166,9 @@ def test_a_second_session_of_that_name_uses_the_same_actors() -> None:
 def test_attaching_without_a_page_count_takes_what_runs() -> None:
     runtime = FakeRuntime()
     with manager_on(runtime, name="prod", pages=12), session_on(runtime, "prod") as session:
-        assert PagedKVCacheManager(params(), session, None, max_batch_size=8).get_num_pages(0) == 12
+        assert (
+            PagedKVCacheManager(params(), session, None, max_batch_size=8, router="least-loaded").get_num_pages(0) == 12
+        )
 
 
 @pytest.mark.parametrize(
@@ -178,7 +184,7 @@ def test_attaching_without_a_page_count_takes_what_runs() -> None:
 )
 def test_attaching_with_other_settings_names_them(what: str, changes: dict, options: dict) -> None:
     runtime = FakeRuntime()
-    wanted = {"total_num_pages": 16, "max_batch_size": 8} | options
+    wanted = {"total_num_pages": 16, "max_batch_size": 8, "router": "least-loaded"} | options
     with manager_on(runtime, name="prod") as first, session_on(runtime, "prod") as session:
         running = runtime.running
         with pytest.raises(ConfigError, match=f"'prod/0' runs with other settings: {what};"):
@@ -193,8 +199,8 @@ def test_a_refused_attempt_does_not_use_up_the_name() -> None:
     with manager_on(runtime, name="prod"), session_on(runtime, "prod") as session:
         running = runtime.running
         with pytest.raises(ConfigError, match="max_batch_size"):
-            PagedKVCacheManager(params(), session, 16, max_batch_size=9)
-        PagedKVCacheManager(params(), session, 16, max_batch_size=8)
+            PagedKVCacheManager(params(), session, 16, max_batch_size=9, router="least-loaded")
+        PagedKVCacheManager(params(), session, 16, max_batch_size=8, router="least-loaded")
         assert runtime.running == running, "it attached, nothing new was started"
 
 
@@ -205,7 +211,7 @@ def test_two_drivers_at_once_start_one_cluster() -> None:
         running, find = runtime.running, runtime.find
         answers = [None, find]
         runtime.find = lambda name: answer(name) if (answer := answers.pop(0) if answers else find) else None
-        second = PagedKVCacheManager(params(), session, 16, max_batch_size=8)
+        second = PagedKVCacheManager(params(), session, 16, max_batch_size=8, router="least-loaded")
         assert runtime.running == running and len(runtime.placements) == 1, "what it had begun is gone"
         first.claim("r", 0)
         assert second.contains("r", 0)
@@ -216,7 +222,7 @@ def test_attaching_to_a_dead_scheduler() -> None:
     with manager_on(runtime, name="prod"):
         runtime.fail = lambda event: ActorGoneError("shot") if event == ("run", "scheduler", "roster") else None
         with session_on(runtime, "prod") as session, pytest.raises(SchedulerLostError, match="shot"):
-            PagedKVCacheManager(params(), session, 16, max_batch_size=8)
+            PagedKVCacheManager(params(), session, 16, max_batch_size=8, router="least-loaded")
 
 
 # -- the end -------------------------------------------------------------------------------------------
@@ -238,14 +244,16 @@ def test_shutdown_is_idempotent_and_final() -> None:
 def test_closing_the_session_shuts_its_managers_down() -> None:
     runtime = FakeRuntime()
     with session_on(runtime) as session:
-        managers = [PagedKVCacheManager(params(), session, 8, max_batch_size=4) for _ in range(2)]
+        managers = [
+            PagedKVCacheManager(params(), session, 8, max_batch_size=4, router="least-loaded") for _ in range(2)
+        ]
         assert len(runtime.running) == 6
     assert runtime.running == [] and runtime.placements == [] and runtime.disconnected == 1
     for manager in managers:
         with pytest.raises(ClosedError):
             manager.claim("r", 0)
     with pytest.raises(ClosedError, match="session"):
-        PagedKVCacheManager(params(), session, 8, max_batch_size=4)
+        PagedKVCacheManager(params(), session, 8, max_batch_size=4, router="least-loaded")
 
 
 def test_epochs_are_distinct_and_grow_from_start_to_start() -> None:

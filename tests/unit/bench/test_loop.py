@@ -177,6 +177,7 @@ def test_a_run_that_is_stopped_keeps_what_it_measured(
 
 
 TIERED = {
+    "router": "least-loaded",  # which scatters conversations, so that there is something to gain
     "peer_copies": False,
     "replicas": 2,
     "page_size": 8,
@@ -193,7 +194,8 @@ def _tier_tokens(driver: Driver) -> int:
 def test_tiers_serve_what_the_device_lost_and_what_an_earlier_run_left(serve: Serve, tmp_path: Path) -> None:
     workload = workloads.chat(30, seed=2, scale=0.02)
     pages = max(r.pages(8) for r in workload.requests)
-    plain = serve(workload, pages=pages, replicas=2, page_size=8, concurrency=6, peer_copies=False).measured
+    small = {k: TIERED[k] for k in ("router", "peer_copies", "replicas", "page_size", "concurrency")}
+    plain = serve(workload, pages=pages, **small).measured
     cold = serve(workload, pages=pages, disk_dir=str(tmp_path), **TIERED)
     assert cold.measured.cached > plain.cached and _tier_tokens(cold) > 0
     warm = serve(workload, pages=pages, disk_dir=str(tmp_path), **TIERED)

@@ -19,7 +19,7 @@ Lengths = Callable[..., Workload]
         ({"replicas": 0}, "--replicas is 0, at least 1"),
         ({"page_size": -4}, "--page-size is -4"),
         ({"token_budget": 0}, "--token-budget is 0"),
-        ({"router": "magic"}, "--router 'magic' is not one of round-robin, least-loaded"),
+        ({"router": "magic"}, "--router 'magic' is not one of cost, round-robin, least-loaded, prefix, session"),
         ({"forward": "magic"}, "--forward 'magic'"),
         ({"runtime": "magic"}, "--runtime 'magic'"),
     ],

@@ -217,5 +217,5 @@ def test_a_tier_without_a_size_is_refused_and_one_of_gigabytes_is_counted_in_pag
 
 
 def test_an_unknown_router_is_refused_by_name(make) -> None:
-    with pytest.raises(ConfigError, match="'random' is not one of round-robin, least-loaded"):
+    with pytest.raises(ConfigError, match="'random' is not one of cost, round-robin, least-loaded, prefix, session"):
         make(4, router="random")

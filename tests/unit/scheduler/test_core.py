@@ -22,7 +22,7 @@ from rayk.errors import (
 from rayk.metrics import KVCacheMetrics
 from rayk.scheduler.asks import Ask, Told
 from rayk.scheduler.core import SchedulerCore
-from rayk.scheduler.routing import make_router
+from rayk.scheduler.desk import DeskSettings
 from rayk.views import Sender
 
 LOST = m.failure(ReplicaLostError(1, 11, [], "it died"))
@@ -79,7 +79,8 @@ class Scheduler:
 
     def __init__(self, replicas: int = 2, copies: bool = False, router: str = "least-loaded") -> None:
         self.now = 100.0
-        self.core = SchedulerCore([10 + r for r in range(replicas)], make_router(router), copies, lambda: self.now, 4)
+        settings = DeskSettings(router, (1000,) * replicas, 4)
+        self.core = SchedulerCore([10 + r for r in range(replicas)], settings, copies, lambda: self.now)
         self.rounds: list[list[tuple[int, str]]] = []
         self.asked: list[Ask] = []
 
@@ -187,7 +188,7 @@ def test_answers_are_put_back_in_the_order_of_the_requests() -> None:
 def test_the_router_places_what_has_no_replica() -> None:
     scheduler = Scheduler(2)
     done = scheduler.place(place("a", length=9), place("b"), place("c"), place("d"))
-    assert done.replicas == [0, 1, 1, 1]
+    assert done.replicas == [0, 1, 1, 0]
 
 
 def test_nothing_to_place_asks_nothing() -> None:

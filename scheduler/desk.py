@@ -1,0 +1,228 @@
+"""Where the router's choices are made and kept account of: the policy, what it looks at, and what came of it.
+
+    fleet    how busy each replica is: what the replica reported last, and what was placed there since
+    index    which pages it holds: what it reported, and what those placed there will store
+
+A request counts from the moment it is placed, so that a burst does not herd onto one replica, until it is removed.
+Replicas report with their answers (messages.News); a report settles what it covers, so that nothing drifts.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from rayk.hashing import PageHash, PageHasher, RootKey
+from rayk.messages import News
+from rayk.pages import Pages
+from rayk.scheduler.choice import Choice, Wish
+from rayk.scheduler.fleet import Fleet
+from rayk.scheduler.index import PrefixIndex, short_keys
+from rayk.scheduler.policies import WANT_KEYS, make_policy
+
+REMEMBERED = 4096  # choices that can still be explained
+
+
+@dataclass(frozen=True)
+class DeskSettings:
+    """What a desk is made from: the policy's name, pages of each replica, and how pages are hashed."""
+
+    router: str
+    pages: tuple[int, ...]
+    page_size: int
+    algorithm: str = "xxh3_128"
+    seed: bytes = b""
+    caching: bool = True
+
+    @property
+    def keyed(self) -> bool:
+        """Whether the policy goes by cached pages, so that replicas have to tell of them."""
+        return self.caching and self.router in WANT_KEYS and len(self.pages) > 1
+
+    def make(self, clock: Callable[[], float]) -> Desk:
+        """The desk; ConfigError for an unknown policy."""
+        hasher = PageHasher(self.algorithm, self.seed, self.page_size) if self.keyed else None
+        return Desk(self.router, [n * self.page_size for n in self.pages], self.page_size, hasher, clock)
+
+
+class IndexFeed:
+    """Tells an index at once what a replica of this process caches: a listener of its prefix tree."""
+
+    def __init__(self, index: PrefixIndex, replica: int) -> None:
+        self._index = index
+        self._replica = replica
+
+    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
+        """See PageListener."""
+        self._index.stored(self._replica, short_keys(hashes))
+
+    def removed(self, hashes: Sequence[PageHash]) -> None:
+        """See PageListener."""
+        self._index.removed(self._replica, short_keys(hashes))
+
+
+class Made(NamedTuple):
+    """A choice that was made: for whom, when, and why."""
+
+    wish: Wish
+    choice: Choice
+    at: float
+
+
+class _Placed:
+    """A request on a replica: `tokens` that its pages hold, of which it has `compute` to prefill. `promised` are keys
+    of pages that it will store."""
+
+    __slots__ = ("compute", "promised", "replica", "tokens", "under_way")
+
+    def __init__(self, replica: int, tokens: int, compute: int, promised: list[int]) -> None:
+        self.replica = replica
+        self.tokens = tokens
+        self.compute = compute
+        self.promised = promised
+        self.under_way = True
+
+
+class Desk:
+    """`capacities` are tokens per replica. `hasher` makes the keys of pages; None where the policy needs none."""
+
+    def __init__(
+        self,
+        router: str,
+        capacities: Sequence[int],
+        page_size: int,
+        hasher: PageHasher | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.router = router
+        self.index = PrefixIndex(len(capacities))
+        self.fleet = Fleet(0)
+        for capacity in capacities:
+            self.fleet.join(1, capacity)
+        self.keyed = hasher is not None
+        self.known = [-1] * len(capacities)  # the last batch that each replica reported
+        self._policy = make_policy(router, self.index, page_size)
+        self._page_size = page_size
+        self._hasher = hasher
+        self._clock = clock
+        self._placed: dict[str, _Placed] = {}
+        self._under_way = [0] * len(capacities)  # tokens to compute for what was placed and not answered yet
+        self._reported = [0] * len(capacities)  # tokens that a replica said it still has to compute
+        self._told = [0] * len(capacities)  # by which batch that was
+        self._made: OrderedDict[str, Made] = OrderedDict()
+
+    # -- choices -----------------------------------------------------------------------------------
+
+    def keys(self, tokens: bytes, root: RootKey, pending: int = 0) -> Sequence[int]:
+        """Keys of the pages that a request (raw int32) may reuse: all full ones before its last token."""
+        assert self._hasher is not None
+        pages = (len(tokens) // 4 - max(1, pending)) // self._page_size
+        hasher = self._hasher
+        return short_keys(hasher.chain(hasher.root(root), tokens[: 4 * pages * self._page_size])) if pages > 0 else []
+
+    def choose(self, request_id: str, wish: Wish) -> int:
+        """The replica for a request, -1 when none takes any."""
+        choice = self._with_room(self._policy.choose(wish, self.fleet), wish)
+        self._made[request_id] = Made(wish, choice, self._clock())
+        self._made.move_to_end(request_id)
+        if len(self._made) > REMEMBERED:
+            self._made.popitem(last=False)
+        return choice.replica
+
+    def _with_room(self, choice: Choice, wish: Wish) -> Choice:
+        """A choice by cost as it is, unless that replica would refuse and another would not: then the cheapest such."""
+        fleet, parts = self.fleet, choice.parts
+        full = fleet.held + self._slots(wish) > fleet.capacity
+        if choice.replica < 0 or parts is None or not full[choice.replica] or full.all():
+            return choice
+        replica = fleet.lowest(np.where(full, np.inf, parts.cost))
+        return Choice(replica, parts) if not full[replica] and fleet.ready[replica] else choice
+
+    def _slots(self, wish: Wish) -> int:
+        """What its pages offer: whole ones, with room for the next token."""
+        return -(-(wish.tokens + 1) // self._page_size) * self._page_size if wish.tokens else 0
+
+    def elsewhere(self, replica: int, keys: Sequence[int]) -> bool:
+        """Whether another replica has any of these pages, or soon will."""
+        return bool(keys) and any(r != replica for step in self.index.holding(keys[:1]) for r in step.replicas)
+
+    def made(self, request_id: str) -> Made | None:
+        """The choice for that request, if it was made here and not long ago."""
+        return self._made.get(request_id)
+
+    # -- accounts ----------------------------------------------------------------------------------
+
+    def place(self, request_id: str, replica: int, wish: Wish) -> None:
+        """The request goes to `replica`; to be called once, before anything else is chosen."""
+        cached, promised = 0, []
+        if wish.keys:
+            cached = int(self.index.reach(wish.keys).device[replica]) * self._page_size
+            promised = self.index.promise(replica, wish.keys)
+        compute, slots = wish.tokens - cached, self._slots(wish)
+        self.fleet.place(replica, compute, slots)
+        self._placed[request_id] = _Placed(replica, slots, compute, promised)
+        self._under_way[replica] += compute
+
+    def answered(self, request_id: str) -> None:
+        """The replica has it: from now on its reports say what is left to compute."""
+        placed = self._placed.get(request_id)
+        if placed is not None and placed.under_way:
+            placed.under_way = False
+            self._under_way[placed.replica] -= placed.compute
+            self._settle(placed.replica)
+
+    def remove(self, request_id: str) -> None:
+        """The request left, or never came; unknown ones are ignored."""
+        placed = self._placed.pop(request_id, None)
+        if placed is not None:
+            replica = placed.replica
+            self.fleet.release(replica, placed.tokens)
+            if placed.promised:
+                self.index.withdraw(replica, placed.promised)
+            if placed.under_way:
+                self._under_way[replica] -= placed.compute
+                self._settle(replica)
+
+    def _settle(self, replica: int) -> None:
+        self.fleet.waits(replica, self._reported[replica] + self._under_way[replica])
+
+    # -- reports -----------------------------------------------------------------------------------
+
+    def hear(self, replica: int, news: News) -> None:
+        """A replica's report. One that does not continue what is known changes nothing: the next is asked for again."""
+        known = self.known[replica]
+        if news.since >= 0 and not news.since <= known < news.number:
+            return
+        if news.since < 0:
+            if known >= news.number:
+                return
+            self.index.cleared(replica)
+            batches = news.batches
+        else:
+            batches = news.batches[known - news.since :]
+        for batch in batches:
+            for stored, raw in batch:
+                change = self.index.stored if stored else self.index.removed
+                change(replica, np.frombuffer(raw, "<u8").tolist())
+        self.known[replica] = news.number
+        self.report(replica, news.unfilled, news.number)
+
+    def report(self, replica: int, unfilled: int, number: int) -> None:
+        """After its batch `number` a replica had so many tokens left to compute, of what it had answered."""
+        if number >= self._told[replica]:
+            self._reported[replica], self._told[replica] = unfilled, number
+            self._settle(replica)
+
+    def behind(self, seen: Sequence[int]) -> list[int]:
+        """Replicas of which a driver saw more than was reported here."""
+        return [r for r, number in enumerate(seen[: len(self.known)]) if number > max(0, self.known[r])]
+
+    def lost(self, replica: int) -> None:
+        """The replica is gone with all that it held."""
+        self.index.cleared(replica)
+        self.fleet.set_ready(replica, False)
+        self.fleet.forget(replica)

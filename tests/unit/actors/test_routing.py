@@ -1,0 +1,188 @@
+"""Routing by what replicas hold, in both runtimes: the index is what they hold, and what was done counts at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+
+from rayk import InferenceSession, PagedKVCacheManager, TextContext
+from rayk import messages as m
+from rayk.errors import ConfigError, InsufficientBlocksError
+from rayk.journal import Journal, Unfilled
+from rayk.scheduler.describe import explain
+from rayk.scheduler.desk import Desk, DeskSettings
+
+from .fake import FakeRuntime, params, session_on
+
+RUNTIMES = ["inline", "eager", "lazy"]
+
+
+@contextmanager
+def manager_of(kind: str, replicas: int = 3, pages: int = 24, copies: bool = False) -> Iterator[Any]:
+    """A manager that routes by cost, its desk, and its runtime (None inline)."""
+    runtime = None if kind == "inline" else FakeRuntime(lazy=kind == "lazy")
+    with InferenceSession() if runtime is None else session_on(runtime, "n") as session:
+        settings = params(replicas, enable_dp_cross_replica_prefix_copy=copies)
+        manager = PagedKVCacheManager(settings, session, pages, enable_runtime_checks=True, max_batch_size=8)
+        yield manager, desk_of(manager, runtime), runtime
+        manager.shutdown()
+
+
+def desk_of(manager: PagedKVCacheManager, runtime: FakeRuntime | None) -> Desk:
+    desk: Desk = manager._backend._desk if runtime is None else runtime.actor("scheduler").instance._core.desk  # type: ignore[attr-defined]
+    return desk
+
+
+def serve(manager: PagedKVCacheManager, ctx: TextContext, keep: bool = False) -> int:
+    [replica] = manager.admit([ctx])
+    ctx.update(1)
+    manager.step([[ctx] if r == replica else [] for r in range(manager.params.data_parallel_degree)])
+    if not keep:
+        manager.release(ctx.request_id, replica)
+    return replica
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_a_prefix_is_found_again(kind: str) -> None:
+    with manager_of(kind) as (manager, desk, _):
+        first = serve(manager, TextContext("a", range(17), 100))
+        others = [TextContext(f"other-{i}", range(100 * i, 100 * i + 9), 100) for i in range(1, 5)]
+        for ctx in others:
+            serve(manager, ctx)
+        again = TextContext("b", [*range(16), 7, 7, 7], 100)
+        assert serve(manager, again) == first and again.cached_prefix_length == 16
+        parts = desk.made("b").choice.parts
+        assert parts.cached.tolist() == [16 if r == first else 0 for r in range(3)]
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_requests_of_one_batch_that_share_a_prefix_go_together(kind: str) -> None:
+    with manager_of(kind) as (manager, _, _):
+        groups = [[TextContext(f"{g}-{i}", [*range(50 * g, 50 * g + 12), i], 100) for i in range(2)] for g in range(3)]
+        replicas = manager.admit([groups[g][i] for i in range(2) for g in range(3)])
+        assert replicas[:3] == replicas[3:] and len(set(replicas)) == 3
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_index_is_what_replicas_hold(kind: str, copies: bool, seed: int) -> None:
+    """Under eviction, resets, refusals and releases; promises left out, since nothing runs at the end."""
+    draw = random.Random(seed)
+    with manager_of(kind, copies=copies) as (manager, desk, _):
+        held: dict[str, tuple[TextContext, int]] = {}
+        for i in range(60):
+            length = draw.randint(1, 30)
+            ctx = TextContext(f"r{i}", [draw.randint(0, 1) * 50 + t for t in range(length)], 200)
+            with suppress(InsufficientBlocksError):
+                held[ctx.request_id] = (ctx, serve(manager, ctx, keep=True))
+            while held and draw.random() < 0.6:
+                request_id = draw.choice(sorted(held))
+                manager.release(request_id, held.pop(request_id)[1])
+            if draw.random() < 0.05:
+                manager.reset_prefix_cache()
+            desk.index.check_integrity()
+        for request_id, (_, replica) in held.items():
+            manager.release(request_id, replica)
+        manager.admit([TextContext("last", [9999], 100)])  # brings the news of all that was seen
+        manager.release("last", next(r for r in range(3) if manager.contains("last", r)))
+        assert [desk.index.pages(r) for r in range(3)] == [manager._backend.usage(r).cached for r in range(3)]
+        assert sum(desk.fleet.held.tolist()) <= 4, "the last release is told with the next message"
+        assert sum(desk.fleet.work.tolist()) <= 1
+
+
+def test_nobody_is_asked_for_what_is_known() -> None:
+    with manager_of("eager", copies=True) as (manager, _, runtime):
+        with runtime.watch() as sent:
+            manager.admit([TextContext(f"r{i}", range(100 * i, 100 * i + 9), 99) for i in range(3)])
+        assert [what for _, what in sent] == ["PlaceMany", "Admit", "Admit", "Admit"], "no lookup: nobody has any of it"
+
+
+def test_what_a_driver_was_told_is_done_counts() -> None:
+    """A step goes straight to its replica; the next admission asks that replica, and only that, for its news."""
+    with manager_of("eager") as (manager, _, runtime):
+        ctx = TextContext("a", range(17), 100)
+        [replica] = manager.admit([ctx])
+        ctx.update(1)
+        manager.step([[ctx] if r == replica else [] for r in range(3)])
+        with runtime.watch() as sent:
+            assert manager.admit([TextContext("b", range(17), 100)]) == [replica]
+        assert sent == [("scheduler", "PlaceMany"), (f"replica-{replica}", "GetNews"), (f"replica-{replica}", "Admit")]
+
+
+def test_a_decision_is_explained() -> None:
+    with manager_of("eager") as (manager, _, runtime):
+        serve(manager, TextContext("a", range(17), 100))
+        why = explain(runtime, "n", "a")
+        assert (why.router, why.tokens, why.manager) == ("cost", 17, "n/0")
+        assert sorted(c["replica"] for c in why.candidates) == [0, 1, 2]
+        assert min(why.candidates, key=lambda c: c["cost"])["replica"] == why.replica
+        with pytest.raises(ConfigError, match="'nobody'"):
+            explain(runtime, "n", "nobody")
+
+
+# -- the journal -----------------------------------------------------------------------------------
+
+
+def keys(*numbers: int) -> list[Any]:
+    return [number.to_bytes(8, "little") + b"rest" for number in numbers]
+
+
+def told(desk: Desk, journal: Journal) -> bool:
+    news = journal.news(desk.known[0], free=5)
+    if news is not None:
+        desk.hear(0, news)
+    return news is not None
+
+
+def test_news_continue_where_the_reader_is() -> None:
+    journal = Journal(lambda: iter(()))
+    desk = DeskSettings("cost", (9, 9), 4).make(lambda: 0.0)
+    assert told(desk, journal) and not told(desk, journal)
+    journal.stored(b"", keys(1, 2, 3), None, b"")  # type: ignore[arg-type]
+    assert journal.close(7) == 1
+    journal.removed(keys(3))
+    assert journal.close(7) == 2 and journal.close(7) == 2, "nothing changed"
+    late = journal.news(0, free=5)
+    assert told(desk, journal) and desk.index.pages(0) == 2 and desk.fleet.work[0] == 7
+    assert late is not None
+    desk.hear(0, late)
+    assert desk.index.pages(0) == 2, "heard before"
+    journal.stored(b"", keys(5), None, b"")  # type: ignore[arg-type]
+    journal.close(7)
+    skipped = m.News(5, 4, [[(True, b"12345678")]], 0, 0)
+    desk.hear(0, skipped)
+    assert desk.known[0] == 2, "a gap: asked for again"
+    assert told(desk, journal) and desk.index.pages(0) == 3
+
+
+def test_who_is_too_far_behind_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayk.journal.KEPT", 2)
+    journal = Journal(lambda: iter(keys(7, 8)))
+    desk = DeskSettings("cost", (9, 9), 4).make(lambda: 0.0)
+    assert told(desk, journal)
+    for i in range(5):
+        journal.stored(b"", keys(i, 100 + i), None, b"")  # type: ignore[arg-type]
+        journal.close(0)
+    news = journal.news(0, 0)
+    assert news is not None and news.since == -1
+    desk.hear(0, news)
+    assert desk.index.pages(0) == 2 and desk.known[0] == 5
+
+
+def test_unfilled_is_what_is_left_of_prompts() -> None:
+    unfilled, ctx = Unfilled(), TextContext("r", range(10), 20)
+    unfilled.now("r", 10)
+    unfilled.now("s", 5)
+    ctx.tokens.chunk(4)
+    ctx.update(0)
+    unfilled.seen([ctx])
+    assert unfilled.total == 11
+    ctx.update(0)
+    unfilled.seen([ctx])
+    unfilled.drop("s")
+    assert unfilled.total == 0
