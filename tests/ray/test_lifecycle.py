@@ -26,7 +26,7 @@ def embedded():
 
 def use(session):
     m = PagedKVCacheManager(p, session, 16, max_batch_size=4)
-    m.admit([TextContext("a", range(9), 100), TextContext("b", range(9), 100)])
+    m.admit([TextContext("a", range(9), 100), TextContext("b", range(50, 59), 100)])
     assert m.execute([[]], lambda inputs, batch: 1 + 1) == [2]
     return m
 

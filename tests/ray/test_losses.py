@@ -121,7 +121,7 @@ def test_a_replica_that_died_while_nobody_looked(manager: PagedKVCacheManager) -
             call()
         assert caught.value.replica == 0 and caught.value.requests == ["a"]
     with pytest.raises(ReplicaLostError):
-        manager.admit([TextContext(f"n{i}", range(5), 100) for i in range(4)])
+        manager.admit([TextContext(f"n{i}", range(9 * i, 9 * i + 5), 100) for i in range(4)])
     assert not manager.contains("n1", 1), "of a batch that failed nothing stays claimed"
     assert time.monotonic() - started < NOTICED_SECONDS
 
