@@ -46,7 +46,7 @@ def groups():
 """
 SERVE = """
 manager = manage(join())
-placed = manager.admit([TextContext(n, range(20 * ord(n), 20 * ord(n) + 9), 100) for n in "abcd"])
+placed = manager.admit([TextContext(n, [ord(n)] * 9, 100) for n in "abcd"])
 say(placed=placed, pids=manager.execute([[], []], pid))
 time.sleep(120)
 """
@@ -158,7 +158,7 @@ with join() as session:
         time.sleep(.05)
     say(groups=groups())
     with manage(session) as manager:
-        say(placed=manager.admit([TextContext(n, range(20 * ord(n), 20 * ord(n) + 9), 100) for n in "abcd"]), pids=manager.execute([[], []], pid))
+        say(placed=manager.admit([TextContext(n, [ord(n)] * 9, 100) for n in "abcd"]), pids=manager.execute([[], []], pid))
     say(groups=groups())
 say(over=True)
 """)
@@ -190,7 +190,7 @@ while True:
         break
     time.sleep(.1)
 say(used=used, claimed=[n for n in "abcd" for r in range(2) if manager.contains(n, r)],
-    placed=manager.admit([TextContext(n, range(20 * ord(n), 20 * ord(n) + 9), 100) for n in "abcd"]), pids=manager.execute([[], []], pid))
+    placed=manager.admit([TextContext(n, [ord(n)] * 9, 100) for n in "abcd"]), pids=manager.execute([[], []], pid))
 session.close()
 while any(t.name == "rayk-lease" for t in threading.enumerate()) and time.monotonic() < deadline:
     time.sleep(.05)
