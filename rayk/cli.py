@@ -140,12 +140,8 @@ def bench(
         typer.Option(help="Ray cluster to join; otherwise one that runs, or a new one.", rich_help_panel=_CLUSTER),
     ] = None,
     router: Annotated[
-        str | None,
-        typer.Option(
-            help="cost (the default), round-robin, least-loaded (the default with --forward hf), prefix or session.",
-            rich_help_panel=_CLUSTER,
-        ),
-    ] = None,
+        str, typer.Option(help="cost, round-robin, least-loaded, prefix or session.", rich_help_panel=_CLUSTER)
+    ] = "cost",
     peer_copies: Annotated[
         bool,
         typer.Option(
@@ -255,7 +251,7 @@ def bench(
             "replicas": replicas,
             "runtime": runtime,
             "address": address,
-            "router": router or ("least-loaded" if forward == "hf" else "cost"),
+            "router": router,
             "page_size": page_size,
             "layers": layers,
             "kv_heads": kv_heads,

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from rayk import messages as m
 from rayk.errors import ConfigError
 from rayk.metrics import KVCacheMetrics
@@ -126,6 +128,6 @@ class SchedulerCore:
             made.choice.replica,
             made.wish.tokens,
             self._clock() - made.at,
-            list(Candidate._fields) if candidates else [],
-            [[float(value) for value in candidate] for candidate in candidates],
+            list(Candidate.__struct_fields__) if candidates else [],
+            [[float(value) for value in msgspec.structs.astuple(candidate)] for candidate in candidates],
         )

@@ -12,7 +12,7 @@ from rayk.bench.capacity import check_fits
 from rayk.bench.loop import LoopSettings
 from rayk.bench.quantity import parse_size, show_bytes
 from rayk.bench.request import Workload
-from rayk.errors import ConfigError, NotBuiltError
+from rayk.errors import ConfigError
 from rayk.params import KVConnectorConfig, MHAKVCacheParams
 from rayk.planning import measure_node, planned_pages
 
@@ -24,7 +24,6 @@ BATCHES_KEPT = 3
 
 LEAST_HOST_PAGES = 64
 
-ENGINE_ROUTERS = ("round-robin", "least-loaded")  # of --forward hf, which places its requests itself
 ROUTERS = ("cost", "round-robin", "least-loaded", "prefix", "session")
 FORWARDS = ("verify", "none", "hf")
 RUNTIMES = ("ray", "inline")
@@ -75,8 +74,6 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"--{name} {value!r} is not one of {', '.join(allowed)}")
         if (self.model is not None) != (self.forward == "hf"):
             raise ConfigError("--forward hf needs --model DIR, and --model is for --forward hf")
-        if self.forward == "hf" and self.router not in ENGINE_ROUTERS:
-            raise NotBuiltError(f"--router {self.router} with --forward hf")
 
     def params(self) -> MHAKVCacheParams:
         """The cache's parameters. ConfigError for shapes that do not fit together."""

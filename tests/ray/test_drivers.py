@@ -158,7 +158,8 @@ with join() as session:
         time.sleep(.05)
     say(groups=groups())
     with manage(session) as manager:
-        say(placed=manager.admit([TextContext(n, [ord(n)] * 9, 100) for n in "abcd"]), pids=manager.execute([[], []], pid))
+        placed = manager.admit([TextContext(n, [ord(n)] * 9, 100) for n in "abcd"])
+        say(placed=placed, pids=manager.execute([[], []], pid))
     say(groups=groups())
 say(over=True)
 """)
