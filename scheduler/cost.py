@@ -33,7 +33,7 @@ class Weights(NamedTuple):
     """See the module. Prices are parts of what computing the tokens would cost; 1 or more: not worth fetching."""
 
     crowd: float = 0.5
-    keep: float = 2.5
+    keep: float = 3.0
     pressure: float = 4.0
     step: float = 2048.0
     host_price: float = 0.1

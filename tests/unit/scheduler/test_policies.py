@@ -146,7 +146,7 @@ def test_tiers_and_copies_have_their_price() -> None:
     assert parts is not None
     assert parts.prefill.tolist() == [100, 10, 10, 10]
     assert parts.loading.tolist() == pytest.approx([0, 9, 45, 7])
-    assert parts.keep.tolist() == pytest.approx([2.5 * 90 / 3, 0, 0, 0])
+    assert parts.keep.tolist() == pytest.approx([3.0 * 90 / 3, 0, 0, 0])
     lent = Cost(index, PAGE, Weights(peer_price=0.2)).choose(wish, Fleet(4)).parts
     assert lent is not None and lent.prefill[0] == 10 and lent.loading[0] == pytest.approx(18)
 
@@ -158,7 +158,7 @@ def test_a_page_with_many_holders_is_cheap_to_store_again() -> None:
     index.stored(0, KEYS[:6])
     parts = Cost(index, PAGE).choose(Wish(100, KEYS), Fleet(5)).parts
     assert parts is not None
-    two, four = 2 * PAGE * 2.5, 4 * PAGE * 2.5 / 3
+    two, four = 2 * PAGE * 3.0, 4 * PAGE * 3.0 / 3
     assert parts.keep.tolist() == pytest.approx([0, two, two, two + four, two + four])
 
 
