@@ -46,13 +46,18 @@ class PageCopier(Protocol):
         ...
 
 
-def make_copier(buffers: Sequence[torch.Tensor], copies: int = 1) -> PageCopier:
+def make_copier(buffers: Sequence[torch.Tensor], copies: Sequence[int] | None = None) -> PageCopier:
     """`buffers` are uint8 `[pages, bytes per page]`, one per device buffer, sharing memory with it.
 
-    Each run of `copies` buffers holds the same bytes (a replicated cache's TP shards); a row has them once.
+    `copies` are the lengths of the runs of buffers that hold the same bytes (a replicated cache's TP shards), of which
+    a row has one; by default each buffer is its own.
     """
-    copier = CudaCopier if any(b.is_cuda for b in buffers) else HostCopier
-    return copier([buffers[at : at + copies] for at in range(0, len(buffers), copies)])
+    groups, at = [], 0
+    for count in copies or [1] * len(buffers):
+        groups.append(buffers[at : at + count])
+        at += count
+    assert at == len(buffers)
+    return CudaCopier(groups) if any(b.is_cuda for b in buffers) else HostCopier(groups)
 
 
 def _parts(groups: Groups) -> list[tuple[int, int]]:

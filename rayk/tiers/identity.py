@@ -41,11 +41,14 @@ def read_seed(folder: Path) -> bytes | None:
 
 
 def find_seed(params: KVCacheParams) -> bytes:
-    """The seed of a cluster that was given none: the one kept with its tier directory, else a new one."""
+    """The seed of a cluster that was given none: the one kept with its tier directory, else a new one, kept there."""
     config = params.kv_connector_config
-    folder = config.disk_offload_dir if config is not None else None
-    known = read_seed(Path(folder)) if folder is not None else None
-    return known if known is not None else os.urandom(SEED_BYTES)
+    folder = config.disk_offload_dir if config is not None and params.kv_connector == "tiered" else None
+    seed = os.urandom(SEED_BYTES)
+    if folder is not None:
+        with suppress(OSError):  # the disk tier will say what is wrong with the folder
+            return keep_seed(Path(folder), seed)
+    return seed
 
 
 def keep_seed(folder: Path, seed: bytes) -> bytes:

@@ -40,10 +40,7 @@ def open_connector(
         return _imported(params.kv_connector)(params, buffers, host_pages, pool)
     if params.kv_connector == "null" or not host_pages:
         return NullConnector()
-    # A replicated cache (MLA) has values, then scales, shard by shard: each run of TP shards is one set of bytes.
-    replicated = next(iter(params.leaves.values())).replicates_kv_across_tp
-    copier = make_copier(buffers, params.tensor_parallel_degree if replicated else 1)
-    counters = TierCounters()
+    copier, counters = make_copier(buffers, equal_buffers(params)), TierCounters()
     host = HostPool(pool, host_pages, copier.page_bytes, measure_node().host_free)
     if isinstance(copier, CudaCopier):
         trouble = register(host.rows)
@@ -68,6 +65,15 @@ def open_connector(
             except OSError as error:
                 disk.trouble = f"the seed cannot be kept at {folder}: {error.strerror}"
     return TieredConnector(copier, host, disk, workers, counters)
+
+
+def equal_buffers(params: KVCacheParams) -> list[int]:
+    """Lengths of the runs of device buffers that hold the same bytes: a replicated (MLA) cache's TP shards."""
+    counts: list[int] = []
+    for leaf in params.leaves.values():
+        tp, kinds = leaf.tensor_parallel_degree, 1 if leaf.layout.scale_shape is None else 2  # values, then scales
+        counts += [tp] * kinds if leaf.replicates_kv_across_tp else [1] * (tp * kinds)
+    return counts
 
 
 def _imported(name: str) -> Factory:

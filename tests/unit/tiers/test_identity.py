@@ -9,7 +9,7 @@ import rayk
 from rayk.buffers import PageBuffers
 from rayk.errors import PlanError
 from rayk.tiers.identity import fingerprint, keep_seed, read_seed
-from rayk.tiers.opening import open_connector
+from rayk.tiers.opening import equal_buffers, open_connector
 
 BASE = rayk.MHAKVCacheParams(
     dtype="float32", n_kv_heads=2, head_dim=4, num_layers=1, page_size=8, devices=["cpu"], enable_prefix_caching=True
@@ -53,6 +53,16 @@ def test_the_first_seed_is_kept(tmp_path: Path) -> None:
     assert [p.name for p in folder.iterdir()] == ["seed"]
     (folder / "seed").write_bytes(b"short")
     assert keep_seed(folder, b"b" * 32) == b"b" * 32
+
+
+def test_only_shards_of_a_replicated_cache_are_one() -> None:
+    common = {"dtype": "int8", "head_dim": 4, "num_layers": 1, "page_size": 8, "devices": ["cpu"] * 2}
+    scaled = rayk.KVCacheQuantizationConfig(scale_dtype="float32", quantization_granularity=4)
+    mla = rayk.MLAKVCacheParams(num_q_heads=2, kvcache_quant_config=scaled, **common)
+    mha = rayk.MHAKVCacheParams(n_kv_heads=2, **common)
+    both = rayk.MultiKVCacheParams.from_params({"target": mla, "draft": mha})
+    assert equal_buffers(both) == [2, 2, 1, 1]
+    assert sum(equal_buffers(both)) == len(PageBuffers(both, 2, ["cpu"] * 2).all_bytes)
 
 
 def test_no_tiers_were_asked_for() -> None:

@@ -278,7 +278,7 @@ def test_reads_overtake_writes_and_errors_stay_in_their_future() -> None:
 
 def test_shards_that_hold_the_same_are_kept_once() -> None:
     buffers = [torch.arange(8, dtype=torch.uint8).reshape(4, 2) + 10 * (i // 2) for i in range(4)]
-    copier, pool = make_copier(buffers, copies=2), np.zeros((2, 4), np.uint8)
+    copier, pool = make_copier(buffers, copies=[2, 2]), np.zeros((2, 4), np.uint8)
     assert copier.page_bytes == 4
     copier.store(np.array([1], np.int32), pool, [0])
     assert pool.tolist() == [[2, 3, 12, 13], [0, 0, 0, 0]]
