@@ -27,7 +27,8 @@ from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams
 from rayk.peers import copy_spans
-from rayk.replica import ReplicaCore, Reused, Usage
+from rayk.replica import ReplicaCore
+from rayk.request import Reused, Usage
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
 from rayk.tiers.identity import find_seed

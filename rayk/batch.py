@@ -17,7 +17,8 @@ from rayk.context import IntArray, TextContext, TokenWindow, as_int32
 from rayk.errors import BatchError, TokenError
 
 if TYPE_CHECKING:
-    from rayk.replica import ReplicaCore, Request
+    from rayk.replica import ReplicaCore
+    from rayk.request import Request
 
 Column = npt.NDArray[np.int64]
 

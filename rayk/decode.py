@@ -72,7 +72,7 @@ def alloc(core: ReplicaCore, batch: ContextBatch) -> bool:
     at = np.less(room, need, out=batch.short).nonzero()[0]
     if at.size and not _grow(core, batch, at, room[at], need[at]):
         return False
-    core.count_input(len(batch))
+    core.input_tokens += len(batch)
     batch.allocated = batch.moves
     return True
 

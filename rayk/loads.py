@@ -19,7 +19,8 @@ from rayk.pages import Pages
 from rayk.tiers.connector import Connector, Found, Landed, Tier, Transfer
 
 if TYPE_CHECKING:
-    from rayk.replica import ReplicaCore, Request
+    from rayk.replica import ReplicaCore
+    from rayk.request import Request
 
 log = logging.getLogger("rayk.tiers")
 

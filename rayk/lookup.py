@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rayk.allocation import slots_needed
 from rayk.context import TextContext
 from rayk.errors import RuntimeInputsError
 from rayk.inputs import BatchCharacteristics, BatchShape
@@ -41,7 +42,7 @@ def fill_batch(
         processed, end = window.processed, window.end
         slots, active = window.length + extra, end - processed
         if not ctx.plain:
-            slots = core.slots_needed(ctx)
+            slots = slots_needed(core, ctx)
             accepted, verify = len(ctx.maybe_accepted_draft_tokens), len(ctx.draft_tokens_to_verify)
             processed, end, active = processed + accepted, end + accepted + verify, active + verify
         room = request.room

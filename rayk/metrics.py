@@ -6,7 +6,7 @@ import msgspec
 
 
 class KVCacheMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters since the last reset. Tokens, pages ("blocks") and bytes; `+` adds field by field."""
+    """Counters since the last reset. Tokens, pages ("blocks") and bytes; `+` and `-` go field by field."""
 
     input_tokens: int = 0  # tokens that alloc() left to compute; every decode alloc counts 1
     cache_tokens: int = 0  # tokens that alloc() found cached, from any source
@@ -33,3 +33,6 @@ class KVCacheMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
     def __add__(self, other: KVCacheMetrics) -> KVCacheMetrics:
         return KVCacheMetrics(**{n: getattr(self, n) + getattr(other, n) for n in self.__struct_fields__})
+
+    def __sub__(self, other: KVCacheMetrics) -> KVCacheMetrics:
+        return KVCacheMetrics(**{n: getattr(self, n) - getattr(other, n) for n in self.__struct_fields__})

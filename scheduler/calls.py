@@ -32,7 +32,7 @@ from rayk.errors import (
     StaleContextError,
 )
 from rayk.inputs import BatchCharacteristics, BatchShape, table_only
-from rayk.replica import Usage
+from rayk.request import Usage
 from rayk.scheduler.cluster import Cluster
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount

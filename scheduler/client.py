@@ -18,7 +18,7 @@ from rayk.context import TextContext
 from rayk.errors import InsufficientBlocksError, RaykError, SchedulerLostError
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.metrics import KVCacheMetrics
-from rayk.replica import Usage
+from rayk.request import Usage
 from rayk.scheduler.calls import Calls, wait_for
 from rayk.scheduler.cluster import Cluster
 from rayk.ticks import Admission, HitCounts, Tick, TickResult

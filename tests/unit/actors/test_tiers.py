@@ -119,7 +119,7 @@ class Cache:
         """PROMPT was served once, and only the tier has it."""
         self.serve("first")
         self.manager.release("first", 0)
-        self.core._tree.reset()
+        self.core.tree.reset()
         assert self.core.resident(TextContext("q", PROMPT, 99)) == 0
 
 
@@ -157,7 +157,7 @@ def test_hit_counts_say_where_pages_are(cache: Cache) -> None:
     question = TextContext("q", [*PROMPT, 1, 2, 3, 4], 99)
     assert cache.manager.get_prefix_cache_hit_counts(question) == [(4, 0, 0)]
     cache.manager.release("first", 0)
-    cache.core._tree.reset()
+    cache.core.tree.reset()
     assert cache.manager.get_prefix_cache_hit_counts(question) == [(0, 0, 4)]
     cache.serve("short", PROMPT[:9])
     assert cache.manager.get_prefix_cache_hit_counts(question) == [(2, 0, 2)]
@@ -287,7 +287,7 @@ def test_a_connector_that_raises_is_a_miss(cache: Cache, caplog: pytest.LogCaptu
         setattr(cache.keeper, method, broken)
         ctx = cache.serve(f"after {method}")
         cache.manager.release(ctx.request_id, 0)
-        cache.core._tree.reset()
+        cache.core.tree.reset()
     assert len(caplog.records) == 1
 
 
@@ -316,7 +316,7 @@ def test_a_connector_of_ones_own_is_named_by_module_and_function() -> None:
         mine = PagedKVCacheManager(params(1, kv_connector=f"{__name__}:keeper"), session, 16, max_batch_size=8)
         assert isinstance(mine._backend.cores[0].connector, Keeper)
         assert serve(mine, PROMPT) == 0
-        mine._backend.cores[0]._tree.reset()
+        mine._backend.cores[0].tree.reset()
         assert serve(mine, PROMPT) == 16
         with pytest.raises(ConfigError, match="cannot be imported"):
             PagedKVCacheManager(params(1, kv_connector="no.such:thing"), session, 16, max_batch_size=8)
