@@ -223,7 +223,8 @@ class PrefixTree:
                     self._requeue(node)
             node = node.parent
         if node is not tip:
-            self._let_go_of_root(node)
+            node.refs -= 1
+            self._drop_if_unused(node)
 
     def release(self, tip: Segment) -> None:
         """A holder of the path to `tip` is done: what nobody else holds becomes evictable, as of now."""
@@ -240,7 +241,9 @@ class PrefixTree:
         if not tip.refs and len(tip.pages):
             self._queue.append((tick, tip))
             tip.queued = True
-        self._let_go_of_root(node)
+        node.refs -= 1
+        if not node.refs:
+            self._drop_if_unused(node)
         if len(self._queue) > 2 * self._segments + 64:
             self._queue = deque(entry for entry in self._queue if entry[0] == entry[1].tick)
 
@@ -256,10 +259,6 @@ class PrefixTree:
             at += 1
         self._queue.insert(at, (node.tick, node))
         node.queued = True
-
-    def _let_go_of_root(self, root: Segment) -> None:
-        root.refs -= 1
-        self._drop_if_unused(root)
 
     def _drop_if_unused(self, node: Segment) -> None:
         if isinstance(node, Root) and not node.refs and not node.children:
