@@ -50,8 +50,9 @@ class Fleet:
         def longer(array: npt.NDArray[np.generic], value: object) -> npt.NDArray[np.generic]:
             return np.append(array, np.full(replicas, value, array.dtype))
 
+        least = int(self.computed.min()) if len(self.computed) else 0  # or the new ones would win every tie for long
         self.work = longer(self.work, 0)  # type: ignore[assignment]  # as typed as it was
-        self.computed = longer(self.computed, self.computed.min(initial=0))  # type: ignore[assignment]
+        self.computed = longer(self.computed, least)  # type: ignore[assignment]
         self.requests = longer(self.requests, 0)  # type: ignore[assignment]
         self.held = longer(self.held, 0)  # type: ignore[assignment]
         self.capacity = longer(self.capacity, 1 << 62 if capacity is None else capacity)  # type: ignore[assignment]

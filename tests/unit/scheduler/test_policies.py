@@ -135,6 +135,16 @@ def test_idle_replicas_share_what_has_nothing_in_common() -> None:
     assert fleet.work.sum() == 100 and fleet.requests.sum() == 80 and fleet.held.sum() == 8000
 
 
+def test_a_replica_that_joins_does_not_win_every_tie() -> None:
+    fleet = Fleet(2, rate=1e9)
+    for now in range(10):
+        fleet.advance(float(now))
+        fleet.place(now % 2, 100, 100)
+    fleet.join(2)
+    fleet.advance(100.0)
+    assert fleet.computed.tolist() == [500] * 4 and fleet.work.tolist() == [0.0] * 4 and fleet.ready.all()
+
+
 def test_tiers_and_copies_have_their_price() -> None:
     index = PrefixIndex(4)
     index.stored(1, KEYS[:9], Tier.host)
