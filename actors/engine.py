@@ -65,8 +65,8 @@ class EngineActor:
             yield encode(report)
 
     def stats(self) -> EngineStats:
-        """The engine's counters, also while it computes."""
-        stats: EngineStats = self._host.engines[0].stats()
+        """The engine's counters, taken between two steps."""
+        stats: EngineStats = self._host.stats(0)
         return stats
 
     def ping(self) -> int:

@@ -46,6 +46,9 @@ class Steering:
         self._page_size = page_size
         self._limit = limit
         self._hasher = hasher
+        # Only the cost policy weighs running requests for themselves; for the others all that was placed is load,
+        # or fast prefills would leave every replica idle and the first one with all requests.
+        self._forgets_prefill = router == "cost"
         self._lost: set[int] = set()
         self._placed: dict[int, Placed] = {}
 
@@ -78,7 +81,7 @@ class Steering:
     def prefilled(self, number: int) -> None:
         """The request has its first token."""
         placed = self._placed.get(number)
-        if placed is not None and placed.compute:
+        if placed is not None and placed.compute and self._forgets_prefill:
             self._fleet.prefilled(placed.replica, placed.compute)
             self._placed[number] = placed._replace(compute=0)
 

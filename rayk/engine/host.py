@@ -10,11 +10,14 @@ from __future__ import annotations
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from threading import Condition, Thread
 from time import monotonic
 
 from rayk.engine.engine import Engine
 from rayk.engine.events import Event, Finished, Tokens
+from rayk.engine.settings import EngineStats
 from rayk.engine.wire import Cancel, Command, Report, Submit
 from rayk.errors import RaykError, RemoteError
 
@@ -29,7 +32,7 @@ class EngineHost:
         self.engines = tuple(engines)
         self._backlog = backlog
         self._heartbeat = heartbeat
-        self._inbox: deque[tuple[int, Command]] = deque()
+        self._inbox: deque[tuple[int, Command | Future[EngineStats]]] = deque()
         self._changed = Condition()
         self._events: list[list[Event]] = [[] for _ in engines]
         self._unread = 0  # tokens in `_events`
@@ -71,6 +74,17 @@ class EngineHost:
             if over:
                 return
             yield Report.of(events, self.engines[engine].steps)
+
+    def stats(self, engine: int) -> EngineStats:
+        """One engine's counters, taken between two steps."""
+        asked: Future[EngineStats] = Future()
+        with self._changed:
+            self._inbox.append((engine, asked))
+            self._changed.notify_all()
+        while self._thread.is_alive():
+            with suppress(TimeoutError):
+                return asked.result(timeout=0.1)
+        return self.engines[engine].stats()
 
     def stop(self) -> None:
         """End the thread after the step that it is in, and the reports."""
@@ -115,7 +129,7 @@ class EngineHost:
             if not behind and any(engine.busy for engine in self.engines):
                 return True
 
-    def _obey(self, index: int, command: Command) -> None:
+    def _obey(self, index: int, command: Command | Future[EngineStats]) -> None:
         engine = self.engines[index]
         match command:
             case Submit(asks):
@@ -124,6 +138,8 @@ class EngineHost:
                         engine.submit(ask.request())
                     except RaykError as error:
                         self._report(index, [Finished(ask.number, "error", error=error)])
+            case Future():
+                command.set_result(engine.stats())
             case Cancel(numbers):
                 for number in numbers:
                     engine.cancel(number)

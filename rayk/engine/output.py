@@ -166,4 +166,7 @@ class Handle:
         with self._lock:
             told, self._told = self._told, True
         if self.on_news is not None and not told:
-            self.on_news(self)
+            try:
+                self.on_news(self)
+            except Exception:  # whoever wanted to know is gone, such as a closed event loop
+                self.on_news = None

@@ -191,7 +191,7 @@ class InlineReplicas:
         return self._host.reports(replica)
 
     def stats(self, replica: int) -> EngineStats:
-        return self._host.engines[replica].stats()
+        return self._host.stats(replica)
 
     def drop(self, replica: int) -> None:
         """It is lost, and with it all others: they share a thread."""

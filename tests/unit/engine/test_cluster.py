@@ -199,6 +199,15 @@ def test_timeouts(cluster: Cluster) -> None:
         assert output.tokens == expected([i, i], 200)[: len(output.tokens)]
 
 
+def test_who_is_told_may_be_gone(cluster: Cluster) -> None:
+    def gone(handle: Any) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    [handle] = cluster.submit_all([[1, 2]], max_new_tokens=20, on_news=gone)
+    assert handle.result(20).tokens == expected([1, 2], 20)
+    assert cluster.live == [0, 1]
+
+
 def test_asyncio(cluster: Cluster) -> None:
     async def run() -> None:
         both = await asyncio.gather(

@@ -116,9 +116,11 @@ def test_the_engine_rests_while_its_reader_is_behind() -> None:
     for _ in range(10):
         assert stepped.acquire(timeout=5)
     assert not stepped.acquire(timeout=0.1), "ten tokens wait to be read"
+    assert hosted.stats(0).generated_tokens == 10, "and it answers"
     tokens, _ = collect(hosted.reports(0), 1)
     assert tokens == {1: expected([1, 1, 2], 100)}
     hosted.stop()
+    assert hosted.stats(0).finished == 1
 
 
 def test_deadlines_pass_while_it_rests() -> None:

@@ -66,12 +66,21 @@ def test_replicas_that_are_full_or_lost_get_nothing() -> None:
 
 
 def test_prefilled_tokens_do_not_count_as_work() -> None:
+    steer = steering("cost")
+    assert [steer.place(i, 100 + i, [], None) for i in range(2)] == [0, 1]
+    for number in (1, 1, 77):
+        steer.prefilled(number)
+    assert steer._fleet.work.tolist() == [100, 0] and steer.place(2, 10, [], None) == 1
+
+
+def test_least_loaded_counts_what_is_placed() -> None:
     steer = steering("least-loaded")
-    assert [steer.place(i, 10 + i, [], None) for i in range(2)] == [0, 1]
-    steer.prefilled(1)
-    steer.prefilled(1)
-    steer.prefilled(77)
-    assert steer.place(2, 10, [], None) == 1
+    assert [steer.place(i, 10, [], None) for i in range(2)] == [0, 1]
+    for number in range(2):
+        steer.prefilled(number)
+    assert [steer.place(i, 10, [], None) for i in (2, 3)] == [0, 1], "requests that decode are load"
+    steer.remove(1)
+    assert steer.place(4, 10, [], None) == 1
 
 
 def test_which_policies_look_at_pages() -> None:
