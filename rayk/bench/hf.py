@@ -239,6 +239,7 @@ class ModelDriver:
         self.running = self.waiting = measured.recomputed = 0
         for replica in self.cluster.live:
             stats = self.cluster.stats(replica)
+            measured.replicas[replica].see(stats.peak_used_pages)
             measured.replicas[replica].see(stats.pages - stats.free_pages)
             self.running += stats.running
             measured.recomputed += stats.recomputed_tokens

@@ -71,6 +71,7 @@ class Engine:
         self._events: list[Event] = []
         self._orders = 0
         self._steps = self._finished = self._failed = self._preemptions = 0
+        self._peak_used = 0
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._recomputed_tokens = 0
 
     # -- requests --------------------------------------------------------------------------------
@@ -153,8 +154,13 @@ class Engine:
             self._generated_tokens,
             self._recomputed_tokens,
             usage.free,
+            self._peak_used,
             usage.total,
         )
+
+    def _note_use(self) -> None:
+        """Pages in use are at their most after an admission, or when a request ends."""
+        self._peak_used = max(self._peak_used, self.core.usage.used)
 
     @property
     def _running(self) -> int:
@@ -255,6 +261,7 @@ class Engine:
             computing.append(generation)
             left -= self._cut(generation, left)
             chunks.append(generation)
+            self._note_use()
         self._prefill.sort(key=lambda each: each.order)
         for entry in passed_over:
             heapq.heappush(self._waiting, entry)
@@ -362,6 +369,8 @@ class Engine:
 
     def _end_rows(self) -> None:
         ended, self._ended = self._ended, {}
+        if ended:
+            self._note_use()
         generations = [(self._rows.generations[row], reason) for row, reason in ended.items()]
         self._rows.drop(ended)
         for generation, reason in generations:

@@ -40,4 +40,5 @@ class EngineStats(NamedTuple):
     generated_tokens: int
     recomputed_tokens: int  # left to compute when preempted requests were admitted again
     free_pages: int
+    peak_used_pages: int
     pages: int

@@ -44,6 +44,7 @@ def test_pages_run_out_and_nobody_notices(caching: bool) -> None:
     assert all(bench.tokens[n] == expected(p, 20) for n, p in asked.items())
     stats = bench.engine.stats()
     assert stats.preemptions >= 5, "this test is about preemption"
+    assert 20 <= stats.peak_used_pages <= 24 == stats.free_pages
     assert sum(each.preemptions for each in bench.ended.values()) == stats.preemptions
 
 
