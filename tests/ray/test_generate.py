@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -22,8 +23,10 @@ from rayk.engine.errors import RequestCancelledError, RequestError
 from rayk.engine.wire import Report
 from rayk.errors import NotBuiltError, PlanError
 
-from ..unit.engine import fake  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..greedy.matrix import dense_answers  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..unit.engine import fake  # noqa: TID252  # as above
 from ..unit.engine.fake import EOS, PageModel, Tokenizer, expected  # noqa: TID252  # as above
+from ..unit.models.checkpoints import dense, write  # noqa: TID252  # as above
 from .forwards import running, until
 
 # Workers cannot import these modules: what they hold travels by value.
@@ -153,6 +156,31 @@ def test_a_killed_replicas_requests_go_on(session: InferenceSession) -> None:
         [lost] = cluster.generate([[1, 2]], max_new_tokens=60)
         assert isinstance(lost.error, ReplicaLostError) and "process" in str(lost.error)
         assert cluster.live == [] and left in (0, 1)
+
+
+def test_a_silent_replica_counts_as_lost(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayk.actors.engine.SILENT_SECONDS", 4.0)
+    others = engine_pids()
+    with Cluster(slow_model, session, **SETTINGS) as cluster:
+        stopped = min(engine_pids() - others)
+        handles = cluster.submit_all([[i, i + 1] for i in range(4)], max_new_tokens=60)
+        until(lambda: all(len(handle.tokens) > 2 for handle in handles))
+        os.kill(stopped, signal.SIGSTOP)
+        outputs = [handle.result(60) for handle in handles]
+        assert [o.tokens for o in outputs] == [expected([i, i + 1], 60) for i in range(4)]
+        assert len(cluster.live) == 1 and sum(o.retries for o in outputs) == 2
+        until(lambda: not running([stopped]))
+
+
+def test_a_checkpoint_from_a_folder(session: InferenceSession, tmp_path: Path) -> None:
+    folder = write(tmp_path, "llama")
+    prompts = [[5 + i, *range(10, 30), i + 3] for i in range(8)]
+    answers = dense_answers(dense(folder), prompts, 8)
+    with Cluster(folder, session, replicas=2, page_size=4, pages=100, router="round-robin") as cluster:
+        outputs = cluster.generate(prompts, max_new_tokens=8)
+        assert [facts.max_length for facts in cluster.facts] == [1024, 1024]
+    assert [o.tokens for o in outputs] == [answer.tokens for answer in answers]
+    assert [o.replica for o in outputs] == [0, 1] * 4
 
 
 def test_nothing_is_left_behind(session: InferenceSession) -> None:
