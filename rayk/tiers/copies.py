@@ -89,15 +89,30 @@ class HostCopier:
         self.page_bytes = self._parts[-1][1]
 
     def store(self, pages: Pages, pool: Rows, rows: Sequence[int]) -> None:
+        if len(self._groups) == 1:
+            self._copy(pool, rows, self._groups[0][0], pages.tolist())
+            return
         for page, row, count in runs(pages.tolist(), rows):
             for group, (start, stop) in zip(self._groups, self._parts, strict=True):
                 pool[row : row + count, start:stop] = group[0][page : page + count]
 
     def load(self, pool: Rows, rows: Sequence[int], pages: Pages) -> None:
+        if len(self._groups) == 1 and len(self._groups[0]) == 1:
+            self._copy(self._groups[0][0], pages.tolist(), pool, rows)
+            return
         for page, row, count in runs(pages.tolist(), rows):
             for group, (start, stop) in zip(self._groups, self._parts, strict=True):
                 for buffer in group:
                     buffer[page : page + count] = pool[row : row + count, start:stop]
+
+    @staticmethod
+    def _copy(target: Rows, into: Sequence[int], source: Rows, of: Sequence[int]) -> None:
+        """target[into] = source[of] without a copy in between; whole rows on both sides."""
+        for to, row, count in runs(into, of):
+            if count == 1:
+                target[to] = source[row]
+            else:
+                target[to : to + count] = source[row : row + count]
 
     def fence(self, pages: Pages) -> None:
         pass

@@ -68,6 +68,7 @@ class Directory:
         self._mine = self._pinned[self._seat].data
         self._counts = segment.words.data
         self._key_bytes = self._keys.data.cast("B")
+        self._numbers = self._keys.view("<u8")[:, 0].data  # what _number() makes of each slot's key
         self._queue: deque[tuple[int, int]] = deque()  # (slot, tick) to give away next; checked when met
         segment.repair = self._repair
 
@@ -118,7 +119,9 @@ class Directory:
             return FULL
         if self._states[slot] != EMPTY:
             self._empty(slot)
-        self._key_bytes[slot * KEY_BYTES : (slot + 1) * KEY_BYTES] = key.ljust(KEY_BYTES, b"\0")
+        self._key_bytes[slot * KEY_BYTES : (slot + 1) * KEY_BYTES] = (
+            key if len(key) == KEY_BYTES else key.ljust(KEY_BYTES, b"\0")
+        )
         self._owners[slot] = self._seat
         self._states[slot] = WRITING
         self._counts[_USED] += 1
@@ -257,27 +260,24 @@ class Directory:
         slot = self._find(key)
         return slot if slot is not None and self._states[slot] == READY else -1
 
-    def _home(self, slot: int) -> int:
-        return _number(self._key_bytes[slot * KEY_BYTES : slot * KEY_BYTES + 8]) & self._mask
-
     def _insert(self, slot: int) -> None:
-        number = _number(self._key_bytes[slot * KEY_BYTES : slot * KEY_BYTES + 8])
-        at = number & self._mask
-        while self._cells[at]:
-            at = (at + 1) & self._mask
-        self._cells[at] = (number >> 32) << 32 | (slot + 1)
+        number, cells, mask = self._numbers[slot], self._cells, self._mask
+        at = number & mask
+        while cells[at]:
+            at = (at + 1) & mask
+        cells[at] = (number >> 32) << 32 | (slot + 1)
 
     def _empty(self, slot: int) -> None:
         """Take the slot's page out of the table; later cells of its chain move up, so that no gap hides them."""
-        cells, mask = self._cells, self._mask
+        cells, mask, numbers = self._cells, self._mask, self._numbers
         self._states[slot] = EMPTY
         self._counts[_USED] -= 1
-        at = self._home(slot)
+        at = numbers[slot] & mask
         while cells[at] & _LOW != slot + 1:
             at = (at + 1) & mask
         gap = at
         while cell := cells[(at := (at + 1) & mask)]:
-            if (at - self._home((cell & _LOW) - 1)) & mask >= (at - gap) & mask:
+            if (at - numbers[(cell & _LOW) - 1]) & mask >= (at - gap) & mask:
                 cells[gap] = cell
                 gap = at
         cells[gap] = 0

@@ -180,6 +180,8 @@ class TieredConnector:
         except SegmentBusyError:
             self.counters.loads_failed += len(hashes)
             return Landed(0)
+        if min(slots, default=0) >= 0:  # all on the host, as most loads are
+            return self._load_rows(slots, pages)
         parts: list[_Fetched | Future[_Fetched]] = []
         for key, slot in zip(hashes, slots, strict=True):
             if slot >= 0:
@@ -193,6 +195,15 @@ class TieredConnector:
         load = _Load(self, parts, pages, len(hashes))
         load.poll()
         return load
+
+    def _load_rows(self, rows: list[int], pages: Pages) -> Landed:
+        self.counters.h2d += len(rows)
+        ticket = self._copier.load(self._host.rows, rows, pages)
+        if ticket is not None:
+            self._loading.append((ticket, rows, []))
+        else:
+            self._unpin(rows)
+        return Landed(len(rows))
 
     def _fetch(self, key: bytes) -> _Fetched:
         """On a worker: read a page into a host row, or into memory of its own when there is none."""
