@@ -310,7 +310,7 @@ class Engine:
         before = len(rows)
         if len(started) < len(chunks):
             index = [before + i for i, each in enumerate(chunks) if each.ctx.tokens.end == each.ctx.tokens.length]
-            logits = logits[[*range(before), *index]]
+            logits = logits[[*range(before), *index]] if index else logits[:before]
             for each in chunks:
                 if each.ctx.tokens.end < each.ctx.tokens.length:
                     each.ctx.update(0)  # a chunk has no token yet
