@@ -24,7 +24,6 @@ from rayk.memory.command import PLAN_EPILOG, plan
 from rayk.simulate.command import SIMULATE_EPILOG, simulate
 
 NOT_BUILT_COMMANDS = ("top",)
-NOT_BUILT_VALUES: dict[str, tuple[str, ...]] = {}
 NOT_BUILT_FLAGS = (
     "--speed",
     "--prefill-rate",
@@ -77,12 +76,6 @@ def _refuse(parameter: typer.CallbackParam, value: Any) -> Any:
     return value
 
 
-def _built(parameter: typer.CallbackParam, value: str | None) -> str | None:
-    if value in NOT_BUILT_VALUES.get(parameter.opts[0], ()):
-        raise NotBuiltError(f"{parameter.opts[0]} {value}")
-    return value
-
-
 def _only_core(context: typer.Context) -> None:
     """Flags between `bench` and `core` would be lost without a word."""
     for name in context.params:
@@ -113,9 +106,7 @@ def bench(
     ] = None,
     workload: Annotated[
         str | None,
-        typer.Option(
-            help="A generator: chat (the default), agent, documents or random.", rich_help_panel=_WORK, callback=_built
-        ),
+        typer.Option(help="A generator: chat (the default), agent, documents or random.", rich_help_panel=_WORK),
     ] = None,
     scale: Annotated[
         float | None, typer.Option(help="Factor on all lengths of a generator.", rich_help_panel=_WORK)
@@ -166,7 +157,6 @@ def bench(
         typer.Option(
             help="verify: write and check every slot. none: tokens just advance. hf: a model answers (--model).",
             rich_help_panel=_LOAD,
-            callback=_built,
         ),
     ] = "verify",
     model: Annotated[

@@ -122,15 +122,6 @@ def test_flags_that_are_not_built_are_refused_by_name(capsys: pytest.CaptureFixt
     assert run(capsys, "bench", flag, "1") == (2, "", f"rayk: {flag} is not built yet\n")
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"), [(flag, value) for flag, values in cli.NOT_BUILT_VALUES.items() for value in values]
-)
-def test_values_that_are_not_built_are_refused_by_name(
-    capsys: pytest.CaptureFixture[str], flag: str, value: str
-) -> None:
-    assert run(capsys, "bench", flag, value) == (2, "", f"rayk: {flag} {value} is not built yet\n")
-
-
 @pytest.mark.parametrize("name", cli.NOT_BUILT_COMMANDS)
 def test_commands_that_are_not_built_are_refused_by_name(capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert run(capsys, name, "--config", "x", "y") == (2, "", f"rayk: rayk {name} is not built yet\n")
