@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rayk.admission import AdmissionPolicy, TenantQuota
     from rayk.async_manager import AsyncPagedKVCacheManager
     from rayk.batch import ContextBatch
     from rayk.cluster import Cluster
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "admission": ["AdmissionPolicy", "TenantQuota"],
     "cluster": ["Cluster"],
     "engine.output": ["Output", "Update"],
     "engine.sampling": ["SamplingParams"],
@@ -80,6 +82,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "SIGNAL_BUFFER_BYTES",
     "Admission",
+    "AdmissionPolicy",
     "AsyncPagedKVCacheManager",
     "BatchCharacteristics",
     "Cluster",
@@ -102,6 +105,7 @@ __all__ = [
     "RaykError",
     "ReplicaLostError",
     "SamplingParams",
+    "TenantQuota",
     "TextContext",
     "Tick",
     "TickResult",

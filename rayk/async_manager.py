@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from time import monotonic
 from typing import Any
 
 import torch
 
+from rayk.admission import AdmissionPolicy, AdmissionQueue
 from rayk.backend import Batches, Forward
 from rayk.context import TextContext
+from rayk.door import Door
 from rayk.errors import InsufficientBlocksError, RaykError, RuntimeInputsError
 from rayk.inputs import BatchCharacteristics, RuntimeInputs
 from rayk.manager import DeviceBuffer, PagedKVCacheManager
@@ -67,6 +70,10 @@ class _Together:
 class AsyncPagedKVCacheManager:
     """PagedKVCacheManager for an event loop; same arguments, same results, same errors. One event loop, any tasks.
 
+    With an `admission` policy, admit() and try_admit() without replicas wait until there is room for a request and it
+    is its turn (tenant, priority and deadline of the context count, see rayk.admission), or turn it away with
+    OverloadedError. The policy is about this driver's requests.
+
     Messages leave in the order in which the calls were made. Two calls about one request should be awaited one
     after the other; calls about different requests need not.
     """
@@ -78,6 +85,8 @@ class AsyncPagedKVCacheManager:
         total_num_pages: int | None,
         total_num_host_pages: int = 0,
         enable_runtime_checks: bool = False,
+        *,
+        admission: AdmissionPolicy | None = None,
         **options: Any,
     ) -> None:
         self.sync = PagedKVCacheManager(
@@ -88,6 +97,10 @@ class AsyncPagedKVCacheManager:
         self._releases = _Together(self._release_together)
         self._steps = _Together(self._step_together)
         self._under_way: set[asyncio.Task[Any]] = set()
+        self._door: Door | None = None
+        if admission is not None:
+            pages = sum(self.sync.get_num_pages(r) for r in range(params.data_parallel_degree))
+            self._door = Door(AdmissionQueue(admission, pages, monotonic), params.page_size, self._admissions.add)
 
     async def _run(self, name: str, *arguments: Any) -> Any:
         """Carry a call of the backend out; on Ray without blocking the event loop."""
@@ -145,6 +158,8 @@ class AsyncPagedKVCacheManager:
             await self._run("release", request_id, replica_idx)
         else:
             await self._releases.add(request_id)
+        if self._door is not None:
+            self._door.left([request_id])
 
     async def _release_together(self, request_ids: list[str]) -> list[None]:
         calls: Any = getattr(self.sync._backend, "calls", None)
@@ -172,6 +187,8 @@ class AsyncPagedKVCacheManager:
         """Claim and allocate each context, on replicas[i] or where the router says; one result each."""
         if replicas is None:
             self.sync._at(0)
+            if self._door is not None:
+                return await self._door.enter(ctxs)
             together: list[Admission] = await self._admissions.add(ctxs)
             return together
         for replica in replicas:
@@ -192,6 +209,8 @@ class AsyncPagedKVCacheManager:
         """See PagedKVCacheManager.tick()."""
         self.sync._for(ticks)
         results: list[TickResult] = await self._run("tick", ticks, fn)
+        if self._door is not None:
+            self._door.left([i for t, r in zip(ticks, results, strict=True) for i in t.release[: r.released]])
         for result in results:
             if result.error is not None:
                 raise result.error
@@ -338,6 +357,8 @@ class AsyncPagedKVCacheManager:
         """Wait for what is under way, then give everything back. Safe to call twice."""
         while self._under_way:
             await asyncio.gather(*self._under_way, return_exceptions=True)
+        if self._door is not None:
+            self._door.close()
         self.sync.shutdown()
 
     async def __aenter__(self) -> AsyncPagedKVCacheManager:

@@ -13,6 +13,7 @@ RaykError
 ├── CheckpointError (ValueError)          a checkpoint that is missing, damaged or incomplete
 ├── ArchitectureError (ValueError)        a model that cannot run on pages
 ├── InsufficientBlocksError               not enough free pages; nothing was changed
+├── OverloadedError (RuntimeError)        turned away: too much waits, or a deadline cannot be met; try again later
 ├── PlanError (RuntimeError)              the cluster cannot hold what was asked for; nothing was started
 ├── NotBuiltError (NotImplementedError)   a part of the reference that rayk does not have yet
 ├── ClosedError (RuntimeError)            use after shutdown() or close()
@@ -169,6 +170,15 @@ class InsufficientBlocksError(RaykError):
         if self.needed > self.total:
             return f"{head}, which has {self.total} in all: it can never fit; use more pages or a shorter request"
         return f"{head}, {self.free} of {self.total} are free; release or preempt a request, or retry later"
+
+
+class OverloadedError(RaykError, RuntimeError):
+    """A request is turned away, as with HTTP status 429; it may succeed in `retry_after` seconds."""
+
+    request_id: str
+    reason: str
+    retry_after: float
+    text: ClassVar[str] = "request {request_id!r} is turned away: {reason}; try again in {retry_after:.2f} s"
 
 
 class PlanError(RaykError, RuntimeError):

@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
-from rayk import AsyncPagedKVCacheManager, InferenceSession, TextContext
-from rayk.errors import AlreadyClaimedError, InsufficientBlocksError, NotClaimedError, ReplicaIndexError
+from rayk import AdmissionPolicy, AsyncPagedKVCacheManager, InferenceSession, TextContext
+from rayk.errors import (
+    AlreadyClaimedError,
+    InsufficientBlocksError,
+    NotClaimedError,
+    OverloadedError,
+    ReplicaIndexError,
+)
 from rayk.ticks import Tick
 
 from .fake import FakeRuntime, contents, params, session_on, stamp
@@ -23,9 +29,13 @@ def context(request_id: str, tokens: int = 9) -> TextContext:
 
 
 @contextmanager
-def manager_of(kind: str, runtime: FakeRuntime | None = None, pages: int = 16) -> Iterator[AsyncPagedKVCacheManager]:
+def manager_of(
+    kind: str, runtime: FakeRuntime | None = None, pages: int = 16, **options: Any
+) -> Iterator[AsyncPagedKVCacheManager]:
     with session_on(runtime or FakeRuntime()) if kind == "ray" else InferenceSession() as session:
-        yield AsyncPagedKVCacheManager(params(2), session, pages, enable_runtime_checks=True, max_batch_size=8)
+        yield AsyncPagedKVCacheManager(
+            params(2), session, pages, enable_runtime_checks=True, max_batch_size=8, **options
+        )
 
 
 @pytest.mark.parametrize("kind", RUNTIMES)
@@ -159,3 +169,48 @@ def test_a_step_that_fails_fails_alone() -> None:
 
     with manager_of("ray") as manager:
         asyncio.run(steps(manager))
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_with_a_policy_requests_wait_for_room_in_their_order(kind: str) -> None:
+    """Two replicas of 8 pages; each request takes 3, so four are in, and the others wait for them."""
+
+    async def serve(m: AsyncPagedKVCacheManager) -> None:
+        order: list[str] = []
+
+        async def one(name: str, priority: int) -> None:
+            ctx = TextContext(name, range(ord(name), ord(name) + 9), 100, priority=priority)
+            [replica] = await m.admit([ctx])
+            order.append(name)
+            await asyncio.sleep(0)
+            await m.release(name, replica)
+
+        await asyncio.gather(*(one(name, int(name in "hij")) for name in "abcdefghij"))
+        assert "".join(order) == "abcdhijefg", "the first find room, then priority counts"
+        assert [await m.get_num_used_pages(r) for r in range(2)] == [0, 0]
+        await m.shutdown()
+
+    policy = AdmissionPolicy(high=0.75, low=0.75)
+    with manager_of(kind, pages=8, admission=policy) as manager:
+        asyncio.run(serve(manager))
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_with_a_policy_too_many_are_turned_away(kind: str) -> None:
+    async def serve(m: AsyncPagedKVCacheManager) -> None:
+        ctxs = [TextContext(f"r{i}", range(20 * i, 20 * i + 9), 100) for i in range(8)]
+        waiting = asyncio.get_running_loop().create_task(m.try_admit(ctxs))
+        await asyncio.sleep(0)
+        while m._door is not None and len(m._door.queue):
+            held = [c for c in ctxs if await m.contains(c.request_id, 0) or await m.contains(c.request_id, 1)]
+            for ctx in held:
+                await m.release(ctx.request_id, 0 if await m.contains(ctx.request_id, 0) else 1)
+        admissions = await waiting
+        refused = [a for a in admissions if a.error is not None]
+        assert len(refused) == 2, "six may wait"
+        assert all(isinstance(a.error, OverloadedError) and a.error.retry_after > 0 for a in refused)
+        await m.shutdown()
+
+    policy = AdmissionPolicy(max_waiting=6, high=0.75, low=0.75)
+    with manager_of(kind, pages=8, admission=policy) as manager:
+        asyncio.run(serve(manager))
