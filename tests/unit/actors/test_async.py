@@ -202,6 +202,7 @@ def test_with_a_policy_too_many_are_turned_away(kind: str) -> None:
         waiting = asyncio.get_running_loop().create_task(m.try_admit(ctxs))
         await asyncio.sleep(0)
         while m._door is not None and len(m._door.queue):
+            await asyncio.sleep(0)
             held = [c for c in ctxs if await m.contains(c.request_id, 0) or await m.contains(c.request_id, 1)]
             for ctx in held:
                 await m.release(ctx.request_id, 0 if await m.contains(ctx.request_id, 0) else 1)
