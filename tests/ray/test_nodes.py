@@ -18,7 +18,7 @@ from rayk.actors.runtime import EMBEDDED_SETTINGS
 os.environ.update(EMBEDDED_SETTINGS)
 
 import ray
-from ray.cluster_utils import Cluster
+from ray.cluster_utils import Cluster as Nodes
 import rayk.scheduler.cluster as start
 from rayk import *
 from rayk.errors import PlanError
@@ -32,7 +32,7 @@ p = MHAKVCacheParams(dtype="float32", head_dim=4, num_layers=1, n_kv_heads=1, pa
                      data_parallel_degree=3, enable_prefix_caching=True)
 said = {}
 os.makedirs(f"{FOLDER}/ray", exist_ok=True)
-cluster = Cluster(initialize_head=True, head_node_args=node("h"))
+cluster = Nodes(initialize_head=True, head_node_args=node("h"))
 second, third = cluster.add_node(**node("b")), cluster.add_node(**node("c"))
 try:
     session = InferenceSession(runtime="ray", address=cluster.address, log_to_driver=False)

@@ -13,7 +13,7 @@ import pytest
 
 SCRIPT = """
 import json, logging, os, sys
-from ray.cluster_utils import Cluster
+from ray.cluster_utils import Cluster as Nodes
 from rayk import *
 from rayk.scheduler.describe import describe
 
@@ -28,7 +28,7 @@ def params(replicas):  # pages of 2 MiB
                             devices=["cpu"] * replicas, data_parallel_degree=replicas)
 
 os.makedirs(f"{FOLDER}/ray", exist_ok=True)
-cluster = Cluster(initialize_head=True, head_node_args=node("h", 1024 * MIB))
+cluster = Nodes(initialize_head=True, head_node_args=node("h", 1024 * MIB))
 cluster.add_node(**node("b", 512 * MIB))
 cluster.add_node(**node("c", 3 * MIB))
 said = {}
