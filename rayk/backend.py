@@ -245,7 +245,7 @@ class InlineBackend:
         except RaykError as error:
             self.release(ctx.request_id, replica)
             return Admission(replica, error)
-        self._desk.answered(ctx.request_id)
+        self._desk.answered(replica, (ctx.request_id,))
         self._filling[ctx.request_id] = (ctx, replica)
         return Admission(replica, None, *reused, claim_seconds=claimed - start, alloc_seconds=perf_counter() - claimed)
 

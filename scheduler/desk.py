@@ -10,7 +10,7 @@ Replicas report with their answers (messages.News); a report settles what it cov
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -135,9 +135,11 @@ class Desk:
 
     def _with_room(self, choice: Choice, wish: Wish) -> Choice:
         """A choice by cost as it is, unless that replica would refuse and another would not: then the cheapest such."""
-        fleet, parts = self.fleet, choice.parts
-        full = fleet.held + self._slots(wish) > fleet.capacity
-        if choice.replica < 0 or parts is None or not full[choice.replica] or full.all():
+        fleet, parts, replica, slots = self.fleet, choice.parts, choice.replica, self._slots(wish)
+        if replica < 0 or parts is None or fleet.held[replica] + slots <= fleet.capacity[replica]:
+            return choice
+        full = fleet.held + slots > fleet.capacity
+        if full.all():
             return choice
         replica = fleet.lowest(np.where(full, np.inf, parts.cost))
         return Choice(replica, parts) if not full[replica] and fleet.ready[replica] else choice
@@ -167,13 +169,14 @@ class Desk:
         self._placed[request_id] = _Placed(replica, slots, compute, promised)
         self._under_way[replica] += compute
 
-    def answered(self, request_id: str) -> None:
-        """The replica has it: from now on its reports say what is left to compute."""
-        placed = self._placed.get(request_id)
-        if placed is not None and placed.under_way:
-            placed.under_way = False
-            self._under_way[placed.replica] -= placed.compute
-            self._settle(placed.replica)
+    def answered(self, replica: int, request_ids: Iterable[str]) -> None:
+        """The replica has them: from now on its reports say what is left to compute."""
+        for request_id in request_ids:
+            placed = self._placed.get(request_id)
+            if placed is not None and placed.under_way and placed.replica == replica:
+                placed.under_way = False
+                self._under_way[replica] -= placed.compute
+        self._settle(replica)
 
     def remove(self, request_id: str) -> None:
         """The request left, or never came; unknown ones are ignored."""

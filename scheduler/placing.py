@@ -203,9 +203,8 @@ class Placer:
         """Admit groups of rows, one message per replica; what became of them goes into `outcomes`."""
         if groups:
             answers = yield [self._admission(r, batch, command, rows, copies) for r, rows in groups.items()]
-            for rows, told in zip(groups.values(), answers, strict=True):
-                for i in rows:
-                    self.desk.answered(batch.ids[i])
+            for (replica, rows), told in zip(groups.items(), answers, strict=True):
+                self.desk.answered(replica, [batch.ids[i] for i in rows])
                 if isinstance(told.result, m.AdmitDone):
                     outcomes.put(rows, told.result)
                 elif isinstance(told.result, m.Failure):
