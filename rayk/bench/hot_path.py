@@ -31,7 +31,10 @@ SINGLES = 150  # requests of a measurement one by one
 
 @dataclass(frozen=True)
 class HotPathSettings:
-    """`batch` requests of `prompt` tokens each, `in_flight` batches at once, `batches` a measurement."""
+    """`batch` requests of `prompt` tokens each, `in_flight` batches at once, `batches` a measurement.
+
+    Requests are claimed where the driver says, in batches as one by one; with a `router` it chooses for the batches.
+    """
 
     batch: int = 256
     prompt: int = 256
@@ -39,7 +42,7 @@ class HotPathSettings:
     in_flight: int = 4
     batches: int = 40
     rounds: int = 5
-    router: str = "least-loaded"
+    router: str | None = None
     address: str = "local"
 
 
@@ -113,7 +116,9 @@ class HotPath:
         )
         pages = 2 * (settings.prompt // settings.page_size + 1) * settings.batch * max(settings.batches, 4) // REPLICAS
         self.session = InferenceSession("ray", settings.address)
-        self.manager = AsyncPagedKVCacheManager(params, self.session, pages, max_batch_size=256, router=settings.router)
+        self.manager = AsyncPagedKVCacheManager(
+            params, self.session, pages, max_batch_size=256, router=settings.router or "round-robin"
+        )
         from rayk.actors.runtime import ActorSpec
         from rayk.scheduler.actor import LANES
 
@@ -140,7 +145,8 @@ class HotPath:
         return perf_counter() - start
 
     async def _admit(self, batch: list[TextContext]) -> None:
-        for admission in await self.manager.try_admit(batch):
+        replicas = None if self.settings.router else [i % REPLICAS for i in range(len(batch))]
+        for admission in await self.manager.try_admit(batch, replicas):
             if admission.error is not None:
                 raise admission.error
 

@@ -30,7 +30,10 @@ def scheduler(
     in_flight: Annotated[int, typer.Option(min=1, help="Batches at once.", rich_help_panel=_WORK)] = 4,
     batches: Annotated[int, typer.Option(min=1, help="Batches of one measurement.", rich_help_panel=_WORK)] = 40,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements, the first left out.", rich_help_panel=_WORK)] = 5,
-    router: Annotated[str, typer.Option(help="Who places the requests.", rich_help_panel=_WORK)] = "least-loaded",
+    router: Annotated[
+        str | None,
+        typer.Option(help="Who places the batches; the driver if not given, as one by one.", rich_help_panel=_WORK),
+    ] = None,
     address: Annotated[
         str, typer.Option(help="Ray cluster to join; an embedded one otherwise.", rich_help_panel=_WORK)
     ] = "local",
