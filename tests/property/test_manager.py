@@ -120,7 +120,7 @@ class Model:
     drafts: int
     page_bytes: int
     replicas: list[Replica]
-    loads: dict[str, tuple[int, int]] = field(default_factory=dict)  # request -> replica, tokens when it was routed
+    routed: int = 0
     metrics: dict[str, int] = field(default_factory=dict)
 
     def reset_metrics(self) -> None:
@@ -137,10 +137,9 @@ class Model:
     def wanted(self, req: Req) -> int:
         return -(-self.slots(req) // self.size)
 
-    def claim(self, req: Req, r: int, tokens: int = 0) -> None:
+    def claim(self, req: Req, r: int) -> None:
         req.replica, req.pages, req.committed, req.computed = r, 0, 0, False
         self.replicas[r].own[req.id] = 0
-        self.loads[req.id] = (r, tokens)
 
     def try_alloc(self, req: Req, peers: bool = True) -> tuple[Req, Replica, int, int]:
         """The request and its replica after alloc(), hits and copies; Refused instead, and in both cases no change."""
@@ -205,7 +204,7 @@ class Model:
             entry = r.cached[req.chain(page, self.size)]
             entry.holders -= {req.id}
             entry.released = r.now
-        del r.own[req.id], self.loads[req.id]
+        del r.own[req.id]
         req.replica, req.pages, req.committed, req.computed = None, 0, 0, False
 
     def hits(self, req: Req, r: Replica) -> int:
@@ -226,9 +225,9 @@ class Model:
                 del self.replicas[r].own[there.id]
 
     def route(self) -> int:
-        """Fewest tokens, then fewest requests, then the lowest index."""
-        on = [[tokens for at, tokens in self.loads.values() if at == r] for r in range(len(self.replicas))]
-        return min(range(len(on)), key=lambda r: (sum(on[r]), len(on[r]), r))
+        """Each replica in turn: the one policy that can be foretold without what a replica has reported."""
+        self.routed += 1
+        return (self.routed - 1) % len(self.replicas)
 
 
 def chain_values(salt: str | None, tokens: Sequence[int]) -> torch.Tensor:
@@ -302,7 +301,9 @@ class ManagerMachine(RuleBasedStateMachine):
             )
         else:
             params = rayk.MHAKVCacheParams(n_kv_heads=1, **common)
-        self.manager = rayk.PagedKVCacheManager(params, SESSION, pages, 0, True, max_batch_size=MAX_CONTEXTS)
+        self.manager = rayk.PagedKVCacheManager(
+            params, SESSION, pages, 0, True, max_batch_size=MAX_CONTEXTS, router="round-robin"
+        )
         self.model = Model(
             size, pages, caching, copies, drafts, params.bytes_per_page, [Replica(pages) for _ in range(replicas)]
         )
@@ -562,7 +563,7 @@ class ManagerMachine(RuleBasedStateMachine):
         """The error that admission meets, else tokens from the cache and from other replicas."""
         if req.replica is not None:
             return AlreadyClaimedError, 0, 0
-        self.model.claim(req, r, len(req.tokens))
+        self.model.claim(req, r)
         try:
             hits, copied = self.model.alloc(req)
         except Refused:
