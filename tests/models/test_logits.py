@@ -7,7 +7,7 @@ import torch
 
 from rayk.models import PagedModel, load_model
 
-from .checkpoints import ARCHITECTURES, VOCAB, Rows, dense, prefill, prompts, write
+from ..unit.models.checkpoints import ARCHITECTURES, VOCAB, Rows, dense, prefill, prompts, write  # noqa: TID252  # tests/ is no package that has an absolute name
 
 LENGTHS = [37, 1, 90, 16]
 

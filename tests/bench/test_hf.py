@@ -13,7 +13,7 @@ from rayk.bench.workloads import GENERATORS
 from rayk.cli import main
 from rayk.errors import CheckpointError, ConfigError
 
-from ..models.checkpoints import write  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..unit.models.checkpoints import write  # noqa: TID252  # tests/ is no package that has an absolute name
 
 
 @pytest.fixture(scope="module")
