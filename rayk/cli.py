@@ -25,8 +25,6 @@ from rayk.simulate.command import SIMULATE_EPILOG, simulate
 
 NOT_BUILT_COMMANDS = ("top",)
 NOT_BUILT_FLAGS = (
-    "--speed",
-    "--prefill-rate",
     "--warmup",
     "--think-time",
     "--slo-ttft",
@@ -142,14 +140,33 @@ def bench(
             rich_help_panel=_CLUSTER,
         ),
     ] = True,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight over all replicas.", rich_help_panel=_LOAD)] = 16,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Requests in flight over all replicas: 16.", rich_help_panel=_LOAD)
+    ] = None,
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead: send requests as they arrive, so many times as fast as recorded.", rich_help_panel=_LOAD
+        ),
+    ] = None,
+    prefill_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="With --forward none: tokens a second that each replica prefills, one request after the other.",
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
     max_batch_size: Annotated[
-        int | None, typer.Option(help="Rows of one forward on a replica: the concurrency.", rich_help_panel=_LOAD)
+        int | None,
+        typer.Option(
+            help="Rows of one forward on a replica: the concurrency; 256 with --speed.", rich_help_panel=_LOAD
+        ),
     ] = None,
     token_budget: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of one forward on a replica: 2048 with verify, else unbounded.", rich_help_panel=_LOAD
+            help="Tokens of one forward on a replica: 2048 with verify or a prefill rate, else none.",
+            rich_help_panel=_LOAD,
         ),
     ] = None,
     forward: Annotated[
@@ -201,8 +218,6 @@ def bench(
     form: Annotated[
         Format, typer.Option("--format", help="json: one object on stdout.", rich_help_panel=_OUTPUT)
     ] = Format.table,
-    speed: Annotated[str | None, _refused("--speed")] = None,
-    prefill_rate: Annotated[str | None, _refused("--prefill-rate")] = None,
     warmup: Annotated[str | None, _refused("--warmup")] = None,
     think_time: Annotated[str | None, _refused("--think-time")] = None,
     slo_ttft: Annotated[str | None, _refused("--slo-ttft")] = None,
@@ -229,6 +244,8 @@ def bench(
         disk_dir=disk_dir,
         disk_memory=disk_memory,
         concurrency=concurrency,
+        speed=speed,
+        prefill_rate=prefill_rate,
         max_batch_size=max_batch_size,
         token_budget=token_budget,
         forward=forward,

@@ -22,7 +22,7 @@ from rayk.bench.report import write_report
 from rayk.bench.request import Workload
 from rayk.bench.result import BenchResult, read_result
 from rayk.bench.run import run_bench
-from rayk.bench.settings import VERIFY_BUDGET, BenchSettings, complete, with_tiers
+from rayk.bench.settings import ARRIVING_BATCH, VERIFY_BUDGET, BenchSettings, complete, with_tiers
 from rayk.bench.traces import read_trace
 from rayk.bench.workloads import GENERATORS
 from rayk.errors import ConfigError, NotBuiltError
@@ -52,6 +52,8 @@ class BenchCommand:
     disk_dir: Path | None = None
     disk_memory: str | None = None
     concurrency: int | None = None
+    speed: float | None = None
+    prefill_rate: float | None = None
     max_batch_size: int | None = None
     token_budget: int | None = None
     forward: str = "verify"
@@ -105,14 +107,19 @@ class BenchCommand:
         return 0 if outcome.result.ok else 1
 
     def _settings(self, duration_s: float | None) -> BenchSettings:
+        if self.concurrency is not None and self.speed is not None:
+            raise ConfigError("--concurrency and --speed exclude each other: so many in flight, or as they arrive")
         concurrency = 16 if self.concurrency is None else self.concurrency
+        rows = concurrency if self.speed is None else ARRIVING_BATCH
         verify = self.forward == "verify"
         budget = self.token_budget
-        if budget is None and self.forward != "none":
-            budget = VERIFY_BUDGET if verify else MODEL_BUDGET
+        if budget is None and (self.forward != "none" or self.prefill_rate is not None):
+            budget = MODEL_BUDGET if self.forward == "hf" else VERIFY_BUDGET
         return BenchSettings(
             concurrency=concurrency,
-            max_batch_size=concurrency if self.max_batch_size is None else self.max_batch_size,
+            max_batch_size=rows if self.max_batch_size is None else self.max_batch_size,
+            speed=self.speed,
+            prefill_rate=self.prefill_rate,
             forward=self.forward,
             # Copying saves computing; with no forward there is none to save, and engines do not copy yet.
             peer_copies=self.peer_copies and verify,

@@ -7,9 +7,11 @@ waiting ──try_admit──> running (prefill ──> decode) ──> finished
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 
+from rayk.bench.pace import Prefill
 from rayk.bench.request import BenchRequest
 from rayk.context import TextContext
 
@@ -19,12 +21,15 @@ class Flight:
 
     __slots__ = (
         "admission",
+        "again",
         "context",
         "counted",
+        "entered_at",
         "entering",
         "first_token_at",
         "last_tick",
         "last_token_at",
+        "late",
         "left",
         "length",
         "next_token",
@@ -56,6 +61,9 @@ class Flight:
         self.take = 0  # tokens that this tick's forward computes
         self.admission = 0  # running number of its last admission
         self.counted = False  # whether its first admission was counted
+        self.entered_at = 0.0  # its last admission
+        self.again = False  # whether that was not its first one
+        self.late = False  # whether it has to look once more for what was cached while it waited to be prefilled
         self.reused = 0  # tokens that its first admission counted as cached, until its first forward
         self.entering = False  # whether its next forward is the first since its admission
         self.refusals = 0  # admissions refused in a row while its replica was idle
@@ -74,17 +82,19 @@ class Lane:
 
     __slots__ = (
         "blocked",
+        "due",
         "executed",
         "finished",
         "free_pages",
         "growing",
+        "pace",
         "preempted",
         "replica",
         "running",
         "waiting",
     )
 
-    def __init__(self, replica: int, free_pages: int) -> None:
+    def __init__(self, replica: int, free_pages: int, pace: Prefill | None = None) -> None:
         self.replica = replica
         self.free_pages = free_pages  # as of the last reply, at least: admissions since then count without reuse
         self.waiting: deque[Flight] = deque()
@@ -93,6 +103,8 @@ class Lane:
         self.finished: list[Flight] = []  # to be released
         self.preempted: list[Flight] = []  # to be released, then queued again
         self.growing: list[Flight] = []  # decoding, and the next token needs a page
+        self.pace = pace  # None: prefill takes no time of its own
+        self.due = math.inf  # when the prefill that is under way will be done
         self.blocked = False  # an admission was refused and no page was given back since
 
     @property
@@ -100,12 +112,15 @@ class Lane:
         """Tokens that running requests still have to compute before they decode."""
         return sum(flight.prefill for flight in self.running)
 
-    def next_batch(self, rows: int, token_budget: int | None) -> list[Flight]:
+    def next_batch(self, rows: int, token_budget: int | None, now: float = math.inf) -> list[Flight]:
         """At most `rows` running requests for the next forward, with `take` set and windows chunked to it.
 
         Every decoding request gets its token; prefill, oldest first, shares what is left of `token_budget` (None: no
-        bound), at least one token.
+        bound), at least one token. Where it takes time, only what is done by `now` is in the batch, and `due` says
+        when the next will be.
         """
+        self.due = math.inf
+        filled = False
         chosen = self.running[:rows]
         left: float = float("inf")
         if token_budget is not None:
@@ -116,6 +131,19 @@ class Lane:
                 flight.take = 1
             elif left:
                 flight.take = int(min(flight.prefill, left))
+                if self.pace is not None:
+                    if flight.late:  # those before it are cached when they were stepped: in the next tick
+                        if not filled:
+                            flight.late = False
+                            self.growing.append(flight)
+                        self.due, left = now, 0
+                        continue
+                    due = self.pace.due(flight.take, flight.entered_at)
+                    if due > now:
+                        self.due, left = due, 0
+                        continue
+                    self.pace.done(due)
+                    filled = True
                 left -= flight.take
                 if flight.take < flight.prefill:
                     flight.context.tokens.chunk(flight.take)

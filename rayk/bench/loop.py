@@ -12,12 +12,18 @@ With round robin request i (in order of arrival) goes to replica i mod N and wai
 otherwise all wait in one queue and the manager's router places the head. After a refusal nothing more is admitted to
 that replica (that queue) until pages were given back. A decoding request whose alloc is refused makes the newest
 running request of its replica start over: released, reset, and put back at the front of its queue.
+
+With `--speed` requests are sent when they arrive, however many are in flight. With `--prefill-rate` a prefill is in a
+forward only when its time is over, and begins with another look at what is cached; the loop waits when there is
+nothing else to do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import sleep
 from typing import TYPE_CHECKING
 
 from rayk.bench.capacity import too_large
@@ -25,6 +31,7 @@ from rayk.bench.feed import Feed
 from rayk.bench.flight import Flight, Lane
 from rayk.bench.lru import Event
 from rayk.bench.measure import Measured, ReplicaCounts, Sample
+from rayk.bench.pace import Arrivals, Prefill
 from rayk.bench.request import Workload
 from rayk.bench.verify import forward
 from rayk.errors import InsufficientBlocksError, RaykError
@@ -43,6 +50,8 @@ class LoopSettings:
 
     `duration_s` stops sending new requests after that time; what is in flight is finished. `round_robin` places
     requests here, otherwise the manager's router does. `verify` runs the verify model, otherwise tokens just advance.
+    `speed`: requests arrive as recorded, so many times as fast, within the clock's tick as `seed` says; there is no
+    bound on how many are in flight then. `prefill_rate`: tokens a second of each replica (None: no time).
     """
 
     replicas: int
@@ -54,6 +63,9 @@ class LoopSettings:
     verify: bool
     token_budget: int | None = None
     duration_s: float | None = None
+    speed: float | None = None
+    prefill_rate: float | None = None
+    seed: int = 0
 
 
 class Driver:
@@ -66,15 +78,21 @@ class Driver:
         settings: LoopSettings,
         clock: Callable[[], float],
         on_tick: Callable[[Driver], None] = lambda driver: None,
+        wait: Callable[[float], None] = sleep,
     ) -> None:
         self.manager = manager
         self.workload = workload
         self.settings = settings
         self.measured = Measured([ReplicaCounts() for _ in range(settings.replicas)])
-        self.lanes = [Lane(replica, settings.pages) for replica in range(settings.replicas)]
+        rate, speed = settings.prefill_rate, settings.speed
+        self.lanes = [
+            Lane(replica, settings.pages, None if rate is None else Prefill(rate))
+            for replica in range(settings.replicas)
+        ]
         self._queue = Lane(-1, 0)  # for all replicas, when a router places
-        self._feed = Feed(workload.requests)
+        self._feed = Feed(workload.requests, None if speed is None else Arrivals(workload, speed, settings.seed))
         self._clock = clock
+        self._wait = wait
         self._on_tick = on_tick
         self._start = self._now = self._tick_end = 0.0
         self._admissions = 0
@@ -107,9 +125,10 @@ class Driver:
             while True:
                 self._submit()
                 self._admit()
-                if not self._in_flight:
+                if self._over():
                     break
-                self._tick()
+                if not self._tick():
+                    self._idle()
                 self._on_tick(self)
         except (RaykError, KeyboardInterrupt) as error:
             self._now = self._clock()
@@ -121,11 +140,30 @@ class Driver:
             self.measured.elapsed = self.elapsed
         return self.measured
 
+    @property
+    def _sending(self) -> bool:
+        """Whether requests are still sent."""
+        return self.settings.duration_s is None or self.elapsed < self.settings.duration_s
+
+    def _over(self) -> bool:
+        """Whether nothing is in flight and nothing will be sent any more."""
+        return not self._in_flight and not (self._sending and self._feed.next_at < math.inf)
+
+    def _idle(self) -> None:
+        """Wait for the next arrival, or the end of the next prefill."""
+        until = min(lane.due for lane in self.lanes)
+        if self._sending:
+            until = min(until, self._start + self._feed.next_at)
+        if math.isfinite(until):
+            self._wait(max(0.0, until - self._clock()))
+        self._now = self._clock()
+
     def _submit(self) -> None:
         settings = self.settings
-        if settings.duration_s is not None and self.elapsed >= settings.duration_s:
+        if not self._sending:
             return
-        while self._in_flight < settings.concurrency and (request := self._feed.take()) is not None:
+        most = settings.concurrency if settings.speed is None else math.inf
+        while self._in_flight < most and (request := self._feed.take(self.elapsed)) is not None:
             replica = self.measured.submitted % settings.replicas if settings.round_robin else -1
             self.measured.submitted += 1
             if request.pages(settings.page_size) > settings.pages:
@@ -183,7 +221,7 @@ class Driver:
         places = settings.max_batch_size * len(lanes) - sum(len(each.running) for each in lanes)
         pages = sum(each.free_pages for each in lanes)
         room: float = float("inf")
-        if settings.token_budget is not None:
+        if settings.token_budget is not None and settings.prefill_rate is None:  # else what waits is placed, too
             room = settings.token_budget * len(lanes) - sum(each.prefill for each in lanes)
         chosen: list[Flight] = []
         while lane.waiting and places > 0 and room > 0:
@@ -196,11 +234,14 @@ class Driver:
         return chosen
 
     def _enter(self, flight: Flight, admission: Admission) -> None:
-        measured = self.measured
+        measured, lane = self.measured, self.lanes[flight.replica]
         flight.prefill = flight.context.tokens.active_length
         flight.admission, self._admissions = self._admissions, self._admissions + 1
         flight.entering = True
+        flight.entered_at = self._now
         flight.refusals = 0
+        flight.again = flight.counted
+        flight.late = lane.pace is not None and lane.prefill > 0
         if flight.counted:
             measured.recomputed += flight.prefill
         else:
@@ -208,7 +249,6 @@ class Driver:
             flight.reused = admission.reused_tokens
             measured.admit(self.elapsed, flight.replica, flight.length, admission)
         measured.events.append(Event("admit", flight.request.index, flight.length))
-        lane = self.lanes[flight.replica]
         lane.running.append(flight)
         lane.free_pages -= -(-flight.length // self.settings.page_size)
 
@@ -227,9 +267,11 @@ class Driver:
 
     # -- one iteration ---------------------------------------------------------------------------------
 
-    def _tick(self) -> None:
+    def _tick(self) -> bool:
+        """Whether there was anything to do. Where time is not kept there always is, or a request waits for pages."""
         settings, verify = self.settings, self.settings.verify
-        batches = [lane.next_batch(settings.max_batch_size, settings.token_budget) for lane in self.lanes]
+        self._now = self._clock() if settings.prefill_rate is not None else self._now
+        batches = [lane.next_batch(settings.max_batch_size, settings.token_budget, self._now) for lane in self.lanes]
         whole = [flight.request_id for batch in batches for flight in batch if flight.checked_whole] if verify else []
         ticks = [
             Tick(
@@ -240,6 +282,9 @@ class Driver:
             )
             for lane, batch in zip(self.lanes, batches, strict=True)
         ]
+        timed = settings.prefill_rate is not None or settings.speed is not None
+        if timed and not any(batches) and all(tick.empty for tick in ticks):
+            return False
         began = self._clock()
         results = self.manager.tick(ticks, forward(whole) if verify else None)
         self._now = self._clock()
@@ -257,6 +302,7 @@ class Driver:
         self._tick_end = self._now
         if self._now - self._sampled_at >= SAMPLE_S:
             self._sample()
+        return True
 
     def _after_release(self, lane: Lane) -> None:
         """What was released with this tick leaves, or waits again."""
@@ -284,7 +330,9 @@ class Driver:
         grown, lane.growing = lane.growing, []
         refused = result.refused
         for flight in grown:
-            if flight.request_id in refused:
+            if flight.prefill:
+                self._look_again(flight)
+            elif flight.request_id in refused:
                 lane.growing.append(flight)
             else:
                 measured.events.append(Event("grow", flight.request.index, flight.length))
@@ -337,6 +385,15 @@ class Driver:
         if refused and not lane.finished:
             self._preempt(lane)
         return decoded
+
+    def _look_again(self, flight: Flight) -> None:
+        """Its turn has come to be prefilled, and its alloc moved it past what others had cached since its admission."""
+        left = flight.context.tokens.active_length
+        found, flight.prefill = flight.prefill - left, left
+        if found and flight.again:
+            self.measured.recomputed -= found
+        elif found:
+            self.measured.gain(self.elapsed, flight.replica, found)
 
     def _count_lost(self, flight: Flight) -> None:
         """Pages that a tier did not deliver were computed after all."""

@@ -144,6 +144,12 @@ class Measured:
         counts.prompt += prompt
         counts.cached += admission.reused_tokens
 
+    def gain(self, t: float, replica: int, tokens: int) -> None:
+        """So many more tokens of an admitted request were cached when its prefill began."""
+        self.device_tokens += tokens
+        self.admitted.append((t, 0, tokens))
+        self.replicas[replica].cached += tokens
+
     def lose(self, replica: int, tokens: int) -> None:
         """So many tokens that an admission counted did not arrive from a tier: they were computed."""
         from_disk = min(tokens, self.disk_tokens)

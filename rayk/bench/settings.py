@@ -12,12 +12,12 @@ from rayk.bench.capacity import check_fits
 from rayk.bench.loop import LoopSettings
 from rayk.bench.quantity import parse_size, show_bytes
 from rayk.bench.request import Workload
-from rayk.errors import ConfigError
+from rayk.errors import ConfigError, NotBuiltError
 from rayk.params import KVConnectorConfig, MHAKVCacheParams
 from rayk.planning import measure_node, planned_pages
 
 VERIFY_BUDGET = 2048
-"""Tokens of one forward on one replica with the verify model, unless told otherwise."""
+"""Tokens of one forward on one replica with the verify model or a prefill rate, unless told otherwise."""
 
 BATCHES_KEPT = 3
 """Default pages: room for this many average batches, so that a cache is worth having and still has to evict."""
@@ -25,6 +25,9 @@ BATCHES_KEPT = 3
 LEAST_HOST_PAGES = 64
 
 ROUTERS = ("cost", "round-robin", "least-loaded", "prefix", "session")
+ARRIVING_BATCH = 256
+"""Rows of one forward when requests come as they arrive, unless told otherwise."""
+
 FORWARDS = ("verify", "none", "hf")
 RUNTIMES = ("ray", "inline")
 
@@ -45,6 +48,8 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
     peer_copies: bool = True
     token_budget: int | None = VERIFY_BUDGET
     duration_s: float | None = None
+    speed: float | None = None
+    prefill_rate: float | None = None
     layers: int = 2
     kv_heads: int = 2
     head_dim: int = 8
@@ -65,6 +70,12 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, at least 1 is needed")
         if self.token_budget is not None and self.token_budget < 1:
             raise ConfigError(f"--token-budget is {self.token_budget}, at least 1 is needed")
+        for name, rate, unit in (
+            ("speed", self.speed, "times as fast as recorded"),
+            ("prefill-rate", self.prefill_rate, "tokens a second"),
+        ):
+            if rate is not None and not 0 < rate < math.inf:
+                raise ConfigError(f"--{name} is {rate}, more than 0 {unit} is needed")
         for name, value, allowed in (
             ("router", self.router, ROUTERS),
             ("forward", self.forward, FORWARDS),
@@ -74,6 +85,10 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"--{name} {value!r} is not one of {', '.join(allowed)}")
         if (self.model is not None) != (self.forward == "hf"):
             raise ConfigError("--forward hf needs --model DIR, and --model is for --forward hf")
+        if self.prefill_rate is not None and self.forward != "none":
+            raise ConfigError(f"--prefill-rate is for --forward none; --forward {self.forward} takes its own time")
+        if self.speed is not None and self.forward == "hf":
+            raise NotBuiltError("--speed with --forward hf")
 
     def params(self) -> MHAKVCacheParams:
         """The cache's parameters. ConfigError for shapes that do not fit together."""
@@ -111,6 +126,9 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
             verify=self.forward == "verify",
             token_budget=self.token_budget,
             duration_s=self.duration_s,
+            speed=self.speed,
+            prefill_rate=self.prefill_rate,
+            seed=self.seed,
         )
 
     def as_config(self) -> dict[str, Any]:

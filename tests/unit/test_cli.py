@@ -103,6 +103,8 @@ def test_smoke_is_small(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "--memory", "much"], "is not a size"),
         (["bench", "--scale", "0"], "--scale is 0"),
         (["bench", "--concurrency", "0"], "--concurrency is 0"),
+        (["bench", "--concurrency", "4", "--speed", "2"], "--concurrency and --speed exclude each other"),
+        (["bench", "--prefill-rate", "9"], "--prefill-rate is for --forward none"),
         (["bench", "--page-size", "-1"], "--page-size is -1"),
         (["bench", "--pages", "2"], "a replica has 2; use --pages"),
         (["bench", "--dtype", "float12"], "float12"),
