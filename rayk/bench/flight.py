@@ -24,6 +24,7 @@ class Flight:
         "again",
         "context",
         "counted",
+        "counted_at",
         "entered_at",
         "entering",
         "first_token_at",
@@ -64,6 +65,7 @@ class Flight:
         self.entered_at = 0.0  # its last admission
         self.again = False  # whether that was not its first one
         self.late = False  # whether it has to look once more for what was cached while it waited to be prefilled
+        self.counted_at = 0  # which of the first admissions that was
         self.reused = 0  # tokens that its first admission counted as cached, until its first forward
         self.entering = False  # whether its next forward is the first since its admission
         self.refusals = 0  # admissions refused in a row while its replica was idle

@@ -246,6 +246,7 @@ class Driver:
             measured.recomputed += flight.prefill
         else:
             flight.counted = True
+            flight.counted_at = len(measured.admitted)
             flight.reused = admission.reused_tokens
             measured.admit(self.elapsed, flight.replica, flight.length, admission)
         measured.events.append(Event("admit", flight.request.index, flight.length))
@@ -393,7 +394,7 @@ class Driver:
         if found and flight.again:
             self.measured.recomputed -= found
         elif found:
-            self.measured.gain(self.elapsed, flight.replica, found)
+            self.measured.gain(flight.counted_at, flight.replica, found)
 
     def _count_lost(self, flight: Flight) -> None:
         """Pages that a tier did not deliver were computed after all."""

@@ -144,10 +144,12 @@ class Measured:
         counts.prompt += prompt
         counts.cached += admission.reused_tokens
 
-    def gain(self, t: float, replica: int, tokens: int) -> None:
-        """So many more tokens of an admitted request were cached when its prefill began."""
+    def gain(self, admission: int, replica: int, tokens: int) -> None:
+        """So many more tokens of the request of that admission (a place in `admitted`) were cached when its prefill
+        began."""
         self.device_tokens += tokens
-        self.admitted.append((t, 0, tokens))
+        t, prompt, cached = self.admitted[admission]
+        self.admitted[admission] = t, prompt, cached + tokens
         self.replicas[replica].cached += tokens
 
     def lose(self, replica: int, tokens: int) -> None:

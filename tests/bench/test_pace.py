@@ -11,6 +11,7 @@ from rayk.bench.feed import Feed
 from rayk.bench.loop import Driver
 from rayk.bench.pace import Arrivals, Prefill
 from rayk.bench.request import BenchRequest, TokenSpace, Workload
+from rayk.bench.result import make_result
 from rayk.bench.settings import BenchSettings, complete
 from rayk.errors import ConfigError, NotBuiltError
 from rayk.manager import PagedKVCacheManager
@@ -53,7 +54,11 @@ def timed() -> Iterator[Timed]:
             driver.run()
             manager.check_integrity()
             manager.shutdown()
-            assert driver.measured.completed == len(workload.requests)
+            measured = driver.measured
+            assert measured.completed == len(workload.requests) == len(measured.admitted)
+            assert measured.cached == sum(cached for _, _, cached in measured.admitted)
+            assert measured.cached == sum(counts.cached for counts in measured.replicas)
+            assert make_result(full, workload, measured, ["here"] * full.replicas).ok
             return driver
 
         yield run
