@@ -129,6 +129,7 @@ class SchedulerActor:
     def _lost(self, replica: int, reason: str) -> RaykError:
         with self._core_lock:
             placed = self._core.placements.on(replica)
+            self._core.desk.lost(replica)
         return ReplicaLostError(replica, self._core.epochs[replica], placed, reason)
 
     def ping(self) -> int:

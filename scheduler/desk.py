@@ -225,7 +225,10 @@ class Desk:
         return [r for r, number in enumerate(seen[: len(self.known)]) if number > max(0, self.known[r])]
 
     def lost(self, replica: int) -> None:
-        """The replica is gone with all that it held."""
+        """The replica is gone with all that it held and all that was placed there: nothing is any more."""
+        for request_id in [i for i, placed in self._placed.items() if placed.replica == replica]:
+            del self._placed[request_id]
+        self._under_way[replica] = self._reported[replica] = 0
         self.index.cleared(replica)
         self.fleet.set_ready(replica, False)
         self.fleet.forget(replica)

@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 
 from rayk import messages as m
 from rayk.columns import BASE, PENDING, Batch, Outcomes
-from rayk.errors import AlreadyClaimedError, MessageError, NoReplicaError, RaykError, ReplicaIndexError
+from rayk.errors import (
+    AlreadyClaimedError,
+    MessageError,
+    NoReplicaError,
+    RaykError,
+    ReplicaIndexError,
+    ReplicaLostError,
+)
 from rayk.peers import copy_spans
 from rayk.scheduler.asks import Ask, Part, Script, Told
 from rayk.scheduler.choice import Wish
@@ -83,13 +90,19 @@ class Placer:
         self.forget([i for i in request_ids if i in owners and owners[i][0] == client])
 
     def verify(self, request_ids: Sequence[str]) -> Part:
-        """Forget those of `request_ids` that their replica does not have any more (released there directly)."""
+        """Forget those of `request_ids` that their replica does not have any more: released there directly, or lost
+        with it."""
         owners = self._owners
         known = [(i, owners[i], self.placements.holder(i)) for i in request_ids if i in owners]
         if known:
             answers = yield [Ask(r, m.Blocks(request_id)) for request_id, _, r in known if r is not None]
             for (request_id, owner, _), told in zip(known, answers, strict=True):
-                if isinstance(told.result, m.BlocksDone) and not told.result.claimed:
+                result = told.result
+                if isinstance(result, m.BlocksDone):
+                    gone = not result.claimed
+                else:
+                    gone = isinstance(result, m.Failure) and isinstance(m.to_error(result), ReplicaLostError)
+                if gone:
                     self.forget_of(owner, [request_id])
 
     def release_all(self, client: str) -> Part:

@@ -11,7 +11,7 @@ import pytest
 
 from rayk import InferenceSession, PagedKVCacheManager, TextContext
 from rayk import messages as m
-from rayk.errors import ConfigError, InsufficientBlocksError
+from rayk.errors import ConfigError, InsufficientBlocksError, NoReplicaError, ReplicaLostError
 from rayk.journal import Journal, Unfilled
 from rayk.scheduler.describe import explain
 from rayk.scheduler.desk import Desk, DeskSettings
@@ -186,3 +186,41 @@ def test_unfilled_is_what_is_left_of_prompts() -> None:
     unfilled.seen([ctx])
     unfilled.drop("s")
     assert unfilled.total == 0
+
+
+@pytest.mark.parametrize("router", ["cost", "round-robin", "least-loaded", "prefix", "session"])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_lost_replica_is_not_chosen_again(router: str, lazy: bool) -> None:
+    runtime = FakeRuntime(lazy=lazy)
+    with session_on(runtime, "n") as session:
+        settings = params(3, enable_dp_cross_replica_prefix_copy=False)
+        manager = PagedKVCacheManager(settings, session, 100, max_batch_size=32, router=router)
+        desk = desk_of(manager, runtime)
+        manager.try_admit([TextContext(f"r{i}", range(17), 100) for i in range(3)], [0, 1, 2])
+        lost = 1
+        runtime.kill(f"replica-{lost}")
+        [admission] = manager.try_admit([TextContext("late", range(17), 100)], [lost])  # this is how it is noticed
+        assert isinstance(admission.error, ReplicaLostError) and admission.error.replica == lost
+        assert "r1" in admission.error.requests and "r0" not in admission.error.requests
+
+        contexts = [TextContext(f"s{i}", [*range(17), i], 100, session_id=f"s{i % 5}") for i in range(9)]
+        admissions = manager.try_admit(contexts)
+        assert {a.replica for a in admissions} <= {0, 2} and not any(a.error for a in admissions)
+        [again] = manager.try_admit([TextContext("r1", range(17), 100)])  # what was lost with it can be placed anew
+        assert again.error is None and again.replica != lost
+        assert desk.fleet.requests[lost] == desk.fleet.held[lost] == desk.fleet.work[lost] == 0
+        assert not desk.fleet.ready[lost] and not desk.index.pages(lost)
+        desk.index.check_integrity()
+
+
+def test_a_request_without_any_replica_left_is_refused_by_name() -> None:
+    runtime = FakeRuntime()
+    with session_on(runtime, "n") as session:
+        settings = params(2, enable_dp_cross_replica_prefix_copy=False)
+        manager = PagedKVCacheManager(settings, session, 24, max_batch_size=8)
+        for replica in range(2):
+            runtime.kill(f"replica-{replica}")
+            [noticed] = manager.try_admit([TextContext(f"x{replica}", range(9), 100)], [replica])
+            assert isinstance(noticed.error, ReplicaLostError)
+        with pytest.raises(NoReplicaError, match="request 'y' has no place: all replicas are lost or draining"):
+            manager.admit([TextContext("y", range(9), 100)])
