@@ -162,7 +162,8 @@ class Desk:
         """The request goes to `replica`; to be called once, before anything else is chosen."""
         cached, promised = 0, []
         if wish.keys:
-            cached = int(self.index.reach(wish.keys).device[replica]) * self._page_size
+            if self.index.known(wish.keys):
+                cached = int(self.index.reach(wish.keys).device[replica]) * self._page_size
             promised = self.index.promise(replica, wish.keys)
         compute, slots = wish.tokens - cached, self._slots(wish)
         self.fleet.place(replica, compute, slots)

@@ -279,6 +279,10 @@ class PrefixIndex:
             return Best(pages, self._replica[low // _TIERS])
         return Best(pages, min(self._members(holders)))
 
+    def known(self, keys: Sequence[int]) -> bool:
+        """Whether any replica holds any leading part of `keys`, so that the lookups below find something."""
+        return bool(keys) and bool((self._holders.get(keys[0], 0) | self._holders.get(keys[-1], 0)) & self._live)
+
     def _deepest(self, keys: Sequence[int]) -> tuple[int, int]:
         """How many leading keys anybody holds, and who holds the last of them. All or none of a request are the usual
         answers, so its ends are looked at first."""

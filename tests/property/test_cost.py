@@ -1,0 +1,61 @@
+"""The cost policy chooses what its formula says, whichever way it reckons."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rayk.scheduler.choice import Wish
+from rayk.scheduler.cost import Cost
+from rayk.scheduler.fleet import Fleet
+from rayk.scheduler.index import PrefixIndex, Tier
+
+PAGE = 16
+
+
+def random_fleet(random: np.random.Generator) -> tuple[Fleet, PrefixIndex]:
+    """Replicas of many loads, some full, some not ready, that hold leading parts of prompts 0 .. 9."""
+    replicas = int(random.integers(1, 12))
+    fleet, index = Fleet(replicas, None, int(random.choice([500, 5000, 1 << 40]))), PrefixIndex(replicas)
+    for replica in range(replicas):
+        for _ in range(int(random.integers(0, 6))):
+            compute = int(random.integers(0, 400))
+            fleet.place(replica, compute, compute + int(random.integers(0, 300)))
+        if random.random() < 0.2:
+            fleet.set_ready(replica, False)
+        for prompt in range(10):
+            if random.random() < 0.3:
+                keys = keys_of(prompt, int(random.integers(1, 20)))
+                index.stored(replica, keys, random.choice([Tier.device, Tier.device, Tier.host, Tier.disk]))
+    if random.random() < 0.3:
+        index.cleared(int(random.integers(replicas)))
+    return fleet, index
+
+
+def keys_of(prompt: int, pages: int) -> list[int]:
+    return list(range(1000 * prompt, 1000 * prompt + pages))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_choice_is_the_cheapest_by_the_formula(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    fleet, index = random_fleet(random)
+    short, long = Cost(index, PAGE), Cost(index, PAGE)
+    for _ in range(60):
+        prompt, tokens = int(random.integers(0, 20)), int(random.integers(1, 400))
+        wish = Wish(tokens, keys_of(prompt, (tokens - 1) // PAGE))
+        chosen = short.choose(wish, fleet)
+        parts = long._parts(wish, fleet)  # the whole formula, whatever is known of the request
+        expected = fleet.lowest(parts.cost)
+        assert chosen.replica == expected and chosen.parts is not None
+        for name, mine, whole in zip(parts._fields, chosen.parts, parts, strict=True):
+            assert np.array_equal(mine, whole), name
+        assert np.array_equal(chosen.parts.cost, parts.cost)
+        if expected < 0:
+            continue
+        missing = tokens - int(parts.cached[expected])
+        long._usual += (missing - long._usual) * (Cost.PAST if long._usual else 1.0)
+        assert short._usual == long._usual
+        fleet.place(expected, missing, tokens)
+        if random.random() < 0.5:
+            index.promise(expected, wish.keys)
