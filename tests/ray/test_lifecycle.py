@@ -115,7 +115,9 @@ for _ in range(2):
 
 
 def test_ctrl_c_leaves_nothing(place: Path, start: Start) -> None:
-    driver = start(START + "time.sleep(60)\n")
+    # A test run in the background of a shell has SIGINT ignored, and its children inherit that.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    driver = start(heed + START + "time.sleep(60)\n")
     pids = numbers(driver)
     driver.send_signal(signal.SIGINT)
     driver.communicate(timeout=120)  # Ray takes its time to go where the cores are busy
