@@ -51,12 +51,16 @@ class VllmFlashAttention:
         return self._refused_by_library(needs.device)
 
     def _refused_by_library(self, device: torch.device) -> str | None:
-        ask = getattr(self.library.module, "fa_version_unsupported_reason", None)
-        if ask is not None:
-            reason: str | None = ask(self.version, device)
-            return reason
-        available = getattr(self.library.module, f"FA{self.version}_AVAILABLE", False)
-        return None if available else f"{self.library.origin} has no FA{self.version}"
+        """By its flags: what it says of a device itself asks vLLM's platform module, which is not to be imported."""
+        if not getattr(self.library.module, f"FA{self.version}_AVAILABLE", False):
+            reason = getattr(self.library.module, f"FA{self.version}_UNAVAILABLE_REASON", None)
+            return f"{self.library.origin} has no FA{self.version}" + (f": {reason}" if reason else "")
+        capability = torch.cuda.get_device_capability(device)
+        if self.version == 3 and capability[0] != 9:
+            return f"FA3 needs compute capability 9.x, {device} has {capability[0]}.{capability[1]}"
+        if capability[0] < 8:
+            return f"FA2 needs compute capability 8 or later, {device} has {capability[0]}.{capability[1]}"
+        return None
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, rules: Rules

@@ -24,8 +24,9 @@ FA2_AVAILABLE = FA3_AVAILABLE = True
 DEFAULT_FA_VERSION = 2
 calls, schedules = [], []
 
-def fa_version_unsupported_reason(fa_version, device=None):
-    return None if fa_version in (2, 3) else f"FA{fa_version} is not here"
+def fa_version_unsupported_reason(fa_version):
+    from vllm.platforms import current_platform  # as the real one does; nobody may call this
+    return None
 
 def get_scheduler_metadata(
     batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens,
@@ -150,6 +151,12 @@ def needs(**changes: Any) -> Needs:
     return Needs(**{**common, **changes})
 
 
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("version", [2, 3])
 def test_it_takes_what_it_can_do(library: FlashLibrary, version: int) -> None:
     backend = VllmFlashAttention(version, library)
@@ -175,17 +182,21 @@ def test_it_refuses(library: FlashLibrary, version: int, changes: dict[str, Any]
     assert says in str(VllmFlashAttention(version, library).unfit(needs(**changes)))
 
 
+@pytest.mark.usefixtures("hopper")
 def test_fa3_takes_odd_pages_sinks_and_float8(library: FlashLibrary) -> None:
     changes = {"page_size": 24, "sinks": True, "cache_dtype": torch.float8_e4m3fn}
     assert VllmFlashAttention(3, library).unfit(needs(**changes)) is None
 
 
-def test_what_the_library_itself_refuses(library: FlashLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library.module, "fa_version_unsupported_reason", lambda *a: "FA3 needs compute capability 9")
-    assert VllmFlashAttention(3, library).unfit(needs()) == "FA3 needs compute capability 9"
-    monkeypatch.delattr(library.module, "fa_version_unsupported_reason")
+def test_what_the_library_or_the_device_refuses(library: FlashLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert "FA3 needs compute capability 9.x, cuda:0 has 8.6" in str(VllmFlashAttention(3, library).unfit(needs()))
+    assert VllmFlashAttention(2, library).unfit(needs()) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "FA2 needs compute capability 8" in str(VllmFlashAttention(2, library).unfit(needs()))
     monkeypatch.setattr(library.module, "FA3_AVAILABLE", False)
-    assert "no FA3" in str(VllmFlashAttention(3, library).unfit(needs()))
+    monkeypatch.setattr(library.module, "FA3_UNAVAILABLE_REASON", "no such symbol", raising=False)
+    assert str(VllmFlashAttention(3, library).unfit(needs())).endswith("has no FA3: no such symbol")
 
 
 @pytest.mark.parametrize(("top", "sub"), [("vllm", "vllm_flash_attn"), ("vllm_flash_attn", "")])
