@@ -42,7 +42,8 @@ class Transfer(Protocol):
         ...
 
     def wait(self) -> int:
-        """Wait until it is over: how many leading pages have landed. Never raises."""
+        """Wait until it is over (on a device with streams: see to it that what is queued from now on comes after it):
+        how many leading pages have landed. Never raises."""
         ...
 
     def cancel(self) -> None:

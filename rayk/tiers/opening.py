@@ -14,7 +14,7 @@ from rayk.hashing import WIDTHS
 from rayk.params import KVCacheParams
 from rayk.planning import measure_node
 from rayk.tiers.connector import Connector, NullConnector, TierCounters
-from rayk.tiers.copies import CudaCopier, make_copier, register
+from rayk.tiers.copies import make_copier
 from rayk.tiers.disk import DiskTier
 from rayk.tiers.identity import fingerprint, keep_seed
 from rayk.tiers.pool import HostPool
@@ -42,10 +42,8 @@ def open_connector(
         return NullConnector()
     copier, counters = make_copier(buffers, equal_buffers(params)), TierCounters()
     host = HostPool(pool, host_pages, copier.page_bytes, measure_node().host_free)
-    if isinstance(copier, CudaCopier):
-        trouble = register(host.rows)
-        if trouble:
-            log.warning("the host tier could not be page-locked (%s): copies will be slower", trouble)
+    if trouble := copier.attach(host.rows):
+        log.warning("the host tier could not be page-locked (%s): copies will be slower", trouble)
     disk, workers, config = None, None, params.kv_connector_config
     if params.kv_connector == "tiered" and config is not None and config.disk_offload_dir is not None:
         folder = Path(config.disk_offload_dir)

@@ -196,14 +196,14 @@ class TieredConnector:
         load.poll()
         return load
 
-    def _load_rows(self, rows: list[int], pages: Pages) -> Landed:
+    def _load_rows(self, rows: list[int], pages: Pages) -> Transfer:
         self.counters.h2d += len(rows)
         ticket = self._copier.load(self._host.rows, rows, pages)
-        if ticket is not None:
-            self._loading.append((ticket, rows, []))
-        else:
+        if ticket is None:
             self._unpin(rows)
-        return Landed(len(rows))
+            return Landed(len(rows))
+        self._loading.append((ticket, rows, []))
+        return _Copying(ticket, len(rows))
 
     def _fetch(self, key: bytes) -> _Fetched:
         """On a worker: read a page into a host row, or into memory of its own when there is none."""
@@ -228,25 +228,23 @@ class TieredConnector:
         directory.publish([slot], pin=[slot])
         return _Fetched(slot, read=True)
 
-    def _land(self, parts: Sequence[_Fetched], pages: Pages) -> int:
-        """Copy the leading sound pages to the device and let go of all rows; how many."""
+    def _land(self, parts: Sequence[_Fetched], pages: Pages) -> _Copying:
+        """Start to copy the leading sound pages to the device, and let go of all rows when that is done."""
         good = next((i for i, p in enumerate(parts) if p.slot < 0 and p.row is None), len(parts))
         rows = [p.slot for p in parts if p.slot >= 0]
         self.counters.disk_read += sum(p.read for p in parts)
         self.counters.h2d += good
         at = [i for i in range(good) if parts[i].slot >= 0]
-        tickets: list[Ticket] = []
+        last: Ticket | None = None  # one stream per direction: what is asked for last is done last
         copies = [(self._host.rows, [parts[i].slot for i in at], pages[at])] if at else []
         copies += [(row, [0], pages[i : i + 1]) for i in range(good) if (row := parts[i].row) is not None]
         for pool, wanted, target in copies:
-            ticket = self._copier.load(pool, wanted, target)
-            if ticket is not None:
-                tickets.append(ticket)
-        if tickets:  # one stream per direction: the last ticket is the last copy
-            self._loading.append((tickets[-1], rows, [p.row for p in parts if p.row is not None]))
+            last = self._copier.load(pool, wanted, target)
+        if last is not None:
+            self._loading.append((last, rows, [p.row for p in parts if p.row is not None]))
         else:
             self._unpin(rows)
-        return good
+        return _Copying(last, good)
 
     def _unpin(self, rows: Sequence[int]) -> None:
         if rows:
@@ -330,7 +328,26 @@ class TieredConnector:
             self._workers.stop()
         if self._disk is not None:
             self._disk.close()
+        self._copier.close()
         self._host.close()
+
+
+class _Copying(NamedTuple):
+    """Host rows that are being copied into `pages` device pages; no ticket: they were."""
+
+    ticket: Ticket | None
+    pages: int
+
+    def poll(self) -> bool:
+        return self.ticket is None or self.ticket.poll()
+
+    def wait(self) -> int:
+        if self.ticket is not None:
+            self.ticket.order()
+        return self.pages
+
+    def cancel(self) -> None:
+        self.wait()  # whoever gets the device pages next writes to them after this copy
 
 
 class _Load:
@@ -343,39 +360,36 @@ class _Load:
         self._parts = parts
         self._pages = pages
         self._asked = asked
-        self._landed = -1
+        self._copying: _Copying | None = None  # once all parts are there
         self._wanted = True
 
-    def _ready(self) -> bool:
-        return all(not isinstance(p, Future) or p.done() for p in self._parts)
-
     def poll(self) -> bool:
-        return self._landed >= 0 or (self._ready() and self._finish())
+        if self._copying is None and all(not isinstance(p, Future) or p.done() for p in self._parts):
+            self._finish()
+        return self._copying is not None and self._copying.poll()
 
     def wait(self) -> int:
-        if self._landed < 0:
-            self._finish()
-        return self._landed
+        return (self._copying or self._finish()).wait()
 
-    def _finish(self) -> bool:
-        """All parts are there (or are waited for): land them."""
+    def _finish(self) -> _Copying:
+        """All parts are there (or are waited for): copy them to the device."""
         parts = [p if isinstance(p, _Fetched) else _result(p) for p in self._parts]
         self._parts = []
         self._owner._loads -= 1
-        self._landed = self._owner._land(parts, self._pages) if self._wanted else self._let_go(parts)
         if self._wanted:
-            self._owner.counters.loads_failed += self._asked - self._landed
-        return True
-
-    def _let_go(self, parts: Sequence[_Fetched]) -> int:
-        self._owner._unpin([p.slot for p in parts if p.slot >= 0])
-        return 0
+            self._copying = self._owner._land(parts, self._pages)
+            self._owner.counters.loads_failed += self._asked - self._copying.pages
+        else:
+            self._owner._unpin([p.slot for p in parts if p.slot >= 0])
+            self._copying = _Copying(None, 0)
+        return self._copying
 
     def cancel(self) -> None:
-        if self._landed < 0:
-            self._wanted = False
-            if not self.poll():
-                self._owner._cancelled.append(self)
+        self._wanted = False
+        if self._copying is not None:
+            self._copying.cancel()
+        elif not self.poll():
+            self._owner._cancelled.append(self)
 
 
 def _result(future: Future[_Fetched]) -> _Fetched:

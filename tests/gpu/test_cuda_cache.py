@@ -6,12 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 import rayk
-
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # replicas cannot import a test module
 
 PAGE, DEVICE = 16, "cuda:0"
 
@@ -127,6 +124,8 @@ def test_every_dtype_reads_back_what_was_written(session: rayk.InferenceSession,
 
 @pytest.mark.ray
 def test_a_replica_actor_holds_its_gpu_and_serves_from_it() -> None:
+    ray = pytest.importorskip("ray", reason="no Ray here: the rest of this file needs none")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # replicas cannot import a test module
     with rayk.InferenceSession(runtime="ray", address="local") as session:
         manager = rayk.PagedKVCacheManager(params(), session, None, max_batch_size=8)
         ctxs = [context(f"ray-{i}", i) for i in range(4)]

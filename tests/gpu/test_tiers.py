@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from rayk import InferenceSession, KVConnectorConfig, MHAKVCacheParams, PagedKVCacheManager, TextContext
-from rayk.tiers.copies import CudaCopier, register
-from rayk.tiers.pool import HostPool
 
 PAGE = 128
 
@@ -68,38 +65,29 @@ def test_pages_come_back_right_while_others_are_written(connector: str, tmp_path
         assert manager.get_metrics_aggregated().h2d_blocks_copied > 0
 
 
-@pytest.mark.parametrize("page_mib", [1, 16])
-def test_copies_against_a_plain_pinned_copy(page_mib: int) -> None:
-    """Printed, not judged: what a transfer reaches of a plain pinned cudaMemcpy of the same bytes."""
-    count, size = 1024 // page_mib, page_mib << 20
-    device = torch.zeros((count, size), dtype=torch.uint8, device="cuda")
-    pinned = torch.zeros((count, size), dtype=torch.uint8, pin_memory=True)
-    pool = HostPool(None, count, size)
-    assert register(pool.rows) == ""
-    copier = CudaCopier([[device]])
-    order = np.random.default_rng(0).permutation(count).astype(np.int32)
-
-    def rate(copy: Any) -> float:
-        best = 0.0
-        for _ in range(4):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            begin.record()
-            ticket = copy()
-            if ticket is not None:
-                for event in ticket.events:
-                    torch.cuda.current_stream().wait_event(event)
-            end.record()
-            torch.cuda.synchronize()
-            best = max(best, count * size / begin.elapsed_time(end) / 1e6)
-        return best
-
-    rows = list(range(count))
-    plain: dict[str, float] = {}
-    plain["d2h"] = rate(lambda: (pinned.copy_(device, non_blocking=True), None)[1])
-    plain["h2d"] = rate(lambda: (device.copy_(pinned, non_blocking=True), None)[1])
-    ours = {"d2h": rate(lambda: copier.store(order, pool.rows, rows))}
-    ours["h2d"] = rate(lambda: copier.load(pool.rows, rows, order))
-    for way in ("d2h", "h2d"):
-        print(f"{page_mib} MiB pages, {way}: {ours[way]:.1f} GB/s of {plain[way]:.1f} plain")
-    pool.close()
+def test_a_request_of_a_loading_prefix_goes_on_without_the_copy() -> None:
+    """Loads are not waited for by those that do not need them, and whoever gives up leaves pages that can be used."""
+    with (
+        InferenceSession("inline") as session,
+        PagedKVCacheManager(params(kv_connector="local"), session, 48, 100, True, max_batch_size=4) as manager,
+    ):
+        busy = torch.randn(8192, 8192, device="cuda")
+        for turn in range(40):
+            n = turn % 8
+            ctx = TextContext(f"r{turn}", [n, *range(10 * PAGE)], 10_000)
+            manager.claim(ctx.request_id, 0)
+            busy = (busy @ busy).clamp(-1, 1)
+            manager.alloc(ctx, 0)
+            if turn % 3 == 2:  # given up while its pages are on their way, or just after
+                manager.release(ctx.request_id, 0)
+                continue
+            manager.execute([[ctx]], fill)
+            ctx.update(1)
+            manager.step([[ctx]])
+            [read] = manager.read_pages(manager.get_req_blocks(ctx.request_id, 0)[:10], 0)
+            want = ((n + torch.arange(10 * PAGE)) % 199).to(torch.bfloat16).reshape(10, 1, 1, PAGE, 1, 1)
+            assert (read == want).all(), f"turn {turn}"
+            manager.release(ctx.request_id, 0)
+        manager.drain()
+        manager.check_integrity()
+        assert manager.get_metrics_aggregated().h2d_blocks_copied > 0
