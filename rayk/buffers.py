@@ -94,7 +94,10 @@ class PageBuffers:
         """Overwrite those pages with what read_bytes() of an equal layout gave; data may be on any device."""
         index = self._index(page_ids)
         for raw, new in zip(self.all_bytes, data, strict=True):
-            raw[index.to(raw.device)] = new.to(raw.device)
+            # A device stores what it is given element by element: eight bytes at once where pages allow it.
+            unit = torch.int64 if raw.shape[1] % 8 == 0 else torch.uint8
+            new = new.to(raw.device).contiguous()
+            raw.view(unit).index_copy_(0, index.to(raw.device), new.view(unit))
 
     def check_layout(self, data: Sequence[torch.Tensor], pages: int) -> str | None:
         """Why `data` does not hold `pages` pages of this layout, or None."""

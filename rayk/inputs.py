@@ -1,7 +1,8 @@
 """What a forward pass needs to know about a batch: runtime inputs, per replica, leaf and TP shard.
 
 A replica builds its part from its block table into arrays that it keeps and reuses: the views that one call
-returns are overwritten by the next call on that replica. On CUDA they are staged in pinned host memory.
+returns are overwritten by the next call on that replica. On CUDA they go through pinned host memory, which is not
+written again before the device has read it.
 """
 
 from __future__ import annotations
@@ -118,22 +119,21 @@ class InputStage:
         self._buffers = buffers
         self._devices = devices
         self._max_rows = max_rows
-        self._pinned = any(d.startswith("cuda") for d in devices)
         self.shown: object = None  # what the table shows, if rayk.decode filled it and nobody else since
         self._made: dict[tuple[int, int], tuple[ReplicaInputs, list[_Scalars]]] = {}
         self._resize(64)
 
     def _resize(self, width: int) -> None:
-        def host(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, pin_memory=self._pinned)
-
-        self._table, self._lengths = host(self._max_rows * width), host(self._max_rows)
+        self._table = torch.zeros(self._max_rows * width, dtype=torch.int32)
+        self._lengths = torch.zeros(self._max_rows, dtype=torch.int32)
         self._capacity = width
         self._made.clear()
         self.shown = None
         self.table: Int32Array = self._table.numpy()
         self.lengths: Int32Array = self._lengths.numpy()
-        self._copies = {d: (self._table.to(d), self._lengths.to(d)) for d in set(self._devices) if d.startswith("cuda")}
+        self._copies = {
+            d: _DeviceCopy(self._table, self._lengths, d) for d in set(self._devices) if d.startswith("cuda")
+        }
 
     def host_views(self, rows: int, width: int) -> tuple[Int32Array, Int32Array]:
         """Host arrays to fill: table [rows, width] and lengths [rows]."""
@@ -154,15 +154,15 @@ class InputStage:
         inputs, scalars = made
         for each in scalars:
             each.set(shape)
-        for device_table, device_lengths in self._copies.values():
-            device_table[: rows * width].copy_(self._table[: rows * width], non_blocking=True)
-            device_lengths[:rows].copy_(self._lengths[:rows], non_blocking=True)
+        for copy in self._copies.values():
+            copy.refresh(self._table[: rows * width], self._lengths[:rows])
         return inputs
 
     def _make(self, rows: int, width: int) -> tuple[ReplicaInputs, list[_Scalars]]:
         by_device, scalars = {}, []
         for device in set(self._devices):
-            table, lengths = self._copies.get(device, (self._table, self._lengths))
+            copy = self._copies.get(device)
+            table, lengths = (copy.table, copy.lengths) if copy is not None else (self._table, self._lengths)
             shard = _shard(table[: rows * width].view(rows, width), lengths[:rows], BatchShape(0, 0, 0))
             by_device[device] = shard
             scalars.append(_Scalars(shard))
@@ -179,6 +179,26 @@ class InputStage:
             for name, leaf in self._buffers.leaves.items()
         )
         return inputs, scalars
+
+
+class _DeviceCopy:
+    """Table and lengths on one CUDA device, and the pinned memory that they are copied through.
+
+    The arrays that are filled are other ones, so a batch may be laid out while the copy of the one before waits behind
+    a forward pass. Only the next refresh() waits, until the device has read what is pinned.
+    """
+
+    def __init__(self, table: torch.Tensor, lengths: torch.Tensor, device: str) -> None:
+        self.table, self.lengths = table.to(device), lengths.to(device)
+        self._pinned = table.clone().pin_memory(), lengths.clone().pin_memory()
+        self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+    def refresh(self, table: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Copy the first cells and lengths, in the order of the device's current stream."""
+        self._read.synchronize()
+        for new, pinned, there in zip((table, lengths), self._pinned, (self.table, self.lengths), strict=True):
+            there[: len(new)].copy_(pinned[: len(new)].copy_(new), non_blocking=True)
+        self._read.record(torch.cuda.current_stream(self.table.device))
 
 
 class _Scalars:

@@ -20,8 +20,11 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from rayk.attention.backend import Needs, Rules
 from rayk.attention.batch import PagedBatch
+from rayk.attention.sdpa import TorchSdpa
 
 QUERY_TILE = 128
+MOST_ELEMENTS = 2**31 - 1
+"""Of a pool: kernels that count further in 64 bits are generated, but some releases of Triton do not compile them."""
 MOST_SHAPES = 512
 """Shapes compiled before torch would give up and run uncompiled; powers of two keep the real number far below."""
 
@@ -44,12 +47,15 @@ class _Part:
 
 
 class TorchFlex:
-    """`compiled=False` scores everything, on any device: for tests with small pools."""
+    """`compiled=False` scores everything, on any device: for tests with small pools. Pools of more than `most_elements`
+    are left to torch-sdpa."""
 
     name = "torch-flex"
 
-    def __init__(self, compiled: bool = True) -> None:
+    def __init__(self, compiled: bool = True, most_elements: int = MOST_ELEMENTS) -> None:
         self._compiled = compiled
+        self._most = most_elements
+        self._larger = TorchSdpa()
         self._flex: Any = None if compiled else flex_attention  # torch's compiler is loaded when first needed
 
     def unfit(self, needs: Needs) -> str | None:
@@ -68,6 +74,8 @@ class TorchFlex:
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, rules: Rules
     ) -> torch.Tensor:
+        if keys.shape[0] * keys.stride(0) > self._most:
+            return self._larger.attend(query, keys, values, batch, rules)
         per_page = keys.stride(0) // (keys.shape[1] * keys.shape[2] * keys.shape[3])
         out = torch.empty_like(query)
         score = None if rules.softcap is None else _softcap(rules.softcap)

@@ -50,3 +50,9 @@ def test_the_blocks(compiled: TorchFlex, batch: str, rules: str) -> None:
         warnings.simplefilter("ignore")  # torch's compiler warns about this and that, differently in each release
         got = compiled.attend(case.query, *case.views, case.batch, chosen)
     torch.testing.assert_close(got.double(), case.expected(chosen), rtol=2e-6, atol=2e-6)
+
+
+def test_pools_of_too_many_elements_are_left_to_sdpa() -> None:
+    case = make_case(**BATCHES["mixed"])
+    got = TorchFlex(most_elements=case.stored.numel() - 1).attend(case.query, *case.views, case.batch, rules_of())
+    torch.testing.assert_close(got.double(), case.expected(rules_of()), rtol=2e-6, atol=2e-6)

@@ -43,8 +43,8 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: Rules) -> t
     scores = torch.einsum("qhd,khd->hqk", q, k) * rules.scale
     if rules.softcap is not None:
         scores = torch.tanh(scores / rules.softcap) * rules.softcap
-    own = torch.arange(len(q))[:, None] + len(k) - len(q)
-    slot = torch.arange(len(k))[None]
+    own = torch.arange(len(q), device=q.device)[:, None] + len(k) - len(q)
+    slot = torch.arange(len(k), device=q.device)[None]
     seen = slot <= own
     if rules.window is not None:
         seen &= slot > own - rules.window
