@@ -58,23 +58,26 @@ class Pending(NamedTuple):
         except RaykError as error:
             return error
 
-    async def arrival(self) -> None:
-        """Return when outcome() would not wait."""
-        await self.link.arrival(self.ref)
+    async def arrival(self) -> Any:
+        """Return when outcome() would not wait: what arrived, None when outcome() has to say why nothing did."""
+        return await self.link.arrival(self.ref)
 
     def outcome(self) -> Answer:
         """The answer, a Failure included. Raises only when the actor is gone or silent."""
         return Answer(self.link.read(self.ref), self.data)
 
 
-def hear(sent: Sequence[Pending | RaykError], since: float | None = None) -> list[Answer | RaykError]:
-    """heard() of a whole round: one wait where all goes well. Its deadlines count from `since` (monotonic) on."""
+def hear(
+    sent: Sequence[Pending | RaykError], since: float | None = None, wires: Sequence[Any] | None = None
+) -> list[Answer | RaykError]:
+    """heard() of a whole round: one wait where all goes well. Its deadlines count from `since` (monotonic) on, and
+    `wires` is what arrival() had of each, if that was waited for."""
     on_way = [pending for pending in sent if isinstance(pending, Pending)]
     started = monotonic() if since is None else since
-    if len(on_way) == len(sent) > 1:
+    if wires is None and len(on_way) == len(sent) > 1:
         wires = on_way[0].link.fetch_all([pending.ref for pending in on_way], monotonic() - started)
-        if wires is not None:
-            return [Answer(p.link.decoded(wire), p.data) for wire, p in zip(wires, on_way, strict=True)]
+    if wires is not None and None not in wires:
+        return [Answer(p.link.decoded(wire), p.data) for wire, p in zip(wires, on_way, strict=True)]
     waited = monotonic() - started
     return [each.heard(waited) if isinstance(each, Pending) else each for each in sent]
 
@@ -151,10 +154,11 @@ class Link:
         """The values behind references of any actors; None when one of them has to be asked for by itself."""
         return self._runtime.get_all(refs, max(0.0, self._timeout - waited))
 
-    async def arrival(self, ref: Any) -> None:
-        """Return when the value behind a reference is there, or will not come any more."""
+    async def arrival(self, ref: Any) -> Any:
+        """The value behind a reference, once it is there; None when it will not come any more."""
         with suppress(Exception):  # read() says what it was
-            await asyncio.wait_for(asyncio.wrap_future(self._runtime.future(ref)), self._timeout)
+            return await asyncio.wait_for(asyncio.wrap_future(self._runtime.future(ref)), self._timeout)
+        return None
 
     def fetch(self, ref: Any, waited: float = 0.0) -> Any:
         """The value behind a reference of this actor's."""

@@ -197,15 +197,16 @@ class InlineBackend:
     ) -> list[Admission]:
         admissions: list[Admission] = []
         for i, ctx in enumerate(ctxs):
-            replica = replicas[i] if replicas is not None else self._route(ctx)
-            admissions.append(self._admit(ctx, replica))
+            wish = self._wish(ctx)
+            replica = replicas[i] if replicas is not None else self._route(ctx.request_id, wish)
+            admissions.append(self._admit(ctx, wish, replica))
             if stop_on_error and admissions[-1].error is not None:
                 break
         return admissions
 
-    def _route(self, ctx: TextContext) -> int:
+    def _route(self, request_id: str, wish: Wish) -> int:
         self._report()
-        replica = self._desk.choose(ctx.request_id, self._wish(ctx))
+        replica = self._desk.choose(request_id, wish)
         assert replica >= 0, "replicas of this process are always there"
         return replica
 
@@ -231,13 +232,13 @@ class InlineBackend:
             core.publish()
             self._desk.report(core.replica, tokens, 0)
 
-    def _admit(self, ctx: TextContext, replica: int) -> Admission:
+    def _admit(self, ctx: TextContext, wish: Wish, replica: int) -> Admission:
         core, start = self.cores[replica], perf_counter()
         try:
             self._placements.add(ctx.request_id, replica, ctx.tokens.length)
         except RaykError as error:
             return Admission(replica, error)
-        self._desk.place(ctx.request_id, replica, self._wish(ctx))
+        self._desk.place(ctx.request_id, replica, wish)
         core.claim(ctx.request_id)
         claimed = perf_counter()
         try:

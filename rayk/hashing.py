@@ -19,6 +19,7 @@ PageHash = NewType("PageHash", bytes)
 RootKey = tuple[str | None, str | None]  # cache salt and adapter
 
 WIDTHS = {"sha256": 32, "xxh3_128": 16}  # bytes of a hash
+KEY_BYTES = 8  # of a hash, where a key will do: two pages that share them cost a miss, never a wrong answer
 
 
 class PageHashes(Sequence[PageHash]):
@@ -90,3 +91,11 @@ class PageHasher:
             xxh3 = xxhash.xxh3_128_digest
             hashes = [digest := xxh3(digest + page) for page in pages]
         return hashes
+
+    def keys(self, parent: PageHash, tokens: bytes) -> list[int]:
+        """The first 8 bytes of each hash of chain(), as a number."""
+        hashes = self.chain(parent, tokens)
+        if len(hashes) < 8:
+            return [int.from_bytes(each[:KEY_BYTES], "little") for each in hashes]
+        keys: list[int] = np.frombuffer(b"".join(hashes), "<u8")[:: self.width // KEY_BYTES].tolist()
+        return keys

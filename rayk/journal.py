@@ -11,12 +11,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rayk.context import TextContext
-from rayk.hashing import PageHash
+from rayk.hashing import KEY_BYTES, PageHash
 from rayk.messages import NOT_ASKED, News
 from rayk.pages import Pages
 
 KEPT = 1 << 18  # pages in batches that can still be asked for
-KEY_BYTES = 8  # of a page hash: two pages that share them cost a miss, never a wrong answer
 Change = tuple[bool, bytes]  # stored or removed, keys of the pages
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayk.columns import PLAIN, Batch, Outcome
-from rayk.context import IntArray, TextContext
+from rayk.context import PLAIN_ROOT, IntArray, TextContext
 from rayk.errors import MessageError, StaleContextError
 from rayk.messages import Contexts, ContextView, Moved, Origin, Traits
 
@@ -61,12 +61,13 @@ class Sender:
         for row, ctx in enumerate(ctxs):
             base = 0 if whole else self._known(ctx, replica)
             window, cached = ctx.tokens, ctx.cached_prefix_length
-            tokens.append(window.data[base : window.length].data)
+            data, length = window.data, window.length
+            tokens.append(data.data if not base and len(data) == length else data[base:length].data)
             numbers += (
-                base, window.length - base, window.processed, window.end, ctx.max_length,
-                ctx.pending_future_count, -1 if cached is None else cached,
+                base, length - base, window.processed, window.end, ctx.max_length,
+                0 if ctx.plain else ctx.pending_future_count, -1 if cached is None else cached,
             )  # fmt: skip
-            if (found := _traits(ctx, bool(base))) is not None:
+            if not (ctx.plain and (base or _usual(ctx))) and (found := _traits(ctx, bool(base))) is not None:
                 traits[row] = found
         return Contexts([c.request_id for c in ctxs], array("q", numbers).tobytes(), b"".join(tokens), traits)
 
@@ -92,6 +93,17 @@ def _traits(ctx: TextContext, known: bool) -> Traits | None:
     cache_salt, adapter = ctx.root_key
     found = (cache_salt, adapter, ctx.session_id, ctx.tenant, ctx.priority, ctx.deadline, to_verify, accepted)
     return Traits(*found) if found != _USUAL else None
+
+
+def _usual(ctx: TextContext) -> bool:
+    """Whether a plain context has none of the rarer things, as nearly all: quicker to see than what it has."""
+    return (
+        ctx.root_key == PLAIN_ROOT
+        and ctx.session_id is None
+        and ctx.tenant is None
+        and not ctx.priority
+        and ctx.deadline is None
+    )
 
 
 _USUAL = (None, None, None, None, 0, None, b"", b"")

@@ -186,10 +186,11 @@ class Calls:
         """Move windows to where the replicas' alloc left them, and remember who has what."""
         outcomes = Outcomes.received(done.numbers, done.seconds, done.failures, len(ctxs))
         admissions: list[Admission] = []
-        for ctx, replica, row, seconds in zip(
+        placed, arrived = self._placed, self._sender.arrived
+        for ctx, replica, row, (claim, alloc) in zip(
             ctxs, done.replicas, outcomes.rows, outcomes.seconds.tolist(), strict=True
         ):
-            processed, end, cached, *reused = row
+            processed, end, cached, device, peer, host, disk = row
             if processed < 0:
                 # Requests that were not tried failed for the reason of the first that was refused.
                 at = len(admissions) if len(admissions) in done.failures else min(done.failures)
@@ -198,9 +199,9 @@ class Calls:
             window = ctx.tokens
             window.processed, window.end = processed, end
             ctx.cached_prefix_length = None if cached < 0 else cached
-            self._sender.arrived(ctx, replica)
-            self._placed[ctx.request_id] = replica
-            admissions.append(Admission(replica, None, *reused, *seconds))
+            arrived(ctx, replica)
+            placed[ctx.request_id] = replica
+            admissions.append(Admission(replica, None, device, peer, host, disk, claim, alloc))
         return admissions
 
     # -- batches -----------------------------------------------------------------------------------
@@ -426,8 +427,7 @@ async def await_for(call: Call) -> Any:
         round_ = next(call)
         while True:
             since = monotonic()
-            for pending in round_:
-                await pending.arrival()
-            round_ = call.send(hear(round_, since))
+            wires = [await pending.arrival() for pending in round_]
+            round_ = call.send(hear(round_, since, wires))
     except StopIteration as end:
         return end.value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -60,10 +60,17 @@ class Wish(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Where to place a request, -1 when no replica takes any. `parts` says why, if the policy reckons in costs."""
+    """Where to place a request, -1 when no replica takes any. `cached` are tokens of it that need not be computed
+    there, as far as the policy looked. `why` reckons the reasons again, as they were, if there are costs."""
 
     replica: int
-    parts: Parts | None = None
+    cached: int = 0
+    why: Callable[[], Parts] | None = None
+
+    @property
+    def parts(self) -> Parts | None:
+        """What the choice was made from; None if the policy does not reckon in costs."""
+        return self.why() if self.why is not None else None
 
 
 class Policy(Protocol):

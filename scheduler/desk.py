@@ -25,6 +25,7 @@ from rayk.scheduler.index import PrefixIndex, short_keys
 from rayk.scheduler.policies import WANT_KEYS, make_policy
 
 REMEMBERED = 4096  # choices that can still be explained
+ROOTS = 4096  # of salts and adapters, whose hashes are kept
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class IndexFeed:
     def removed(self, hashes: Sequence[PageHash]) -> None:
         """See PageListener."""
         self._index.removed(self._replica, short_keys(hashes))
+
+
+NO_KEYS: list[int] = []
 
 
 class Made(NamedTuple):
@@ -108,6 +112,7 @@ class Desk:
         self._policy = make_policy(router, self.index, page_size)
         self._page_size = page_size
         self._hasher = hasher
+        self._roots: dict[RootKey, PageHash] = {}
         self._clock = clock
         self._placed: dict[str, _Placed] = {}
         self._under_way = [0] * len(capacities)  # tokens to compute for what was placed and not answered yet
@@ -119,10 +124,17 @@ class Desk:
 
     def keys(self, tokens: bytes, root: RootKey, pending: int = 0) -> Sequence[int]:
         """Keys of the pages that a request (raw int32) may reuse: all full ones before its last token."""
-        assert self._hasher is not None
-        pages = (len(tokens) // 4 - max(1, pending)) // self._page_size
         hasher = self._hasher
-        return short_keys(hasher.chain(hasher.root(root), tokens[: 4 * pages * self._page_size])) if pages > 0 else []
+        assert hasher is not None
+        pages = (len(tokens) // 4 - (pending or 1)) // self._page_size
+        if pages < 1:
+            return ()
+        parent = self._roots.get(root)
+        if parent is None:
+            if len(self._roots) >= ROOTS:
+                self._roots.clear()
+            parent = self._roots[root] = hasher.root(root)
+        return hasher.keys(parent, tokens[: 4 * pages * self._page_size])
 
     def choose(self, request_id: str, wish: Wish) -> int:
         """The replica for a request, -1 when none takes any."""
@@ -135,14 +147,17 @@ class Desk:
 
     def _with_room(self, choice: Choice, wish: Wish) -> Choice:
         """A choice by cost as it is, unless that replica would refuse and another would not: then the cheapest such."""
-        fleet, parts, replica, slots = self.fleet, choice.parts, choice.replica, self._slots(wish)
-        if replica < 0 or parts is None or fleet.held[replica] + slots <= fleet.capacity[replica]:
+        fleet, replica, slots = self.fleet, choice.replica, self._slots(wish)
+        if replica < 0 or choice.why is None or fleet.held[replica] + slots <= fleet.capacity[replica]:
             return choice
         full = fleet.held + slots > fleet.capacity
         if full.all():
             return choice
+        parts = choice.why()
         replica = fleet.lowest(np.where(full, np.inf, parts.cost))
-        return Choice(replica, parts) if not full[replica] and fleet.ready[replica] else choice
+        if full[replica] or not fleet.ready[replica]:
+            return choice
+        return Choice(replica, int(parts.cached[replica]), choice.why)
 
     def _slots(self, wish: Wish) -> int:
         """What its pages offer: whole ones, with room for the next token."""
@@ -150,7 +165,7 @@ class Desk:
 
     def elsewhere(self, replica: int, keys: Sequence[int]) -> bool:
         """Whether another replica has any of these pages, or soon will."""
-        return bool(keys) and any(r != replica for step in self.index.holding(keys[:1]) for r in step.replicas)
+        return bool(keys) and self.index.others(replica, keys[0])
 
     def made(self, request_id: str) -> Made | None:
         """The choice for that request, if it was made here and not long ago."""
@@ -160,12 +175,11 @@ class Desk:
 
     def place(self, request_id: str, replica: int, wish: Wish) -> None:
         """The request goes to `replica`; to be called once, before anything else is chosen."""
-        cached, promised = 0, []
+        compute, slots, promised = wish.tokens, self._slots(wish), NO_KEYS
         if wish.keys:
-            if self.index.known(wish.keys):
-                cached = int(self.index.reach(wish.keys).device[replica]) * self._page_size
-            promised = self.index.promise(replica, wish.keys)
-        compute, slots = wish.tokens - cached, self._slots(wish)
+            depth = self.index.depth(replica, wish.keys)
+            compute -= depth * self._page_size
+            promised = self.index.promise(replica, wish.keys, depth)
         self.fleet.place(replica, compute, slots)
         self._placed[request_id] = _Placed(replica, slots, compute, promised)
         self._under_way[replica] += compute

@@ -8,6 +8,8 @@ told (`prefilled`).
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -106,4 +108,19 @@ class Fleet:
             equal = np.flatnonzero(costs == costs[best])
             if len(equal) > 1:
                 best = int(equal[self.computed[equal].argmin()])
+        return best
+
+    def cheapest(self, costs: list[float]) -> int:
+        """lowest() where the costs are few numbers in a list."""
+        if not self._all_ready:
+            if not self.ready.any():
+                return -1
+            costs = [cost if ready else math.inf for cost, ready in zip(costs, self.ready.tolist(), strict=True)]
+        least = min(costs)
+        if costs.count(least) == 1:
+            return costs.index(least)
+        computed, best = self.computed.tolist(), -1
+        for r, cost in enumerate(costs):
+            if cost == least and (best < 0 or computed[r] < computed[best]):
+                best = r
         return best

@@ -111,6 +111,7 @@ class PrefixIndex:
         self._counts: list[list[int]] = []  # slot -> entries by tier
         self._unsure: dict[int, int] = {}  # key -> those of its bits that are promises
         self._live = 0  # bits of slots that replicas have
+        self._devices = 0  # bits of the device tier, of all slots
         self._free: list[int] = []  # slots swept clean
         self._sweeping: list[int] = []  # keys still to be looked at
         self._swept = 0  # bits that the current sweep takes away
@@ -148,6 +149,7 @@ class PrefixIndex:
             self._replica.append(replica)
             self._counts.append([0] * _TIERS)
             self._bit.append([1 << _TIERS * slot + tier for tier in range(_TIERS)])
+            self._devices |= self._bit[slot][Tier.device]
         self._slot[replica] = slot
         self._live |= _EVERY_TIER << _TIERS * slot
 
@@ -206,22 +208,40 @@ class PrefixIndex:
         else:
             del self._unsure[key]
 
-    def promise(self, replica: int, keys: Sequence[int]) -> list[int]:
-        """The replica will hold these pages soon, in its device tier. Returns those that it did not hold or promise
-        before, for `withdraw`."""
-        bit = self._bit[self._slot[replica]][0]
-        get, unsure = self._holders.get, self._unsure
+    def depth(self, replica: int, keys: Sequence[int]) -> int:
+        """How many leading pages of `keys` the replica holds in its device tier, or promised to."""
+        bit, get = self._bit[self._slot[replica]][0], self._holders.get
         low, high = 0, len(keys)
+        if not high or not get(keys[0], 0) & bit:
+            return 0
         while low < high:
             mid = (low + high) // 2
             if get(keys[mid], 0) & bit:
                 low = mid + 1
             else:
                 high = mid
-        fresh = [key for key in keys[low:] if not get(key, 0) & bit]
-        self.stored(replica, fresh)
-        for key in fresh:
-            unsure[key] = unsure.get(key, 0) | bit
+        return low
+
+    def promise(self, replica: int, keys: Sequence[int], depth: int | None = None) -> list[int]:
+        """The replica will hold these pages soon, in its device tier. Returns those that it did not hold or promise
+        before, for `withdraw`. `depth`: that of these keys, if it was just looked up."""
+        slot = self._slot[replica]
+        bit, holders, unsure = self._bit[slot][0], self._holders, self._unsure
+        get = holders.get
+        fresh: list[int] = []
+        before, after = 0, bit  # as in stored()
+        for key in keys[self.depth(replica, keys) if depth is None else depth :]:
+            old = get(key, 0)
+            if not old & bit:
+                if old != before:
+                    before, after = old, old | bit
+                holders[key] = after
+                promised = unsure.get(key)
+                unsure[key] = bit if promised is None else promised | bit
+                fresh.append(key)
+        self._counts[slot][0] += len(fresh)
+        if self._sweeping:
+            self.sweep()
         return fresh
 
     def withdraw(self, replica: int, keys: Iterable[int]) -> None:
@@ -282,6 +302,11 @@ class PrefixIndex:
     def known(self, keys: Sequence[int]) -> bool:
         """Whether any replica holds any leading part of `keys`, so that the lookups below find something."""
         return bool(keys) and bool((self._holders.get(keys[0], 0) | self._holders.get(keys[-1], 0)) & self._live)
+
+    def others(self, replica: int, key: int) -> bool:
+        """Whether another replica holds that page in its device tier, or promised to."""
+        bits = self._holders.get(key, 0) & self._devices & self._live
+        return bool(bits & ~self._bit[self._slot[replica]][0])
 
     def _deepest(self, keys: Sequence[int]) -> tuple[int, int]:
         """How many leading keys anybody holds, and who holds the last of them. All or none of a request are the usual

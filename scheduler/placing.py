@@ -179,7 +179,8 @@ class Placer:
         """The replica of each request, which counts there from now on; -1 for what is refused. The set holds the rows
         of whose prefix no other replica has anything."""
         wanted, replicas, groups, lonely = command.replicas, [-1] * len(batch), Groups(), set[int]()
-        keyed, desk = self.desk.keyed, self.desk
+        desk = self.desk
+        keyed, copies = desk.keyed, command.peers and self._copies
         for i, (request_id, length) in enumerate(zip(batch.ids, batch.lengths, strict=True)):
             traits = batch.traits(i)
             keys = self._keys(batch, i, traits) if keyed else ()
@@ -192,7 +193,7 @@ class Placer:
                     replica = desk.choose(request_id, wish)
                     if replica < 0:
                         raise NoReplicaError(request_id)
-                if keyed and not desk.elsewhere(replica, keys):
+                if copies and keyed and not desk.elsewhere(replica, keys):
                     lonely.add(i)
                 if command.claim:
                     self.add(owner, request_id, replica, wish)

@@ -71,8 +71,7 @@ class Steering:
             return -1
         choice = self._policy.choose(Wish(tokens, keys, session), fleet)
         replica = choice.replica
-        cached = 0 if choice.parts is None else int(choice.parts.cached[replica])
-        compute = max(0, tokens - cached)
+        compute = max(0, tokens - choice.cached)
         fleet.place(replica, compute, tokens)
         promised = self._index.promise(replica, keys) if keys else ()
         self._placed[number] = Placed(replica, tokens, compute, promised)

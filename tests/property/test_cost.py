@@ -1,4 +1,5 @@
-"""The cost policy chooses what its formula says, whichever way it reckons."""
+"""The cost policy chooses what its formula says, whichever way it reckons: number by number for a few replicas, in
+arrays for many, with fewer terms for a request that nobody knows."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from rayk.scheduler.choice import Wish
-from rayk.scheduler.cost import Cost
+from rayk.scheduler.cost import FEW, Cost, Weights
 from rayk.scheduler.fleet import Fleet
 from rayk.scheduler.index import PrefixIndex, Tier
 
@@ -15,7 +16,7 @@ PAGE = 16
 
 def random_fleet(random: np.random.Generator) -> tuple[Fleet, PrefixIndex]:
     """Replicas of many loads, some full, some not ready, that hold leading parts of prompts 0 .. 9."""
-    replicas = int(random.integers(1, 12))
+    replicas = int(random.integers(1, 2 * FEW))
     fleet, index = Fleet(replicas, None, int(random.choice([500, 5000, 1 << 40]))), PrefixIndex(replicas)
     for replica in range(replicas):
         for _ in range(int(random.integers(0, 6))):
@@ -40,22 +41,28 @@ def keys_of(prompt: int, pages: int) -> list[int]:
 def test_the_choice_is_the_cheapest_by_the_formula(seed: int) -> None:
     random = np.random.default_rng(seed)
     fleet, index = random_fleet(random)
-    short, long = Cost(index, PAGE), Cost(index, PAGE)
+    weights = Weights(peer_price=float(random.choice([0.3, 1.0])))
+    short, long = Cost(index, PAGE, weights), Cost(index, PAGE, weights)
+    made = []
     for _ in range(60):
         prompt, tokens = int(random.integers(0, 20)), int(random.integers(1, 400))
         wish = Wish(tokens, keys_of(prompt, (tokens - 1) // PAGE))
         chosen = short.choose(wish, fleet)
         parts = long._parts(wish, fleet)  # the whole formula, whatever is known of the request
         expected = fleet.lowest(parts.cost)
-        assert chosen.replica == expected and chosen.parts is not None
-        for name, mine, whole in zip(parts._fields, chosen.parts, parts, strict=True):
-            assert np.array_equal(mine, whole), name
-        assert np.array_equal(chosen.parts.cost, parts.cost)
+        assert chosen.replica == expected
+        made.append((chosen, parts))
         if expected < 0:
             continue
+        assert chosen.cached == parts.cached[expected]
         missing = tokens - int(parts.cached[expected])
         long._usual += (missing - long._usual) * (Cost.PAST if long._usual else 1.0)
         assert short._usual == long._usual
         fleet.place(expected, missing, tokens)
         if random.random() < 0.5:
             index.promise(expected, wish.keys)
+    for chosen, parts in made:  # the reasons are those of then
+        assert chosen.parts is not None
+        for name, mine, whole in zip(parts._fields, chosen.parts, parts, strict=True):
+            assert np.array_equal(mine, whole), name
+        assert np.array_equal(chosen.parts.cost, parts.cost)

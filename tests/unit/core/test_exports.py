@@ -248,6 +248,11 @@ def test_hashes_chain(algorithm: str) -> None:
     assert {len(root), *map(len, whole)} == {hasher.width}
     assert hasher.chain(whole[0], tokens[8:]) == whole[1:]
     assert hasher.chain(root, tokens[:23]) == whole[:2]  # only full pages
+    many = tokens * 5
+    for pages in (0, 1, 7, 8, 15):  # as numbers, few and many
+        keys = hasher.keys(root, many[: 8 * pages])
+        assert keys == [int.from_bytes(each[:8], "little") for each in hasher.chain(root, many[: 8 * pages])]
+        assert len(keys) == pages
 
 
 def test_roots_differ_by_seed_salt_and_adapter() -> None:

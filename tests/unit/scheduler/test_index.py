@@ -80,6 +80,8 @@ def test_promises_are_kept_or_taken_back() -> None:
     index.stored(0, keys[:5])  # the replica reports the first of them
     index.withdraw(0, mine)
     assert index.best(keys[:8]) == Best(5, 0)
+    assert index.promise(0, keys[:8], index.depth(0, keys[:8])) == mine[3:], "what was just looked up need not be again"
+    index.withdraw(0, mine)
     index.withdraw(0, mine)
     index.withdraw(0, other)
     assert index.pages(0) == 5
@@ -159,6 +161,10 @@ def test_any_order_of_changes(changes: list[tuple[str, int, int, int, Tier]]) ->
     for keys in CHAINS:
         by_tier = [[model.longest(r, tier, keys) for r in range(replicas)] for tier in Tier]
         assert [each.tolist() for each in index.reach(keys)[:3]] == np.maximum.accumulate(by_tier, axis=0).tolist()
+        device = by_tier[Tier.device]
+        assert [index.depth(r, keys) for r in range(replicas)] == device
+        for r in range(replicas):
+            assert index.others(r, keys[0]) == any(n and other != r for other, n in enumerate(device))
         longest = max(map(max, by_tier))
         holders = [r for r in range(replicas) if longest and longest in [row[r] for row in by_tier]]
         assert index.best(keys) == Best(longest, holders[0] if holders else -1)
