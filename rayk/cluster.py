@@ -24,14 +24,15 @@ import numpy as np
 
 from rayk.context import IntArray, as_int32
 from rayk.engine.errors import RequestCancelledError, RequestError, RequestTimeoutError
+from rayk.engine.inline import InlineReplicas
 from rayk.engine.output import Handle, Output, Update
 from rayk.engine.request import Request, timeout_problem
 from rayk.engine.sampling import SamplingParams
-from rayk.engine.serve import HASH_ALGORITHM, InlineReplicas, ModelSource, ReplicaFacts, Replicas, ServeSettings
+from rayk.engine.serve import ModelSource, ReplicaFacts, Replicas, ServeSettings
 from rayk.engine.settings import EngineSettings, EngineStats
+from rayk.engine.tiers import Size, TierWish
 from rayk.engine.wire import Ask, Cancel, Report, Submit
 from rayk.errors import ClosedError, ConfigError, NotBuiltError, RaykError, ReplicaLostError, TokenError
-from rayk.hashing import PageHasher
 from rayk.params import require_at_least
 from rayk.session import InferenceSession
 
@@ -47,7 +48,10 @@ class Cluster:
 
     `session` says where: InferenceSession("inline") (the default) or InferenceSession("ray"). `pages` is per replica;
     None takes what fits and can be used, by requests of at most `longest` tokens if that is given. `chunk_size` bounds
-    the tokens of one forward. `device`: "cpu", "cuda", or "auto" for CUDA where there are enough GPUs. `graphs`: on
+    the tokens of one forward. `host_memory`, and `disk_memory` in `disk_dir`, are what the replicas of a node may take
+    together for pages beyond their devices' (docs/tiers.md): "16GiB", bytes, or 0.9 for that share of what is free.
+    Pages on disk serve the next Cluster of the same model; `model_id` names it, instead of a look at all its weights.
+    `device`: "cpu", "cuda", or "auto" for CUDA where there are enough GPUs. `graphs`: on
     CUDA, capture decode steps. A request whose replica is lost is sent again `max_retries` times. `tokenizer`: for
     text prompts, where the folder has none.
     Safe to use from several threads and event loops. close() (also the end of a `with` block) ends it.
@@ -71,6 +75,10 @@ class Cluster:
         max_retries: int = 2,
         watermark: float = 0.01,
         memory_utilization: float | None = None,
+        host_memory: Size | None = None,
+        disk_dir: str | Path | None = None,
+        disk_memory: Size | None = None,
+        model_id: str | None = None,
         longest: int | None = None,
         graphs: bool = True,
         threads: int = 1,
@@ -80,6 +88,8 @@ class Cluster:
 
         hears = wants_pages(router) and replicas > 1 and prefix_caching
         require_at_least(0, max_retries=max_retries)
+        folder = None if disk_dir is None else Path(disk_dir).expanduser().resolve()
+        tiers = TierWish(host_memory=host_memory, disk_dir=folder, disk_memory=disk_memory)
         settings = ServeSettings(
             replicas=replicas,
             page_size=page_size,
@@ -90,11 +100,14 @@ class Cluster:
             utilization=memory_utilization,
             longest=longest,
             graphs=graphs,
-            hash_seed=secrets.token_bytes(32) if hears else None,
+            reports=hears,
+            tiers=tiers,
             threads=threads,
             engine=EngineSettings(chunk_size=chunk_size, watermark=watermark),
         )
-        source = model_source(model, dtype, attention)
+        source = replace(model_source(model, dtype, attention), model_id=model_id)
+        if disk_dir is not None and source.folder is None:
+            source.identity()  # it has none: here, before anything is started
         self._source = source
         self._tokenizer = tokenizer
         self._max_retries = max_retries
@@ -114,7 +127,7 @@ class Cluster:
                 self._session.close()
             raise
         capacities = [facts.pages * page_size for facts in self.facts]
-        hasher = PageHasher(HASH_ALGORITHM, settings.hash_seed, page_size) if settings.hash_seed else None
+        hasher = self._replicas.settings.hasher
         self._steering = Steering(router, page_size, capacities, LINED_UP * max_batch_size, hasher)
         self._live = list(range(replicas))
         self._why_lost = ""
@@ -429,7 +442,7 @@ class Cluster:
                 self._forget(handle)
             over = self._pump() if self._pending and not self._closed else []
         for handle, end in ended:
-            handle.finish(end.reason, end.error, end.text, end.cached_tokens, end.preemptions, end.admitted_after)
+            handle.finish(end.reason, end.error, end.text, end.cached, end.preemptions, end.admitted_after)
         for handle, error in over:
             _end(handle, error)
 
@@ -475,6 +488,15 @@ class Cluster:
         """Counters of one replica's engine."""
         self._check_open()
         return self._replicas.stats(replica)
+
+    def check_integrity(self) -> None:
+        """IntegrityError unless the pages of all replicas are where they should be, in their tiers too.
+
+        Waits for what is on its way to a tier, and keeps each engine from its work meanwhile.
+        """
+        self._check_open()
+        for replica in self.live:
+            self._replicas.check(replica)
 
     def _check_open(self) -> None:
         if self._closed:

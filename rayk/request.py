@@ -48,6 +48,24 @@ class Reused(NamedTuple):
     host_tokens: int = 0
     disk_tokens: int = 0
 
+    @property
+    def total(self) -> int:
+        """From wherever."""
+        return sum(self)
+
+    def plus(self, more: Reused) -> Reused:
+        """Both together."""
+        return Reused(*(a + b for a, b in zip(self, more, strict=True)))
+
+    def less(self, tokens: int) -> Reused:
+        """Without so many tokens, those that came last and from farthest away first."""
+        left = list(self)
+        for at in (3, 2, 1, 0):
+            gone = min(left[at], tokens)
+            left[at] -= gone
+            tokens -= gone
+        return Reused(*left)
+
 
 NOTHING_REUSED = Reused(0, 0)
 NEVER = 1 << 62

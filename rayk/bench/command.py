@@ -25,7 +25,7 @@ from rayk.bench.run import run_bench
 from rayk.bench.settings import ARRIVING_BATCH, VERIFY_BUDGET, BenchSettings, complete, with_tiers
 from rayk.bench.traces import read_trace
 from rayk.bench.workloads import GENERATORS
-from rayk.errors import ConfigError, NotBuiltError
+from rayk.errors import ConfigError
 
 DEFAULT_REQUESTS = 1000
 MODEL_REQUESTS = 200
@@ -71,13 +71,11 @@ class BenchCommand:
             raise ConfigError(f"--requests is {self.requests}, at least 1 is needed")
         if self.requests is not None and duration_s is not None:
             raise ConfigError("--requests and --duration exclude each other")
-        settings = with_tiers(self._settings(duration_s), self.host_memory, self.disk_dir, self.disk_memory)
-        shape = None
+        settings, shape = self._settings(duration_s), None
         if self.model is not None:
-            if settings.connector != "null":
-                raise NotBuiltError("--forward hf with host or disk tiers")
             shape = model_shape(self.model)
             settings = shape.applied(settings)
+        settings = with_tiers(settings, self.host_memory, self.disk_dir, self.disk_memory)
         self._check_out()
         torch.set_num_threads(1)  # the verify model works on small pieces, for which threads only wait for each other
         workload = self._workload(settings, duration_s, None if shape is None else shape.length)

@@ -108,6 +108,9 @@ def start(settings: BenchSettings, session: Any, workload: Workload) -> Cluster:
         max_batch_size=settings.max_batch_size,
         chunk_size=settings.token_budget or longest(workload),
         router=settings.router,
+        host_memory=settings.host_pages * settings.params().bytes_per_page or None,
+        disk_dir=settings.disk_dir,
+        disk_memory=settings.disk_bytes or None,
     )
 
 
@@ -217,7 +220,7 @@ class ModelDriver:
         measured.completed += 1
         admitted, first = sent + (output.queued or 0.0), sent + (output.ttft or 0.0)
         replica = output.replica or 0
-        measured.admit(admitted, replica, request.prompt_length, Admission(replica, device_tokens=output.cached_tokens))
+        measured.admit(admitted, replica, request.prompt_length, Admission(replica, None, *output.cached))
         measured.latency["e2e"].add(output.seconds)
         if output.ttft is not None:
             measured.latency["ttft"].add(output.ttft)

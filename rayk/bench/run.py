@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from rayk.bench.hf import ModelDriver, start
 from rayk.bench.loop import Driver
@@ -14,7 +15,12 @@ from rayk.bench.result import BenchResult, TierUse, make_result
 from rayk.bench.settings import BenchSettings
 from rayk.errors import RaykError
 from rayk.manager import PagedKVCacheManager
+from rayk.metrics import KVCacheMetrics
 from rayk.session import InferenceSession
+from rayk.tiers.connector import TierCount
+
+if TYPE_CHECKING:
+    from rayk.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +50,8 @@ def run_bench(
         tiers: TierUse | None = None
         try:
             driver.run()
-            if isinstance(driver, Driver) and settings.connector != "null":
-                tiers = _tiers(driver.manager)
+            if settings.connector != "null":
+                tiers = _tiers(driver.manager) if isinstance(driver, Driver) else _engine_tiers(driver.cluster)
         except (RaykError, KeyboardInterrupt) as stopped:
             error = stopped
     except BaseException:
@@ -90,7 +96,23 @@ def _tiers(manager: PagedKVCacheManager) -> TierUse:
     """Wait for the tiers and look at them; IntegrityError when a page is held that nobody uses."""
     manager.drain()
     manager.check_integrity()
-    metrics = manager.get_metrics_aggregated()
+    counts = TierCount(
+        manager.get_num_host_pages(0),
+        manager.get_num_used_host_pages(0),
+        manager.get_num_disk_pages(0),
+        manager.get_num_used_disk_pages(0),
+    )
+    return _tier_use(manager.get_metrics_aggregated(), counts)
+
+
+def _engine_tiers(cluster: Cluster) -> TierUse:
+    """The same of engines; lost replicas are left out."""
+    cluster.check_integrity()
+    stats = [cluster.stats(replica) for replica in cluster.live]
+    return _tier_use(sum((each.cache for each in stats), KVCacheMetrics()), stats[0].tiers)
+
+
+def _tier_use(metrics: KVCacheMetrics, counts: TierCount) -> TierUse:
     return TierUse(
         offloaded=metrics.d2h_blocks_copied,
         loaded=metrics.h2d_blocks_copied,
@@ -98,8 +120,8 @@ def _tiers(manager: PagedKVCacheManager) -> TierUse:
         disk_read=metrics.disk_blocks_read,
         failed_loads=metrics.failed_loads,
         rejected_files=metrics.rejected_files,
-        host_pages=manager.get_num_host_pages(0),
-        host_used=manager.get_num_used_host_pages(0),
-        disk_pages=manager.get_num_disk_pages(0),
-        disk_used=manager.get_num_used_disk_pages(0),
+        host_pages=counts.host_total,
+        host_used=counts.host_used,
+        disk_pages=counts.disk_total,
+        disk_used=counts.disk_used,
     )

@@ -12,6 +12,7 @@ from rayk.bench.capacity import check_fits
 from rayk.bench.loop import LoopSettings
 from rayk.bench.quantity import parse_size, show_bytes
 from rayk.bench.request import Workload
+from rayk.engine.tiers import LEAST_HOST_PAGES
 from rayk.errors import ConfigError, NotBuiltError
 from rayk.params import KVConnectorConfig, MHAKVCacheParams
 from rayk.planning import measure_node, planned_pages
@@ -21,8 +22,6 @@ VERIFY_BUDGET = 2048
 
 BATCHES_KEPT = 3
 """Default pages: room for this many average batches, so that a cache is worth having and still has to evict."""
-
-LEAST_HOST_PAGES = 64
 
 ROUTERS = ("cost", "round-robin", "least-loaded", "prefix", "session")
 ARRIVING_BATCH = 256

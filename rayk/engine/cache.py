@@ -13,6 +13,8 @@ from rayk.hashing import PageHash
 from rayk.inputs import LeafInputs, ShardInputs
 from rayk.pages import Pages
 from rayk.replica import ReplicaCore
+from rayk.request import NOTHING_REUSED, Reused
+from rayk.tiers.connector import TierCount
 
 
 class _Told:
@@ -34,6 +36,7 @@ class Cache:
     def __init__(self, core: ReplicaCore, watermark: float) -> None:
         self.core = core
         self.page_size = core.params.page_size
+        self.reused = NOTHING_REUSED  # of all requests together
         self._spare = math.ceil(core.num_pages * watermark)
 
     def report_pages(self, tell: Callable[[PagesChanged], None]) -> None:
@@ -46,23 +49,68 @@ class Cache:
         if not alone and core.used_fraction_after(ctx) * core.num_pages > core.num_pages - self._spare + 1e-6:
             return False
         core.claim(ctx.request_id)
+        generation.computes = False
         if self.extend(generation):
             return True
         core.release(ctx.request_id)
         return False
 
     def extend(self, generation: Generation) -> bool:
-        """Pages for a request's next window, reusing what others cached meanwhile; False when there are too few."""
+        """Pages for a request's next window, reusing what others cached meanwhile; False when there are too few.
+
+        A part of it may have to be loaded from a tier. Then the request awaits() a load: it may not be in a batch
+        before the load has landed, loading() is over, and the next extend() has moved the window back to what failed.
+        """
         ctx = generation.ctx
+        if generation.computes or self._land(generation):  # it has pages for all of its tokens
+            return True
+        before = ctx.tokens.processed
         try:
             reused = self.core.alloc(ctx)
         except InsufficientBlocksError:
             return False
-        found = ctx.tokens.processed
-        self.core.settle([ctx])  # before its tokens are looked at: a load that failed moves the window back
-        if not generation.preemptions:
-            generation.cached_tokens += sum(reused) - (found - ctx.tokens.processed)
+        self._count(generation, generation.cached.plus(reused))
+        # A tier that finds what it cannot load would have it start over with every chunk.
+        generation.computes = ctx.tokens.processed < before
+        if not self.loading(generation):
+            self._land(generation)
         return True
+
+    def awaits(self, generation: Generation) -> bool:
+        """Whether it has a load that extend() has not ended."""
+        loads = self.core.loads
+        return loads is not None and generation.ctx.request_id in loads.under_way
+
+    def loading(self, generation: Generation) -> bool:
+        """Whether a part of its prompt is still on its way from a tier: extend() would wait for it."""
+        return self.core.loading(generation.ctx)
+
+    def _land(self, generation: Generation) -> bool:
+        """End the request's load, waiting for it if need be; False when it has none. It keeps the pages that it has."""
+        ctx = generation.ctx
+        if not self.awaits(generation):
+            return False
+        found = ctx.tokens.processed
+        self.core.settle([ctx])  # a load that failed moves the window back
+        generation.computes = ctx.tokens.processed < found
+        self._count(generation, generation.cached.less(found - ctx.tokens.processed))
+        return True
+
+    def _count(self, generation: Generation, cached: Reused) -> None:
+        if not generation.preemptions and cached != generation.cached:
+            more = (new - old for new, old in zip(cached, generation.cached, strict=True))
+            self.reused = self.reused.plus(Reused(*more))
+            generation.cached = cached
+
+    def poll(self) -> None:
+        """Take note of what has come from the tiers or gone there. Never waits."""
+        self.core.poll_transfers()
+
+    @property
+    def tiers(self) -> TierCount:
+        """What the node's tiers hold."""
+        connector = self.core.connector
+        return connector.count() if connector is not None else TierCount()
 
     def extend_rows(self, contexts: Sequence[TextContext]) -> list[TextContext]:
         """Pages for the next token of each; those for which there were none, which keep what they had."""

@@ -97,6 +97,20 @@ def generate(
         int | None,
         typer.Option(help="Pages of a replica; as many as these prompts can use and fit.", rich_help_panel=_CLUSTER),
     ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="A host tier for the replicas of each node: 16GiB, bytes, or 0.5 of what is free.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    disk_dir: Annotated[
+        Path | None,
+        typer.Option(help="A disk tier in this folder of each node, kept for the next run.", rich_help_panel=_CLUSTER),
+    ] = None,
+    disk_memory: Annotated[
+        str | None, typer.Option(help="What --disk-dir may hold on each node.", rich_help_panel=_CLUSTER)
+    ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, or auto: cuda if there are enough GPUs.", rich_help_panel=_CLUSTER)
     ] = "auto",
@@ -156,6 +170,9 @@ def generate(
             attention=attention,
             router=router,
             threads=threads,
+            host_memory=host_memory,
+            disk_dir=disk_dir,
+            disk_memory=disk_memory,
         ) as cluster,
     ):
         started = perf_counter()
@@ -263,6 +280,10 @@ def report(cluster: Cluster, ids: Sequence[Any], outputs: Sequence[Output], seco
             "cached": sum(output.cached_tokens for output in good),
             "computed": sum(output.prompt_length - output.cached_tokens for output in good),
             "generated": generated,
+        },
+        "cached_by_tier": {
+            tier: sum(output.cached[at] for output in good)
+            for at, tier in enumerate(("device", "peer", "host", "disk"))
         },
         "latency": {
             name: dict(zip(("p50", "p90", "p99"), each.quantiles([0.5, 0.9, 0.99]), strict=True))

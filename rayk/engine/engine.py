@@ -5,7 +5,8 @@
                  +-------- preempted <------------+     newest first, when pages run out; computed again later
 
 One step():  expire; grow the decoding rows by the pages that they need, preempting where there are none; fill what is
-left of the token budget with chunks of prompts, admitting requests while pages last; forward; sample; report.
+left of the token budget with chunks of prompts, admitting requests while pages last; forward; sample; report. A prompt
+of which a part is on its way from a tier is left out until it has landed.
 
 Requests keep their place in the queue, and the newest one makes way first, so the oldest always comes to its end. A
 forward that raises is repeated on halves of its batch until the request at fault is alone; only that one fails.
@@ -69,10 +70,11 @@ class Engine:
         self._ended: dict[int, str] = {}  # rows that end with this step, and why
         self._deadlines: list[tuple[float, int]] = []  # a heap; may hold finished ones
         self._events: list[Event] = []
+        self.held_up = False  # the last step could do nothing but wait for the tiers
         self._orders = 0
         self._steps = self._finished = self._failed = self._preemptions = 0
         self._peak_used = 0
-        self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._recomputed_tokens = 0
+        self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -150,12 +152,16 @@ class Engine:
             self._failed,
             self._preemptions,
             self._prompt_tokens,
-            self._cached_tokens,
+            self._cache.reused.total,
             self._generated_tokens,
             self._recomputed_tokens,
             usage.free,
             self._peak_used,
             usage.total,
+            sum(self._cache.loading(each) for each in self._prefill),
+            self._cache.reused,
+            self.core.metrics,
+            self._cache.tiers,
         )
 
     def _note_use(self) -> None:
@@ -171,13 +177,20 @@ class Engine:
     def step(self) -> list[Event]:
         """One forward of what can run; everything that happened since the last call, in order."""
         self.expire()
+        self._cache.poll()
         refused = self._grow()
         chunks = self._next_chunks(admit=not refused)
-        if self._rows or chunks:
+        runs = bool(self._rows or chunks)
+        if runs:
             self._steps += 1
             self._forward(chunks)
+        self.held_up = not (runs or refused or self._events) and self.core.loads_under_way
         events, self._events = self._events, []
         return events
+
+    def poll(self) -> None:
+        """Take note of finished transfers to the tiers; for an engine that has nothing to do."""
+        self._cache.poll()
 
     def expire(self) -> None:
         """End the requests whose time is up."""
@@ -231,7 +244,10 @@ class Engine:
         for generation in [each for each in self._prefill if not each.paused]:
             if not left:
                 break
-            if self._cache.extend(generation):  # it has its pages; others may have published what it needs next
+            if self._cache.loading(generation):
+                continue
+            # It has its pages; others may have published what it needs next.
+            if self._cache.extend(generation) and not self._cache.awaits(generation):
                 left -= self._cut(generation, left)
                 chunks.append(generation)
         if admit and left and self._waiting:
@@ -254,14 +270,14 @@ class Engine:
             if generation.admitted_at is None:
                 generation.admitted_at = self._clock()
                 self._prompt_tokens += generation.prompt_length
-                self._cached_tokens += generation.cached_tokens
             else:
                 self._recomputed_tokens += generation.ctx.tokens.active_length
             self._prefill.append(generation)
             computing.append(generation)
-            left -= self._cut(generation, left)
-            chunks.append(generation)
             self._note_use()
+            if not self._cache.awaits(generation):
+                left -= self._cut(generation, left)
+                chunks.append(generation)
         self._prefill.sort(key=lambda each: each.order)
         for entry in passed_over:
             heapq.heappush(self._waiting, entry)
@@ -419,7 +435,7 @@ class Engine:
             Finished(
                 generation.number,
                 reason,
-                generation.cached_tokens,
+                generation.cached,
                 text,
                 error,
                 generation.preemptions,

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayk.errors import RaykError
+from rayk.request import NOTHING_REUSED, Reused
 
 Numbers = npt.NDArray[np.int64]
 
@@ -44,13 +45,13 @@ class Finished:
 
     `reason` is "stop" (a stop token or string), "length" (as many tokens as asked for, or the model's limit), or, with
     the `error`, "timeout", "cancelled" or "error". `text` is the whole answer where there is a tokenizer.
-    `cached_tokens` of the prompt were found in the cache at its first admission. Times are seconds of the engine's
-    clock since submission; None: it did not come to that.
+    `cached` are tokens that were found in the cache from its first admission on, until it was preempted. Times are
+    seconds of the engine's clock since submission; None: it did not come to that.
     """
 
     number: int
     reason: str
-    cached_tokens: int = 0
+    cached: Reused = NOTHING_REUSED
     text: str | None = None
     error: RaykError | None = None
     preemptions: int = 0

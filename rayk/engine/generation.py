@@ -7,6 +7,7 @@ from typing import Any
 from rayk.context import IntArray, TextContext
 from rayk.engine.request import Limits, Request
 from rayk.engine.text import Detokenizer
+from rayk.request import NOTHING_REUSED, Reused
 
 
 class Generation:
@@ -14,7 +15,8 @@ class Generation:
 
     __slots__ = (
         "admitted_at",
-        "cached_tokens",
+        "cached",
+        "computes",
         "ctx",
         "deadline",
         "detokenizer",
@@ -57,7 +59,8 @@ class Generation:
         self.detokenizer: Detokenizer | None = None
         self.paused = False
         self.preemptions = 0
-        self.cached_tokens = 0
+        self.cached: Reused = NOTHING_REUSED
+        self.computes = False  # a load failed: the rest of its prompt is not looked for any more
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
 

@@ -7,13 +7,15 @@ model. Both boxes are bounded: the engines refuse requests beyond their queues, 
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from threading import Condition, Thread
 from time import monotonic
+from typing import Any, NamedTuple, TypeVar
 
 from rayk.engine.engine import Engine
 from rayk.engine.events import Event, Finished, Tokens
@@ -21,8 +23,20 @@ from rayk.engine.settings import EngineStats
 from rayk.engine.wire import Cancel, Command, Report, Submit
 from rayk.errors import RaykError, RemoteError
 
+log = logging.getLogger("rayk.engine")
+
 HEARTBEAT = 1.0  # seconds between reports when nothing happens
+HELD_UP = 0.0005  # seconds between looks at the tiers when everything waits for them
 BACKLOG = 1 << 16  # tokens
+
+T = TypeVar("T")
+
+
+class _Asked(NamedTuple):
+    """Something to be done to an engine between two steps, and who waits for it."""
+
+    what: Callable[[Engine], Any]
+    answer: Future[Any]
 
 
 class EngineHost:
@@ -32,7 +46,7 @@ class EngineHost:
         self.engines = tuple(engines)
         self._backlog = backlog
         self._heartbeat = heartbeat
-        self._inbox: deque[tuple[int, Command | Future[EngineStats]]] = deque()
+        self._inbox: deque[tuple[int, Command | _Asked]] = deque()
         self._changed = Condition()
         self._events: list[list[Event]] = [[] for _ in engines]
         self._unread = 0  # tokens in `_events`
@@ -75,24 +89,33 @@ class EngineHost:
                 return
             yield Report.of(events, self.engines[engine].steps)
 
-    def stats(self, engine: int) -> EngineStats:
-        """One engine's counters, taken between two steps."""
-        asked: Future[EngineStats] = Future()
+    def call(self, engine: int, what: Callable[[Engine], T]) -> T:
+        """What `what` returns or raises, done to one engine between two steps."""
+        answer: Future[T] = Future()
         with self._changed:
-            self._inbox.append((engine, asked))
+            self._inbox.append((engine, _Asked(what, answer)))
             self._changed.notify_all()
         while self._thread.is_alive():
             with suppress(TimeoutError):
-                return asked.result(timeout=0.1)
-        return self.engines[engine].stats()
+                return answer.result(timeout=0.1)
+        return answer.result() if answer.done() else what(self.engines[engine])
+
+    def stats(self, engine: int) -> EngineStats:
+        """One engine's counters."""
+        return self.call(engine, Engine.stats)
 
     def stop(self) -> None:
-        """End the thread after the step that it is in, and the reports."""
+        """End the thread after the step that it is in, and the reports; what goes to the tiers arrives there."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+        for engine in self.engines:
+            try:
+                engine.core.shutdown()
+            except Exception as error:  # its thread may have ended with anything half done
+                log.warning("replica %d did not leave its tiers in order", engine.core.replica, exc_info=error)
 
     # -- the thread ------------------------------------------------------------------------------------
 
@@ -118,18 +141,22 @@ class EngineHost:
                 if self._stopped:
                     return False
                 behind = self._unread >= self._backlog
-                if not arrived and (behind or not any(engine.busy for engine in self.engines)):
-                    self._changed.wait(self._heartbeat)
+                busy = [engine for engine in self.engines if engine.busy]
+                held_up = all(engine.held_up for engine in busy)
+                if not arrived and (behind or held_up):
+                    self._changed.wait(HELD_UP if busy and not behind else self._heartbeat)
                     arrived = list(self._inbox)
                     self._inbox.clear()
             for index, command in arrived:
                 self._obey(index, command)
             for engine in self.engines:
                 engine.expire()
+                if not engine.busy:
+                    engine.poll()
             if not behind and any(engine.busy for engine in self.engines):
                 return True
 
-    def _obey(self, index: int, command: Command | Future[EngineStats]) -> None:
+    def _obey(self, index: int, command: Command | _Asked) -> None:
         engine = self.engines[index]
         match command:
             case Submit(asks):
@@ -138,8 +165,11 @@ class EngineHost:
                         engine.submit(ask.request())
                     except RaykError as error:
                         self._report(index, [Finished(ask.number, "error", error=error)])
-            case Future():
-                command.set_result(engine.stats())
+            case _Asked(what, answer):
+                try:
+                    answer.set_result(what(engine))
+                except Exception as error:
+                    answer.set_exception(error)
             case Cancel(numbers):
                 for number in numbers:
                     engine.cancel(number)

@@ -13,6 +13,7 @@ from rayk.context import IntArray
 from rayk.engine.events import TokenLogprobs
 from rayk.engine.sampling import SamplingParams
 from rayk.errors import RaykError
+from rayk.request import NOTHING_REUSED, Reused
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Output:
 
     `tokens` include the stop token that ended it; `text` (None without a tokenizer) leaves special tokens, stop tokens
     and stop strings out. `finish_reason`: "stop", "length", "timeout", "cancelled" or "error". `cached_tokens` of the
-    prompt were not computed. `logprobs` has an entry for each token where asked for. `ttft` and `seconds` are from the
-    call to the first token and to the end, `queued` from its arrival at a replica to its admission there, `gaps` are
-    the seconds between arrivals of tokens, with how many arrived.
+    prompt were not computed; `cached` says where they were found. `logprobs` has an entry for each token where asked
+    for. `ttft` and `seconds` are from the call to the first token and to the end, `queued` from its arrival at a
+    replica to its admission there, `gaps` are the seconds between arrivals of tokens, with how many arrived.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Output:
     ttft: float | None = None
     seconds: float = 0.0
     gaps: list[tuple[float, int]] = field(default_factory=list, repr=False)
+    cached: Reused = NOTHING_REUSED
 
 
 @dataclass(frozen=True)
@@ -134,18 +136,19 @@ class Handle:
         reason: str,
         error: RaykError | None = None,
         text: str | None = None,
-        cached_tokens: int = 0,
+        cached: Reused = NOTHING_REUSED,
         preemptions: int = 0,
         queued: float | None = None,
     ) -> None:
         """It is over."""
+        cached = cached.less(max(0, cached.total - len(self.prompt)))
         with self._lock:
             output = Output(
                 self.id,
                 len(self.prompt),
                 list(self.tokens),
                 text,
-                min(cached_tokens, len(self.prompt)),
+                cached.total,
                 reason,
                 error,
                 list(self._logprobs) if self.sampling.logprobs is not None else None,
@@ -156,6 +159,7 @@ class Handle:
                 None if self._first_at is None else self._first_at - self.submitted_at,
                 monotonic() - self.submitted_at,
                 self._gaps,
+                cached,
             )
             if not self.future.set_running_or_notify_cancel():
                 return

@@ -1,40 +1,40 @@
-"""Engines of one model on several replicas: in this process, or behind whatever carries their commands.
+"""Engines of one model on several replicas: what they are made of, and what a Cluster needs of them.
 
-`Replicas` is what a Cluster needs of them; `InlineReplicas` has them all here, one thread and one model for all.
-rayk.actors.engine has the other one.
+`Replicas` are in this process (rayk.engine.inline) or in actors (rayk.actors.engine).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from socket import gethostname
 from typing import Any, Protocol
 
 from rayk.engine.engine import Engine
-from rayk.engine.forward import Model
 from rayk.engine.graphs import with_graphs
-from rayk.engine.host import EngineHost
 from rayk.engine.settings import EngineSettings, EngineStats
+from rayk.engine.tiers import NodeTiers, TierWish
 from rayk.engine.wire import Command, Report
 from rayk.errors import ConfigError
+from rayk.hashing import PageHasher
 from rayk.params import KVCacheParams, require, require_at_least
-from rayk.planning import NodeMemory, ReplicaPlan, measure_node, plan_replica
+from rayk.planning import NodeMemory, ReplicaPlan, plan_replica
 from rayk.replica import ReplicaCore
-
-HASH_ALGORITHM = "xxh3_128"  # of pages, for routing only: a stale or wrong entry costs a miss
+from rayk.tiers.opening import open_connector
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where a replica's model comes from: a checkpoint folder, or a function that makes one."""
+    """Where a replica's model comes from: a checkpoint folder, or a function that makes one.
+
+    model_id: what tells it from other models whose pages look the same; None has the checkpoint's files decide.
+    """
 
     folder: Path | None = None
     make: Callable[[str], Any] | None = None
     dtype: str = "auto"
     attention: str | None = None
+    model_id: str | None = None
 
     def load(self, device: str) -> Any:
         """The model on that device."""
@@ -44,6 +44,16 @@ class ModelSource:
         from rayk.models import load_model
 
         return load_model(self.folder, dtype=self.dtype, device=device, attention=self.attention)
+
+    def identity(self) -> str:
+        """For pages that outlive this cluster. Reads all weights, where nobody named the model."""
+        if self.model_id is not None:
+            return self.model_id
+        if self.folder is None:
+            raise ConfigError(f"a disk tier has to tell {self} from other models; pass model_id=, its name and version")
+        from rayk.models.checkpoint import identity
+
+        return identity(self.folder)
 
     def __str__(self) -> str:
         return str(self.folder) if self.folder is not None else getattr(self.make, "__name__", "a model")
@@ -64,7 +74,9 @@ class ServeSettings:
     prefix_caching: bool = True
     utilization: float | None = None
     longest: int | None = None
-    hash_seed: bytes | None = None  # of pages' hashes, where engines report them
+    hash_seed: bytes | None = None  # of pages' hashes, where somebody needs them
+    reports: bool = False  # whether engines tell what they cache and drop
+    tiers: TierWish = field(default_factory=TierWish)
     graphs: bool = True  # decode steps as CUDA graphs
     threads: int = 1  # of torch, in each process
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -82,17 +94,34 @@ class ServeSettings:
             self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
             f"device {self.device!r} is not 'auto', 'cpu' or 'cuda'",
         )
+        require(self.prefix_caching or not self.tiers.wanted, "host and disk tiers need prefix_caching=True")
+
+    @property
+    def hash_algorithm(self) -> str:
+        """Of pages. Where a tier is asked for a page by its hash alone, one that nobody can forge."""
+        return "sha256" if self.tiers.wanted else "xxh3_128"
+
+    @property
+    def hasher(self) -> PageHasher | None:
+        """What names the pages that engines report."""
+        if not self.reports:
+            return None
+        assert self.hash_seed is not None
+        return PageHasher(self.hash_algorithm, self.hash_seed, self.page_size)
 
 
 class Replicas(Protocol):
-    """Engines that take commands and report. `facts[r]` tells what replica r is; `tokenizer` where it is at hand."""
+    """Engines that take commands and report. `facts[r]` tells what replica r is; `tokenizer` where it is at hand;
+    `settings` are those that were given, with the hashes' seed."""
 
+    settings: ServeSettings
     facts: Sequence[ReplicaFacts]
     tokenizer: Any
 
     def post(self, replica: int, command: Command) -> None: ...
     def reports(self, replica: int) -> Iterator[Report]: ...
     def stats(self, replica: int) -> EngineStats: ...
+    def check(self, replica: int) -> None: ...
     def drop(self, replica: int) -> None: ...
     def close(self) -> None: ...
 
@@ -112,28 +141,50 @@ class ReplicaFacts:
     has_tokenizer: bool
 
 
-def cache_params(model: Any, settings: ServeSettings, device: str) -> KVCacheParams:
-    """The parameters of one replica's cache for that model."""
+def open_engine(
+    model: Any,
+    source: ModelSource,
+    settings: ServeSettings,
+    replica: int,
+    device: str,
+    sharing: int,
+    node: NodeMemory,
+    tiers: NodeTiers | None,
+) -> Engine:
+    """One replica's engine over new pages, as one of `sharing` replicas that are being started on that node.
+
+    The model is loaded already. On CUDA its decode steps are captured. PlanError when not even one page fits.
+    """
+    more = {} if tiers is None else tiers.params("" if tiers.disk_dir is None else source.identity())
     params = model.cache_params(
         page_size=settings.page_size,
         devices=[device],
         data_parallel_degree=1,
         enable_prefix_caching=settings.prefix_caching,
-        kv_hash_algo=HASH_ALGORITHM,
+        kv_hash_algo=settings.hash_algorithm,
         kv_hash_seed=settings.hash_seed,
+        **more,
     )
     assert isinstance(params, KVCacheParams)
-    return params
+    pages = _plan(model, params, settings, sharing, node).pages
+    core = ReplicaCore(params, replica, pages, settings.max_batch_size, [device])
+    if tiers is not None:
+        core.connect(
+            open_connector(params, core.buffers.all_bytes, tiers.host_pages(params.bytes_per_page), tiers.pool)
+        )
+    try:
+        return Engine(
+            core,
+            with_graphs(model, core) if settings.graphs else model,
+            replace(settings.engine, report_pages=settings.reports),
+        )
+    except BaseException:
+        core.shutdown()
+        raise
 
 
-def plan_pages(
-    model: Any, params: KVCacheParams, settings: ServeSettings, sharing: int, node: NodeMemory | None = None
-) -> ReplicaPlan:
-    """The pages of one of `sharing` replicas on a node, after the model was loaded there; PlanError if none fit.
-
-    Without a wish: what fits, and no more than a full batch of the longest requests can use.
-    """
-    node = node or measure_node()
+def _plan(model: Any, params: KVCacheParams, settings: ServeSettings, sharing: int, node: NodeMemory) -> ReplicaPlan:
+    """Without a wish: what fits, and no more than a full batch of the longest requests can use."""
     plan = plan_replica(node, params, settings.pages, sharing, settings.utilization)
     if settings.pages is not None:
         return plan
@@ -142,62 +193,13 @@ def plan_pages(
     return plan_replica(node, params, min(plan.pages, useful), sharing, settings.utilization)
 
 
-def make_engine(
-    model: Model, params: KVCacheParams, settings: ServeSettings, replica: int, pages: int, device: str
-) -> Engine:
-    """One replica's engine over a new cache; on CUDA its decode steps are captured."""
-    core = ReplicaCore(params, replica, pages, settings.max_batch_size, [device])
-    rules = replace(settings.engine, report_pages=settings.hash_seed is not None)
-    return Engine(core, with_graphs(model, core) if settings.graphs else model, rules)
-
-
-class InlineReplicas:
-    """All replicas in this process: one model for each device, one thread for all engines."""
-
-    def __init__(self, source: ModelSource, settings: ServeSettings) -> None:
-        import torch
-
-        devices = [self._device(settings, replica) for replica in range(settings.replicas)]
-        sharing, models = Counter(devices), {}
-        for device in sharing:
-            if device.startswith("cuda") and not torch.cuda.is_available():
-                raise ConfigError("this process sees no CUDA device; use device='cpu'")
-            models[device] = source.load(device)
-        engines = []
-        node = measure_node(host_name=gethostname())
-        for replica, device in enumerate(devices):
-            model = models[device]
-            params = cache_params(model, settings, device)
-            plan = plan_pages(model, params, settings, sharing[device], node)
-            engines.append(make_engine(model, params, settings, replica, plan.pages, device))
-        self.facts: Sequence[ReplicaFacts] = [
-            facts_of(engine, devices[replica], node.host_name) for replica, engine in enumerate(engines)
-        ]
-        self.tokenizer = engines[0].model.tokenizer
-        self._host = EngineHost(engines).start()
-
-    @staticmethod
-    def _device(settings: ServeSettings, replica: int) -> str:
-        if settings.device != "cuda":
-            return settings.device
-        import torch
-
-        return f"cuda:{replica % max(1, torch.cuda.device_count())}"
-
-    def post(self, replica: int, command: Command) -> None:
-        self._host.post(replica, command)
-
-    def reports(self, replica: int) -> Iterator[Report]:
-        return self._host.reports(replica)
-
-    def stats(self, replica: int) -> EngineStats:
-        return self._host.stats(replica)
-
-    def drop(self, replica: int) -> None:
-        """It is lost, and with it all others: they share a thread."""
-
-    def close(self) -> None:
-        self._host.stop()
+def check_engine(engine: Engine) -> None:
+    """IntegrityError unless its pages are where they should be, in the tiers too; waits for what is on its way."""
+    core = engine.core
+    core.drain()
+    core.check_integrity()
+    if core.connector is not None:
+        core.connector.check_integrity()
 
 
 def facts_of(engine: Engine, device: str, node: str) -> ReplicaFacts:

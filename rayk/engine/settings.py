@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from rayk.metrics import KVCacheMetrics
 from rayk.params import require, require_at_least
+from rayk.request import Reused
+from rayk.tiers.connector import TierCount
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,11 @@ class EngineSettings:
 
 
 class EngineStats(NamedTuple):
-    """Counters since the start, and what there is now. Tokens of prompts count at first admissions."""
+    """Counters since the start, and what there is now. Tokens of prompts count at first admissions.
+
+    `cached_tokens` are those of `reused` together. `loading` of the running requests wait for a tier. `cache` has the
+    counters of pages, `tiers` what this node's tiers hold.
+    """
 
     steps: int
     waiting: int
@@ -42,3 +49,7 @@ class EngineStats(NamedTuple):
     free_pages: int
     peak_used_pages: int
     pages: int
+    loading: int
+    reused: Reused
+    cache: KVCacheMetrics
+    tiers: TierCount

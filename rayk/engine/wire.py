@@ -16,6 +16,7 @@ from rayk.engine.events import Event, Finished, Numbers, PagesChanged, Text, Tok
 from rayk.engine.request import Request
 from rayk.engine.sampling import SamplingParams
 from rayk.errors import RaykError
+from rayk.request import NOTHING_REUSED, Reused
 
 
 class Ask(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
@@ -65,7 +66,7 @@ class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
 
     number: int
     reason: str
-    cached_tokens: int = 0
+    cached: Reused = NOTHING_REUSED
     text: str | None = None
     failure: m.Failure | None = None
     preemptions: int = 0
@@ -77,7 +78,7 @@ class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     def of(cls, event: Finished) -> Ended:
         error = m.failure(event.error) if event.error is not None else None
         times = (event.admitted_after, event.first_token_after, event.seconds)
-        return cls(event.number, event.reason, event.cached_tokens, event.text, error, event.preemptions, *times)
+        return cls(event.number, event.reason, event.cached, event.text, error, event.preemptions, *times)
 
     @property
     def error(self) -> RaykError | None:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from rayk.errors import CheckpointError
@@ -19,6 +20,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 PICKLES = ("*.bin", "*.pt", "*.pth")
+BLOCK = 8 << 20  # bytes read at a time
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -75,6 +77,21 @@ def weight_files(folder: Path) -> list[str]:
             "(model.save_pretrained() of transformers writes them)",
         )
     raise CheckpointError(str(folder), WEIGHTS, f"is missing, and so is {INDEX}")
+
+
+def identity(folder: Path) -> str:
+    """What tells this checkpoint from every other one: config and weights, and not the folder. Reads all of it once.
+
+    Sizes and shapes would not do: a fine-tuned model has those of the model that it was made from.
+    """
+    digest = xxhash.xxh3_128()
+    for name in (CONFIG, *weight_files(folder)):
+        path = folder / name
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def check_weights(folder: Path, name: str) -> None:

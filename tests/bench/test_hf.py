@@ -56,13 +56,28 @@ def test_scarce_pages_and_two_replicas(bench) -> None:
     assert result["tokens"]["recomputed"] >= 0
 
 
+def test_tiers_keep_what_the_device_has_no_room_for(bench, tmp_path: Path) -> None:
+    """What an infinite cache would hit is hit, most of it from the tiers; another run on the folder hits more."""
+    scarce = ["--workload", "chat", "--requests", "25", "--replicas", "1", "--concurrency", "1", "--pages", "64"]
+    tiers = ["--host-memory", "128KiB", "--disk-dir", str(tmp_path / "disk"), "--disk-memory", "64MiB"]
+    code, first, err = bench(*scarce, *tiers)
+    assert code == 0, err
+    by_tier = first["hit_rate"]["by_tier"]
+    assert first["hit_rate"]["measured"] == first["hit_rate"]["infinite"] > 0.02
+    assert by_tier["disk"] > 0 and sum(by_tier.values()) == pytest.approx(first["hit_rate"]["measured"])
+    assert first["tiers"]["disk_written"] > 0 and first["tiers"]["failed_loads"] == 0
+    code, second, _ = bench(*scarce, *tiers)
+    assert code == 0 and second["hit_rate"]["measured"] > first["hit_rate"]["measured"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--forward", "verify"], "--forward hf needs --model"),
         (["--model", "/nowhere"], "does not exist"),
         (["--pages", "1"], "--pages"),
-        (["--host-memory", "1MiB"], "tiers"),
+        (["--host-memory", "100"], "one page takes"),
+        (["--disk-memory", "1MiB"], "--disk-dir and --disk-memory go together"),
     ],
 )
 def test_bad_usage(bench, flags: list[str], message: str) -> None:

@@ -3,12 +3,13 @@
 Run it by hand for every architecture, chunk size and page size (half an hour on one core):
 
     python tests/greedy/matrix.py                     # everything
-    python tests/greedy/matrix.py llama gemma2 --chunk-size 16 --page-size 128 --runtime ray
+    python tests/greedy/matrix.py llama gemma2 --chunk-size 16 --page-size 128 --runtime ray --tiers
 
 Each configuration serves 64 random prompts of 1 to 700 tokens, many with a common beginning, with so few pages that
 requests are preempted at least 20 times; where once is not enough for that, they are served several times, which
 the cache makes fuller still. A token may differ from the dense model's only where its two best logits are
 within 1e-4; that is counted and printed, and ends the comparison of that prompt. Exit code 1 for any other difference.
+With --tiers a small host tier and a disk tier lie below the pages, and every configuration has pages from both.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ NEW_TOKENS = 32
 PROMPTS, LONGEST = 64, 700
 PREEMPTIONS, ROUNDS = 20, 10
 SEEDS = 5
+HOST_MEMORY, DISK_MEMORY = "768KiB", "256MiB"
 CHUNK_SIZES, PAGE_SIZES = (16, 64, 512), (16, 128)
 
 
@@ -55,14 +57,20 @@ class Outcome:
     ties: int
     wrong: list[int]
     seconds: float
+    from_host: int
+    from_disk: int
+    tiers: bool = False
 
     @property
     def ok(self) -> bool:
-        return not self.wrong and self.preemptions >= PREEMPTIONS
+        loaded = not self.tiers or (self.from_host > 0 and self.from_disk > 0)
+        return not self.wrong and self.preemptions >= PREEMPTIONS and loaded
 
     def __str__(self) -> str:
         where = f"{self.name:12} chunk {self.chunk_size:4} page {self.page_size:4} pages {self.pages:4}"
-        served = f"{self.rounds} round(s), {self.tokens} tokens, {self.cached} cached, {self.preemptions} preemptions"
+        tiers = f" ({self.from_host} host, {self.from_disk} disk)" if self.tiers else ""
+        served = f"{self.rounds} round(s), {self.tokens} tokens, {self.cached} cached{tiers}"
+        served += f", {self.preemptions} preemptions"
         return f"{where}: {served}, {self.ties} ties, {len(self.wrong)} wrong ({self.seconds:.1f} s)"
 
 
@@ -134,8 +142,9 @@ def run(
     pages: int | None = None,
     session: Any = None,
     new_tokens: int = NEW_TOKENS,
+    tiers: Path | None = None,
 ) -> Outcome:
-    """Serve the prompts from two replicas and compare."""
+    """Serve the prompts from two replicas and compare; `tiers` is a folder for a disk tier."""
     from rayk import Cluster
 
     pages = pages or scarce_pages(prompts, page_size)
@@ -150,12 +159,17 @@ def run(
         chunk_size=chunk_size,
         watermark=0.0,
         router="round-robin",
+        host_memory=HOST_MEMORY if tiers is not None else None,
+        disk_dir=tiers,
+        disk_memory=DISK_MEMORY if tiers is not None else None,
     ) as cluster:
         outputs, rounds = [], 0
         while not rounds or (rounds < ROUNDS and _preemptions(cluster) < PREEMPTIONS):
             outputs += cluster.generate(prompts, max_new_tokens=new_tokens)
             rounds += 1
         preemptions = _preemptions(cluster)
+        loaded = [cluster.stats(r).cache for r in range(2)]
+        cluster.check_integrity()
     failed = [output for output in outputs if output.error is not None]
     if failed:
         raise failed[0].error  # type: ignore[misc]  # it has one
@@ -173,6 +187,9 @@ def run(
         kinds.count("tie"),
         [i for i, kind in enumerate(kinds) if kind == "wrong"],
         time.perf_counter() - began,
+        sum(each.h2d_blocks_copied - each.disk_blocks_read for each in loaded),
+        sum(each.disk_blocks_read for each in loaded),
+        tiers is not None,
     )
 
 
@@ -188,6 +205,7 @@ def main(write: Callable[..., Path], dense: Callable[[Path], Any], known: Sequen
     parser.add_argument("--pages", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runtime", choices=("inline", "ray"), default="inline")
+    parser.add_argument("--tiers", action="store_true")
     args = parser.parse_args()
     from rayk import InferenceSession
 
@@ -205,7 +223,9 @@ def main(write: Callable[..., Path], dense: Callable[[Path], Any], known: Sequen
                     if sum(len(each.tokens) for each in references) > 0.8 * NEW_TOKENS * len(prompts):
                         break
                 for chunk_size in args.chunk_size:
-                    done = run(name, checkpoint, prompts, references, chunk_size, page_size, args.pages, session)
+                    with tempfile.TemporaryDirectory() as disk:
+                        sizes, tiers = (chunk_size, page_size, args.pages), Path(disk) if args.tiers else None
+                        done = run(name, checkpoint, prompts, references, *sizes, session, tiers=tiers)
                     bad += not done.ok
                     print(done, "" if done.ok else "FAILED", flush=True)
     return 1 if bad else 0

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ..unit.engine.fake import POISON, Bench, expected  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..unit.engine.fake import POISON, Bench, Shelf, expected  # noqa: TID252  # tests/ is no package that has an absolute name
 
 HEADS = (tuple(range(20)), tuple(range(10)), (1, 2), ())
 
@@ -29,10 +29,20 @@ class Engines(RuleBasedStateMachine):
         watermark=st.sampled_from([0.0, 0.2]),
         caching=st.booleans(),
         reports=st.booleans(),
+        tiers=st.booleans(),
     )
     def start(
-        self, spare: int, page_size: int, rows: int, chunk: int, watermark: float, caching: bool, reports: bool
+        self,
+        spare: int,
+        page_size: int,
+        rows: int,
+        chunk: int,
+        watermark: float,
+        caching: bool,
+        reports: bool,
+        tiers: bool,
     ) -> None:
+        self.shelf = Shelf() if tiers and caching else None
         self.bench = Bench(
             -(-50 // page_size) + spare,  # the longest request needs that without the spare ones
             page_size,
@@ -41,6 +51,7 @@ class Engines(RuleBasedStateMachine):
             watermark=watermark,
             caching=caching,
             report_pages=reports,
+            shelf=self.shelf,
         )
         self.bench.model.broken = POISON
         self.want: dict[int, tuple[tuple[int, ...], int]] = {}
@@ -99,6 +110,19 @@ class Engines(RuleBasedStateMachine):
         for _ in range(steps):
             self.bench.step()
 
+    @precondition(lambda self: self.shelf is not None)
+    @rule(open_=st.booleans(), lost=st.sampled_from([0, 0, 0, 1, 3, 99]), forgets=st.integers(0, 6))
+    def tier(self, open_: bool, lost: int, forgets: int) -> None:
+        """It is slow or quick, finds what it cannot load, or has lost some pages."""
+        assert self.shelf is not None
+        self.shelf.open, self.shelf.lost = open_, lost
+        for key in list(self.shelf.pages)[:: max(1, 7 - forgets)] if forgets else ():
+            del self.shelf.pages[key]
+
+    @rule()
+    def the_device_forgets(self) -> None:
+        self.bench.core.tree.reset()
+
     @rule(seconds=st.floats(0.1, 8))
     def time_passes(self, seconds: float) -> None:
         self.bench.clock.now += seconds
@@ -116,7 +140,10 @@ class Engines(RuleBasedStateMachine):
             return
         for number in sorted(self.paused):
             self.bench.engine.resume(number)
+        if self.shelf is not None:
+            self.shelf.open = True
         self.bench.run()
+        assert self.shelf is None or not self.shelf.under_way
         for number, (prompt, count) in self.want.items():
             end = self.bench.ended[number]
             if end.reason == "length":

@@ -7,7 +7,8 @@ page freed too early or a window that moved wrongly gives other tokens than the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from rayk.engine.sampling import SamplingParams
 from rayk.engine.settings import EngineSettings
 from rayk.params import MHAKVCacheParams
 from rayk.replica import ReplicaCore
+from rayk.tiers.connector import Found, NullConnector, Tier
 
 VOCAB = 97
 POISON, EOS = 95, 96  # never chosen on their own
@@ -104,6 +106,61 @@ def params(page_size: int = 4, devices: Sequence[str] = ("cpu",), replicas: int 
     )  # fmt: skip
 
 
+class Shelf(NullConnector):
+    """A tier in memory. Loads land at a look at them while `open`, but for the last `lost` pages of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages: dict[bytes, torch.Tensor] = {}
+        self.buffers: list[torch.Tensor] = []
+        self.open = True
+        self.lost = 0
+        self.under_way: list[ShelfLoad] = []
+
+    def holds(self, key: bytes) -> bool:
+        return key in self.pages
+
+    def lookup(self, hashes: Iterable[bytes]) -> Found:
+        found = list(takewhile(self.pages.__contains__, hashes))
+        return Found(found, [Tier.HOST] * (len(found) // 2) + [Tier.DISK] * (len(found) - len(found) // 2))
+
+    def load(self, hashes: Sequence[bytes], pages: Any) -> ShelfLoad:
+        self.under_way.append(ShelfLoad(self, [self.pages[key] for key in hashes], pages))
+        return self.under_way[-1]
+
+    def offload(self, hashes: Sequence[bytes], pages: Any) -> None:
+        for key, page in zip(hashes, pages.tolist(), strict=True):
+            self.pages[key] = torch.cat([buffer[page] for buffer in self.buffers]).clone()
+
+
+class ShelfLoad:
+    def __init__(self, shelf: Shelf, content: list[torch.Tensor], pages: Any) -> None:
+        self.shelf, self.content, self.pages = shelf, content, pages
+        self.landed: int | None = None
+        self.cancelled = False
+
+    def poll(self) -> bool:
+        return self.landed is not None or (self.shelf.open and self.wait() >= 0)
+
+    def wait(self) -> int:
+        assert not self.cancelled
+        if self.landed is None:
+            self.landed = max(0, len(self.content) - self.shelf.lost)
+            self.shelf.counters.loads_failed += len(self.content) - self.landed
+            for page, content in zip(self.pages[: self.landed].tolist(), self.content, strict=False):
+                at = 0
+                for buffer in self.shelf.buffers:
+                    buffer[page] = content[at : at + buffer.shape[1]]
+                    at += buffer.shape[1]
+            self.shelf.under_way.remove(self)
+        return self.landed
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        if self.landed is None:
+            self.shelf.under_way.remove(self)
+
+
 class Clock:
     """Time that passes when told to."""
 
@@ -123,9 +180,13 @@ class Bench:
         self.clock = Clock()
         self.model = model or PageModel()
         caching = settings.pop("caching", True)
+        self.shelf: Shelf | None = settings.pop("shelf", None)
         self.core = ReplicaCore(
             params(page_size, enable_prefix_caching=caching), 0, pages, rows, ["cpu"], runtime_checks=True
         )
+        if self.shelf is not None:
+            self.shelf.buffers = list(self.core.buffers.all_bytes)
+            self.core.connect(self.shelf)
         self.engine = Engine(self.core, self.model, EngineSettings(**settings), self.clock)
         self.tokens: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[Any]] = {}

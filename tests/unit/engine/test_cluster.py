@@ -15,8 +15,8 @@ from rayk import InferenceSession
 from rayk.cluster import Cluster
 from rayk.engine.engine import Engine
 from rayk.engine.errors import RequestCancelledError, RequestError, RequestTimeoutError
+from rayk.engine.inline import InlineReplicas
 from rayk.engine.sampling import SamplingParams
-from rayk.engine.serve import InlineReplicas
 from rayk.engine.wire import Report, Submit
 from rayk.errors import CheckpointError, ClosedError, ConfigError, ReplicaLostError
 

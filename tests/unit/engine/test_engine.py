@@ -86,10 +86,10 @@ def test_a_second_request_reuses_the_first_ones_pages() -> None:
     second = bench.submit(prompt, 8)
     bench.run()
     assert bench.tokens[first] == bench.tokens[second] == expected(prompt, 8)
-    assert [bench.ended[n].cached_tokens for n in (first, second)] == [0, 16]
+    assert [bench.ended[n].cached.total for n in (first, second)] == [0, 16]
     third = bench.submit([*prompt, *bench.tokens[first], 5], 8)  # the next turn reuses the answer too
     bench.run()
-    assert bench.ended[third].cached_tokens == 24
+    assert bench.ended[third].cached.total == 24
 
 
 def test_equal_prompts_that_arrive_together_are_computed_once() -> None:
@@ -97,7 +97,7 @@ def test_equal_prompts_that_arrive_together_are_computed_once() -> None:
     prompt = list(range(21))
     numbers = [bench.submit(prompt, 4) for _ in range(3)]
     bench.run()
-    assert [bench.ended[n].cached_tokens for n in numbers] == [0, 20, 20]
+    assert [bench.ended[n].cached.total for n in numbers] == [0, 20, 20]
     assert all(bench.tokens[n] == expected(prompt, 4) for n in numbers)
 
 
@@ -106,7 +106,7 @@ def test_salts_do_not_share() -> None:
     for salt in ("a", "b", None):
         bench.submit(range(18), 2, cache_salt=salt)
         bench.run()
-    assert [each.cached_tokens for each in bench.ended.values()] == [0, 0, 0]
+    assert [each.cached.total for each in bench.ended.values()] == [0, 0, 0]
 
 
 def test_an_answer_is_continued() -> None:

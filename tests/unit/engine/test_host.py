@@ -17,6 +17,7 @@ from rayk.engine.request import Request
 from rayk.engine.sampling import SamplingParams
 from rayk.engine.wire import Ask, Cancel, Report, Submit, decode_command, decode_report, encode
 from rayk.errors import RemoteError
+from rayk.request import Reused
 
 from .fake import Bench, expected
 
@@ -59,7 +60,7 @@ def test_commands_and_reports_survive_the_wire() -> None:
         Tokens(np.array([4, 5]), np.array([7, 8]), {4: found}),
         Text(5, "äöü"),
         Tokens(np.array([4]), np.array([9]), {4: found}),
-        Finished(4, "stop", 16, "text", None, 2, 0.1, 0.2, 0.3),
+        Finished(4, "stop", Reused(9, 1, 4, 2), "text", None, 2, 0.1, 0.2, 0.3),
         Finished(5, "error", error=ForwardError("r", 1, "ValueError", "bad")),
     ]
     report = decode_report(encode(Report.of(events, 12)))
@@ -67,7 +68,7 @@ def test_commands_and_reports_survive_the_wire() -> None:
     assert numbers.tolist() == [4, 5, 4] and tokens.tolist() == [7, 8, 9] and report.steps == 12
     assert report.logprobs == {4: [found, found]} and report.texts == [(5, "äöü")]
     first, second = report.ended
-    assert (first.cached_tokens, first.text, first.preemptions, first.error) == (16, "text", 2, None)
+    assert (first.cached, first.text, first.preemptions, first.error) == (Reused(9, 1, 4, 2), "text", 2, None)
     assert isinstance(second.error, ForwardError) and second.error.kind == "ValueError"
     empty = decode_report(encode(Report.of([], 12)))
     assert [len(column) for column in empty.columns()] == [0, 0] and not empty.ended

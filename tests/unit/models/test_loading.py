@@ -17,6 +17,7 @@ from rayk import RaykError
 from rayk.attention.pool import PagedPool
 from rayk.errors import ArchitectureError, AttentionError, BatchError, CheckpointError, ConfigError
 from rayk.models import load_model
+from rayk.models.checkpoint import identity
 
 from .checkpoints import VOCAB, Rows, common, dense, prompts, write
 
@@ -347,3 +348,12 @@ def test_models_and_threads_share_a_process(llama: Path, tmp_path: Path) -> None
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_checkpoint_is_told_by_what_is_in_it(tmp_path: Path) -> None:
+    one, same, other = (write(tmp_path / name, "llama", seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert identity(one) == identity(same) != identity(other)
+    config = other / "config.json"
+    before = identity(other)
+    config.write_text(config.read_text().replace("10000", "20000", 1))
+    assert identity(other) != before
