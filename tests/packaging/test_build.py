@@ -26,6 +26,7 @@ PACKAGES = [
     "rayk/models",
     "rayk/simulate",
     "rayk/tiers",
+    "rayk/transport",
 ]
 
 
