@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from rayk import messages as m
+from rayk.actors.pieces import cut
 from rayk.actors.runtime import Actor, ActorGoneError, Runtime
 from rayk.errors import CallTimeoutError, RaykError
 
@@ -126,9 +127,9 @@ class Link:
         self._sent += len(wire)
         try:
             if with_data:
-                ref, data = self.actor.call("handle_with_data", wire, returns=2)
+                ref, data = self.actor.call("handle_with_data", *cut(wire), returns=2)
                 return Pending(self, ref, data)
-            return Pending(self, self.actor.call("handle", wire, *attached), None)
+            return Pending(self, self.actor.call("handle", *cut(wire), *attached), None)
         except ActorGoneError as error:
             raise self._gone(str(error)) from None
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
 
+from rayk.actors.pieces import joined
 from rayk.actors.process import settle
 from rayk.actors.runtime import RayRuntime
 from rayk.params import KVCacheParams
@@ -67,13 +68,13 @@ class ReplicaActor:
         self._service = ReplicaService(core, epoch, RayRuntime().dumps, journal=journal)
         settle()
 
-    def handle(self, wire: bytes, *attached: PageData) -> bytes:
-        """Answer a message; `attached` is page data from other replicas."""
-        return self._service.handle(wire, attached)[0]
+    def handle(self, wire: bytes | int, *rest: Any) -> bytes:
+        """Answer a message, see rayk.actors.pieces; what comes after it is page data from other replicas."""
+        return self._service.handle(*joined(wire, rest))[0]
 
-    def handle_with_data(self, wire: bytes) -> tuple[bytes, PageData]:
+    def handle_with_data(self, wire: bytes | int, *rest: Any) -> tuple[bytes, PageData]:
         """Answer a message whose result comes with page data."""
-        return self._service.handle(wire)
+        return self._service.handle(*joined(wire, rest))
 
     def close(self) -> None:
         """Finish transfers and let go of the tiers; the last thing that is asked of a replica."""

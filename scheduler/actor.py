@@ -10,6 +10,7 @@ from typing import Any
 
 from rayk import messages as m
 from rayk.actors.link import Link, Pending, hear, new_client_id
+from rayk.actors.pieces import joined
 from rayk.actors.process import settle
 from rayk.actors.runtime import Actor, RayRuntime, Runtime
 from rayk.answers import Answers
@@ -50,14 +51,15 @@ class SchedulerActor:
         self._core_lock = Condition()  # a script's step and the sending of what it asks are one
         settle()
 
-    def handle(self, wire: bytes) -> bytes:
-        """Answer a message. Never raises for what a sender did wrong or a replica failed to do.
+    def handle(self, first: bytes | int, *rest: bytes) -> bytes:
+        """Answer a message (see rayk.actors.pieces). Never raises for what a sender did wrong or a replica failed to
+        do.
 
         Several lanes call this at once: while one waits for replicas, others take the next batches.
         """
         seq = 0
         try:
-            envelope = m.decode_envelope(wire)
+            envelope = m.decode_envelope(joined(first, rest)[0])
             seq = envelope.seq
             if not isinstance(envelope, m.SchedulerEnvelope):
                 raise MessageError(f"the scheduler does not take {type(envelope.command).__name__}; a replica does")

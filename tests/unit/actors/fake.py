@@ -22,6 +22,7 @@ from ray import cloudpickle
 
 from rayk import InferenceSession, MHAKVCacheParams, PagedKVCacheManager
 from rayk import messages as m
+from rayk.actors.pieces import joined
 from rayk.actors.replica import ReplicaActor
 from rayk.actors.runtime import ActorGoneError, ActorSpec, NameTakenError, Node, Placement, RayRuntime
 from rayk.errors import PlanError
@@ -104,7 +105,7 @@ def _content(method: str, args: tuple[Any, ...]) -> str:
     if method not in ("handle", "handle_with_data"):
         return method
     try:
-        return type(m.decode_envelope(args[0]).command).__name__
+        return type(m.decode_envelope(joined(args[0], args[1:])[0]).command).__name__
     except Exception:
         return "malformed"
 
