@@ -19,7 +19,7 @@ from rayk.params import KVCacheParams
 from rayk.planning import NodeMemory, measure_node
 
 if TYPE_CHECKING:
-    from rayk.service import PageData
+    from rayk.transport.line import PageData
 
 
 class ReplicaFacts(msgspec.Struct, frozen=True):

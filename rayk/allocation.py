@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rayk.context import TextContext
 from rayk.errors import InsufficientBlocksError
-from rayk.exports import PageExport
+from rayk.exports import PageImport
 from rayk.prefix import Segment
 from rayk.request import NOTHING_REUSED, Request, Reused
 
@@ -31,7 +31,7 @@ def reusable_pages(core: ReplicaCore, ctx: TextContext) -> int:
     return (ctx.tokens.length - (placeholders if placeholders > 1 else 1)) // core.page_size
 
 
-def allocate(core: ReplicaCore, request: Request, ctx: TextContext, imports: Sequence[PageExport]) -> Reused:
+def allocate(core: ReplicaCore, request: Request, ctx: TextContext, imports: Sequence[PageImport]) -> Reused:
     """ReplicaCore.alloc() for what is more than a decode step within the pages at hand."""
     window = ctx.tokens
     if core.unpublished:
@@ -62,17 +62,18 @@ def allocate(core: ReplicaCore, request: Request, ctx: TextContext, imports: Seq
             assert tip is not None
             tree.undo(tip, request.tip)
         raise InsufficientBlocksError(ctx.request_id, core.replica, need + copied, free + copied, core.num_pages)
-    # From here on nothing fails.
+    # From here on nothing fails, but copies on their way: their pages are the request's all the same, to be computed.
     reused = NOTHING_REUSED
     if hits or copied:
         assert tip is not None
-        _attach(core, ctx, request, tip, hits, copied, imports)
-        window.processed = keep * size
-        if window.processed >= end:  # the hit covers the chunk: keep its size, move it on
+        landed = _attach(core, ctx, request, tip, hits, copied, imports)
+        window.processed = request.committed * size
+        if window.processed >= end or (window.processed < processed and end < window.length):
+            # the hit covers the chunk, or what it went on from is gone: keep its size, move it
             window.end = min(window.length, window.processed + active)
         core.device_hits += hits
-        core.peer_hits += copied
-        reused = Reused(hits * size, copied * size)
+        core.peer_hits += landed
+        reused = Reused(hits * size, landed * size)
     else:
         request.tip = tip
     if need > 0:
@@ -117,7 +118,7 @@ def _needs(core: ReplicaCore, ctx: TextContext, length: int) -> tuple[int, int]:
 
 
 def _reuse(
-    core: ReplicaCore, ctx: TextContext, request: Request, stop: int, imports: Sequence[PageExport]
+    core: ReplicaCore, ctx: TextContext, request: Request, stop: int, imports: Sequence[PageImport]
 ) -> tuple[Segment | None, int, int]:
     """Hold the cached pages that continue the request's committed ones, up to page `stop`.
 
@@ -148,9 +149,12 @@ def _attach(
     tip: Segment,
     hits: int,
     copied: int,
-    imports: Sequence[PageExport],
-) -> None:
-    """Put the held hits into the request's row, then copies; its own pages from there on go back."""
+    imports: Sequence[PageImport],
+) -> int:
+    """Put the held hits into the request's row, then copies; its own pages from there on go back.
+
+    How many copies have landed. Those are committed; the pages of the others are the request's own.
+    """
     size, start = core.page_size, request.committed
     if start + hits + copied > core.table.width:
         core.table.widen(start + hits + copied)
@@ -158,18 +162,20 @@ def _attach(
     own = row[start : request.pages].copy() if request.pages > start else None
     if hits:
         row[start : start + hits] = core.tree.path_pages(tip, request.tip)
+    landed, pages = 0, row[start + hits : start + hits + copied]
     if copied:
         core.tree.make_room(copied)
-        pages = row[start + hits : start + hits + copied]
         pages[:] = core.take(copied)
-        core.exports.land(pages, start + hits, imports)
-        tokens = ctx.tokens.data[(start + hits) * size : (start + hits + copied) * size]
-        tip, _ = core.tree.commit(tip, tokens, pages)
+        landed = core.exports.land(pages, start + hits, imports)
+    if landed:
+        tokens = ctx.tokens.data[(start + hits) * size : (start + hits + landed) * size]
+        tip, _ = core.tree.commit(tip, tokens, pages[:landed])
     if own is not None:
         core.pool.give(own)
         row[start + hits + copied : request.pages] = core.num_pages
     request.tip = tip
-    request.committed = start + hits + copied
+    request.committed = start + hits + landed
     request.due = (request.committed + 1) * size
     if request.bound:
         core.table.due[request.row] = request.due
+    return landed

@@ -185,7 +185,7 @@ class InlineBackend:
             for span in copy_spans(have, resident, stop):
                 source = self.cores[span.replica]
                 exports.append((source, source.exports.export(ctx, span.start, span.stop, 0)))
-            return core.alloc(ctx, [export for _, export in exports])
+            return core.alloc(ctx, [source.exports.direct(export, core.buffers) for source, export in exports])
         finally:
             for source, export in exports:
                 source.exports.acknowledge(export.export_id)

@@ -17,6 +17,8 @@ import torch
 
 from rayk.errors import ConfigError
 from rayk.params import KVCacheParams
+from rayk.tiers.copies import runs
+from rayk.transport.memory import SharedFile, shared_zeros
 
 PageIds = npt.NDArray[np.int32]
 
@@ -29,11 +31,16 @@ class LeafBuffers:
     scales: tuple[torch.Tensor, ...]
 
 
-def _pool(pages: int, shape: Sequence[int], dtype: str, device: str) -> torch.Tensor:
+def _pool(pages: int, shape: Sequence[int], dtype: str, device: str, files: list[SharedFile] | None) -> torch.Tensor:
     kv_dim, layers, *rest = shape
+    size = (pages, layers, kv_dim, *rest)
     try:
-        pool = torch.zeros((pages, layers, kv_dim, *rest), dtype=getattr(torch, dtype), device=device)
-    except RuntimeError as error:
+        if files is not None and device == "cpu":
+            pool, file = shared_zeros(size, getattr(torch, dtype))
+            files.append(file)
+        else:
+            pool = torch.zeros(size, dtype=getattr(torch, dtype), device=device)
+    except (RuntimeError, OSError) as error:
         page_bytes = torch.empty((), dtype=getattr(torch, dtype)).element_size() * int(np.prod(shape))
         raise ConfigError(
             f"{pages} pages of {page_bytes} bytes cannot be allocated on {device}: {str(error).splitlines()[0]}; "
@@ -43,21 +50,27 @@ def _pool(pages: int, shape: Sequence[int], dtype: str, device: str) -> torch.Te
 
 
 class PageBuffers:
-    """All KV tensors of one replica. It owns them; views stay valid as long as they are referenced."""
+    """All KV tensors of one replica. It owns them; views stay valid as long as they are referenced.
 
-    def __init__(self, params: KVCacheParams, num_pages: int, devices: Sequence[str]) -> None:
+    With `shared`, those in host memory are in memory that other processes of the machine can map.
+    """
+
+    def __init__(self, params: KVCacheParams, num_pages: int, devices: Sequence[str], shared: bool = False) -> None:
         self.num_pages = num_pages
+        files: list[SharedFile] | None = [] if shared else None
         self.leaves: dict[str, LeafBuffers] = {}
         for name, leaf in params.leaves.items():
             layout = leaf.layout
-            values = tuple(_pool(num_pages + 1, layout.shape, layout.dtype, d) for d in devices)
+            values = tuple(_pool(num_pages + 1, layout.shape, layout.dtype, d, files) for d in devices)
             scale_shape = layout.scale_shape
             scales = (
                 ()
                 if scale_shape is None
-                else tuple(_pool(num_pages + 1, scale_shape, layout.scale_dtype, d) for d in devices)
+                else tuple(_pool(num_pages + 1, scale_shape, layout.scale_dtype, d, files) for d in devices)
             )
             self.leaves[name] = LeafBuffers(values, scales)
+        self.files = files or []
+        """Of the buffers that are in shareable memory, in the order of all_buffers."""
 
     @property
     def all_buffers(self) -> list[torch.Tensor]:
@@ -99,8 +112,25 @@ class PageBuffers:
             new = new.to(raw.device).contiguous()
             raw.view(unit).index_copy_(0, index.to(raw.device), new.view(unit))
 
-    def check_layout(self, data: Sequence[torch.Tensor], pages: int) -> str | None:
+    def check_layout(self, data: Sequence[torch.Tensor] | Sequence[npt.NDArray[np.uint8]], pages: int) -> str | None:
         """Why `data` does not hold `pages` pages of this layout, or None."""
         want = [(pages, raw.shape[1]) for raw in self.all_bytes]
         got = [tuple(d.shape) for d in data]
         return None if got == want else f"page data of shapes {got}, expected {want}"
+
+    def copy_pages(self, pages: PageIds, source: Sequence[torch.Tensor], theirs: PageIds) -> str | None:
+        """Overwrite `pages` with pages `theirs` of another replica's all_bytes; why that cannot be, or None.
+
+        On CUDA the copies are queued on the current streams.
+        """
+        mine = self.all_bytes
+        layout, other = ([(t.shape[1], t.device.type) for t in buffers] for buffers in (mine, source))
+        if layout != other:
+            return f"pages of {other} bytes do not fit into pages of {layout}"
+        if len(theirs) != len(pages) or any(not 0 <= page < len(source[0]) for page in theirs.tolist()):
+            return f"pages {theirs.tolist()} for {len(pages)} page(s), of a pool of {len(source[0])}"
+        stretches = runs(pages.tolist(), theirs.tolist())
+        for target, buffer in zip(mine, source, strict=True):
+            for to, of, count in stretches:
+                target[to : to + count].copy_(buffer[of : of + count], non_blocking=True)
+        return None

@@ -25,6 +25,7 @@ RaykError
     ├── StaleEpochError                   the replica was replaced since the caller last talked to it
     ├── StaleContextError                 a replica misses tokens of a request; the client sends them again
     ├── NoReplicaError                    no replica takes requests: all are lost or draining
+    ├── LineError                         a line between two replicas does not carry pages
     ├── MessageError (ValueError)         a message that cannot be decoded or is unknown
     └── RemoteError                       code that the caller shipped, or rayk itself, raised on a replica
 
@@ -270,6 +271,15 @@ class NoReplicaError(ClusterError):
 
     request_id: str
     text: ClassVar[str] = "request {request_id!r} has no place: all replicas are lost or draining; add one"
+
+
+class LineError(ClusterError):
+    """A line does not carry pages, now or at all: the next one is tried, and what was not copied is computed."""
+
+    kind: str
+    peer: int
+    reason: str
+    text = "line {kind} with replica {peer}: {reason}"
 
 
 class MessageError(ClusterError, ValueError):

@@ -1,14 +1,13 @@
-"""Pages that travel between replicas: copied out of one and pinned there, checked before another keeps them."""
+"""Pages that travel between replicas: pinned at one, checked before another keeps them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from rayk.buffers import PageBuffers
 from rayk.context import TextContext
+from rayk.errors import LineError
 from rayk.hashing import PageHasher
 from rayk.pages import Pages
 from rayk.params import KVCacheParams
@@ -17,12 +16,30 @@ from rayk.prefix import PrefixTree, Segment
 
 @dataclass(frozen=True)
 class PageExport:
-    """Pages `start` .. `start + len(hashes)` of a prefix. The source pins them until acknowledged."""
+    """Pages `start` .. `stop` of a prefix, with their ids at the source, which pins them until acknowledged."""
 
     export_id: int
     start: int
     hashes: list[bytes]
-    data: list[torch.Tensor]  # uint8 [pages, bytes per page] per buffer
+    pages: Pages
+
+    @property
+    def stop(self) -> int:
+        """The page after the last."""
+        return self.start + len(self.hashes)
+
+
+@dataclass(frozen=True)
+class PageImport:
+    """The same pages as their target sees them.
+
+    `fill(first, pages)` puts the exported pages from number `first` on into `pages` of the target, or raises LineError
+    and leaves anything in them.
+    """
+
+    start: int
+    hashes: list[bytes]
+    fill: Callable[[int, Pages], None]
 
     @property
     def stop(self) -> int:
@@ -38,7 +55,7 @@ class Exports:
         self._tree = tree
         self._buffers = buffers
         self.hasher = PageHasher(params.kv_hash_algo, params.kv_hash_seed or b"", params.page_size)
-        self._pinned: dict[int, tuple[Segment, int]] = {}  # export id -> held tip, deadline
+        self._pinned: dict[int, tuple[Segment, float]] = {}  # export id -> held tip, deadline
         self._made = 0
 
     @property
@@ -51,22 +68,32 @@ class Exports:
         tokens = ctx.tokens.data[: pages * self._params.page_size].tobytes()
         return list(self.hasher.chain(self.hasher.root(ctx.root_key), tokens))
 
-    def export(self, ctx: TextContext, start: int, stop: int, deadline: int) -> PageExport:
-        """Copies of the cached pages `start` .. `stop` of that prefix, fewer if evicted meanwhile.
+    def export(self, ctx: TextContext, start: int, stop: int, deadline: float) -> PageExport:
+        """The cached pages `start` .. `stop` of that prefix, fewer if evicted meanwhile.
 
         They are pinned until acknowledge() or the deadline; their place in the eviction order does not change.
         """
         root = self._tree.hold_root(ctx.root_key)
         tip, pages = self._tree.extend(root, ctx.tokens.data[: stop * self._params.page_size])
         try:
-            data = self._buffers.read_bytes(self._tree.path_pages(tip)[start:])
+            ids = self._tree.path_pages(tip)[start:].copy()
             hashes = self.hashes(ctx, pages)[start:]
         except BaseException:
             self._tree.undo(tip, None)
             raise
         self._made += 1
         self._pinned[self._made] = (tip, deadline)
-        return PageExport(self._made, start, hashes, data)
+        return PageExport(self._made, start, hashes, ids)
+
+    def direct(self, export: PageExport, target: PageBuffers) -> PageImport:
+        """An export for another replica of this process."""
+
+        def fill(first: int, pages: Pages) -> None:
+            problem = target.copy_pages(pages, self._buffers.all_bytes, export.pages[first : first + len(pages)])
+            if problem is not None:
+                raise LineError("direct", -1, problem)
+
+        return PageImport(export.start, export.hashes, fill)
 
     def acknowledge(self, export_id: int) -> None:
         """The copies have landed or are not wanted: unpin. Unknown ids are ignored, so that it can be repeated."""
@@ -74,29 +101,32 @@ class Exports:
         if pinned is not None:
             self._tree.undo(pinned[0], None)
 
-    def expire(self, now: int) -> int:
-        """Unpin what was not acknowledged by its deadline (its reader is gone); how many."""
-        late = [export_id for export_id, (_, deadline) in self._pinned.items() if deadline < now]
-        for export_id in late:
-            self.acknowledge(export_id)
-        return len(late)
+    def late(self, now: float) -> list[int]:
+        """Exports that were not acknowledged by their deadline: their reader is gone."""
+        return [export_id for export_id, (_, deadline) in self._pinned.items() if deadline < now]
 
-    def usable(self, ctx: TextContext, have: int, stop: int, imports: Sequence[PageExport]) -> int:
-        """How many pages `imports` add to the first `have` of the request: layout and every hash must be right."""
+    def usable(self, ctx: TextContext, have: int, stop: int, imports: Sequence[PageImport]) -> int:
+        """How many pages `imports` add to the first `have` of the request: every hash must be right."""
         mine, end = self.hashes(ctx, stop), have
         for part in imports:
-            if self._buffers.check_layout(part.data, len(part.hashes)) is not None:
-                break
             while part.start <= end < min(stop, part.stop):
                 if part.hashes[end - part.start] != mine[end]:
                     return end - have
                 end += 1
         return end - have
 
-    def land(self, pages: Pages, first: int, imports: Sequence[PageExport]) -> None:
-        """Write the imported pages `first`, `first + 1`, .. of a prefix into `pages`."""
+    def land(self, pages: Pages, first: int, imports: Sequence[PageImport]) -> int:
+        """Fill `pages` with the imported pages `first`, `first + 1`, .. of a prefix; how many of them have landed.
+
+        The others hold anything: they may not be read before they are written.
+        """
+        end, stop = first, first + len(pages)
         for part in imports:
-            low, high = max(part.start, first), min(part.stop, first + len(pages))
-            if low < high:
-                rows = slice(low - part.start, high - part.start)
-                self._buffers.write_bytes(pages[low - first : high - first], [d[rows] for d in part.data])
+            high = min(part.stop, stop)
+            if part.start <= end < high:
+                try:
+                    part.fill(end - part.start, pages[end - first : high - first])
+                except LineError:
+                    break
+                end = high
+        return end - first

@@ -18,6 +18,7 @@ import msgspec
 from rayk import errors
 from rayk.errors import MessageError, RaykError
 from rayk.metrics import KVCacheMetrics
+from rayk.transport.choice import OBJECT_STORE, Station
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
@@ -106,10 +107,21 @@ class Release(_Message, frozen=True):
 
 
 class ImportHead(_Part, frozen=True):
-    """What an attached export holds: pages from `start` on, one hash each."""
+    """Exported pages of a prefix, from page `start` on, one hash each, and how the target gets them.
+
+    `line` is a kind of rayk.transport.choice. Only the object store's pages are attached to the message; for the others
+    `pages` (raw int32), `offer` and `expires` are what the source `source` of that epoch answered, see Exported.
+    """
 
     start: int
     hashes: list[bytes]
+    line: str = OBJECT_STORE
+    source: int = -1
+    epoch: int = 0
+    export_id: int = 0
+    pages: bytes = b""
+    offer: bytes = b""
+    expires: float = 0.0
 
 
 class Admit(_Message, frozen=True):
@@ -132,15 +144,28 @@ class Lookup(_Message, frozen=True):
 
 
 class Export(_Message, frozen=True):
-    """Copy cached pages start .. stop out and pin them until Acknowledge."""
+    """Pin cached pages start .. stop until Acknowledge, and make them ready for replica `to` on that kind of line."""
 
     view: ContextView
     start: int
     stop: int
+    line: str = OBJECT_STORE
+    to: int = -1
+    to_epoch: int = 0
 
 
 class Acknowledge(_Message, frozen=True):
     export_ids: list[int]
+
+
+class Introduce(_Message, frozen=True):
+    """For Introduced."""
+
+
+class DropLines(_Message, frozen=True):
+    """These replicas are gone or replaced: close what is open to them."""
+
+    replicas: list[int]
 
 
 class RunTick(_Message, frozen=True):
@@ -226,6 +251,8 @@ ReplicaCommand = (
     | Lookup
     | Export
     | Acknowledge
+    | Introduce
+    | DropLines
     | RunTick
     | Inputs
     | Execute
@@ -243,7 +270,19 @@ ReplicaCommand = (
     | PollTransfers
     | Drain
 )
-READ_ONLY = (Lookup, Inputs, Blocks, GetUsage, GetNews, UsedFraction, GetMetrics, ReadPages, CheckIntegrity, GetTiers)
+READ_ONLY = (
+    Lookup,
+    Introduce,
+    Inputs,
+    Blocks,
+    GetUsage,
+    GetNews,
+    UsedFraction,
+    GetMetrics,
+    ReadPages,
+    CheckIntegrity,
+    GetTiers,
+)
 
 
 # -- to the scheduler ---------------------------------------------------------------------------------
@@ -338,8 +377,16 @@ class Failure(_Message, frozen=True):
     fields: list[Any]
 
 
+class Arrival(_Part, frozen=True):
+    """What became of an import: pages copied and the seconds that it took; `trouble` says why its line failed."""
+
+    pages: int
+    seconds: float
+    trouble: str = ""
+
+
 class AdmitDone(_Message, frozen=True):
-    """What became of each context of an Admit: rows of columns, see rayk.columns.Outcomes.
+    """What became of each context of an Admit: rows of columns, see rayk.columns.Outcomes; and of each import.
 
     `numbers` is int64 [n, 7]: processed, end, cached prefix (-1: None), and tokens reused here, copied in, from the
     host tier and from disk; a row of -1 was refused, or not tried when it has no failure. `seconds` is float64
@@ -349,6 +396,7 @@ class AdmitDone(_Message, frozen=True):
     numbers: bytes
     seconds: bytes
     failures: dict[int, Failure] = {}
+    arrivals: list[Arrival] = []
 
 
 class PlaceDone(_Message, frozen=True):
@@ -373,9 +421,21 @@ class Found(_Message, frozen=True):
 
 
 class Exported(_Message, frozen=True):
+    """Pinned pages: their hashes, ids (raw int32), and what the line has to be told; until `expires` at most."""
+
     export_id: int
     start: int
     hashes: list[bytes]
+    pages: bytes = b""
+    offer: bytes = b""
+    expires: float = 0.0
+
+
+class Introduced(_Message, frozen=True):
+    """A replica as an end of lines, and its start."""
+
+    epoch: int
+    station: Station
 
 
 class MovedBack(_Message, frozen=True):
@@ -456,13 +516,32 @@ class Counts(_Message, frozen=True):
     disk: list[int] = []
 
 
+class LineState(_Part, frozen=True):
+    """A line between two replicas that was used: what it carried, what it is taken to do, and what broke it last."""
+
+    source: int
+    target: int
+    kind: str
+    copies: int
+    bytes: int
+    latency: float  # seconds
+    bandwidth: float  # bytes a second
+    failures: int
+    trouble: str
+
+
 class Description(_Message, frozen=True):
-    """What the scheduler knows: per replica epoch and load, and how many requests are placed."""
+    """What the scheduler knows: per replica epoch and load, and how many requests are placed.
+
+    `transport` is the kind of line that was asked for.
+    """
 
     epochs: list[int]
     requests: list[int]
     tokens: list[int]
     clients: int
+    transport: str = "auto"
+    lines: list[LineState] = []
 
 
 class Explained(_Message, frozen=True):
@@ -483,6 +562,7 @@ Result = (
     | PlaceDone
     | Found
     | Exported
+    | Introduced
     | MovedBack
     | TickDone
     | InputsDone

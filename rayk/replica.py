@@ -18,7 +18,7 @@ from rayk.batch import ContextBatch
 from rayk.buffers import PageBuffers
 from rayk.context import TextContext
 from rayk.errors import AlreadyClaimedError, BatchError, InsufficientBlocksError, NotClaimedError
-from rayk.exports import Exports, PageExport
+from rayk.exports import Exports, PageImport
 from rayk.hashing import PageHash
 from rayk.inputs import BatchCharacteristics, BatchShape, InputStage, ReplicaInputs
 from rayk.loads import Loads
@@ -33,7 +33,10 @@ from rayk.tiers.connector import Connector, Tier
 
 
 class ReplicaCore:
-    """`replica` is its index and `holder_of` finds the replica of a request (-1: none): both are for messages."""
+    """`replica` is its index and `holder_of` finds the replica of a request (-1: none): both are for messages.
+
+    `shared_memory`: pages in host memory are where other processes of the machine can read them.
+    """
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class ReplicaCore:
         devices: Sequence[str] | None = None,
         runtime_checks: bool = False,
         holder_of: Callable[[str], int] = lambda _: -1,
+        shared_memory: bool = False,
     ) -> None:
         devices = tuple(devices or params.replica_devices(replica))
         self.replica = replica
@@ -52,7 +56,7 @@ class ReplicaCore:
         self.num_pages = num_pages
         self.max_batch_size = max_batch_size
         self.runtime_checks = runtime_checks
-        self.buffers = PageBuffers(params, num_pages, devices)
+        self.buffers = PageBuffers(params, num_pages, devices, shared_memory)
         self.stage = InputStage(self.buffers, devices, max_batch_size)
         self.requests: dict[str, Request] = {}
         self.table = BlockTable(num_pages, min(max_batch_size, 256))
@@ -172,7 +176,7 @@ class ReplicaCore:
 
     # -- allocation ------------------------------------------------------------------------------
 
-    def alloc(self, ctx: TextContext, imports: Sequence[PageExport] = ()) -> Reused:
+    def alloc(self, ctx: TextContext, imports: Sequence[PageImport] = ()) -> Reused:
         """Give the request the pages that its tokens need, reusing cached ones and moving its window past them.
 
         `imports` are copies of further prefix pages from other replicas, in order. InsufficientBlocksError leaves

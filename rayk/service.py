@@ -14,7 +14,6 @@ from time import monotonic, perf_counter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from rayk import messages as m
@@ -23,23 +22,25 @@ from rayk.backend import Forward, run_forward, run_tick
 from rayk.columns import RESULTS, Batch
 from rayk.context import TextContext
 from rayk.errors import MessageError, RaykError, RemoteError, StaleEpochError
-from rayk.exports import PageExport
+from rayk.exports import PageImport
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.journal import Journal, Unfilled
 from rayk.replica import ReplicaCore
 from rayk.ticks import Tick
 from rayk.tiers.connector import TierCount
+from rayk.transport.choice import OBJECT_STORE
+from rayk.transport.line import PageData, Parcel, Peer
+from rayk.transport.port import Arrival, PagePort, open_lines
 from rayk.views import Mirrors, moved
 
 REFUSED = (-1,) * RESULTS
-PageData = list[npt.NDArray[np.uint8]]  # one [pages, bytes per page] array per buffer
-EXPORT_SECONDS = 120  # an export that is not acknowledged by then is unpinned: its reader is gone
 
 
 class ReplicaService:
     """`epoch` names this start of the replica; `dumps` pickles what shipped functions return.
 
-    With `journal` it notes which pages are cached, for a scheduler whose router goes by that.
+    With `journal` it notes which pages are cached, for a scheduler whose router goes by that. `address` is where other
+    machines reach this one. It owns the port that pages leave and enter by.
     """
 
     def __init__(
@@ -49,8 +50,11 @@ class ReplicaService:
         dumps: Callable[[Any], bytes] = pickle.dumps,
         clock: Callable[[], float] = monotonic,
         journal: bool = False,
+        address: str = "127.0.0.1",
     ) -> None:
         self.core = core
+        me, bytes_per_page = Peer(core.replica, epoch), core.params.bytes_per_page
+        self.port = PagePort(me, core.exports, bytes_per_page, address, open_lines(core.buffers, address), clock)
         self._journal = Journal(core.page_hashes)
         if journal:
             core.listen(self._journal)
@@ -87,7 +91,7 @@ class ReplicaService:
         return answer
 
     def _run(self, command: m.ReplicaCommand, attached: Sequence[PageData]) -> tuple[m.Result, PageData]:
-        self.core.exports.expire(int(self._clock()))
+        self.port.end_late()
         try:
             return self._dispatch(command, attached)
         except Exception as error:  # a shipped function or a bug in rayk, too: report it, stay alive
@@ -124,14 +128,20 @@ class ReplicaService:
             case m.Lookup(views):
                 ctxs = [self._mirrors.context(view, keep=False) for view in views]
                 return self._found(ctxs), []
-            case m.Export(view, start, stop):
+            case m.Export(view, start, stop, line, to, to_epoch):
                 ctx = self._mirrors.context(view, keep=False)
-                export = core.exports.export(ctx, start, stop, int(self._clock()) + EXPORT_SECONDS)
-                data = [t.cpu().numpy() for t in export.data]
-                return m.Exported(export.export_id, export.start, export.hashes), data
+                sent = self.port.ship(ctx, start, stop, Peer(to, to_epoch), line)
+                export = sent.export
+                pages = export.pages.tobytes()
+                done = m.Exported(export.export_id, start, export.hashes, pages, sent.offer, sent.expires)
+                return done, sent.data
             case m.Acknowledge(export_ids):
-                for export_id in export_ids:
-                    core.exports.acknowledge(export_id)
+                self.port.end(export_ids)
+            case m.Introduce():
+                return m.Introduced(self.epoch, self.port.station), []
+            case m.DropLines(replicas):
+                for replica in replicas:
+                    self.port.drop(replica)
             case m.Blocks(request_id):
                 return m.BlocksDone(request_id in core.requests, core.blocks(request_id)), []
             case m.GetNews():
@@ -183,11 +193,8 @@ class ReplicaService:
         self._mirrors.drop(request_id)
 
     def _admit(self, command: m.Admit, attached: Sequence[PageData]) -> m.AdmitDone:
-        exports = [
-            PageExport(0, head.start, head.hashes, [torch.from_numpy(np.array(part)) for part in data])
-            for head, data in zip(command.imports, attached, strict=True)
-        ]
-        uses = {row: [exports[i] for i in of] for row, of in command.uses.items()}
+        imports, arrivals = self._imports(command.imports, attached)
+        uses = {row: [imports[i] for i in of] for row, of in command.uses.items()}
         batch = Batch(command.contexts)
         numbers: list[int] = []
         seconds: list[float] = []
@@ -204,10 +211,30 @@ class ReplicaService:
         untried = len(batch) - len(numbers) // RESULTS
         numbers += REFUSED * untried
         seconds += (0.0, 0.0) * untried
-        return m.AdmitDone(array("q", numbers).tobytes(), array("d", seconds).tobytes(), failures)
+        came = [m.Arrival(a.pages, a.seconds, a.trouble) for a in arrivals]
+        return m.AdmitDone(array("q", numbers).tobytes(), array("d", seconds).tobytes(), failures, came)
+
+    def _imports(
+        self, heads: Sequence[m.ImportHead], attached: Sequence[PageData]
+    ) -> tuple[list[PageImport], list[Arrival]]:
+        """What alloc() needs of the imports of a message. The object store's come with the next attached data each."""
+        rest, imports, arrivals = iter(attached), [], []
+        for head in heads:
+            data = next(rest, None) if head.line == OBJECT_STORE else []
+            if data is None:
+                raise MessageError(f"{len(heads)} import(s) came with the page data of {len(attached)}")
+            pages = np.frombuffer(head.pages, np.int32) if head.pages else np.arange(len(head.hashes), dtype=np.int32)
+            if len(pages) != len(head.hashes):
+                raise MessageError(f"an import of {len(pages)} page(s) came with {len(head.hashes)} hash(es)")
+            source = Peer(head.source, head.epoch)
+            parcel = Parcel(source, head.export_id, pages, head.offer, head.expires, data)
+            imported, arrival = self.port.incoming(head.line, parcel, head.start, head.hashes)
+            imports.append(imported)
+            arrivals.append(arrival)
+        return imports, arrivals
 
     def _admit_one(
-        self, batch: Batch, row: int, claim: bool, imports: Sequence[PageExport], seconds: list[float]
+        self, batch: Batch, row: int, claim: bool, imports: Sequence[PageImport], seconds: list[float]
     ) -> tuple[int, ...]:
         core, request_id, start = self.core, batch.ids[row], perf_counter()
         if claim:

@@ -35,7 +35,7 @@ class Station(msgspec.Struct, frozen=True, array_like=True):
 
     host: str
     address: str
-    lines: tuple[str, ...]
+    lines: list[str]
     page_bytes: int
 
 

@@ -11,22 +11,20 @@ other. A fetch that fails leaves its pages with unknown content: nobody may read
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from rayk.errors import ClusterError
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rayk.buffers import PageBuffers
+from rayk.errors import LineError
 from rayk.pages import Pages
+from rayk.transport.choice import OBJECT_STORE
 
-FETCH_SECONDS = 20.0  # a target waits no longer for pages; what has not come by then is computed
-
-
-class LineError(ClusterError):
-    """A line does not carry pages, now or at all; the next one is tried, and what was not copied is computed."""
-
-    kind: str
-    peer: int
-    reason: str
-    text = "line {kind} with replica {peer}: {reason}"
+Clock = Callable[[], float]
+PageData = list[npt.NDArray[np.uint8]]  # one [pages, bytes per page] array per buffer
 
 
 class Peer(NamedTuple):
@@ -40,7 +38,8 @@ class Parcel(NamedTuple):
     """Pages that a source has pinned for a target.
 
     `pages` are its page ids, `offer` what its line said to be told to the target, `expires` when it unpins them
-    whatever happened (seconds of the monotonic clock that all processes of a machine share).
+    whatever happened (seconds of the monotonic clock that all processes of a machine share), `data` what came beside
+    the message.
     """
 
     source: Peer
@@ -48,6 +47,7 @@ class Parcel(NamedTuple):
     pages: Pages
     offer: bytes
     expires: float
+    data: Sequence[npt.NDArray[np.uint8]] = ()
 
 
 class Line(Protocol):
@@ -64,7 +64,7 @@ class Line(Protocol):
         ...
 
     def fetch(self, parcel: Parcel, first: int, pages: Pages) -> None:
-        """As the target: fill `pages` with the parcel's pages from number `first` on. LineError, within FETCH_SECONDS.
+        """As the target: fill `pages` with the parcel's pages from number `first` on. LineError, after a bounded wait.
 
         When this returns nothing writes to the pages any more, whatever came of it.
         """
@@ -79,4 +79,39 @@ class Line(Protocol):
         ...
 
 
-Clock = Callable[[], float]
+class StoreLine:
+    """The object store, and the simplest line: pages are copied out, and travel beside the messages.
+
+    Whoever carries the messages takes them from `made`, and puts what came along into a parcel's `data`.
+    """
+
+    kind = OBJECT_STORE
+
+    def __init__(self, buffers: PageBuffers) -> None:
+        self._buffers = buffers
+        self._pools = buffers.all_bytes
+        self.made: dict[int, PageData] = {}
+
+    def offer(self, to: Peer, export_id: int, pages: Pages) -> bytes:
+        self.made[export_id] = [part.cpu().numpy() for part in self._buffers.read_bytes(pages)]
+        return b""
+
+    def end(self, export_id: int) -> None:
+        self.made.pop(export_id, None)
+
+    def fetch(self, parcel: Parcel, first: int, pages: Pages) -> None:
+        problem = self._buffers.check_layout(parcel.data, len(parcel.pages))
+        if problem is not None:
+            raise LineError(self.kind, parcel.source.replica, problem)
+        rows = slice(first, first + len(pages))
+        if self._pools[0].is_cuda:  # torch wants memory that it might write to, which the object store's is not
+            self._buffers.write_bytes(pages, [torch.from_numpy(np.array(part[rows])) for part in parcel.data])
+        else:
+            for pool, part in zip(self._pools, parcel.data, strict=True):
+                pool.numpy()[pages] = part[rows]
+
+    def drop(self, replica: int) -> None:
+        """Nothing is open."""
+
+    def close(self) -> None:
+        self.made.clear()

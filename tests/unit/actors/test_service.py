@@ -22,7 +22,8 @@ from rayk.errors import (
     StaleEpochError,
 )
 from rayk.replica import ReplicaCore
-from rayk.service import EXPORT_SECONDS, ReplicaService
+from rayk.service import ReplicaService
+from rayk.transport.port import EXPORT_SECONDS
 from rayk.views import Sender
 
 from .fake import FakeRuntime, params

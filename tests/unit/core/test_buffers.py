@@ -1,5 +1,6 @@
 """The tensors: public shapes, page bytes, and page copies that keep every bit in every dtype."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +82,30 @@ def test_bytes_survive_the_way_to_another_replica(params: KVCacheParams) -> None
     target.write_bytes([1, 2, 0], data)
     assert raw(target.read([1, 2, 0])) == raw(source.read([4, 0, 2]))
     assert raw(target.read_bytes([1])) == raw(source.read_bytes([4]))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_bytes_are_copied_from_pool_to_pool(params: KVCacheParams, shared: bool) -> None:
+    source, target = filled(params, 5), PageBuffers(params, 3, params.devices, shared)
+    assert len(target.files) == (len(target.all_buffers) if shared else 0)
+    assert target.copy_pages(np.array([1, 2, 0]), source.all_bytes, np.array([4, 5, 2])) is None
+    assert raw(target.read([1, 2, 0])) == raw(source.read([4, 5, 2]))
+    assert not any(raw(target.read([3]))[0])
+
+
+def test_pools_that_do_not_fit_are_described_and_nothing_is_written() -> None:
+    target = PageBuffers(mha(), 3, ["cpu"])
+    ones = PageBuffers(mha(), 3, ["cpu"])
+    for buffer in ones.all_buffers:
+        buffer.fill_(1)
+    for source, mine, theirs in (
+        (PageBuffers(mha(head_dim=4), 3, ["cpu"]), [0], [0]),
+        (ones, [0], [4]),
+        (ones, [0], [-1]),
+        (ones, [0, 1], [0]),
+    ):
+        assert target.copy_pages(np.array(mine), source.all_bytes, np.array(theirs)) is not None
+    assert not any(any(data) for data in raw(target.read([0, 1, 2, 3])))
 
 
 def test_what_was_read_does_not_change_with_the_page(params: KVCacheParams) -> None:

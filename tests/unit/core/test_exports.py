@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from rayk import InsufficientBlocksError, MHAKVCacheParams, TextContext
+from rayk.errors import LineError
+from rayk.exports import PageImport
 from rayk.hashing import PageHasher
 from rayk.inputs import LeafInputs
 from rayk.replica import ReplicaCore
@@ -43,6 +45,11 @@ def evict_all(at: ReplicaCore) -> None:
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
 
 
+def fetched(source: ReplicaCore, target: ReplicaCore, ctx: TextContext, start: int, stop: int) -> PageImport:
+    """Those pages, as `target` may import them."""
+    return source.exports.direct(source.exports.export(ctx, start, stop, 0), target.buffers)
+
+
 def right_content(at: ReplicaCore, name: str) -> bool:
     """Whether the request's first three pages hold what PROMPT says."""
     (pages,) = at.buffers.read(at.blocks(name)[:3])
@@ -56,7 +63,7 @@ def test_copied_pages_hold_the_right_content_and_are_counted() -> None:
     export = source.exports.export(ctx, 0, 3, 0)
     assert (export.start, export.stop, len(export.hashes)) == (0, 3, 3)
     target.claim("new")
-    target.alloc(ctx, [export])
+    target.alloc(ctx, [source.exports.direct(export, target.buffers)])
     source.exports.acknowledge(export.export_id)
     assert ctx.tokens.processed == ctx.cached_prefix_length == 6
     assert right_content(target, "new")
@@ -74,7 +81,7 @@ def test_copies_go_on_where_local_hits_end(start: int) -> None:
     serve(target, "part", PROMPT[:3])
     ctx = TextContext("new", PROMPT, 99)
     target.claim("new")
-    target.alloc(ctx, [source.exports.export(ctx, start, 3, 0)])
+    target.alloc(ctx, [fetched(source, target, ctx, start, 3)])
     assert (target.metrics.device_blocks_served, target.metrics.cross_replica_blocks_copied) == (1, 2)
     assert right_content(target, "new")
 
@@ -85,7 +92,7 @@ def test_copies_that_start_beyond_what_is_here_are_not_used() -> None:
     serve(source, "old", PROMPT)
     ctx = TextContext("new", PROMPT, 99)
     target.claim("new")
-    target.alloc(ctx, [source.exports.export(ctx, 1, 3, 0)])
+    target.alloc(ctx, [fetched(source, target, ctx, 1, 3)])
     assert (ctx.tokens.processed, target.metrics.cache_tokens) == (0, 0)
 
 
@@ -95,7 +102,7 @@ def test_copies_from_two_replicas_follow_each_other() -> None:
     serve(two, "b", PROMPT)
     ctx = TextContext("new", PROMPT, 99)
     target.claim("new")
-    target.alloc(ctx, [one.exports.export(ctx, 0, 1, 0), two.exports.export(ctx, 1, 3, 0)])
+    target.alloc(ctx, [fetched(one, target, ctx, 0, 1), fetched(two, target, ctx, 1, 3)])
     assert target.metrics.cross_replica_blocks_copied == 3
     assert right_content(target, "new")
 
@@ -105,7 +112,7 @@ def test_pages_from_a_wrong_hash_on_are_refused(wrong: int) -> None:
     source, target = core(), core(replica=1)
     serve(source, "old", PROMPT)
     ctx = TextContext("new", PROMPT, 99)
-    export = source.exports.export(ctx, 0, 3, 0)
+    export = fetched(source, target, ctx, 0, 3)
     hashes = [b"x" * 32 if i == wrong else h for i, h in enumerate(export.hashes)]
     target.claim("new")
     target.alloc(ctx, [replace(export, hashes=hashes)])
@@ -120,7 +127,7 @@ def test_pages_from_a_wrong_hash_on_are_refused(wrong: int) -> None:
 )
 def test_pages_of_another_prefix_are_refused(tokens, apart, copied: int) -> None:
     source, target = core(), core(replica=1)
-    export = source.exports.export(serve(source, "old", PROMPT), 0, 3, 0)
+    export = fetched(source, target, serve(source, "old", PROMPT), 0, 3)
     target.claim("new")
     target.alloc(TextContext("new", tokens, 99, **apart), [export])
     assert target.metrics.cross_replica_blocks_copied == copied
@@ -135,7 +142,7 @@ def test_pages_of_another_layout_or_seed_are_refused() -> None:
         core(kv_hash_algo="xxh3_128"),
     ):
         old = serve(source, "old", PROMPT)
-        export = source.exports.export(old, 0, 3, 0)
+        export = fetched(source, target, old, 0, 3)
         ctx = TextContext("new", PROMPT, 99)
         target.claim("new")
         target.alloc(ctx, [export])
@@ -151,7 +158,7 @@ def test_a_refused_alloc_with_copies_leaves_no_trace() -> None:
     target.claim("new")
     before = (target.usage, target.metrics, target.blocks("new"))
     with pytest.raises(InsufficientBlocksError, match=r"needs 4 more page.*1 of 4 are free"):
-        target.alloc(ctx, [source.exports.export(ctx, 0, 3, 0)])
+        target.alloc(ctx, [fetched(source, target, ctx, 0, 3)])
     assert (target.usage, target.metrics, target.blocks("new")) == before
     assert (ctx.tokens.processed, ctx.cached_prefix_length) == (0, None)
 
@@ -175,7 +182,7 @@ def test_an_export_of_what_was_evicted_meanwhile_is_shorter() -> None:
     source.reset_prefix_cache()
     for start in (0, 1):
         export = source.exports.export(old, start, 3, 0)
-        assert (export.hashes, [len(part) for part in export.data]) == ([], [0])
+        assert (export.hashes, len(export.pages)) == ([], 0)
         source.exports.acknowledge(export.export_id)
     source.check_integrity()
 
@@ -190,14 +197,15 @@ def test_acknowledging_twice_or_something_unknown_does_nothing() -> None:
     source.check_integrity()
 
 
-def test_expired_pins_are_given_back() -> None:
+def test_pins_whose_time_is_up_are_known() -> None:
     source = core()
     old = serve(source, "old", PROMPT)
     early, late = source.exports.export(old, 0, 3, deadline=10), source.exports.export(old, 0, 1, deadline=20)
-    assert source.exports.expire(10) == 0
-    assert (source.exports.expire(11), source.usage.free) == (1, 7)
-    source.exports.acknowledge(early.export_id)  # too late, and harmless
-    assert source.exports.expire(99) == 1
+    assert source.exports.late(10) == []
+    assert source.exports.late(11) == [early.export_id]
+    source.exports.acknowledge(early.export_id)
+    assert source.usage.free == 7
+    assert source.exports.late(99) == [late.export_id]
     source.exports.acknowledge(late.export_id)
     assert source.usage.free == 8
     source.check_integrity()
@@ -259,3 +267,70 @@ def test_roots_differ_by_seed_salt_and_adapter() -> None:
     keys = [(None, None), ("", None), (None, ""), ("a", "b"), ("a:b", None), ("ab", None), (None, "ab"), ("a", None)]
     roots = [PageHasher("sha256", seed, 1).root(key) for seed in (b"", b"s" * 32) for key in keys]
     assert len(set(roots)) == len(roots)
+
+
+# -- copies that do not come -------------------------------------------------------------------------
+
+
+def broken(imported: PageImport, good: int = 0) -> PageImport:
+    """Its line breaks after `good` pages; the others are garbage by then."""
+
+    def fill(first, pages) -> None:
+        if good:
+            imported.fill(first, pages[:good])
+        raise LineError("test", 0, "cut")
+
+    return replace(imported, fill=fill)
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_pages_of_a_broken_line_are_the_requests_own_and_computed(local: int) -> None:
+    source, target = core(), core(replica=1)
+    serve(source, "old", PROMPT)
+    if local:
+        serve(target, "part", PROMPT[:3])
+    ctx = TextContext("new", PROMPT, 99)
+    target.claim("new")
+    target.alloc(ctx, [broken(fetched(source, target, ctx, local, 3), 1)])
+    assert (ctx.tokens.processed, ctx.tokens.end, target.resident(ctx)) == (2 * local, 7, local)
+    assert target.metrics.cross_replica_blocks_copied == 0
+    assert len(target.blocks("new")) == 4
+    inputs = target.runtime_inputs([ctx])
+    write_window(inputs, [ctx])
+    ctx.update(99)
+    target.step([ctx])
+    assert right_content(target, "new")
+    target.release("new")
+    assert target.usage.free == 8
+    target.check_integrity()
+
+
+def test_what_came_before_a_line_broke_is_kept() -> None:
+    one, two, target = core(), core(replica=1), core(replica=2)
+    serve(one, "a", PROMPT[:3])
+    serve(two, "b", PROMPT)
+    ctx = TextContext("new", PROMPT, 99)
+    target.claim("new")
+    target.alloc(ctx, [fetched(one, target, ctx, 0, 1), broken(fetched(two, target, ctx, 1, 3))])
+    assert (ctx.tokens.processed, target.metrics.cross_replica_blocks_copied) == (2, 1)
+    target.check_integrity()
+
+
+@pytest.mark.parametrize("landed", [False, True])
+def test_a_chunk_whose_pages_made_way_for_copies_starts_where_they_end(landed: bool) -> None:
+    """The request has computed part of a page, which it gives up for the copied one."""
+    source, target = core(page_size=4), core(page_size=4, replica=1)
+    prompt = list(range(1, 14))
+    serve(source, "old", prompt)
+    ctx = TextContext("new", prompt, 99)
+    ctx.tokens.end = 2
+    target.claim("new")
+    target.alloc(ctx)
+    write_window(target.runtime_inputs([ctx]), [ctx])
+    ctx.tokens.processed, ctx.tokens.end = 2, 5
+    imported = fetched(source, target, ctx, 0, 3)
+    target.alloc(ctx, [imported if landed else broken(imported)])
+    assert (ctx.tokens.processed, ctx.tokens.end) == ((12, 13) if landed else (0, 3))
+    target.check_integrity()
+    target.release("new")
+    assert target.usage.free == 8

@@ -17,7 +17,7 @@ from rayk.transport.choice import (
 
 
 def station(host: str = "a", *lines: str) -> Station:
-    return Station(host, "127.0.0.1", lines or (SHARED_MEMORY, GROUP, OBJECT_STORE), 1 << 20)
+    return Station(host, "127.0.0.1", list(lines or (SHARED_MEMORY, GROUP, OBJECT_STORE)), 1 << 20)
 
 
 GPU = (CUDA_IPC, GROUP, OBJECT_STORE)

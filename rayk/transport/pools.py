@@ -1,0 +1,145 @@
+"""The lines of replicas on one machine: the target reads the source's pool, mapped into its own process.
+
+A pool is opened once for each source and its start; then a copy is one memory copy for each run of pages, in which the
+source takes no part. What it takes part in is the end: it pins the pages until they are acknowledged or their time is
+up, and a target that looks at the clock after a copy and finds that it is up does not believe what it read. It was
+stopped for minutes then, and the pages may have been given to others while it copied.
+
+`PoolLine` is the line; two kinds of memory are under it, which only know how to share, map and copy:
+
+    HostMemory    memory of rayk.transport.memory, mapped read-only
+    CudaMemory    CUDA IPC, see rayk.transport.cuda
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import torch
+
+from rayk.errors import LineError
+from rayk.pages import Pages
+from rayk.tiers.copies import runs
+from rayk.transport.choice import SHARED_MEMORY
+from rayk.transport.line import Clock, Parcel, Peer
+from rayk.transport.memory import SharedFile, map_shared
+
+
+class Memory(Protocol):
+    """The pool of this replica, and those of others mapped beside it. Failures are OSError or RuntimeError."""
+
+    kind: str
+
+    def share(self) -> bytes:
+        """What another process needs to map this pool, once."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until what was queued to be written to this pool is there."""
+        ...
+
+    def map(self, offer: bytes) -> Any:
+        """Another replica's pool, for as long as it is referenced."""
+        ...
+
+    def copy(self, pool: Any, theirs: Pages, mine: Pages) -> None:
+        """pool[theirs] -> this pool's pages `mine`; done when it returns."""
+        ...
+
+
+class PoolLine:
+    """See Line."""
+
+    def __init__(self, memory: Memory, clock: Clock = monotonic) -> None:
+        self.kind = memory.kind
+        self._memory = memory
+        self._clock = clock
+        self._shared: dict[int, tuple[Peer, bytes]] = {}  # target -> what it was told
+        self._open: dict[int, tuple[Peer, Any]] = {}  # source -> its pool
+
+    def offer(self, to: Peer, export_id: int, pages: Pages) -> bytes:
+        try:
+            self._memory.settle()
+            known = self._shared.get(to.replica)
+            if known is None or known[0] != to:
+                known = self._shared[to.replica] = to, self._memory.share()
+        except (OSError, RuntimeError) as error:
+            raise LineError(self.kind, to.replica, f"the pool cannot be shared: {error}") from None
+        return known[1]
+
+    def end(self, export_id: int) -> None:
+        """Nothing to do: a target that reads pages whose time is up notices that."""
+
+    def fetch(self, parcel: Parcel, first: int, pages: Pages) -> None:
+        source = parcel.source
+        known = self._open.get(source.replica)
+        try:
+            if known is None or known[0] != source:
+                self.drop(source.replica)
+                known = self._open[source.replica] = source, self._memory.map(parcel.offer)
+            self._memory.copy(known[1], parcel.pages[first : first + len(pages)], pages)
+        except (OSError, RuntimeError, ValueError, msgspec.MsgspecError) as error:
+            self.drop(source.replica)
+            raise LineError(self.kind, source.replica, f"its pool cannot be read: {error}") from None
+        if self._clock() >= parcel.expires:
+            raise LineError(self.kind, source.replica, "the pages were pinned for a shorter time than the copy took")
+
+    def drop(self, replica: int) -> None:
+        self._shared.pop(replica, None)
+        self._open.pop(replica, None)
+
+    def close(self) -> None:
+        self._shared.clear()
+        self._open.clear()
+
+
+class _HostOffer(msgspec.Struct, frozen=True, array_like=True):
+    files: list[SharedFile]
+    widths: list[int]  # bytes of a page in each
+
+
+class HostMemory:
+    """Pools in host memory. `buffers` are uint8 `[pages, bytes per page]`, in the order of `files`."""
+
+    kind = SHARED_MEMORY
+
+    def __init__(self, buffers: Sequence[torch.Tensor], files: Sequence[SharedFile]) -> None:
+        self._buffers = [b.numpy() for b in buffers]
+        self._offer = msgspec.msgpack.encode(_HostOffer(list(files), self._widths))
+
+    @property
+    def _widths(self) -> list[int]:
+        return [b.shape[1] for b in self._buffers]
+
+    def share(self) -> bytes:
+        return self._offer
+
+    def settle(self) -> None:
+        pass
+
+    def map(self, offer: bytes) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+        told = msgspec.msgpack.decode(offer, type=_HostOffer)
+        check_widths(self._widths, told.widths)
+        return [map_shared(f).reshape(-1, width) for f, width in zip(told.files, told.widths, strict=True)]
+
+    def copy(self, pool: Any, theirs: Pages, mine: Pages) -> None:
+        check_pages(theirs, len(pool[0]))
+        for to, of, count in runs(mine.tolist(), theirs.tolist()):
+            for target, source in zip(self._buffers, pool, strict=True):
+                target[to : to + count] = source[of : of + count]
+
+
+def check_widths(mine: Sequence[int], theirs: Sequence[int]) -> None:
+    """ValueError unless pages of both pools are of the same bytes."""
+    if list(mine) != list(theirs):
+        raise ValueError(f"its pages have buffers of {list(theirs)} bytes, here they have {list(mine)}")
+
+
+def check_pages(pages: Pages, total: int) -> None:
+    """ValueError unless a pool of `total` pages has them all."""
+    if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < total:
+        raise ValueError(f"pages {int(pages.min())}..{int(pages.max())} of a pool of {total}")
