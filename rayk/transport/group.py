@@ -5,8 +5,8 @@ waits on a thread for the target to come. It has a store of its own too, so no p
 is touched, nor made a default. Sending is posting: gloo moves the bytes when the target asks for them, on its own
 thread, out of the pages themselves where they lie side by side, out of a copy otherwise. So pages stay pinned until
 the target has them. end() takes the posting back: gloo reads the memory no more when a posted message is dropped, and
-a target that waits for the rest of it waits in vain. Whatever goes wrong on a line closes it, and the next offer makes
-a new one, so that nothing is taken for what it is not.
+a target that waits for the rest of it waits in vain. A fetch that fails closes the target's end; its source is told to
+drop() the line, and makes a new one for the next offer. So nothing is taken for what it is not.
 """
 
 from __future__ import annotations
