@@ -110,6 +110,10 @@ class Link:
         self.news: Callable[[m.News], None] | None = None
         """Told of news in answers; who sets it says in `known` from where on."""
         self.known = m.NOT_ASKED
+        self.pages = False
+        """Whether answers have to say how many pages are in use."""
+        self.turn = self.used = 0
+        """The latest such number, and the answer it is of."""
 
     @property
     def traffic(self) -> Traffic:
@@ -122,7 +126,7 @@ class Link:
         if isinstance(command, m.SchedulerCommand):
             wire = m.encode(m.SchedulerEnvelope(self._client, self.epoch, seq, command))
         else:
-            wire = m.encode(m.ReplicaEnvelope(self._client, self.epoch, seq, command, self.known))
+            wire = m.encode(m.ReplicaEnvelope(self._client, self.epoch, seq, command, self.known, self.pages))
         self._calls += 1
         self._sent += len(wire)
         try:
@@ -147,6 +151,8 @@ class Link:
         reply = m.decode_reply(wire)
         if reply.seen > self.seen:
             self.seen, self.unfilled = reply.seen, reply.unfilled
+        if reply.pages is not None and reply.pages[0] > self.turn:
+            self.turn, self.used = reply.pages
         if reply.news is not None and self.news is not None:
             self.news(reply.news)
         return reply.result

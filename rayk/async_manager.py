@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from time import monotonic
+from functools import partial
 from typing import Any
 
 import torch
 
-from rayk.admission import AdmissionPolicy, AdmissionQueue
+from rayk.admission import AdmissionPolicy
 from rayk.backend import Batches, Forward
 from rayk.context import TextContext
 from rayk.door import Door
@@ -71,8 +71,7 @@ class AsyncPagedKVCacheManager:
     """PagedKVCacheManager for an event loop; same arguments, same results, same errors. One event loop, any tasks.
 
     With an `admission` policy, admit() and try_admit() without replicas wait until there is room for a request and it
-    is its turn (tenant, priority and deadline of the context count, see rayk.admission), or turn it away with
-    OverloadedError. The policy is about this driver's requests.
+    is its turn, or turn it away with OverloadedError. A call that is cancelled meanwhile leaves nothing claimed.
 
     Messages leave in the order in which the calls were made. Two calls about one request should be awaited one
     after the other; calls about different requests need not.
@@ -90,17 +89,20 @@ class AsyncPagedKVCacheManager:
         **options: Any,
     ) -> None:
         self.sync = PagedKVCacheManager(
-            params, session, total_num_pages, total_num_host_pages, enable_runtime_checks, **options
+            params,
+            session,
+            total_num_pages,
+            total_num_host_pages,
+            enable_runtime_checks,
+            admission=admission,
+            **options,
         )
         self.params = params
         self._admissions = _Together(self._admit_together)
         self._releases = _Together(self._release_together)
         self._steps = _Together(self._step_together)
         self._under_way: set[asyncio.Task[Any]] = set()
-        self._door: Door | None = None
-        if admission is not None:
-            pages = sum(self.sync.get_num_pages(r) for r in range(params.data_parallel_degree))
-            self._door = Door(AdmissionQueue(admission, pages, monotonic), params.page_size, self._admissions.add)
+        self._door = Door(partial(self._run, "enter"), self.release) if admission is not None else None
 
     async def _run(self, name: str, *arguments: Any) -> Any:
         """Carry a call of the backend out; on Ray without blocking the event loop."""
@@ -159,7 +161,7 @@ class AsyncPagedKVCacheManager:
         else:
             await self._releases.add(request_id)
         if self._door is not None:
-            self._door.left([request_id])
+            self._door.released()
 
     async def _release_together(self, request_ids: list[str]) -> list[None]:
         calls: Any = getattr(self.sync._backend, "calls", None)
@@ -209,8 +211,8 @@ class AsyncPagedKVCacheManager:
         """See PagedKVCacheManager.tick()."""
         self.sync._for(ticks)
         results: list[TickResult] = await self._run("tick", ticks, fn)
-        if self._door is not None:
-            self._door.left([i for t, r in zip(ticks, results, strict=True) for i in t.release[: r.released]])
+        if self._door is not None and any(result.released for result in results):
+            self._door.released()
         for result in results:
             if result.error is not None:
                 raise result.error
@@ -355,10 +357,10 @@ class AsyncPagedKVCacheManager:
 
     async def shutdown(self) -> None:
         """Wait for what is under way, then give everything back. Safe to call twice."""
-        while self._under_way:
-            await asyncio.gather(*self._under_way, return_exceptions=True)
         if self._door is not None:
             self._door.close()
+        while self._under_way:
+            await asyncio.gather(*self._under_way, return_exceptions=True)
         self.sync.shutdown()
 
     async def __aenter__(self) -> AsyncPagedKVCacheManager:

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from rayk import decode
+from rayk.admission import AdmissionPolicy
 from rayk.batch import ContextBatch
 from rayk.context import TextContext
-from rayk.errors import InsufficientBlocksError, NotClaimedError, RaykError
+from rayk.errors import AlreadyClaimedError, InsufficientBlocksError, NotClaimedError, RaykError
 from rayk.exports import PageExport
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
+from rayk.messages import Traits
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams
 from rayk.peers import copy_spans
@@ -36,9 +38,11 @@ from rayk.tiers.opening import open_connector
 
 if TYPE_CHECKING:
     from rayk.scheduler.choice import Wish
+    from rayk.scheduler.hall import Hall
 
 Batches = Sequence[Sequence[TextContext]]
 Forward = Callable[[ReplicaInputs, Sequence[TextContext]], Any]
+_ME = ""  # the one driver of the inline runtime
 
 
 class Backend(Protocol):
@@ -54,6 +58,7 @@ class Backend(Protocol):
     def try_admit(
         self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, stop_on_error: bool
     ) -> list[Admission]: ...
+    def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> list[tuple[TextContext, Admission]]: ...
     def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> list[TickResult]: ...
     def runtime_inputs(
         self, batches: Batches, max_cache_length: int | None, characteristics: BatchCharacteristics | None
@@ -88,8 +93,10 @@ class InlineBackend:
         runtime_checks: bool,
         router: str,
         host_pages: int = 0,
+        admission: AdmissionPolicy | None = None,
     ) -> None:
         from rayk.scheduler.desk import DeskSettings, IndexFeed
+        from rayk.scheduler.hall import Hall
         from rayk.scheduler.routing import Placements
 
         replicas = params.data_parallel_degree
@@ -113,8 +120,11 @@ class InlineBackend:
             router, (num_pages,) * replicas, params.page_size, params.kv_hash_algo, seed, params.enable_prefix_caching
         )
         self._desk = settings.make(monotonic)
+        self._hall = Hall(admission, self._desk, params.page_size, monotonic) if admission is not None else None
         for core in self.cores if self._desk.keyed else ():
             core.listen(IndexFeed(self._desk.index, core.replica))
+        self._turn = 0  # looks at the replicas
+        self._offered: dict[str, TextContext] = {}  # requests that wait
         self._filling: dict[str, tuple[TextContext, int]] = {}  # requests that may still have tokens to prefill
         self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy and replicas > 1
 
@@ -132,6 +142,11 @@ class InlineBackend:
         self._gone(request_id)
 
     def _gone(self, request_id: str) -> None:
+        self._forget(request_id)
+        if self._hall is not None:
+            self._hall.left((request_id,))
+
+    def _forget(self, request_id: str) -> None:
         self._placements.remove(request_id)
         self._desk.remove(request_id)
         self._filling.pop(request_id, None)
@@ -204,6 +219,51 @@ class InlineBackend:
                 break
         return admissions
 
+    def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> list[tuple[TextContext, Admission]]:
+        from rayk.scheduler.hall import Visitor
+
+        hall, offered = self._hall, self._offered
+        assert hall is not None, "the manager has a policy"
+        became: list[tuple[TextContext, Admission]] = []
+        self._look()
+        hall.give_up(_ME, given_up)
+        for ctx in ctxs:
+            waits, holder = ctx.request_id in offered, self._holder(ctx.request_id)
+            if waits or holder >= 0:
+                became.append((ctx, Admission(holder, AlreadyClaimedError(ctx.request_id, -1 if waits else holder))))
+            else:
+                if hall.queue.full:
+                    self._let_in(hall)
+                offered[ctx.request_id] = ctx
+                traits = Traits(tenant=ctx.tenant, priority=ctx.priority, deadline=ctx.deadline)
+                hall.offer(Visitor(_ME, partial(self._wish, ctx), ctx), ctx.request_id, ctx.tokens.length, traits)
+        hall.expire()
+        self._let_in(hall)
+        fates, _ = hall.settled(_ME)
+        return became + [(offered.pop(f.request_id), f.outcome or Admission(f.replica, f.error)) for f in fates]
+
+    def _let_in(self, hall: Hall) -> None:
+        while (entering := hall.next()) is not None:
+            admission = self._admit(entering.visitor.what, entering.wish, entering.replica)
+            error = admission.error
+            hall.answered(entering)
+            self._look()
+            if error is None:
+                hall.placed(entering, admission)
+            elif isinstance(error, InsufficientBlocksError) and error.needed <= error.total:
+                hall.refused(entering, error)
+                return
+            else:
+                hall.failed(entering, error)
+
+    def _look(self) -> None:
+        """Tell the hall how the replicas are."""
+        assert self._hall is not None
+        self._report()
+        self._turn += 1
+        for core in self.cores:
+            self._hall.gate.report(core.replica, self._turn, core.usage.used)
+
     def _route(self, request_id: str, wish: Wish) -> int:
         self._report()
         replica = self._desk.choose(request_id, wish)
@@ -244,7 +304,8 @@ class InlineBackend:
         try:
             reused = self.alloc(ctx, replica)
         except RaykError as error:
-            self.release(ctx.request_id, replica)
+            core.release(ctx.request_id)
+            self._forget(ctx.request_id)
             return Admission(replica, error)
         self._desk.answered(replica, (ctx.request_id,))
         self._filling[ctx.request_id] = (ctx, replica)

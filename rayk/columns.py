@@ -102,6 +102,16 @@ class Batch:
         )
 
 
+def joined(parts: Sequence[Contexts]) -> Contexts:
+    """The contexts of all parts, in that order."""
+    ids: list[str] = []
+    traits: dict[int, Traits] = {}
+    for part in parts:
+        traits.update((len(ids) + row, found) for row, found in part.traits.items())
+        ids += part.ids
+    return Contexts(ids, b"".join([p.numbers for p in parts]), b"".join([p.tokens for p in parts]), traits)
+
+
 class Outcome(NamedTuple):
     """One row of Outcomes. `processed` is -1 for a context that was refused or not tried."""
 

@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 if TYPE_CHECKING:
+    from rayk.admission import AdmissionState
     from rayk.scheduler.describe import Decision, ManagerState, ReplicaState, TierState
 
 DESCRIBE_EPILOG = "Example: rayk describe --name prod --format json"
@@ -78,6 +79,29 @@ def _show(state: ManagerState, console: Any) -> None:
     if state.metrics is not None:
         tokens = f"{state.metrics.input_tokens:,} tokens computed, {state.metrics.cache_tokens:,} reused"
         console.print(f"{tokens}; {state.drivers} driver(s) attached", markup=False)
+    if state.admission is not None:
+        _show_admission(state.admission, console)
+
+
+def _show_admission(state: AdmissionState, console: Any) -> None:
+    from rich.table import Table
+
+    head = f"{state.waiting:,} request(s) wait for {state.waiting_pages:,} pages; {state.admitted:,} were let in"
+    console.print(f"{head}, {state.refused:,} turned away; try again in {state.retry_after:.2f} s", markup=False)
+    table = Table(title="tenants", title_justify="left")
+    for heading in ("tenant", "waiting", "held pages", "let in", "turned away", "longest wait"):
+        table.add_column(heading, justify="left" if heading == "tenant" else "right", no_wrap=True)
+    for name, tenant in sorted(state.tenants.items(), key=lambda each: -each[1].held_pages):
+        table.add_row(
+            name or "(none)",
+            f"{tenant.waiting:,}",
+            f"{tenant.held_pages:,}",
+            f"{tenant.admitted:,}",
+            f"{tenant.refused:,}",
+            f"{tenant.longest_wait:.2f} s",
+        )
+    if state.tenants:
+        console.print(table)
 
 
 def _tier_line(index: int, tiers: TierState) -> str:

@@ -1,98 +1,182 @@
-"""The way into a cluster for an event loop: an admission queue, and who waits in it."""
+"""The way into a cluster that has an admission policy, for callers that wait: blocking (Line) and awaiting (Door).
+
+Both offer requests and look again, soon at first and then less often, until it is known what became of each. A look
+is one message for all that wait; whatever else is to be said (a release, new offers) is a look, too.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import NamedTuple
 
-from rayk.admission import AdmissionQueue, Ticket
 from rayk.context import TextContext
-from rayk.errors import InsufficientBlocksError, OverloadedError
+from rayk.errors import AlreadyClaimedError, ClosedError, RaykError
 from rayk.ticks import Admission
 
-Admit = Callable[[Sequence[TextContext]], Awaitable[list[Admission]]]
-LOOK_AGAIN = 0.02  # seconds after which those who wait are looked at without a release
+SHORTEST, LONGEST = 0.002, 0.05  # seconds between looks
+
+Became = list[tuple[TextContext, Admission]]
+
+
+def _twice(ctxs: Sequence[TextContext], waiting: Iterable[str] = ()) -> dict[int, Admission]:
+    """Positions of contexts whose id waits already, or stands before them, and what that is answered with."""
+    seen, twice = set(waiting), dict[int, Admission]()
+    for at, ctx in enumerate(ctxs):
+        if ctx.request_id in seen:
+            twice[at] = Admission(-1, AlreadyClaimedError(ctx.request_id, -1))
+        seen.add(ctx.request_id)
+    return twice
+
+
+class Line:
+    """`enter` offers requests, gives others up, and says what is settled."""
+
+    def __init__(
+        self,
+        enter: Callable[[Sequence[TextContext], Sequence[str]], Became],
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._enter = enter
+        self._sleep = sleep
+        self._kept: Became = []  # settled while somebody waited for others
+
+    def look(self, ctxs: Sequence[TextContext], give_up: Sequence[str]) -> Became:
+        """Offer, and do not wait."""
+        became = self._enter(ctxs, give_up)
+        kept, self._kept = self._kept, []
+        return kept + became
+
+    def wait(self, ctxs: Sequence[TextContext]) -> list[Admission]:
+        """Offer, and wait until each is settled. Should that be interrupted, they are given up; one that was placed
+        comes with the next look()."""
+        results = _twice(ctxs)
+        due = {id(ctx): at for at, ctx in enumerate(ctxs) if at not in results}
+        offers: Sequence[TextContext] = [ctx for at, ctx in enumerate(ctxs) if at not in results]
+        pause = SHORTEST
+        try:
+            while due:
+                became, offers = self._enter(offers, ()), ()
+                for ctx, admission in became:
+                    at = due.pop(id(ctx), None)
+                    if at is None:
+                        self._kept.append((ctx, admission))
+                    else:
+                        results[at] = admission
+                if due:
+                    self._sleep(pause)
+                    pause = SHORTEST if became else min(2 * pause, LONGEST)
+        except BaseException:
+            with suppress(RaykError):
+                self._kept += self._enter((), [ctxs[at].request_id for at in due.values()])
+            raise
+        return [results[at] for at in range(len(ctxs))]
+
+
+class _Guest(NamedTuple):
+    ctx: TextContext
+    future: asyncio.Future[Admission]
 
 
 class Door:
-    """Lets requests in as the queue says. `admit` claims and allocates those that are let in, one result each."""
+    """The same for an event loop, with one message under way at a time. `release` gives back what was placed for a
+    caller that was cancelled."""
 
-    def __init__(self, queue: AdmissionQueue, page_size: int, admit: Admit) -> None:
-        self.queue = queue
-        self._page_size = page_size
-        self._admit = admit
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+    def __init__(
+        self,
+        enter: Callable[[Sequence[TextContext], Sequence[str]], Awaitable[Became]],
+        release: Callable[[str, int], Awaitable[None]],
+    ) -> None:
+        self._enter = enter
+        self._release = release
+        self._guests: dict[int, _Guest] = {}  # who waits, by the identity of the context
+        self._offers: list[TextContext] = []
+        self._given_up: list[str] = []
+        self._news = False  # something was released and not told of yet
+        self._knock = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._releasing: set[asyncio.Future[None]] = set()
+        self._closed = False
 
     async def enter(self, ctxs: Sequence[TextContext]) -> list[Admission]:
         """What became of each; OverloadedError is the error of those that were turned away."""
-        futures = [self._offer(ctx) for ctx in ctxs]
-        self._let_in()
-        return list(await asyncio.gather(*futures))
-
-    def _offer(self, ctx: TextContext) -> asyncio.Future[Admission]:
-        future: asyncio.Future[Admission] = asyncio.get_running_loop().create_future()
-        pages = -(-(ctx.tokens.length + 1) // self._page_size)
-        try:
-            self.queue.offer(ctx.request_id, pages, ctx.tenant, ctx.priority, ctx.deadline, (ctx, future))
-        except OverloadedError as error:
-            future.set_result(Admission(-1, error))
-        return future
-
-    def left(self, request_ids: Sequence[str]) -> None:
-        """Those were released: there is room for others."""
-        for request_id in request_ids:
-            self.queue.left(request_id)
-        self._let_in()
-
-    def _let_in(self) -> None:
-        for ticket, error in self.queue.expire():
-            _, future = ticket.payload
-            if not future.done():
-                future.set_result(Admission(-1, error))
-        entering: list[Ticket] = []
-        while (ticket_ := self.queue.take()) is not None:
-            if ticket_.payload[1].done():  # cancelled while it waited
-                self.queue.left(ticket_.request_id)
-            else:
-                entering.append(ticket_)
+        if self._closed:
+            raise ClosedError("this AsyncPagedKVCacheManager")
+        twice = _twice(ctxs, (guest.ctx.request_id for guest in self._guests.values()))
         loop = asyncio.get_running_loop()
-        if entering:
-            task = loop.create_task(self._enter(entering))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        if len(self.queue) and self._timer is None:
-            self._timer = loop.call_later(LOOK_AGAIN, self._look)
+        guests = {at: _Guest(ctx, loop.create_future()) for at, ctx in enumerate(ctxs) if at not in twice}
+        for guest in guests.values():
+            self._guests[id(guest.ctx)] = guest
+            self._offers.append(guest.ctx)
+        if guests:
+            self._look()
+        try:
+            admitted = dict(zip(guests, await asyncio.gather(*(g.future for g in guests.values())), strict=True))
+        except asyncio.CancelledError:
+            for guest in guests.values():
+                self._abandon(guest)
+            raise
+        return [admitted[at] if at in admitted else twice[at] for at in range(len(ctxs))]
+
+    def _abandon(self, guest: _Guest) -> None:
+        if id(guest.ctx) in self._guests:
+            self._given_up.append(guest.ctx.request_id)
+            self._look()
+        elif guest.future.done() and not guest.future.cancelled() and guest.future.exception() is None:
+            self._give_back(guest.ctx, guest.future.result())
+
+    def _give_back(self, ctx: TextContext, admission: Admission) -> None:
+        if admission.error is None:
+            task = asyncio.ensure_future(self._release(ctx.request_id, admission.replica))
+            self._releasing.add(task)
+            task.add_done_callback(self._releasing.discard)
+
+    def released(self) -> None:
+        """This driver gave pages back: whoever waits for them has to hear of it."""
+        self._news = True
+        self._look()
 
     def _look(self) -> None:
-        self._timer = None
-        self._let_in()
+        self._knock.set()
+        if self._task is None and not self._closed:
+            self._task = asyncio.get_running_loop().create_task(self._run())
 
-    async def _enter(self, tickets: list[Ticket]) -> None:
-        try:
-            admissions = await self._admit([ticket.payload[0] for ticket in tickets])
-        except Exception as failed:
-            for ticket in tickets:
-                self.queue.left(ticket.request_id)
-                if not ticket.payload[1].done():
-                    ticket.payload[1].set_exception(failed)
-            return
-        for ticket, admission in zip(tickets, admissions, strict=True):
-            _, future = ticket.payload
-            error = admission.error
-            full = isinstance(error, InsufficientBlocksError) and error.needed <= error.total
-            if full and not future.done():
-                self.queue.returned(ticket)  # its turn comes again with the next release, or a moment later
-                continue
-            if error is not None:
-                self.queue.left(ticket.request_id)
-            if not future.done():
-                future.set_result(admission)
-        if len(self.queue) and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(LOOK_AGAIN, self._look)
+    async def _run(self) -> None:
+        pause = SHORTEST
+        while not self._closed and (self._guests or self._given_up or self._news):
+            released, self._news = self._news, False
+            (offers, self._offers), (given_up, self._given_up) = (self._offers, []), (self._given_up, [])
+            self._knock.clear()
+            try:
+                became = await self._enter(offers, given_up)
+            except Exception as error:
+                self._fail(error)
+                break
+            for ctx, admission in became:
+                self._settle(ctx, admission)
+            pause = SHORTEST if became or released else min(2 * pause, LONGEST)
+            if self._guests:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._knock.wait(), pause)
+        self._task = None
+
+    def _settle(self, ctx: TextContext, admission: Admission) -> None:
+        guest = self._guests.pop(id(ctx), None)
+        if guest is not None and not guest.future.done():
+            guest.future.set_result(admission)
+        else:  # nobody waits for it any more
+            self._give_back(ctx, admission)
+
+    def _fail(self, error: Exception) -> None:
+        guests, self._guests = self._guests, {}
+        for guest in guests.values():
+            if not guest.future.done():
+                guest.future.set_exception(error)
 
     def close(self) -> None:
-        """Nobody is looked after any more."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        """Nobody is let in any more; ClosedError for those who wait."""
+        self._closed = True
+        self._knock.set()
+        self._fail(ClosedError("this AsyncPagedKVCacheManager"))

@@ -77,13 +77,18 @@ class TokenError(RaykError, ValueError):
 
 
 class AlreadyClaimedError(RaykError, ValueError):
-    """The id is claimed already; `replica` is where."""
+    """The id is claimed already; `replica` is where, or -1 for a request that waits for admission."""
 
     request_id: str
     replica: int
-    text: ClassVar[str] = (
-        "request {request_id!r} is already claimed on replica {replica}; release it there first or use another id"
-    )
+
+    def __str__(self) -> str:
+        if self.replica < 0:
+            return f"request {self.request_id!r} waits for admission already; use another id"
+        return (
+            f"request {self.request_id!r} is already claimed on replica {self.replica}; "
+            "release it there first or use another id"
+        )
 
 
 class NotClaimedError(RaykError, ValueError):

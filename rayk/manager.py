@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rayk.admission import AdmissionPolicy
 from rayk.backend import Backend, Batches, Forward, InlineBackend
 from rayk.context import TextContext
+from rayk.door import Line
 from rayk.errors import (
     BatchError,
     ClosedError,
+    ConfigError,
     InsufficientBlocksError,
     LeafError,
     NotClaimedError,
@@ -50,6 +53,7 @@ class Wanted(NamedTuple):
     uniform: bool
     utilization: float | None
     host_pages: int = 0
+    admission: AdmissionPolicy | None = None
 
 
 class PagedKVCacheManager:
@@ -60,6 +64,10 @@ class PagedKVCacheManager:
     counted; None takes what the planner finds room for: on nodes that differ each replica gets what its node can give,
     or with `uniform` all get the smallest number. `memory_utilization` is the part of the free memory that may be
     planned with (0 < u <= 1; None: .9 of a GPU's, .5 of a host's). After shutdown() every call raises ClosedError.
+
+    With an `admission` policy, which all drivers of a cluster share, requests that no replica is named for wait for
+    room and for their turn (tenant, priority and deadline of the context count, see rayk.admission), or are turned away
+    with OverloadedError: admit() and try_admit() return when that is settled, enter() at once.
     """
 
     def __init__(
@@ -74,6 +82,7 @@ class PagedKVCacheManager:
         router: str = "cost",
         uniform: bool = False,
         memory_utilization: float | None = None,
+        admission: AdmissionPolicy | None = None,
     ) -> None:
         require_at_least(1, max_batch_size=max_batch_size)
         require_at_least(0, total_num_host_pages=total_num_host_pages)
@@ -101,7 +110,9 @@ class PagedKVCacheManager:
             uniform,
             memory_utilization,
             total_num_host_pages,
+            admission,
         )
+        self._line = Line(self._enter) if admission is not None else None
         self._backend = self._start(session, wanted)
         # Looked up once: alloc() is called for every request and step.
         self._alloc = {r: self._backend.allocator(r) for r in range(self._open)}
@@ -112,7 +123,13 @@ class PagedKVCacheManager:
         if session.runtime == "inline":
             pages = plan_here(self.params, wanted.pages, wanted.utilization)
             return InlineBackend(
-                self.params, pages, wanted.max_batch_size, wanted.runtime_checks, wanted.router, wanted.host_pages
+                self.params,
+                pages,
+                wanted.max_batch_size,
+                wanted.runtime_checks,
+                wanted.router,
+                wanted.host_pages,
+                wanted.admission,
             )
         from rayk.scheduler.client import RayBackend
         from rayk.scheduler.cluster import ClusterConfig, start_cluster
@@ -204,7 +221,8 @@ class PagedKVCacheManager:
     def admit(self, ctxs: Sequence[TextContext]) -> list[int]:
         """Route, claim and allocate a batch: the replica of each, or an error and none of them claimed."""
         before = [(c.tokens.processed, c.tokens.end, c.cached_prefix_length) for c in ctxs]
-        admissions = self._at(0).try_admit(ctxs, None, True)
+        backend = self._at(0)
+        admissions = backend.try_admit(ctxs, None, True) if self._line is None else self._line.wait(ctxs)
         failed = next((a.error for a in admissions if a.error is not None), None)
         if failed is None:
             return [a.replica for a in admissions]
@@ -215,13 +233,36 @@ class PagedKVCacheManager:
         raise failed
 
     def try_admit(self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None = None) -> list[Admission]:
-        """Claim and allocate each context, on replicas[i] or where the router says; one round, one result each."""
+        """Claim and allocate each context, on replicas[i] or where the router says; one round, one result each.
+
+        With an admission policy and no replicas it returns when each is placed or turned away.
+        """
         backend = self._at(0)
         for replica in () if replicas is None else replicas:
             self._at(replica)
         if replicas is not None and len(replicas) != len(ctxs):
             raise BatchError(f"got {len(replicas)} replica indices for {len(ctxs)} requests")
+        if replicas is None and self._line is not None:
+            return self._line.wait(ctxs)
         return backend.try_admit(ctxs, replicas, False)
+
+    def enter(
+        self, ctxs: Sequence[TextContext] = (), give_up: Sequence[str] = ()
+    ) -> list[tuple[TextContext, Admission]]:
+        """Offer requests and do not wait: what became, by now, of these and of those that were offered before.
+
+        For loops that do something else meanwhile; they call it again. Each context is returned once, placed or with
+        an error. `give_up` are ids that are not wanted any more: those that still waited come back with an
+        OverloadedError, the others as placed. ConfigError without an admission policy.
+        """
+        if self._line is None:
+            raise ConfigError(
+                "requests cannot wait without a policy; make the manager with admission=AdmissionPolicy()"
+            )
+        return self._line.look(ctxs, give_up)
+
+    def _enter(self, ctxs: Sequence[TextContext], give_up: Sequence[str]) -> list[tuple[TextContext, Admission]]:
+        return self._at(0).enter(ctxs, give_up)
 
     def tick(self, ticks: Sequence[Tick], fn: Forward | None = None) -> list[TickResult]:
         """One iteration on every replica at once, one message each; see Tick for the order of its parts.

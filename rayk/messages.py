@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from rayk import errors
+from rayk.admission import AdmissionState
 from rayk.errors import MessageError, RaykError
 from rayk.metrics import KVCacheMetrics
 from rayk.transport.choice import OBJECT_STORE, Station
@@ -306,6 +307,25 @@ class PlaceMany(_Message, frozen=True):
     unfilled: list[int] = []
 
 
+class Enter(_Message, frozen=True):
+    """Offer requests to a cluster with an admission policy, and hear what became of those that wait.
+
+    `given_up` are ids that are not wanted any more, as far as they still wait. `released`, `seen` and `unfilled` as in
+    PlaceMany; `turns` and `used` are what the sender heard last of each replica's pages, 0 where it heard nothing.
+    Without `hear` what is settled waits for the next message.
+    """
+
+    contexts: Contexts
+    peers: bool = False
+    released: list[str] = []
+    given_up: list[str] = []
+    seen: list[int] = []
+    unfilled: list[int] = []
+    turns: list[int] = []
+    used: list[int] = []
+    hear: bool = True
+
+
 class ClaimOne(_Message, frozen=True):
     request_id: str
     replica: int
@@ -343,7 +363,7 @@ class Explain(_Message, frozen=True):
     request_id: str
 
 
-SchedulerCommand = PlaceMany | ClaimOne | HitCountsOf | EveryReplica | Connect | Disconnect | Describe | Explain
+SchedulerCommand = PlaceMany | Enter | ClaimOne | HitCountsOf | EveryReplica | Connect | Disconnect | Describe | Explain
 
 
 NOT_ASKED = -2  # for ReplicaEnvelope.known; -1 knows nothing
@@ -406,6 +426,18 @@ class PlaceDone(_Message, frozen=True):
     numbers: bytes
     seconds: bytes
     failures: dict[int, Failure] = {}
+
+
+class EnterDone(_Message, frozen=True):
+    """What became of the requests in `ids`, offered now or before; the rest as in PlaceDone. Of `open` more of the
+    sender's it is not known yet."""
+
+    ids: list[str]
+    replicas: list[int]
+    numbers: bytes
+    seconds: bytes
+    failures: dict[int, Failure] = {}
+    open: int = 0
 
 
 class Found(_Message, frozen=True):
@@ -531,10 +563,9 @@ class LineState(_Part, frozen=True):
 
 
 class Description(_Message, frozen=True):
-    """What the scheduler knows: per replica epoch and load, and how many requests are placed.
-
-    `transport` is the kind of line that was asked for.
-    """
+    """What the scheduler knows: per replica epoch and load, how many requests are placed, and who waits, where there
+    is an admission policy; then `levels` are pages in use or promised. `transport` is the kind of line that was asked
+    for."""
 
     epochs: list[int]
     requests: list[int]
@@ -542,6 +573,8 @@ class Description(_Message, frozen=True):
     clients: int
     transport: str = "auto"
     lines: list[LineState] = []
+    admission: AdmissionState | None = None
+    levels: list[int] = []
 
 
 class Explained(_Message, frozen=True):
@@ -560,6 +593,7 @@ Result = (
     | Failure
     | AdmitDone
     | PlaceDone
+    | EnterDone
     | Found
     | Exported
     | Introduced
@@ -582,13 +616,15 @@ Result = (
 
 
 class ReplicaEnvelope(_Message, frozen=True):
-    """`known`: the sender wants to hear what the replica's cache changed after that batch; see rayk.journal."""
+    """`known`: the sender wants to hear what the replica's cache changed after that batch; see rayk.journal. `pages`:
+    it wants to hear how many are in use."""
 
     client: str
     epoch: int
     seq: int
     command: ReplicaCommand
     known: int = NOT_ASKED
+    pages: bool = False
 
 
 class SchedulerEnvelope(_Message, frozen=True):
@@ -599,7 +635,8 @@ class SchedulerEnvelope(_Message, frozen=True):
 
 
 class Reply(_Message, frozen=True):
-    """A replica numbers what it changed so far, and has so many tokens to prefill; `news` is what was asked for."""
+    """A replica numbers what it changed so far, and has so many tokens to prefill; `news` is what was asked for, and
+    so are the pages in use, after a number that grows with every answer, also of those that take its place."""
 
     epoch: int
     seq: int
@@ -607,6 +644,7 @@ class Reply(_Message, frozen=True):
     seen: int = 0
     unfilled: int = 0
     news: News | None = None
+    pages: tuple[int, int] | None = None
 
 
 Envelope = ReplicaEnvelope | SchedulerEnvelope

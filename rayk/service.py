@@ -60,6 +60,7 @@ class ReplicaService:
             core.listen(self._journal)
         self._unfilled = Unfilled()
         self.epoch = epoch
+        self._turn = epoch  # microseconds when it started: higher than any number of the replica before it
         self._dumps = dumps
         self._clock = clock
         self._mirrors = Mirrors(core.replica)
@@ -86,7 +87,11 @@ class ReplicaService:
             return m.encode(m.Reply(self.epoch, seq, result)), []
         seen = self._journal.close(self._unfilled.total)
         news = None if envelope.known == m.NOT_ASKED else self._journal.news(envelope.known, self.core.usage.free)
-        answer = (m.encode(m.Reply(self.epoch, seq, result, seen, self._unfilled.total, news)), data)
+        pages = None
+        if envelope.pages:
+            self._turn += 1
+            pages = (self._turn, self.core.usage.used)
+        answer = (m.encode(m.Reply(self.epoch, seq, result, seen, self._unfilled.total, news, pages)), data)
         self._answers.keep(envelope.client, seq, answer)
         return answer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from threading import Condition
@@ -46,6 +47,7 @@ class SchedulerActor:
         ]
         for r, link in enumerate(self._links):
             link.news, link.known = partial(self._hear, r), -1
+            link.pages = self._core.hall is not None
         self._answers: Answers[bytes] = Answers(ANSWERS)
         self._working: set[tuple[str, int]] = set()  # mutations that a lane is at
         self._core_lock = Condition()  # a script's step and the sending of what it asks are one
@@ -108,6 +110,8 @@ class SchedulerActor:
                 with self._core_lock:
                     if told is None:
                         self._core.renewed[client] = monotonic()
+                    if self._core.hall is not None:
+                        self._core.hall.gate.reports([x.turn for x in self._links], [x.used for x in self._links])
                     asks = script.send(told) if told is not None else next(script)
                     sent = [self._send(ask) for ask in asks]
                 told = [
@@ -132,11 +136,17 @@ class SchedulerActor:
         with self._core_lock:
             placed = self._core.placements.on(replica)
             self._core.desk.lost(replica)
+            if self._core.hall is not None:
+                self._core.hall.lost(replica, placed)
         return ReplicaLostError(replica, self._core.epochs[replica], placed, reason)
 
     def ping(self) -> int:
         """The epoch, at once, also while the data lane is busy."""
         return self._epoch
+
+    def pid(self) -> int:
+        """This process, on its node."""
+        return os.getpid()
 
     def renew(self, client: str) -> None:
         """The driver is alive; keeps its lease."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -19,13 +20,16 @@ import torch
 from rayk import messages as m
 from rayk.actors.link import Answer, Link, Pending, Traffic, hear, new_client_id
 from rayk.actors.runtime import Runtime
+from rayk.admission import SOONEST
 from rayk.backend import Batches, Forward
 from rayk.buffers import PageBuffers
 from rayk.columns import Outcomes
 from rayk.context import TextContext
 from rayk.errors import (
+    AlreadyClaimedError,
     InsufficientBlocksError,
     NotClaimedError,
+    OverloadedError,
     RaykError,
     ReplicaLostError,
     SchedulerLostError,
@@ -37,6 +41,8 @@ from rayk.scheduler.cluster import Cluster
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
 from rayk.views import Sender, apply_move
+
+FORGOTTEN = "its driver was silent for longer than its lease"
 
 Heard = Answer | RaykError  # an answer, or why there is none
 Call = Generator[list[Pending], list[Heard], Any]
@@ -56,11 +62,17 @@ class Calls:
         self._copies = self._copies and len(cluster.replicas) > 1
         self._sender = Sender()
         self._placed: dict[str, int] = {}
+        self._waiting: dict[str, TextContext] = {}  # offered, and not known yet what became of it
+        self._note: Pending | None = None  # tells the scheduler what was released; nobody waited for the answer yet
         self._released: list[str] = []  # straight on replicas; the scheduler hears of it with the next message
         self._links = [
             Link(runtime, actor, f"replica {r}", cluster.epochs[r], self.client, partial(self._lost, r))
             for r, actor in enumerate(cluster.replicas)
         ]
+        self.queued = cluster.config.admission is not None
+        """Whether requests wait for their turn at the scheduler."""
+        for link in self._links:
+            link.pages = self.queued
         self.scheduler = Link(
             runtime, cluster.scheduler, "the scheduler", cluster.scheduler_epoch, self.client, SchedulerLostError
         )
@@ -78,6 +90,7 @@ class Calls:
     # -- requests ----------------------------------------------------------------------------------
 
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> Call:
+        yield from self._noted()
         yield from self._ask(self.scheduler, m.ClaimOne(request_id, replica, dummy, self._take_released()))
         self._placed[request_id] = replica
 
@@ -162,6 +175,8 @@ class Calls:
             return []
         peers = self._copies and (claim or any(map(self._may_copy, ctxs)))
 
+        yield from self._noted()
+
         def command() -> m.PlaceMany:
             at = replicas[0] if replicas is not None and not claim else -1
             contexts = self._sender.pack(ctxs, at, whole=claim or peers)
@@ -176,13 +191,63 @@ class Calls:
             done = yield from self._ask(self.scheduler, command())
         return self._landed(ctxs, done)
 
+    def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> Call:
+        """Offer requests, and hear what became of those and of earlier ones: context and Admission of each."""
+        yield from self._noted()
+        known = self._waiting
+        fresh: list[TextContext] = []
+        again: list[TextContext] = []
+        for ctx in ctxs:
+            (again if ctx.request_id in known else fresh).append(ctx)
+            known.setdefault(ctx.request_id, ctx)
+        try:
+            done: m.EnterDone = yield from self._ask(self.scheduler, self._entering(fresh, given_up, True))
+        except RaykError:
+            for ctx in fresh:
+                known.pop(ctx.request_id, None)
+            raise
+        settled = [known.pop(request_id) for request_id in done.ids]
+        became = list(zip(settled, self._landed(settled, done), strict=True))
+        if len(known) > done.open:  # those were forgotten there
+            for ctx in list(known.values()):
+                became.append((ctx, Admission(-1, OverloadedError(ctx.request_id, FORGOTTEN, SOONEST))))
+            known.clear()
+        return became + [(c, Admission(-1, AlreadyClaimedError(c.request_id, -1))) for c in again]
+
+    def _entering(self, ctxs: Sequence[TextContext], given_up: Sequence[str], hear: bool) -> m.Enter:
+        links = self._links
+        return m.Enter(
+            self._sender.pack(ctxs, whole=True),
+            self._copies,
+            self._take_released(),
+            list(given_up),
+            [link.seen for link in links],
+            [link.unfilled for link in links],
+            [link.turn for link in links],
+            [link.used for link in links],
+            hear,
+        )
+
+    def note_released(self) -> None:
+        """Tell the scheduler at once what was released, for those who wait there; do not wait for its answer."""
+        if self._released and self._note is None:
+            with suppress(RaykError):  # the next call of the driver will say so
+                self._note = self.scheduler.send(self._entering([], [], hear=False))
+
+    def _noted(self) -> Call:
+        """Wait for the answer to a note, lest it arrives after an id in it was claimed again."""
+        note, self._note = self._note, None
+        if note is not None:
+            [heard] = yield [note]
+            _result(heard)
+
     def _may_copy(self, ctx: TextContext) -> bool:
         """Whether the next alloc of a claimed request looks for a cached prefix."""
         window = ctx.tokens
         first = ctx.request_id not in self._placed
         return first or window.processed == 0 or window.end - window.processed != 1
 
-    def _landed(self, ctxs: Sequence[TextContext], done: m.PlaceDone) -> list[Admission]:
+    def _landed(self, ctxs: Sequence[TextContext], done: m.PlaceDone | m.EnterDone) -> list[Admission]:
         """Move windows to where the replicas' alloc left them, and remember who has what."""
         outcomes = Outcomes.received(done.numbers, done.seconds, done.failures, len(ctxs))
         admissions: list[Admission] = []

@@ -62,6 +62,8 @@ class RayBackend:
 
     def release(self, request_id: str, replica: int) -> None:
         wait_for(self.calls.release(request_id, replica))
+        if self.calls.queued:
+            self.calls.note_released()
 
     def blocks(self, request_id: str, replica: int) -> list[int]:
         done: list[int] = wait_for(self.calls.blocks(request_id, replica))
@@ -77,8 +79,14 @@ class RayBackend:
         done: list[Admission] = wait_for(self.calls.try_admit(ctxs, replicas, stop_on_error))
         return done
 
+    def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> list[tuple[TextContext, Admission]]:
+        done: list[tuple[TextContext, Admission]] = wait_for(self.calls.enter(ctxs, given_up))
+        return done
+
     def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> list[TickResult]:
         done: list[TickResult] = wait_for(self.calls.tick(ticks, fn))
+        if self.calls.queued:
+            self.calls.note_released()
         return done
 
     def runtime_inputs(
@@ -146,6 +154,11 @@ class RayBackend:
     def replica_pids(self) -> list[int]:
         """The process of each replica, on its node."""
         return [facts.pid for facts in self._cluster.facts]
+
+    def scheduler_pid(self) -> int:
+        """The scheduler's process, on its node."""
+        pid: int = self._runtime.get(self.calls.scheduler.actor.call("pid", control=True), "the scheduler", 5)
+        return pid
 
     def close(self) -> None:
         self._stopped.set()

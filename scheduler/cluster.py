@@ -17,6 +17,7 @@ from typing import Any
 
 from rayk.actors.replica import ReplicaActor, ReplicaFacts, measure
 from rayk.actors.runtime import Actor, ActorGoneError, ActorSpec, NameTakenError, Node, Placement, Runtime
+from rayk.admission import AdmissionPolicy
 from rayk.errors import ConfigError, PlanError, RaykError, SchedulerLostError
 from rayk.params import KVCacheParams
 from rayk.planning import ClusterPlan, NodeMemory, plan_cluster, refused_nodes, replicas_that_fit, uses_cuda
@@ -46,6 +47,7 @@ class ClusterConfig:
     uniform: bool = False  # the same number of pages on all replicas
     utilization: float | None = None  # part of the free memory to take
     host_pages: int = 0  # of the host tier of each node
+    admission: AdmissionPolicy | None = None  # how requests wait for room
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def desk_settings(config: ClusterConfig, pages: tuple[int, ...]) -> DeskSettings
         params.kv_hash_algo,
         params.kv_hash_seed or b"",
         params.enable_prefix_caching,
+        config.admission,
     )
 
 
@@ -281,6 +284,7 @@ def _differences(cluster: Cluster, wanted: ClusterConfig) -> str:
         ("router", lambda: wanted.router == running.router),
         ("uniform", lambda: wanted.uniform == running.uniform),
         ("total_num_host_pages", lambda: wanted.host_pages == running.host_pages),
+        ("admission", lambda: wanted.admission == running.admission),
     ]
     return ", ".join(what for what, same in checks if not same())
 

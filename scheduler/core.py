@@ -18,6 +18,8 @@ from rayk.metrics import KVCacheMetrics
 from rayk.scheduler.asks import Ask, Part, Script
 from rayk.scheduler.choice import Candidate
 from rayk.scheduler.desk import DeskSettings
+from rayk.scheduler.entry import Entry
+from rayk.scheduler.hall import Hall
 from rayk.scheduler.placing import Placer
 from rayk.scheduler.routing import Placements
 
@@ -29,6 +31,11 @@ class SchedulerCore:
         self.epochs = list(epochs)
         self.desk = settings.make(clock)
         self.placer = Placer(len(self.epochs), self.desk, copies, settings.page_size)
+        self.hall: Hall | None = None
+        """Where requests wait, if there is an admission policy."""
+        if settings.admission is not None:
+            self.hall = Hall(settings.admission, self.desk, settings.page_size, clock)
+            self._entry = Entry(self.placer, self.hall)
         self.renewed: dict[str, float] = {}  # client -> when it was heard of last
         self._leases: dict[str, float] = {}  # client -> seconds it may be silent
         self._silent: set[str] = set()  # clients that were silent for longer, and whose requests were released
@@ -49,6 +56,10 @@ class SchedulerCore:
         match command:
             case m.PlaceMany():
                 return self.placer.place_many(client, command)
+            case m.Enter():
+                if self.hall is None:
+                    raise ConfigError("this cluster has no admission policy: requests cannot wait; use admit()")
+                return self._entry.enter(client, command)
             case m.ClaimOne():
                 return self.placer.claim(client, command)
             case m.HitCountsOf(view):
@@ -100,19 +111,31 @@ class SchedulerCore:
         for client, seconds in list(self._leases.items()):
             if client not in self._silent and self.renewed[client] + seconds < now:
                 self._silent.add(client)
+                if self.hall is not None:
+                    self.hall.drop(client)
                 yield from self.placer.release_all(client)
 
     def _leave(self, client: str) -> Script:
         self._leases.pop(client, None)
         self.renewed.pop(client, None)
         self._silent.discard(client)
+        if self.hall is not None:
+            self.hall.drop(client)
         yield from self.placer.release_all(client)
         return m.Done()
 
     def _describe(self) -> Script:
         loads = self.placements.loads
+        hall = self.hall
         yield []
-        return m.Description(self.epochs, [x.requests for x in loads], [x.tokens for x in loads], len(self._leases))
+        return m.Description(
+            self.epochs,
+            [x.requests for x in loads],
+            [x.tokens for x in loads],
+            len(self._leases),
+            admission=hall.state() if hall is not None else None,
+            levels=hall.gate.levels if hall is not None else [],
+        )
 
     def _explain(self, request_id: str) -> Script:
         made = self.desk.made(request_id)

@@ -10,6 +10,7 @@ import msgspec
 from rayk import messages as m
 from rayk.actors.link import Link, new_client_id
 from rayk.actors.runtime import ActorGoneError, Runtime
+from rayk.admission import AdmissionState
 from rayk.errors import ConfigError, RaykError, ReplicaLostError, SchedulerLostError
 from rayk.metrics import KVCacheMetrics
 from rayk.planning import NodeMemory, ReplicaPlan
@@ -47,6 +48,7 @@ class ReplicaState(msgspec.Struct, frozen=True, omit_defaults=True):
     requests: int | None = None
     tokens: int | None = None
     tiers: TierState | None = None
+    promised_pages: int | None = None  # in use or promised, as the admission policy reckons
 
 
 class ManagerState(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -61,6 +63,7 @@ class ManagerState(msgspec.Struct, frozen=True, omit_defaults=True):
     refused: dict[str, str]
     drivers: int
     metrics: KVCacheMetrics | None = None
+    admission: AdmissionState | None = None
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -129,6 +132,7 @@ def _manager(runtime: Runtime, name: str, cluster: Cluster, scheduler: Link) -> 
         refused=cluster.plan.refused,
         drivers=known.clients,
         metrics=metrics,
+        admission=known.admission,
     )
 
 
@@ -164,5 +168,6 @@ def _replica(runtime: Runtime, cluster: Cluster, r: int, known: m.Description) -
         tiers=TierState(tiers.host_total, tiers.host_used, tiers.disk_total, tiers.disk_used, tiers.trouble)
         if tiers.host_total
         else None,
+        promised_pages=known.levels[r] if known.levels else None,
         **common,
     )

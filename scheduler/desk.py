@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rayk.admission import AdmissionPolicy
 from rayk.hashing import PageHash, PageHasher, RootKey
 from rayk.messages import News
 from rayk.pages import Pages
 from rayk.scheduler.choice import Choice, Wish
-from rayk.scheduler.fleet import Fleet
+from rayk.scheduler.fleet import BoolArray, Fleet
 from rayk.scheduler.index import PrefixIndex, short_keys
 from rayk.scheduler.policies import WANT_KEYS, make_policy
 
@@ -30,7 +31,8 @@ ROOTS = 4096  # of salts and adapters, whose hashes are kept
 
 @dataclass(frozen=True)
 class DeskSettings:
-    """What a desk is made from: the policy's name, pages of each replica, and how pages are hashed."""
+    """What a desk is made from: the policy's name, pages of each replica, and how pages are hashed. `admission`: what
+    requests wait by, if they do."""
 
     router: str
     pages: tuple[int, ...]
@@ -38,6 +40,7 @@ class DeskSettings:
     algorithm: str = "xxh3_128"
     seed: bytes = b""
     caching: bool = True
+    admission: AdmissionPolicy | None = None
 
     @property
     def keyed(self) -> bool:
@@ -136,8 +139,11 @@ class Desk:
             parent = self._roots[root] = hasher.root(root)
         return hasher.keys(parent, tokens[: 4 * pages * self._page_size])
 
-    def choose(self, request_id: str, wish: Wish) -> int:
-        """The replica for a request, -1 when none takes any."""
+    def choose(self, request_id: str, wish: Wish, open_: BoolArray | None = None) -> int:
+        """The replica for a request, -1 when none takes any; one of those that are `open_`, where that is said."""
+        if open_ is not None and not open_.all():
+            with self.fleet.only(open_):
+                return self.choose(request_id, wish)
         choice = self._with_room(self._policy.choose(wish, self.fleet), wish)
         self._made[request_id] = Made(wish, choice, self._clock())
         self._made.move_to_end(request_id)
@@ -234,6 +240,11 @@ class Desk:
         if number >= self._told[replica]:
             self._reported[replica], self._told[replica] = unfilled, number
             self._settle(replica)
+
+    def reports(self, seen: Sequence[int], unfilled: Sequence[int]) -> None:
+        """report() of what a driver heard last of each replica."""
+        for replica, (number, tokens) in enumerate(zip(seen[: len(self.known)], unfilled, strict=False)):
+            self.report(replica, tokens, number)
 
     def behind(self, seen: Sequence[int]) -> list[int]:
         """Replicas of which a driver saw more than was reported here."""

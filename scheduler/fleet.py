@@ -9,6 +9,8 @@ told (`prefilled`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +66,16 @@ class Fleet:
         """Let requests be placed on a replica, or (draining, lost) not any more."""
         self.ready[replica] = ready
         self._all_ready = bool(self.ready.all())
+
+    @contextmanager
+    def only(self, open_: BoolArray) -> Iterator[None]:
+        """In a `with` block, none but those of the ready replicas is ready; [replicas]."""
+        ready, all_ready = self.ready, self._all_ready
+        self.ready, self._all_ready = ready & open_, all_ready and bool(open_.all())
+        try:
+            yield
+        finally:
+            self.ready, self._all_ready = ready, all_ready
 
     def forget(self, replica: int) -> None:
         """Nothing is placed on the replica any more: it was lost, or started anew."""

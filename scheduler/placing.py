@@ -11,7 +11,7 @@ at once cannot block each other.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rayk import messages as m
@@ -53,6 +53,8 @@ class Placer:
         self.desk = desk
         self._owners: dict[str, Owner] = {}  # request -> who placed it
         self._scripts = itertools.count(1)
+        self.gone: Callable[[Sequence[str]], None] | None = None
+        """Told of requests that have no place any more."""
         self._replicas = replicas
         self._copies = copies and replicas > 1
         self._page_size = page_size
@@ -64,7 +66,8 @@ class Placer:
         if not 0 <= replica < self._replicas:
             raise ReplicaIndexError(replica, self._replicas)
 
-    def _owner(self, client: str) -> Owner:
+    def owner(self, client: str) -> Owner:
+        """A new script's name for what it places for that client."""
         return client, next(self._scripts)
 
     def add(self, owner: Owner, request_id: str, replica: int, wish: Wish) -> None:
@@ -73,8 +76,10 @@ class Placer:
         self.desk.place(request_id, replica, wish)
         self._owners[request_id] = owner
 
-    def forget(self, request_ids: Iterable[str]) -> None:
+    def forget(self, request_ids: Sequence[str]) -> None:
         """Those requests have no place any more; unknown ones are ignored."""
+        if self.gone is not None:
+            self.gone(request_ids)
         for request_id in request_ids:
             self.placements.remove(request_id)
             self.desk.remove(request_id)
@@ -124,7 +129,7 @@ class Placer:
         self.forget_own(client, command.released)
         self.check_index(command.replica)
         yield from self.verify([command.request_id])
-        owner = self._owner(client)
+        owner = self.owner(client)
         self.add(owner, command.request_id, command.replica, Wish(0))
         [told] = yield [Ask(command.replica, m.Claim(command.request_id, command.dummy))]
         if isinstance(told.result, m.Failure):
@@ -139,9 +144,19 @@ class Placer:
             raise MessageError(f"{len(command.replicas)} replica(s) were named for {len(batch)} request(s)")
         if command.claim:
             yield from self.verify(batch.ids)
-        yield from self._catch_up(command)
-        outcomes, owner = Outcomes(len(batch)), self._owner(client)
+        yield from self.catch_up(command.seen, command.unfilled)
+        outcomes, owner = Outcomes(len(batch)), self.owner(client)
         replicas, groups, lonely = self._choose(owner, batch, command, outcomes)
+        yield from self.carry_out(batch, command, groups, lonely, outcomes)
+        if command.claim and (refused := set(outcomes.refused)):
+            self.forget_of(owner, [batch.ids[i] for rows in groups.values() for i in rows if i in refused])
+        return m.PlaceDone(replicas, *outcomes.columns)
+
+    def carry_out(
+        self, batch: Batch, command: m.PlaceMany, groups: Groups, lonely: set[int], outcomes: Outcomes
+    ) -> Part:
+        """Copy, claim and allocate what was placed; what became of each row goes into `outcomes`. Nobody has anything
+        of the prefixes of the `lonely` rows."""
         copies: Copies = {}
         if command.peers and self._copies:
             copies = yield from self._fetch(batch, groups, lonely)
@@ -158,20 +173,17 @@ class Placer:
             if exported:
                 yield [Ask(source, m.Acknowledge(ids)) for source, ids in exported.items()]
         yield from self._admit(batch, command, late, copies, outcomes)
-        if command.claim and (refused := set(outcomes.refused)):
-            self.forget_of(owner, [batch.ids[i] for rows in groups.values() for i in rows if i in refused])
-        return m.PlaceDone(replicas, *outcomes.columns)
 
-    def _catch_up(self, command: m.PlaceMany) -> Part:
+    def catch_up(self, seen: Sequence[int], unfilled: Sequence[int]) -> Part:
         """What a driver was told is done counts in the choice, so it has to be known here: which pages are cached is
         asked for, and only where the router goes by it."""
         desk = self.desk
-        behind = desk.behind(command.seen)
+        behind = desk.behind(seen)
         if behind and desk.keyed:
             yield [Ask(r, m.GetNews()) for r in behind]
-        elif len(command.unfilled) == len(command.seen):
+        elif len(unfilled) == len(seen):
             for r in behind:
-                desk.report(r, command.unfilled[r], command.seen[r])
+                desk.report(r, unfilled[r], seen[r])
 
     def _choose(
         self, owner: Owner, batch: Batch, command: m.PlaceMany, outcomes: Outcomes
@@ -183,7 +195,7 @@ class Placer:
         keyed, copies = desk.keyed, command.peers and self._copies
         for i, (request_id, length) in enumerate(zip(batch.ids, batch.lengths, strict=True)):
             traits = batch.traits(i)
-            keys = self._keys(batch, i, traits) if keyed else ()
+            keys = self.keys(batch, i, traits) if keyed else ()
             wish = Wish(length, keys, traits.session_id)
             try:
                 if wanted:
@@ -207,7 +219,8 @@ class Placer:
                     break
         return replicas, dict(sorted(groups.items())), lonely
 
-    def _keys(self, batch: Batch, row: int, traits: m.Traits) -> Sequence[int]:
+    def keys(self, batch: Batch, row: int, traits: m.Traits) -> Sequence[int]:
+        """What the router knows the pages of a row's tokens by."""
         base, pending = batch.rows[row][BASE], batch.rows[row][PENDING]
         if base:  # the tokens before were sent to the replica only; it is claimed, and the router has no choice
             return []

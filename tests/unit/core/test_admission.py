@@ -23,15 +23,32 @@ class Clock:
         return self.now
 
 
-def queue(pages: int = 100, **policy: Any) -> tuple[AdmissionQueue, Clock]:
+class House(AdmissionQueue):
+    """The queue to one place of so many pages."""
+
+    def __init__(self, policy: AdmissionPolicy, pages: int, clock: Clock) -> None:
+        super().__init__(policy, clock)
+        self.pages = pages
+
+    def fits(self, pages: int) -> bool:
+        return self.held + pages <= self.pages
+
+    def come(self, request_id: str, pages: int, *traits: Any, **more: Any) -> Ticket:
+        return self.offer(request_id, pages, *traits, **more, most=self.pages, room=self.fits(pages))
+
+    def let_in(self) -> Ticket | None:
+        return self.take(self.fits)
+
+
+def queue(pages: int = 100, **policy: Any) -> tuple[House, Clock]:
     clock = Clock()
-    return AdmissionQueue(AdmissionPolicy(**{"high": 1.0, "low": 1.0} | policy), pages, clock), clock
+    return House(AdmissionPolicy(**policy), pages, clock), clock
 
 
-def drain(waiting: AdmissionQueue) -> list[str]:
+def drain(waiting: House) -> list[str]:
     """Admit one after the other, each leaving before the next."""
     out = []
-    while (ticket := waiting.take()) is not None:
+    while (ticket := waiting.let_in()) is not None:
         out.append(ticket.request_id)
         waiting.left(ticket.request_id)
     return out
@@ -40,11 +57,11 @@ def drain(waiting: AdmissionQueue) -> list[str]:
 def test_what_fits_goes_and_the_rest_waits_for_room() -> None:
     waiting, _ = queue(10)
     for i in range(3):
-        waiting.offer(f"r{i}", 4)
-    assert [t.request_id for t in (waiting.take(), waiting.take()) if t] == ["r0", "r1"]
-    assert waiting.take() is None and len(waiting) == 1
+        waiting.come(f"r{i}", 4)
+    assert [t.request_id for t in (waiting.let_in(), waiting.let_in()) if t] == ["r0", "r1"]
+    assert waiting.let_in() is None and len(waiting) == 1
     waiting.left("r0")
-    ticket = waiting.take()
+    ticket = waiting.let_in()
     assert ticket is not None and ticket.request_id == "r2"
     waiting.check_integrity()
 
@@ -52,56 +69,44 @@ def test_what_fits_goes_and_the_rest_waits_for_room() -> None:
 def test_nothing_small_overtakes_what_is_first() -> None:
     waiting, _ = queue(10)
     for name, pages in (("a", 6), ("big", 9), ("small", 1)):
-        waiting.offer(name, pages)
-    assert waiting.take() is not None and waiting.take() is None
+        waiting.come(name, pages)
+    assert waiting.let_in() is not None and waiting.let_in() is None
     waiting.left("a")
     assert drain(waiting) == ["big", "small"]
 
 
-def test_between_the_marks_nobody_is_admitted_until_the_low_one() -> None:
-    waiting, _ = queue(100, high=0.9, low=0.5)
-    for i in range(12):
-        waiting.offer(f"r{i}", 10)
-    assert [waiting.take() is not None for _ in range(10)] == [True] * 9 + [False]
-    for i in range(4):
-        waiting.left(f"r{i}")
-        assert waiting.take() is None, "50 pages are in use, one more is above the low mark"
-    waiting.left("r4")
-    assert waiting.take() is not None and waiting.take() is not None, "open again"
-
-
 def test_too_many_are_turned_away_with_a_time() -> None:
     waiting, clock = queue(10, max_waiting=2)
-    waiting.offer("running", 10)
-    assert waiting.take() is not None
+    waiting.come("running", 10)
+    assert waiting.let_in() is not None
     clock.now += 2.0
     waiting.left("running")
-    waiting.offer("next", 10)
-    assert waiting.take() is not None
+    waiting.come("next", 10)
+    assert waiting.let_in() is not None
     for i in range(2):
-        waiting.offer(f"r{i}", 10)
+        waiting.come(f"r{i}", 10)
     with pytest.raises(OverloadedError, match="2 requests wait already") as caught:
-        waiting.offer("late", 10)
+        waiting.come("late", 10)
     assert caught.value.retry_after == pytest.approx(4.0), "two of 2 s each are before it"
     with pytest.raises(OverloadedError, match="ever"):
-        waiting.offer("huge", 11)
+        waiting.come("huge", 11)
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once_or_when_it_shows() -> None:
     waiting, clock = queue(10)
-    waiting.offer("first", 10)
-    waiting.take()
+    waiting.come("first", 10)
+    waiting.let_in()
     clock.now += 1.0
     waiting.left("first")  # requests take a second, or more with what they may vary
-    waiting.offer("second", 10)
-    waiting.take()
+    waiting.come("second", 10)
+    waiting.let_in()
     with pytest.raises(OverloadedError, match=r"its deadline is 1\.50 s"):
-        waiting.offer("hasty", 10, deadline=1.5)
-    patient = waiting.offer("patient", 10, deadline=8.0)
+        waiting.come("hasty", 10, deadline=1.5)
+    patient = waiting.come("patient", 10, deadline=8.0)
     clock.now += 7.0
     [(ticket, error)] = waiting.expire()
     assert ticket is patient and isinstance(error, OverloadedError) and len(waiting) == 0
-    waiting.offer("waits", 10)
+    waiting.come("waits", 10)
     clock.now += 31.0
     assert [t.request_id for t, _ in waiting.expire()] == ["waits"]
     waiting.check_integrity()
@@ -109,31 +114,31 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_or_when_it_shows() -> 
 
 def test_priority_is_worth_seconds_not_everything() -> None:
     waiting, clock = queue(10, boost=5.0)
-    waiting.offer("low", 10)
+    waiting.come("low", 10)
     clock.now += 4.0
-    waiting.offer("soon", 10, priority=1)
+    waiting.come("soon", 10, priority=1)
     clock.now += 2.0
-    waiting.offer("late", 10, priority=1)
+    waiting.come("late", 10, priority=1)
     assert drain(waiting) == ["soon", "low", "late"]
 
 
 def test_a_quota_holds_its_tenant_and_nobody_else() -> None:
     waiting, _ = queue(100, tenants={"small": TenantQuota(max_pages=10)})
     for i in range(3):
-        waiting.offer(f"s{i}", 6, "small")
-    waiting.offer("other", 50, "big")
-    admitted = [t.request_id for t in iter(waiting.take, None) if t is not None]
+        waiting.come(f"s{i}", 6, "small")
+    waiting.come("other", 50, "big")
+    admitted = [t.request_id for t in iter(waiting.let_in, None) if t is not None]
     assert admitted == ["s0", "other"]
     waiting.left("s0")
-    ticket = waiting.take()
+    ticket = waiting.let_in()
     assert ticket is not None and ticket.request_id == "s1"
 
 
 def test_what_a_replica_refused_is_first_again() -> None:
     waiting, _ = queue(10)
-    waiting.offer("a", 5)
-    waiting.offer("b", 5)
-    ticket = waiting.take()
+    waiting.come("a", 5)
+    waiting.come("b", 5)
+    ticket = waiting.let_in()
     assert ticket is not None
     waiting.returned(ticket)
     waiting.check_integrity()
@@ -142,7 +147,7 @@ def test_what_a_replica_refused_is_first_again() -> None:
 
 def test_giving_up() -> None:
     waiting, _ = queue(10)
-    a, _b = waiting.offer("a", 5), waiting.offer("b", 5)
+    a, _b = waiting.come("a", 5), waiting.come("b", 5)
     assert waiting.give_up(a) and not waiting.give_up(a)
     assert drain(waiting) == ["b"]
 
@@ -165,7 +170,7 @@ def test_nobody_of_a_tenant_is_overtaken_from_further_behind_than_promised(arriv
     tickets: dict[str, tuple[Ticket, int]] = {}
     for i, (tenant, pages, priority, later) in enumerate(arrivals):
         clock.now += later
-        tickets[f"r{i}"] = (waiting.offer(f"r{i}", pages, tenant, priority), priority)
+        tickets[f"r{i}"] = (waiting.come(f"r{i}", pages, tenant, priority), priority)
     order = drain(waiting)
     assert sorted(order) == sorted(tickets), "everybody had a turn"
     for at, name in enumerate(order):
@@ -187,10 +192,10 @@ def test_tenants_that_wait_share_by_weight(of_a: list[int], of_b: list[int], wei
     waiting, _ = queue(10, tenants=quotas, max_waiting=1000)
     for tenant, sizes in (("a", of_a), ("b", of_b)):
         for i, pages in enumerate(sizes):
-            waiting.offer(f"{tenant}{i}", pages, tenant)
+            waiting.come(f"{tenant}{i}", pages, tenant)
     got, left = {"a": 0.0, "b": 0.0}, {"a": len(of_a), "b": len(of_b)}
     while left["a"] and left["b"]:
-        ticket = waiting.take()
+        ticket = waiting.let_in()
         assert ticket is not None
         waiting.left(ticket.request_id)
         got[ticket.tenant] += ticket.pages / quotas[ticket.tenant].weight
@@ -207,9 +212,9 @@ def test_counts_agree_whatever_happens(steps: list[tuple[str, int]]) -> None:
     for number, (step, n) in enumerate(steps):
         if step == "offer":
             with suppress(OverloadedError):
-                waiting.offer(f"r{number}", 1 + n % 25, f"t{n % 3}", n % 4, None if n % 2 else 5.0)
+                waiting.come(f"r{number}", 1 + n % 25, f"t{n % 3}", n % 4, None if n % 2 else 5.0)
             assert 0 < waiting.retry_after() <= 60
-        elif step == "take" and (ticket := waiting.take()) is not None:
+        elif step == "take" and (ticket := waiting.let_in()) is not None:
             admitted.append(ticket)
         elif step == "leave" and admitted:
             waiting.left(admitted.pop(n % len(admitted)).request_id)
@@ -239,7 +244,7 @@ class Served:
             with suppress(OverloadedError):
                 self.refused += 1
                 tenant = self._draw.choice(sorted(self.by_tenant))
-                self.waiting.offer(f"r{number}", self._draw.randint(1, 3), tenant, deadline=deadline)
+                self.waiting.come(f"r{number}", self._draw.randint(1, 3), tenant, deadline=deadline)
                 self.refused -= 1
             number += 1
             self._let_in()
@@ -257,7 +262,7 @@ class Served:
 
     def _let_in(self) -> None:
         self.refused += len(self.waiting.expire())
-        while (ticket := self.waiting.take()) is not None:
+        while (ticket := self.waiting.let_in()) is not None:
             self.by_tenant[ticket.tenant] += ticket.pages
             heapq.heappush(self._leave, (self.clock.now + self._draw.uniform(0.7, 1.3), ticket))
         self.longest = max(self.longest, len(self.waiting))
