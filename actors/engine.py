@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -100,57 +99,98 @@ class EngineActor:
         return self._replica
 
 
+class _Seat(NamedTuple):
+    """Where a replica is: its actor, and its bundle of a placement, which the first replicas share."""
+
+    actor: Actor
+    placement: Placement
+    bundle: int
+
+    @property
+    def node_id(self) -> str:
+        return self.placement.node_ids[self.bundle]
+
+
 class RayReplicas:
-    """Engine actors of one driver, which end with it. Implements rayk.engine.serve.Replicas."""
+    """Engine actors of one driver, which end with it. Implements rayk.engine.serve.Replicas.
+
+    The replicas of the start have one placement group; each later one has its own, which an autoscaler sees while it
+    waits. The replacement of a lost one takes its bundle, on another node if that one died.
+    """
 
     def __init__(self, runtime: Runtime, source: ModelSource, settings: ServeSettings) -> None:
         self.tokenizer = None
         self.settings = settings
+        self.facts: list[ReplicaFacts] = []
         self._runtime = runtime
         self._source = source
-        self._actors: list[Actor] = []
-        self._dropped: set[int] = set()
-        self._placement: Placement | None = None
+        self._seats: dict[int, _Seat] = {}  # of those that were not removed
+        self._dropped: set[int] = set()  # of these
         self._tiers: dict[str, NodeTiers] = {}  # by node id
         self._pool = f"engines-{os.getpid()}-{os.urandom(8).hex()}"
-        self._sent: list[Any] = [None] * settings.replicas
+        self._sent: dict[int, Any] = {}
+        self.add(range(settings.replicas), PLACE_SECONDS)
+
+    @property
+    def _bundle(self) -> dict[str, float]:
+        return {"CPU": SLIVER} | ({"GPU": 1.0} if self._gpus else {})
+
+    @property
+    def _gpus(self) -> int:
+        return int(self.settings.device.startswith("cuda"))
+
+    def add(self, replicas: Sequence[int], timeout: float) -> None:
+        new = [replica for replica in replicas if replica not in self._seats]
+        placements: list[Placement] = []
+        seats: dict[int, _Seat] = {}
         try:
-            self.facts: Sequence[ReplicaFacts] = self._start()
+            places = {r: self._again(r, timeout) for r in replicas if r in self._seats}
+            if not self._seats:
+                placements = [self._runtime.place([self._bundle] * len(new), [], timeout)]
+                places |= {replica: (placements[0], bundle) for bundle, replica in enumerate(new)}
+            elif new:
+                placements = self._runtime.place_each([self._bundle] * len(new), [], timeout)
+                places |= {replica: (placement, 0) for replica, placement in zip(new, placements, strict=True)}
+            if self.settings.hash_seed is None and (self.settings.reports or self.settings.tiers.wanted):
+                self.settings = replace(self.settings, hash_seed=self._seed(places))
+            for replica, (placement, bundle) in places.items():
+                arguments = (replica, self._source, self.settings)
+                spec = ActorSpec(EngineActor, arguments, self._gpus, placement, bundle, lanes=(REPORTS_LANE,))
+                seats[replica] = _Seat(self._runtime.start(spec), placement, bundle)
+            facts = self._open(seats)
         except BaseException:
-            self.close()
+            self._runtime.stop([seat.actor for seat in seats.values()], None)
+            for placement in placements:
+                self._runtime.stop([], placement)
             raise
+        self._seats |= seats
+        self._dropped -= set(seats)
+        for each in sorted(facts, key=lambda each: each.replica):
+            self.facts[each.replica : each.replica + 1] = [each]
 
-    def _start(self) -> Sequence[ReplicaFacts]:
-        settings = self.settings
-        gpus = int(settings.device.startswith("cuda"))
-        bundle = {"CPU": SLIVER} | ({"GPU": 1.0} if gpus else {})
-        placement = self._placement = self._runtime.place([bundle] * settings.replicas, [], PLACE_SECONDS)
-        if settings.reports or settings.tiers.wanted:
-            settings = self.settings = replace(settings, hash_seed=self._seed(placement.node_ids))
-        for replica in range(settings.replicas):
-            arguments = (replica, self._source, settings)
-            spec = ActorSpec(EngineActor, arguments, gpus, placement, replica, lanes=(REPORTS_LANE,))
-            self._actors.append(self._runtime.start(spec))
-        self._wait("ping", [()] * settings.replicas, LOAD_SECONDS)
-        sharing, nodes = Counter(placement.node_ids), {node.node_id: node for node in self._runtime.nodes()}
+    def _again(self, replica: int, timeout: float) -> tuple[Placement, int]:
+        """The place of a lost replica, for another one."""
+        seat = self._seats[replica]
+        return self._runtime.await_place(seat.placement, timeout), seat.bundle
+
+    def _open(self, seats: dict[int, _Seat]) -> list[ReplicaFacts]:
+        """Wait for models, then have pages made."""
+        self._wait("ping", dict.fromkeys(seats, ()), seats, LOAD_SECONDS)
+        sharing, nodes = Counter(seat.node_id for seat in seats.values()), {n.node_id: n for n in self._runtime.nodes()}
         memory = self._make_tiers([nodes[node_id] for node_id in sharing if node_id in nodes])
-        arguments_of = [
-            (
-                1 if gpus else sharing[node],
-                nodes[node].host_name if node in nodes else node,
-                memory.get(node),
-                self._tiers.get(node),
-            )
-            for node in placement.node_ids
-        ]
-        return self._wait("open", arguments_of, OPEN_SECONDS)
+        arguments = {}
+        for replica, seat in seats.items():
+            node = seat.node_id
+            name = nodes[node].host_name if node in nodes else node
+            arguments[replica] = (1 if self._gpus else sharing[node], name, memory.get(node), self._tiers.get(node))
+        return self._wait("open", arguments, seats, OPEN_SECONDS)
 
-    def _seed(self, node_ids: Sequence[str]) -> bytes:
+    def _seed(self, places: Mapping[int, tuple[Placement, int]]) -> bytes:
         """The seed that the nodes' tier directories were used with before, else a new one."""
         folder = self.settings.tiers.disk_dir
         if folder is not None:
-            refs = [self._runtime.run_on(node_id, read_seed, Path(folder)) for node_id in sorted(set(node_ids))]
-            for seed in self._answers(refs):
+            nodes = sorted({placement.node_ids[bundle] for placement, bundle in places.values()})
+            for seed in self._answers([self._runtime.run_on(node_id, read_seed, folder) for node_id in nodes]):
                 if seed is not None:
                     return bytes(seed)
         return os.urandom(32)
@@ -179,48 +219,64 @@ class RayReplicas:
         except ActorGoneError as error:
             raise PlanError(f"a node could not be asked for its memory and tiers: {error}") from None
 
-    def _wait(self, method: str, arguments: Sequence[tuple[Any, ...]], timeout: float) -> list[Any]:
-        """Call all replicas and wait for all answers."""
-        refs = [actor.call(method, *given) for actor, given in zip(self._actors, arguments, strict=True)]
+    def _wait(
+        self, method: str, arguments: Mapping[int, tuple[Any, ...]], seats: Mapping[int, _Seat], timeout: float
+    ) -> list[Any]:
+        """Call replicas that are being started and wait for all answers."""
+        refs = {replica: seats[replica].actor.call(method, *given) for replica, given in arguments.items()}
         try:
-            return [self._runtime.get(ref, f"replica {r}", timeout) for r, ref in enumerate(refs)]
+            return [self._runtime.get(ref, f"replica {replica}", timeout) for replica, ref in refs.items()]
         except ActorGoneError as error:
             raise PlanError(f"a replica could not start: {error}") from None
 
     def post(self, replica: int, command: Command) -> None:
-        """Send a command. That the replica is gone, its reports will tell."""
         from rayk.engine.wire import encode
 
-        self._sent[replica] = self._actors[replica].call("post", encode(command))
+        self._sent[replica] = self._seats[replica].actor.call("post", encode(command))
 
     def reports(self, replica: int) -> Iterator[Report]:
-        """The reports of one replica; ActorGoneError or CallTimeoutError when there will be no more."""
+        """ActorGoneError or CallTimeoutError when there will be no more."""
         from rayk.engine.wire import decode_report
 
-        actor = self._actors[replica]
+        actor = self._seats[replica].actor
         assert isinstance(actor, RayActor)
         for wire in actor.stream("reports", REPORTS_LANE, f"replica {replica}", SILENT_SECONDS):
             yield decode_report(wire)
 
     def stats(self, replica: int) -> EngineStats:
-        """One engine's counters."""
-        stats = self._runtime.get(self._actors[replica].call("stats", control=True), f"replica {replica}", 30)
+        stats = self._runtime.get(self._seats[replica].actor.call("stats", control=True), f"replica {replica}", 30)
         return stats  # type: ignore[no-any-return]  # Runtime.get() is untyped
 
     def check(self, replica: int) -> None:
-        """IntegrityError unless its pages are where they should be."""
-        self._runtime.get(self._actors[replica].call("check", control=True), f"replica {replica}", CLOSE_SECONDS)
+        called = self._seats[replica].actor.call("check", control=True)
+        self._runtime.get(called, f"replica {replica}", CLOSE_SECONDS)
 
     def drop(self, replica: int) -> None:
-        """It counts as lost: nothing of it may go on."""
-        self._dropped.add(replica)
-        self._runtime.stop([self._actors[replica]], None)
+        seat = self._seats.get(replica)
+        if seat is not None:  # it may have died while it was being removed
+            self._dropped.add(replica)
+            self._runtime.stop([seat.actor], None)
+
+    def remove(self, replica: int) -> None:
+        """Its place goes back when no other replica has a bundle of the same placement group."""
+        seat = self._seats.pop(replica)
+        if replica not in self._dropped:
+            self._leave([seat])
+        self._dropped.discard(replica)
+        shared = any(other.placement.group == seat.placement.group for other in self._seats.values())
+        self._runtime.stop([seat.actor], None if shared else seat.placement)
+
+    def _leave(self, seats: Sequence[_Seat]) -> None:
+        """Have engines end by themselves, so that what is on its way to a tier arrives there."""
+        for ref in [seat.actor.call("close", control=True) for seat in seats]:
+            with suppress(ActorGoneError, RaykError):
+                self._runtime.get(ref, "a replica that is being closed", CLOSE_SECONDS)
 
     def close(self) -> None:
-        """End the actors and give their place back; what is on its way to a tier arrives there first."""
+        """End the actors and give their places back."""
         if self.settings.tiers.wanted:
-            live = [actor for replica, actor in enumerate(self._actors) if replica not in self._dropped]
-            for ref in [actor.call("close", control=True) for actor in live]:
-                with suppress(ActorGoneError, RaykError):
-                    self._runtime.get(ref, "a replica that is being closed", CLOSE_SECONDS)
-        self._runtime.stop(self._actors, self._placement)
+            self._leave([seat for replica, seat in self._seats.items() if replica not in self._dropped])
+        self._runtime.stop([seat.actor for seat in self._seats.values()], None)
+        groups = {id(seat.placement.group): seat.placement for seat in self._seats.values()}
+        for placement in groups.values():
+            self._runtime.stop([], placement)

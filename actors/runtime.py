@@ -79,6 +79,8 @@ class Runtime(Protocol):
     def nodes(self) -> list[Node]: ...
     def run_on(self, node_id: str, task: Callable[..., Any], *args: Any) -> Any: ...
     def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> Placement: ...
+    def place_each(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> list[Placement]: ...
+    def await_place(self, placement: Placement, timeout: float) -> Placement: ...
     def start(self, spec: ActorSpec) -> Actor: ...
     def get(self, ref: Any, target: str, timeout: float) -> Any: ...
     def get_all(self, refs: Sequence[Any], timeout: float) -> list[Any] | None: ...
@@ -221,18 +223,47 @@ class RayRuntime:
 
     def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> Placement:
         """One bundle per replica, spread over the nodes not in `avoid`; PlanError when they do not fit in time."""
+        [placement] = self._await_groups([self._group(bundles, avoid)], bundles, timeout)
+        return placement
+
+    def place_each(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> list[Placement]:
+        """A placement of its own for each bundle, all asked for at once; PlanError, and none is left, when not all of
+        them fit in time. An autoscaler sees them as long as they wait."""
+        return self._await_groups([self._group([bundle], avoid) for bundle in bundles], bundles, timeout)
+
+    def _group(self, bundles: list[dict[str, float]], avoid: Sequence[str]) -> PlacementGroup:
         selector = [{"ray.io/node-id": f"!in({','.join(avoid)})"}] * len(bundles) if avoid else None
         lifetime = "detached" if self._namespace is not None else None
-        group = placement_group(bundles, "SPREAD", lifetime=lifetime, bundle_label_selector=selector)
-        if not group.wait(timeout):
-            remove_placement_group(group)
-            free = ray.available_resources()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
-            raise PlanError(
-                f"no place for {len(bundles)} replica(s) of {bundles[0]} within {timeout:.0f} s; "
-                f"the cluster offers {free}"
-            )
-        where = placement_group_table(group)["bundles_to_node_id"]
-        return Placement(group, tuple(where[i] for i in range(len(bundles))))
+        group: PlacementGroup = placement_group(bundles, "SPREAD", lifetime=lifetime, bundle_label_selector=selector)
+        return group
+
+    def _await_groups(
+        self, groups: list[PlacementGroup], bundles: list[dict[str, float]], timeout: float
+    ) -> list[Placement]:
+        """Placements of those groups; when one of them is not there in time, all are removed."""
+        deadline = time.monotonic() + timeout
+        try:
+            if not all(group.wait(max(0.0, deadline - time.monotonic())) for group in groups):
+                free = ray.available_resources()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+                raise PlanError(
+                    f"no place for {len(bundles)} replica(s) of {bundles[0]} within {timeout:.0f} s; "
+                    f"the cluster offers {free}"
+                )
+        except BaseException:
+            for group in groups:
+                remove_placement_group(group)
+            raise
+        return [_placement(group) for group in groups]
+
+    def await_place(self, placement: Placement, timeout: float) -> Placement:
+        """The placement as it is now, once all its bundles have nodes: those of a dead node get another one."""
+        deadline = time.monotonic() + timeout
+        while placement_group_table(placement.group).get("state") != "CREATED":
+            if time.monotonic() > deadline:
+                late = f"a bundle of a dead node found no other node within {timeout:.0f} s"
+                raise PlanError(f"{late}; add a node, or remove the replica")
+            time.sleep(0.05)
+        return _placement(placement.group)
 
     # -- actors ---------------------------------------------------------------------------------
 
@@ -316,6 +347,11 @@ class RayRuntime:
     def dumps(self, value: Any) -> bytes:
         """Pickle a function or value the way Ray does: by reference where the other side can import it."""
         return bytes(ray.cloudpickle.dumps(value))  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+
+
+def _placement(group: PlacementGroup) -> Placement:
+    where = placement_group_table(group)["bundles_to_node_id"]
+    return Placement(group, tuple(where[i] for i in range(len(where))))
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:

@@ -6,6 +6,7 @@ RaykError
 ├── AlreadyClaimedError (ValueError)      the request id is claimed, here or on another replica
 ├── NotClaimedError (ValueError)          the request id is not claimed on that replica
 ├── ReplicaIndexError (IndexError)        no replica has that index
+│   └── ReplicaRemovedError (ValueError)  the replica of that index was removed
 ├── BatchError (ValueError)               batches that do not match the replicas or the requests' pages
 ├── RuntimeInputsError (ValueError, RuntimeError)   runtime_inputs cannot be built for this batch
 ├── LeafError (AssertionError)            a single-cache call on multi-cache parameters
@@ -26,6 +27,10 @@ RaykError
     ├── StaleContextError                 a replica misses tokens of a request; the client sends them again
     ├── NoReplicaError                    no replica takes requests: all are lost or draining
     ├── LineError                         a line between two replicas does not carry pages
+
+
+    ├── ReplicaStateError (ValueError)    what was asked for does not fit how the replica stands, such as draining
+    ├── DrainError                        a replica still has requests and cannot be removed; says which and why
     ├── MessageError (ValueError)         a message that cannot be decoded or is unknown
     └── RemoteError                       code that the caller shipped, or rayk itself, raised on a replica
 
@@ -109,6 +114,15 @@ class ReplicaIndexError(RaykError, IndexError):
     replica: int
     replicas: int
     text: ClassVar[str] = "replica index {replica} is out of range: this manager has {replicas} replica(s), from 0"
+
+
+class ReplicaRemovedError(ReplicaIndexError, ValueError):
+    """The replica of that index was removed. The index stays a hole."""
+
+    text: ClassVar[str] = (
+        "replica {replica} was removed and its index stays empty; replica_states() says who is there, and requests "
+        "that were on it are where holder() says"
+    )
 
 
 class BatchError(RaykError, ValueError):
@@ -233,7 +247,7 @@ class ReplicaLostError(ClusterError):
         return (
             f"replica {self.replica} (epoch {self.epoch}) is gone: {self.reason}. Lost: its cached pages and "
             f"{len(self.requests)} claimed request(s){': ' + shown if shown else ''}. "
-            "Shut this manager down, start a new one and send these requests again"
+            "Send these requests again, and put another in its place with add_replicas() or start a new manager"
         )
 
 
@@ -285,6 +299,28 @@ class LineError(ClusterError):
     peer: int
     reason: str
     text = "line {kind} with replica {peer}: {reason}"
+
+
+class ReplicaStateError(ClusterError, ValueError):
+    """What was asked for does not fit how the replica stands; nothing was changed."""
+
+    replica: int
+    state: str
+    action: str
+    text: ClassVar[str] = "replica {replica} is {state}: it cannot {action}; replica_states() says how all stand"
+
+
+class DrainError(ClusterError):
+    """A replica that should leave still has requests. It drains on; `left` says, for each, why it is still there."""
+
+    replica: int
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        shown = [f"{request_id!r}: {why}" for request_id, why in self.left.items()]
+        shown[5:] = [".."] * (len(shown) > 5)
+        head = f"replica {self.replica} still has {len(self.left)} request(s): {'; '.join(shown)}"
+        return f"{head}. Release or preempt them, add a replica, or call drain_replica() again later"
 
 
 class MessageError(ClusterError, ValueError):

@@ -49,6 +49,7 @@ class Steering:
         # Only the cost policy weighs running requests for themselves; for the others all that was placed is load,
         # or fast prefills would leave every replica idle and the first one with all requests.
         self._forgets_prefill = router == "cost"
+        self._off: set[int] = set()  # draining, lost, removed: nothing new goes there
         self._lost: set[int] = set()
         self._placed: dict[int, Placed] = {}
 
@@ -64,7 +65,7 @@ class Steering:
         """Choose a replica for a request and count it there; -1, and nothing changed, when none has room."""
         fleet = self._fleet
         for replica in range(len(fleet)):
-            room = replica not in self._lost and fleet.requests[replica] < self._limit
+            room = replica not in self._off and fleet.requests[replica] < self._limit
             if fleet.ready[replica] != room:
                 fleet.set_ready(replica, bool(room))
         if not fleet.ready.any():
@@ -98,8 +99,26 @@ class Steering:
             keys = np.frombuffer(joined, "<u8").tolist()
             (self._index.stored if stored else self._index.removed)(replica, keys)
 
+    def join(self, replica: int, capacity: int) -> None:
+        """A replica comes: with the next index, or in place of a lost one. It has nothing."""
+        if replica == len(self._fleet):
+            self._fleet.join(1, capacity)
+            self._index.join()
+        self._fleet.capacity[replica] = capacity
+        self._lost.discard(replica)
+        self._off.discard(replica)
+
+    def take_off(self, replica: int) -> None:
+        """Place nothing there any more; what is there stays."""
+        self._off.add(replica)
+
+    def put_on(self, replica: int) -> None:
+        """Take back take_off()."""
+        self._off.discard(replica)
+
     def lose(self, replica: int) -> None:
         """The replica is gone, with what it had."""
         self._lost.add(replica)
+        self._off.add(replica)
         self._fleet.forget(replica)
         self._index.cleared(replica)

@@ -25,7 +25,7 @@ import torch
 from rayk.context import TextContext
 from rayk.engine.cache import Cache
 from rayk.engine.errors import ForwardError, QueueFullError, RequestCancelledError, RequestError, RequestTimeoutError
-from rayk.engine.events import Event, Finished, Text, Tokens
+from rayk.engine.events import MOVED, Event, Finished, Text, Tokens
 from rayk.engine.forward import Model, forward
 from rayk.engine.generation import Generation
 from rayk.engine.request import Limits, Request
@@ -108,6 +108,16 @@ class Engine:
         generation = self._all.get(number)
         if generation is not None:
             self._abort(generation, "cancelled", RequestCancelledError(generation.request_id, generation.generated))
+
+    def hand_over(self, number: int) -> None:
+        """Let go of a request that goes on elsewhere: its last event says so. An unknown or finished one is ignored."""
+        generation = self._all.get(number)
+        if generation is None:
+            return
+        self._withdraw(generation)
+        self._forget(generation)
+        cached, preemptions, times = generation.cached, generation.preemptions, self._times(generation)
+        self._events.append(Finished(number, MOVED, cached, None, None, preemptions, *times))
 
     def pause(self, number: int) -> None:
         """Generate no more tokens for a request until resume(); it keeps its pages while nobody else needs them."""
@@ -412,9 +422,7 @@ class Engine:
         heapq.heapify(self._waiting)
 
     def _finish(self, generation: Generation, reason: str, error: RaykError | None) -> None:
-        del self._all[generation.number]
-        self._ids.discard(generation.request_id)
-        self._paused.discard(generation.number)
+        self._forget(generation)
         self._finished += error is None
         self._failed += error is not None
         text, detokenizer = None, generation.detokenizer
@@ -426,21 +434,19 @@ class Engine:
             answer = generation.answer.tolist()
             shown = answer[:-1] if reason == "stop" else answer
             text = str(self.model.tokenizer.decode(shown, skip_special_tokens=True))
+        cached, preemptions, times = generation.cached, generation.preemptions, self._times(generation)
+        self._events.append(Finished(generation.number, reason, cached, text, error, preemptions, *times))
+
+    def _forget(self, generation: Generation) -> None:
+        del self._all[generation.number]
+        self._ids.discard(generation.request_id)
+        self._paused.discard(generation.number)
+
+    def _times(self, generation: Generation) -> tuple[float | None, float | None, float]:
+        """Seconds from its submission to its admission, its first token and now."""
 
         def after(moment: float | None) -> float | None:
             return None if moment is None else moment - generation.submitted_at
 
-        now = self._clock()
-        self._events.append(
-            Finished(
-                generation.number,
-                reason,
-                generation.cached,
-                text,
-                error,
-                generation.preemptions,
-                after(generation.admitted_at),
-                after(generation.first_token_at),
-                now - generation.submitted_at,
-            )
-        )
+        now = self._clock() - generation.submitted_at
+        return after(generation.admitted_at), after(generation.first_token_at), now

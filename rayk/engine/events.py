@@ -12,6 +12,7 @@ from rayk.errors import RaykError
 from rayk.request import NOTHING_REUSED, Reused
 
 Numbers = npt.NDArray[np.int64]
+MOVED = "moved"
 
 
 class TokenLogprobs(NamedTuple):
@@ -44,9 +45,9 @@ class Finished:
     """A request is over and holds nothing any more.
 
     `reason` is "stop" (a stop token or string), "length" (as many tokens as asked for, or the model's limit), or, with
-    the `error`, "timeout", "cancelled" or "error". `text` is the whole answer where there is a tokenizer.
-    `cached` are tokens that were found in the cache from its first admission on, until it was preempted. Times are
-    seconds of the engine's clock since submission; None: it did not come to that.
+    the `error`, "timeout", "cancelled" or "error"; MOVED when it was handed over and goes on elsewhere. `text` is the
+    whole answer where there is a tokenizer. `cached` are tokens that were found in the cache from its first admission
+    on, until it was preempted. Times are seconds of the engine's clock since submission; None: it did not come to that.
     """
 
     number: int

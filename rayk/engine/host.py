@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from rayk.engine.engine import Engine
 from rayk.engine.events import Event, Finished, Tokens
 from rayk.engine.settings import EngineStats
-from rayk.engine.wire import Cancel, Command, Report, Submit
+from rayk.engine.wire import Cancel, Command, HandOver, Report, Submit
 from rayk.errors import RaykError, RemoteError
 
 log = logging.getLogger("rayk.engine")
@@ -33,22 +33,22 @@ T = TypeVar("T")
 
 
 class _Asked(NamedTuple):
-    """Something to be done to an engine between two steps, and who waits for it."""
+    """Something to be done between two steps, and who waits for it."""
 
-    what: Callable[[Engine], Any]
+    what: Callable[[], Any]
     answer: Future[Any]
 
 
 class EngineHost:
-    """Owns its engines from start() to stop(). post(), reports() and stop() may be called from any thread."""
+    """Owns its engines, by number, until remove() or stop(). All methods may be called from any thread."""
 
-    def __init__(self, engines: Sequence[Engine], backlog: int = BACKLOG, heartbeat: float = HEARTBEAT) -> None:
-        self.engines = tuple(engines)
+    def __init__(self, engines: Sequence[Engine] = (), backlog: int = BACKLOG, heartbeat: float = HEARTBEAT) -> None:
+        self._engines = dict(enumerate(engines))
         self._backlog = backlog
         self._heartbeat = heartbeat
-        self._inbox: deque[tuple[int, Command | _Asked]] = deque()
+        self._inbox: deque[tuple[int, Command] | _Asked] = deque()
         self._changed = Condition()
-        self._events: list[list[Event]] = [[] for _ in engines]
+        self._events: dict[int, list[Event]] = {number: [] for number in self._engines}
         self._unread = 0  # tokens in `_events`
         self._stopped = False
         self._failure: RemoteError | None = None
@@ -59,50 +59,35 @@ class EngineHost:
         self._thread.start()
         return self
 
-    def post(self, engine: int, command: Command) -> None:
-        """Give engine number `engine` something to do; what comes of it is in its reports."""
-        with self._changed:
-            self._inbox.append((engine, command))
-            self._changed.notify_all()
+    @property
+    def failed(self) -> bool:
+        """Whether the thread died: nothing will come of its engines any more."""
+        return self._failure is not None
 
-    def reports(self, engine: int) -> Iterator[Report]:
-        """What one engine has done, as it does it; empty reports now and then. Ends with stop(); one reader each.
+    # -- engines -----------------------------------------------------------------------------------------
 
-        RemoteError when the thread died: then nothing more will come.
-        """
-        events: list[Event] = []
-        while True:
+    def add(self, number: int, make: Callable[[], Engine]) -> Engine:
+        """Serve one more engine, made between two steps: nothing else computes meanwhile."""
+
+        def made() -> Engine:
+            engine = make()
             with self._changed:
-                deadline = monotonic() + self._heartbeat
-                while not (self._events[engine] or self._stopped or self._failure):
-                    left = deadline - monotonic()
-                    if left <= 0:
-                        break
-                    self._changed.wait(left)
-                events, self._events[engine] = self._events[engine], []
-                self._unread -= _count(events)
-                over, failure = self._stopped and not events, self._failure
+                self._engines[number], self._events[number] = engine, []
+            return engine
+
+        return self._ask(made)
+
+    def remove(self, number: int) -> None:
+        """Serve that engine no more: its reports end, what it still had is forgotten, its tiers are left in order."""
+
+        def taken() -> Engine | None:
+            with self._changed:
                 self._changed.notify_all()
-            if failure is not None and not events:
-                raise failure
-            if over:
-                return
-            yield Report.of(events, self.engines[engine].steps)
+                return self._engines.pop(number, None)
 
-    def call(self, engine: int, what: Callable[[Engine], T]) -> T:
-        """What `what` returns or raises, done to one engine between two steps."""
-        answer: Future[T] = Future()
-        with self._changed:
-            self._inbox.append((engine, _Asked(what, answer)))
-            self._changed.notify_all()
-        while self._thread.is_alive():
-            with suppress(TimeoutError):
-                return answer.result(timeout=0.1)
-        return answer.result() if answer.done() else what(self.engines[engine])
-
-    def stats(self, engine: int) -> EngineStats:
-        """One engine's counters."""
-        return self.call(engine, Engine.stats)
+        engine = self._ask(taken)
+        if engine is not None:
+            _leave(engine)
 
     def stop(self) -> None:
         """End the thread after the step that it is in, and the reports; what goes to the tiers arrives there."""
@@ -111,24 +96,74 @@ class EngineHost:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        for engine in self.engines:
-            try:
-                engine.core.shutdown()
-            except Exception as error:  # its thread may have ended with anything half done
-                log.warning("replica %d did not leave its tiers in order", engine.core.replica, exc_info=error)
+        for engine in self._engines.values():
+            _leave(engine)
+
+    # -- talking to one ----------------------------------------------------------------------------------
+
+    def post(self, engine: int, command: Command) -> None:
+        """Give engine number `engine` something to do; what comes of it is in its reports."""
+        with self._changed:
+            self._inbox.append((engine, command))
+            self._changed.notify_all()
+
+    def reports(self, engine: int) -> Iterator[Report]:
+        """What one engine has done, as it does it; empty reports now and then. Ends with it; one reader each.
+
+        RemoteError when the thread died: then nothing more will come.
+        """
+        watched = self._engines.get(engine)
+        while watched is not None:
+            with self._changed:
+                deadline = monotonic() + self._heartbeat
+                while not (self._events[engine] or self._over(engine, watched) or self._failure):
+                    left = deadline - monotonic()
+                    if left <= 0:
+                        break
+                    self._changed.wait(left)
+                events, self._events[engine] = self._events[engine], []
+                self._unread -= _count(events)
+                over, failure = self._over(engine, watched) and not events, self._failure
+                self._changed.notify_all()
+            if failure is not None and not events:
+                raise failure
+            if over:
+                return
+            yield Report.of(events, watched.steps)
+
+    def _over(self, number: int, engine: Engine) -> bool:
+        return self._stopped or self._engines.get(number) is not engine
+
+    def stats(self, engine: int) -> EngineStats:
+        """One engine's counters."""
+        return self.call(engine, Engine.stats)
+
+    def call(self, engine: int, what: Callable[[Engine], T]) -> T:
+        """What `what` returns or raises, done to one engine between two steps. KeyError when it is not there."""
+        return self._ask(lambda: what(self._engines[engine]))
+
+    def _ask(self, what: Callable[[], T]) -> T:
+        answer: Future[T] = Future()
+        with self._changed:
+            self._inbox.append(_Asked(what, answer))
+            self._changed.notify_all()
+        while self._thread.is_alive():
+            with suppress(TimeoutError):
+                return answer.result(timeout=0.1)
+        return answer.result() if answer.done() else what()
 
     # -- the thread ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while self._wait():
-                for index, engine in enumerate(self.engines):
+                for number, engine in self._engines.items():
                     if engine.busy:
-                        self._report(index, engine.step())
+                        self._report(number, engine.step())
         except BaseException as error:
             with self._changed:
                 trace = "".join(traceback.format_exception(error))
-                replica = self.engines[0].core.replica if self.engines else -1
+                replica = next((engine.core.replica for engine in self._engines.values()), -1)
                 self._failure = RemoteError(replica, type(error).__name__, str(error), trace)
                 self._changed.notify_all()
 
@@ -141,45 +176,62 @@ class EngineHost:
                 if self._stopped:
                     return False
                 behind = self._unread >= self._backlog
-                busy = [engine for engine in self.engines if engine.busy]
+                busy = [engine for engine in self._engines.values() if engine.busy]
                 held_up = all(engine.held_up for engine in busy)
                 if not arrived and (behind or held_up):
                     self._changed.wait(HELD_UP if busy and not behind else self._heartbeat)
                     arrived = list(self._inbox)
                     self._inbox.clear()
-            for index, command in arrived:
-                self._obey(index, command)
-            for engine in self.engines:
+            for each in arrived:
+                if isinstance(each, _Asked):
+                    _answer(each)
+                else:
+                    self._obey(*each)
+            for engine in self._engines.values():
                 engine.expire()
                 if not engine.busy:
                     engine.poll()
-            if not behind and any(engine.busy for engine in self.engines):
+            if not behind and any(engine.busy for engine in self._engines.values()):
                 return True
 
-    def _obey(self, index: int, command: Command | _Asked) -> None:
-        engine = self.engines[index]
+    def _obey(self, number: int, command: Command) -> None:
+        engine = self._engines.get(number)
+        if engine is None:
+            return
         match command:
             case Submit(asks):
                 for ask in asks:
                     try:
                         engine.submit(ask.request())
                     except RaykError as error:
-                        self._report(index, [Finished(ask.number, "error", error=error)])
-            case _Asked(what, answer):
-                try:
-                    answer.set_result(what(engine))
-                except Exception as error:
-                    answer.set_exception(error)
+                        self._report(number, [Finished(ask.number, "error", error=error)])
             case Cancel(numbers):
-                for number in numbers:
-                    engine.cancel(number)
+                for each in numbers:
+                    engine.cancel(each)
+            case HandOver(numbers):
+                for each in numbers:
+                    engine.hand_over(each)
 
-    def _report(self, index: int, events: list[Event]) -> None:
+    def _report(self, number: int, events: list[Event]) -> None:
         if events:
             with self._changed:
-                self._events[index] += events
+                self._events[number] += events
                 self._unread += _count(events)
                 self._changed.notify_all()
+
+
+def _answer(asked: _Asked) -> None:
+    try:
+        asked.answer.set_result(asked.what())
+    except Exception as error:
+        asked.answer.set_exception(error)
+
+
+def _leave(engine: Engine) -> None:
+    try:
+        engine.core.shutdown()
+    except Exception as error:  # its thread may have ended with anything half done
+        log.warning("replica %d did not leave its tiers in order", engine.core.replica, exc_info=error)
 
 
 def _count(events: Sequence[Event]) -> int:

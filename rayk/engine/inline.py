@@ -7,8 +7,8 @@ import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from socket import gethostname
+from typing import Any
 
 import msgspec
 import torch
@@ -16,9 +16,10 @@ import torch
 from rayk.engine.host import EngineHost
 from rayk.engine.serve import ModelSource, ReplicaFacts, ServeSettings, check_engine, facts_of, open_engine
 from rayk.engine.settings import EngineStats
+from rayk.engine.tiers import NodeTiers
 from rayk.engine.wire import Command, Report
 from rayk.errors import ConfigError
-from rayk.planning import measure_node
+from rayk.planning import NodeMemory, measure_node
 from rayk.tiers.identity import read_seed
 
 
@@ -28,58 +29,84 @@ class InlineReplicas:
     def __init__(self, source: ModelSource, settings: ServeSettings) -> None:
         folder = settings.tiers.disk_dir
         if settings.reports or settings.tiers.wanted:
-            seed = (read_seed(Path(folder)) if folder is not None else None) or secrets.token_bytes(32)
+            seed = (read_seed(folder) if folder is not None else None) or secrets.token_bytes(32)
             settings = replace(settings, hash_seed=seed)
         self.settings = settings
-        devices = [self._device(settings, replica) for replica in range(settings.replicas)]
-        sharing, models = Counter(devices), {}
-        for device in sharing:
+        self.facts: list[ReplicaFacts] = []
+        self.tokenizer: Any = None
+        self._source = source
+        self._models: dict[str, Any] = {}
+        self._tiers: NodeTiers | None = None
+        self._host = EngineHost().start()
+        self._hosts: list[EngineHost] = []  # by replica: a host that died takes its replicas with it
+        try:
+            self.add(range(settings.replicas), 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, replicas: Sequence[int], timeout: float) -> None:
+        devices = {replica: self._device(replica) for replica in replicas}
+        for device in devices.values():
             if device.startswith("cuda") and not torch.cuda.is_available():
                 raise ConfigError("this process sees no CUDA device; use device='cpu'")
-            models[device] = source.load(device)
-        node = measure_node(host_name=gethostname(), disk_dir=str(folder) if folder is not None else None)
-        tiers = None
-        if settings.tiers.wanted:
-            tiers = settings.tiers.on(node, f"engines-{os.getpid()}-{os.urandom(8).hex()}")
-            node = msgspec.structs.replace(node, host_free=max(0, node.host_free - tiers.host_bytes))
-            if tiers.disk_dir is not None and source.model_id is None:
-                source = replace(source, model_id=source.identity())  # read once for all replicas
-        engines = []
+            if device not in self._models:
+                self._models[device] = self._source.load(device)
+        if self._host.failed:
+            self._host = EngineHost().start()
+        node, sharing, added = self._node(), Counter(devices.values()), list[ReplicaFacts]()
         try:
-            for replica, device in enumerate(devices):
-                model = models[device]
-                engines.append(open_engine(model, source, settings, replica, device, sharing[device], node, tiers))
+            for replica, device in devices.items():
+                more = (self.settings, replica, device, sharing[device], node, self._tiers)
+                model = self._models[device]
+                engine = self._host.add(replica, lambda m=model, a=more: open_engine(m, self._source, *a))  # type: ignore[misc]  # mypy does not infer defaults
+                added.append(facts_of(engine, device, node.host_name))
+                self.tokenizer = engine.model.tokenizer
         except BaseException:
-            for engine in engines:
-                engine.core.shutdown()
+            for facts in added:
+                self._host.remove(facts.replica)
             raise
-        self.facts: Sequence[ReplicaFacts] = [
-            facts_of(engine, devices[replica], node.host_name) for replica, engine in enumerate(engines)
-        ]
-        self.tokenizer = engines[0].model.tokenizer
-        self._host = EngineHost(engines).start()
+        for facts in added:
+            if facts.replica < len(self.facts):
+                self.facts[facts.replica], self._hosts[facts.replica] = facts, self._host
+            else:
+                self.facts.append(facts)
+                self._hosts.append(self._host)
 
-    @staticmethod
-    def _device(settings: ServeSettings, replica: int) -> str:
-        if settings.device != "cuda":
-            return settings.device
+    def _device(self, replica: int) -> str:
+        if self.settings.device != "cuda":
+            return self.settings.device
         return f"cuda:{replica % max(1, torch.cuda.device_count())}"
 
+    def _node(self) -> NodeMemory:
+        """This machine's memory now; the first time it is decided what the tiers get of it."""
+        wish = self.settings.tiers
+        node = measure_node(host_name=gethostname(), disk_dir=str(wish.disk_dir) if wish.disk_dir is not None else None)
+        if not wish.wanted or self._tiers is not None:
+            return node
+        if wish.disk_dir is not None:
+            self._source = replace(self._source, model_id=self._source.identity())  # read once for all replicas
+        self._tiers = wish.on(node, f"engines-{os.getpid()}-{os.urandom(8).hex()}")
+        return msgspec.structs.replace(node, host_free=max(0, node.host_free - self._tiers.host_bytes))
+
     def post(self, replica: int, command: Command) -> None:
-        self._host.post(replica, command)
+        self._hosts[replica].post(replica, command)
 
     def reports(self, replica: int) -> Iterator[Report]:
-        return self._host.reports(replica)
+        return self._hosts[replica].reports(replica)
 
     def stats(self, replica: int) -> EngineStats:
-        return self._host.stats(replica)
+        return self._hosts[replica].stats(replica)
 
     def check(self, replica: int) -> None:
-        """IntegrityError unless its pages are where they should be."""
-        self._host.call(replica, check_engine)
+        self._hosts[replica].call(replica, check_engine)
+
+    def remove(self, replica: int) -> None:
+        self._hosts[replica].remove(replica)
 
     def drop(self, replica: int) -> None:
-        """It is lost, and with it all others: they share a thread."""
+        self._hosts[replica].remove(replica)
 
     def close(self) -> None:
-        self._host.stop()
+        for host in {id(host): host for host in [*self._hosts, self._host]}.values():
+            host.stop()

@@ -10,8 +10,10 @@ from time import monotonic
 from typing import Any
 
 from rayk.context import IntArray
+from rayk.engine.errors import RequestCancelledError, RequestTimeoutError
 from rayk.engine.events import TokenLogprobs
 from rayk.engine.sampling import SamplingParams
+from rayk.engine.wire import Ended
 from rayk.errors import RaykError
 from rayk.request import NOTHING_REUSED, Reused
 
@@ -75,7 +77,8 @@ class Handle:
         self.cache_salt: str | None = more.get("cache_salt")
         self.submitted_at = monotonic()
         self.session: str | None = None
-        self.replica: int | None = None
+        self.replica: int | None = None  # where it is placed, None while it waits
+        self.unwanted = False  # cancelled, and its replica was told
         self.retries = 0
         self.tokens: list[int] = []
         self.future: Future[Output] = Future()
@@ -89,6 +92,9 @@ class Handle:
         self._first_at: float | None = None
         self._last_at = 0.0
         self._gaps: list[tuple[float, int]] = []
+        self._preemptions = 0
+        self._queued: float | None = None
+        self._cached = NOTHING_REUSED
 
     def result(self, timeout: float | None = None) -> Output:
         """Wait for the end. The built-in TimeoutError when it does not come in `timeout` seconds."""
@@ -131,35 +137,38 @@ class Handle:
             self._pieces.append(piece)
         self._tell()
 
-    def finish(
-        self,
-        reason: str,
-        error: RaykError | None = None,
-        text: str | None = None,
-        cached: Reused = NOTHING_REUSED,
-        preemptions: int = 0,
-        queued: float | None = None,
-    ) -> None:
+    def note(self, end: Ended) -> None:
+        """It left a replica. What it found cached, and how long it waited there, is of its first admission."""
+        self._preemptions += end.preemptions
+        if self._queued is None and end.admitted_after is not None:
+            self._queued = end.admitted_after
+            self._cached = end.cached.less(max(0, end.cached.total - len(self.prompt)))
+
+    def end(self, error: RaykError) -> None:
+        """It is over, with that error."""
+        reasons = {RequestCancelledError: "cancelled", RequestTimeoutError: "timeout"}
+        self.finish(reasons.get(type(error), "error"), error)
+
+    def finish(self, reason: str, error: RaykError | None = None, text: str | None = None) -> None:
         """It is over."""
-        cached = cached.less(max(0, cached.total - len(self.prompt)))
         with self._lock:
             output = Output(
                 self.id,
                 len(self.prompt),
                 list(self.tokens),
                 text,
-                cached.total,
+                self._cached.total,
                 reason,
                 error,
                 list(self._logprobs) if self.sampling.logprobs is not None else None,
                 self.replica,
-                preemptions,
+                self._preemptions,
                 self.retries,
-                queued,
+                self._queued,
                 None if self._first_at is None else self._first_at - self.submitted_at,
                 monotonic() - self.submitted_at,
                 self._gaps,
-                cached,
+                self._cached,
             )
             if not self.future.set_running_or_notify_cancel():
                 return

@@ -111,19 +111,48 @@ class ServeSettings:
 
 
 class Replicas(Protocol):
-    """Engines that take commands and report. `facts[r]` tells what replica r is; `tokenizer` where it is at hand;
-    `settings` are those that were given, with the hashes' seed."""
+    """Engines that take commands and report, `settings.replicas` of them at first. `facts[r]` tells what replica r is
+    or was; `tokenizer` where it is at hand; `settings` are those that were given, with the hashes' seed.
+
+    post, reports and stats may be called from any thread; the others by one at a time.
+    """
 
     settings: ServeSettings
-    facts: Sequence[ReplicaFacts]
+    facts: list[ReplicaFacts]
     tokenizer: Any
 
-    def post(self, replica: int, command: Command) -> None: ...
-    def reports(self, replica: int) -> Iterator[Report]: ...
-    def stats(self, replica: int) -> EngineStats: ...
-    def check(self, replica: int) -> None: ...
-    def drop(self, replica: int) -> None: ...
-    def close(self) -> None: ...
+    def add(self, replicas: Sequence[int], timeout: float) -> None:
+        """Start more, with these numbers: of replicas that were dropped, then the next ones. There is a place for them
+        within `timeout` seconds, or PlanError, and nothing is left behind."""
+        ...
+
+    def post(self, replica: int, command: Command) -> None:
+        """Give a replica a command. That it is gone, its reports will tell."""
+        ...
+
+    def reports(self, replica: int) -> Iterator[Report]:
+        """What it does, until it is removed; raises when there will be no more for another reason."""
+        ...
+
+    def stats(self, replica: int) -> EngineStats:
+        """Its counters."""
+        ...
+
+    def check(self, replica: int) -> None:
+        """IntegrityError unless its pages are where they should be; waits for its transfers."""
+        ...
+
+    def remove(self, replica: int) -> None:
+        """End a replica that has nothing to do any more, or that was dropped; its tiers are left in order."""
+        ...
+
+    def drop(self, replica: int) -> None:
+        """It counts as lost: nothing of it may go on."""
+        ...
+
+    def close(self) -> None:
+        """End all of them."""
+        ...
 
 
 @dataclass(frozen=True)

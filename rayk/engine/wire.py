@@ -12,7 +12,7 @@ import numpy as np
 
 from rayk import messages as m
 from rayk.context import as_int32
-from rayk.engine.events import Event, Finished, Numbers, PagesChanged, Text, TokenLogprobs, Tokens
+from rayk.engine.events import MOVED, Event, Finished, Numbers, PagesChanged, Text, TokenLogprobs, Tokens
 from rayk.engine.request import Request
 from rayk.engine.sampling import SamplingParams
 from rayk.errors import RaykError
@@ -58,7 +58,13 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     numbers: list[int]
 
 
-Command = Submit | Cancel
+class HandOver(msgspec.Struct, frozen=True, tag=True):
+    """Let go of these requests: they go on elsewhere. Each one's Ended says MOVED, after all of its tokens."""
+
+    numbers: list[int]
+
+
+Command = Submit | Cancel | HandOver
 
 
 class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
@@ -79,6 +85,11 @@ class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
         error = m.failure(event.error) if event.error is not None else None
         times = (event.admitted_after, event.first_token_after, event.seconds)
         return cls(event.number, event.reason, event.cached, event.text, error, event.preemptions, *times)
+
+    @property
+    def moved(self) -> bool:
+        """Whether it goes on elsewhere."""
+        return self.reason == MOVED
 
     @property
     def error(self) -> RaykError | None:
@@ -125,7 +136,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Submit | Cancel)
+_commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Submit | Cancel | HandOver)
 _reports = msgspec.msgpack.Decoder(Report)
 
 

@@ -8,13 +8,15 @@ import pytest
 from rayk import errors
 from rayk.errors import InsufficientBlocksError, NotClaimedError, RaykError, ReplicaLostError, by_name
 
-VALUES = {"str": "some {text}", "int": 3, "float": 2.0, "list[str]": ["a", "b"]}
+VALUES = {"str": "some {text}", "int": 3, "float": 2.0, "list[str]": ["a", "b"], "dict[str, str]": {"a": "why"}}
 BUILT_IN = {
     "ConfigError": ValueError,
     "TokenError": ValueError,
     "AlreadyClaimedError": ValueError,
     "NotClaimedError": ValueError,
     "ReplicaIndexError": IndexError,
+    "ReplicaRemovedError": IndexError,
+    "ReplicaStateError": ValueError,
     "BatchError": ValueError,
     "LeafError": AssertionError,
     "PlanError": RuntimeError,
@@ -58,7 +60,9 @@ class TestEach:
         for name in cls.fields:
             if name not in ("trace", "total", "holder"):  # shown only where they matter
                 value = getattr(example(cls), name)
-                assert all(str(part) in text for part in (value if isinstance(value, list) else [value])) or (
+                parts = value.items() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+                parts = [part for each in parts for part in (each if isinstance(each, tuple) else [each])]
+                assert all(str(part) in text for part in parts) or (
                     isinstance(value, float) and f"{value:.0f}" in text
                 ), name
 

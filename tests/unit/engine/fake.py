@@ -181,9 +181,9 @@ class Bench:
         self.model = model or PageModel()
         caching = settings.pop("caching", True)
         self.shelf: Shelf | None = settings.pop("shelf", None)
-        self.core = ReplicaCore(
-            params(page_size, enable_prefix_caching=caching), 0, pages, rows, ["cpu"], runtime_checks=True
-        )
+        seed = settings.pop("hash_seed", None)
+        made = params(page_size, enable_prefix_caching=caching, kv_hash_seed=seed, kv_hash_algo="xxh3_128")
+        self.core = ReplicaCore(made, 0, pages, rows, ["cpu"], runtime_checks=True)
         if self.shelf is not None:
             self.shelf.buffers = list(self.core.buffers.all_bytes)
             self.core.connect(self.shelf)

@@ -1,0 +1,198 @@
+"""Random histories of replicas that come, drain, leave and die: what was streamed never changes, and all of it comes.
+
+The dispatcher, the router and the engines are real; there are no threads, so that each history can be repeated. A
+replica's commands lie in its inbox until its next turn, and what it does is reported in one piece, over the wire.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from rayk.engine.dispatcher import Dispatcher, Standing
+from rayk.engine.output import Handle
+from rayk.engine.sampling import SamplingParams
+from rayk.engine.wire import Cancel, Command, HandOver, Report, Submit, decode_command, decode_report, encode
+from rayk.hashing import PageHasher
+from rayk.scheduler.steering import Steering
+
+from ..unit.engine.fake import Bench, PageModel, Shelf, Tokenizer, expected  # noqa: TID252  # tests/ is no package
+
+HEADS = (tuple(range(20)), tuple(range(10)), (1, 2), ())
+SEED = bytes(range(32))
+PAGES, PAGE = 16, 4
+
+
+@cache
+def answer(prompt: tuple[int, ...], count: int) -> list[int]:
+    return expected(prompt, count)
+
+
+class Replica:
+    """An engine with its boxes; `shelf` is the tier that it shares with all others, if there is one."""
+
+    def __init__(self, shelf: Shelf | None) -> None:
+        own = None
+        if shelf is not None:  # each has device pages of its own, all have one tier
+            own = Shelf()
+            own.pages = shelf.pages
+        more = {"report_pages": True, "hash_seed": SEED, "shelf": own}
+        self.bench = Bench(PAGES, PAGE, rows=3, chunk_size=12, model=PageModel(tokenizer=Tokenizer()), **more)
+        self.inbox: list[bytes] = []
+
+    def turn(self, steps: int) -> Report:
+        engine, events = self.bench.engine, []
+        for wire in self.inbox:
+            match decode_command(wire):
+                case Submit(asks):
+                    for ask in asks:
+                        engine.submit(ask.request())
+                case Cancel(numbers):
+                    for number in numbers:
+                        engine.cancel(number)
+                case HandOver(numbers):
+                    for number in numbers:
+                        engine.hand_over(number)
+        self.inbox.clear()
+        for _ in range(steps):
+            events += engine.step()
+            self.bench.core.check_integrity()
+        return decode_report(encode(Report.of(events, engine.steps)))
+
+
+class Clusters(RuleBasedStateMachine):
+    @initialize(replicas=st.integers(1, 3), router=st.sampled_from(["cost", "round-robin"]), tiers=st.booleans())
+    def start(self, replicas: int, router: str, tiers: bool) -> None:
+        self.shelf = Shelf() if tiers else None
+        self.replicas: dict[int, Replica] = {r: Replica(self.shelf) for r in range(replicas)}
+        hasher = PageHasher("xxh3_128", SEED, PAGE)
+        steering = Steering(router, PAGE, [PAGES * PAGE] * replicas, 4, hasher)
+        self.dispatcher = Dispatcher(self.post, steering, replicas, 2)
+        self.handles: list[tuple[Handle, tuple[int, ...], int]] = []
+        self.seen: list[list[int]] = []
+        self.text: list[str] = []
+        self.cancelled: set[int] = set()
+
+    def post(self, replica: int, command: Command) -> None:
+        if replica in self.replicas:  # else it is dead, and nobody knows yet
+            self.replicas[replica].inbox.append(encode(command))
+
+    @rule(
+        head=st.sampled_from(HEADS),
+        tails=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=12), min_size=1, max_size=5),
+        count=st.integers(1, 16),
+    )
+    def submit(self, head: tuple[int, ...], tails: list[list[int]], count: int) -> None:
+        new = []
+        for tail in tails:
+            prompt, number = (*head, *tail), len(self.handles)
+            sampling = SamplingParams(max_new_tokens=count, seed=1, stop=("never",))
+            handle = Handle(number, number, f"r{number}", np.array(prompt, np.int32), sampling, stream_text=True)
+            self.handles.append((handle, prompt, count))
+            self.seen.append([])
+            self.text.append("")
+            new.append(handle)
+        self.dispatcher.submit(new)
+
+    def draw(self, data: st.DataObject, *standing: Standing) -> int | None:
+        found = [r for r, each in enumerate(self.dispatcher.standing) if each in standing]
+        return data.draw(st.sampled_from(found)) if found else None
+
+    @rule(data=st.data(), steps=st.integers(0, 6))
+    def turn(self, data: st.DataObject, steps: int) -> None:
+        replica = self.draw(data, Standing.ready, Standing.draining)
+        if replica is not None:
+            self.dispatcher.hear(replica, self.replicas[replica].turn(steps))
+
+    @rule(data=st.data(), reported=st.booleans(), steps=st.integers(0, 4))
+    def die(self, data: st.DataObject, reported: bool, steps: int) -> None:
+        """Whatever it did last may never be heard of."""
+        replica = self.draw(data, Standing.ready, Standing.draining)
+        if replica is not None:
+            report = self.replicas.pop(replica).turn(steps)
+            if reported:
+                self.dispatcher.hear(replica, report)
+            self.dispatcher.lose(replica, "it died")
+
+    @rule(data=st.data(), hand_over=st.booleans())
+    def drain(self, data: st.DataObject, hand_over: bool) -> None:
+        replica = self.draw(data, Standing.ready, Standing.draining)
+        if replica is not None:
+            self.dispatcher.drain(replica)
+            if hand_over:
+                self.dispatcher.hand_over(replica)
+
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        replica = self.draw(data, Standing.draining)
+        if replica is not None:
+            self.dispatcher.resume(replica)
+
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        ready = Standing.ready in self.dispatcher.standing  # a Cluster does not let go of the last one
+        replica = self.draw(data, Standing.draining, Standing.lost) if ready else None
+        if replica is not None and not self.dispatcher.remove(replica, 0):
+            gone = self.replicas.pop(replica, None)
+            assert gone is None or not gone.bench.engine.stats().running
+
+    @precondition(lambda self: len(self.dispatcher.live) < 4)
+    @rule(count=st.integers(1, 2))
+    def add(self, count: int) -> None:
+        for replica in self.dispatcher.vacant(count):
+            self.replicas[replica] = Replica(self.shelf)
+            self.dispatcher.join(replica, PAGES * PAGE)
+
+    @precondition(lambda self: self.handles)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        handle, _, _ = self.handles[data.draw(st.integers(0, len(self.handles) - 1))]
+        if not handle.done:
+            self.cancelled.add(handle.number)
+        self.dispatcher.cancel(handle)
+
+    @invariant()
+    def what_was_streamed_is_the_models(self) -> None:
+        for i, (handle, prompt, count) in enumerate(getattr(self, "handles", [])):
+            update = handle.take()
+            self.seen[i] += update.tokens
+            self.text[i] += update.text
+            whole = answer(prompt, count)
+            assert self.seen[i] == whole[: len(self.seen[i])]
+            assert Tokenizer().decode(whole).startswith(self.text[i])
+
+    def teardown(self) -> None:
+        if not hasattr(self, "handles"):
+            return
+        for replica, standing in enumerate(self.dispatcher.standing):
+            if standing is Standing.draining:
+                self.dispatcher.resume(replica)
+        if not self.dispatcher.live:
+            self.add(1)
+        for _ in range(400):
+            if all(handle.done for handle, _, _ in self.handles):
+                break
+            for replica in self.dispatcher.live:
+                self.dispatcher.hear(replica, self.replicas[replica].turn(3))
+        self.what_was_streamed_is_the_models()
+        for i, (handle, prompt, count) in enumerate(self.handles):
+            output: Any = handle.result(0)
+            if output.error is None:
+                assert output.tokens == self.seen[i] == answer(prompt, count)
+                assert output.text == self.text[i] == Tokenizer().decode(output.tokens)
+            elif output.finish_reason == "cancelled":
+                assert handle.number in self.cancelled
+            else:
+                assert type(output.error).__name__ == "ReplicaLostError" and "it died" in str(output.error)
+        for replica in self.replicas.values():
+            replica.turn(1)
+            assert not replica.bench.core.requests and replica.bench.core.usage.used == 0
+
+
+TestClusters = Clusters.TestCase
+TestClusters.settings = settings.get_profile("rayk-machines")
