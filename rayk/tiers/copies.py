@@ -12,6 +12,7 @@ the number of its pages; where that is not to be had, stretch by stretch through
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from rayk.tiers.connector import Pages
 log = logging.getLogger("rayk.tiers")
 
 Rows = npt.NDArray[np.uint8]  # [rows, bytes per page]
+Numbers = Sequence[int] | npt.NDArray[np.int64]
 Groups = Sequence[Sequence[torch.Tensor]]  # buffers; those of a group hold the same bytes
 
 
@@ -58,11 +60,11 @@ class PageCopier(Protocol):
         """Let go of the pool, before its memory goes. No copy is under way."""
         ...
 
-    def store(self, pages: Pages, pool: Rows, rows: Sequence[int]) -> Ticket | None:
+    def store(self, pages: Pages, pool: Rows, rows: Numbers) -> Ticket | None:
         """Device pages -> pool[rows]."""
         ...
 
-    def load(self, pool: Rows, rows: Sequence[int], pages: Pages) -> Ticket | None:
+    def load(self, pool: Rows, rows: Numbers, pages: Pages) -> Ticket | None:
         """pool[rows] -> device pages."""
         ...
 
@@ -94,15 +96,22 @@ def _parts(groups: Groups) -> list[tuple[int, int]]:
     return parts
 
 
-def runs(pages: Sequence[int], rows: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Maximal stretches (page, row, count) in which both numbers grow by one: each is a single copy."""
-    found: list[tuple[int, int, int]] = []
-    for page, row in zip(pages, rows, strict=True):
-        if found and found[-1][0] + found[-1][2] == page and found[-1][1] + found[-1][2] == row:
-            found[-1] = (found[-1][0], found[-1][1], found[-1][2] + 1)
-        else:
-            found.append((page, row, 1))
-    return found
+class Stretches(NamedTuple):
+    """Maximal runs in which pages and rows both grow by one: where each begins, and its length."""
+
+    pages: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+
+
+def stretches(pages: Pages, rows: Numbers, coalesce: bool = True) -> Stretches:
+    """One stretch a page unless `coalesce`."""
+    page, row = pages.astype(np.int64), np.asarray(rows, np.int64)
+    if not coalesce or len(page) < 2:
+        return Stretches(page, row, np.ones(len(page), np.int64))
+    breaks = np.flatnonzero((np.diff(page) != 1) | (np.diff(row) != 1)) + 1
+    first = np.concatenate([np.zeros(1, np.int64), breaks])
+    return Stretches(page[first], row[first], np.diff(first, append=len(page)))
 
 
 class HostCopier:
@@ -119,34 +128,39 @@ class HostCopier:
     def close(self) -> None:
         pass
 
-    def store(self, pages: Pages, pool: Rows, rows: Sequence[int]) -> None:
+    def store(self, pages: Pages, pool: Rows, rows: Numbers) -> None:
         if len(self._groups) == 1:
-            self._copy(pool, rows, self._groups[0][0], pages.tolist())
+            _copy(pool, rows, self._groups[0][0], pages)
             return
-        for page, row, count in runs(pages.tolist(), rows):
+        for page, row, count in zip(*stretches(pages, rows), strict=True):
             for group, (start, stop) in zip(self._groups, self._parts, strict=True):
                 pool[row : row + count, start:stop] = group[0][page : page + count]
 
-    def load(self, pool: Rows, rows: Sequence[int], pages: Pages) -> None:
-        if len(self._groups) == 1 and len(self._groups[0]) == 1:
-            self._copy(self._groups[0][0], pages.tolist(), pool, rows)
+    def load(self, pool: Rows, rows: Numbers, pages: Pages) -> None:
+        if len(self._groups) == 1:
+            for buffer in self._groups[0]:
+                _copy(buffer, pages, pool, rows)
             return
-        for page, row, count in runs(pages.tolist(), rows):
+        for page, row, count in zip(*stretches(pages, rows), strict=True):
             for group, (start, stop) in zip(self._groups, self._parts, strict=True):
                 for buffer in group:
                     buffer[page : page + count] = pool[row : row + count, start:stop]
 
-    @staticmethod
-    def _copy(target: Rows, into: Sequence[int], source: Rows, of: Sequence[int]) -> None:
-        """target[into] = source[of] without a copy in between; whole rows on both sides."""
-        for to, row, count in runs(into, of):
-            if count == 1:
-                target[to] = source[row]
-            else:
-                target[to : to + count] = source[row : row + count]
-
     def fence(self, pages: Pages) -> None:
         pass
+
+
+def _copy(target: Rows, into: Numbers | Pages, source: Rows, of: Numbers | Pages) -> None:
+    """target[into] = source[of] without a copy in between. Rows that are to lie together are one call."""
+    into, of = np.asarray(into), np.asarray(of)
+    breaks = np.flatnonzero(np.diff(into) != 1) + 1 if len(into) > 1 else into[:0]
+    if len(breaks) > len(into) // 4:  # a call for a few rows costs more than the loop
+        for to, at in zip(into.tolist(), of.tolist(), strict=True):
+            target[to] = source[at]
+        return
+    for begin, end in itertools.pairwise([0, *breaks.tolist(), len(into)]):
+        first = int(into[begin])
+        np.take(source, of[begin:end], axis=0, out=target[first : first + end - begin], mode="clip")
 
 
 class _Event:
@@ -165,24 +179,6 @@ class _Event:
     def order(self) -> None:
         for device, event in self._events.items():
             torch.cuda.current_stream(device).wait_event(event)
-
-
-class _Stretches(NamedTuple):
-    """Maximal runs in which pages and rows both grow by one: where each begins, and its length."""
-
-    pages: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
-    counts: npt.NDArray[np.int64]
-
-
-def _stretches(pages: Pages, rows: Sequence[int], coalesce: bool) -> _Stretches:
-    """One stretch a page unless `coalesce`."""
-    page, row = pages.astype(np.int64), np.asarray(rows, np.int64)
-    if not coalesce or len(page) < 2:
-        return _Stretches(page, row, np.ones(len(page), np.int64))
-    breaks = np.flatnonzero((np.diff(page) != 1) | (np.diff(row) != 1)) + 1
-    first = np.concatenate([np.zeros(1, np.int64), breaks])
-    return _Stretches(page[first], row[first], np.diff(first, append=len(page)))
 
 
 class CudaCopier:
@@ -222,14 +218,14 @@ class CudaCopier:
         if code:
             log.warning("cudaHostUnregister answered %d for the host tier's %d bytes", code, pool.nbytes)
 
-    def store(self, pages: Pages, pool: Rows, rows: Sequence[int]) -> Ticket:
+    def store(self, pages: Pages, pool: Rows, rows: Numbers) -> Ticket:
         ticket = _Event({d: self._queue(d, stream, pages, pool, rows, True) for d, stream in self._stores.items()})
         self._begun += 1
         self._last_store[pages] = self._begun
         self._storing.append(ticket)
         return ticket
 
-    def load(self, pool: Rows, rows: Sequence[int], pages: Pages) -> Ticket:
+    def load(self, pool: Rows, rows: Numbers, pages: Pages) -> Ticket:
         self.fence(pages)
         return _Event({d: self._queue(d, stream, pages, pool, rows, False) for d, stream in self._loads.items()})
 
@@ -247,7 +243,7 @@ class CudaCopier:
         stream: torch.cuda.Stream,
         pages: Pages,
         pool: Rows,
-        rows: Sequence[int],
+        rows: Numbers,
         out: bool,
     ) -> torch.cuda.Event:
         """Queue the part of a copy that `device` has, after what its compute stream has queued."""
@@ -260,12 +256,12 @@ class CudaCopier:
         return event
 
     def _copy_batch(
-        self, device: torch.device, stream: torch.cuda.Stream, pages: Pages, pool: Rows, rows: Sequence[int], out: bool
+        self, device: torch.device, stream: torch.cuda.Stream, pages: Pages, pool: Rows, rows: Numbers, out: bool
     ) -> bool:
         """One call for all stretches; False where the driver has no such call, or refused."""
         if self._batch is None:
             return False
-        cut = _stretches(pages, rows, coalesce=len(self._parts) == 1)
+        cut = stretches(pages, rows, coalesce=len(self._parts) == 1)
         on_host, on_device, sizes = [], [], []
         for group, (start, stop) in zip(self._groups, self._parts, strict=True):
             for buffer in group[:1] if out else group:
@@ -293,10 +289,10 @@ class CudaCopier:
             self._batch = None
         return not code
 
-    def _copy_each(self, device: torch.device, pages: Pages, pool: Rows, rows: Sequence[int], out: bool) -> None:
+    def _copy_each(self, device: torch.device, pages: Pages, pool: Rows, rows: Numbers, out: bool) -> None:
         """The same through torch. Rows that are not contiguous go one by one: torch would copy them twice."""
         whole, host = len(self._parts) == 1, torch.from_numpy(pool)
-        for page, row, count in zip(*(each.tolist() for each in _stretches(pages, rows, whole)), strict=True):
+        for page, row, count in zip(*(each.tolist() for each in stretches(pages, rows, whole)), strict=True):
             for group, (start, stop) in zip(self._groups, self._parts, strict=True):
                 for buffer in group[:1] if out else group:
                     if buffer.device == device:

@@ -51,7 +51,7 @@ class TieredConnector:
         self._directory = host.directory
         self._disk = disk
         self._workers = workers
-        self._storing: deque[tuple[Ticket | Landed, list[bytes], list[int]]] = deque()  # device -> host rows
+        self._storing: deque[tuple[Ticket | Landed, Sequence[bytes], list[int]]] = deque()  # device -> host rows
         self._loading: deque[tuple[Ticket, list[int], list[Rows]]] = deque()  # host rows -> device
         self._cancelled: list[_Load] = []
         self._late: deque[int] = deque()  # rows to unpin once the lock can be had
@@ -61,6 +61,11 @@ class TieredConnector:
 
         self._host_cells, self._host_mask = host.directory.cells
         self._disk_cells, self._disk_mask = disk.cells if disk is not None else (memoryview(bytes(1)), 0)
+
+    @property
+    def rows(self) -> Rows:
+        """The host tier's memory, all pages of the node."""
+        return self._host.rows
 
     # -- looking ---------------------------------------------------------------------------------
 
@@ -94,36 +99,45 @@ class TieredConnector:
         except SegmentBusyError:
             self.counters.skipped += len(hashes)
             return
+        if min(slots, default=0) >= 0:  # all are new, as most are
+            self._store(hashes, pages, slots)
+            return
         new = [i for i, slot in enumerate(slots) if slot >= 0]
         if new:
-            rows, keys = [slots[i] for i in new], [hashes[i] for i in new]
-            ticket = self._copier.store(pages[new], self._host.rows, rows)
-            self._storing.append((ticket or Landed(0), keys, rows))
-            self._publish_stored()
-        if len(new) < len(slots):
-            self._write_again([key for key, slot in zip(hashes, slots, strict=True) if slot == PRESENT])
-            self._overflow_to_disk([i for i, slot in enumerate(slots) if slot == FULL], hashes, pages)
+            self._store([hashes[i] for i in new], pages[new], [slots[i] for i in new])
+        self._write_again([key for key, slot in zip(hashes, slots, strict=True) if slot == PRESENT])
+        self._overflow_to_disk([i for i, slot in enumerate(slots) if slot == FULL], hashes, pages)
+
+    def _store(self, keys: Sequence[bytes], pages: Pages, rows: list[int]) -> None:
+        ticket = self._copier.store(pages, self._host.rows, rows)
+        self._storing.append((ticket or Landed(0), keys, rows))
+        self._publish_stored()
 
     def _publish_stored(self) -> None:
         """Publish the rows that hold their pages by now, and have those written that are not on disk."""
         while self._storing and self._storing[0][0].poll():
             _, keys, rows = self._storing[0]
-            wanted = [(key, row) for key, row in zip(keys, rows, strict=True) if self._goes_to_disk(key)]
+            wanted = [i for i, key in enumerate(keys) if self._goes_to_disk(key)] if self._writes else []
             try:
-                self._directory.publish(rows, pin={row for _, row in wanted})
+                self._directory.publish(rows, pin=[rows[i] for i in wanted])
             except SegmentBusyError:
                 return  # with the next poll
             self._storing.popleft()
             self.counters.d2h += len(rows)
-            for key, row in wanted:
-                self._write(key, row)
+            for i in wanted:
+                self._write(keys[i], rows[i])
+
+    @property
+    def _writes(self) -> bool:
+        return self._disk is not None and not self._disk.trouble
 
     def _goes_to_disk(self, key: bytes) -> bool:
         return self._disk is not None and not self._disk.trouble and not self._disk.contains(key)
 
     def _write_again(self, keys: Sequence[bytes]) -> None:
         """Pages that the host tier has: used now, and written if the disk tier has lost them."""
-        self.touch(keys)
+        if self._disk is not None:
+            self._disk.touch(keys)
         keys = [key for key in keys if self._goes_to_disk(key)]
         if keys:
             for key, row in zip(keys, self._directory.pin(keys), strict=True):

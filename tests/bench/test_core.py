@@ -152,7 +152,8 @@ def test_tiers_cost_something_and_leave_nothing() -> None:
         assert plain.connector is None and tiered.connector is not None
         tiered.connector.check_integrity()
     assert decoding._cores[1].metrics.disk_blocks_written == 32 + 2  # one of each prompt; every fourth step fills one
-    assert Copies(out=True).run(0.0).work() > 0
+    assert Copies(2048, 8, out=True).run(0.0).work() > 0
+    assert Copies(2048, 32, out=False).run(0.0).work() > 0
 
 
 def test_every_case_has_its_bound() -> None:

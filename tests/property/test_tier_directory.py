@@ -38,8 +38,10 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(run=runs)
     def reserve(self, run: list[int]) -> None:
         got = self.directory.reserve(keys(run))
-        for n, slot in zip(run, got, strict=True):
-            if n in self.order or n in self.writing:
+        present = [n in self.order or n in self.writing for n in run]
+        self.use(run)
+        for n, slot, there in zip(run, got, present, strict=True):
+            if there:
                 assert slot == PRESENT
                 continue
             free = [p for p in self.order if p not in {h for h, _ in self.held}]

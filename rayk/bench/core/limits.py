@@ -22,6 +22,9 @@ class Bound(NamedTuple):
     scaled: bool = True
 
 
+TIER_COPIES = ((2048, 8), (2048, 32), (128, 8), (128, 64), (32, 64))  # KiB of a page of 128 tokens, pages a call
+_COPY = Bound(1 / 0.6, scaled=False)
+
 _W1 = Bound(13.0, 65.0, "SGLang")
 
 BOUNDS = {
@@ -53,8 +56,6 @@ BOUNDS = {
     "w5-64-cold": Bound(),
     "w5-64-all": Bound(None, 25.0, "Dynamo"),
     "tier-miss": Bound(3.0),
-    "tier-out": Bound(1 / 0.6, scaled=False),
-    "tier-in": Bound(1 / 0.6, scaled=False),
     "tier-decode": Bound(1.1, scaled=False),
     "start-time": Bound(1.0),
     "start-memory": Bound(400.0, scaled=False),
@@ -79,5 +80,9 @@ BOUNDS = {
     "ray-received": Bound(12.0, scaled=False),
     "ray-driver": Bound(),
     "ray-replica": Bound(),
+} | {
+    f"tier-{way}-{kib}-{at_once}": _COPY if kib > 32 else Bound(scaled=False)
+    for way in ("out", "in")
+    for kib, at_once in TIER_COPIES
 }
 """By the key of the figure."""

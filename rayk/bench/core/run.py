@@ -11,7 +11,7 @@ from rayk.bench.core.cache import POOL
 from rayk.bench.core.case import Case, Progress
 from rayk.bench.core.clock import Unit, lap_ns, quiet
 from rayk.bench.core.decode import BATCHES, STEPS, Decode
-from rayk.bench.core.limits import BOUNDS, Bound
+from rayk.bench.core.limits import BOUNDS, TIER_COPIES, Bound
 from rayk.bench.core.lookups import ALL, ENTRIES, FEW, FLEETS, Indexed, Lookups
 from rayk.bench.core.prompts import FULL_REQUESTS, REQUESTS, SMALL_POOL, Prompts, SharedPrefix, filling
 from rayk.bench.core.result import Figure, make_figure
@@ -66,12 +66,17 @@ def make_cases(groups: Iterable[str], trace: Path | None, smoke: bool) -> list[C
         Case(
             "tier-miss", "tiers", "what a miss in host and disk tier adds to a cold alloc", "us", Miss(12 // part + 1)
         ),
-        Case("tier-out", "tiers", "pages copied to the host tier, over a memcpy", "x", Copies(out=True)),
-        Case("tier-in", "tiers", "pages copied from it, over a memcpy", "x", Copies(out=False)),
         Case(
             "tier-decode", "tiers", "decode while pages go to host and disk, over without", "x", Offloading(128 // part)
         ),
     ]
+    for kib, at_once in TIER_COPIES:
+        shape = f"{kib} KiB pages by {at_once}"
+        out, back = Copies(kib, at_once, out=True), Copies(kib, at_once, out=False)
+        cases += [
+            Case(f"tier-out-{kib}-{at_once}", "tiers", f"{shape} copied out, over a memcpy", "x", out),
+            Case(f"tier-in-{kib}-{at_once}", "tiers", f"{shape} copied in, over a memcpy", "x", back),
+        ]
     wanted = set(groups)
     return [case for case in cases if case.group in wanted]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from statistics import median
 from tempfile import TemporaryDirectory
 from time import thread_time_ns
 from typing import Any
@@ -23,7 +24,9 @@ from rayk.replica import ReplicaCore
 from rayk.tiers.opening import open_connector
 
 PAGES, ALLOCS, ROUNDS = 20_000, 100, 12
-COPIED, AT_ONCE = 32, 8  # pages of 2 MiB
+COPIED = 64 << 20  # bytes, more than caches hold
+AT_ONCE = 8  # pages offloaded at once to fill a tier
+KIB = {32: (1, 64, 1), 128: (2, 64, 2), 2048: (8, 128, 4)}  # of a page: KV heads, their size, layers
 BATCH, STEPS, WIDTH = 32, 128, 512
 
 
@@ -111,30 +114,42 @@ def _alloc_each(core: ReplicaCore, prompts: Sequence[Any]) -> float:
 
 
 class Copies(_Tiered):
-    """CPU time of copying 128-token pages of 2 MiB out of (or into) device pages on the CPU, over a plain memcpy's."""
+    """CPU time of the connector that copies pages of 128 tokens out (or in), scattered ones, `at_once` a call, over
+    that of one memcpy of as many bytes. Both copy between the device pages of the CPU and the host tier's pool."""
 
-    def __init__(self, out: bool) -> None:
+    def __init__(self, kib: int, at_once: int, out: bool) -> None:
         super().__init__()
+        self._kib = kib
+        self._at_once = at_once
         self._out = out
 
     def run(self, lap_ns: float) -> Sample:
-        params = make_params(128, "local", dtype="float16", n_kv_heads=8, head_dim=128, num_layers=4)
-        core = make_core(params, COPIED, 2 * COPIED)
+        heads, head_dim, layers = KIB[self._kib]
+        params = make_params(128, "local", dtype="float16", n_kv_heads=heads, head_dim=head_dim, num_layers=layers)
+        assert params.bytes_per_page == self._kib << 10
+        count = COPIED // params.bytes_per_page
+        core = make_core(params, count, 2 * count)
         self._keep(core)
         connector: Any = core.connector
-        core.buffers.all_bytes[0].fill_(1)  # touched, as the pool is
-        source, target = (np.ones((COPIED, params.bytes_per_page), np.uint8) for _ in range(2))
-        pages = np.random.default_rng(0).permutation(COPIED).astype(np.int32)
+        device = core.buffers.all_bytes[0][:count].numpy()
+        rows = connector.rows[:count]
+        device[:] = 1  # touched, as the pool is
+        pages = np.random.default_rng(0).permutation(count).astype(np.int32)
+        plain = (lambda: np.copyto(rows, device)) if self._out else (lambda: np.copyto(device, rows))
+
+        def in_parts(copy: Callable[[Any, Any], object], keys: Sequence[bytes]) -> None:
+            for at in range(0, count, self._at_once):
+                copy(keys[at : at + self._at_once], pages[at : at + self._at_once])
 
         def work() -> float:
-            plain = ours = float("inf")
-            for _ in range(4):
-                plain = min(plain, _spent(lambda: np.copyto(target, source)))
-                keys = [os.urandom(32) for _ in range(COPIED)]
-                stored = _spent(lambda: _in_parts(connector.offload, keys, pages))  # noqa: B023  # called at once
-                loaded = _spent(lambda: _in_parts(connector.load, keys, pages))  # noqa: B023
-                ours = min(ours, stored if self._out else loaded)
-            return ours / plain
+            ratios = []
+            for _ in range(5):
+                keys = [os.urandom(32) for _ in range(count)]
+                bare = _spent(plain)
+                stored = _spent(lambda: in_parts(connector.offload, keys))  # noqa: B023  # called at once
+                loaded = _spent(lambda: in_parts(connector.load, keys))  # noqa: B023  # as above
+                ratios.append((stored if self._out else loaded) / bare)
+            return median(ratios[1:])
 
         return Sample(work)
 
@@ -143,11 +158,6 @@ def _spent(work: Callable[[], object]) -> float:
     start = thread_time_ns()
     work()
     return thread_time_ns() - start
-
-
-def _in_parts(copy: Callable[[Any, Any], object], keys: Sequence[bytes], pages: Any) -> None:
-    for at in range(0, len(keys), AT_ONCE):
-        copy(keys[at : at + AT_ONCE], pages[at : at + AT_ONCE])
 
 
 class Offloading(_Tiered):

@@ -79,6 +79,24 @@ def test_pinned_pages_stay_and_a_full_tier_says_so(directory: Make) -> None:
     assert d.held() == 0
 
 
+def test_what_comes_together_lies_together(directory: Make) -> None:
+    d = directory(64)
+    for turn in range(12):  # most of them take the places of others
+        numbers = range(16 * turn, 16 * turn + 16)
+        slots = fill(d, *numbers)
+        assert slots == list(range(slots[0], slots[0] + 16))
+    d.check_integrity("test")
+
+
+def test_to_ask_for_a_place_for_a_page_that_is_there_is_to_use_it(directory: Make) -> None:
+    d = directory(4)
+    fill(d, 1), fill(d, 2), fill(d, 3), fill(d, 4)
+    assert d.reserve(keys(1, 5, 2))[::2] == [PRESENT, PRESENT]
+    assert there(d, 1, 2, 3, 4) == [1, 2, 4]
+    d.publish([d.reserve(keys(6))[0]])
+    assert there(d, 1, 2, 4, 6) == [1, 2, 6]
+
+
 def test_publishing_can_pin(directory: Make) -> None:
     d = directory(2)
     slots = d.reserve(keys(1, 2))

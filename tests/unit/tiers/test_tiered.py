@@ -12,7 +12,7 @@ import torch
 
 from rayk.errors import IntegrityError
 from rayk.tiers.connector import Found, Landed, NullConnector, Tier, TierCounters
-from rayk.tiers.copies import make_copier, runs
+from rayk.tiers.copies import make_copier, stretches
 from rayk.tiers.disk import DiskTier
 from rayk.tiers.files import HEADER_BYTES
 from rayk.tiers.pool import HostPool
@@ -93,8 +93,12 @@ def test_the_null_connector_finds_and_keeps_nothing() -> None:
     null.shutdown()
 
 
-def test_runs_join_what_lies_side_by_side() -> None:
-    assert runs([4, 5, 6, 9, 10, 3], [0, 1, 2, 3, 5, 6]) == [(4, 0, 3), (9, 3, 1), (10, 5, 1), (3, 6, 1)]
+def test_stretches_join_what_lies_side_by_side() -> None:
+    pages = np.array([4, 5, 6, 9, 10, 3], np.int32)
+    found = stretches(pages, [0, 1, 2, 3, 5, 6])
+    assert list(zip(*(part.tolist() for part in found), strict=True)) == [(4, 0, 3), (9, 3, 1), (10, 5, 1), (3, 6, 1)]
+    assert stretches(pages, [0, 1, 2, 3, 5, 6], coalesce=False).counts.tolist() == [1] * 6
+    assert stretches(pages[:1], [7]).rows.tolist() == [7]
 
 
 def test_local_gives_back_what_was_offloaded(replica: Callable[..., Replica]) -> None:
