@@ -114,6 +114,12 @@ def stretches(pages: Pages, rows: Numbers, coalesce: bool = True) -> Stretches:
     return Stretches(page[first], row[first], np.diff(first, append=len(page)))
 
 
+def runs(pages: Sequence[int], rows: Sequence[int]) -> list[tuple[int, int, int]]:
+    """The same as (page, row, count), for who copies them one by one."""
+    found = stretches(np.asarray(pages, np.int32), list(rows))
+    return list(zip(found.pages.tolist(), found.rows.tolist(), found.counts.tolist(), strict=True))
+
+
 class HostCopier:
     """Pages in host memory: plain copies."""
 
