@@ -107,6 +107,8 @@ class Link:
         self._calls = self._sent = self._received = 0
         self.seen = self.unfilled = 0
         """The latest change that an answer told of, and the tokens left to prefill after it."""
+        self.roster = 0
+        """The latest version of the roster that a scheduler's answer told of."""
         self.news: Callable[[m.News], None] | None = None
         """Told of news in answers; who sets it says in `known` from where on."""
         self.known = m.NOT_ASKED
@@ -153,6 +155,8 @@ class Link:
             self.seen, self.unfilled = reply.seen, reply.unfilled
         if reply.pages is not None and reply.pages[0] > self.turn:
             self.turn, self.used = reply.pages
+        if reply.roster > self.roster:
+            self.roster = reply.roster
         if reply.news is not None and self.news is not None:
             self.news(reply.news)
         return reply.result

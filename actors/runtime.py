@@ -7,6 +7,7 @@ errors to two of its own, ActorGoneError and CallTimeoutError: who calls knows w
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -244,10 +245,9 @@ class RayRuntime:
         deadline = time.monotonic() + timeout
         try:
             if not all(group.wait(max(0.0, deadline - time.monotonic())) for group in groups):
-                free = ray.available_resources()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
                 raise PlanError(
-                    f"no place for {len(bundles)} replica(s) of {bundles[0]} within {timeout:.0f} s; "
-                    f"the cluster offers {free}"
+                    f"no place for {len(bundles)} replica(s) of {bundles[0]} within {math.ceil(timeout)} s; "
+                    f"the cluster offers {_free_resources()}"
                 )
         except BaseException:
             for group in groups:
@@ -347,6 +347,12 @@ class RayRuntime:
     def dumps(self, value: Any) -> bytes:
         """Pickle a function or value the way Ray does: by reference where the other side can import it."""
         return bytes(ray.cloudpickle.dumps(value))  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+
+
+def _free_resources() -> dict[str, float]:
+    """What nobody holds, without the names that Ray makes up for nodes and for bundles of groups."""
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+    return {name: amount for name, amount in free.items() if "_group_" not in name and not name.startswith("node:")}
 
 
 def _placement(group: PlacementGroup) -> Placement:

@@ -74,6 +74,7 @@ _HOMES = {
         "MLAKVCacheParams",
         "MultiKVCacheParams",
     ],
+    "scaling": ["ReplicaLoad", "ScalePolicy", "desired_replicas"],
     "session": ["InferenceSession"],
     "ticks": ["Admission", "HitCounts", "Tick", "TickResult"],
 }
@@ -103,8 +104,10 @@ __all__ = [
     "PagedKVCacheManager",
     "PagedMemoryPlanner",
     "RaykError",
+    "ReplicaLoad",
     "ReplicaLostError",
     "SamplingParams",
+    "ScalePolicy",
     "TenantQuota",
     "TextContext",
     "Tick",
@@ -113,6 +116,7 @@ __all__ = [
     "compute_max_seq_len_fitting_in_cache",
     "compute_num_device_blocks",
     "compute_num_host_blocks",
+    "desired_replicas",
     "estimated_memory_size",
     "spec_decode_cache_slack",
 ]

@@ -22,7 +22,8 @@ from rayk.errors import InsufficientBlocksError, RaykError, RuntimeInputsError
 from rayk.inputs import BatchCharacteristics, RuntimeInputs
 from rayk.manager import DeviceBuffer, PagedKVCacheManager
 from rayk.metrics import KVCacheMetrics
-from rayk.params import KVCacheParams
+from rayk.params import KVCacheParams, require_at_least
+from rayk.scaling import ReplicaLoad
 from rayk.session import InferenceSession
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
@@ -110,7 +111,7 @@ class AsyncPagedKVCacheManager:
         calls = getattr(backend, "calls", None)
         if calls is None:
             return getattr(backend, name)(*arguments)
-        from rayk.scheduler.calls import await_for
+        from rayk.scheduler.roster import await_for
 
         task = asyncio.get_running_loop().create_task(await_for(getattr(calls, name)(*arguments)))
         self._under_way.add(task)
@@ -188,7 +189,7 @@ class AsyncPagedKVCacheManager:
     async def try_admit(self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None = None) -> list[Admission]:
         """Claim and allocate each context, on replicas[i] or where the router says; one result each."""
         if replicas is None:
-            self.sync._at(0)
+            self.sync._all()
             if self._door is not None:
                 return await self._door.enter(ctxs)
             together: list[Admission] = await self._admissions.add(ctxs)
@@ -226,10 +227,8 @@ class AsyncPagedKVCacheManager:
         batch_characteristics: BatchCharacteristics | None = None,
     ) -> RuntimeInputs:
         """See PagedKVCacheManager.runtime_inputs()."""
-        replicas = self.params.data_parallel_degree
-        if len(batches) != replicas:
-            raise RuntimeInputsError(-1, f"{len(batches)} batch(es) for {replicas} replica(s); pass one for each")
-        self.sync._at(0)
+        if len(batches) != self.sync._all().indices:
+            self.sync._check_count(len(batches), partial(RuntimeInputsError, -1))
         return RuntimeInputs(await self._run("runtime_inputs", batches, max_cache_length, batch_characteristics))
 
     async def execute(self, batches: Batches, fn: Forward) -> list[Any]:
@@ -245,7 +244,9 @@ class AsyncPagedKVCacheManager:
 
     async def _step_together(self, calls: list[Batches]) -> list[RaykError | None]:
         """One step for all; should it fail, each call of its own, so that it hears of its own error only."""
-        merged = [[ctx for batches in calls for ctx in batches[r]] for r in range(len(calls[0]))]
+        merged = [
+            [ctx for batches in calls if r < len(batches) for ctx in batches[r]] for r in range(max(map(len, calls)))
+        ]
         try:
             await self._run("step", merged)
         except RaykError as error:
@@ -258,6 +259,49 @@ class AsyncPagedKVCacheManager:
         except RaykError as error:
             return error
         return None
+
+    # -- replicas that come and go ---------------------------------------------------------------------------
+
+    @property
+    def num_replicas(self) -> int:
+        """See PagedKVCacheManager.num_replicas."""
+        return self.sync.num_replicas
+
+    async def add_replicas(self, n: int = 1, timeout: float = 60.0) -> list[int]:
+        """See PagedKVCacheManager.add_replicas(). Other calls go on while it waits."""
+        require_at_least(1, n=n)
+        self.sync._all()
+        added: list[int] = await self._run("add_replicas", n, timeout)
+        return added
+
+    async def drain_replica(self, replica_idx: int) -> None:
+        """See PagedKVCacheManager.drain_replica()."""
+        self.sync._at(replica_idx)
+        await self._run("drain_replica", replica_idx)
+
+    async def resume_replica(self, replica_idx: int) -> None:
+        """See PagedKVCacheManager.resume_replica()."""
+        self.sync._at(replica_idx)
+        await self._run("resume_replica", replica_idx)
+
+    async def remove_replica(self, replica_idx: int) -> None:
+        """See PagedKVCacheManager.remove_replica()."""
+        self.sync._at(replica_idx)
+        await self._run("remove_replica", replica_idx)
+
+    async def replica_loads(self) -> list[ReplicaLoad]:
+        """See PagedKVCacheManager.replica_loads()."""
+        self.sync._all()
+        loads: list[ReplicaLoad] = await self._run("replica_loads")
+        return loads
+
+    async def replica_states(self) -> list[str]:
+        """See PagedKVCacheManager.replica_states()."""
+        return [load.state for load in await self.replica_loads()]
+
+    def holder(self, request_id: str) -> int | None:
+        """See PagedKVCacheManager.holder()."""
+        return self.sync.holder(request_id)
 
     # -- counters ----------------------------------------------------------------------------------------
 
@@ -287,24 +331,24 @@ class AsyncPagedKVCacheManager:
 
     async def get_prefix_cache_hit_counts(self, ctx: TextContext) -> list[HitCounts]:
         """See PagedKVCacheManager.get_prefix_cache_hit_counts()."""
-        self.sync._at(0)
+        self.sync._all()
         counts: list[HitCounts] = await self._run("hit_counts", ctx)
         return counts
 
     async def get_metrics_aggregated(self) -> KVCacheMetrics:
         """See PagedKVCacheManager.get_metrics_aggregated()."""
-        self.sync._at(0)
+        self.sync._all()
         metrics: KVCacheMetrics = await self._run("metrics")
         return metrics
 
     async def reset_metrics(self) -> None:
         """See PagedKVCacheManager.reset_metrics()."""
-        self.sync._at(0)
+        self.sync._all()
         await self._run("reset_metrics")
 
     async def reset_prefix_cache(self) -> None:
         """See PagedKVCacheManager.reset_prefix_cache()."""
-        self.sync._at(0)
+        self.sync._all()
         await self._run("reset_prefix_cache")
 
     async def _tiers(self, replica_idx: int) -> TierCount:
@@ -330,17 +374,17 @@ class AsyncPagedKVCacheManager:
 
     async def poll_transfers(self) -> None:
         """See PagedKVCacheManager.poll_transfers()."""
-        self.sync._at(0)
+        self.sync._all()
         await self._run("poll_transfers")
 
     async def drain(self) -> None:
         """See PagedKVCacheManager.drain()."""
-        self.sync._at(0)
+        self.sync._all()
         await self._run("drain")
 
     async def check_integrity(self) -> None:
         """See PagedKVCacheManager.check_integrity()."""
-        self.sync._at(0)
+        self.sync._all()
         await self._run("check_integrity")
 
     # -- contents and the end --------------------------------------------------------------------------------

@@ -7,34 +7,36 @@ there is one batch per replica. It is wider than a protocol should be because tw
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from socket import gethostname
-from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
 from rayk import decode
-from rayk.admission import AdmissionPolicy
 from rayk.batch import ContextBatch
 from rayk.context import TextContext
-from rayk.errors import AlreadyClaimedError, InsufficientBlocksError, NotClaimedError, RaykError
+from rayk.errors import (
+    AlreadyClaimedError,
+    InsufficientBlocksError,
+    NoReplicaError,
+    NotClaimedError,
+    RaykError,
+)
 from rayk.exports import PageExport
-from rayk.inputs import BatchCharacteristics, ReplicaInputs
+from rayk.inline_replicas import InlineReplicas
+from rayk.inputs import BatchCharacteristics, ReplicaInputs, no_inputs
 from rayk.messages import Traits
 from rayk.metrics import KVCacheMetrics
-from rayk.params import KVCacheParams
 from rayk.peers import copy_spans
 from rayk.replica import ReplicaCore
 from rayk.request import Reused, Usage
+from rayk.scaling import ReplicaLoad
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
-from rayk.tiers.identity import find_seed
-from rayk.tiers.opening import open_connector
 
 if TYPE_CHECKING:
     from rayk.scheduler.choice import Wish
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 Batches = Sequence[Sequence[TextContext]]
 Forward = Callable[[ReplicaInputs, Sequence[TextContext]], Any]
 _ME = ""  # the one driver of the inline runtime
+Work = TypeVar("Work", bound=Sequence[Any])
 
 
 class Backend(Protocol):
@@ -50,8 +53,11 @@ class Backend(Protocol):
 
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> None: ...
     def contains(self, request_id: str, replica: int) -> bool: ...
+    @property
+    def indices(self) -> int: ...
+    @property
+    def allocators(self) -> dict[int, Callable[[TextContext], Any]]: ...
     def alloc(self, ctx: TextContext, replica: int) -> object: ...
-    def allocator(self, replica: int) -> Callable[[TextContext], object]: ...
     def alloc_many(self, batches: Batches) -> list[dict[str, InsufficientBlocksError]]: ...
     def release(self, request_id: str, replica: int) -> None: ...
     def blocks(self, request_id: str, replica: int) -> list[int]: ...
@@ -78,103 +84,64 @@ class Backend(Protocol):
     def drain(self) -> None: ...
     def node_names(self) -> list[str]: ...
     def check_integrity(self) -> None: ...
+    def look(self) -> None: ...
+    def holder(self, request_id: str) -> int | None: ...
+    def add_replicas(self, count: int, timeout: float) -> list[int]: ...
+    def drain_replica(self, replica: int) -> None: ...
+    def resume_replica(self, replica: int) -> None: ...
+    def remove_replica(self, replica: int) -> None: ...
+    def replica_loads(self) -> list[ReplicaLoad]: ...
     def close(self) -> None: ...
     def leave(self) -> None: ...
 
 
-class InlineBackend:
+class InlineBackend(InlineReplicas):
     """All replicas in this process; no copy of a context or a token is made on the way."""
-
-    def __init__(
-        self,
-        params: KVCacheParams,
-        num_pages: int,
-        max_batch_size: int,
-        runtime_checks: bool,
-        router: str,
-        host_pages: int = 0,
-        admission: AdmissionPolicy | None = None,
-    ) -> None:
-        from rayk.scheduler.desk import DeskSettings, IndexFeed
-        from rayk.scheduler.hall import Hall
-        from rayk.scheduler.routing import Placements
-
-        replicas = params.data_parallel_degree
-        if params.kv_hash_seed is None:
-            params = replace(params, kv_hash_seed=find_seed(params))
-        self._placements = Placements(replicas)
-        self.cores = [
-            ReplicaCore(params, r, num_pages, max_batch_size, None, runtime_checks, self._holder)
-            for r in range(replicas)
-        ]
-        pool = f"inline-{os.getpid()}-{os.urandom(8).hex()}" if replicas > 1 else None
-        try:
-            for core in self.cores:
-                if params.kv_connector != "null":
-                    core.connect(open_connector(params, core.buffers.all_bytes, host_pages, pool))
-        except BaseException:
-            self.close()
-            raise
-        seed = params.kv_hash_seed or b""
-        settings = DeskSettings(
-            router, (num_pages,) * replicas, params.page_size, params.kv_hash_algo, seed, params.enable_prefix_caching
-        )
-        self._desk = settings.make(monotonic)
-        self._hall = Hall(admission, self._desk, params.page_size, monotonic) if admission is not None else None
-        for core in self.cores if self._desk.keyed else ():
-            core.listen(IndexFeed(self._desk.index, core.replica))
-        self._turn = 0  # looks at the replicas
-        self._offered: dict[str, TextContext] = {}  # requests that wait
-        self._filling: dict[str, tuple[TextContext, int]] = {}  # requests that may still have tokens to prefill
-        self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy and replicas > 1
 
     # -- requests ----------------------------------------------------------------------------
 
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> None:
+        core = self.cores[replica]
+        assert core is not None
+        if not self._desk.fleet.ready[replica]:
+            self._standing.members.check_takes(replica)
         self._placements.add(request_id, replica)
-        self.cores[replica].claim(request_id, dummy)
+        core.claim(request_id, dummy)
 
     def contains(self, request_id: str, replica: int) -> bool:
-        return request_id in self.cores[replica].requests
+        return request_id in self.core(replica).requests
 
     def release(self, request_id: str, replica: int) -> None:
-        self.cores[replica].release(request_id)
+        self.core(replica).release(request_id)
         self._gone(request_id)
 
-    def _gone(self, request_id: str) -> None:
-        self._forget(request_id)
-        if self._hall is not None:
-            self._hall.left((request_id,))
-
-    def _forget(self, request_id: str) -> None:
-        self._placements.remove(request_id)
-        self._desk.remove(request_id)
-        self._filling.pop(request_id, None)
-
     def blocks(self, request_id: str, replica: int) -> list[int]:
-        return self.cores[replica].blocks(request_id)
+        return self.core(replica).blocks(request_id)
 
-    def allocator(self, replica: int) -> Callable[[TextContext], Reused]:
-        core = self.cores[replica]
+    def _allocator(self, core: ReplicaCore) -> Callable[[TextContext], Reused]:
         return partial(self._alloc_with_copies, core) if self._copies else core.alloc
 
     def alloc(self, ctx: TextContext, replica: int) -> Reused:
-        return self.allocator(replica)(ctx)
-
-    def _holder(self, request_id: str) -> int:
-        holder = self._placements.holder(request_id)
-        return -1 if holder is None else holder
+        reused: Reused = self.allocators[replica](ctx)
+        return reused
 
     def alloc_many(self, batches: Batches) -> list[dict[str, InsufficientBlocksError]]:
-        for core, batch in zip(self.cores, batches, strict=True):
-            for ctx in () if type(batch) is ContextBatch and decode.ready(core, batch) else batch:
-                if ctx.request_id not in core.requests:
-                    raise core.not_claimed(ctx.request_id)
-        if self._copies:
-            return [self._alloc_each(batch, core) for core, batch in zip(self.cores, batches, strict=True)]
-        return [core.alloc_many(batch) for core, batch in zip(self.cores, batches, strict=True)]
+        pairs = self._pairs(batches)
+        for core, batch in pairs:
+            if core is not None:
+                for ctx in () if type(batch) is ContextBatch and decode.ready(core, batch) else batch:
+                    if ctx.request_id not in core.requests:
+                        raise core.not_claimed(ctx.request_id)
+        alloc_many = self._alloc_each if self._copies else ReplicaCore.alloc_many
+        return [alloc_many(core, batch) if core is not None else {} for core, batch in pairs]
 
-    def _alloc_each(self, batch: Sequence[TextContext], core: ReplicaCore) -> dict[str, InsufficientBlocksError]:
+    def _pairs(self, batches: Sequence[Work]) -> list[tuple[ReplicaCore | None, Work]]:
+        """Each replica with its batch; ReplicaRemovedError, before anything is done, for work for nobody."""
+        if len(self.allocators) < len(self.cores):
+            self._check_holes(batches)
+        return list(zip(self.cores, batches, strict=False))
+
+    def _alloc_each(self, core: ReplicaCore, batch: Sequence[TextContext]) -> dict[str, InsufficientBlocksError]:
         """alloc_many() of a replica that may copy from the others."""
         if type(batch) is ContextBatch and batch.decoding:
             return core.alloc_many(batch)
@@ -192,13 +159,13 @@ class InlineBackend:
         have, host, disk = core.tier_hits(ctx) if stop else (0, 0, 0)
         if have + host + disk >= stop:
             return core.alloc(ctx)
-        resident = [c.resident(ctx) if c is not core else 0 for c in self.cores]
+        resident = [c.resident(ctx) if c is not None and c is not core else 0 for c in self.cores]
         if max(resident) <= have + host + disk:  # what the others have is in this node's tiers
             return core.alloc(ctx)
         exports: list[tuple[ReplicaCore, PageExport]] = []
         try:
             for span in copy_spans(have, resident, stop):
-                source = self.cores[span.replica]
+                source = self.core(span.replica)
                 exports.append((source, source.exports.export(ctx, span.start, span.stop, 0)))
             return core.alloc(ctx, [source.exports.direct(export, core.buffers) for source, export in exports])
         finally:
@@ -261,14 +228,12 @@ class InlineBackend:
         assert self._hall is not None
         self._report()
         self._turn += 1
-        for core in self.cores:
+        for core in self._there:
             self._hall.gate.report(core.replica, self._turn, core.usage.used)
 
     def _route(self, request_id: str, wish: Wish) -> int:
         self._report()
-        replica = self._desk.choose(request_id, wish)
-        assert replica >= 0, "replicas of this process are always there"
-        return replica
+        return self._desk.choose(request_id, wish)
 
     def _wish(self, ctx: TextContext) -> Wish:
         from rayk.scheduler.choice import Wish
@@ -288,13 +253,17 @@ class InlineBackend:
                 waiting[replica] += left
             else:
                 del self._filling[request_id]
-        for core, tokens in zip(self.cores, waiting, strict=True):
+        for core in self._there:
             core.publish()
-            self._desk.report(core.replica, tokens, 0)
+            self._desk.report(core.replica, waiting[core.replica], 0)
 
     def _admit(self, ctx: TextContext, wish: Wish, replica: int) -> Admission:
-        core, start = self.cores[replica], perf_counter()
+        start = perf_counter()
         try:
+            if replica < 0:
+                raise NoReplicaError(ctx.request_id)
+            self._standing.members.check_takes(replica)
+            core = self.core(replica)
             self._placements.add(ctx.request_id, replica, ctx.tokens.length)
         except RaykError as error:
             return Admission(replica, error)
@@ -312,9 +281,11 @@ class InlineBackend:
         return Admission(replica, None, *reused, claim_seconds=claimed - start, alloc_seconds=perf_counter() - claimed)
 
     def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> list[TickResult]:
+        if len(self.allocators) < len(self.cores):
+            self._check_holes([not tick.empty for tick in ticks])
         results = []
-        for core, tick in zip(self.cores, ticks, strict=True):
-            results.append(run_tick(core, tick, fn))
+        for core, tick in zip(self.cores, ticks, strict=False):
+            results.append(run_tick(core, tick, fn) if core is not None else TickResult())
             for request_id in tick.release[: results[-1].released]:
                 self._gone(request_id)
         return results
@@ -324,24 +295,26 @@ class InlineBackend:
     ) -> list[ReplicaInputs]:
         return [
             core.runtime_inputs(batch, max_cache_length, characteristics)
-            for core, batch in zip(self.cores, batches, strict=True)
+            if core is not None
+            else no_inputs(self._params)
+            for core, batch in self._pairs(batches)
         ]
 
     def execute(self, batches: Batches, fn: Forward) -> list[Any]:
         return self._each(lambda core, batch: run_forward(core, batch, fn), batches)
 
     def step(self, batches: Batches) -> None:
-        if len(self.cores) == 1:
-            self.cores[0].step(batches[0])
+        if self._only is not None:
+            self._only.step(batches[0])
         else:
             self._each(ReplicaCore.step, batches)
 
     def _each(self, work: Callable[[ReplicaCore, Sequence[TextContext]], Any], batches: Batches) -> list[Any]:
         """Every replica does its part, as it would in a process of its own; then the first error is raised."""
         results, first = [], None
-        for core, batch in zip(self.cores, batches, strict=True):
+        for core, batch in self._pairs(batches):
             try:
-                results.append(work(core, batch))
+                results.append(work(core, batch) if core is not None else None)
             except Exception as error:
                 first = first or error
         if first is not None:
@@ -351,61 +324,50 @@ class InlineBackend:
     # -- queries ---------------------------------------------------------------------------------
 
     def usage(self, replica: int) -> Usage:
-        return self.cores[replica].usage
+        return self.core(replica).usage
 
     def used_fraction_after(self, ctx: TextContext, replica: int) -> float:
-        return self.cores[replica].used_fraction_after(ctx)
+        return self.core(replica).used_fraction_after(ctx)
 
     def hit_counts(self, ctx: TextContext) -> list[HitCounts]:
-        return [HitCounts(*core.tier_hits(ctx)) for core in self.cores]
+        return [HitCounts(*core.tier_hits(ctx)) if core is not None else HitCounts(0) for core in self.cores]
 
     def metrics(self) -> KVCacheMetrics:
-        return sum((core.metrics for core in self.cores), KVCacheMetrics())
+        return sum((core.metrics for core in self._there), self._left)
 
     def reset_metrics(self) -> None:
-        for core in self.cores:
+        self._left = KVCacheMetrics()
+        for core in self._there:
             core.reset_metrics()
 
     def reset_prefix_cache(self) -> None:
-        for core in self.cores:
+        for core in self._there:
             core.reset_prefix_cache()
 
     def buffers(self, replica: int) -> list[torch.Tensor]:
-        return self.cores[replica].buffers.all_buffers
+        return self.core(replica).buffers.all_buffers
 
     def read_pages(self, page_ids: Sequence[int], replica: int) -> list[torch.Tensor]:
-        return self.cores[replica].read_pages(page_ids)
+        return self.core(replica).read_pages(page_ids)
 
     def tier_count(self, replica: int) -> TierCount:
-        connector = self.cores[replica].connector
+        connector = self.core(replica).connector
         return connector.count() if connector is not None else TierCount()
 
     def poll_transfers(self) -> None:
-        for core in self.cores:
+        for core in self._there:
             core.poll_transfers()
 
     def drain(self) -> None:
-        for core in self.cores:
+        for core in self._there:
             core.drain()
 
     def node_names(self) -> list[str]:
-        return [gethostname()] * len(self.cores)
+        return [gethostname() if core is not None else "" for core in self.cores]
 
     def check_integrity(self) -> None:
-        for core in self.cores:
+        for core in self._there:
             core.check_integrity()
-
-    def close(self) -> None:
-        for core in self.cores:
-            core.shutdown()
-        self.cores.clear()
-
-    def leave(self) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        with suppress(Exception):  # a manager that was dropped: its tiers' threads and shared memory must go, too
-            self.close()
 
 
 def run_forward(core: ReplicaCore, batch: Sequence[TextContext], fn: Forward) -> Any:

@@ -57,7 +57,7 @@ def describe(
     else:
         for state in states:
             _show(state, Console())
-    return 0 if all(r.state == "ready" for state in states for r in state.replicas) else 1
+    return 0 if all(r.state != "lost" for state in states for r in state.replicas) else 1
 
 
 def _show(state: ManagerState, console: Any) -> None:
@@ -74,6 +74,8 @@ def _show(state: ManagerState, console: Any) -> None:
             console.print(f"replica {replica.index} is lost: {replica.reason}", markup=False)
         if replica.tiers is not None:
             console.print(_tier_line(replica.index, replica.tiers), markup=False)
+    for index, how in state.coming.items():
+        console.print(f"replica {index} is {how}", markup=False)
     for reason in state.refused.values():
         console.print(f"left out: {reason}", markup=False)
     if state.metrics is not None:

@@ -27,8 +27,6 @@ RaykError
     ├── StaleContextError                 a replica misses tokens of a request; the client sends them again
     ├── NoReplicaError                    no replica takes requests: all are lost or draining
     ├── LineError                         a line between two replicas does not carry pages
-
-
     ├── ReplicaStateError (ValueError)    what was asked for does not fit how the replica stands, such as draining
     ├── DrainError                        a replica still has requests and cannot be removed; says which and why
     ├── MessageError (ValueError)         a message that cannot be decoded or is unknown

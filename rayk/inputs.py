@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from rayk.buffers import PageBuffers
+from rayk.params import KVCacheParams
 from rayk.tables import Int32Array
 
 
@@ -96,6 +98,12 @@ def table_only(leaf_shards: dict[str, int], table: Int32Array, lengths: Int32Arr
     """Inputs without buffers, for a driver whose replicas are elsewhere: leaf name -> number of TP shards."""
     shard = _shard(torch.from_numpy(table), torch.from_numpy(lengths), shape)
     return assemble((name, LeafInputs((shard,) * count)) for name, count in leaf_shards.items())
+
+
+def no_inputs(params: KVCacheParams) -> ReplicaInputs:
+    """Inputs of an empty batch without buffers, for an index at which no replica is."""
+    shards = dict.fromkeys(params.leaves, params.tensor_parallel_degree)
+    return table_only(shards, np.zeros((0, 16), np.int32), np.zeros(0, np.int32), BatchShape(0, 0, 0))
 
 
 def _shard(table: torch.Tensor, lengths: torch.Tensor, shape: BatchShape) -> ShardInputs:

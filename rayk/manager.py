@@ -6,9 +6,10 @@ this process, or replica and scheduler actors on Ray.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,9 @@ from rayk.errors import (
     InsufficientBlocksError,
     LeafError,
     NotClaimedError,
+    RaykError,
     ReplicaIndexError,
+    ReplicaRemovedError,
     RuntimeInputsError,
 )
 from rayk.inputs import BatchCharacteristics, RuntimeInputs
@@ -32,6 +35,7 @@ from rayk.memory.budget import compute_num_host_blocks
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning import plan_here
+from rayk.scaling import ReplicaLoad
 from rayk.session import InferenceSession
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 
@@ -57,13 +61,14 @@ class Wanted(NamedTuple):
 
 
 class PagedKVCacheManager:
-    """Claims, pages and block tables of requests on `params.data_parallel_degree` replicas.
+    """Claims, pages and block tables of requests on `params.data_parallel_degree` replicas, and those added later.
 
-    `replica_idx` is 0 .. data_parallel_degree - 1 (ReplicaIndexError otherwise). Contexts belong to the caller;
-    alloc() moves their windows. Calls are not thread-safe. `total_num_pages` is per replica, the null page not
-    counted; None takes what the planner finds room for: on nodes that differ each replica gets what its node can give,
-    or with `uniform` all get the smallest number. `memory_utilization` is the part of the free memory that may be
-    planned with (0 < u <= 1; None: .9 of a GPU's, .5 of a host's). After shutdown() every call raises ClosedError.
+    `replica_idx` is 0 .. num_replicas - 1 (ReplicaIndexError otherwise, ReplicaRemovedError where nobody is any more).
+    Contexts belong to the caller; alloc() moves their windows. Calls are not thread-safe. `total_num_pages` is per
+    replica, the null page not counted; None takes what the planner finds room for: on nodes that differ each replica
+    gets what its node can give, or with `uniform` all get the smallest number. `memory_utilization` is the part of the
+    free memory that may be planned with (0 < u <= 1; None: .9 of a GPU's, .5 of a host's). After shutdown() every call
+    raises ClosedError.
 
     With an `admission` policy, which all drivers of a cluster share, requests that no replica is named for wait for
     room and for their turn (tenant, priority and deadline of the context count, see rayk.admission), or are turned away
@@ -100,7 +105,7 @@ class PagedKVCacheManager:
             total_num_host_pages = compute_num_host_blocks(params)
         session.check_open()
         self.params = params
-        self._replicas = self._open = params.data_parallel_degree  # _open: 0 after the end
+        self._open = True
         self._session = session
         wanted = Wanted(
             total_num_pages,
@@ -114,8 +119,7 @@ class PagedKVCacheManager:
         )
         self._line = Line(self._enter) if admission is not None else None
         self._backend = self._start(session, wanted)
-        # Looked up once: alloc() is called for every request and step.
-        self._alloc = {r: self._backend.allocator(r) for r in range(self._open)}
+        self._alloc = self._backend.allocators  # alloc() of each replica that is there; empty after the end
         session.adopt(self)
 
     def _start(self, session: InferenceSession, wanted: Wanted) -> Backend:
@@ -136,26 +140,41 @@ class PagedKVCacheManager:
 
         name = f"{session.name}/{session.managers_made}" if session.name is not None else None
         config = ClusterConfig(self.params, *wanted)
-        return RayBackend(session.ray, start_cluster(session.ray, config, name), leased=name is not None)
+        return RayBackend(session.ray, start_cluster(session.ray, config, name), name)
 
     # -- checks ----------------------------------------------------------------------------------
 
     def _at(self, replica_idx: int) -> Backend:
-        if not 0 <= replica_idx < self._open:
-            raise self._refusal(replica_idx)
+        if replica_idx not in self._alloc:
+            self._look_for(replica_idx)
         return self._backend
 
-    def _refusal(self, replica_idx: int) -> ClosedError | ReplicaIndexError:
-        return ReplicaIndexError(replica_idx, self._replicas) if self._open else ClosedError("this PagedKVCacheManager")
+    def _look_for(self, replica_idx: int) -> None:
+        """Another driver may have added it; else ReplicaIndexError, or ReplicaRemovedError for a hole."""
+        backend = self._all()
+        backend.look()
+        if replica_idx not in self._alloc:
+            known = 0 <= replica_idx < backend.indices
+            raise (ReplicaRemovedError if known else ReplicaIndexError)(replica_idx, backend.indices)
+
+    def _all(self) -> Backend:
+        if not self._open:
+            raise ClosedError("this PagedKVCacheManager")
+        return self._backend
 
     def _for(self, batches: Sequence[Any]) -> Backend:
-        if len(batches) != self._open:
-            if not self._open:
-                raise self._refusal(0)
-            raise BatchError(
-                f"got {len(batches)} batch(es) for {self._replicas} replica(s); pass one list per replica, maybe empty"
-            )
+        if len(batches) != self._backend.indices or not self._open:
+            self._check_count(len(batches), BatchError)
         return self._backend
+
+    def _check_count(self, batches: int, error: Callable[[str], RaykError]) -> None:
+        """One list for each index: at least for the replicas of the start, those of later ones may be left out."""
+        backend, least = self._all(), self.params.data_parallel_degree
+        if batches > backend.indices:
+            backend.look()
+        if not least <= batches <= backend.indices:
+            wanted = f"{backend.indices} replica(s)" if least == backend.indices else f"{least} to {backend.indices}"
+            raise error(f"got {batches} batch(es) for {wanted}; pass one list per replica, maybe empty")
 
     # -- the life of a request ---------------------------------------------------------------------
 
@@ -175,7 +194,8 @@ class PagedKVCacheManager:
         try:
             alloc = self._alloc[replica_idx]
         except KeyError:
-            raise self._refusal(replica_idx) from None
+            self._at(replica_idx)
+            alloc = self._alloc[replica_idx]
         alloc(data)
 
     def alloc_many(self, replica_batches: Batches) -> list[dict[str, InsufficientBlocksError]]:
@@ -221,7 +241,7 @@ class PagedKVCacheManager:
     def admit(self, ctxs: Sequence[TextContext]) -> list[int]:
         """Route, claim and allocate a batch: the replica of each, or an error and none of them claimed."""
         before = [(c.tokens.processed, c.tokens.end, c.cached_prefix_length) for c in ctxs]
-        backend = self._at(0)
+        backend = self._all()
         admissions = backend.try_admit(ctxs, None, True) if self._line is None else self._line.wait(ctxs)
         failed = next((a.error for a in admissions if a.error is not None), None)
         if failed is None:
@@ -237,7 +257,7 @@ class PagedKVCacheManager:
 
         With an admission policy and no replicas it returns when each is placed or turned away.
         """
-        backend = self._at(0)
+        backend = self._all()
         for replica in () if replicas is None else replicas:
             self._at(replica)
         if replicas is not None and len(replicas) != len(ctxs):
@@ -287,9 +307,9 @@ class PagedKVCacheManager:
         RuntimeInputsError when a request has too few pages or a bound does not hold. Allocates nothing and moves
         no window. Views: the next call overwrites them (inline).
         """
-        backend = self._at(0)
-        if len(batches) != self._replicas:
-            raise RuntimeInputsError(-1, f"{len(batches)} batch(es) for {self._replicas} replica(s); pass one for each")
+        backend = self._all()
+        if len(batches) != backend.indices:
+            self._check_count(len(batches), partial(RuntimeInputsError, -1))
         return RuntimeInputs(backend.runtime_inputs(batches, max_cache_length, batch_characteristics))
 
     def runtime_inputs_for_leaf(
@@ -318,6 +338,50 @@ class PagedKVCacheManager:
     def step(self, batches: Batches) -> None:
         """Cache the full, processed pages of each request for reuse. One batch per replica, else BatchError."""
         self._for(batches).step(batches)
+
+    # -- replicas that come and go ---------------------------------------------------------------------------
+
+    @property
+    def num_replicas(self) -> int:
+        """Replica indices in use or used before, holes of removed ones included: lists per replica have so many."""
+        return self._all().indices
+
+    def add_replicas(self, n: int = 1, timeout: float = 60.0) -> list[int]:
+        """Start `n` more replicas while requests run, and return their indices; the router uses them from then on.
+
+        Lost ones are replaced first, at their index, empty; others get the next indices. On Ray, nodes are measured and
+        planned as at the start, and each new replica asks for a placement group of its own, for which an autoscaler
+        may start a node within `timeout` seconds. PlanError says what is missing; then nothing is left behind.
+        """
+        require_at_least(1, n=n)
+        return self._all().add_replicas(n, timeout)
+
+    def drain_replica(self, replica_idx: int) -> None:
+        """Give a replica no new requests; those that it has go on. ReplicaStateError for a lost one."""
+        self._at(replica_idx).drain_replica(replica_idx)
+
+    def resume_replica(self, replica_idx: int) -> None:
+        """Let a draining replica take requests again."""
+        self._at(replica_idx).resume_replica(replica_idx)
+
+    def remove_replica(self, replica_idx: int) -> None:
+        """End a replica on which no request is claimed, or a lost one, and give its place back. Its index stays a hole.
+
+        DrainError, and nothing changes, while it has requests. Pages that only it had are gone.
+        """
+        self._at(replica_idx).remove_replica(replica_idx)
+
+    def replica_loads(self) -> list[ReplicaLoad]:
+        """How each replica index stands and what it carries; what rayk.desired_replicas() goes by."""
+        return self._all().replica_loads()
+
+    def replica_states(self) -> list[str]:
+        """How each replica index stands: planned, starting, ready, draining, lost or removed."""
+        return [load.state for load in self.replica_loads()]
+
+    def holder(self, request_id: str) -> int | None:
+        """The replica that has this driver's request, as far as it knows; None when it has no claim of it."""
+        return self._all().holder(request_id)
 
     # -- counters ----------------------------------------------------------------------------------------
 
@@ -359,19 +423,19 @@ class PagedKVCacheManager:
 
     def get_prefix_cache_hit_counts(self, ctx: TextContext) -> list[HitCounts]:
         """Per replica, the leading pages of the request that are cached there. Changes nothing."""
-        return self._at(0).hit_counts(ctx)
+        return self._all().hit_counts(ctx)
 
     def get_metrics_aggregated(self) -> KVCacheMetrics:
         """Counters of all replicas since reset_metrics()."""
-        return self._at(0).metrics()
+        return self._all().metrics()
 
     def reset_metrics(self) -> None:
         """Counters of all replicas to zero."""
-        self._at(0).reset_metrics()
+        self._all().reset_metrics()
 
     def reset_prefix_cache(self) -> None:
         """Forget cached pages that nobody holds, on all replicas and in the tiers; held ones can still be hit."""
-        self._at(0).reset_prefix_cache()
+        self._all().reset_prefix_cache()
 
     # -- contents and the end --------------------------------------------------------------------------------
 
@@ -385,33 +449,31 @@ class PagedKVCacheManager:
 
     def poll_transfers(self) -> None:
         """Take note of finished transfers, so that what has landed can be reused. Never waits for one."""
-        self._at(0).poll_transfers()
+        self._all().poll_transfers()
 
     def drain(self) -> None:
         """Return when no host or disk transfer is pending; afterwards no page is held by one."""
-        self._at(0).drain()
+        self._all().drain()
 
     def get_node_names(self) -> list[str]:
         """The host name of each replica's node."""
-        return self._at(0).node_names()
+        return self._all().node_names()
 
     def check_integrity(self) -> None:
         """IntegrityError if any replica's bookkeeping contradicts itself (a bug in rayk)."""
-        self._at(0).check_integrity()
+        self._all().check_integrity()
 
     def shutdown(self) -> None:
         """Give everything back: pages, actors, placement. Safe to call twice."""
         if self._open:
-            self._open = 0
-            self._alloc.clear()
+            self._open, self._alloc = False, {}
             self._session.dismiss(self)
             self._backend.close()
 
     def leave(self) -> None:
         """Release what this driver has claimed and go; the actors of a named session stay for other drivers."""
         if self._open:
-            self._open = 0
-            self._alloc.clear()
+            self._open, self._alloc = False, {}
             self._session.dismiss(self)
             self._backend.leave()
 

@@ -245,6 +245,10 @@ class Drain(_Message, frozen=True):
     """Answer when nothing is on its way to or from a tier."""
 
 
+class Follow(_Message, frozen=True):
+    """Note from now on which pages are cached, for a router that goes by that; what is cached already counts."""
+
+
 ReplicaCommand = (
     Claim
     | Release
@@ -270,19 +274,7 @@ ReplicaCommand = (
     | GetTiers
     | PollTransfers
     | Drain
-)
-READ_ONLY = (
-    Lookup,
-    Introduce,
-    Inputs,
-    Blocks,
-    GetUsage,
-    GetNews,
-    UsedFraction,
-    GetMetrics,
-    ReadPages,
-    CheckIntegrity,
-    GetTiers,
+    | Follow
 )
 
 
@@ -294,7 +286,7 @@ class PlaceMany(_Message, frozen=True):
 
     `replicas[i]` is where context i has to go; empty: the router says. `peers`: other replicas may hold more of a
     prefix. `released` are ids that the sender released on replicas directly, `seen` and `unfilled` what it last
-    saw in the answers of each: what it was told is done counts in the choice.
+    saw in the answers of each, as of the join of number `joined`: what it was told is done counts in the choice.
     """
 
     contexts: Contexts
@@ -305,14 +297,15 @@ class PlaceMany(_Message, frozen=True):
     stop_on_error: bool = False
     seen: list[int] = []
     unfilled: list[int] = []
+    joined: int = 1
 
 
 class Enter(_Message, frozen=True):
     """Offer requests to a cluster with an admission policy, and hear what became of those that wait.
 
     `given_up` are ids that are not wanted any more, as far as they still wait. `released`, `seen` and `unfilled` as in
-    PlaceMany; `turns` and `used` are what the sender heard last of each replica's pages, 0 where it heard nothing.
-    Without `hear` what is settled waits for the next message.
+    PlaceMany, as of `joined` there; `turns` and `used` are what the sender heard last of each replica's pages, 0 where
+    it heard nothing. Without `hear` what is settled waits for the next message.
     """
 
     contexts: Contexts
@@ -324,6 +317,7 @@ class Enter(_Message, frozen=True):
     turns: list[int] = []
     used: list[int] = []
     hear: bool = True
+    joined: int = 1
 
 
 class ClaimOne(_Message, frozen=True):
@@ -354,7 +348,9 @@ class Disconnect(_Message, frozen=True):
 
 
 class Describe(_Message, frozen=True):
-    pass
+    """What is where; `released` as in PlaceMany."""
+
+    released: list[str] = []
 
 
 class Explain(_Message, frozen=True):
@@ -363,7 +359,98 @@ class Explain(_Message, frozen=True):
     request_id: str
 
 
-SchedulerCommand = PlaceMany | Enter | ClaimOne | HitCountsOf | EveryReplica | Connect | Disconnect | Describe | Explain
+class Enlist(_Message, frozen=True):
+    """Take indices for `count` replicas that the sender is going to start."""
+
+    count: int
+
+
+class Starting(_Message, frozen=True):
+    """The replica has a place, and its process comes up."""
+
+    replica: int
+
+
+class Join(_Message, frozen=True):
+    """The replica has answered and may be given requests; its seat (rayk.scheduler.cluster) travels beside."""
+
+    replica: int
+    epoch: int
+    pages: int
+
+
+class GiveUp(_Message, frozen=True):
+    """The replica could not be started."""
+
+    replica: int
+
+
+class DrainReplica(_Message, frozen=True):
+    """Give the replica no new requests; `released` as in PlaceMany."""
+
+    replica: int
+    released: list[str] = []
+
+
+class ResumeReplica(_Message, frozen=True):
+    """Let a draining replica take requests again."""
+
+    replica: int
+
+
+class RemoveReplica(_Message, frozen=True):
+    """Forget a replica on which nothing is placed, or a lost one; the sender ends its process."""
+
+    replica: int
+
+
+class GetRoster(_Message, frozen=True):
+    """For the Cluster (rayk.scheduler.cluster) that comes beside the answer. `gone` did not answer the sender."""
+
+    gone: list[int] = []
+
+
+class Locate(_Message, frozen=True):
+    """Where requests of the sender are now."""
+
+    request_ids: list[str]
+
+
+SchedulerCommand = (
+    PlaceMany
+    | Enter
+    | ClaimOne
+    | HitCountsOf
+    | EveryReplica
+    | Connect
+    | Disconnect
+    | Describe
+    | Explain
+    | Enlist
+    | Starting
+    | Join
+    | GiveUp
+    | DrainReplica
+    | ResumeReplica
+    | RemoveReplica
+    | GetRoster
+    | Locate
+)
+READ_ONLY = (
+    Lookup,
+    Introduce,
+    Inputs,
+    Blocks,
+    GetUsage,
+    GetNews,
+    UsedFraction,
+    GetMetrics,
+    ReadPages,
+    CheckIntegrity,
+    GetTiers,
+    GetRoster,
+    Locate,
+)
 
 
 NOT_ASKED = -2  # for ReplicaEnvelope.known; -1 knows nothing
@@ -563,18 +650,35 @@ class LineState(_Part, frozen=True):
 
 
 class Description(_Message, frozen=True):
-    """What the scheduler knows: per replica epoch and load, how many requests are placed, and who waits, where there
-    is an admission policy; then `levels` are pages in use or promised. `transport` is the kind of line that was asked
-    for."""
+    """What the scheduler knows, by replica: how it stands, its start, requests and tokens that are placed there, tokens
+    that wait to be prefilled, tokens that the pages of what runs there hold and that all its pages would. And who
+    waits, where there is an admission policy; then `levels` are pages in use or promised. `transport` is the kind of
+    line that was asked for."""
 
     epochs: list[int]
     requests: list[int]
     tokens: list[int]
     clients: int
+    states: list[str]
+    waiting: list[int]
+    held: list[int]
+    capacity: list[int]
     transport: str = "auto"
     lines: list[LineState] = []
     admission: AdmissionState | None = None
     levels: list[int] = []
+
+
+class Enlisted(_Message, frozen=True):
+    """The indices that were taken."""
+
+    replicas: list[int]
+
+
+class Located(_Message, frozen=True):
+    """The replica of each request, -1 for those that the sender has no claim of."""
+
+    replicas: list[int]
 
 
 class Explained(_Message, frozen=True):
@@ -609,6 +713,8 @@ Result = (
     | Counts
     | Description
     | Explained
+    | Enlisted
+    | Located
 )
 
 
@@ -636,7 +742,10 @@ class SchedulerEnvelope(_Message, frozen=True):
 
 class Reply(_Message, frozen=True):
     """A replica numbers what it changed so far, and has so many tokens to prefill; `news` is what was asked for, and
-    so are the pages in use, after a number that grows with every answer, also of those that take its place."""
+    so are the pages in use, after a number that grows with every answer, also of those that take its place.
+
+    A scheduler says in `roster` which version of its roster is the latest.
+    """
 
     epoch: int
     seq: int
@@ -645,6 +754,7 @@ class Reply(_Message, frozen=True):
     unfilled: int = 0
     news: News | None = None
     pages: tuple[int, int] | None = None
+    roster: int = 0
 
 
 Envelope = ReplicaEnvelope | SchedulerEnvelope

@@ -216,9 +216,9 @@ class KVCacheParams:
         return int(drafts > 0 and self.draft_tokens_per_step == drafts)
 
     def replica_devices(self, replica: int) -> tuple[str, ...]:
-        """The devices of one replica, one per TP shard."""
-        tp = self.tensor_parallel_degree
-        return tuple(self.devices[replica * tp : (replica + 1) * tp])
+        """The devices of one replica, one per TP shard. Replicas that are added later go round the same ones."""
+        tp, at = self.tensor_parallel_degree, replica % self.data_parallel_degree
+        return tuple(self.devices[at * tp : (at + 1) * tp])
 
 
 @dataclass(frozen=True, kw_only=True)

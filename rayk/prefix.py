@@ -105,11 +105,25 @@ class PrefixTree:
         self.evicted = 0  # pages evicted so far
 
     def listen(self, listener: PageListener, hasher: PageHasher) -> None:
-        """Tell `listener` of every page from now on; nothing may be cached yet, all listeners use one kind of hash."""
-        if self._roots and self._hasher is None:
-            raise IntegrityError("prefix tree", "a listener came after the first request; attach it at the start")
-        self._hasher = hasher
+        """Tell `listener` of every page from now on, and at once of those that are cached, parents first.
+
+        All listeners use one kind of hash.
+        """
+        if self._hasher is None:
+            self._hasher = hasher
+            for key, root in self._roots.items():
+                root.hashes = hasher.root(key)
+            for node in self.segments():
+                node.hashes = b"".join(hasher.chain(self._last_hash(node.parent), node.tokens))
         self._listeners.append(listener)
+        for node in self.segments():
+            hashes = PageHashes(node.hashes, self._hasher.width)
+            listener.stored(self._last_hash(node.parent), hashes, node.pages.copy(), node.tokens)
+
+    def _last_hash(self, node: Segment | None) -> PageHash:
+        """The hash of a segment's last page, or a root's own."""
+        assert node is not None and self._hasher is not None
+        return PageHash(node.hashes[-self._hasher.width :] if node.parent is not None else node.hashes)
 
     def hashes(self) -> Iterator[bytes]:
         """The hash of every cached page, parents first; nothing without a hasher."""

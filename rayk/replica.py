@@ -85,7 +85,9 @@ class ReplicaCore:
         self.listen(self.loads)
 
     def listen(self, listener: PageListener) -> None:
-        """Hash every page that is cached from now on and tell `listener`, and what is dropped. Before any request."""
+        """Hash every page that is cached, now and from now on, and tell `listener`, and what is dropped."""
+        if self.unpublished:
+            self.publish()
         self.tree.listen(listener, self.exports.hasher)
         self._eager = True
 

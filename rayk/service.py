@@ -56,6 +56,7 @@ class ReplicaService:
         me, bytes_per_page = Peer(core.replica, epoch), core.params.bytes_per_page
         self.port = PagePort(me, core.exports, bytes_per_page, address, open_lines(core.buffers, address), clock)
         self._journal = Journal(core.page_hashes)
+        self._noted = journal
         if journal:
             core.listen(self._journal)
         self._unfilled = Unfilled()
@@ -172,6 +173,10 @@ class ReplicaService:
                 core.poll_transfers()
             case m.Drain():
                 core.drain()
+            case m.Follow():
+                if not self._noted:
+                    self._noted = True
+                    core.listen(self._journal)
         return m.Done(), []
 
     def _contexts(self, views: Sequence[m.ContextView]) -> list[TextContext]:

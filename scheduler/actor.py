@@ -15,7 +15,7 @@ from rayk.actors.pieces import joined
 from rayk.actors.process import settle
 from rayk.actors.runtime import Actor, RayRuntime, Runtime
 from rayk.answers import Answers
-from rayk.errors import MessageError, RaykError, ReplicaLostError, StaleEpochError
+from rayk.errors import MessageError, RaykError, ReplicaLostError, ReplicaRemovedError, StaleEpochError
 from rayk.scheduler.asks import Ask, Told
 from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.desk import DeskSettings
@@ -37,41 +37,47 @@ class SchedulerActor:
         roster: Any,
         runtime: Runtime | None = None,
     ) -> None:
-        client, runtime = new_client_id("scheduler"), runtime or RayRuntime()
+        self._client, self._runtime = new_client_id("scheduler"), runtime or RayRuntime()
         self._epoch = epoch
         self._roster = roster
         self._core = SchedulerCore(epochs, settings, copies, monotonic)
-        self._links = [
-            Link(runtime, actor, f"replica {r}", epochs[r], client, partial(self._lost, r))
-            for r, actor in enumerate(replicas)
-        ]
-        for r, link in enumerate(self._links):
-            link.news, link.known = partial(self._hear, r), -1
-            link.pages = self._core.hall is not None
+        self._links: list[Link | None] = [self._link(r, actor, epochs[r]) for r, actor in enumerate(replicas)]
         self._answers: Answers[bytes] = Answers(ANSWERS)
         self._working: set[tuple[str, int]] = set()  # mutations that a lane is at
         self._core_lock = Condition()  # a script's step and the sending of what it asks are one
         settle()
 
-    def handle(self, first: bytes | int, *rest: bytes) -> bytes:
-        """Answer a message (see rayk.actors.pieces). Never raises for what a sender did wrong or a replica failed to
-        do.
+    def _link(self, replica: int, actor: Actor, epoch: int) -> Link:
+        lost = partial(self._lost, replica, epoch)
+        link = Link(self._runtime, actor, f"replica {replica}", epoch, self._client, lost)
+        link.news, link.known = partial(self._hear, replica, epoch), -1
+        link.pages = self._core.hall is not None
+        return link
+
+    def handle_with_data(self, first: bytes | int, *rest: Any) -> tuple[bytes, Any]:
+        """Answer a message that asks for the roster, which comes beside the answer."""
+        return self.handle(first, *rest), self.roster()
+
+    def handle(self, first: bytes | int, *rest: Any) -> bytes:
+        """Answer a message (see rayk.actors.pieces); the seat of a replica that joins is attached. Never raises for
+        what a sender did wrong or a replica failed to do.
 
         Several lanes call this at once: while one waits for replicas, others take the next batches.
         """
         seq = 0
         try:
-            envelope = m.decode_envelope(joined(first, rest)[0])
+            wire, attached = joined(first, rest)
+            envelope = m.decode_envelope(wire)
             seq = envelope.seq
             if not isinstance(envelope, m.SchedulerEnvelope):
                 raise MessageError(f"the scheduler does not take {type(envelope.command).__name__}; a replica does")
             if envelope.epoch != self._epoch:
                 raise StaleEpochError(-1, envelope.epoch, self._epoch)
-            return self._once(envelope)
+            return self._once(envelope, attached)
         except RaykError as error:
             return m.encode(m.Reply(self._epoch, seq, m.failure(error)))
 
-    def _once(self, envelope: m.SchedulerEnvelope) -> bytes:
+    def _once(self, envelope: m.SchedulerEnvelope, attached: Sequence[Any]) -> bytes:
         """Carry a command out unless that was done before, or is being done."""
         client, seq = envelope.client, envelope.seq
         this = (client, seq)
@@ -84,7 +90,7 @@ class SchedulerActor:
                 self._working.add(this)
         reply = b""
         try:
-            reply = self._reply(envelope)
+            reply = self._reply(envelope, attached)
         finally:
             with self._core_lock:
                 self._working.discard(this)
@@ -95,14 +101,14 @@ class SchedulerActor:
                 self._core_lock.notify_all()
         return reply
 
-    def _reply(self, envelope: m.SchedulerEnvelope) -> bytes:
+    def _reply(self, envelope: m.SchedulerEnvelope, attached: Sequence[Any]) -> bytes:
         try:
-            result = self._run(envelope.client, envelope.command)
+            result = self._run(envelope.client, envelope.command, attached)
         except RaykError as error:
             result = m.failure(error)
-        return m.encode(m.Reply(self._epoch, envelope.seq, result))
+        return m.encode(m.Reply(self._epoch, envelope.seq, result, roster=self._core.members.version))
 
-    def _run(self, client: str, command: m.SchedulerCommand) -> m.Result:
+    def _run(self, client: str, command: m.SchedulerCommand, attached: Sequence[Any]) -> m.Result:
         script = self._core.handle(client, command)
         told: list[Told] | None = None
         try:
@@ -111,34 +117,51 @@ class SchedulerActor:
                     if told is None:
                         self._core.renewed[client] = monotonic()
                     if self._core.hall is not None:
-                        self._core.hall.gate.reports([x.turn for x in self._links], [x.used for x in self._links])
+                        turns = [link.turn if link is not None else 0 for link in self._links]
+                        used = [link.used if link is not None else 0 for link in self._links]
+                        self._core.hall.gate.reports(turns, used)
                     asks = script.send(told) if told is not None else next(script)
+                    if told is None and isinstance(command, m.Join):
+                        self._reseat(command.replica, attached)
                     sent = [self._send(ask) for ask in asks]
                 told = [
                     Told(m.failure(heard)) if isinstance(heard, RaykError) else Told(*heard) for heard in hear(sent)
                 ]
         except StopIteration as end:
             result: m.Result = end.value
+            if isinstance(command, m.RemoveReplica):
+                with self._core_lock:
+                    self._reseat(command.replica, ())
             return result
 
+    def _reseat(self, replica: int, attached: Sequence[Any]) -> None:
+        """Somebody joined at that index, with the seat (and the nodes) that were attached, or left it."""
+        seat, nodes = attached or (None, ())
+        while len(self._links) <= replica:
+            self._links.append(None)
+        self._links[replica] = self._link(replica, seat.actor, seat.epoch) if seat is not None else None
+        self._roster = self._roster.seated(replica, seat, nodes)
+
     def _send(self, ask: Ask) -> Pending | RaykError:
+        link = self._links[ask.replica] if ask.replica < len(self._links) else None
+        if link is None:
+            return ReplicaRemovedError(ask.replica, len(self._core.members))
         try:
-            return self._links[ask.replica].send(ask.command, ask.attached, ask.with_data)
+            return link.send(ask.command, ask.attached, ask.with_data)
         except RaykError as error:
             return error
 
-    def _hear(self, replica: int, news: m.News) -> None:
+    def _hear(self, replica: int, epoch: int, news: m.News) -> None:
         with self._core_lock:
-            self._core.desk.hear(replica, news)
-            self._links[replica].known = self._core.desk.known[replica]
+            link = self._links[replica]
+            if link is not None and link.epoch == epoch:
+                self._core.desk.hear(replica, news)
+                link.known = self._core.desk.known[replica]
 
-    def _lost(self, replica: int, reason: str) -> RaykError:
+    def _lost(self, replica: int, epoch: int, reason: str) -> RaykError:
         with self._core_lock:
-            placed = self._core.placements.on(replica)
-            self._core.desk.lost(replica)
-            if self._core.hall is not None:
-                self._core.hall.lost(replica, placed)
-        return ReplicaLostError(replica, self._core.epochs[replica], placed, reason)
+            placed = self._core.standing.lose(replica, epoch)
+        return ReplicaLostError(replica, epoch, placed, reason)
 
     def ping(self) -> int:
         """The epoch, at once, also while the data lane is busy."""
@@ -153,5 +176,7 @@ class SchedulerActor:
         self._core.renewed[client] = monotonic()
 
     def roster(self) -> Any:
-        """What a driver needs to attach."""
-        return self._roster
+        """What a driver needs to attach, or to go on after somebody came or left: a Cluster."""
+        with self._core_lock:
+            members = self._core.members
+            return self._roster.standing(members.version, members.joined, tuple(map(str, members.states)))

@@ -3,22 +3,24 @@
 A script sends a round of messages, one per replica, yields them, and is sent their answers; its result is the
 call's. claim and alloc go through the scheduler; step, execute, runtime_inputs, release and ticks go straight to the
 replicas. Tokens are sent once: later messages carry only new ones. Several scripts may be under way at once.
+
+Who is there may change (rayk.scheduler.roster): a script begins with the latest roster that was heard of, and ends with
+it, so that what its result names can be called.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
-from time import monotonic
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from rayk import messages as m
-from rayk.actors.link import Answer, Link, Pending, Traffic, hear, new_client_id
+from rayk.actors.link import Answer, Pending, Traffic
 from rayk.actors.runtime import Runtime
 from rayk.admission import SOONEST
 from rayk.backend import Batches, Forward
@@ -31,115 +33,83 @@ from rayk.errors import (
     NotClaimedError,
     OverloadedError,
     RaykError,
-    ReplicaLostError,
-    SchedulerLostError,
     StaleContextError,
 )
-from rayk.inputs import BatchCharacteristics, BatchShape, table_only
+from rayk.inputs import BatchCharacteristics, BatchShape, no_inputs, table_only
 from rayk.request import Usage
+from rayk.scheduler.changes import Changes
 from rayk.scheduler.cluster import Cluster
+from rayk.scheduler.roster import Call, current, result_of
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
-from rayk.views import Sender, apply_move
+from rayk.views import apply_move
 
 FORGOTTEN = "its driver was silent for longer than its lease"
 
-Heard = Answer | RaykError  # an answer, or why there is none
-Call = Generator[list[Pending], list[Heard], Any]
 
+class Calls(Changes):
+    """The messages of one driver to one running Cluster; `name` is that of its detached actors, if they are that."""
 
-class Calls:
-    """The messages of one driver to one running Cluster."""
-
-    def __init__(self, runtime: Runtime, cluster: Cluster) -> None:
-        assert cluster.scheduler is not None
-        self.client = new_client_id("driver")
+    def __init__(self, runtime: Runtime, cluster: Cluster, name: str | None = None) -> None:
+        super().__init__(runtime, cluster, name)
         params = cluster.config.params
-        self._runtime = runtime
-        self._cluster = cluster
         self._params = params
         self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy
-        self._copies = self._copies and len(cluster.replicas) > 1
-        self._sender = Sender()
-        self._placed: dict[str, int] = {}
         self._waiting: dict[str, TextContext] = {}  # offered, and not known yet what became of it
         self._note: Pending | None = None  # tells the scheduler what was released; nobody waited for the answer yet
-        self._released: list[str] = []  # straight on replicas; the scheduler hears of it with the next message
-        self._links = [
-            Link(runtime, actor, f"replica {r}", cluster.epochs[r], self.client, partial(self._lost, r))
-            for r, actor in enumerate(cluster.replicas)
-        ]
-        self.queued = cluster.config.admission is not None
-        """Whether requests wait for their turn at the scheduler."""
-        for link in self._links:
-            link.pages = self.queued
-        self.scheduler = Link(
-            runtime, cluster.scheduler, "the scheduler", cluster.scheduler_epoch, self.client, SchedulerLostError
-        )
-
-    def _lost(self, replica: int, reason: str) -> RaykError:
-        mine = [request_id for request_id, r in self._placed.items() if r == replica]
-        return ReplicaLostError(replica, self._cluster.epochs[replica], mine, reason)
-
-    @staticmethod
-    def _ask(link: Link, command: Any) -> Call:
-        """One message; its result, or the error it stands for."""
-        [heard] = yield [link.send(command)]
-        return _result(heard)
 
     # -- requests ----------------------------------------------------------------------------------
 
+    @current
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> Call:
         yield from self._noted()
         yield from self._ask(self.scheduler, m.ClaimOne(request_id, replica, dummy, self._take_released()))
         self._placed[request_id] = replica
 
-    def _take_released(self) -> list[str]:
-        released, self._released = self._released, []
-        return released
-
+    @current
     def contains(self, request_id: str, replica: int) -> Call:
-        done: m.BlocksDone = yield from self._ask(self._links[replica], m.Blocks(request_id))
+        done: m.BlocksDone = yield from self._ask(self.link(replica), m.Blocks(request_id))
         return done.claimed
 
+    @current
     def blocks(self, request_id: str, replica: int) -> Call:
-        done: m.BlocksDone = yield from self._ask(self._links[replica], m.Blocks(request_id))
+        done: m.BlocksDone = yield from self._ask(self.link(replica), m.Blocks(request_id))
         return done.page_ids
 
+    @current
     def release(self, request_id: str, replica: int) -> Call:
         holder = self._placed.get(request_id, -1)
         if holder not in (-1, replica):
             raise NotClaimedError(request_id, replica, holder)
-        yield from self._ask(self._links[replica], m.Release([request_id]))
+        yield from self._ask(self.link(replica), m.Release([request_id]))
         self._gone(request_id)
 
+    @current
     def release_many(self, request_ids: Sequence[str]) -> Call:
         """Release requests that this driver placed, one message per replica; what a replica has not is passed over."""
         by_replica: dict[int, list[str]] = {}
         for request_id in request_ids:
             by_replica.setdefault(self._placed[request_id], []).append(request_id)
-        answers = yield [self._links[r].send(m.Release(ids, missing_ok=True)) for r, ids in by_replica.items()]
+        answers = yield [self.link(r).send(m.Release(ids, missing_ok=True)) for r, ids in by_replica.items()]
         for ids, heard in zip(by_replica.values(), answers, strict=True):
             if not isinstance(heard, RaykError):
                 for request_id in ids:
                     self._gone(request_id)
         for heard in answers:
-            _result(heard)
-
-    def holder(self, request_id: str) -> int | None:
-        """Where this driver's request is, as far as it knows."""
-        return self._placed.get(request_id)
+            result_of(heard)
 
     def _gone(self, request_id: str) -> None:
         self._sender.forget(request_id)
         self._placed.pop(request_id, None)
         self._released.append(request_id)
 
+    @current
     def alloc(self, ctx: TextContext, replica: int) -> Call:
         [admission] = yield from self._place([ctx], [replica], claim=False, stop_on_error=True)
         if admission.error is not None:
             raise admission.error
 
+    @current
     def alloc_many(self, batches: Batches) -> Call:
         """Decode steps in one message per replica; contexts that may find cached pages one by one, like alloc()."""
         for r, batch in enumerate(batches):
@@ -165,6 +135,7 @@ class Calls:
             refused[r].update(result.refused)
         return refused
 
+    @current
     def try_admit(self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, stop_on_error: bool) -> Call:
         return (yield from self._place(ctxs, replicas, claim=True, stop_on_error=stop_on_error))
 
@@ -173,7 +144,7 @@ class Calls:
     ) -> Call:
         if not ctxs:
             return []
-        peers = self._copies and (claim or any(map(self._may_copy, ctxs)))
+        peers = self._copies and len(self.replicas) > 1 and (claim or any(map(self._may_copy, ctxs)))
 
         yield from self._noted()
 
@@ -181,8 +152,9 @@ class Calls:
             at = replicas[0] if replicas is not None and not claim else -1
             contexts = self._sender.pack(ctxs, at, whole=claim or peers)
             targets = list(replicas) if replicas is not None else []
-            seen, unfilled = [link.seen for link in self._links], [link.unfilled for link in self._links]
-            return m.PlaceMany(contexts, targets, claim, peers, self._take_released(), stop_on_error, seen, unfilled)
+            released, joined = self._take_released(), self.cluster.joined
+            seen, unfilled = self.heard("seen"), self.heard("unfilled")
+            return m.PlaceMany(contexts, targets, claim, peers, released, stop_on_error, seen, unfilled, joined)
 
         done: m.PlaceDone = yield from self._ask(self.scheduler, command())
         stale = any(isinstance(m.to_error(failure), StaleContextError) for failure in done.failures.values())
@@ -191,6 +163,7 @@ class Calls:
             done = yield from self._ask(self.scheduler, command())
         return self._landed(ctxs, done)
 
+    @current
     def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> Call:
         """Offer requests, and hear what became of those and of earlier ones: context and Admission of each."""
         yield from self._noted()
@@ -215,17 +188,17 @@ class Calls:
         return became + [(c, Admission(-1, AlreadyClaimedError(c.request_id, -1))) for c in again]
 
     def _entering(self, ctxs: Sequence[TextContext], given_up: Sequence[str], hear: bool) -> m.Enter:
-        links = self._links
         return m.Enter(
             self._sender.pack(ctxs, whole=True),
             self._copies,
             self._take_released(),
             list(given_up),
-            [link.seen for link in links],
-            [link.unfilled for link in links],
-            [link.turn for link in links],
-            [link.used for link in links],
+            self.heard("seen"),
+            self.heard("unfilled"),
+            self.heard("turn"),
+            self.heard("used"),
             hear,
+            self.cluster.joined,
         )
 
     def note_released(self) -> None:
@@ -239,7 +212,7 @@ class Calls:
         note, self._note = self._note, None
         if note is not None:
             [heard] = yield [note]
-            _result(heard)
+            result_of(heard)
 
     def _may_copy(self, ctx: TextContext) -> bool:
         """Whether the next alloc of a claimed request looks for a cached prefix."""
@@ -287,17 +260,19 @@ class Calls:
         while due:
             sent: list[tuple[int, Pending]] = []
             for r in due:
+                if not batches[r] and r not in self.replicas:
+                    continue  # nobody is there, and nothing is to be done
                 try:
                     message = command(r, batches[r])
                     if message is not None:
-                        sent.append((r, self._links[r].send(message)))
+                        sent.append((r, self.link(r).send(message)))
                 except RaykError as error:
                     errors[r] = error
             due = []
             answers = yield [pending for _, pending in sent]
             for (r, _), heard in zip(sent, answers, strict=True):
                 try:
-                    result = _result(heard)
+                    result = result_of(heard)
                     self._arrived(batches[r], r)
                     if isinstance(result, m.MovedBack):
                         self._move_back(batches[r], result)
@@ -329,14 +304,17 @@ class Calls:
             if self._placed.get(ctx.request_id) == replica:
                 self._sender.arrived(ctx, replica)
 
+    @current
     def step(self, batches: Batches) -> Call:
         yield from self._each(batches, lambda r, batch: m.Step(self._views(batch, r)) if batch else None)
 
+    @current
     def execute(self, batches: Batches, fn: Forward) -> Call:
         pickled = self._runtime.dumps(fn)
         values = yield from self._each(batches, lambda r, batch: m.Execute(self._views(batch, r), pickled))
-        return [pickle.loads(value.data) for value in values]
+        return [pickle.loads(value.data) if value is not None else None for value in values]
 
+    @current
     def runtime_inputs(
         self, batches: Batches, max_cache_length: int | None, characteristics: BatchCharacteristics | None
     ) -> Call:
@@ -345,7 +323,7 @@ class Calls:
             if characteristics is not None
             else None
         )
-        done: list[m.InputsDone] = yield from self._each(
+        done: list[m.InputsDone | None] = yield from self._each(
             batches, lambda r, batch: m.Inputs(self._views(batch, r), max_cache_length, bounds)
         )
         shards = dict.fromkeys(self._params.leaves, self._params.tensor_parallel_degree)
@@ -356,9 +334,12 @@ class Calls:
                 np.frombuffer(bytearray(d.lengths), np.int32),
                 BatchShape(*d.shape),
             )
+            if d is not None
+            else no_inputs(self._params)
             for d in done
         ]
 
+    @current
     def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> Call:
         pickled = self._runtime.dumps(fn) if fn is not None else b""
         contexts = [list({id(c): c for c in (*t.step, *t.alloc, *t.execute)}.values()) for t in ticks]
@@ -378,7 +359,11 @@ class Calls:
             )
 
         done = yield from self._each(contexts, command)
-        return [self._ticked(tick, d) for tick, d in zip(ticks, done, strict=True)]
+        results = [self._ticked(tick, d) for tick, d in zip(ticks, done, strict=True)]
+        for r, result in enumerate(results):
+            if isinstance(result.error, NotClaimedError):
+                results[r] = replace(result, error=(yield from self.explained(result.error)))
+        return results
 
     def _ticked(self, tick: Tick, done: m.TickDone | None) -> TickResult:
         if done is None:
@@ -408,19 +393,22 @@ class Calls:
 
     def traffic(self) -> list[Traffic]:
         """What this driver has sent to each replica and to the scheduler, which comes last, and read from them."""
-        return [link.traffic for link in (*self._links, self.scheduler)]
+        return [link.traffic if link is not None else Traffic() for link in (*self._links, self.scheduler)]
 
     # -- queries -------------------------------------------------------------------------------------
 
+    @current
     def usage(self, replica: int) -> Call:
-        done: m.UsageDone = yield from self._ask(self._links[replica], m.GetUsage())
+        done: m.UsageDone = yield from self._ask(self.link(replica), m.GetUsage())
         return Usage(done.total, done.free, done.cached)
 
+    @current
     def used_fraction_after(self, ctx: TextContext, replica: int) -> Call:
         view = self._sender.view(ctx, whole=True)
-        done: m.Fraction = yield from self._ask(self._links[replica], m.UsedFraction(view))
+        done: m.Fraction = yield from self._ask(self.link(replica), m.UsedFraction(view))
         return done.value
 
+    @current
     def hit_counts(self, ctx: TextContext) -> Call:
         view = self._sender.view(ctx, whole=True)
         done: m.Counts = yield from self._ask(self.scheduler, m.HitCountsOf(view))
@@ -428,71 +416,48 @@ class Calls:
             return [HitCounts(pages) for pages in done.counts]
         return [HitCounts(*pages) for pages in zip(done.counts, done.host, done.disk, strict=True)]
 
+    @current
     def metrics(self) -> Call:
         done: m.MetricsDone = yield from self._ask(self.scheduler, m.EveryReplica(m.GetMetrics()))
         return done.metrics
 
+    @current
     def reset_metrics(self) -> Call:
         yield from self._ask(self.scheduler, m.EveryReplica(m.ResetMetrics()))
 
+    @current
     def reset_prefix_cache(self) -> Call:
         yield from self._ask(self.scheduler, m.EveryReplica(m.ResetPrefixCache()))
 
+    @current
     def tier_count(self, replica: int) -> Call:
-        done: m.TiersDone = yield from self._ask(self._links[replica], m.GetTiers())
+        done: m.TiersDone = yield from self._ask(self.link(replica), m.GetTiers())
         return TierCount(done.host_total, done.host_used, done.disk_total, done.disk_used, done.trouble)
 
+    @current
     def poll_transfers(self) -> Call:
         yield from self._ask(self.scheduler, m.EveryReplica(m.PollTransfers()))
 
+    @current
     def drain(self) -> Call:
         yield from self._ask(self.scheduler, m.EveryReplica(m.Drain()))
 
+    @current
     def check_integrity(self) -> Call:
         yield from self._ask(self.scheduler, m.EveryReplica(m.CheckIntegrity()))
 
     def buffers(self, replica: int) -> list[torch.Tensor]:
         shards = ["meta"] * self._params.tensor_parallel_degree
-        return PageBuffers(self._params, self._cluster.pages[replica], shards).all_buffers
+        return PageBuffers(self._params, self.cluster.pages[replica], shards).all_buffers
 
+    @current
     def read_pages(self, page_ids: Sequence[int], replica: int) -> Call:
-        link = self._links[replica]
+        link = self.link(replica)
         [heard] = yield [link.send(m.ReadPages([int(p) for p in page_ids]), with_data=True)]
-        _result(heard)
+        result_of(heard)
         assert isinstance(heard, Answer)
         data = link.fetch(heard.data)
         return [
             torch.from_numpy(np.array(raw)).view(buffer.dtype).view(len(page_ids), *buffer.shape[1:])
             for raw, buffer in zip(data, self.buffers(replica), strict=True)
         ]
-
-
-def _result(heard: Heard) -> Any:
-    """The result of an answer; a Failure is raised as the error it stands for."""
-    if isinstance(heard, RaykError):
-        raise heard
-    if isinstance(heard.result, m.Failure):
-        raise m.to_error(heard.result)
-    return heard.result
-
-
-def wait_for(call: Call) -> Any:
-    """Run a call to its end, waiting for each round."""
-    try:
-        round_ = next(call)
-        while True:
-            round_ = call.send(hear(round_))
-    except StopIteration as end:
-        return end.value
-
-
-async def await_for(call: Call) -> Any:
-    """Run a call to its end without blocking the event loop."""
-    try:
-        round_ = next(call)
-        while True:
-            since = monotonic()
-            wires = [await pending.arrival() for pending in round_]
-            round_ = call.send(hear(round_, since, wires))
-    except StopIteration as end:
-        return end.value

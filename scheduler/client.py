@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from threading import Event, Thread
@@ -19,8 +19,10 @@ from rayk.errors import InsufficientBlocksError, RaykError, SchedulerLostError
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.metrics import KVCacheMetrics
 from rayk.request import Usage
-from rayk.scheduler.calls import Calls, wait_for
+from rayk.scaling import ReplicaLoad
+from rayk.scheduler.calls import Calls
 from rayk.scheduler.cluster import Cluster
+from rayk.scheduler.roster import wait_for
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
 
@@ -28,14 +30,17 @@ LEASE_SECONDS = 15.0  # a driver of a named session that is silent this long has
 
 
 class RayBackend:
-    """Talks to one running Cluster. `leased`: the cluster outlives this driver, so its claims have a lease."""
+    """Talks to one running Cluster. With a `name` it outlives this driver, so its claims have a lease."""
 
-    def __init__(self, runtime: Runtime, cluster: Cluster, leased: bool) -> None:
-        self.calls = Calls(runtime, cluster)
+    def __init__(self, runtime: Runtime, cluster: Cluster, name: str | None) -> None:
+        self.calls = Calls(runtime, cluster, name)
+        self.calls.made = lambda replica: partial(self.alloc, replica=replica)
+        self.allocators = self.calls.replicas
+        self.allocators.update((r, self.calls.made(r)) for r in list(self.allocators))
         self._runtime = runtime
-        self._cluster = cluster
+        self._name = name
         self._stopped = Event()
-        if leased:
+        if name is not None:
             self.calls.scheduler.ask(m.Connect(LEASE_SECONDS))
             Thread(target=self._renew, name="rayk-lease", daemon=True).start()
 
@@ -53,9 +58,6 @@ class RayBackend:
     def contains(self, request_id: str, replica: int) -> bool:
         done: bool = wait_for(self.calls.contains(request_id, replica))
         return done
-
-    def allocator(self, replica: int) -> Callable[[TextContext], None]:
-        return partial(self.alloc, replica=replica)
 
     def alloc(self, ctx: TextContext, replica: int) -> None:
         wait_for(self.calls.alloc(ctx, replica))
@@ -148,11 +150,15 @@ class RayBackend:
     def buffers(self, replica: int) -> list[torch.Tensor]:
         return self.calls.buffers(replica)
 
+    @property
+    def _cluster(self) -> Cluster:
+        return self.calls.cluster
+
     def node_names(self) -> list[str]:
-        return [plan.host_name for plan in self._cluster.plan.replicas]
+        return [seat.plan.host_name if seat is not None else "" for seat in self._cluster.seats]
 
     def replica_pids(self) -> list[int]:
-        """The process of each replica, on its node."""
+        """The process of each replica that is there, on its node."""
         return [facts.pid for facts in self._cluster.facts]
 
     def scheduler_pid(self) -> int:
@@ -160,8 +166,41 @@ class RayBackend:
         pid: int = self._runtime.get(self.calls.scheduler.actor.call("pid", control=True), "the scheduler", 5)
         return pid
 
+    # -- who is there ------------------------------------------------------------------------------
+
+    @property
+    def indices(self) -> int:
+        return self.calls.indices
+
+    def look(self) -> None:
+        """Take note of who came and left by other drivers."""
+        if self._name is not None:
+            wait_for(self.calls.catch_up())
+
+    def add_replicas(self, count: int, timeout: float) -> list[int]:
+        done: list[int] = wait_for(self.calls.add_replicas(count, timeout))
+        return done
+
+    def drain_replica(self, replica: int) -> None:
+        wait_for(self.calls.drain_replica(replica))
+
+    def resume_replica(self, replica: int) -> None:
+        wait_for(self.calls.resume_replica(replica))
+
+    def remove_replica(self, replica: int) -> None:
+        wait_for(self.calls.remove_replica(replica))
+
+    def replica_loads(self) -> list[ReplicaLoad]:
+        done: list[ReplicaLoad] = wait_for(self.calls.replica_loads())
+        return done
+
+    def holder(self, request_id: str) -> int | None:
+        return self.calls.holder(request_id)
+
     def close(self) -> None:
         self._stopped.set()
+        with suppress(RaykError):  # a dead scheduler cannot say who came or left
+            self.look()
         self._cluster.stop(self._runtime)
 
     def leave(self) -> None:

@@ -9,18 +9,28 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from rayk.actors.replica import ReplicaActor, ReplicaFacts, measure
 from rayk.actors.runtime import Actor, ActorGoneError, ActorSpec, NameTakenError, Node, Placement, Runtime
 from rayk.admission import AdmissionPolicy
 from rayk.errors import ConfigError, PlanError, RaykError, SchedulerLostError
 from rayk.params import KVCacheParams
-from rayk.planning import ClusterPlan, NodeMemory, plan_cluster, refused_nodes, replicas_that_fit, uses_cuda
+from rayk.planning import (
+    ClusterPlan,
+    NodeMemory,
+    ReplicaPlan,
+    plan_cluster,
+    refused_nodes,
+    replicas_that_fit,
+    uses_cuda,
+)
 from rayk.scheduler.actor import LANES, SchedulerActor
 from rayk.scheduler.desk import DeskSettings
 from rayk.scheduler.policies import check_router
@@ -51,35 +61,93 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class Seat:
+    """A replica that runs: in `placement.node_ids[bundle]`, by `plan`; `facts` is what it took."""
+
+    actor: Actor
+    epoch: int
+    plan: ReplicaPlan
+    facts: ReplicaFacts
+    placement: Placement
+    bundle: int = 0
+
+
+@dataclass(frozen=True)
 class Cluster:
-    """Running actors of one manager. `epochs[r]`, `plan.replicas[r]` and `facts[r]` belong to replica r."""
+    """Running actors of one manager: `seats[r]` is replica r, None where nobody is. The roster that drivers share.
+
+    `plan` is that of the start, and what was measured of nodes since. `tiers` names the host pools of the nodes.
+    `version`, `joined` and `states` are those of the scheduler's Membership.
+    """
 
     config: ClusterConfig
     plan: ClusterPlan
-    placement: Placement
-    replicas: tuple[Actor, ...] = ()
-    epochs: tuple[int, ...] = ()
-    facts: tuple[ReplicaFacts, ...] = ()
+    seats: tuple[Seat | None, ...] = ()
+    tiers: str = ""
     scheduler: Actor | None = None
     scheduler_epoch: int = 0
+    version: int = 1
+    joined: int = 1
+    states: tuple[str, ...] = ()
+
+    @property
+    def there(self) -> list[Seat]:
+        """The replicas that run, by index."""
+        return [seat for seat in self.seats if seat is not None]
+
+    @property
+    def replicas(self) -> tuple[Actor, ...]:
+        """Their actors."""
+        return tuple(seat.actor for seat in self.there)
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """Their starts."""
+        return tuple(seat.epoch for seat in self.there)
 
     @property
     def pages(self) -> tuple[int, ...]:
-        """Pages of each replica."""
-        return tuple(plan.pages for plan in self.plan.replicas)
+        """Pages of each index, 0 where nobody is."""
+        return tuple(seat.plan.pages if seat is not None else 0 for seat in self.seats)
+
+    @property
+    def facts(self) -> tuple[ReplicaFacts, ...]:
+        """What they took."""
+        return tuple(seat.facts for seat in self.there)
+
+    def seated(self, replica: int, seat: Seat | None, nodes: Sequence[NodeMemory] = ()) -> Cluster:
+        """The same with another replica, or nobody, at that index; `nodes` were measured for it."""
+        seats = [*self.seats, *[None] * (replica + 1 - len(self.seats))]
+        seats[replica] = seat
+        measured = {node.node_id: node for node in (*self.plan.nodes, *nodes)}
+        plan = msgspec.structs.replace(self.plan, nodes=tuple(measured.values()))
+        return replace(self, seats=tuple(seats), plan=plan)
+
+    def standing(self, version: int, joined: int, states: tuple[str, ...]) -> Cluster:
+        """The same as of that version."""
+        return replace(self, version=version, joined=joined, states=states)
 
     def stop(self, runtime: Runtime) -> None:
-        """Kill all actors and give the placement back; returns when they are gone. Tiers are written out first."""
-        if self.config.params.kv_connector != "null":
-            closing = []
-            for actor in self.replicas:
-                with suppress(ActorGoneError):
-                    closing.append(actor.call("close"))
-            for ref in closing:
-                with suppress(ActorGoneError, RaykError):  # a dead or hung replica's share is cleaned up by the next
-                    runtime.get(ref, "a replica", CLOSE_SECONDS)
+        """Kill all actors and give all placements back; returns when they are gone. Tiers are written out first."""
+        close_tiers(runtime, self.config, self.replicas)
         scheduler = () if self.scheduler is None else (self.scheduler,)
-        runtime.stop((*scheduler, *self.replicas), self.placement)
+        groups = {id(seat.placement.group): seat.placement for seat in self.there}
+        first, *others = groups.values() or [None]
+        runtime.stop((*scheduler, *self.replicas), first)
+        for placement in others:
+            runtime.stop((), placement)
+
+
+def close_tiers(runtime: Runtime, config: ClusterConfig, replicas: Sequence[Actor]) -> None:
+    """Have replicas write out what is on its way to their tiers, and let go of them."""
+    if config.params.kv_connector != "null":
+        closing = []
+        for actor in replicas:
+            with suppress(ActorGoneError):
+                closing.append(actor.call("close"))
+        for ref in closing:
+            with suppress(ActorGoneError, RaykError):  # a dead or hung replica's share is cleaned up by the next
+                runtime.get(ref, "a replica", CLOSE_SECONDS)
 
 
 def desk_settings(config: ClusterConfig, pages: tuple[int, ...]) -> DeskSettings:
@@ -129,7 +197,7 @@ def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster
     disk = config.params.kv_connector_config
     nodes = measure_nodes(runtime, str(disk.disk_offload_dir) if disk and disk.disk_offload_dir else None)
     placement = _place(runtime, config, nodes)
-    replicas: tuple[Actor, ...] = ()
+    seats: list[Seat] = []
     try:
         plan = plan_cluster(
             nodes,
@@ -140,18 +208,29 @@ def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster
             config.uniform,
             config.utilization,
         )
-        cluster = _start_replicas(runtime, Cluster(config, plan, placement), name)
-        replicas = cluster.replicas
-        _compare(cluster)
-        return _start_scheduler(runtime, cluster, name)
+        epoch = time.time_ns() // 1_000
+        cluster = Cluster(config, plan, tiers=f"{epoch}-{os.urandom(8).hex()}")
+        places = [Place(r, epoch + r, each, placement, r) for r, each in enumerate(plan.replicas)]
+        seats = start_replicas(runtime, cluster, places, desk_settings(config, plan_pages(plan)).keyed, name)
+        return _start_scheduler(runtime, replace(cluster, seats=tuple(seats)), name)
     except BaseException:
-        runtime.stop(replicas, placement)
+        runtime.stop([seat.actor for seat in seats], placement)
         raise
 
 
-def measure_nodes(runtime: Runtime, disk_dir: str | None = None) -> list[NodeMemory]:
-    """What every live node offers, measured on it by a task that holds none of it; the disk at `disk_dir` too."""
-    refs = [(node, _measure(runtime, node, disk_dir)) for node in runtime.nodes()]
+def plan_pages(plan: ClusterPlan) -> tuple[int, ...]:
+    """Pages of each replica of a plan."""
+    return tuple(each.pages for each in plan.replicas)
+
+
+def measure_nodes(
+    runtime: Runtime, disk_dir: str | None = None, taken: Mapping[str, int] | None = None
+) -> list[NodeMemory]:
+    """What every live node offers, measured on it by a task that holds none of it; the disk at `disk_dir` too.
+
+    `taken`: bytes by node id that are promised already of what Ray was told of.
+    """
+    refs = [(node, _measure(runtime, node, disk_dir, (taken or {}).get(node.node_id, 0))) for node in runtime.nodes()]
     try:
         return [runtime.get(ref, f"the planner on node {n.host_name}", START_SECONDS) for n, ref in refs]
     except ActorGoneError as error:
@@ -173,11 +252,10 @@ def _seed(runtime: Runtime, params: KVCacheParams) -> bytes:
     return os.urandom(32)
 
 
-def _measure(runtime: Runtime, node: Node, disk_dir: str | None) -> Any:
+def _measure(runtime: Runtime, node: Node, disk_dir: str | None, taken: int) -> Any:
     memory = node.resources.get("memory")  # what Ray was told that it may use there
-    return runtime.run_on(
-        node.node_id, measure, node.node_id, node.host_name, int(memory) if memory else None, disk_dir
-    )
+    limit = max(0, int(memory) - taken) if memory else None
+    return runtime.run_on(node.node_id, measure, node.node_id, node.host_name, limit, disk_dir)
 
 
 def _place(runtime: Runtime, config: ClusterConfig, nodes: list[NodeMemory]) -> Placement:
@@ -187,59 +265,85 @@ def _place(runtime: Runtime, config: ClusterConfig, nodes: list[NodeMemory]) -> 
     if room < params.data_parallel_degree:
         reasons = "; ".join(refused.values()) or "the others have too few GPUs"
         raise PlanError(f"{params.data_parallel_degree} replica(s) asked for, {room} fit: {reasons}")
+    return runtime.place([bundle_of(params)] * params.data_parallel_degree, list(refused), PLACE_SECONDS)
+
+
+def bundle_of(params: KVCacheParams) -> dict[str, float]:
+    """What a replica asks of Ray."""
     bundle = {"CPU": SLIVER}
     if uses_cuda(params):
         bundle["GPU"] = float(params.tensor_parallel_degree)
-    return runtime.place([bundle] * params.data_parallel_degree, list(refused), PLACE_SECONDS)
+    return bundle
 
 
-def _start_replicas(runtime: Runtime, cluster: Cluster, name: str | None) -> Cluster:
-    config, epoch = cluster.config, time.time_ns() // 1_000
-    keyed = desk_settings(config, cluster.pages).keyed
+class Place(NamedTuple):
+    """Where a replica is to start: its index and epoch, its plan, and its bundle of a placement."""
+
+    replica: int
+    epoch: int
+    plan: ReplicaPlan
+    placement: Placement
+    bundle: int
+
+
+def start_replicas(
+    runtime: Runtime, cluster: Cluster, places: Sequence[Place], keyed: bool, name: str | None
+) -> list[Seat]:
+    """Start replicas side by side and wait for all; none is left when one fails. `keyed`: they note what they cache.
+
+    A replica that is added has its epoch in its actor's name, as another may have had its index before.
+    """
+    config = cluster.config
     gpus = config.params.tensor_parallel_degree if uses_cuda(config.params) else 0
     started: list[Actor] = []
-    tiers = f"{epoch}-{os.urandom(8).hex()}"
     try:
-        for r, pages in enumerate(cluster.pages):
-            pool = f"{tiers}-{cluster.placement.node_ids[r]}"  # one for each node
+        for at in places:
+            pool = f"{cluster.tiers}-{at.placement.node_ids[at.bundle]}"  # one for each node
             arguments = (
                 config.params,
-                r,
-                pages,
+                at.replica,
+                at.plan.pages,
                 config.max_batch_size,
                 config.runtime_checks,
-                epoch + r,
+                at.epoch,
                 config.host_pages,
                 pool,
                 keyed,
             )
-            named = f"{name}/replica-{r}" if name else None
-            started.append(runtime.start(ActorSpec(ReplicaActor, arguments, gpus, cluster.placement, r, named)))
-        facts = tuple(_ready(runtime, actor, f"replica {r}", "facts") for r, actor in enumerate(started))
+            named = f"{name}/replica-{at.replica}{f'-{at.epoch}' if cluster.seats else ''}" if name else None
+            started.append(runtime.start(ActorSpec(ReplicaActor, arguments, gpus, at.placement, at.bundle, named)))
+        facts = [
+            _ready(runtime, actor, f"replica {at.replica}", "facts") for at, actor in zip(places, started, strict=True)
+        ]
     except BaseException:
         runtime.stop(started, None)
         raise
-    return replace(cluster, replicas=tuple(started), epochs=tuple(epoch + r for r in range(len(started))), facts=facts)
+    seats = [
+        Seat(actor, at.epoch, at.plan, took, at.placement, at.bundle)
+        for at, actor, took in zip(places, started, facts, strict=True)
+    ]
+    for seat in seats:
+        _compare(seat.plan, seat.facts)
+    return seats
 
 
-def _compare(cluster: Cluster) -> None:
+def _compare(plan: ReplicaPlan, facts: ReplicaFacts) -> None:
     """Warn where a replica took notably more or less memory than its plan says."""
-    for plan, facts in zip(cluster.plan.replicas, cluster.facts, strict=True):
-        if abs(facts.allocated - plan.bytes) > TOLERANCE * plan.bytes:
-            log.warning(
-                "replica %d on %s took %d bytes for its pages, planned were %d: the plan is off by %.1f %%",
-                facts.replica,
-                plan.host_name,
-                facts.allocated,
-                plan.bytes,
-                100 * (facts.allocated / plan.bytes - 1),
-            )
+    if abs(facts.allocated - plan.bytes) > TOLERANCE * plan.bytes:
+        log.warning(
+            "replica %d on %s took %d bytes for its pages, planned were %d: the plan is off by %.1f %%",
+            facts.replica,
+            plan.host_name,
+            facts.allocated,
+            plan.bytes,
+            100 * (facts.allocated / plan.bytes - 1),
+        )
 
 
 def _start_scheduler(runtime: Runtime, cluster: Cluster, name: str | None) -> Cluster:
     params, epoch = cluster.config.params, time.time_ns() // 1_000
     copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy
-    cluster = replace(cluster, scheduler_epoch=epoch)
+    cluster = replace(cluster, scheduler_epoch=epoch, states=("ready",) * len(cluster.seats))
     arguments = (epoch, cluster.replicas, cluster.epochs, desk_settings(cluster.config, cluster.pages), copies, cluster)
     spec = ActorSpec(SchedulerActor, arguments, name=f"{name}/scheduler" if name else None, threads=LANES)
     scheduler = runtime.start(spec)
@@ -272,6 +376,10 @@ def _attach(runtime: Runtime, scheduler: Actor, config: ClusterConfig, name: str
     return replace(cluster, scheduler=scheduler)
 
 
+def _same_pages(wanted: int | None, cluster: Cluster) -> bool:
+    return wanted is None or all(seat.plan.pages == wanted for seat in cluster.there)
+
+
 def _differences(cluster: Cluster, wanted: ClusterConfig) -> str:
     running = cluster.config
     params = wanted.params
@@ -279,7 +387,7 @@ def _differences(cluster: Cluster, wanted: ClusterConfig) -> str:
         params = replace(params, kv_hash_seed=running.params.kv_hash_seed)
     checks: list[tuple[str, Callable[[], bool]]] = [
         ("params", lambda: params == running.params),
-        ("total_num_pages", lambda: wanted.wanted_pages is None or {wanted.wanted_pages} == set(cluster.pages)),
+        ("total_num_pages", lambda: _same_pages(wanted.wanted_pages, cluster)),
         ("max_batch_size", lambda: wanted.max_batch_size == running.max_batch_size),
         ("router", lambda: wanted.router == running.router),
         ("uniform", lambda: wanted.uniform == running.uniform),

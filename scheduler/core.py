@@ -20,21 +20,26 @@ from rayk.scheduler.choice import Candidate
 from rayk.scheduler.desk import DeskSettings
 from rayk.scheduler.entry import Entry
 from rayk.scheduler.hall import Hall
+from rayk.scheduler.membership import Membership
 from rayk.scheduler.placing import Placer
 from rayk.scheduler.routing import Placements
+from rayk.scheduler.standing import Standing
 
 
 class SchedulerCore:
     """`epochs[r]` is replica r's start; `copies` says whether replicas copy prefixes from each other."""
 
     def __init__(self, epochs: Sequence[int], settings: DeskSettings, copies: bool, clock: Callable[[], float]) -> None:
-        self.epochs = list(epochs)
+        self.members = Membership(epochs)
         self.desk = settings.make(clock)
-        self.placer = Placer(len(self.epochs), self.desk, copies, settings.page_size)
+        self.placer = Placer(self.members, self.desk, copies, settings.page_size)
+        self.standing = Standing(self.members, self.desk, self.placements, self.placer.forget, settings)
+        self._left = KVCacheMetrics()  # what removed replicas had counted
         self.hall: Hall | None = None
         """Where requests wait, if there is an admission policy."""
         if settings.admission is not None:
             self.hall = Hall(settings.admission, self.desk, settings.page_size, clock)
+            self.standing.vacated = self.hall.lost
             self._entry = Entry(self.placer, self.hall)
         self.renewed: dict[str, float] = {}  # client -> when it was heard of last
         self._leases: dict[str, float] = {}  # client -> seconds it may be silent
@@ -70,32 +75,92 @@ class SchedulerCore:
                 return self._connect(client, lease)
             case m.Disconnect():
                 return self._leave(client)
-            case m.Describe():
+            case m.Describe(released):
+                self.placer.forget_own(client, released)
                 return self._describe()
             case m.Explain(request_id):
                 return self._explain(request_id)
+            case m.Locate(request_ids):
+                return self._at_once(m.Located(self.placer.located(client, request_ids)))
+            case m.GetRoster(gone):
+                return self._look_at(gone)
+            case m.RemoveReplica(replica):
+                return self._remove(replica)
+            case _:
+                return self._change(client, command)
+
+    def _look_at(self, gone: Sequence[int]) -> Script:
+        """Ask replicas that did not answer somebody: of those that are gone, all hear when the answer comes."""
+        yield [Ask(r, m.GetUsage()) for r in gone if r in self.members.here]
+        return m.Done()
+
+    @staticmethod
+    def _at_once(result: m.Result) -> Script:
+        yield []
+        return result
 
     # -- all replicas ------------------------------------------------------------------------------
 
     def _hit_counts(self, view: m.ContextView) -> Script:
-        answers = yield [Ask(r, m.Lookup([view])) for r in range(len(self.epochs))]
-        for told in answers:
+        asked = list(self.members.known)
+        answers = yield [Ask(r, m.Lookup([view])) for r in asked]
+        found = [m.Found([0], [0])] * len(self.members)
+        for r, told in zip(asked, answers, strict=True):
             if not isinstance(told.result, m.Found):
                 return told.result
-        found = [told.result for told in answers if isinstance(told.result, m.Found)]
+            found[r] = told.result
         if not any(f.host for f in found):
             return m.Counts([f.resident[0] for f in found])
         return m.Counts([f.resident[0] for f in found], [sum(f.host) for f in found], [sum(f.disk) for f in found])
 
     def _every(self, command: Any) -> Script:
-        answers = yield [Ask(r, command) for r in range(len(self.epochs))]
-        total = KVCacheMetrics()
+        answers = yield [Ask(r, command) for r in self.members.known]
+        total = self._left
         for told in answers:
             if isinstance(told.result, m.Failure):
                 return told.result
             if isinstance(told.result, m.MetricsDone):
                 total += told.result.metrics
+        if isinstance(command, m.ResetMetrics):
+            self._left = KVCacheMetrics()
         return m.MetricsDone(total) if isinstance(command, m.GetMetrics) else m.Done()
+
+    # -- who is there --------------------------------------------------------------------------------
+
+    def _change(self, client: str, command: m.SchedulerCommand) -> Script:
+        """An event of membership; all that has to know of it does when the script has begun."""
+        standing, follow = self.standing, list[int]()
+        result: m.Result = m.Done()
+        match command:
+            case m.Enlist(count):
+                result = m.Enlisted(standing.enlist(count))
+            case m.Starting(replica):
+                standing.start(replica)
+            case m.GiveUp(replica):
+                standing.give_up(replica)
+            case m.Join(replica, epoch, pages):
+                follow = standing.join(replica, epoch, pages)
+            case m.DrainReplica(replica, released):
+                self.placer.forget_own(client, released)
+                standing.drain(replica)
+            case m.ResumeReplica(replica):
+                standing.resume(replica)
+        yield [Ask(r, m.Follow()) for r in follow]
+        return result
+
+    def _remove(self, replica: int) -> Script:
+        """Keep what the replica has counted, so that no total goes down, and forget it."""
+        if replica in self.members.here:
+            yield from self.placer.verify(self.placements.on(replica))  # some may have been released there directly
+            [told] = yield [Ask(replica, m.GetMetrics())]
+            counted = told.result
+        else:
+            counted = m.Done()
+        self.standing.remove(replica)
+        if isinstance(counted, m.MetricsDone):
+            self._left += counted.metrics
+        yield []
+        return m.Done()
 
     # -- drivers -----------------------------------------------------------------------------------
 
@@ -125,14 +190,17 @@ class SchedulerCore:
         return m.Done()
 
     def _describe(self) -> Script:
-        loads = self.placements.loads
-        hall = self.hall
+        loads, fleet, hall = self.placements.loads, self.desk.fleet, self.hall
         yield []
         return m.Description(
-            self.epochs,
+            self.members.epochs,
             [x.requests for x in loads],
             [x.tokens for x in loads],
             len(self._leases),
+            [str(state) for state in self.members.states],
+            fleet.work.astype(int).tolist(),
+            fleet.held.tolist(),
+            fleet.capacity.tolist(),
             admission=hall.state() if hall is not None else None,
             levels=hall.gate.levels if hall is not None else [],
         )

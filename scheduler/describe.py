@@ -14,7 +14,8 @@ from rayk.admission import AdmissionState
 from rayk.errors import ConfigError, RaykError, ReplicaLostError, SchedulerLostError
 from rayk.metrics import KVCacheMetrics
 from rayk.planning import NodeMemory, ReplicaPlan
-from rayk.scheduler.cluster import Cluster
+from rayk.scheduler.cluster import Cluster, Seat
+from rayk.scheduler.membership import State
 
 ASK_SECONDS = 10.0
 
@@ -34,7 +35,7 @@ class ReplicaState(msgspec.Struct, frozen=True, omit_defaults=True):
 
     index: int
     node: str
-    state: str  # "ready" or "lost"
+    state: str  # "ready", "draining" or "lost"
     epoch: int
     devices: tuple[str, ...]
     plan: ReplicaPlan
@@ -64,6 +65,7 @@ class ManagerState(msgspec.Struct, frozen=True, omit_defaults=True):
     drivers: int
     metrics: KVCacheMetrics | None = None
     admission: AdmissionState | None = None
+    coming: dict[int, str] = {}  # indices that are planned or starting
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -118,9 +120,9 @@ def _managers(runtime: Runtime, name: str) -> list[tuple[str, Cluster, Link]]:
 
 def _manager(runtime: Runtime, name: str, cluster: Cluster, scheduler: Link) -> ManagerState:
     known: m.Description = scheduler.ask(m.Describe())
-    replicas = [_replica(runtime, cluster, r, known) for r in range(len(cluster.replicas))]
+    replicas = [_replica(runtime, cluster, r, seat, known) for r, seat in enumerate(cluster.seats) if seat is not None]
     metrics: KVCacheMetrics | None = None
-    if all(replica.state == "ready" for replica in replicas):
+    if all(replica.state != State.lost for replica in replicas):
         metrics = scheduler.ask(m.EveryReplica(m.GetMetrics())).metrics
     return ManagerState(
         name=name,
@@ -133,11 +135,12 @@ def _manager(runtime: Runtime, name: str, cluster: Cluster, scheduler: Link) -> 
         drivers=known.clients,
         metrics=metrics,
         admission=known.admission,
+        coming={r: state for r, state in enumerate(known.states) if state in (State.planned, State.starting)},
     )
 
 
-def _replica(runtime: Runtime, cluster: Cluster, r: int, known: m.Description) -> ReplicaState:
-    plan, facts, actor, epoch = cluster.plan.replicas[r], cluster.facts[r], cluster.replicas[r], cluster.epochs[r]
+def _replica(runtime: Runtime, cluster: Cluster, r: int, seat: Seat, known: m.Description) -> ReplicaState:
+    plan, facts, actor, epoch = seat.plan, seat.facts, seat.actor, seat.epoch
     common: dict[str, Any] = {
         "index": r,
         "node": plan.host_name,
@@ -153,11 +156,11 @@ def _replica(runtime: Runtime, cluster: Cluster, r: int, known: m.Description) -
         tiers: m.TiersDone = link.ask(m.GetTiers())
         now = runtime.get(actor.call("facts", control=True), f"replica {r}", ASK_SECONDS)
     except ReplicaLostError as error:
-        return ReplicaState(state="lost", reason=error.reason, **common)
+        return ReplicaState(state=State.lost, reason=error.reason, **common)
     except (RaykError, ActorGoneError) as error:
-        return ReplicaState(state="lost", reason=str(error), **common)
+        return ReplicaState(state=State.lost, reason=str(error), **common)
     return ReplicaState(
-        state="ready",
+        state=known.states[r],
         pages=usage.total,
         used_pages=usage.total - usage.free,
         cached_pages=usage.cached,

@@ -43,13 +43,23 @@ class DeskSettings:
     admission: AdmissionPolicy | None = None
 
     @property
+    def wants_keys(self) -> bool:
+        """Whether the policy goes by cached pages once there are several replicas."""
+        return self.caching and self.router in WANT_KEYS
+
+    @property
     def keyed(self) -> bool:
-        """Whether the policy goes by cached pages, so that replicas have to tell of them."""
-        return self.caching and self.router in WANT_KEYS and len(self.pages) > 1
+        """Whether replicas have to tell of their cached pages from the start."""
+        return self.wants_keys and len(self.pages) > 1
+
+    @property
+    def hasher(self) -> PageHasher:
+        """What makes the keys of pages."""
+        return PageHasher(self.algorithm, self.seed, self.page_size)
 
     def make(self, clock: Callable[[], float]) -> Desk:
         """The desk; ConfigError for an unknown policy."""
-        hasher = PageHasher(self.algorithm, self.seed, self.page_size) if self.keyed else None
+        hasher = self.hasher if self.keyed else None
         return Desk(self.router, [n * self.page_size for n in self.pages], self.page_size, hasher, clock)
 
 
@@ -110,7 +120,6 @@ class Desk:
         self.fleet = Fleet(0)
         for capacity in capacities:
             self.fleet.join(1, capacity)
-        self.keyed = hasher is not None
         self.known = [-1] * len(capacities)  # the last batch that each replica reported
         self._policy = make_policy(router, self.index, page_size)
         self._page_size = page_size
@@ -122,6 +131,33 @@ class Desk:
         self._reported = [0] * len(capacities)  # tokens that a replica said it still has to compute
         self._told = [0] * len(capacities)  # by which batch that was
         self._made: OrderedDict[str, Made] = OrderedDict()
+
+    @property
+    def keyed(self) -> bool:
+        """Whether requests are placed by the pages that replicas have."""
+        return self._hasher is not None
+
+    # -- who is there ------------------------------------------------------------------------------
+
+    def follow(self, hasher: PageHasher) -> None:
+        """Go by cached pages from now on: there is a choice now."""
+        self._hasher = hasher
+
+    def join(self) -> None:
+        """One more index, at which nobody is yet."""
+        self.index.join()
+        self.fleet.join(1, 0)
+        self.fleet.set_ready(len(self.known), False)
+        self.known.append(-1)
+        for numbers in (self._under_way, self._reported, self._told):
+            numbers.append(0)
+
+    def renew(self, replica: int, capacity: int) -> None:
+        """A replica with pages for `capacity` tokens and nothing in them takes requests at that index."""
+        self.lost(replica)
+        self.known[replica], self._told[replica] = -1, 0
+        self.fleet.renew(replica, capacity)
+        self.fleet.set_ready(replica, True)
 
     # -- choices -----------------------------------------------------------------------------------
 

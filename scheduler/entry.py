@@ -46,8 +46,9 @@ class Entry:
         if len(batch):
             yield from placer.verify(batch.ids)
             if calm:
-                yield from placer.catch_up(command.seen, command.unfilled)
-        placer.desk.reports(command.seen, command.unfilled)
+                yield from placer.catch_up(command.seen, command.unfilled, command.joined)
+        if command.joined == placer.joined:  # else they may be of replicas that were there before
+            placer.desk.reports(command.seen, command.unfilled)
         placed: list[tuple[Entering, Owner]] = []
         for row in range(len(batch)):
             if hall.queue.full:

@@ -77,6 +77,13 @@ class Fleet:
         finally:
             self.ready, self._all_ready = ready, all_ready
 
+    def renew(self, replica: int, capacity: int) -> None:
+        """Another replica, idle and with pages for `capacity` tokens, is at that index now."""
+        self.forget(replica)
+        self.capacity[replica] = capacity
+        others = self.computed[self.ready]
+        self.computed[replica] = others.min() if len(others) else 0
+
     def forget(self, replica: int) -> None:
         """Nothing is placed on the replica any more: it was lost, or started anew."""
         self.work[replica] = self.requests[replica] = self.held[replica] = 0

@@ -20,14 +20,15 @@ from rayk.errors import (
     AlreadyClaimedError,
     MessageError,
     NoReplicaError,
+    NotClaimedError,
     RaykError,
-    ReplicaIndexError,
     ReplicaLostError,
 )
 from rayk.peers import copy_spans
 from rayk.scheduler.asks import Ask, Part, Script, Told
 from rayk.scheduler.choice import Wish
 from rayk.scheduler.desk import Desk
+from rayk.scheduler.membership import Membership
 from rayk.scheduler.routing import Placements
 
 Owner = tuple[str, int]  # a client, and which of its scripts; compared by identity
@@ -46,25 +47,25 @@ Copies = dict[int, list[_Copy]]  # row of a batch -> what it may import, in orde
 
 
 class Placer:
-    """The placements of all drivers on `replicas` replicas. `copies`: prefixes are copied between them."""
+    """The placements of all drivers on the `members`. `copies`: prefixes are copied between them."""
 
-    def __init__(self, replicas: int, desk: Desk, copies: bool, page_size: int) -> None:
-        self.placements = Placements(replicas)
+    def __init__(self, members: Membership, desk: Desk, copies: bool, page_size: int) -> None:
+        self.placements = Placements(len(members))
         self.desk = desk
         self._owners: dict[str, Owner] = {}  # request -> who placed it
         self._scripts = itertools.count(1)
         self.gone: Callable[[Sequence[str]], None] | None = None
         """Told of requests that have no place any more."""
-        self._replicas = replicas
-        self._copies = copies and replicas > 1
+        self._members = members
+        self._copies = copies
         self._page_size = page_size
 
     # -- the books -------------------------------------------------------------------------------
 
-    def check_index(self, replica: int) -> None:
-        """ReplicaIndexError unless there is such a replica."""
-        if not 0 <= replica < self._replicas:
-            raise ReplicaIndexError(replica, self._replicas)
+    @property
+    def joined(self) -> int:
+        """The version of the members in which the last one came."""
+        return self._members.joined
 
     def owner(self, client: str) -> Owner:
         """A new script's name for what it places for that client."""
@@ -110,6 +111,12 @@ class Placer:
                 if gone:
                     self.forget_of(owner, [request_id])
 
+    def located(self, client: str, request_ids: Sequence[str]) -> list[int]:
+        """Where requests of `client` are, -1 for those that are not its."""
+        owners, holder = self._owners, self.placements.holder
+        found = [holder(i) if i in owners and owners[i][0] == client else None for i in request_ids]
+        return [-1 if replica is None else replica for replica in found]
+
     def release_all(self, client: str) -> Part:
         """Release what a driver has claimed."""
         mine = [request_id for request_id, owner in self._owners.items() if owner[0] == client]
@@ -127,7 +134,7 @@ class Placer:
     def claim(self, client: str, command: m.ClaimOne) -> Script:
         """Claim one request where the driver says."""
         self.forget_own(client, command.released)
-        self.check_index(command.replica)
+        self._members.check_takes(command.replica)
         yield from self.verify([command.request_id])
         owner = self.owner(client)
         self.add(owner, command.request_id, command.replica, Wish(0))
@@ -144,7 +151,7 @@ class Placer:
             raise MessageError(f"{len(command.replicas)} replica(s) were named for {len(batch)} request(s)")
         if command.claim:
             yield from self.verify(batch.ids)
-        yield from self.catch_up(command.seen, command.unfilled)
+        yield from self.catch_up(command.seen, command.unfilled, command.joined)
         outcomes, owner = Outcomes(len(batch)), self.owner(client)
         replicas, groups, lonely = self._choose(owner, batch, command, outcomes)
         yield from self.carry_out(batch, command, groups, lonely, outcomes)
@@ -158,7 +165,7 @@ class Placer:
         """Copy, claim and allocate what was placed; what became of each row goes into `outcomes`. Nobody has anything
         of the prefixes of the `lonely` rows."""
         copies: Copies = {}
-        if command.peers and self._copies:
+        if command.peers and self._copies and len(self._members.here) > 1:
             copies = yield from self._fetch(batch, groups, lonely)
         try:
             # A source that receives no copy itself waits until its pages are unpinned: they may be all it can give.
@@ -174,10 +181,12 @@ class Placer:
                 yield [Ask(source, m.Acknowledge(ids)) for source, ids in exported.items()]
         yield from self._admit(batch, command, late, copies, outcomes)
 
-    def catch_up(self, seen: Sequence[int], unfilled: Sequence[int]) -> Part:
+    def catch_up(self, seen: Sequence[int], unfilled: Sequence[int], joined: int) -> Part:
         """What a driver was told is done counts in the choice, so it has to be known here: which pages are cached is
         asked for, and only where the router goes by it."""
         desk = self.desk
+        if joined != self._members.joined:
+            return  # numbers of replicas that were there before
         behind = desk.behind(seen)
         if behind and desk.keyed:
             yield [Ask(r, m.GetNews()) for r in behind]
@@ -200,7 +209,7 @@ class Placer:
             try:
                 if wanted:
                     replica = wanted[i]
-                    self.check_index(replica)
+                    self._check(request_id, replica, command.claim)
                 else:
                     replica = desk.choose(request_id, wish)
                     if replica < 0:
@@ -218,6 +227,16 @@ class Placer:
                 if command.stop_on_error:
                     break
         return replicas, dict(sorted(groups.items())), lonely
+
+    def _check(self, request_id: str, replica: int, claim: bool) -> None:
+        """Whether a request may be claimed on the replica that its driver names, or is claimed there."""
+        if claim:
+            self._members.check_takes(replica)
+            return
+        self._members.check(replica)
+        holder = self.placements.holder(request_id)
+        if holder is not None and holder != replica:
+            raise NotClaimedError(request_id, replica, holder)
 
     def keys(self, batch: Batch, row: int, traits: m.Traits) -> Sequence[int]:
         """What the router knows the pages of a row's tokens by."""
@@ -257,8 +276,11 @@ class Placer:
         if not wanted:
             return {}
         views = [batch.view(i) for i in wanted]
-        answers = yield [Ask(r, m.Lookup(views)) for r in range(self._replicas)]
-        found = [told.result if isinstance(told.result, m.Found) else None for told in answers]
+        here = list(self._members.here)
+        answers = yield [Ask(r, m.Lookup(views)) for r in here]
+        found: list[m.Found | None] = [None] * len(self._members)
+        for r, told in zip(here, answers, strict=True):
+            found[r] = told.result if isinstance(told.result, m.Found) else None
         exports: list[tuple[int, Ask]] = []
         known: set[tuple[Any, ...]] = set()
         for at, i in enumerate(wanted):

@@ -68,6 +68,10 @@ class Placements:
     def __len__(self) -> int:
         return len(self._placed)
 
+    def join(self) -> None:
+        """One more replica, at the next index."""
+        self.loads.append(Load())
+
     def holder(self, request_id: str) -> int | None:
         """The replica that has the request, or None."""
         placed = self._placed.get(request_id)

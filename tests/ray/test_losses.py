@@ -87,7 +87,7 @@ def test_a_replica_is_killed_while_it_computes(manager: PagedKVCacheManager, tmp
     assert when - killed < NOTICED_SECONDS
     assert isinstance(error, ReplicaLostError)
     assert (error.replica, error.epoch, sorted(error.requests)) == (1, epochs[1], ["b", "c"])
-    assert "replica 1" in str(error) and "'b'" in str(error) and "start a new one" in str(error)
+    assert "replica 1" in str(error) and "'b'" in str(error) and "add_replicas()" in str(error)
 
     with pytest.raises(ReplicaLostError, match="replica 1"):
         manager.step([[a], [b]])

@@ -66,7 +66,7 @@ def replica_core(manager: PagedKVCacheManager) -> ReplicaCore:
     """The core of an inline manager's only replica."""
     backend = manager._backend
     assert isinstance(backend, InlineBackend)
-    return backend.cores[0]
+    return backend.core(0)
 
 
 def random_prompts(count: int, length: int, seed: int = 0) -> list[IntArray]:

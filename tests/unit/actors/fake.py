@@ -181,6 +181,21 @@ class FakeRuntime:
         self.placements.append(placement)
         return placement
 
+    def place_each(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> list[Placement]:
+        groups: list[Placement] = []
+        try:
+            for bundle in bundles:
+                groups.append(self.place([bundle], avoid, timeout))
+        except BaseException:
+            for group in groups:
+                self.placements.remove(group)
+            raise
+        return groups
+
+    def await_place(self, placement: Placement, timeout: float) -> Placement:
+        self._note_or_raise("await_place")
+        return placement
+
     def start(self, spec: ActorSpec) -> FakeActor:
         replica = spec.cls is ReplicaActor
         label = f"replica-{spec.args[1]}" if replica else "scheduler"
@@ -217,7 +232,7 @@ class FakeRuntime:
         self.note("stop", tuple(a.label for a in actors), placement is not None)
         for actor in actors:
             actor.stopped, actor.dead = True, "it was stopped"
-        if placement is not None:
+        if placement is not None and placement in self.placements:
             self.placements.remove(placement)
 
     def dumps(self, value: Any) -> bytes:

@@ -300,8 +300,13 @@ def test_a_listener_knows_what_is_cached(algorithm: str) -> None:
     assert not recorder.pages
 
 
-def test_a_listener_comes_before_the_first_page() -> None:
-    small = Small(4)
-    small.cache([1])
-    with pytest.raises(IntegrityError, match="at the start"):
-        small.tree.listen(Recorder(), PageHasher("sha256", b"", 1))
+def test_a_late_listener_is_told_of_what_is_cached() -> None:
+    small, hasher, recorder = Small(8), PageHasher("sha256", b"", 1), Recorder()
+    small.cache([1, 2, 3])
+    small.cache([1, 2, 4])
+    small.tree.listen(recorder, hasher)
+    assert sorted(recorder.pages) == sorted(small.tree.hashes()) and len(recorder.pages) == 4
+    assert set(recorder.parents.values()) <= {hasher.root(KEY), *recorder.pages}
+    small.cache([1, 5])
+    assert len(recorder.pages) == small.tree.cached == 5
+    small.tree.check_integrity([], np.zeros(8, np.int64))

@@ -22,6 +22,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "int": st.integers(-(2**63), 2**63 - 1),
     "float": st.floats(allow_nan=False, allow_infinity=False),
     "list[str]": st.lists(st.text(max_size=5), max_size=8),
+    "dict[str, str]": st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=8),
 }
 
 

@@ -155,7 +155,7 @@ def test_a_damaged_byte_is_refused_or_gives_a_valid_message(cls: type[msgspec.St
 def test_nesting_without_end_is_refused() -> None:
     """The fields of a Failure may be anything; an answer that nests them too deep must not break the reader."""
     head = m.encode(m.Reply(1, 1, m.Failure("ConfigError", [])))
-    tail = b"\x90" + 2 * msgspec.msgpack.encode(0) + 2 * msgspec.msgpack.encode(None)
+    tail = b"\x90" + b"".join(map(msgspec.msgpack.encode, (0, 0, None, None, 0)))
     assert head.endswith(tail)
     refusal(head[: -len(tail)] + b"\x91" * 100_000 + tail, m.Reply(1, 1, m.Done()))
 

@@ -403,4 +403,8 @@ def test_description() -> None:
     scheduler = Scheduler(2)
     scheduler.run(m.Connect(5.0))
     scheduler.place(place("a", length=7), place("b", length=3))
-    assert scheduler.run(m.Describe()) == m.Description([10, 11], [1, 1], [7, 3], 1)
+    known = scheduler.run(m.Describe())
+    assert (known.epochs, known.requests, known.tokens, known.clients) == ([10, 11], [1, 1], [7, 3], 1)
+    assert known.states == ["ready", "ready"]
+    assert known.held == [8, 4], "whole pages of 4, with room for the next token"
+    assert known.capacity == [4000, 4000]

@@ -1,0 +1,223 @@
+"""The replicas of a manager in this process: who is there, and how they come and go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from socket import gethostname
+from time import monotonic
+from typing import Any
+
+from rayk.admission import AdmissionPolicy
+from rayk.context import TextContext
+from rayk.errors import ReplicaRemovedError
+from rayk.metrics import KVCacheMetrics
+from rayk.params import KVCacheParams
+from rayk.planning import measure_node, plan_replica
+from rayk.replica import ReplicaCore
+from rayk.scaling import ReplicaLoad
+from rayk.tiers.identity import find_seed
+from rayk.tiers.opening import open_connector
+
+
+class InlineReplicas:
+    """`cores[r]` is replica r, None where nobody is any more. `allocators[r]` is the alloc() of those that are there;
+    the object stays the same. The scheduler's pure parts are the same as on Ray."""
+
+    def __init__(
+        self,
+        params: KVCacheParams,
+        num_pages: int,
+        max_batch_size: int,
+        runtime_checks: bool,
+        router: str,
+        host_pages: int = 0,
+        admission: AdmissionPolicy | None = None,
+    ) -> None:
+        from rayk.scheduler.desk import DeskSettings
+        from rayk.scheduler.hall import Hall
+        from rayk.scheduler.membership import Membership
+        from rayk.scheduler.routing import Placements
+        from rayk.scheduler.standing import Standing
+
+        replicas = params.data_parallel_degree
+        if params.kv_hash_seed is None:
+            params = replace(params, kv_hash_seed=find_seed(params))
+        self._params = params
+        self._num_pages = num_pages
+        self._max_batch_size = max_batch_size
+        self._runtime_checks = runtime_checks
+        self._host_pages = host_pages
+        self._tiers = f"inline-{os.getpid()}-{os.urandom(8).hex()}"
+        self._placements = Placements(replicas)
+        self._filling: dict[str, tuple[TextContext, int]] = {}  # requests that may still have tokens to prefill
+        self._left = KVCacheMetrics()  # what removed replicas had counted
+        self.allocators: dict[int, Callable[[TextContext], Any]] = {}
+        self.cores: list[ReplicaCore | None] = []
+        try:
+            for r in range(replicas):
+                self.cores.append(self._make(r))
+        except BaseException:
+            self.close()
+            raise
+        settings = DeskSettings(
+            router,
+            (num_pages,) * replicas,
+            params.page_size,
+            params.kv_hash_algo,
+            params.kv_hash_seed or b"",
+            params.enable_prefix_caching,
+        )
+        self._desk = settings.make(monotonic)
+        self._hall = Hall(admission, self._desk, params.page_size, monotonic) if admission is not None else None
+        self._turn = 0  # looks at the replicas
+        self._offered: dict[str, TextContext] = {}  # requests that wait
+        self._standing = Standing(Membership([1] * replicas), self._desk, self._placements, self._forget_all, settings)
+        if self._hall is not None:
+            self._standing.vacated = self._hall.lost
+        for core in self._there if self._desk.keyed else ():
+            self._follow(core)
+        self._seat()
+
+    def _make(self, replica: int) -> ReplicaCore:
+        params, pages = self._params, self._num_pages
+        core = ReplicaCore(params, replica, pages, self._max_batch_size, None, self._runtime_checks, self._holder)
+        if params.kv_connector != "null":
+            core.connect(open_connector(params, core.buffers.all_bytes, self._host_pages, self._tiers))
+        return core
+
+    def _follow(self, core: ReplicaCore) -> None:
+        """Have the index told of what the replica caches."""
+        from rayk.scheduler.desk import IndexFeed
+
+        core.listen(IndexFeed(self._desk.index, core.replica))
+
+    def _seat(self) -> None:
+        """Derive what depends on who is there."""
+        there = self._there
+        params = self._params
+        self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy and len(there) > 1
+        self._only = there[0] if len(self.cores) == 1 and there else None
+        self.allocators.clear()
+        self.allocators.update((core.replica, self._allocator(core)) for core in there)
+
+    def _allocator(self, core: ReplicaCore) -> Callable[[TextContext], Any]:
+        raise NotImplementedError
+
+    @property
+    def _there(self) -> list[ReplicaCore]:
+        return [core for core in self.cores if core is not None]
+
+    @property
+    def indices(self) -> int:
+        """Indices at which somebody is or was."""
+        return len(self.cores)
+
+    def core(self, replica: int) -> ReplicaCore:
+        """That replica; ReplicaRemovedError when nobody is there."""
+        core = self.cores[replica]
+        if core is None:
+            raise ReplicaRemovedError(replica, len(self.cores))
+        return core
+
+    def _check_holes(self, batches: Sequence[Any]) -> None:
+        """ReplicaRemovedError when a batch is for nobody."""
+        for core, batch in zip(self.cores, batches, strict=False):
+            if core is None and batch:
+                self.core(self.cores.index(core))
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def holder(self, request_id: str) -> int | None:
+        """The replica that has the request, or None."""
+        return self._placements.holder(request_id)
+
+    def _holder(self, request_id: str) -> int:
+        holder = self._placements.holder(request_id)
+        return -1 if holder is None else holder
+
+    def _gone(self, request_id: str) -> None:
+        self._forget(request_id)
+        if self._hall is not None:
+            self._hall.left((request_id,))
+
+    def _forget(self, request_id: str) -> None:
+        self._placements.remove(request_id)
+        self._desk.remove(request_id)
+        self._filling.pop(request_id, None)
+
+    def _forget_all(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._gone(request_id)
+
+    # -- who is there --------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Nobody else changes who is there."""
+
+    def add_replicas(self, count: int, timeout: float) -> list[int]:
+        """See PagedKVCacheManager.add_replicas(); PlanError when this machine has no room for their pages."""
+        plan_replica(measure_node(host_name=gethostname()), self._params, self._num_pages, count)
+        standing = self._standing
+        replicas = standing.enlist(count)
+        made: list[ReplicaCore] = []
+        try:
+            for r in replicas:
+                standing.start(r)
+                made.append(self._make(r))
+        except BaseException:
+            for core in made:
+                core.shutdown()
+            for r in replicas:
+                standing.give_up(r)
+            raise
+        for r, core in zip(replicas, made, strict=True):
+            self.cores += [None] * (r + 1 - len(self.cores))
+            self.cores[r] = core
+            for other in standing.join(r, standing.members.version, self._num_pages):
+                self._follow(self.core(other))
+            if self._desk.keyed:
+                self._follow(core)
+        self._seat()
+        return replicas
+
+    def drain_replica(self, replica: int) -> None:
+        self._standing.drain(replica)
+
+    def resume_replica(self, replica: int) -> None:
+        """See PagedKVCacheManager.resume_replica()."""
+        self._standing.resume(replica)
+
+    def remove_replica(self, replica: int) -> None:
+        """See PagedKVCacheManager.remove_replica()."""
+        self._standing.remove(replica)
+        core, self.cores[replica] = self.core(replica), None
+        self._left += core.metrics
+        core.shutdown()
+        self._seat()
+
+    def replica_loads(self) -> list[ReplicaLoad]:
+        """See PagedKVCacheManager.replica_loads()."""
+        loads, fleet, states = self._placements.loads, self._desk.fleet, self._standing.members.states
+        return [
+            ReplicaLoad(
+                r, str(state), loads[r].requests, int(fleet.work[r]), int(fleet.held[r]), int(fleet.capacity[r])
+            )
+            for r, state in enumerate(states)
+        ]
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for core in self._there:
+            core.shutdown()
+        self.cores.clear()
+
+    def leave(self) -> None:
+        """Nobody else uses what is here."""
+        self.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # a manager that was dropped: its tiers' threads and shared memory must go, too
+            self.close()

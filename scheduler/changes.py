@@ -1,0 +1,89 @@
+"""What a driver says and does to change who is there: replicas that are added, drained and removed, as scripts.
+
+The driver plans, places and starts the actors, as at the start of a cluster; the scheduler keeps the books. It hears
+first that indices are wanted, then that their replicas start, and at last that they take requests.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from rayk import messages as m
+from rayk.actors.runtime import Runtime
+from rayk.errors import SchedulerLostError
+from rayk.scaling import ReplicaLoad
+from rayk.scheduler.cluster import Cluster, Seat, desk_settings, start_replicas
+from rayk.scheduler.growth import Placed, give_back, place_replicas, vacate
+from rayk.scheduler.roster import Call, Roster, apart, current, result_of
+
+
+class Changes(Roster):
+    """`name` is that of the cluster's detached actors, if they are that."""
+
+    def __init__(self, runtime: Runtime, cluster: Cluster, name: str | None = None) -> None:
+        super().__init__(runtime, cluster)
+        self._name = name
+
+    @current
+    def add_replicas(self, count: int, timeout: float) -> Call:
+        """Start `count` more replicas; their indices. Whatever fails, nothing is left behind."""
+        enlisted: m.Enlisted = yield from self._ask(self.scheduler, m.Enlist(count))
+        replicas, joined = enlisted.replicas, list[int]()
+        placed, seats = Placed([], [], []), list[Seat]()
+        try:
+            yield from self.catch_up()  # others may have come meanwhile
+            cluster, name = self.cluster, self._name
+            keyed = desk_settings(cluster.config, cluster.pages).wants_keys
+            placed = yield from apart(lambda: place_replicas(self._runtime, cluster, replicas, timeout))
+            for r in replicas:
+                yield from self._ask(self.scheduler, m.Starting(r))
+            seats = yield from apart(lambda: start_replicas(self._runtime, cluster, placed.places, keyed, name))
+            for r, seat in zip(replicas, seats, strict=True):
+                join = m.Join(r, seat.epoch, seat.plan.pages)
+                [heard] = yield [self.scheduler.send(join, [seat, tuple(placed.nodes)])]
+                result_of(heard)
+                joined.append(r)
+        except BaseException:
+            yield from self._undo([r for r in replicas if r not in joined], placed, seats)
+            raise
+        return replicas
+
+    def _undo(self, replicas: list[int], placed: Placed, seats: list[Seat]) -> Call:
+        """Stop what was started for those indices and let go of them."""
+        epochs = {at.epoch for at in placed.places if at.replica in replicas}
+        kept = [id(at.placement.group) for at in placed.places if at.replica not in replicas]
+        groups = [group for group in placed.groups if id(group.group) not in kept]
+
+        def stop() -> None:
+            self._runtime.stop([seat.actor for seat in seats if seat.epoch in epochs], None)
+            give_back(self._runtime, groups)
+
+        yield from apart(stop)
+        with suppress(SchedulerLostError):
+            for r in replicas:
+                yield from self._ask(self.scheduler, m.GiveUp(r))
+
+    @current
+    def drain_replica(self, replica: int) -> Call:
+        """Give the replica no new requests."""
+        yield from self._ask(self.scheduler, m.DrainReplica(replica, self._take_released()))
+
+    @current
+    def resume_replica(self, replica: int) -> Call:
+        """Let it take requests again."""
+        yield from self._ask(self.scheduler, m.ResumeReplica(replica))
+
+    @current
+    def remove_replica(self, replica: int) -> Call:
+        """Forget a replica, then end its process and give its place back."""
+        yield from self.catch_up()
+        cluster = self.cluster
+        yield from self._ask(self.scheduler, m.RemoveReplica(replica))
+        yield from apart(lambda: vacate(self._runtime, cluster, replica))
+
+    @current
+    def replica_loads(self) -> Call:
+        """How each index stands and what it carries."""
+        known: m.Description = yield from self._ask(self.scheduler, m.Describe(self._take_released()))
+        columns = (known.states, known.requests, known.waiting, known.held, known.capacity)
+        return [ReplicaLoad(r, *load) for r, load in enumerate(zip(*columns, strict=True))]

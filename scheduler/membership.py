@@ -1,0 +1,181 @@
+"""Who belongs to a cluster and how it stands: one state for each replica index, changed by events only.
+
+    planned    the index is taken, its place is asked for        starting   it has a place, its process comes up
+    ready      it takes requests                                 draining   it finishes or hands over what it has
+    lost       its process died; it can be replaced or removed   removed    nobody is there; the index stays a hole
+
+MOVES says what each event does to each state; any other pair is refused with the state unchanged. Indices are never
+reused for another replica, except a lost one's for its replacement and one at which nobody ever was ready. Pure: no
+Ray, no clock. The scheduler's core owns one and tells router, index and placements of each event; drivers see by
+`version` that theirs is out of date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from rayk.errors import IntegrityError, ReplicaIndexError, ReplicaRemovedError, ReplicaStateError
+
+
+class State(StrEnum):
+    """How a replica stands; see the module."""
+
+    planned = "planned"
+    starting = "starting"
+    ready = "ready"
+    draining = "draining"
+    lost = "lost"
+    removed = "removed"
+
+
+class Event(StrEnum):
+    """What happens to a replica. `fail`: it could not be started. `enter`: it has answered and takes requests."""
+
+    plan = "be planned"
+    start = "start"
+    fail = "fail to start"
+    enter = "enter"
+    drain = "drain"
+    resume = "resume"
+    lose = "be lost"
+    remove = "be removed"
+
+
+MOVES: dict[tuple[State, Event], State] = {
+    (State.removed, Event.plan): State.planned,  # only where nobody ever was, see Membership.enlist()
+    (State.lost, Event.plan): State.planned,
+    (State.planned, Event.start): State.starting,
+    (State.starting, Event.enter): State.ready,
+    (State.planned, Event.fail): State.removed,  # or lost, if it was to replace a lost one
+    (State.starting, Event.fail): State.removed,  # likewise
+    (State.ready, Event.drain): State.draining,
+    (State.draining, Event.drain): State.draining,
+    (State.draining, Event.resume): State.ready,
+    (State.ready, Event.resume): State.ready,
+    (State.ready, Event.lose): State.lost,
+    (State.draining, Event.lose): State.lost,
+    (State.lost, Event.lose): State.lost,
+    (State.draining, Event.remove): State.removed,
+    (State.lost, Event.remove): State.removed,
+}
+
+HERE = frozenset({State.ready, State.draining})
+KNOWN = frozenset({State.ready, State.draining, State.lost})
+
+
+@dataclass
+class Member:
+    """One index. `epoch` is the start of whoever was there last, 0 when nobody ever was."""
+
+    state: State
+    epoch: int = 0
+
+
+class Membership:
+    """Members by index. `version` grows with every change, `joined` is the version of the last entry."""
+
+    def __init__(self, epochs: Sequence[int]) -> None:
+        self.version = self.joined = 1
+        self._members = [Member(State.ready, epoch) for epoch in epochs]
+        self._derive()
+
+    def __len__(self) -> int:
+        """Indices that are or were in use."""
+        return len(self._members)
+
+    def _derive(self) -> None:
+        """What is asked for with every batch."""
+        states = list(enumerate(member.state for member in self._members))
+        self.ready = [r for r, state in states if state is State.ready]
+        """Indices that take new requests."""
+        self.here = [r for r, state in states if state in HERE]
+        """Indices that answer: ready and draining ones."""
+        self.known = [r for r, state in states if state in KNOWN]
+        """The same with lost ones, of which calls about all replicas say so."""
+        self._takes = set(self.ready)
+
+    @property
+    def epochs(self) -> list[int]:
+        """The start of each index's replica, 0 where nobody ever was."""
+        return [member.epoch for member in self._members]
+
+    @property
+    def states(self) -> list[State]:
+        """How each index stands."""
+        return [member.state for member in self._members]
+
+    def state(self, replica: int) -> State:
+        """How that replica stands; ReplicaIndexError when there is no such index."""
+        if not 0 <= replica < len(self._members):
+            raise ReplicaIndexError(replica, len(self._members))
+        return self._members[replica].state
+
+    def check(self, replica: int) -> None:
+        """ReplicaIndexError unless there is such a replica, ReplicaRemovedError for a hole."""
+        if self.state(replica) is State.removed:
+            raise ReplicaRemovedError(replica, len(self._members))
+
+    def check_takes(self, replica: int) -> None:
+        """The same, and ReplicaStateError unless it may be given new requests. A lost one is let through: who asks it
+        hears what was lost."""
+        if replica not in self._takes:
+            self.check(replica)
+            state = self._members[replica].state
+            if state is not State.lost:
+                raise ReplicaStateError(replica, state, "take new requests")
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def enlist(self, count: int) -> list[int]:
+        """Plan `count` replicas and return their indices: first in place of lost ones, then where nobody ever was, then
+        new indices."""
+        free = [r for r, member in enumerate(self._members) if member.state is State.lost]
+        free += [r for r, m in enumerate(self._members) if m.state is State.removed and not m.epoch]
+        chosen = free[:count]
+        for _ in range(count - len(chosen)):
+            self._members.append(Member(State.removed))
+            chosen.append(len(self._members) - 1)
+        for replica in chosen:
+            self.apply(replica, Event.plan)
+        return chosen
+
+    def apply(self, replica: int, event: Event, epoch: int = 0) -> State:
+        """Let `event` happen and return the new state. `epoch` is the new start's, for `start`.
+
+        ReplicaStateError, and nothing changes, for an event that does not fit the state.
+        """
+        before = self.state(replica)
+        after = MOVES.get((before, event))
+        if after is None:
+            self.check(replica)
+            raise ReplicaStateError(replica, before, event)
+        member = self._members[replica]
+        if event is Event.plan and before is State.removed and member.epoch:
+            raise ReplicaRemovedError(replica, len(self._members))
+        if event is Event.fail and member.epoch:
+            after = State.lost
+        if event is Event.enter:
+            member.epoch = epoch
+        if after is not before:
+            member.state = after
+            self.version += 1
+            if event is Event.enter:
+                self.joined = self.version
+            self._derive()
+        return after
+
+    # -- checking ------------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """IntegrityError unless what is derived from the states is right."""
+        for what, wanted in (("ready", {State.ready}), ("here", HERE), ("known", KNOWN)):
+            found = [r for r, member in enumerate(self._members) if member.state in wanted]
+            if getattr(self, what) != found:
+                raise IntegrityError("membership", f"{what} is {getattr(self, what)}, the states say {found}")
+        for replica, member in enumerate(self._members):
+            if member.state in KNOWN and not member.epoch:
+                raise IntegrityError("membership", f"replica {replica} is {member.state} and never joined")
+        if self._takes != set(self.ready) or not 1 <= self.joined <= self.version:
+            raise IntegrityError("membership", f"version {self.version}, last join {self.joined}")
