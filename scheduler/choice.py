@@ -21,12 +21,13 @@ class Parts(NamedTuple):
     loading: FloatArray
     crowd: FloatArray
     keep: FloatArray
+    churn: FloatArray
     pressure: FloatArray
 
     @property
     def cost(self) -> FloatArray:
         """The sum of the costs, [replicas]."""
-        return self.prefill + self.loading + self.crowd + self.keep + self.pressure
+        return self.prefill + self.loading + self.crowd + self.keep + self.churn + self.pressure
 
     def candidates(self, chosen: int, count: int = 8) -> list[Candidate]:
         """The chosen replica and the cheapest others, cheapest first, at most `count` of them."""
@@ -48,6 +49,7 @@ class Candidate(msgspec.Struct, frozen=True):
     loading: float
     crowd: float
     keep: float
+    churn: float
     pressure: float
 
 

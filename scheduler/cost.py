@@ -3,24 +3,36 @@
     cost(r) = (waiting(r) + missing(r)) * (1 + requests(r) / STEP)     until its first token, beside what decodes there
             + loading(r)                                               tokens fetched from tiers and other replicas
             + CROWD * waiting(r) * missing(r) / usual                  what those who come after it wait longer
-            + KEEP * second copies(r)                                  room taken from what only one replica holds
+            + KEEP * second copies(r) - regret                         room taken from what only one replica holds
+            + CHURN * missing(r) * outflow(r) / mean inflow            what storing it pushes out before its time
             + PRESSURE * tokens that do not fit                        it would have to wait for others to finish
 
 waiting(r) are the tokens placed there and not prefilled yet, missing(r) those of the request that nobody can lend it,
 usual the mean of missing over past choices. The first line alone is the shortest expected completion. It is selfish
-in two ways, and the next lines make up for them:
+in three ways, and the next lines make up for them:
 
 * Computing what another replica holds keeps this replica from its next requests. How many these are shows in its
   queue: waiting(r) / usual of the usual ones.
 * Pages that it stores a second time push out pages that nobody else has. A page with k holders counts 1/k of that: a
   system prompt that a few replicas hold is worth having everywhere, a conversation's history is not.
+* Pages leave a full cache the sooner the more it takes in. inflow(r) are the missing tokens of the latest choices that
+  fell on r, each choice counting less by 1 / (LONG * replicas), outflow(r) those that came when r had taken in as
+  much as it holds: who took in much lately throws away what is still in use, and who has room nothing.
+
+A second copy costs once and serves all who come later, which one request cannot know. So what they wait for want of
+one is added up: regret are the tokens that those who asked for the same prefix stood behind at its holders, more than
+they would have on the idlest replica. When it has reached the price of a copy, the copy is free, is made where it
+helps, and the regret begins anew: all that is lost by waiting is at most what a copy costs (as one rents skis until
+the rent has reached their price). Regret fades by 1/e in SHORT * replicas choices, so that only a prefix of which a
+replica cannot serve all that comes gets there.
 
 The weights were fitted by `python -m rayk.simulate.fit` on generated workloads, see docs/simulate.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import OrderedDict
 from functools import partial
 from operator import sub
 from typing import Any, NamedTuple
@@ -32,13 +44,17 @@ from rayk.scheduler.fleet import Fleet, FloatArray, Int64Array
 from rayk.scheduler.index import PrefixIndex, Reach, Span
 
 FEW = 12  # replicas that are reckoned one by one: numpy over so few numbers costs more than the numbers
+LONG = 30.0  # choices a replica that count in its inflow and outflow
+SHORT = 2.0  # choices a replica in which a regret fades
+REGRETTED = 16_384  # prefixes whose regret is known; of more, the one that was asked for longest ago is forgotten
 
 
 class Weights(NamedTuple):
     """See the module. Prices are parts of what computing the tokens would cost; 1 or more: not worth fetching."""
 
     crowd: float = 0.5
-    keep: float = 3.0
+    keep: float = 2.5
+    churn: float = 0.3
     pressure: float = 4.0
     step: float = 2048.0
     host_price: float = 0.1
@@ -49,58 +65,126 @@ class Weights(NamedTuple):
 DEFAULT_WEIGHTS = Weights()
 
 
+class _Seen(NamedTuple):
+    """What a choice looks at beside the request and the index; as lists or arrays, over the replicas."""
+
+    work: Any
+    requests: Any
+    held: Any
+    capacity: Any
+    churn: Any
+    """Cost of storing a token, by what it pushes out."""
+    usual: float
+    regret: float
+
+
 class Cost:
-    """See the module. Remembers one number, the usual number of tokens missing."""
+    """See the module. Remembers what is usual, the flows, and the regrets."""
 
     PAST = 0.01  # weight of the latest choice in what is usual
 
     def __init__(self, index: PrefixIndex, page_size: int, weights: Weights = DEFAULT_WEIGHTS) -> None:
         self._index, self._page_size, self._weights = index, page_size, weights
         self._usual = 0.0
-        self._nothing = np.zeros(0), np.zeros(0, np.int64)  # for every replica, shared by the parts of many choices
+        self._taken: list[float] = []  # tokens that each replica ever had to store
+        self._outflow = np.zeros(0)  # in units that shrink, so that a choice changes one number
+        self._inflow = 0.0  # of all replicas
+        self._unit = 1.0
+        self._turn = 0  # choices made
+        self._regrets: OrderedDict[int, tuple[float, int]] = OrderedDict()  # last shared page: tokens, at which turn
 
     def choose(self, wish: Wish, fleet: Fleet) -> Choice:
         """See Policy. A few operations a replica if there are few of them; else about 25 numpy calls over the replicas
         and a few dozen probes of the index, half of the calls and one probe for a request of which nobody has
         anything."""
-        known = self._index.known(wish.keys)
-        if len(fleet.work) <= FEW:
-            choice = self._among_few(wish, fleet, known)
-        else:
-            parts = self._parts(wish, fleet) if known else self._fresh(wish, fleet)
-            replica = fleet.lowest(parts.cost if known else parts.prefill + parts.crowd + parts.pressure)
-            choice = Choice(replica, int(parts.cached[replica]), lambda: parts)
-        if choice.replica >= 0:
-            missing = float(wish.tokens - choice.cached)
-            self._usual += (missing - self._usual) * (self.PAST if self._usual else 1.0)
-        return choice
+        reach = self._index.reach(wish.keys) if self._index.known(wish.keys) else None
+        regret = self._regret(wish, reach)
+        few = len(fleet.work) <= FEW
+        seen = self._see(fleet, self._usual or wish.tokens, regret, few)
+        replica, cached = (self._among_few if few else self._among_many)(wish.tokens, fleet, seen, reach)
+        if replica >= 0:
+            self._learn(replica, wish, wish.tokens - cached, fleet, reach, regret)
+        return Choice(replica, cached, partial(self._reckon, wish.tokens, reach, seen))
 
-    def _among_few(self, wish: Wish, fleet: Fleet, known: bool) -> Choice:
-        """The same sums in the same order, one number after the other. The parts are reckoned when somebody asks."""
-        weights, tokens, usual = self._weights, wish.tokens, self._usual
-        work, requests = fleet.work.tolist(), fleet.requests.tolist()
-        held, capacity = fleet.held.tolist(), fleet.capacity.tolist()
-        weight, step = weights.crowd / max(usual or tokens, 1.0), weights.step
-        reach, cached = None, None
-        if known:
-            reach = self._index.reach(wish.keys)
-            cached, loading, keep = self._lent(reach)
+    # -- what is remembered ------------------------------------------------------------------------
+
+    def _regret(self, wish: Wish, reach: Reach | None) -> float:
+        """That of the longest prefix of the request that anybody holds, in tokens."""
+        if not self._regrets or reach is None or not reach.spans:
+            return 0.0
+        regret, turn = self._regrets.get(wish.keys[reach.spans[0].pages - 1], (0.0, 0))
+        return regret * math.exp((turn - self._turn) / (SHORT * len(reach.disk))) if regret else 0.0
+
+    def _see(self, fleet: Fleet, usual: float, regret: float, few: bool) -> _Seen:
+        replicas = len(fleet.work)
+        if len(self._taken) < replicas:
+            self._taken += [0.0] * (replicas - len(self._taken))
+            self._outflow = np.append(self._outflow, np.zeros(replicas - len(self._outflow)))
+        churn = self._outflow * (self._weights.churn * replicas / max(self._inflow, 1.0))
+        work, requests, held, capacity = fleet.work, fleet.requests, fleet.held, fleet.capacity
+        if few:
+            lists = (work.tolist(), requests.tolist(), held.tolist(), capacity.tolist(), churn.tolist())
+            return _Seen(*lists, usual, regret)
+        return _Seen(work.copy(), requests.copy(), held.copy(), capacity, churn, usual, regret)
+
+    def _learn(
+        self, replica: int, wish: Wish, missing: float, fleet: Fleet, reach: Reach | None, regret: float
+    ) -> None:
+        """A request was placed, and `missing` tokens will be stored there."""
+        self._usual += (missing - self._usual) * (self.PAST if self._usual else 1.0)
+        self._inflow += missing * self._unit
+        self._taken[replica] += missing
+        if self._taken[replica] > fleet.capacity[replica]:
+            self._outflow[replica] += missing * self._unit
+        self._unit *= 1 + 1 / (LONG * len(fleet.work))
+        if self._unit > 1e30:
+            self._outflow /= self._unit
+            self._inflow /= self._unit
+            self._unit = 1.0
+        self._turn += 1
+        if reach is None or not reach.spans:
+            return
+        longest, regrets = reach.spans[0].pages, self._regrets
+        key = wish.keys[longest - 1]
+        if reach.disk[replica] < longest:
+            regrets.pop(key, None)  # there is a copy more
+            return
+        idle = fleet.lowest(fleet.work, fair=False)
+        longer = float(fleet.work[replica] - fleet.work[idle])
+        if longer > 0:
+            regrets[key] = regret + longer, self._turn
+            regrets.move_to_end(key)
+            if len(regrets) > REGRETTED:
+                regrets.popitem(last=False)
+
+    # -- the sums ----------------------------------------------------------------------------------
+
+    def _among_few(self, tokens: int, fleet: Fleet, seen: _Seen, reach: Reach | None) -> tuple[int, int]:
+        """The cheapest replica and what it need not compute: the same sums in the same order as in _reckon, one number
+        after the other."""
+        weights = self._weights
+        weight, step = weights.crowd / max(seen.usual, 1.0), weights.step
+        cached = None
+        if reach is not None:
+            cached, loading, keep = self._lent(reach, seen.regret)
             costs = [
-                (w + (tokens - c)) * (1 + r / step) + f + w * (tokens - c) * weight + k
-                for w, r, c, f, k in zip(work, requests, cached, loading, keep, strict=True)
+                (w + (tokens - c)) * (1 + r / step) + f + w * (tokens - c) * weight + k + (tokens - c) * i
+                for w, r, c, f, k, i in zip(seen.work, seen.requests, cached, loading, keep, seen.churn, strict=True)
             ]
         else:
-            costs = [(w + tokens) * (1 + r / step) + w * tokens * weight for w, r in zip(work, requests, strict=True)]
-        if max(map(sub, held, capacity)) + tokens > 0:
+            costs = [
+                (w + tokens) * (1 + r / step) + w * tokens * weight + tokens * i
+                for w, r, i in zip(seen.work, seen.requests, seen.churn, strict=True)
+            ]
+        if max(map(sub, seen.held, seen.capacity)) + tokens > 0:
             costs = [
                 cost + weights.pressure * max(h + tokens - c, 0)
-                for cost, h, c in zip(costs, held, capacity, strict=True)
+                for cost, h, c in zip(costs, seen.held, seen.capacity, strict=True)
             ]
         replica = fleet.cheapest(costs)
-        why = partial(self._reckon, tokens, reach, (work, requests, held, capacity), usual)
-        return Choice(replica, cached[replica] if cached is not None else 0, why)
+        return replica, cached[replica] if cached is not None else 0
 
-    def _lent(self, reach: Reach) -> tuple[list[int], list[float], list[float]]:
+    def _lent(self, reach: Reach, regret: float) -> tuple[list[int], list[float], list[float]]:
         """For each replica what it need not compute, and the costs of fetching that and of keeping the rest."""
         if reach.disk is not reach.device or self._weights.peer_price < 1:
             lent, fetching = self._loading(reach)
@@ -111,42 +195,49 @@ class Cost:
         own = reach.disk.tolist()
         if not reach.spans or min(own) == reach.spans[0].pages:
             return cached, loading, [0.0] * len(own)
-        knots = dict(zip(*self._knots(reach.spans), strict=True))  # nobody holds a number of pages between them
+        knots = dict(zip(*self._knots(reach.spans, regret), strict=True))
         return cached, loading, [knots[pages] for pages in own]
 
-    def _fresh(self, wish: Wish, fleet: Fleet) -> Parts:
-        """_parts() where no replica has any of the pages."""
-        weights, tokens, waiting = self._weights, wish.tokens, fleet.work.copy()
-        if len(self._nothing[0]) != len(waiting):
-            self._nothing = np.zeros(len(waiting)), np.zeros(len(waiting), np.int64)
-            for array in self._nothing:
-                array.flags.writeable = False
-        nothing, none = self._nothing
-        prefill = (waiting + tokens) * (1 + fleet.requests / weights.step)
-        crowd = waiting * tokens * (weights.crowd / max(self._usual or tokens, 1.0))
-        short = fleet.held + tokens - fleet.capacity
-        pressure = weights.pressure * np.maximum(short, 0) if int(short.max()) > 0 else nothing
-        return Parts(none, waiting, prefill, nothing, crowd, nothing, pressure)
+    def _among_many(self, tokens: int, fleet: Fleet, seen: _Seen, reach: Reach | None) -> tuple[int, int]:
+        """_among_few() in arrays, with what is nothing left out."""
+        weights, work, cached, loading = self._weights, seen.work, None, None
+        missing: Any = tokens
+        if reach is not None:
+            cached, loading = self._loading(reach)
+            missing = tokens - cached
+        cost: FloatArray = (work + missing) * (1 + seen.requests / weights.step)
+        if loading is not None:
+            cost += loading
+        cost += work * missing * (weights.crowd / max(seen.usual, 1.0))
+        if reach is not None:
+            cost += self._keep(reach, seen.regret)
+        cost += missing * seen.churn
+        short = seen.held + tokens - seen.capacity
+        if int(short.max()) > 0:
+            cost += weights.pressure * np.maximum(short, 0)
+        replica = fleet.lowest(cost)
+        return replica, int(cached[replica]) if cached is not None else 0
 
-    def _parts(self, wish: Wish, fleet: Fleet) -> Parts:
-        """All of the formula, whatever is known of the request."""
-        loads = (fleet.work, fleet.requests, fleet.held, fleet.capacity)
-        return self._reckon(wish.tokens, self._index.reach(wish.keys), loads, self._usual)
-
-    def _reckon(self, tokens: int, reach: Reach | None, loads: Sequence[Any], usual: float) -> Parts:
-        """_parts() from what it looks at."""
+    def _reckon(self, tokens: int, reach: Reach | None, seen: _Seen) -> Parts:
+        """All of the formula, from what a choice looked at."""
         weights = self._weights
-        waiting = np.array(loads[0], np.float64)
-        requests, held, capacity = (np.asarray(each, np.int64) for each in loads[1:])
+        waiting, churn = np.array(seen.work, np.float64), np.array(seen.churn, np.float64)
+        requests, held, capacity = (np.asarray(each, np.int64) for each in (seen.requests, seen.held, seen.capacity))
         if reach is None:
             nothing = np.zeros(len(waiting), np.int64)
             reach = Reach(nothing, nothing, nothing, [])
         cached, loading = self._loading(reach)
         missing = tokens - cached
-        prefill = (waiting + missing) * (1 + requests / weights.step)
-        crowd = waiting * missing * (weights.crowd / max(usual or tokens, 1.0))
-        pressure = weights.pressure * np.maximum(held + tokens - capacity, 0)
-        return Parts(cached, waiting, prefill, loading, crowd, self._keep(reach.disk, reach.spans), pressure)
+        return Parts(
+            cached=cached,
+            waiting=waiting,
+            prefill=(waiting + missing) * (1 + requests / weights.step),
+            loading=loading,
+            crowd=waiting * missing * (weights.crowd / max(seen.usual, 1.0)),
+            keep=self._keep(reach, seen.regret),
+            churn=missing * churn,
+            pressure=weights.pressure * np.maximum(held + tokens - capacity, 0),
+        )
 
     def _loading(self, reach: Reach) -> tuple[Int64Array, FloatArray]:
         """Tokens that need not be computed, and the cost of having them fetched: [replicas] each."""
@@ -163,18 +254,23 @@ class Cost:
             cached = longest
         return cached, loading
 
-    def _keep(self, own: Int64Array, spans: list[Span]) -> FloatArray:
-        """The cost of storing pages `own`[r] .. spans[0].pages, which others hold, a second time: [replicas]."""
+    def _keep(self, reach: Reach, regret: float) -> FloatArray:
+        """The cost of storing what others hold a second time: [replicas]."""
+        own, spans = reach.disk, reach.spans
         if not spans or int(own.min()) == spans[0].pages:
             return np.zeros(len(own))
-        depths, costs = self._knots(spans)
-        return np.interp(own, depths[::-1], costs[::-1])
+        depths, costs = self._knots(spans, regret)
+        by_pages = np.empty(depths[0] + 1)
+        by_pages[depths] = costs
+        return by_pages[own]
 
-    def _knots(self, spans: list[Span]) -> tuple[list[int], list[float]]:
-        """How many pages a replica may hold, from the most to none, and what keeping the others would cost it."""
-        depths, costs = [spans[0].pages], [0.0]
+    def _knots(self, spans: list[Span], regret: float) -> tuple[list[int], list[float]]:
+        """How many pages a replica may hold, from the most to none (nobody holds a number between them), and what
+        keeping the others would cost it: what is regretted is paid already, up to all that computing them costs."""
+        depths, costs, copies = [spans[0].pages], [0.0], 0.0
         each = self._weights.keep * self._page_size
         for span, deeper in zip((*spans[1:], Span(0, 0)), spans, strict=True):
+            copies += (deeper.pages - span.pages) * each / deeper.holders
             depths.append(span.pages)
-            costs.append(costs[-1] + (deeper.pages - span.pages) * each / deeper.holders)
+            costs.append(max(copies - regret, (span.pages - depths[0]) * self._page_size) if regret else copies)
         return depths, costs

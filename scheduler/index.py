@@ -19,8 +19,10 @@ up in small pieces beside later changes, so that no call takes long; then the sl
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -162,6 +164,21 @@ class PrefixIndex:
         """The replica holds these pages now. Pages that it held already stay as they are."""
         slot = self._slot[replica]
         bit = self._bit[slot][tier]
+        holders, unsure = self._holders, self._unsure
+        keys = list(keys)
+        before = len(holders)
+        if list(map(holders.get, keys)).count(None) == len(keys):  # what nobody had
+            holders.update(dict.fromkeys(keys, bit))
+            self._counts[slot][tier] += len(holders) - before
+        elif unsure and list(map(unsure.get, keys)).count(bit) == len(keys):  # what it alone promised
+            deque(map(unsure.pop, keys, repeat(None)), maxlen=0)
+        else:
+            self._counts[slot][tier] += self._store(keys, bit)
+        if self._sweeping:
+            self.sweep()
+
+    def _store(self, keys: Sequence[int], bit: int) -> int:
+        """stored(), whatever is known of the keys; how many did not have the bit."""
         holders, get, unsure = self._holders, self._holders.get, self._unsure
         fresh = 0
         before, after = 0, bit  # neighbours have the same holders as a rule, and then share one bit set
@@ -174,30 +191,34 @@ class PrefixIndex:
                 fresh += 1
             elif unsure and unsure.get(key, 0) & bit:
                 self._settle(key, bit)
-        self._counts[slot][tier] += fresh
-        if self._sweeping:
-            self.sweep()
+        return fresh
 
     def removed(self, replica: int, keys: Iterable[int], tier: Tier = Tier.device) -> None:
         """The replica does not hold these pages any more; those that it did not hold are ignored."""
         slot = self._slot[replica]
         bit = self._bit[slot][tier]
-        holders, get = self._holders, self._holders.get
-        unsure, gone = self._unsure, 0
-        before, after = bit, 0
-        for key in keys:
-            old = get(key, 0)
-            if old & bit:
-                if old != before:
-                    before, after = old, old ^ bit
-                if after:
-                    holders[key] = after
-                else:
-                    del holders[key]
-                gone += 1
-                if unsure and unsure.get(key, 0) & bit:
-                    self._settle(key, bit)
-        self._counts[slot][tier] -= gone
+        holders, get, unsure = self._holders, self._holders.get, self._unsure
+        keys = list(keys)
+        entries = len(holders)
+        if list(map(get, keys)).count(bit) == len(keys) and unsure.keys().isdisjoint(keys):  # what it alone held
+            deque(map(holders.pop, keys, repeat(None)), maxlen=0)
+            self._counts[slot][tier] -= entries - len(holders)
+        else:
+            gone = 0
+            before, after = bit, 0
+            for key in keys:
+                old = get(key, 0)
+                if old & bit:
+                    if old != before:
+                        before, after = old, old ^ bit
+                    if after:
+                        holders[key] = after
+                    else:
+                        del holders[key]
+                    gone += 1
+                    if unsure and unsure.get(key, 0) & bit:
+                        self._settle(key, bit)
+            self._counts[slot][tier] -= gone
         if self._sweeping:
             self.sweep()
 
@@ -228,9 +249,13 @@ class PrefixIndex:
         slot = self._slot[replica]
         bit, holders, unsure = self._bit[slot][0], self._holders, self._unsure
         get = holders.get
+        rest = keys[self.depth(replica, keys) if depth is None else depth :]
+        known = list(map(get, rest))
+        new = known.count(None)
+        shared = rest[: len(rest) - new] if None not in known[: len(rest) - new] else rest
         fresh: list[int] = []
         before, after = 0, bit  # as in stored()
-        for key in keys[self.depth(replica, keys) if depth is None else depth :]:
+        for key in shared:
             old = get(key, 0)
             if not old & bit:
                 if old != before:
@@ -239,6 +264,11 @@ class PrefixIndex:
                 promised = unsure.get(key)
                 unsure[key] = bit if promised is None else promised | bit
                 fresh.append(key)
+        if len(shared) < len(rest):  # what nobody has
+            entries = dict.fromkeys(rest[len(shared) :], bit)
+            holders.update(entries)
+            unsure.update(entries)
+            fresh += entries
         self._counts[slot][0] += len(fresh)
         if self._sweeping:
             self.sweep()

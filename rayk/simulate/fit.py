@@ -1,14 +1,14 @@
-"""Fitting the weights of the cost policy: the same scenarios under each pair of weights, and which pair does best.
+"""Fitting the weights of the cost policy: the same scenarios under each set of weights, and which does best.
 
     python -m rayk.simulate.fit --azure ../shared/traces/azure2023_conv.csv.gz
 
 Scenarios are the generated workloads on several replica counts and loads, with their own arrivals and, where files are
-given, with those of recorded Azure requests, which come in bursts. A pair's loss in a scenario is
+given, with those of recorded Azure requests, which come in bursts. The loss of a set in a scenario is
 
     sqrt(mean * p90 time to first token) / (hit rate / pooled hit rate)
 
-over the smallest of all pairs; printed is the geometric mean over the scenarios, and the worst of them. Losses are
-flat where hit rates are not, so the best pair is the one of least loss among those that reach `--hits` of the pooled
+over the smallest of all sets; printed is the geometric mean over the scenarios, and the worst of them. Losses are
+flat where hit rates are not, so the best set is the one of least loss among those that reach `--hits` of the pooled
 hit rate in every scenario.
 """
 
@@ -34,21 +34,24 @@ CAPACITY = 900_000
 
 
 class Fitted(msgspec.Struct, frozen=True, kw_only=True):
-    """A pair of weights and its losses, 1 being the best of all pairs; `hit_rate` is the lowest part of pooled."""
+    """A set of weights and its losses, 1 being the best of all sets; `hit_rate` is the lowest part of pooled."""
 
     keep: float
     crowd: float
+    churn: float
     loss: float
     worst: float
     hit_rate: float
 
 
 def generated(requests: int, seed: int) -> list[Workload]:
-    """The workloads, in full length."""
+    """The workloads, in full length; the last one has so few documents that a replica cannot serve all who ask for
+    one."""
     return [
         chat(requests, seed=seed, scale=1.0, rate=3.4),
         agent(requests, seed=seed, scale=1.0, sessions=48),
         documents(requests, seed=seed, scale=1.0, rate=3.0),
+        documents(requests, seed=seed, scale=1.0, rate=3.0, documents=3),
     ]
 
 
@@ -64,12 +67,16 @@ def retimed(workload: Workload, times: Sequence[float]) -> Workload:
 
 
 def fit(
-    workloads: Sequence[Workload], keeps: Sequence[float], crowds: Sequence[float], page_size: int = 512
+    workloads: Sequence[Workload],
+    keeps: Sequence[float],
+    crowds: Sequence[float],
+    churns: Sequence[float],
+    page_size: int = 512,
 ) -> list[Fitted]:
-    """All pairs, the best first."""
+    """All sets, the best first."""
     from rayk.scheduler.cost import DEFAULT_WEIGHTS
 
-    pairs = list(product(keeps, crowds))
+    sets = [DEFAULT_WEIGHTS._replace(keep=k, crowd=c, churn=u) for k, c, u in product(keeps, crowds, churns)]
     losses: list[list[float]] = []
     hit_rates: list[list[float]] = []
     for workload in workloads:
@@ -77,9 +84,7 @@ def fit(
         for replicas, load in product(REPLICAS, LOADS):
             case = Case(replicas=replicas, capacity=CAPACITY, policy="lru", router="cost")
             rate = simulator.rate(case, load)
-            rows = [
-                simulator.run(case, rate, DEFAULT_WEIGHTS._replace(keep=keep, crowd=crowd)) for keep, crowd in pairs
-            ]
+            rows = [simulator.run(case, rate, weights) for weights in sets]
             hits = [row.hit_rate / row.pooled if row.pooled else 1.0 for row in rows]
             raw = [math.sqrt(r.ttft.mean * r.ttft.p90) / max(h, 1e-9) for r, h in zip(rows, hits, strict=True)]
             losses.append([loss / min(raw) for loss in raw])
@@ -87,8 +92,15 @@ def fit(
     table = np.array(losses)
     means, worst, lowest = np.exp(np.log(table).mean(0)), table.max(0), np.array(hit_rates).min(0)
     found = [
-        Fitted(keep=keep, crowd=crowd, loss=float(means[i]), worst=float(worst[i]), hit_rate=float(lowest[i]))
-        for i, (keep, crowd) in enumerate(pairs)
+        Fitted(
+            keep=weights.keep,
+            crowd=weights.crowd,
+            churn=weights.churn,
+            loss=float(means[i]),
+            worst=float(worst[i]),
+            hit_rate=float(lowest[i]),
+        )
+        for i, weights in enumerate(sets)
     ]
     return sorted(found, key=lambda each: each.loss)
 
@@ -100,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--keep", type=float, nargs="+", default=[0, 1, 2, 2.5, 3, 4])
     parser.add_argument("--crowd", type=float, nargs="+", default=[0, 0.25, 0.5, 1])
+    parser.add_argument("--churn", type=float, nargs="+", default=[0, 0.3, 0.6])
     parser.add_argument("--hits", type=float, default=0.93, help="part of the pooled hit rate to be reached everywhere")
     parser.add_argument("--azure", nargs="*", default=[], help="recorded requests whose arrivals are used, too")
     asked = parser.parse_args(argv)
@@ -107,11 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in asked.azure:
         times = [request.arrival_s for request in read_trace(path).requests]
         workloads += [retimed(workload, times) for workload in generated(asked.requests, asked.seed + 1)]
-    found = fit(workloads, asked.keep, asked.crowd)
+    found = fit(workloads, asked.keep, asked.crowd, asked.churn)
     best = next((each for each in found if each.hit_rate >= asked.hits), None)
-    print(f"{'keep':>6} {'crowd':>6} {'loss':>7} {'worst':>7} {'hits/pooled, lowest':>20}")
+    print(f"{'keep':>6} {'crowd':>6} {'churn':>6} {'loss':>7} {'worst':>7} {'hits/pooled, lowest':>20}")
     for each in found:
-        line = f"{each.keep:6g} {each.crowd:6g} {each.loss:7.3f} {each.worst:7.3f} {each.hit_rate:20.3f}"
+        line = (
+            f"{each.keep:6g} {each.crowd:6g} {each.churn:6g} {each.loss:7.3f} {each.worst:7.3f} {each.hit_rate:20.3f}"
+        )
         print(line + ("  <- best" if each is best else ""))
     return 0
 

@@ -107,14 +107,14 @@ class Simulator:
         from rayk.scheduler.index import PrefixIndex
         from rayk.scheduler.policies import WANT_KEYS, make_policy
 
-        index, fleet = PrefixIndex(case.replicas), Fleet(case.replicas, rate)
+        pages = self.pages(case.capacity)
+        index, fleet = PrefixIndex(case.replicas), Fleet(case.replicas, rate, pages * self.page_size)
         router = Cost(index, self.page_size, weights) if weights else make_policy(case.router, index, self.page_size)
         keyed = case.router in WANT_KEYS
 
         def hears(change: Callable[..., None], replica: int) -> Changed:
             return lambda first, count: change(replica, range(first, first + count))
 
-        pages = self.pages(case.capacity)
         groups = case.replicas if case.router == "round-robin" else 1
         caches = [
             self._cache(case.policy, pages, groups, *(hears(index.stored, r), hears(index.removed, r)) if keyed else ())

@@ -2,6 +2,8 @@
 
     python -m rayk.simulate.ratios --workload agent --replicas 1,2,4,8,16,64 --seeds 3
 
+    python -m rayk.simulate.ratios --workload documents --arrivals azure2023_code.csv.gz
+
 Below 1 the cost router is faster than the one named; `better` is the better of least-loaded and prefix.
 """
 
@@ -17,8 +19,10 @@ import msgspec
 import numpy as np
 
 from rayk.bench.request import Workload
+from rayk.bench.traces import read_trace
 from rayk.errors import RaykError
 from rayk.simulate.command import parse_count, parse_list, parse_tokens, read_work
+from rayk.simulate.fit import retimed
 from rayk.simulate.model import Case, Row, Simulator
 
 
@@ -68,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--workload")
     parser.add_argument("--requests", type=int)
+    parser.add_argument("--arrivals", type=Path, help="a trace whose requests say when these arrive")
     parser.add_argument("--replicas", default="8")
     parser.add_argument("--capacity", default="0.9M")
     parser.add_argument("--utilization", type=float, default=0.8)
@@ -79,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         capacity = parse_tokens(asked.capacity)
         counts = [parse_count(text) for text in parse_list("--replicas", asked.replicas)]
         work = read_work(asked.trace, asked.workload, asked.requests, None, None, seed=0)
+        if asked.arrivals is not None:
+            work = retimed(work, [request.arrival_s for request in read_trace(asked.arrivals).requests])
         shape = (capacity, asked.utilization, asked.page_size, asked.seeds)
         found = [ratios(work, count, *shape) for count in counts]
     except RaykError as error:

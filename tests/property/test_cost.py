@@ -48,7 +48,10 @@ def test_the_choice_is_the_cheapest_by_the_formula(seed: int) -> None:
         prompt, tokens = int(random.integers(0, 20)), int(random.integers(1, 400))
         wish = Wish(tokens, keys_of(prompt, (tokens - 1) // PAGE))
         chosen = short.choose(wish, fleet)
-        parts = long._parts(wish, fleet)  # the whole formula, whatever is known of the request
+        reach = index.reach(wish.keys)
+        regret = long._regret(wish, reach)
+        # the whole formula, whatever is known of the request
+        parts = long._reckon(tokens, reach, long._see(fleet, long._usual or tokens, regret, few=False))
         expected = fleet.lowest(parts.cost)
         assert chosen.replica == expected
         made.append((chosen, parts))
@@ -56,8 +59,8 @@ def test_the_choice_is_the_cheapest_by_the_formula(seed: int) -> None:
             continue
         assert chosen.cached == parts.cached[expected]
         missing = tokens - int(parts.cached[expected])
-        long._usual += (missing - long._usual) * (Cost.PAST if long._usual else 1.0)
-        assert short._usual == long._usual
+        long._learn(expected, wish, missing, fleet, reach, regret)
+        assert short._usual == long._usual and short._regrets == long._regrets
         fleet.place(expected, missing, tokens)
         if random.random() < 0.5:
             index.promise(expected, wish.keys)

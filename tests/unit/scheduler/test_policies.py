@@ -124,6 +124,47 @@ def test_a_hot_prefix_is_not_sent_to_one_replica_only() -> None:
     assert min(chosen.count(r) for r in range(4)) > 60
 
 
+def held_back(between: int) -> float:
+    """The longest queue behind the one replica that holds a long prefix, before another one gets it, when so many
+    requests for other things come between two that share it."""
+    fleet, index = Fleet(4), PrefixIndex(4)
+    long = list(range(1000))
+    index.stored(0, long)
+    router, longest = Cost(index, PAGE), 0.0
+    for turn in range(4000):
+        for other in range(between):
+            placed(router, fleet, index, Wish(100, [10_000 * (turn + 1) + 10 * other + page for page in range(9)]))
+        fleet.work[1:] = 0
+        if placed(router, fleet, index, Wish(10_100, long)):
+            break
+        longest = float(fleet.work[0])
+    return longest
+
+
+def test_a_copy_is_made_when_the_wait_for_want_of_one_has_cost_as_much() -> None:
+    copy = 10_000 * (1 + Weights().keep)  # computing it, and the room
+    hot, rare = held_back(between=0), held_back(between=200)
+    assert hot < copy / 8 and hot < rare / 4  # it is the sum that counts, not the wait of one
+    assert rare > copy / 2  # who comes rarely is forgotten in between: then the wait itself decides
+
+
+def test_a_full_cache_that_takes_in_more_than_its_share_is_spared() -> None:
+    def first_after(taken: int, capacity: int) -> int:
+        fleet, index = Fleet(2, capacity=capacity), PrefixIndex(2)
+        router = Cost(index, PAGE)
+        fleet.work[1] = 1e9
+        for turn in range(taken):
+            placed(router, fleet, index, Wish(100, [1000 * turn + page for page in range(9)]))
+            fleet.release(0, 100)
+        fleet.work[:] = 0, 10
+        return placed(router, fleet, index, Wish(100))
+
+    assert first_after(20, capacity=10_000) == 0  # less waits there, and it has room
+    assert first_after(20, capacity=1_000) == 1
+    parts = Cost(PrefixIndex(2), PAGE).choose(Wish(50), Fleet(2)).parts
+    assert parts is not None and parts.churn.tolist() == [0, 0]
+
+
 def test_idle_replicas_share_what_has_nothing_in_common() -> None:
     fleet, index = Fleet(8, rate=1000.0), PrefixIndex(8)
     router = Cost(index, PAGE)
@@ -156,7 +197,7 @@ def test_tiers_and_copies_have_their_price() -> None:
     assert parts is not None
     assert parts.prefill.tolist() == [100, 10, 10, 10]
     assert parts.loading.tolist() == pytest.approx([0, 9, 45, 7])
-    assert parts.keep.tolist() == pytest.approx([3.0 * 90 / 3, 0, 0, 0])
+    assert parts.keep.tolist() == pytest.approx([Weights().keep * 90 / 3, 0, 0, 0])
     lent = Cost(index, PAGE, Weights(peer_price=0.2)).choose(wish, Fleet(4)).parts
     assert lent is not None and lent.prefill[0] == 10 and lent.loading[0] == pytest.approx(18)
 
@@ -168,7 +209,7 @@ def test_a_page_with_many_holders_is_cheap_to_store_again() -> None:
     index.stored(0, KEYS[:6])
     parts = Cost(index, PAGE).choose(Wish(100, KEYS), Fleet(5)).parts
     assert parts is not None
-    two, four = 2 * PAGE * 3.0, 4 * PAGE * 3.0 / 3
+    two, four = 2 * PAGE * Weights().keep, 4 * PAGE * Weights().keep / 3
     assert parts.keep.tolist() == pytest.approx([0, two, two, two + four, two + four])
 
 
@@ -193,7 +234,7 @@ def test_a_choice_is_explained() -> None:
     assert choice.replica == 17 and choice.parts is not None
     best, *others = choice.parts.candidates(17, 5)
     assert (best.replica, best.cached, best.waiting) == (17, 100, 50) and len(others) == 4
-    assert best.cost == pytest.approx(best.prefill + best.loading + best.crowd + best.keep + best.pressure)
+    assert best.cost == pytest.approx(best.prefill + best.loading + best.crowd + best.keep + best.churn + best.pressure)
     assert [c.cost for c in others] == sorted(c.cost for c in others) and others[0].cost > best.cost
     assert 29 in [c.replica for c in choice.parts.candidates(29, 5)]
 
