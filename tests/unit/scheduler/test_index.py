@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -195,3 +196,37 @@ def test_lookups_probe_a_few_keys_only() -> None:
     assert index.best(keys) == Best(900, 0) and Counted.probes <= 12
     index.stored(7, plain)
     assert index.best(keys) == Best(1024, 7) and Counted.probes <= 24
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_changes_of_many_pages_at_once_are_those_of_one_by_one(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    whole, single = PrefixIndex(3), PrefixIndex(3)
+    promised: list[tuple[int, list[int]]] = []
+    for _ in range(150):
+        replica, prompt = int(random.integers(3)), int(random.integers(4))
+        first, count = int(random.integers(0, 6)), int(random.integers(0, 12))
+        keys = [100 * prompt + page for page in range(first, first + count)]
+        match int(random.integers(5)):
+            case 0:
+                whole.stored(replica, keys)
+                for key in keys:
+                    single.stored(replica, [key])
+            case 1:
+                whole.removed(replica, keys)
+                for key in keys:
+                    single.removed(replica, [key])
+            case 2:
+                leading = [100 * prompt + page for page in range(count)]
+                fresh = whole.promise(replica, leading, 0)  # what is held has gaps here, so no depth is looked up
+                assert fresh == [key for key in leading if single.promise(replica, [key])]
+                promised.append((replica, fresh))
+            case 3 if promised:
+                replica, fresh = promised.pop(int(random.integers(len(promised))))
+                whole.withdraw(replica, fresh)
+                single.withdraw(replica, fresh)
+            case _:
+                whole.stored(replica, range(first, first + count))  # any iterable
+                single.stored(replica, iter(range(first, first + count)))
+        assert whole._holders == single._holders and whole._unsure == single._unsure and len(whole) == len(single)
+    whole.check_integrity()
