@@ -36,9 +36,12 @@ import msgspec
 from rayk.errors import ConfigError, OverloadedError
 
 SMOOTHING = 0.1  # weight of the latest service in what is usual
-SPREADS = 3  # mean deviations from the usual service that a deadline has to leave room for
+FORGETTING = 1.01  # by which the quickest service is taken to be slower with each that leaves
+LEAST_MARGIN, MARGIN, MOST_MARGIN = 2.0, 3.0, 10.0  # mean deviations from the usual service that a deadline leaves
+MISSED, MET = 0.5, 0.0025  # by which that grows with a deadline that was missed and shrinks with one that was met
 MEMORY = 5.0  # seconds of a full cluster that its pace is reckoned over
 SOONEST, LATEST = 0.05, 60.0  # bounds of a retry_after, seconds
+LARGE = 1 << 62
 TENANTS_COUNTED = 1024  # beyond that the one that was heard of longest ago is counted no more
 
 
@@ -181,13 +184,16 @@ class AdmissionQueue:
         self.held = 0
         self._clock = clock
         self._tenants: dict[str, _Tenant] = {}
-        self._admitted: dict[str, tuple[Ticket, float]] = {}  # id -> which, and when
+        self._admitted: dict[str, tuple[Ticket, float, int]] = {}  # id -> which, when, and what was held then
         self._turned_away: list[tuple[Ticket, OverloadedError]] = []
         self._numbers = itertools.count()
         self._waiting = self._waiting_pages = 0
         self._virtual = 0.0
         self._service = 0.0  # seconds that a request usually stays, 0 while nobody left
         self._spread = 0.0  # how far from that they are
+        self._margin = MARGIN
+        self._quickest = 0.0  # what one stays at least
+        self._crowd = 0.0  # pages that are held, usually, when one comes that stays so long
         self._entered_at = clock()  # the last one
         self._pace = _Pace()
         self._counts: OrderedDict[str, _Count] = OrderedDict()
@@ -227,9 +233,9 @@ class AdmissionQueue:
         trial = self._should_try(now)
         if deadline is not None and not trial:
             wait = 0.0 if room and not self._waiting else self.expected_wait(pages, name, due)
-            late = wait + self._usual() - deadline
+            late = wait + self._usual(self.held + pages if room else LARGE) - deadline
             if late > 0:
-                why = f"it would take {wait + self._usual():.2f} s and its deadline is {deadline:.2f} s"
+                why = f"it would take {late + deadline:.2f} s and its deadline is {deadline:.2f} s"
                 raise self._refusal(request_id, name, why, late)
         if self.full and not (room and not self._waiting) and not self._push_out(name, quota):
             raise self._refusal(request_id, name, f"{self._waiting} requests wait already", self.retry_after())
@@ -291,7 +297,7 @@ class AdmissionQueue:
         first.finish += ticket.pages / self.policy.quota(ticket.tenant).weight
         first.held += ticket.pages
         self.held += ticket.pages
-        self._admitted[ticket.request_id] = (ticket, now)
+        self._admitted[ticket.request_id] = (ticket, now, self.held)
         self._entered_at = now
         count = self._count(ticket.tenant)
         count.admitted += 1
@@ -314,7 +320,7 @@ class AdmissionQueue:
     def expire(self) -> list[tuple[Ticket, OverloadedError]]:
         """Those that are turned away: they waited longer than `patience`, could not meet their deadline any more, or
         lost their place."""
-        now, usual = self._clock(), self._usual()
+        now, usual = self._clock(), self._usual(self.held)
         for name, tenant in list(self._tenants.items()):
             late = [
                 t
@@ -354,17 +360,22 @@ class AdmissionQueue:
         admitted = self._admitted.pop(request_id, None)
         if admitted is None:
             return
-        ticket, since = admitted
+        ticket, since, crowd = admitted
         now = self._clock()
-        stayed = now - since
+        stayed, weight = now - since, SMOOTHING if self._service else 1.0
         self._spread += ((abs(stayed - self._service) if self._service else stayed / 2) - self._spread) * SMOOTHING
-        self._service += (stayed - self._service) * (SMOOTHING if self._service else 1.0)
+        self._service += (stayed - self._service) * weight
+        if ticket.finish < float("inf") and not ticket.trial:  # at rest where one of 200 is late
+            change = MISSED if now > ticket.finish else -MET
+            self._margin = min(MOST_MARGIN, max(LEAST_MARGIN, self._margin + change))
+        self._crowd += (crowd - self._crowd) * weight
+        self._quickest = min(stayed, self._quickest * FORGETTING) if self._quickest else stayed
         self._pace.freed(ticket.pages, now)
         self._drop(ticket)
 
     def returned(self, ticket: Ticket) -> bool:
         """A replica had no room for it after all: it waits on, where it was; unless it left in between."""
-        if self._admitted.get(ticket.request_id, (None, 0.0))[0] is not ticket:
+        if self._admitted.get(ticket.request_id, (None,))[0] is not ticket:
             return False
         del self._admitted[ticket.request_id]
         self._count(ticket.tenant).admitted -= 1
@@ -396,27 +407,32 @@ class AdmissionQueue:
 
     # -- estimates ---------------------------------------------------------------------------------
 
-    def _usual(self) -> float:
-        """Seconds within which nearly all requests are done once they are admitted."""
-        return self._service + SPREADS * self._spread
+    def _usual(self, pages: int) -> float:
+        """Seconds within which nearly all requests are done that are admitted while so many pages are held: between the
+        quickest, alone, and what is usual in the usual crowd."""
+        full = self._service + self._margin * self._spread
+        part = min(1.0, pages / self._crowd) if self._crowd else 1.0
+        return self._quickest + part * (full - self._quickest)
 
     def expected_wait(self, pages: int, tenant: str | None = None, due: float = float("inf")) -> float:
-        """Seconds until such a request that came now and finds no room would be admitted, as things go: behind all
-        that wait, or, where that is sooner, behind those of its own tenant that are due before, at the tenant's share
-        of the pace."""
+        """Seconds until such a request that came now and finds no room would be admitted, as things go: behind those of
+        its own tenant that are due before, and what other tenants get until it is its turn. Without a tenant, behind
+        all that wait."""
         rate = self._pace.rate(self.held / self._service if self._service else 0.0)
         if not rate:
             return 0.0
-        wait = (self._waiting_pages + pages) / rate
         if tenant is None:
-            return wait
-        mine, policy = self._tenants.get(tenant), self.policy
-        others = sum(policy.quota(name).weight for name, t in self._tenants.items() if t.heap and name != tenant)
-        quota = policy.quota(tenant)
-        before = pages + (sum(t.pages for t in mine.heap if t.due <= due) if mine is not None else 0)
-        wait = min(wait, before * (quota.weight + others) / quota.weight / rate)
+            return (self._waiting_pages + pages) / rate
+        mine, quota = self._tenants.get(tenant) or _Tenant(), self.policy.quota(tenant)
+        before = sum(t.pages for t in mine.heap if t.due <= due)
+        start = max(mine.finish, self._virtual) + before / quota.weight
+        for name, other in self._tenants.items():
+            if other.heap and name != tenant:
+                theirs = (start - other.finish) * self.policy.quota(name).weight
+                before += min(other.pages, max(0, int(theirs)))
+        wait = (before + pages) / rate
         if quota.max_pages is not None and self._service:
-            over = before + (mine.held if mine is not None else 0) - quota.max_pages
+            over = mine.pages + pages + mine.held - quota.max_pages
             wait = max(wait, over / quota.max_pages * self._service)
         return wait
 
@@ -443,7 +459,14 @@ class AdmissionQueue:
             tenants[name] = TenantState(len(tenant.heap), tenant.held, count.admitted, count.refused, count.longest)
         admitted, refused = (sum(getattr(c, what) for c in self._counts.values()) for what in ("admitted", "refused"))
         return AdmissionState(
-            self._waiting, self._waiting_pages, self.held, admitted, refused, self._usual(), self.retry_after(), tenants
+            self._waiting,
+            self._waiting_pages,
+            self.held,
+            admitted,
+            refused,
+            self._usual(self.held),
+            self.retry_after(),
+            tenants,
         )
 
     def check_integrity(self) -> None:
@@ -451,6 +474,6 @@ class AdmissionQueue:
         assert self._waiting == sum(len(t.heap) for t in self._tenants.values())
         assert self._waiting_pages == sum(each.pages for t in self._tenants.values() for each in t.heap)
         assert all(t.pages == sum(each.pages for each in t.heap) for t in self._tenants.values())
-        assert self.held == sum(ticket.pages for ticket, _ in self._admitted.values())
+        assert self.held == sum(ticket.pages for ticket, _, _ in self._admitted.values())
         assert self.held == sum(t.held for t in self._tenants.values())
         assert self._waiting <= self.policy.max_waiting + len(self._admitted) + 1

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from rayk.bench.core.command import CORE_EPILOG, core
+from rayk.bench.overload_command import OVERLOAD_EPILOG, overload
 from rayk.bench.scheduler_command import SCHEDULER_EPILOG, scheduler
 from rayk.describe import DESCRIBE_EPILOG, describe
 from rayk.engine.command import GENERATE_EPILOG, generate
@@ -299,6 +300,7 @@ def _add_refused(name: str) -> None:
 
 bench_app.command("core", epilog=CORE_EPILOG)(core)
 bench_app.command("scheduler", epilog=SCHEDULER_EPILOG)(scheduler)
+bench_app.command("overload", epilog=OVERLOAD_EPILOG)(overload)
 app.add_typer(bench_app, name="bench")
 app.command(epilog=PLAN_EPILOG)(plan)
 app.command(epilog=DESCRIBE_EPILOG)(describe)

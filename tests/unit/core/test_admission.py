@@ -145,6 +145,74 @@ def test_what_a_replica_refused_is_first_again() -> None:
     assert drain(waiting) == ["a", "b"]
 
 
+def test_a_full_queue_has_room_for_a_tenant_with_a_smaller_part() -> None:
+    waiting, _ = queue(10, max_waiting=4, tenants={"gold": TenantQuota(3.0)})
+    waiting.come("running", 10)
+    waiting.let_in()
+    for i in range(4):
+        waiting.come(f"f{i}", 2, "flood")
+    with pytest.raises(OverloadedError, match="4 requests wait already"):
+        waiting.come("f4", 2, "flood")
+    waiting.come("p0", 2, "polite")
+    [(lost, error)] = waiting.expire()
+    assert lost.request_id == "f3" and "its tenant has most" in error.reason and error.retry_after > 0
+    waiting.come("p1", 2, "polite")
+    assert [t.request_id for t, _ in waiting.expire()] == ["f2"]
+    with pytest.raises(OverloadedError):
+        waiting.come("p2", 2, "polite")
+    for i in range(2):
+        waiting.come(f"g{i}", 2, "gold")
+    assert len(waiting.expire()) == 2 and len(waiting) == 4
+    waiting.check_integrity()
+
+
+def serve(waiting: House, clock: Clock, seconds: float, count: int, deadline: float | None = None) -> int:
+    """Requests one after the other that stay so long; how many were let in."""
+    served = 0
+    for i in range(count):
+        with suppress(OverloadedError):
+            waiting.come(f"{clock.now}-{i}", 5, deadline=deadline)
+        waiting.expire()
+        if (ticket := waiting.let_in()) is not None:
+            clock.now += seconds
+            waiting.left(ticket.request_id)
+            served += 1
+        clock.now += 0.01
+    return served
+
+
+def test_what_was_usual_once_keeps_nobody_out_for_ever() -> None:
+    waiting, clock = queue(10)
+    serve(waiting, clock, 10.0, 20)
+    assert serve(waiting, clock, 0.5, 50, deadline=1.0) == 50, "nobody is there: one is let in to see how it goes"
+
+
+def test_a_deadline_that_is_often_missed_is_given_more_room() -> None:
+    waiting, clock = queue(10)
+    serve(waiting, clock, 1.0, 30)
+    before = waiting._margin
+    waiting.come("there", 1)
+    waiting.let_in()
+    tickets = [waiting.come(f"late-{i}", 4, deadline=5.0) for i in range(2)]
+    assert waiting.let_in() and waiting.let_in()
+    clock.now += 6.0
+    for ticket in tickets:
+        waiting.left(ticket.request_id)
+    assert waiting._margin > before
+
+
+def test_the_wait_of_one_with_a_share_is_not_that_of_the_crowd() -> None:
+    waiting, clock = queue(10)
+    serve(waiting, clock, 1.0, 5)
+    waiting.come("running", 10)
+    waiting.let_in()
+    for i in range(20):
+        waiting.come(f"f{i}", 5, "flood")
+    crowd, mine = waiting.expected_wait(5, "flood"), waiting.expected_wait(5, "polite")
+    assert crowd == pytest.approx(105 / 10, rel=0.01), "ten pages a second"
+    assert mine <= 1.1
+
+
 def test_giving_up() -> None:
     waiting, _ = queue(10)
     a, _b = waiting.come("a", 5), waiting.come("b", 5)
