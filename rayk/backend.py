@@ -199,8 +199,7 @@ class InlineBackend(InlineReplicas):
             if waits or holder >= 0:
                 became.append((ctx, Admission(holder, AlreadyClaimedError(ctx.request_id, -1 if waits else holder))))
             else:
-                if hall.queue.full:
-                    self._let_in(hall)
+                self._let_in(hall)
                 offered[ctx.request_id] = ctx
                 traits = Traits(tenant=ctx.tenant, priority=ctx.priority, deadline=ctx.deadline)
                 hall.offer(Visitor(_ME, partial(self._wish, ctx), ctx), ctx.request_id, ctx.tokens.length, traits)

@@ -51,8 +51,7 @@ class Entry:
             placer.desk.reports(command.seen, command.unfilled)
         placed: list[tuple[Entering, Owner]] = []
         for row in range(len(batch)):
-            if hall.queue.full:
-                self._let_in(placed)
+            self._let_in(placed)  # only what finds no room waits, and counts as waiting for those behind it
             self._offer(client, batch, row)
         hall.expire()
         self._let_in(placed)

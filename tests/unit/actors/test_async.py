@@ -186,7 +186,7 @@ def test_with_a_policy_requests_wait_for_room_in_their_order(kind: str) -> None:
             await m.release(name, replica)
 
         await asyncio.gather(*(one(name, int(name in "hij")) for name in "abcdefghij"))
-        assert "".join(order) == "hijabcdefg", "they come together: priority counts, then who called first"
+        assert "".join(order) == "abcdhijefg", "the first find room, then priority counts"
         assert [await m.get_num_used_pages(r) for r in range(2)] == [0, 0]
         await m.shutdown()
 
