@@ -37,8 +37,8 @@ from rayk.errors import ConfigError, OverloadedError
 
 SMOOTHING = 0.1  # weight of the latest service in what is usual
 FORGETTING = 1.01  # by which the quickest service is taken to be slower with each that leaves
-LEAST_MARGIN, MARGIN, MOST_MARGIN = 2.0, 3.0, 10.0  # mean deviations from the usual service that a deadline leaves
-MISSED, MET = 0.5, 0.0025  # by which that grows with a deadline that was missed and shrinks with one that was met
+LEAST_MARGIN, MARGIN, MOST_MARGIN = 2.5, 3.0, 10.0  # mean deviations from the usual service that a deadline leaves
+MISSED, MET = 1.0, 0.005  # by which that grows with a deadline that was missed and shrinks with one that was met
 MEMORY = 5.0  # seconds of a full cluster that its pace is reckoned over
 SOONEST, LATEST = 0.05, 60.0  # bounds of a retry_after, seconds
 LARGE = 1 << 62

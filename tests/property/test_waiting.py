@@ -67,10 +67,10 @@ class Cluster(RuleBasedStateMachine):
         self.where: dict[str, tuple[str, int]] = {}  # placed and not released: driver, replica
         self.untold: dict[str, list[str]] = defaultdict(list)  # released, and the scheduler does not know
         self.log: list[tuple[str, int, str]] = []  # let in, in order
-        self.came_at: dict[str, int] = {}  # how long the log was when it was offered
+        self.came_at: dict[str, int] = {}  # how long the log was when it came into the queue
         self.gone: set[str] = set()
         self.number = 0
-        queue, take = self.hall.queue, self.hall.queue.take
+        queue, take, offer = self.hall.queue, self.hall.queue.take, self.hall.queue.offer
 
         def logged(fits: Any) -> Ticket | None:
             ticket = take(fits)
@@ -78,7 +78,11 @@ class Cluster(RuleBasedStateMachine):
                 self.log.append((ticket.tenant, ticket.pages, ticket.request_id))
             return ticket
 
-        queue.take = logged  # type: ignore[method-assign]  # to see the order
+        def noted(request_id: str, *traits: Any, **more: Any) -> Ticket:
+            self.came_at[request_id] = len(self.log)
+            return offer(request_id, *traits, **more)
+
+        queue.take, queue.offer = logged, noted  # type: ignore[method-assign]  # to see the order
 
     # -- messages ----------------------------------------------------------------------------------
 
@@ -156,7 +160,6 @@ class Cluster(RuleBasedStateMachine):
             self.number += 1
             request_id = f"r{self.number}"
             self.offered[request_id] = (name, tenant, pages_of(tokens), priority, self.now)
-            self.came_at[request_id] = len(self.log)
             ctxs.append(TextContext(request_id, [1] * tokens, 99, tenant=tenant, priority=priority, deadline=deadline))
         self._enter(name, ctxs)
 
