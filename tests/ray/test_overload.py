@@ -10,7 +10,7 @@ from rayk.bench.overload import FLOOD, POLITE, Overload, OverloadSettings
 @pytest.mark.usefixtures("session")
 def test_an_overload_is_turned_away_and_what_is_let_in_is_served() -> None:
     """What holds however busy this machine is; how fast it all goes is for the command to judge."""
-    settings = OverloadSettings(alone=3.0, capacity=4.0, once=3.0, seconds=6.0, max_waiting=16, address="auto")
+    settings = OverloadSettings(alone=2.0, capacity=3.0, once=2.0, seconds=5.0, max_waiting=16, address="auto")
     overload = Overload(settings)
     try:
         result = overload.measure()
