@@ -74,7 +74,7 @@ _HOMES = {
         "MLAKVCacheParams",
         "MultiKVCacheParams",
     ],
-    "scaling": ["ReplicaLoad", "ScalePolicy", "desired_replicas"],
+    "scaling": ["Drained", "ReplicaLoad", "ScalePolicy", "desired_replicas"],
     "session": ["InferenceSession"],
     "ticks": ["Admission", "HitCounts", "Tick", "TickResult"],
 }
@@ -88,6 +88,7 @@ __all__ = [
     "BatchCharacteristics",
     "Cluster",
     "ContextBatch",
+    "Drained",
     "HitCounts",
     "InferenceSession",
     "InsufficientBlocksError",

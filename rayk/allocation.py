@@ -49,6 +49,8 @@ def allocate(core: ReplicaCore, request: Request, ctx: TextContext, imports: Seq
     active = end - processed
     if not held:  # whatever was computed for it is not here any more: what is not reused is computed again
         window.processed = 0
+    elif request.handed:
+        window.processed = min(processed, request.committed * size)
     first, looks = window.processed == 0, core.caching and end - window.processed != 1
     tip, hits, copied = _reuse(core, ctx, request, reusable, imports) if looks else (request.tip, 0, 0)
     keep, free = held, pool.empty + tree.evictable - copied

@@ -23,7 +23,7 @@ from rayk.inputs import BatchCharacteristics, RuntimeInputs
 from rayk.manager import DeviceBuffer, PagedKVCacheManager
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams, require_at_least
-from rayk.scaling import ReplicaLoad
+from rayk.scaling import Drained, ReplicaLoad
 from rayk.session import InferenceSession
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
@@ -274,10 +274,11 @@ class AsyncPagedKVCacheManager:
         added: list[int] = await self._run("add_replicas", n, timeout)
         return added
 
-    async def drain_replica(self, replica_idx: int) -> None:
-        """See PagedKVCacheManager.drain_replica()."""
+    async def drain_replica(self, replica_idx: int, deadline: float | None = None, handover: bool = True) -> Drained:
+        """See PagedKVCacheManager.drain_replica(). Other calls go on while it waits."""
         self.sync._at(replica_idx)
-        await self._run("drain_replica", replica_idx)
+        drained: Drained = await self._run("drain_replica", replica_idx, deadline, handover)
+        return drained
 
     async def resume_replica(self, replica_idx: int) -> None:
         """See PagedKVCacheManager.resume_replica()."""

@@ -23,7 +23,6 @@ from rayk.errors import (
     AlreadyClaimedError,
     InsufficientBlocksError,
     NoReplicaError,
-    NotClaimedError,
     RaykError,
 )
 from rayk.exports import PageExport
@@ -34,7 +33,7 @@ from rayk.metrics import KVCacheMetrics
 from rayk.peers import copy_spans
 from rayk.replica import ReplicaCore
 from rayk.request import Reused, Usage
-from rayk.scaling import ReplicaLoad
+from rayk.scaling import Drained, ReplicaLoad
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
 
@@ -87,7 +86,7 @@ class Backend(Protocol):
     def look(self) -> None: ...
     def holder(self, request_id: str) -> int | None: ...
     def add_replicas(self, count: int, timeout: float) -> list[int]: ...
-    def drain_replica(self, replica: int) -> None: ...
+    def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Drained: ...
     def resume_replica(self, replica: int) -> None: ...
     def remove_replica(self, replica: int) -> None: ...
     def replica_loads(self) -> list[ReplicaLoad]: ...
@@ -155,19 +154,25 @@ class InlineBackend(InlineReplicas):
 
     def _alloc_with_copies(self, core: ReplicaCore, ctx: TextContext) -> Reused:
         """alloc() that first fetches from the other replicas what this one misses, pinned there meanwhile."""
+        return self._with_copies(core, ctx, core.alloc)
+
+    def _receive(self, core: ReplicaCore, ctx: TextContext) -> Reused:
+        return self._with_copies(core, ctx, core.receive) if self._copies else core.receive(ctx)
+
+    def _with_copies(self, core: ReplicaCore, ctx: TextContext, alloc: Callable[..., Reused]) -> Reused:
         stop = core.may_reuse(ctx)
         have, host, disk = core.tier_hits(ctx) if stop else (0, 0, 0)
         if have + host + disk >= stop:
-            return core.alloc(ctx)
+            return alloc(ctx)
         resident = [c.resident(ctx) if c is not None and c is not core else 0 for c in self.cores]
         if max(resident) <= have + host + disk:  # what the others have is in this node's tiers
-            return core.alloc(ctx)
+            return alloc(ctx)
         exports: list[tuple[ReplicaCore, PageExport]] = []
         try:
             for span in copy_spans(have, resident, stop):
                 source = self.core(span.replica)
                 exports.append((source, source.exports.export(ctx, span.start, span.stop, 0)))
-            return core.alloc(ctx, [source.exports.direct(export, core.buffers) for source, export in exports])
+            return alloc(ctx, [source.exports.direct(export, core.buffers) for source, export in exports])
         finally:
             for source, export in exports:
                 source.exports.acknowledge(export.export_id)
@@ -407,10 +412,10 @@ def _check_claimed(core: ReplicaCore, tick: Tick) -> None:
         if not (type(part) is ContextBatch and decode.ready(core, part)):
             for ctx in part:
                 if ctx.request_id not in core.requests:
-                    raise NotClaimedError(ctx.request_id, core.replica, -1)
+                    raise core.not_claimed(ctx.request_id)
     for request_id in tick.release:
         if request_id not in core.requests:
-            raise NotClaimedError(request_id, core.replica, -1)
+            raise core.not_claimed(request_id)
 
 
 @dataclass

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from socket import gethostname
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayk.admission import AdmissionPolicy
 from rayk.context import TextContext
-from rayk.errors import ReplicaRemovedError
+from rayk.errors import DrainError, NoReplicaError, RaykError, ReplicaRemovedError
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams
 from rayk.planning import measure_node, plan_replica
 from rayk.replica import ReplicaCore
-from rayk.scaling import ReplicaLoad
+from rayk.scaling import Drained, ReplicaLoad
 from rayk.tiers.identity import find_seed
 from rayk.tiers.opening import open_connector
 
+if TYPE_CHECKING:
+    from rayk.scheduler.choice import Wish
 
-class InlineReplicas:
+
+class InlineReplicas(ABC):
     """`cores[r]` is replica r, None where nobody is any more. `allocators[r]` is the alloc() of those that are there;
     the object stays the same. The scheduler's pure parts are the same as on Ray."""
 
@@ -103,8 +107,17 @@ class InlineReplicas:
         self.allocators.clear()
         self.allocators.update((core.replica, self._allocator(core)) for core in there)
 
+    @abstractmethod
     def _allocator(self, core: ReplicaCore) -> Callable[[TextContext], Any]:
-        raise NotImplementedError
+        """alloc() of that replica."""
+
+    @abstractmethod
+    def _receive(self, core: ReplicaCore, ctx: TextContext) -> Any:
+        """core.receive() with copies from the others."""
+
+    @abstractmethod
+    def _wish(self, ctx: TextContext) -> Wish:
+        """What the router goes by."""
 
     @property
     def _there(self) -> list[ReplicaCore]:
@@ -154,8 +167,8 @@ class InlineReplicas:
 
     # -- who is there --------------------------------------------------------------------------------
 
-    def look(self) -> None:
-        """Nobody else changes who is there."""
+    def look(self) -> None:  # noqa: B027  # nobody else changes who is there: there is nothing to see
+        """Take note of who came and left by other drivers."""
 
     def add_replicas(self, count: int, timeout: float) -> list[int]:
         """See PagedKVCacheManager.add_replicas(); PlanError when this machine has no room for their pages."""
@@ -183,8 +196,56 @@ class InlineReplicas:
         self._seat()
         return replicas
 
-    def drain_replica(self, replica: int) -> None:
+    def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Drained:
+        """See PagedKVCacheManager.drain_replica(). Nobody else could release a request meanwhile, so it never waits."""
         self._standing.drain(replica)
+        moved, left = dict[str, int](), dict.fromkeys(self._placements.on(replica), "it still runs")
+        if deadline is not None and handover:
+            for request_id in list(left):
+                try:
+                    moved[request_id] = self._hand_over(self.core(replica), request_id)
+                    del left[request_id]
+                except RaykError as error:
+                    left[request_id] = str(error)
+        if left and deadline is not None:
+            raise DrainError(replica, left)
+        return Drained(sorted(left), moved)
+
+    def _hand_over(self, source: ReplicaCore, request_id: str) -> int:
+        """Have another replica take a request over, with what is cached of it; which one. It stays if none has room."""
+        request, desk = source.requests[request_id], self._desk
+        source.publish()
+        ctx = request.ctx.snapshot() if request.ctx is not None and request.pages else None
+        from rayk.scheduler.choice import Wish
+
+        wish, tried = self._wish(ctx) if ctx is not None else Wish(0), list[int]()
+        failed: RaykError = NoReplicaError(request_id)
+        while len(tried) < len(self._there) - 1:
+            open_ = desk.fleet.ready.copy()
+            open_[tried] = False
+            if not open_.any():
+                break
+            target = desk.choose(request_id, wish, open_)
+            core = self.core(target)
+            tried.append(target)
+            core.claim(request_id, request.dummy)
+            try:
+                if ctx is not None:
+                    self._receive(core, ctx)
+            except RaykError as error:
+                core.release(request_id)
+                failed = error
+                continue
+            source.release(request_id)
+            self._placements.remove(request_id)
+            self._placements.add(request_id, target, wish.tokens)
+            desk.remove(request_id)
+            desk.place(request_id, target, wish)
+            desk.answered(target, (request_id,))
+            if request_id in self._filling:
+                self._filling[request_id] = (self._filling[request_id][0], target)
+            return target
+        raise failed
 
     def resume_replica(self, replica: int) -> None:
         """See PagedKVCacheManager.resume_replica()."""

@@ -35,7 +35,7 @@ from rayk.memory.budget import compute_num_host_blocks
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning import plan_here
-from rayk.scaling import ReplicaLoad
+from rayk.scaling import Drained, ReplicaLoad
 from rayk.session import InferenceSession
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 
@@ -356,9 +356,15 @@ class PagedKVCacheManager:
         require_at_least(1, n=n)
         return self._all().add_replicas(n, timeout)
 
-    def drain_replica(self, replica_idx: int) -> None:
-        """Give a replica no new requests; those that it has go on. ReplicaStateError for a lost one."""
-        self._at(replica_idx).drain_replica(replica_idx)
+    def drain_replica(self, replica_idx: int, deadline: float | None = None, handover: bool = True) -> Drained:
+        """Give a replica no new requests. Those that it has go on; without a `deadline` they are named in the result.
+
+        With one, it waits so many seconds for their release (0: not at all), then moves those that are left to other
+        replicas, with what is cached of them. holder() says where a request is; calls that name its old replica raise
+        NotClaimedError with the new one in `holder`. Its next alloc() there moves its window back to what was copied.
+        DrainError names what could not be moved and why; the replica drains on. ReplicaStateError for a lost one.
+        """
+        return self._at(replica_idx).drain_replica(replica_idx, deadline, handover)
 
     def resume_replica(self, replica_idx: int) -> None:
         """Let a draining replica take requests again."""

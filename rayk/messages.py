@@ -128,7 +128,8 @@ class ImportHead(_Part, frozen=True):
 class Admit(_Message, frozen=True):
     """Allocate requests in order, after claiming them if `claim`. With `stop_on_error` none is tried after a refusal.
 
-    `uses[i]` are the imports, in order, that context i may continue its prefix with.
+    `uses[i]` are the imports, in order, that context i may continue its prefix with. `handed`: they are running
+    requests of another replica, see ReplicaCore.receive().
     """
 
     contexts: Contexts
@@ -136,6 +137,7 @@ class Admit(_Message, frozen=True):
     imports: list[ImportHead] = []
     uses: dict[int, list[int]] = {}
     stop_on_error: bool = False
+    handed: bool = False
 
 
 class Lookup(_Message, frozen=True):
@@ -245,6 +247,12 @@ class Drain(_Message, frozen=True):
     """Answer when nothing is on its way to or from a tier."""
 
 
+class GetContexts(_Message, frozen=True):
+    """The contexts of claimed requests, as they were sent last."""
+
+    request_ids: list[str]
+
+
 class Follow(_Message, frozen=True):
     """Note from now on which pages are cached, for a router that goes by that; what is cached already counts."""
 
@@ -274,6 +282,7 @@ ReplicaCommand = (
     | GetTiers
     | PollTransfers
     | Drain
+    | GetContexts
     | Follow
 )
 
@@ -287,6 +296,7 @@ class PlaceMany(_Message, frozen=True):
     `replicas[i]` is where context i has to go; empty: the router says. `peers`: other replicas may hold more of a
     prefix. `released` are ids that the sender released on replicas directly, `seen` and `unfilled` what it last
     saw in the answers of each, as of the join of number `joined`: what it was told is done counts in the choice.
+    `handed` is the scheduler's own, as in Admit.
     """
 
     contexts: Contexts
@@ -298,6 +308,7 @@ class PlaceMany(_Message, frozen=True):
     seen: list[int] = []
     unfilled: list[int] = []
     joined: int = 1
+    handed: bool = False
 
 
 class Enter(_Message, frozen=True):
@@ -386,10 +397,13 @@ class GiveUp(_Message, frozen=True):
 
 
 class DrainReplica(_Message, frozen=True):
-    """Give the replica no new requests; `released` as in PlaceMany."""
+    """Give the replica no new requests, and with `handover` move those that it has to others. Once none is left, offer
+    up to `offer` of its pages to tiers and to replicas that have empty ones. `released` as in PlaceMany."""
 
     replica: int
     released: list[str] = []
+    handover: bool = False
+    offer: int = 0
 
 
 class ResumeReplica(_Message, frozen=True):
@@ -448,6 +462,7 @@ READ_ONLY = (
     ReadPages,
     CheckIntegrity,
     GetTiers,
+    GetContexts,
     GetRoster,
     Locate,
 )
@@ -669,6 +684,28 @@ class Description(_Message, frozen=True):
     levels: list[int] = []
 
 
+class ContextsDone(_Message, frozen=True):
+    """Requests with pages as columns, those without, and dummies; what is not claimed is in none of them."""
+
+    contexts: Contexts
+    bare: list[str]
+    dummies: list[str]
+
+
+class Missing(_Message, frozen=True):
+    """Done, but those were not claimed."""
+
+    request_ids: list[str]
+
+
+class Drained(_Message, frozen=True):
+    """Requests that are still there, with the reason, where those went that were moved, and pages offered."""
+
+    left: dict[str, str]
+    moved: dict[str, int]
+    offered: int = 0
+
+
 class Enlisted(_Message, frozen=True):
     """The indices that were taken."""
 
@@ -715,6 +752,9 @@ Result = (
     | Explained
     | Enlisted
     | Located
+    | ContextsDone
+    | Missing
+    | Drained
 )
 
 

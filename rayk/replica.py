@@ -164,7 +164,8 @@ class ReplicaCore:
         """Go on with another context object for a claimed request: fine if it says the same about its pages."""
         old, window = request.ctx, ctx.tokens
         if old is not None and request.pages:
-            count = min(old.tokens.length, max(request.committed * self.page_size, window.processed))
+            here = request.committed * self.page_size
+            count = min(old.tokens.length, here if request.handed else max(here, window.processed))
             same = np.array_equal(old.tokens.data[:count], window.data[: min(count, window.length)])
             if not same or old.root_key != ctx.root_key:
                 raise BatchError(
@@ -200,6 +201,21 @@ class ReplicaCore:
         if request.dummy:
             return NOTHING_REUSED
         return allocate(self, request, ctx, imports)
+
+    def receive(self, ctx: TextContext, imports: Sequence[PageImport] = ()) -> Reused:
+        """alloc() of a claimed request that runs on another replica: it gets its pages here, with what is cached of it.
+
+        Nobody computes into them before the next alloc() with the request's own context, which moves its window back to
+        what is cached; step() passes it over until then. `ctx` says how it was last, and is not kept in step.
+        """
+        computed = self.input_tokens
+        reused = self.alloc(ctx, imports)
+        self.settle([ctx])
+        self.input_tokens = computed  # counted by the next alloc
+        request = self.requests[ctx.request_id]
+        request.handed, request.room, request.due = True, 0, NEVER
+        self.check()
+        return reused
 
     def alloc_many(self, batch: Sequence[TextContext]) -> dict[str, InsufficientBlocksError]:
         """alloc() for each context; what was refused, by request id. The refused ones keep what they had."""

@@ -11,13 +11,14 @@ from rayk.prefix import Segment
 class Request:
     """A claimed request. Its row holds `pages` page ids, of which the first `committed` are in the prefix tree."""
 
-    __slots__ = ("bound", "committed", "ctx", "due", "dummy", "pages", "room", "row", "tip")
+    __slots__ = ("bound", "committed", "ctx", "due", "dummy", "handed", "pages", "room", "row", "tip")
 
     def __init__(self, row: int, dummy: bool, due: int) -> None:
         self.row = row
         self.due = due  # processed tokens at which its next page is full, and so to be committed; NEVER for a dummy
         self.bound = 0  # its number in the table's columns once it was in a ContextBatch, see rayk.tables
         self.dummy = dummy
+        self.handed = False  # came from another replica; what was computed after its committed pages stayed there
         self.pages = 1 if dummy else 0
         self.room = 0  # slots that its own and shared pages offer: pages x page size, none for a dummy
         self.committed = 0

@@ -31,6 +31,15 @@ class ReplicaLoad(NamedTuple):
     capacity: int
 
 
+class Drained(NamedTuple):
+    """What draining came to so far: requests that are still there, where others were moved, and pages that were offered
+    to tiers or copied to other replicas."""
+
+    left: list[str]
+    moved: dict[str, int]
+    offered: int = 0
+
+
 class ScalePolicy(msgspec.Struct, frozen=True):
     """Between `least` and `most` replicas; as many as it takes to hold `full` of their pages and `queue` tokens that
     wait for prefill each. One goes when the others would then be at most `idle` (0..1) as busy as that."""

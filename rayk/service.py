@@ -31,7 +31,7 @@ from rayk.tiers.connector import TierCount
 from rayk.transport.choice import OBJECT_STORE
 from rayk.transport.line import PageData, Parcel, Peer
 from rayk.transport.port import Arrival, PagePort, open_lines
-from rayk.views import Mirrors, moved
+from rayk.views import Mirrors, Sender, moved
 
 REFUSED = (-1,) * RESULTS
 
@@ -128,9 +128,14 @@ class ReplicaService:
             case m.Claim(request_id, dummy):
                 core.claim(request_id, dummy)
             case m.Release(request_ids, missing_ok):
+                missing = [i for i in request_ids if i not in core.requests] if missing_ok else []
                 for request_id in request_ids:
                     if not missing_ok or request_id in core.requests:
                         self._release(request_id)
+                if missing:
+                    return m.Missing(missing), []
+            case m.GetContexts(request_ids):
+                return self._claimed(request_ids), []
             case m.Lookup(views):
                 ctxs = [self._mirrors.context(view, keep=False) for view in views]
                 return self._found(ctxs), []
@@ -197,6 +202,18 @@ class ReplicaService:
     def _moved_back(ctxs: Sequence[TextContext]) -> m.MovedBack:
         return m.MovedBack({ctx.request_id: moved(ctx) for ctx in ctxs})
 
+    def _claimed(self, request_ids: Sequence[str]) -> m.ContextsDone:
+        core, ctxs, bare, dummies = self.core, list[TextContext](), list[str](), list[str]()
+        for request_id in request_ids:
+            request, ctx = core.requests.get(request_id), self._mirrors.get(request_id)
+            if request is not None and request.dummy:
+                dummies.append(request_id)
+            elif request is not None and ctx is not None and request.pages:
+                ctxs.append(ctx)
+            elif request is not None:
+                bare.append(request_id)
+        return m.ContextsDone(Sender().pack(ctxs, whole=True), bare, dummies)
+
     def _release(self, request_id: str) -> None:
         self.core.release(request_id)
         self._unfilled.drop(request_id)
@@ -211,7 +228,7 @@ class ReplicaService:
         failures: dict[int, m.Failure] = {}
         for row in range(len(batch)):
             try:
-                numbers += self._admit_one(batch, row, command.claim, uses.get(row, ()), seconds)
+                numbers += self._admit_one(batch, row, command, uses.get(row, ()), seconds)
             except RaykError as error:
                 failures[row] = m.failure(error)
                 numbers += REFUSED
@@ -244,15 +261,15 @@ class ReplicaService:
         return imports, arrivals
 
     def _admit_one(
-        self, batch: Batch, row: int, claim: bool, imports: Sequence[PageImport], seconds: list[float]
+        self, batch: Batch, row: int, command: m.Admit, imports: Sequence[PageImport], seconds: list[float]
     ) -> tuple[int, ...]:
-        core, request_id, start = self.core, batch.ids[row], perf_counter()
+        core, request_id, start, claim = self.core, batch.ids[row], perf_counter(), command.claim
         if claim:
             core.claim(request_id)
         claimed = perf_counter()
         try:
             ctx = self._mirrors.row(batch, row, keep=claim or request_id in core.requests)
-            reused = core.alloc(ctx, imports)
+            reused = core.receive(ctx, imports) if command.handed else core.alloc(ctx, imports)
         except BaseException:
             if claim:
                 self._release(request_id)

@@ -189,6 +189,10 @@ class Mirrors:
         ctx.tokens.replace(base, tokens)
         return ctx
 
+    def get(self, request_id: str) -> TextContext | None:
+        """The mirror of a context, or None."""
+        return self._contexts.get(request_id)
+
     def drop(self, request_id: str) -> None:
         """Forget a context; unknown ids are ignored."""
         self._contexts.pop(request_id, None)

@@ -7,14 +7,19 @@ first that indices are wanted, then that their replicas start, and at last that 
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
+from time import monotonic, sleep
 
 from rayk import messages as m
 from rayk.actors.runtime import Runtime
-from rayk.errors import SchedulerLostError
-from rayk.scaling import ReplicaLoad
+from rayk.errors import DrainError, SchedulerLostError
+from rayk.scaling import Drained, ReplicaLoad
 from rayk.scheduler.cluster import Cluster, Seat, desk_settings, start_replicas
 from rayk.scheduler.growth import Placed, give_back, place_replicas, vacate
 from rayk.scheduler.roster import Call, Roster, apart, current, result_of
+
+LOOK_SECONDS = 0.02  # between two looks at a replica that drains
+OFFERED_BYTES = 1 << 30  # of a drained replica's pages, at most
 
 
 class Changes(Roster):
@@ -64,9 +69,19 @@ class Changes(Roster):
                 yield from self._ask(self.scheduler, m.GiveUp(r))
 
     @current
-    def drain_replica(self, replica: int) -> Call:
-        """Give the replica no new requests."""
-        yield from self._ask(self.scheduler, m.DrainReplica(replica, self._take_released()))
+    def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Call:
+        """Give the replica no new requests; wait up to `deadline` seconds for those it has, then hand them over."""
+        offer = max(1, OFFERED_BYTES // self.cluster.config.params.bytes_per_page)
+        until = monotonic() + (deadline or 0.0)
+        while True:
+            late = deadline is not None and monotonic() >= until
+            command = m.DrainReplica(replica, self._take_released(), late and handover, offer)
+            done: m.Drained = yield from self._ask(self.scheduler, command)
+            if not done.left or deadline is None:
+                return Drained(sorted(done.left), done.moved, done.offered)
+            if late:
+                raise DrainError(replica, done.left)
+            yield from apart(partial(sleep, min(LOOK_SECONDS, max(0.0, until - monotonic()))))
 
     @current
     def resume_replica(self, replica: int) -> Call:

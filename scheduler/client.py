@@ -19,7 +19,7 @@ from rayk.errors import InsufficientBlocksError, RaykError, SchedulerLostError
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.metrics import KVCacheMetrics
 from rayk.request import Usage
-from rayk.scaling import ReplicaLoad
+from rayk.scaling import Drained, ReplicaLoad
 from rayk.scheduler.calls import Calls
 from rayk.scheduler.cluster import Cluster
 from rayk.scheduler.roster import wait_for
@@ -181,8 +181,9 @@ class RayBackend:
         done: list[int] = wait_for(self.calls.add_replicas(count, timeout))
         return done
 
-    def drain_replica(self, replica: int) -> None:
-        wait_for(self.calls.drain_replica(replica))
+    def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Drained:
+        done: Drained = wait_for(self.calls.drain_replica(replica, deadline, handover))
+        return done
 
     def resume_replica(self, replica: int) -> None:
         wait_for(self.calls.resume_replica(replica))

@@ -13,13 +13,14 @@ from typing import Any
 import msgspec
 
 from rayk import messages as m
-from rayk.errors import ConfigError
+from rayk.errors import ConfigError, ReplicaLostError
 from rayk.metrics import KVCacheMetrics
 from rayk.scheduler.asks import Ask, Part, Script
 from rayk.scheduler.choice import Candidate
 from rayk.scheduler.desk import DeskSettings
 from rayk.scheduler.entry import Entry
 from rayk.scheduler.hall import Hall
+from rayk.scheduler.handover import Handover
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.placing import Placer
 from rayk.scheduler.routing import Placements
@@ -86,6 +87,10 @@ class SchedulerCore:
                 return self._look_at(gone)
             case m.RemoveReplica(replica):
                 return self._remove(replica)
+            case m.DrainReplica(replica, released, handover, offer):
+                self.placer.forget_own(client, released)
+                self.standing.drain(replica)
+                return self._drain(replica, handover, offer)
             case _:
                 return self._change(client, command)
 
@@ -140,13 +145,24 @@ class SchedulerCore:
                 standing.give_up(replica)
             case m.Join(replica, epoch, pages):
                 follow = standing.join(replica, epoch, pages)
-            case m.DrainReplica(replica, released):
-                self.placer.forget_own(client, released)
-                standing.drain(replica)
             case m.ResumeReplica(replica):
                 standing.resume(replica)
         yield [Ask(r, m.Follow()) for r in follow]
         return result
+
+    def _drain(self, replica: int, handover: bool, offer: int) -> Script:
+        """Hand over what is there, if that is wanted; say what is left."""
+        before, moved = self.placements.on(replica), dict[str, int]()
+        yield from self.placer.verify(before)  # some may have been released there directly
+        if replica in self.members.here and handover:
+            moved, left = yield from Handover(self.placer, self.members).run(replica)
+        else:
+            left = dict.fromkeys(self.placements.on(replica), "it still runs")
+        if replica not in self.members.here:
+            lost = [i for i in before if i not in moved]
+            raise ReplicaLostError(replica, self.members.epochs[replica], lost, "it died while it drained")
+        yield []
+        return m.Drained(left, moved)
 
     def _remove(self, replica: int) -> Script:
         """Keep what the replica has counted, so that no total goes down, and forget it."""

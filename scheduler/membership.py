@@ -166,6 +166,10 @@ class Membership:
             self._derive()
         return after
 
+    def touch(self) -> None:
+        """Requests changed their place: who goes by an older version has to look."""
+        self.version += 1
+
     # -- checking ------------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:

@@ -265,7 +265,9 @@ class Placer:
                 uses[at] = list(range(len(heads), len(heads) + len(parts)))
                 heads += [m.ImportHead(c.export.start, c.export.hashes) for c in parts]
                 data += [c.data for c in parts]
-        return Ask(replica, m.Admit(batch.part(rows), command.claim, heads, uses, command.stop_on_error), tuple(data))
+        part = batch.part(rows)
+        admit = m.Admit(part, command.claim, heads, uses, command.stop_on_error, command.handed)
+        return Ask(replica, admit, tuple(data))
 
     # -- copies ----------------------------------------------------------------------------------
 

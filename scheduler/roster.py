@@ -131,7 +131,7 @@ class Roster:
             before = self._epochs
             self._seat(replace(cluster, scheduler=self.cluster.scheduler))
             now = self._epochs
-            moving = {r for r, state in enumerate(cluster.states) if state == State.draining}
+            moving = {r for r, state in enumerate(cluster.states) if state in (State.draining, State.lost)}
             moving |= {r for r, epoch in enumerate(before) if now[r] != epoch}
             yield from self._find([request_id for request_id, r in self._placed.items() if r in moving])
 
@@ -169,6 +169,8 @@ class Roster:
                     if moved:
                         return NotClaimedError(moved[0][0], error.replica, moved[0][1])
                     return ReplicaRemovedError(error.replica, len(self._links))
+            elif self.behind:
+                yield from self.catch_up()
         except SchedulerLostError:
             pass  # what the error says is all that can be known
         return error
@@ -184,7 +186,7 @@ def current(script: Callable[..., Call]) -> Callable[..., Call]:
                 yield from self.catch_up()
         try:
             result = yield from script(self, *arguments, **named)
-        except (NotClaimedError, ReplicaLostError) as error:
+        except RaykError as error:
             raise (yield from self.explained(error)) from None
         if self.behind:
             with suppress(SchedulerLostError):

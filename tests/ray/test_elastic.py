@@ -13,7 +13,7 @@ from ray.util import placement_group_table
 from rayk import InferenceSession, PagedKVCacheManager, TextContext
 from rayk.errors import NotClaimedError, PlanError, ReplicaLostError, ReplicaRemovedError
 
-from .forwards import contents, params, pid, running, stamp, until
+from .forwards import chain, contents, params, pid, running, stamp, until
 
 
 @pytest.fixture
@@ -90,3 +90,39 @@ def test_a_killed_replica_is_replaced(manager: PagedKVCacheManager) -> None:
     assert manager.execute([[ctxs[0]], [ctxs[1]]], stamp)[0] == 20
     assert contents(manager, "a", 0, 20) == contents(manager, "b", 1, 20)
     assert len(ray.nodes()) == 1
+
+
+def test_running_requests_are_handed_over_and_the_replica_goes(manager: PagedKVCacheManager) -> None:
+    ctxs = [TextContext(name, range(20 * i, 20 * i + 40), 200) for i, name in enumerate("abc")]
+    manager.try_admit(ctxs, [1, 1, 0])
+    for ctx, r in zip(ctxs, [1, 1, 0], strict=True):
+        serve(manager, ctx, r, 12)
+    [_, gone] = manager.execute([[], []], pid)
+    assert manager.drain_replica(1).left == ["a", "b"]
+    assert manager.drain_replica(1, 0.0).moved == {"a": 0, "b": 0}
+    with pytest.raises(NotClaimedError, match="claimed on replica 0"):
+        manager.step([[], [ctxs[0]]])
+    manager.remove_replica(1)
+    until(lambda: not running([gone]))
+    for ctx in ctxs:
+        serve(manager, ctx, 0)
+        length = ctx.tokens.length - 1
+        assert contents(manager, ctx.request_id, 0, length) == chain(ctx.tokens.all.tolist()[:length])
+    assert ctxs[0].tokens.processed == 52, "48 tokens came along, the rest was computed again"
+    assert manager.add_replicas() == [2]
+
+
+def test_a_replica_is_killed_while_it_drains(manager: PagedKVCacheManager) -> None:
+    ctx = TextContext("a", range(40), 200)
+    manager.try_admit([ctx], [1])
+    serve(manager, ctx, 1, 2)
+    manager.drain_replica(1)
+    pids = manager.execute([[], []], pid)
+    os.kill(pids[1], signal.SIGKILL)
+    with pytest.raises(ReplicaLostError, match="died while it drained") as lost:
+        manager.drain_replica(1, 0.0)
+    assert lost.value.requests == ["a"] and manager.replica_states() == ["ready", "lost"]
+    manager.remove_replica(1)
+    assert manager.holder("a") is None
+    assert manager.admit([ctx]) == [0] and ctx.tokens.processed == 0, "its tokens are the driver's: it starts again"
+    serve(manager, ctx, 0, 2)

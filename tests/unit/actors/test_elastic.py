@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from rayk.errors import (
 )
 from rayk.scheduler.describe import describe
 
-from .fake import FakeRuntime, contents, manager_on, params, session_on, stamp
+from .fake import FakeRuntime, chain, contents, manager_on, params, session_on, stamp
 
 RUNTIMES = ["inline", "eager", "lazy"]
 
@@ -334,3 +334,141 @@ def test_the_async_manager_adds_and_removes() -> None:
     for fake in (None, FakeRuntime()):
         with InferenceSession() if fake is None else session_on(fake) as session:
             asyncio.run(life(session))
+
+
+# -- handing over --------------------------------------------------------------------------------------
+
+
+def go_on(manager: PagedKVCacheManager, ctx: TextContext, replica: int, steps: int = 1) -> None:
+    """Decode steps, each checked by what is in the pages afterwards."""
+    batches = [[ctx] if r == replica else [] for r in range(manager.num_replicas)]
+    for _ in range(steps):
+        manager.alloc(ctx, replica)
+        manager.execute(batches, stamp)
+        length = ctx.tokens.length
+        assert contents(manager, ctx.request_id, replica, length) == chain(ctx.tokens.all.tolist())
+        ctx.update(7)
+        manager.step(batches)
+
+
+@pytest.mark.parametrize("copies", [True, False], ids=["copies", "computed"])
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_running_requests_are_handed_over(kind: str, copies: bool) -> None:
+    with manager_of(kind, enable_dp_cross_replica_prefix_copy=copies) as (manager, _):
+        ctx, bare = context("a", 18), context("bare", 5, 100)
+        manager.try_admit([ctx], [1])
+        go_on(manager, ctx, 1, 3)
+        manager.claim("bare", 1)
+        manager.alloc_dummy("dummy", 1)
+        drained = manager.drain_replica(1)
+        assert (drained.left, drained.moved) == (["a", "bare", "dummy"], {})
+        with pytest.raises(DrainError, match="'a': it still runs"):
+            manager.drain_replica(1, 0.0, handover=False)
+        drained = manager.drain_replica(1, 0.0)
+        assert (drained.left, drained.moved) == ([], {"a": 0, "bare": 0, "dummy": 0})
+        assert [manager.holder(i) for i in ("a", "bare", "dummy")] == [0, 0, 0]
+        assert (ctx.tokens.length, ctx.tokens.processed) == (21, 20), "nothing of it changes before the next call"
+        assert manager.get_num_used_pages(1) == 0
+        for call in (
+            lambda: manager.alloc(ctx, 1),
+            lambda: manager.step([[], [ctx]]),
+            lambda: manager.tick([Tick(), Tick(alloc=[ctx], execute=[ctx])], stamp),
+            lambda: manager.alloc_many([[], [ctx]]),
+            lambda: manager.release("a", 1),
+        ):
+            with pytest.raises(NotClaimedError, match="claimed on replica 0") as caught:
+                call()
+            assert (caught.value.replica, caught.value.holder) == (1, 0)
+        manager.step([[ctx], []])
+        for batches in ([[ctx], []], [[], [ctx]]):
+            with pytest.raises(RuntimeInputsError, match=r"call alloc|not claimed here"):
+                manager.execute(batches, stamp)
+        manager.check_integrity()
+        before = manager.get_metrics_aggregated().input_tokens
+        manager.alloc(ctx, 0)
+        assert ctx.tokens.processed == (20 if copies else 0), "five full pages were copied"
+        assert manager.get_metrics_aggregated().input_tokens - before == (1 if copies else 21)
+        go_on(manager, ctx, 0, 6)
+        manager.alloc(bare, 0)
+        go_on(manager, bare, 0, 2)
+        assert manager.get_req_blocks("dummy", 0) == [16]
+        manager.remove_replica(1)
+        for request_id in ("a", "bare", "dummy"):
+            manager.release(request_id, 0)
+        assert manager.get_num_used_pages(0) == 0
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_pages_that_are_not_full_stay_behind(kind: str) -> None:
+    with manager_of(kind) as (manager, _):
+        ctx = context("a", 18)
+        manager.try_admit([ctx], [1])
+        go_on(manager, ctx, 1, 2)
+        assert ctx.tokens.processed == 19
+        manager.drain_replica(1, 0.0)
+        [result, _] = manager.tick([Tick(alloc=[ctx], execute=[ctx]), Tick()], stamp)
+        assert (result.value, ctx.tokens.processed) == (4, 16), "three tokens are computed again"
+        assert contents(manager, "a", 0, 20) == chain(ctx.tokens.all.tolist())
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_what_finds_no_room_stays_and_is_named(kind: str) -> None:
+    with manager_of(kind, 3, pages=8) as (manager, _):
+        big, small = context("big", 20), context("small", 6, 100)
+        fill = [context("fill0", 20, 200), context("fill2", 14, 300)]
+        assert all(a.error is None for a in manager.try_admit([big, small, *fill], [1, 1, 0, 2]))
+        serve(manager, big, 1)
+        with pytest.raises(DrainError, match=r"'big': .* needs \d+ more page\(s\) on replica [02]") as caught:
+            manager.drain_replica(1, 0.0)
+        assert list(caught.value.left) == ["big"] and manager.holder("small") in (0, 2)
+        assert manager.holder("big") == 1 and manager.replica_states()[1] == "draining"
+        go_on(manager, big, 1)
+        manager.release("fill0", 0)
+        assert manager.drain_replica(1, 0.0).moved == {"big": 0}
+        go_on(manager, big, 0)
+
+
+def test_a_driver_that_did_not_drain_is_told_where_its_requests_are(fake: FakeRuntime) -> None:
+    with manager_on(fake, name="prod", router="round-robin") as first, session_on(fake, "prod") as session:
+        second = PagedKVCacheManager(params(), session, 16, max_batch_size=8, router="round-robin")
+        ctx, other = context("a", 18), context("b", 9, 100)
+        first.try_admit([ctx, other], [1, 1])
+        go_on(first, ctx, 1, 3)
+        assert second.drain_replica(1, 0.0).moved == {"a": 0, "b": 0}
+        assert second.holder("a") is None, "it is not its own"
+        second.remove_replica(1)
+        with pytest.raises(NotClaimedError, match="claimed on replica 0"):
+            first.step([[], [ctx]])
+        assert first.holder("b") == 0
+        go_on(first, ctx, 0, 3)
+        first.release("a", 0)
+        first.release("b", 0)
+
+
+@pytest.mark.parametrize("when", ["GetContexts", "Export", "Admit", "Release"])
+@pytest.mark.parametrize("who", ["replica-0", "replica-1"])
+def test_a_replica_that_dies_in_a_handover(fake: FakeRuntime, when: str, who: str) -> None:
+    """The source or the target: a request is on one replica that lives, or named as lost."""
+    with manager_on(fake, 3, router="round-robin") as manager:
+        ctx = context("a", 18)
+        manager.try_admit([ctx], [1])
+        go_on(manager, ctx, 1, 3)
+        fake.fail = lambda event: RuntimeError("it died") if event == ("run", who, when) else None
+        moved: dict[str, int] = {}
+        with suppress(DrainError, ReplicaLostError):
+            moved = manager.drain_replica(1, 0.0).moved
+        fake.fail = None
+        at = manager.holder("a")
+        assert moved.get("a", at) == at
+        if at is None or at == 1:
+            assert who == "replica-1"
+            with pytest.raises((ReplicaLostError, NotClaimedError)):
+                manager.alloc(ctx, 1)
+        for r in [r for r, state in enumerate(manager.replica_states()) if state == "lost"]:
+            manager.remove_replica(r)
+        if at is not None and manager.holder("a") == at:
+            go_on(manager, ctx, at, 3)
+        manager.check_integrity()
+        if at is not None and manager.holder("a") == at:
+            manager.release("a", at)
+        assert sum(manager.get_num_used_pages(r) for r in range(3) if manager.replica_states()[r] != "removed") == 0
