@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from rayk.actors.replica import measure
-from rayk.actors.runtime import Actor, ActorGoneError, ActorSpec, Node, Placement, RayActor, Runtime
+from rayk.actors.runtime import Actor, ActorGoneError, ActorSpec, Node, Placement, RayActor, RayRuntime, Runtime
 from rayk.errors import PlanError, RaykError
 from rayk.planning import NodeMemory, measure_node
 from rayk.tiers.identity import read_seed
@@ -60,7 +60,15 @@ class EngineActor:
 
         node = node or measure_node(host_name=host_name)
         engine = open_engine(
-            self._model, self._source, self._settings, self._replica, self._device, sharing, node, tiers
+            self._model,
+            self._source,
+            self._settings,
+            self._replica,
+            self._device,
+            sharing,
+            node,
+            tiers,
+            address=RayRuntime().address(),
         )
         self._host = EngineHost([engine]).start()
         return facts_of(engine, self._device, host_name)
@@ -151,7 +159,7 @@ class RayReplicas:
             elif new:
                 placements = self._runtime.place_each([self._bundle] * len(new), [], timeout)
                 places |= {replica: (placement, 0) for replica, placement in zip(new, placements, strict=True)}
-            if self.settings.hash_seed is None and (self.settings.reports or self.settings.tiers.wanted):
+            if self.settings.hash_seed is None and self.settings.names_pages:
                 self.settings = replace(self.settings, hash_seed=self._seed(places))
             for replica, (placement, bundle) in places.items():
                 arguments = (replica, self._source, self.settings)

@@ -205,6 +205,13 @@ class RayRuntime:
             shutil.rmtree(self._temp_dir, ignore_errors=True)
             self._temp_dir = None
 
+    @staticmethod
+    def address() -> str:
+        """Where other nodes of the cluster reach this one; loopback in a process without Ray."""
+        if not ray.is_initialized():
+            return "127.0.0.1"
+        return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+
     # -- nodes and placement --------------------------------------------------------------------
 
     def nodes(self) -> list[Node]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from time import monotonic
 from typing import Any
 
 from rayk.engine.dispatcher import Dispatcher, Standing
@@ -39,6 +40,7 @@ class Cluster:
     the tokens of one forward. `host_memory`, and `disk_memory` in `disk_dir`, are what the replicas of a node may take
     together for pages beyond their devices' (docs/tiers.md): "16GiB", bytes, or 0.9 for that share of what is free.
     Pages on disk serve the next Cluster of the same model; `model_id` names it, instead of a look at all its weights.
+    `peer_copies`: a prefix that another replica holds is copied where that takes less time than computing it.
     `device`: "cpu", "cuda", or "auto" for CUDA where there are enough GPUs. `graphs`: on
     CUDA, capture decode steps. A request whose replica is lost is sent again `max_retries` times. `tokenizer`: for
     text prompts, where the folder has none.
@@ -67,6 +69,7 @@ class Cluster:
         disk_dir: str | Path | None = None,
         disk_memory: Size | None = None,
         model_id: str | None = None,
+        peer_copies: bool = True,
         longest: int | None = None,
         graphs: bool = True,
         threads: int = 1,
@@ -74,7 +77,7 @@ class Cluster:
     ) -> None:
         from rayk.scheduler.steering import Steering, wants_pages
 
-        hears = wants_pages(router) and prefix_caching
+        wants_pages(router)  # ConfigError for one that there is not
         require_at_least(0, max_retries=max_retries)
         folder = None if disk_dir is None else Path(disk_dir).expanduser().resolve()
         tiers = TierWish(host_memory=host_memory, disk_dir=folder, disk_memory=disk_memory)
@@ -88,7 +91,8 @@ class Cluster:
             utilization=memory_utilization,
             longest=longest,
             graphs=graphs,
-            reports=hears,
+            reports=prefix_caching and (peer_copies or wants_pages(router)),
+            peer_copies=prefix_caching and peer_copies,
             tiers=tiers,
             threads=threads,
             engine=EngineSettings(chunk_size=chunk_size, watermark=watermark),
@@ -108,11 +112,15 @@ class Cluster:
         capacities = [facts.pages * page_size for facts in self.facts]
         hasher = self._replicas.settings.hasher
         steering = Steering(router, page_size, capacities, LINED_UP * max_batch_size, hasher)
+        if self._replicas.settings.peer_copies:
+            steering.copy_between(tiers.wanted, monotonic)
         self._dispatcher = Dispatcher(self._replicas.post, steering, replicas, max_retries)
         self._prompts = Prompts(source, tokenizer or self._replicas.tokenizer, self.facts[0].has_tokenizer)
         self._membership = threading.Lock()  # one joins or leaves at a time
         self._session.adopt(self)
         self._readers: dict[int, threading.Thread] = {}
+        for replica in range(replicas):
+            self._dispatcher.meet(replica, self.facts[replica].epoch, self.facts[replica].station)
         for replica in range(replicas):
             self._follow(replica)
 
@@ -266,6 +274,7 @@ class Cluster:
             self._replicas.add(vacant, timeout)
             for replica in vacant:
                 facts = self.facts[replica]
+                self._dispatcher.meet(replica, facts.epoch, facts.station)
                 self._dispatcher.join(replica, facts.pages * self._replicas.settings.page_size)
                 self._follow(replica)
             return vacant

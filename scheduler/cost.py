@@ -93,6 +93,10 @@ class Cost:
         self._turn = 0  # choices made
         self._regrets: OrderedDict[int, tuple[float, int]] = OrderedDict()  # last shared page: tokens, at which turn
 
+    def reprice(self, peer_price: float) -> None:
+        """Copying from other replicas costs so much now."""
+        self._weights = self._weights._replace(peer_price=peer_price)
+
     def choose(self, wish: Wish, fleet: Fleet) -> Choice:
         """See Policy. A few operations a replica if there are few of them; else about 25 numpy calls over the replicas
         and a few dozen probes of the index, half of the calls and one probe for a request of which nobody has

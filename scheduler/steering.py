@@ -3,7 +3,7 @@ report. Exact and local, as the scheduler's own: a request counts from the momen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +11,11 @@ import numpy as np
 from rayk.context import IntArray
 from rayk.hashing import PageHasher
 from rayk.scheduler.choice import Wish
+from rayk.scheduler.cost import Cost
+from rayk.scheduler.fetching import Fetch, Fetching
 from rayk.scheduler.fleet import Fleet
 from rayk.scheduler.index import PrefixIndex
+from rayk.scheduler.lines import Lines
 from rayk.scheduler.policies import WANT_KEYS, make_policy
 
 
@@ -23,6 +26,7 @@ class Placed(NamedTuple):
     tokens: int
     compute: int
     promised: Sequence[int]
+    fetch: Fetch | None = None
 
 
 def wants_pages(router: str) -> bool:
@@ -52,6 +56,21 @@ class Steering:
         self._off: set[int] = set()  # draining, lost, removed: nothing new goes there
         self._lost: set[int] = set()
         self._placed: dict[int, Placed] = {}
+        self.fetching: Fetching | None = None
+
+    def copy_between(self, shares_tiers: bool, clock: Callable[[], float]) -> Fetching:
+        """From now on see what a request had better get from another replica than compute. Replicas have to join it."""
+        self.fetching = Fetching(self._index, Lines(clock), self._page_size, shares_tiers)
+        return self.fetching
+
+    def fetch(self, number: int) -> Fetch | None:
+        """What a placed request had better get from another replica."""
+        return self._placed[number].fetch
+
+    def paces(self, replica: int, rate: float) -> None:
+        """A replica computes so many tokens of prompts in a second."""
+        if self.fetching is not None and self.fetching.prefills(replica, rate) and isinstance(self._policy, Cost):
+            self._policy.reprice(self.fetching.price)
 
     def keys(self, tokens: IntArray, cache_salt: str | None) -> list[int]:
         """What the pages are known by that a prompt may reuse; none where the policy does not ask."""
@@ -74,8 +93,9 @@ class Steering:
         replica = choice.replica
         compute = max(0, tokens - choice.cached)
         fleet.place(replica, compute, tokens)
+        fetch = self.fetching.plan(replica, keys, self._lost) if self.fetching is not None and keys else None
         promised = self._index.promise(replica, keys) if keys else ()
-        self._placed[number] = Placed(replica, tokens, compute, promised)
+        self._placed[number] = Placed(replica, tokens, compute, promised, fetch)
         return replica
 
     def prefilled(self, number: int) -> None:
@@ -122,3 +142,5 @@ class Steering:
         self._off.add(replica)
         self._fleet.forget(replica)
         self._index.cleared(replica)
+        if self.fetching is not None:
+            self.fetching.left(replica)

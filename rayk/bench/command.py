@@ -109,7 +109,6 @@ class BenchCommand:
             raise ConfigError("--concurrency and --speed exclude each other: so many in flight, or as they arrive")
         concurrency = 16 if self.concurrency is None else self.concurrency
         rows = concurrency if self.speed is None else ARRIVING_BATCH
-        verify = self.forward == "verify"
         budget = self.token_budget
         if budget is None and (self.forward != "none" or self.prefill_rate is not None):
             budget = MODEL_BUDGET if self.forward == "hf" else VERIFY_BUDGET
@@ -119,8 +118,7 @@ class BenchCommand:
             speed=self.speed,
             prefill_rate=self.prefill_rate,
             forward=self.forward,
-            # Copying saves computing; with no forward there is none to save, and engines do not copy yet.
-            peer_copies=self.peer_copies and verify,
+            peer_copies=self.peer_copies and self.forward != "none",  # it saves computing, of which there is none then
             model=None if self.model is None else str(self.model),
             token_budget=budget,
             duration_s=duration_s,

@@ -111,6 +111,7 @@ def start(settings: BenchSettings, session: Any, workload: Workload) -> Cluster:
         host_memory=settings.host_pages * settings.params().bytes_per_page or None,
         disk_dir=settings.disk_dir,
         disk_memory=settings.disk_bytes or None,
+        peer_copies=settings.peer_copies,
     )
 
 

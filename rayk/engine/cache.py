@@ -66,7 +66,7 @@ class Cache:
             return True
         before = ctx.tokens.processed
         try:
-            reused = self.core.alloc(ctx)
+            reused = self.core.alloc(ctx, generation.coming.imports if generation.coming is not None else ())
         except InsufficientBlocksError:
             return False
         self._count(generation, generation.cached.plus(reused))

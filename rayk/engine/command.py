@@ -97,6 +97,15 @@ def generate(
         int | None,
         typer.Option(help="Pages of a replica; as many as these prompts can use and fit.", rich_help_panel=_CLUSTER),
     ] = None,
+    peer_copies: Annotated[
+        bool,
+        typer.Option(
+            " /--no-peer-copies",
+            show_default=False,
+            help="Do not copy prefixes between replicas.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = True,
     host_memory: Annotated[
         str | None,
         typer.Option(
@@ -170,6 +179,7 @@ def generate(
             attention=attention,
             router=router,
             threads=threads,
+            peer_copies=peer_copies,
             host_memory=host_memory,
             disk_dir=disk_dir,
             disk_memory=disk_memory,

@@ -21,10 +21,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rayk.engine.errors import RequestCancelledError, RequestError, RequestTimeoutError
+from rayk.engine.events import Shipped
+from rayk.engine.fetches import Fetches
 from rayk.engine.output import Handle
 from rayk.engine.request import Request
-from rayk.engine.wire import Ask, Cancel, Command, Ended, HandOver, Report, Submit
+from rayk.engine.wire import Ask, Cancel, Command, Ended, Farewell, HandOver, Report, Submit
 from rayk.errors import RaykError, ReplicaIndexError, ReplicaLostError, ReplicaRemovedError, ReplicaStateError
+from rayk.transport.choice import Station
 
 if TYPE_CHECKING:
     from rayk.scheduler.steering import Steering
@@ -65,6 +68,7 @@ class Dispatcher:
         self._left = threading.Condition(self._lock)  # a request left its replica
         self._why_lost = ""
         self.closed = False
+        self._fetches = Fetches(post, self._send, steering, clock)
 
     # -- requests ------------------------------------------------------------------------------------
 
@@ -90,11 +94,12 @@ class Dispatcher:
         with self._lock:
             if handle.number not in self._handles:
                 return
-            if handle.replica is not None:
+            if handle.replica is not None and not self._fetches.waits(handle.number):
                 handle.unwanted = True  # should it leave its replica before it hears of this
                 self._post(handle.replica, Cancel([handle.number]))
                 return
-            self._pending.remove(handle)
+            if handle.replica is None:
+                self._pending.remove(handle)
             self._forget(handle)
         handle.end(RequestCancelledError(handle.id, len(handle.tokens)))
 
@@ -126,13 +131,22 @@ class Dispatcher:
                 break
             self._pending.popleft()
             handle.replica = replica
-            asks.setdefault(replica, []).append(self._ask(handle))
+            fetch = self.steering.fetch(handle.number)
+            if fetch is None:
+                asks.setdefault(replica, []).append(self._ask(handle))
+            else:
+                self._fetches.order(handle, fetch)
         for replica, batch in asks.items():
             for part in _parts(batch):
                 self._post(replica, Submit(part))
         return over
 
-    def _ask(self, handle: Handle) -> Ask:
+    def _send(self, handle: Handle, shipped: Shipped | None) -> None:
+        """A request goes to its replica, with what a peer has for it or without."""
+        assert handle.replica is not None
+        self._post(handle.replica, Submit([self._ask(handle, shipped)]))
+
+    def _ask(self, handle: Handle, shipped: Shipped | None = None) -> Ask:
         tokens, left = handle.prompt, handle.timeout
         if handle.tokens:
             tokens = np.concatenate((tokens, np.array(handle.tokens, np.int32)))
@@ -148,6 +162,7 @@ class Dispatcher:
                 left,
                 handle.stream_text,
                 handle.cache_salt,
+                shipped=shipped,
             )
         )
 
@@ -169,6 +184,7 @@ class Dispatcher:
     def _forget(self, handle: Handle) -> None:
         self._handles.pop(handle.number, None)
         self._ids.discard(handle.id)
+        self._fetches.forget(handle.number)
         self.steering.remove(handle.number)
         self._left.notify_all()
 
@@ -193,6 +209,8 @@ class Dispatcher:
         over: list[tuple[Handle, RaykError]] = []
         with self._lock:
             self.steering.hear(replica, report.pages)
+            self.steering.paces(replica, report.prefill_rate)
+            self._fetches.hear(replica, report)
             for number in first:
                 self.steering.prefilled(number)
             ended = [(self._handles[e.number], e) for e in report.ended if e.number in self._handles]
@@ -218,6 +236,7 @@ class Dispatcher:
         return []
 
     def _wait_again(self, handle: Handle) -> None:
+        self._fetches.forget(handle.number)
         self.steering.remove(handle.number)
         handle.replica = None
         self._pending.appendleft(handle)
@@ -231,6 +250,7 @@ class Dispatcher:
             self._standing[replica] = Standing.lost
             self._why_lost = reason
             self.steering.lose(replica)
+            self._fetches.lose(replica)
             over: list[tuple[Handle, RaykError]] = []
             for handle in reversed(self._on(replica)):
                 if handle.unwanted:
@@ -243,6 +263,7 @@ class Dispatcher:
                     handle.retries += 1
                     self._wait_again(handle)
             over += self._pump()
+            self._farewell()
             self._left.notify_all()
         _end_all(over)
 
@@ -271,6 +292,18 @@ class Dispatcher:
         with self._lock:
             lost = [r for r, each in enumerate(self._standing) if each is Standing.lost][:count]
             return lost + list(range(len(self._standing), len(self._standing) + count - len(lost)))
+
+    def meet(self, replica: int, epoch: int, station: Station | None) -> None:
+        """Pages can be copied to and from that replica."""
+        with self._lock:
+            if self.steering.fetching is not None and station is not None:
+                self.steering.fetching.joined(replica, epoch, station)
+
+    def _farewell(self) -> None:
+        """Have lines to replicas that are gone closed at the others."""
+        if self.steering.fetching is not None:
+            for replica, gone in self.steering.fetching.lines.farewells().items():
+                self._post(replica, Farewell(gone))
 
     def join(self, replica: int, capacity: int) -> None:
         """A new replica, whose pages hold `capacity` tokens, takes requests from now on; `replica` is from vacant()."""
@@ -317,9 +350,17 @@ class Dispatcher:
         """Have a draining replica let go of all that it has; hear() places it elsewhere."""
         with self._lock:
             assert self._standing[replica] is not Standing.ready
-            numbers = [handle.number for handle in self._on(replica)]
-            if numbers and self._standing[replica] is Standing.draining:
+            there = self._on(replica)
+            if self._standing[replica] is not Standing.draining:
+                return
+            for handle in reversed(there):
+                if self._fetches.waits(handle.number):  # it has not gone there yet
+                    self._wait_again(handle)
+            numbers = [handle.number for handle in there if handle.replica == replica]
+            if numbers:
                 self._post(replica, HandOver(numbers))
+            over = self._pump()
+        _end_all(over)
 
     def remove(self, replica: int, timeout: float | None) -> list[str]:
         """Wait until nothing is on a draining or lost replica, and forget it. The ids of what is still there when
@@ -330,7 +371,9 @@ class Dispatcher:
             if not left and self._standing[replica] is not Standing.ready:
                 if self._standing[replica] is not Standing.lost:
                     self.steering.lose(replica)
+                    self._fetches.lose(replica)
                 self._standing[replica] = Standing.removed
+                self._farewell()
             return left
 
 

@@ -28,13 +28,35 @@ from rayk.engine.errors import ForwardError, QueueFullError, RequestCancelledErr
 from rayk.engine.events import MOVED, Event, Finished, Text, Tokens
 from rayk.engine.forward import Model, forward
 from rayk.engine.generation import Generation
+from rayk.engine.peers import Peers
 from rayk.engine.request import Limits, Request
 from rayk.engine.rows import Rows
 from rayk.engine.sampler import Sampler, sample
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.text import Detokenizer
+from rayk.engine.wire import Ship
 from rayk.errors import InsufficientBlocksError, RaykError
 from rayk.replica import ReplicaCore
+
+
+class Pace:
+    """How fast prompts are computed: what the last forwards took, each counting a tenth less than the next one."""
+
+    FORGET = 0.9
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """A forward of so many tokens of prompts."""
+        if tokens and seconds > 0:
+            self._tokens = self.FORGET * self._tokens + tokens
+            self._seconds = self.FORGET * self._seconds + seconds
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, 0 before the first forward."""
+        return self._tokens / self._seconds if self._seconds else 0.0
 
 
 class Engine:
@@ -47,7 +69,9 @@ class Engine:
         settings: EngineSettings | None = None,
         clock: Callable[[], float] = monotonic,
         sampler: Sampler = sample,
+        peers: Peers | None = None,
     ) -> None:
+        self.peers = peers
         self._sampler = sampler
         self.settings = settings or EngineSettings()
         self.core = core
@@ -71,6 +95,7 @@ class Engine:
         self._deadlines: list[tuple[float, int]] = []  # a heap; may hold finished ones
         self._events: list[Event] = []
         self.held_up = False  # the last step could do nothing but wait for the tiers
+        self._pace = Pace()
         self._orders = 0
         self._steps = self._finished = self._failed = self._preemptions = 0
         self._peak_used = 0
@@ -97,6 +122,8 @@ class Engine:
             for token in generation.answer.tolist():
                 generation.detokenizer.add(token)
             generation.detokenizer.piece()  # who continues an answer has seen it
+        if request.shipped is not None and self.peers is not None:
+            generation.coming = self.peers.coming(request.number, request.shipped)
         self._all[request.number] = generation
         self._ids.add(request.request_id)
         heapq.heappush(self._waiting, (generation.order, generation))
@@ -118,6 +145,11 @@ class Engine:
         self._forget(generation)
         cached, preemptions, times = generation.cached, generation.preemptions, self._times(generation)
         self._events.append(Finished(number, MOVED, cached, None, None, preemptions, *times))
+
+    def ship(self, order: Ship) -> None:
+        """Pin cached pages for a peer; a Shipped comes with the next step's events."""
+        assert self.peers is not None
+        self._events.append(self.peers.ship(order))
 
     def pause(self, number: int) -> None:
         """Generate no more tokens for a request until resume(); it keeps its pages while nobody else needs them."""
@@ -150,6 +182,11 @@ class Engine:
     def steps(self) -> int:
         """Forwards since the start: whoever watches it sees whether it moves."""
         return self._steps
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens of prompts that are computed in a second, 0 while that is not known."""
+        return self._pace.rate
 
     def stats(self) -> EngineStats:
         """Counters, and what there is now."""
@@ -193,14 +230,18 @@ class Engine:
         runs = bool(self._rows or chunks)
         if runs:
             self._steps += 1
+            began, tokens = self._clock(), sum(each.ctx.tokens.active_length for each in chunks)
             self._forward(chunks)
+            self._pace.took(tokens, self._clock() - began)
         self.held_up = not (runs or refused or self._events) and self.core.loads_under_way
         events, self._events = self._events, []
         return events
 
     def poll(self) -> None:
-        """Take note of finished transfers to the tiers; for an engine that has nothing to do."""
+        """Take note of finished transfers to the tiers, and take back what peers do not want any more."""
         self._cache.poll()
+        if self.peers is not None:
+            self.peers.poll()
 
     def expire(self) -> None:
         """End the requests whose time is up."""
@@ -277,6 +318,9 @@ class Engine:
                 if not self._running:
                     self._no_room(generation)
                 break
+            if generation.coming is not None:
+                self._events.append(generation.coming.arrived)
+                generation.coming = None
             if generation.admitted_at is None:
                 generation.admitted_at = self._clock()
                 self._prompt_tokens += generation.prompt_length

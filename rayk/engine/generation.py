@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rayk.context import IntArray, TextContext
+from rayk.engine.peers import Coming
 from rayk.engine.request import Limits, Request
 from rayk.engine.text import Detokenizer
 from rayk.request import NOTHING_REUSED, Reused
@@ -16,6 +17,7 @@ class Generation:
     __slots__ = (
         "admitted_at",
         "cached",
+        "coming",
         "computes",
         "ctx",
         "deadline",
@@ -60,6 +62,7 @@ class Generation:
         self.paused = False
         self.preemptions = 0
         self.cached: Reused = NOTHING_REUSED
+        self.coming: Coming | None = None  # from a peer, until it is admitted
         self.computes = False  # a load failed: the rest of its prompt is not looked for any more
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None

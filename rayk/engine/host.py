@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from rayk.engine.engine import Engine
 from rayk.engine.events import Event, Finished, Tokens
 from rayk.engine.settings import EngineStats
-from rayk.engine.wire import Cancel, Command, HandOver, Report, Submit
+from rayk.engine.wire import Cancel, Command, Farewell, HandOver, Report, Ship, Submit, Unpin
 from rayk.errors import RaykError, RemoteError
 
 log = logging.getLogger("rayk.engine")
@@ -129,7 +129,7 @@ class EngineHost:
                 raise failure
             if over:
                 return
-            yield Report.of(events, watched.steps)
+            yield Report.of(events, watched.steps, watched.prefill_rate)
 
     def _over(self, number: int, engine: Engine) -> bool:
         return self._stopped or self._engines.get(number) is not engine
@@ -211,6 +211,12 @@ class EngineHost:
             case HandOver(numbers):
                 for each in numbers:
                     engine.hand_over(each)
+            case Ship():
+                engine.ship(command)
+            case Unpin(export_ids) if engine.peers is not None:
+                engine.peers.unpin(export_ids)
+            case Farewell(replicas) if engine.peers is not None:
+                engine.peers.farewell(replicas)
 
     def _report(self, number: int, events: list[Event]) -> None:
         if events:
@@ -229,6 +235,8 @@ def _answer(asked: _Asked) -> None:
 
 def _leave(engine: Engine) -> None:
     try:
+        if engine.peers is not None:
+            engine.peers.close()
         engine.core.shutdown()
     except Exception as error:  # its thread may have ended with anything half done
         log.warning("replica %d did not leave its tiers in order", engine.core.replica, exc_info=error)

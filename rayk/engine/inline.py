@@ -13,14 +13,49 @@ from typing import Any
 import msgspec
 import torch
 
+from rayk.buffers import PageBuffers
 from rayk.engine.host import EngineHost
 from rayk.engine.serve import ModelSource, ReplicaFacts, ServeSettings, check_engine, facts_of, open_engine
 from rayk.engine.settings import EngineStats
 from rayk.engine.tiers import NodeTiers
 from rayk.engine.wire import Command, Report
-from rayk.errors import ConfigError
+from rayk.errors import ConfigError, LineError
+from rayk.pages import Pages
 from rayk.planning import NodeMemory, measure_node
 from rayk.tiers.identity import read_seed
+from rayk.transport.choice import SHARED_MEMORY
+from rayk.transport.line import Line, Parcel, Peer
+
+
+class DirectLine:
+    """Between replicas of this process, which share its memory without more ado: pages are copied from buffers to
+    buffers, on a GPU too. `pools` has those of all replicas that are there, by their start."""
+
+    kind = SHARED_MEMORY
+
+    def __init__(self, buffers: PageBuffers, pools: dict[Peer, PageBuffers]) -> None:
+        self._buffers = buffers
+        self._pools = pools
+
+    def offer(self, to: Peer, export_id: int, pages: Pages) -> bytes:
+        return b""
+
+    def end(self, export_id: int) -> None:
+        """Whoever copies does so in one call, between two steps of the source."""
+
+    def fetch(self, parcel: Parcel, first: int, pages: Pages) -> None:
+        source = self._pools.get(parcel.source)
+        if source is None:
+            raise LineError(self.kind, parcel.source.replica, "it is gone")
+        problem = self._buffers.copy_pages(pages, source.all_bytes, parcel.pages[first : first + len(pages)])
+        if problem is not None:
+            raise LineError(self.kind, parcel.source.replica, problem)
+
+    def drop(self, replica: int) -> None:
+        """Nothing is open."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class InlineReplicas:
@@ -28,7 +63,7 @@ class InlineReplicas:
 
     def __init__(self, source: ModelSource, settings: ServeSettings) -> None:
         folder = settings.tiers.disk_dir
-        if settings.reports or settings.tiers.wanted:
+        if settings.names_pages:
             seed = (read_seed(folder) if folder is not None else None) or secrets.token_bytes(32)
             settings = replace(settings, hash_seed=seed)
         self.settings = settings
@@ -37,6 +72,7 @@ class InlineReplicas:
         self._source = source
         self._models: dict[str, Any] = {}
         self._tiers: NodeTiers | None = None
+        self._pools: dict[Peer, PageBuffers] = {}
         self._host = EngineHost().start()
         self._hosts: list[EngineHost] = []  # by replica: a host that died takes its replicas with it
         try:
@@ -57,14 +93,16 @@ class InlineReplicas:
         node, sharing, added = self._node(), Counter(devices.values()), list[ReplicaFacts]()
         try:
             for replica, device in devices.items():
-                more = (self.settings, replica, device, sharing[device], node, self._tiers)
+                more = (self.settings, replica, device, sharing[device], node, self._tiers, self._lines)
                 model = self._models[device]
                 engine = self._host.add(replica, lambda m=model, a=more: open_engine(m, self._source, *a))  # type: ignore[misc]  # mypy does not infer defaults
                 added.append(facts_of(engine, device, node.host_name))
+                self._pools[Peer(replica, added[-1].epoch)] = engine.core.buffers
                 self.tokenizer = engine.model.tokenizer
         except BaseException:
             for facts in added:
                 self._host.remove(facts.replica)
+                self._pools.pop(Peer(facts.replica, facts.epoch))
             raise
         for facts in added:
             if facts.replica < len(self.facts):
@@ -72,6 +110,9 @@ class InlineReplicas:
             else:
                 self.facts.append(facts)
                 self._hosts.append(self._host)
+
+    def _lines(self, buffers: PageBuffers) -> list[Line]:
+        return [DirectLine(buffers, self._pools)]
 
     def _device(self, replica: int) -> str:
         if self.settings.device != "cuda":
@@ -103,9 +144,10 @@ class InlineReplicas:
 
     def remove(self, replica: int) -> None:
         self._hosts[replica].remove(replica)
+        self._pools.pop(Peer(replica, self.facts[replica].epoch), None)
 
     def drop(self, replica: int) -> None:
-        self._hosts[replica].remove(replica)
+        self.remove(replica)
 
     def close(self) -> None:
         for host in {id(host): host for host in [*self._hosts, self._host]}.values():

@@ -10,6 +10,7 @@ import numpy as np
 
 from rayk.context import IntArray, as_int32
 from rayk.engine.errors import RequestError
+from rayk.engine.events import Shipped
 from rayk.engine.sampling import SamplingParams
 from rayk.errors import TokenError
 
@@ -20,7 +21,7 @@ class Request:
 
     `number` is the sender's own, unique among its requests; events bear it. `timeout` is in seconds from its
     submission. `stream_text` asks for pieces of text while it runs. Requests share pages only with those of equal
-    `cache_salt` and `adapter`.
+    `cache_salt` and `adapter`. `shipped` are pages of its prefix that a peer has pinned.
     """
 
     number: int
@@ -32,6 +33,7 @@ class Request:
     stream_text: bool = False
     cache_salt: str | None = None
     adapter: str | None = None
+    shipped: Shipped | None = None
 
 
 def timeout_problem(timeout: Any) -> str | None:

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from rayk.buffers import PageBuffers
 from rayk.engine.engine import Engine
 from rayk.engine.graphs import with_graphs
+from rayk.engine.peers import Peers
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.tiers import NodeTiers, TierWish
 from rayk.engine.wire import Command, Report
@@ -21,6 +24,9 @@ from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning import NodeMemory, ReplicaPlan, plan_replica
 from rayk.replica import ReplicaCore
 from rayk.tiers.opening import open_connector
+from rayk.transport.choice import Station
+from rayk.transport.line import Line, Peer
+from rayk.transport.port import PagePort, open_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,7 @@ class ServeSettings:
     hash_seed: bytes | None = None  # of pages' hashes, where somebody needs them
     reports: bool = False  # whether engines tell what they cache and drop
     tiers: TierWish = field(default_factory=TierWish)
+    peer_copies: bool = False  # of prefixes, between replicas
     graphs: bool = True  # decode steps as CUDA graphs
     threads: int = 1  # of torch, in each process
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -95,6 +102,11 @@ class ServeSettings:
             f"device {self.device!r} is not 'auto', 'cpu' or 'cuda'",
         )
         require(self.prefix_caching or not self.tiers.wanted, "host and disk tiers need prefix_caching=True")
+
+    @property
+    def names_pages(self) -> bool:
+        """Whether pages have to have the same names at all replicas."""
+        return self.reports or self.peer_copies or self.tiers.wanted
 
     @property
     def hash_algorithm(self) -> str:
@@ -168,6 +180,8 @@ class ReplicaFacts:
     max_length: int
     vocab_size: int
     has_tokenizer: bool
+    epoch: int = 0  # of its start, for its peers
+    station: Station | None = None  # what lines to it there are; None: it copies nothing
 
 
 def open_engine(
@@ -179,10 +193,14 @@ def open_engine(
     sharing: int,
     node: NodeMemory,
     tiers: NodeTiers | None,
+    lines: Callable[[PageBuffers], list[Line]] | None = None,
+    address: str = "127.0.0.1",
 ) -> Engine:
     """One replica's engine over new pages, as one of `sharing` replicas that are being started on that node.
 
-    The model is loaded already. On CUDA its decode steps are captured. PlanError when not even one page fits.
+    The model is loaded already. `lines` opens those that carry pages to and from peers (None: whatever there is between
+    processes), `address` is where these reach this replica. On CUDA its decode steps are captured. PlanError when not
+    even one page fits.
     """
     more = {} if tiers is None else tiers.params("" if tiers.disk_dir is None else source.identity())
     params = model.cache_params(
@@ -196,16 +214,24 @@ def open_engine(
     )
     assert isinstance(params, KVCacheParams)
     pages = _plan(model, params, settings, sharing, node).pages
-    core = ReplicaCore(params, replica, pages, settings.max_batch_size, [device])
+    shared = settings.peer_copies and lines is None
+    core = ReplicaCore(params, replica, pages, settings.max_batch_size, [device], shared_memory=shared)
     if tiers is not None:
         core.connect(
             open_connector(params, core.buffers.all_bytes, tiers.host_pages(params.bytes_per_page), tiers.pool)
         )
     try:
+        peers = None
+        if settings.peer_copies:
+            me = Peer(replica, time.time_ns() // 1000)
+            page_bytes = params.bytes_per_page
+            opened = lines(core.buffers) if lines is not None else open_lines(core.buffers, address)
+            peers = Peers(PagePort(me, core.exports, page_bytes, address, opened))
         return Engine(
             core,
             with_graphs(model, core) if settings.graphs else model,
             replace(settings.engine, report_pages=settings.reports),
+            peers=peers,
         )
     except BaseException:
         core.shutdown()
@@ -244,4 +270,6 @@ def facts_of(engine: Engine, device: str, node: str) -> ReplicaFacts:
         engine.model.max_length,
         engine.model.vocab_size,
         engine.limits.has_tokenizer,
+        engine.peers.epoch if engine.peers is not None else 0,
+        engine.peers.station if engine.peers is not None else None,
     )

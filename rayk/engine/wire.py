@@ -12,7 +12,18 @@ import numpy as np
 
 from rayk import messages as m
 from rayk.context import as_int32
-from rayk.engine.events import MOVED, Event, Finished, Numbers, PagesChanged, Text, TokenLogprobs, Tokens
+from rayk.engine.events import (
+    MOVED,
+    Arrived,
+    Event,
+    Finished,
+    Numbers,
+    PagesChanged,
+    Shipped,
+    Text,
+    TokenLogprobs,
+    Tokens,
+)
 from rayk.engine.request import Request
 from rayk.engine.sampling import SamplingParams
 from rayk.errors import RaykError
@@ -31,19 +42,21 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     stream_text: bool = False
     cache_salt: str | None = None
     adapter: str | None = None
+    shipped: Shipped | None = None
 
     @classmethod
     def of(cls, request: Request) -> Ask:
         """TokenError when the tokens are none."""
         tokens = as_int32(request.tokens, request.request_id).tobytes()
         rest = (request.sampling, request.generated, request.timeout, request.stream_text)
-        return cls(request.number, request.request_id, tokens, *rest, request.cache_salt, request.adapter)
+        more = (request.cache_salt, request.adapter, request.shipped)
+        return cls(request.number, request.request_id, tokens, *rest, *more)
 
     def request(self) -> Request:
         """The request again."""
         tokens = np.frombuffer(self.tokens, np.int32)
         rest = (self.sampling, self.generated, self.timeout, self.stream_text, self.cache_salt, self.adapter)
-        return Request(self.number, self.request_id, tokens, *rest)
+        return Request(self.number, self.request_id, tokens, *rest, self.shipped)
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -64,7 +77,33 @@ class HandOver(msgspec.Struct, frozen=True, tag=True):
     numbers: list[int]
 
 
-Command = Submit | Cancel | HandOver
+class Ship(msgspec.Struct, frozen=True, tag=True):
+    """Pin the cached pages start .. stop of a prefix (`tokens`, raw int32) for a peer, on a line of that kind; the
+    answer is a Shipped with this number."""
+
+    number: int
+    tokens: bytes
+    cache_salt: str | None
+    start: int
+    stop: int
+    kind: str
+    replica: int
+    epoch: int
+
+
+class Unpin(msgspec.Struct, frozen=True, tag=True):
+    """What was shipped under these numbers has arrived, or nobody wants it any more."""
+
+    export_ids: list[int]
+
+
+class Farewell(msgspec.Struct, frozen=True, tag=True):
+    """These peers are gone: close the lines to them."""
+
+    replicas: list[int]
+
+
+Command = Submit | Cancel | HandOver | Ship | Unpin | Farewell
 
 
 class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
@@ -101,7 +140,8 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     """What happened since the last report. numbers[i] got tokens[i], in this order: raw int64 and int32.
 
     `logprobs[number]` has an entry for each of its tokens here. `pages`: what was cached (True) or dropped since, in
-    order, 8 bytes of each page's hash, by engines that were asked for it. An empty report says that the engine lives.
+    order, 8 bytes of each page's hash, by engines that were asked for it. `prefill_rate`: tokens of prompts that it
+    computes in a second, 0 while that is not known. An empty report says that the engine lives.
     """
 
     numbers: bytes = b""
@@ -111,9 +151,12 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     ended: list[Ended] = []
     pages: list[tuple[bool, bytes]] = []
     steps: int = 0
+    shipped: list[Shipped] = []
+    arrived: list[Arrived] = []
+    prefill_rate: float = 0.0
 
     @classmethod
-    def of(cls, events: Sequence[Event], steps: int) -> Report:
+    def of(cls, events: Sequence[Event], steps: int, prefill_rate: float = 0.0) -> Report:
         """The report of these events."""
         columns = [event for event in events if isinstance(event, Tokens)]
         logprobs: dict[int, list[TokenLogprobs]] = {}
@@ -128,6 +171,9 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
             [Ended.of(event) for event in events if isinstance(event, Finished)],
             [(event.stored, event.keys) for event in events if isinstance(event, PagesChanged)],
             steps,
+            [event for event in events if isinstance(event, Shipped)],
+            [event for event in events if isinstance(event, Arrived)],
+            prefill_rate,
         )
 
     def columns(self) -> tuple[Numbers, Numbers]:
@@ -136,7 +182,9 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Submit | Cancel | HandOver)
+_commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(
+    Submit | Cancel | HandOver | Ship | Unpin | Farewell
+)
 _reports = msgspec.msgpack.Decoder(Report)
 
 

@@ -14,12 +14,30 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from rayk.buffers import PageBuffers
 from rayk.engine.dispatcher import Dispatcher, Standing
+from rayk.engine.inline import DirectLine
 from rayk.engine.output import Handle
+from rayk.engine.peers import Peers
 from rayk.engine.sampling import SamplingParams
-from rayk.engine.wire import Cancel, Command, HandOver, Report, Submit, decode_command, decode_report, encode
+from rayk.engine.wire import (
+    Cancel,
+    Command,
+    Farewell,
+    HandOver,
+    Report,
+    Ship,
+    Submit,
+    Unpin,
+    decode_command,
+    decode_report,
+    encode,
+)
 from rayk.hashing import PageHasher
+from rayk.replica import ReplicaCore
 from rayk.scheduler.steering import Steering
+from rayk.transport.line import Peer
+from rayk.transport.port import PagePort
 
 from ..unit.engine.fake import Bench, PageModel, Shelf, Tokenizer, expected  # noqa: TID252  # tests/ is no package
 
@@ -34,14 +52,21 @@ def answer(prompt: tuple[int, ...], count: int) -> list[int]:
 
 
 class Replica:
-    """An engine with its boxes; `shelf` is the tier that it shares with all others, if there is one."""
+    """An engine with its boxes; `shelf` is the tier that it shares with all others, if there is one, `pools` the pages
+    of all that live."""
 
-    def __init__(self, shelf: Shelf | None) -> None:
+    def __init__(self, shelf: Shelf | None, me: Peer, pools: dict[Peer, PageBuffers]) -> None:
         own = None
         if shelf is not None:  # each has device pages of its own, all have one tier
             own = Shelf()
             own.pages = shelf.pages
-        more = {"report_pages": True, "hash_seed": SEED, "shelf": own}
+
+        def peers(core: ReplicaCore) -> Peers:
+            pools[me] = core.buffers
+            lines = [DirectLine(core.buffers, pools)]
+            return Peers(PagePort(me, core.exports, core.params.bytes_per_page, "", lines))
+
+        more = {"report_pages": True, "hash_seed": SEED, "shelf": own, "peers": peers}
         self.bench = Bench(PAGES, PAGE, rows=3, chunk_size=12, model=PageModel(tokenizer=Tokenizer()), **more)
         self.inbox: list[bytes] = []
 
@@ -58,6 +83,12 @@ class Replica:
                 case HandOver(numbers):
                     for number in numbers:
                         engine.hand_over(number)
+                case Ship() as order:
+                    engine.ship(order)
+                case Unpin(export_ids):
+                    engine.peers.unpin(export_ids)
+                case Farewell(replicas):
+                    engine.peers.farewell(replicas)
         self.inbox.clear()
         for _ in range(steps):
             events += engine.step()
@@ -69,14 +100,29 @@ class Clusters(RuleBasedStateMachine):
     @initialize(replicas=st.integers(1, 3), router=st.sampled_from(["cost", "round-robin"]), tiers=st.booleans())
     def start(self, replicas: int, router: str, tiers: bool) -> None:
         self.shelf = Shelf() if tiers else None
-        self.replicas: dict[int, Replica] = {r: Replica(self.shelf) for r in range(replicas)}
+        self.pools: dict[Peer, PageBuffers] = {}
+        self.starts = 0
+        self.replicas: dict[int, Replica] = {}
         hasher = PageHasher("xxh3_128", SEED, PAGE)
         steering = Steering(router, PAGE, [PAGES * PAGE] * replicas, 4, hasher)
-        self.dispatcher = Dispatcher(self.post, steering, replicas, 2)
+        steering.copy_between(False, lambda: 0.0)
+        self.dispatcher = Dispatcher(self.post, steering, replicas, 2, lambda: self.now)
+        self.now = 0.0
+        for replica in range(replicas):
+            self.begin(replica)
         self.handles: list[tuple[Handle, tuple[int, ...], int]] = []
         self.seen: list[list[int]] = []
         self.text: list[str] = []
         self.cancelled: set[int] = set()
+
+    def begin(self, replica: int) -> None:
+        self.starts += 1
+        new = self.replicas[replica] = Replica(self.shelf, Peer(replica, self.starts), self.pools)
+        self.dispatcher.meet(replica, self.starts, new.bench.engine.peers.station)
+
+    def end(self, replica: int) -> None:
+        for me in [me for me in self.pools if me.replica == replica]:
+            del self.pools[me]
 
     def post(self, replica: int, command: Command) -> None:
         if replica in self.replicas:  # else it is dead, and nobody knows yet
@@ -115,6 +161,7 @@ class Clusters(RuleBasedStateMachine):
         replica = self.draw(data, Standing.ready, Standing.draining)
         if replica is not None:
             report = self.replicas.pop(replica).turn(steps)
+            self.end(replica)
             if reported:
                 self.dispatcher.hear(replica, report)
             self.dispatcher.lose(replica, "it died")
@@ -139,14 +186,20 @@ class Clusters(RuleBasedStateMachine):
         replica = self.draw(data, Standing.draining, Standing.lost) if ready else None
         if replica is not None and not self.dispatcher.remove(replica, 0):
             gone = self.replicas.pop(replica, None)
+            self.end(replica)
             assert gone is None or not gone.bench.engine.stats().running
 
     @precondition(lambda self: len(self.dispatcher.live) < 4)
     @rule(count=st.integers(1, 2))
     def add(self, count: int) -> None:
         for replica in self.dispatcher.vacant(count):
-            self.replicas[replica] = Replica(self.shelf)
+            self.begin(replica)
             self.dispatcher.join(replica, PAGES * PAGE)
+
+    @rule()
+    def time_passes(self) -> None:
+        """So long that nobody waits for a copy any more."""
+        self.now += 6
 
     @precondition(lambda self: self.handles)
     @rule(data=st.data())
@@ -189,8 +242,11 @@ class Clusters(RuleBasedStateMachine):
                 assert handle.number in self.cancelled
             else:
                 assert type(output.error).__name__ == "ReplicaLostError" and "it died" in str(output.error)
+        for replica in self.replicas.values():  # hears what is not wanted any more
+            self.dispatcher.hear(replica.bench.engine.peers._port.me.replica, replica.turn(1))
         for replica in self.replicas.values():
             replica.turn(1)
+            assert not replica.bench.core.exports.tips
             assert not replica.bench.core.requests and replica.bench.core.usage.used == 0
 
 

@@ -187,7 +187,8 @@ class Bench:
         if self.shelf is not None:
             self.shelf.buffers = list(self.core.buffers.all_bytes)
             self.core.connect(self.shelf)
-        self.engine = Engine(self.core, self.model, EngineSettings(**settings), self.clock)
+        peers = settings.pop("peers", lambda core: None)(self.core)
+        self.engine = Engine(self.core, self.model, EngineSettings(**settings), self.clock, peers=peers)
         self.tokens: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[Any]] = {}
         self.text: dict[int, str] = {}

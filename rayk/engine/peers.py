@@ -1,0 +1,94 @@
+"""Pages that an engine gives to its peers, and those that come from them: every call of its port is here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+
+import numpy as np
+
+from rayk.context import TextContext
+from rayk.engine.events import Arrived, Shipped
+from rayk.engine.wire import Ship
+from rayk.errors import LineError, RaykError
+from rayk.exports import PageImport
+from rayk.transport.line import Parcel, Peer
+from rayk.transport.port import Arrival, PagePort
+
+
+class Coming:
+    """What a peer has pinned for a request: alloc() copies it."""
+
+    def __init__(self, number: int, kind: str, port: PagePort, shipped: Shipped) -> None:
+        pages = np.frombuffer(shipped.pages, np.int32)
+        source = Peer(shipped.source, shipped.epoch)
+        data = [np.frombuffer(part, np.uint8).reshape(len(pages), -1) for part in shipped.data]
+        parcel = Parcel(source, shipped.export_id, pages, shipped.offer, shipped.expires, data)
+        part, self._arrival = port.incoming(kind, parcel, shipped.start, shipped.hashes)
+        self.imports: Sequence[PageImport] = [part]
+        self._number = number
+
+    @property
+    def arrived(self) -> Arrived:
+        """What became of it."""
+        arrival: Arrival = self._arrival
+        return Arrived(self._number, arrival.pages, arrival.seconds, arrival.trouble)
+
+
+class Peers:
+    """One engine's port, which this object owns. What goes wrong on a line is told, and costs a recompute."""
+
+    def __init__(self, port: PagePort) -> None:
+        self._port = port
+        self.station = port.station
+        self.epoch = port.me.epoch
+
+    def ship(self, order: Ship) -> Shipped:
+        """Pin pages for a peer: as many as are cached, maybe none."""
+        me, began = self._port.me, perf_counter()
+        tokens = np.frombuffer(order.tokens, np.int32)
+        ctx = TextContext(f"shipped-{order.number}", tokens, len(tokens), order.cache_salt)
+        try:
+            shipment = self._port.ship(ctx, order.start, order.stop, Peer(order.replica, order.epoch), order.kind)
+        except RaykError as error:
+            trouble = error.reason if isinstance(error, LineError) else str(error)
+            return Shipped(order.number, me.replica, me.epoch, order.kind, trouble=trouble)
+        export = shipment.export
+        if not len(export.pages):
+            self._port.end([export.export_id])
+            return Shipped(order.number, me.replica, me.epoch, order.kind)
+        return Shipped(
+            order.number,
+            me.replica,
+            me.epoch,
+            order.kind,
+            export.export_id,
+            export.start,
+            export.hashes,
+            export.pages.astype(np.int32).tobytes(),
+            shipment.offer,
+            shipment.expires,
+            [part.tobytes() for part in shipment.data],
+            perf_counter() - began,
+        )
+
+    def coming(self, number: int, shipped: Shipped) -> Coming:
+        """Pages that a peer has pinned, for request `number`."""
+        return Coming(number, shipped.kind, self._port, shipped)
+
+    def unpin(self, export_ids: Sequence[int]) -> None:
+        """Take pages back; unknown numbers are ignored."""
+        self._port.end(export_ids)
+
+    def farewell(self, replicas: Sequence[int]) -> None:
+        """Close the lines to peers that are gone."""
+        for replica in replicas:
+            self._port.drop(replica)
+
+    def poll(self) -> None:
+        """Take back what nobody acknowledged in time."""
+        self._port.end_late()
+
+    def close(self) -> None:
+        """Close all lines."""
+        self._port.close()
