@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
+from io import StringIO
 from pathlib import Path
 
 import msgspec
 import pytest
+from rich.console import Console
 
-from rayk import KVConnectorConfig, TextContext
+from rayk import AdmissionPolicy, KVConnectorConfig, PagedKVCacheManager, TextContext
 from rayk.actors.replica import ReplicaActor, ReplicaFacts
-from rayk.describe import _tier_line
+from rayk.describe import _show, _tier_line
 from rayk.errors import ConfigError
 from rayk.scheduler.describe import describe
 
-from .fake import FakeRuntime, manager_on, stamp
+from .fake import FakeRuntime, manager_on, params, session_on, stamp
 
 
 @pytest.fixture
@@ -63,6 +66,20 @@ def test_a_lost_replica_is_shown_as_lost(runtime: FakeRuntime) -> None:
         [state] = describe(runtime, "prod")
     assert [r.state for r in state.replicas] == ["ready", "lost"]
     assert state.replicas[1].reason and state.replicas[1].used_pages is None and state.metrics is None
+
+
+def test_who_waits_is_shown(runtime: FakeRuntime) -> None:
+    out = StringIO()
+    with session_on(runtime, "prod") as session:
+        manager = PagedKVCacheManager(
+            params(), session, 8, max_batch_size=8, admission=AdmissionPolicy(high=0.75, low=0.75)
+        )
+        manager.enter([TextContext(f"r{i}", range(9 * i, 9 * i + 9), 100, tenant="acme") for i in range(6)])
+        [state] = describe(runtime, "prod")
+    _show(state, Console(file=out, width=120))
+    shown = " ".join(out.getvalue().split())
+    assert "2 request(s) wait for 6 pages; 4 were let in, 0 turned away; try again in" in shown
+    assert re.search(r"acme . 2 . 12 . 4 . 0 . 0\.\d\d s", shown)
 
 
 def test_an_unknown_name(runtime: FakeRuntime) -> None:
