@@ -208,7 +208,11 @@ def kill(args: argparse.Namespace) -> None:
                 victim.send_signal(signal.SIGKILL)
             said, _ = process.communicate()
             report = json.loads(said) if said.strip() else {}
-            said_last = [line for line in out.with_suffix(".log").read_text().splitlines() if line.startswith("rayk: ")]
+            said_last = [
+                line
+                for line in out.with_suffix(".log").read_text().splitlines()
+                if line.startswith(("rayk: ", "the run stopped"))
+            ]
             wrong = report.get("verify", {}).get("mismatches", 0)
             print(
                 f"run {turn}: rc {process.returncode}, killed {bool(victims)}, {wrong} mismatches, {said_last[-1:]}",
