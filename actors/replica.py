@@ -62,10 +62,12 @@ class ReplicaActor:
         self._torch = torch
         torch.set_num_threads(1)
         devices = _local_devices(params, replica)
-        core = ReplicaCore(params, replica, num_pages, max_batch_size, devices, runtime_checks)
+        shared = params.shares_memory
+        core = ReplicaCore(params, replica, num_pages, max_batch_size, devices, runtime_checks, shared_memory=shared)
         if params.kv_connector != "null":
             core.connect(open_connector(params, core.buffers.all_bytes, host_pages, pool))
-        self._service = ReplicaService(core, epoch, RayRuntime().dumps, journal=journal)
+        runtime = RayRuntime()
+        self._service = ReplicaService(core, epoch, runtime.dumps, journal=journal, address=runtime.address())
         settle()
 
     def handle(self, wire: bytes | int, *rest: Any) -> bytes:
@@ -78,6 +80,7 @@ class ReplicaActor:
 
     def close(self) -> None:
         """Finish transfers and let go of the tiers; the last thing that is asked of a replica."""
+        self._service.port.close()
         self._service.core.shutdown()
 
     def ping(self) -> int:

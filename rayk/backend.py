@@ -30,7 +30,7 @@ from rayk.inline_replicas import InlineReplicas
 from rayk.inputs import BatchCharacteristics, ReplicaInputs, no_inputs
 from rayk.messages import Traits
 from rayk.metrics import KVCacheMetrics
-from rayk.peers import copy_spans
+from rayk.peers import copy_spans, worthwhile
 from rayk.replica import ReplicaCore
 from rayk.request import Reused, Usage
 from rayk.scaling import Drained, ReplicaLoad
@@ -48,7 +48,9 @@ Work = TypeVar("Work", bound=Sequence[Any])
 
 
 class Backend(Protocol):
-    """The replicas of one manager."""
+    """The replicas of one manager. `prefill_rate`: see PagedKVCacheManager."""
+
+    prefill_rate: float | None
 
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> None: ...
     def contains(self, request_id: str, replica: int) -> bool: ...
@@ -167,12 +169,21 @@ class InlineBackend(InlineReplicas):
         resident = [c.resident(ctx) if c is not None and c is not core else 0 for c in self.cores]
         if max(resident) <= have + host + disk:  # what the others have is in this node's tiers
             return alloc(ctx)
-        exports: list[tuple[ReplicaCore, PageExport]] = []
+        page_bytes, exports = core.params.bytes_per_page, list[tuple[ReplicaCore, PageExport]]()
+        spans = worthwhile(
+            copy_spans(have, resident, stop),
+            lambda span: self._copy_rate.seconds((span.stop - span.start) * page_bytes),
+            core.page_size,
+            self.prefill_rate,
+        )
+        began = perf_counter()
         try:
-            for span in copy_spans(have, resident, stop):
+            for span in spans:
                 source = self.core(span.replica)
                 exports.append((source, source.exports.export(ctx, span.start, span.stop, 0)))
-            return alloc(ctx, [source.exports.direct(export, core.buffers) for source, export in exports])
+            reused = alloc(ctx, [source.exports.direct(export, core.buffers) for source, export in exports])
+            self._copy_rate.seen(reused.peer_tokens // core.page_size * page_bytes, perf_counter() - began)
+            return reused
         finally:
             for source, export in exports:
                 source.exports.acknowledge(export.export_id)

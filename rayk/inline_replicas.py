@@ -16,6 +16,7 @@ from rayk.context import TextContext
 from rayk.errors import DrainError, NoReplicaError, RaykError, ReplicaRemovedError
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams
+from rayk.peers import LineRate
 from rayk.planning import measure_node, plan_replica
 from rayk.replica import ReplicaCore
 from rayk.scaling import Drained, ReplicaLoad
@@ -24,6 +25,8 @@ from rayk.tiers.opening import open_connector
 
 if TYPE_CHECKING:
     from rayk.scheduler.choice import Wish
+
+DIRECT_LATENCY, DIRECT_BANDWIDTH = 50e-6, 4e9  # of copies within this process, until some were made
 
 
 class InlineReplicas(ABC):
@@ -57,6 +60,8 @@ class InlineReplicas(ABC):
         self._tiers = f"inline-{os.getpid()}-{os.urandom(8).hex()}"
         self._placements = Placements(replicas)
         self._filling: dict[str, tuple[TextContext, int]] = {}  # requests that may still have tokens to prefill
+        self.prefill_rate: float | None = None
+        self._copy_rate = LineRate(DIRECT_LATENCY, DIRECT_BANDWIDTH)
         self._left = KVCacheMetrics()  # what removed replicas had counted
         self.allocators: dict[int, Callable[[TextContext], Any]] = {}
         self.cores: list[ReplicaCore | None] = []

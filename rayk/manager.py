@@ -6,6 +6,7 @@ this process, or replica and scheduler actors on Ray.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -67,8 +68,8 @@ class PagedKVCacheManager:
     Contexts belong to the caller; alloc() moves their windows. Calls are not thread-safe. `total_num_pages` is per
     replica, the null page not counted; None takes what the planner finds room for: on nodes that differ each replica
     gets what its node can give, or with `uniform` all get the smallest number. `memory_utilization` is the part of the
-    free memory that may be planned with (0 < u <= 1; None: .9 of a GPU's, .5 of a host's). After shutdown() every call
-    raises ClosedError.
+    free memory that may be planned with (0 < u <= 1; None: .9 of a GPU's, .5 of a host's). `prefill_rate`: see the
+    property. After shutdown() every call raises ClosedError.
 
     With an `admission` policy, which all drivers of a cluster share, requests that no replica is named for wait for
     room and for their turn (tenant, priority and deadline of the context count, see rayk.admission), or are turned away
@@ -88,6 +89,7 @@ class PagedKVCacheManager:
         uniform: bool = False,
         memory_utilization: float | None = None,
         admission: AdmissionPolicy | None = None,
+        prefill_rate: float | None = None,
     ) -> None:
         require_at_least(1, max_batch_size=max_batch_size)
         require_at_least(0, total_num_host_pages=total_num_host_pages)
@@ -119,8 +121,24 @@ class PagedKVCacheManager:
         )
         self._line = Line(self._enter) if admission is not None else None
         self._backend = self._start(session, wanted)
+        if prefill_rate is not None:
+            self.prefill_rate = prefill_rate
         self._alloc = self._backend.allocators  # alloc() of each replica that is there; empty after the end
         session.adopt(self)
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Tokens a second that a replica prefills, as far as known; may be set at any time.
+
+        None: a prefix that another replica has is always copied. Otherwise only where that is quicker than computing
+        it, by what copies between the two took so far. It holds for what this driver places.
+        """
+        return self._backend.prefill_rate
+
+    @prefill_rate.setter
+    def prefill_rate(self, rate: float | None) -> None:
+        require(rate is None or (rate > 0 and math.isfinite(rate)), f"prefill_rate must be above 0 or None, got {rate}")
+        self._backend.prefill_rate = rate
 
     def _start(self, session: InferenceSession, wanted: Wanted) -> Backend:
         """The backend of the session's runtime; on Ray this plans, places and starts the actors."""

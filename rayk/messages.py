@@ -141,9 +141,13 @@ class Admit(_Message, frozen=True):
 
 
 class Lookup(_Message, frozen=True):
-    """How many leading pages of each context are cached, here and in tiers, and how many could be reused."""
+    """How many leading pages of each context are cached, here and in tiers, and how many could be reused.
+
+    With `introduce` the replica says who and where it is, too.
+    """
 
     views: list[ContextView]
+    introduce: bool = False
 
 
 class Export(_Message, frozen=True):
@@ -159,10 +163,6 @@ class Export(_Message, frozen=True):
 
 class Acknowledge(_Message, frozen=True):
     export_ids: list[int]
-
-
-class Introduce(_Message, frozen=True):
-    """For Introduced."""
 
 
 class DropLines(_Message, frozen=True):
@@ -264,7 +264,6 @@ ReplicaCommand = (
     | Lookup
     | Export
     | Acknowledge
-    | Introduce
     | DropLines
     | RunTick
     | Inputs
@@ -294,8 +293,9 @@ class PlaceMany(_Message, frozen=True):
     """Route, claim (unless they are claimed already) and allocate.
 
     `replicas[i]` is where context i has to go; empty: the router says. `peers`: other replicas may hold more of a
-    prefix. `released` are ids that the sender released on replicas directly, `seen` and `unfilled` what it last
-    saw in the answers of each, as of the join of number `joined`: what it was told is done counts in the choice.
+    prefix; at a known `prefill_rate` (tokens a second) what is quicker to compute is not copied. `released` are ids
+    that the sender released on replicas directly, `seen` and `unfilled` what it last saw in the answers of each, as of
+    the join of number `joined`: what it was told is done counts in the choice.
     `handed` is the scheduler's own, as in Admit.
     """
 
@@ -309,6 +309,7 @@ class PlaceMany(_Message, frozen=True):
     unfilled: list[int] = []
     joined: int = 1
     handed: bool = False
+    prefill_rate: float | None = None
 
 
 class Enter(_Message, frozen=True):
@@ -452,7 +453,6 @@ SchedulerCommand = (
 )
 READ_ONLY = (
     Lookup,
-    Introduce,
     Inputs,
     Blocks,
     GetUsage,
@@ -545,13 +545,16 @@ class EnterDone(_Message, frozen=True):
 class Found(_Message, frozen=True):
     """Per context: pages cached, pages that alloc could reuse, and pages in tiers that follow the cached ones.
 
-    `host` and `disk` are empty where there are no tiers.
+    `host` and `disk` are empty where there are no tiers. `station` is the replica as an end of lines, if that was
+    asked for, and `epoch` its start.
     """
 
     resident: list[int]
     reusable: list[int]
     host: list[int] = []
     disk: list[int] = []
+    epoch: int = 0
+    station: Station | None = None
 
 
 class Exported(_Message, frozen=True):
@@ -563,13 +566,6 @@ class Exported(_Message, frozen=True):
     pages: bytes = b""
     offer: bytes = b""
     expires: float = 0.0
-
-
-class Introduced(_Message, frozen=True):
-    """A replica as an end of lines, and its start."""
-
-    epoch: int
-    station: Station
 
 
 class MovedBack(_Message, frozen=True):
@@ -737,7 +733,6 @@ Result = (
     | EnterDone
     | Found
     | Exported
-    | Introduced
     | MovedBack
     | TickDone
     | InputsDone

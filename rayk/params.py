@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rayk.errors import ConfigError
+from rayk.transport.choice import AUTO, PAGE_TRANSPORTS, SHARED_MEMORY
 
 DTYPE_BYTES = {
     "float32": 4,
@@ -123,6 +124,7 @@ class KVCacheParams:
     data_parallel_degree: int = 1
     enable_prefix_caching: bool = False
     enable_dp_cross_replica_prefix_copy: bool = True
+    page_transport: str = AUTO  # how these copies travel between processes: a kind of rayk.transport.choice
     kv_hash_algo: str = "sha256"
     kv_hash_seed: bytes | None = field(default=None, repr=False)
     kvcache_quant_config: KVCacheQuantizationConfig | None = None
@@ -146,6 +148,9 @@ class KVCacheParams:
         require(n > 0, "devices must name at least one device, such as ['cpu'] or ['cuda:0']")
         require(n % dp == 0, f"data_parallel_degree {dp} does not divide the {n} device(s)")
         require(self.kv_hash_algo in HASH_ALGORITHMS, f"kv_hash_algo {self.kv_hash_algo!r}: use {HASH_ALGORITHMS}")
+        require(
+            self.page_transport in PAGE_TRANSPORTS, f"page_transport {self.page_transport!r}: use {PAGE_TRANSPORTS}"
+        )
         seed = self.kv_hash_seed
         require(seed is None or (isinstance(seed, bytes) and len(seed) == 32), "kv_hash_seed must be 32 bytes or None")
         require(
@@ -162,6 +167,12 @@ class KVCacheParams:
             assert self.kvcache_quant_config is not None
             g = self.kvcache_quant_config.quantization_granularity
             require(self.head_dim % g == 0, f"quantization_granularity {g} does not divide head_dim {self.head_dim}")
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether replicas' pages in host memory should be where other processes of their machine can read them."""
+        copies = self.enable_prefix_caching and self.enable_dp_cross_replica_prefix_copy
+        return copies and self.page_transport in (AUTO, SHARED_MEMORY)
 
     @property
     def tensor_parallel_degree(self) -> int:

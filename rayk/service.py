@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic, perf_counter
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -28,8 +29,8 @@ from rayk.journal import Journal, Unfilled
 from rayk.replica import ReplicaCore
 from rayk.ticks import Tick
 from rayk.tiers.connector import TierCount
-from rayk.transport.choice import OBJECT_STORE
-from rayk.transport.line import PageData, Parcel, Peer
+from rayk.transport.choice import OBJECT_STORE, Peer
+from rayk.transport.line import PageData, Parcel
 from rayk.transport.port import Arrival, PagePort, open_lines
 from rayk.views import Mirrors, Sender, moved
 
@@ -136,9 +137,11 @@ class ReplicaService:
                     return m.Missing(missing), []
             case m.GetContexts(request_ids):
                 return self._claimed(request_ids), []
-            case m.Lookup(views):
-                ctxs = [self._mirrors.context(view, keep=False) for view in views]
-                return self._found(ctxs), []
+            case m.Lookup(views, introduce):
+                found = self._found([self._mirrors.context(view, keep=False) for view in views])
+                if introduce:
+                    found = msgspec.structs.replace(found, epoch=self.epoch, station=self.port.station)
+                return found, []
             case m.Export(view, start, stop, line, to, to_epoch):
                 ctx = self._mirrors.context(view, keep=False)
                 sent = self.port.ship(ctx, start, stop, Peer(to, to_epoch), line)
@@ -148,8 +151,6 @@ class ReplicaService:
                 return done, sent.data
             case m.Acknowledge(export_ids):
                 self.port.end(export_ids)
-            case m.Introduce():
-                return m.Introduced(self.epoch, self.port.station), []
             case m.DropLines(replicas):
                 for replica in replicas:
                     self.port.drop(replica)

@@ -55,6 +55,7 @@ class Calls(Changes):
         params = cluster.config.params
         self._params = params
         self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy
+        self.prefill_rate: float | None = None  # tokens a second of a replica; what is quicker to compute is not copied
         self._waiting: dict[str, TextContext] = {}  # offered, and not known yet what became of it
         self._note: Pending | None = None  # tells the scheduler what was released; nobody waited for the answer yet
 
@@ -154,7 +155,8 @@ class Calls(Changes):
             targets = list(replicas) if replicas is not None else []
             released, joined = self._take_released(), self.cluster.joined
             seen, unfilled = self.heard("seen"), self.heard("unfilled")
-            return m.PlaceMany(contexts, targets, claim, peers, released, stop_on_error, seen, unfilled, joined)
+            how = (stop_on_error, seen, unfilled, joined, False, self.prefill_rate)
+            return m.PlaceMany(contexts, targets, claim, peers, released, *how)
 
         done: m.PlaceDone = yield from self._ask(self.scheduler, command())
         stale = any(isinstance(m.to_error(failure), StaleContextError) for failure in done.failures.values())

@@ -44,6 +44,15 @@ class RayBackend:
             self.calls.scheduler.ask(m.Connect(LEASE_SECONDS))
             Thread(target=self._renew, name="rayk-lease", daemon=True).start()
 
+    @property
+    def prefill_rate(self) -> float | None:
+        """See Backend."""
+        return self.calls.prefill_rate
+
+    @prefill_rate.setter
+    def prefill_rate(self, rate: float | None) -> None:
+        self.calls.prefill_rate = rate
+
     def _renew(self) -> None:
         scheduler = self.calls.scheduler.actor
         while not self._stopped.wait(LEASE_SECONDS / 3):

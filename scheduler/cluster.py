@@ -161,6 +161,7 @@ def desk_settings(config: ClusterConfig, pages: tuple[int, ...]) -> DeskSettings
         params.kv_hash_seed or b"",
         params.enable_prefix_caching,
         config.admission,
+        params.page_transport,
     )
 
 

@@ -21,6 +21,7 @@ from rayk.scheduler.desk import DeskSettings
 from rayk.scheduler.entry import Entry
 from rayk.scheduler.hall import Hall
 from rayk.scheduler.handover import Handover
+from rayk.scheduler.lines import Lines
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.placing import Placer
 from rayk.scheduler.routing import Placements
@@ -33,7 +34,8 @@ class SchedulerCore:
     def __init__(self, epochs: Sequence[int], settings: DeskSettings, copies: bool, clock: Callable[[], float]) -> None:
         self.members = Membership(epochs)
         self.desk = settings.make(clock)
-        self.placer = Placer(self.members, self.desk, copies, settings.page_size)
+        self.lines = Lines(clock, settings.page_transport)
+        self.placer = Placer(self.members, self.desk, copies, settings.page_size, self.lines, clock)
         self.standing = Standing(self.members, self.desk, self.placements, self.placer.forget, settings)
         self._left = KVCacheMetrics()  # what removed replicas had counted
         self.hall: Hall | None = None
@@ -56,6 +58,7 @@ class SchedulerCore:
         """The script that carries out `command` for `client`, after requests of silent drivers were released."""
         self._silent.discard(client)
         yield from self._expire()
+        yield from self.placer.copying.say_farewell()
         return (yield from self._script(client, command))
 
     def _script(self, client: str, command: m.SchedulerCommand) -> Script:
@@ -219,6 +222,8 @@ class SchedulerCore:
             fleet.capacity.tolist(),
             admission=hall.state() if hall is not None else None,
             levels=hall.gate.levels if hall is not None else [],
+            transport=self.lines.wanted,
+            lines=self.lines.table(),
         )
 
     def _explain(self, request_id: str) -> Script:

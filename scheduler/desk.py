@@ -24,6 +24,7 @@ from rayk.scheduler.choice import Choice, Wish
 from rayk.scheduler.fleet import BoolArray, Fleet
 from rayk.scheduler.index import PrefixIndex, short_keys
 from rayk.scheduler.policies import WANT_KEYS, make_policy
+from rayk.transport.choice import AUTO
 
 REMEMBERED = 4096  # choices that can still be explained
 ROOTS = 4096  # of salts and adapters, whose hashes are kept
@@ -41,6 +42,7 @@ class DeskSettings:
     seed: bytes = b""
     caching: bool = True
     admission: AdmissionPolicy | None = None
+    page_transport: str = AUTO  # the kind of line that copies go by
 
     @property
     def wants_keys(self) -> bool:

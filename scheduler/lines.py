@@ -7,12 +7,12 @@ longer each time; meanwhile the next best one is. The first failure of a line is
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from rayk.messages import LineState
 from rayk.peers import LineRate
-from rayk.transport.choice import ASSUMED_RATES, AUTO, OBJECT_STORE, Station, choose_line
-from rayk.transport.line import Peer
+from rayk.transport.choice import ASSUMED_RATES, AUTO, OBJECT_STORE, Peer, Station, choose_line
 
 log = logging.getLogger("rayk.scheduler")
 
@@ -70,6 +70,12 @@ class Lines:
             other = wire.target if wire.source == replica else wire.source
             if other in self._ends:
                 self._gone.setdefault(other, set()).add(replica)
+
+    def keep(self, here: Mapping[int, int]) -> None:
+        """Only these replicas, with these starts, are there."""
+        for replica, (peer, _) in list(self._ends.items()):
+            if here.get(replica) != peer.epoch:
+                self.left(replica)
 
     def farewells(self) -> dict[int, list[int]]:
         """Who has to be told, once, that lines to which replicas are to be closed."""
@@ -137,3 +143,11 @@ class Lines:
             "copies from replica %d to replica %d by %s failed (%s): using %s for %.0f s",
             source, target, kind, reason, self.kind(source, target), rest,
         )  # fmt: skip
+
+    def table(self) -> list[LineState]:
+        """The lines that were used or failed."""
+        return [
+            LineState(*wire, r.rate.copies, r.rate.bytes, r.rate.latency, r.rate.bandwidth, r.failures, r.trouble)
+            for wire, r in sorted(self._records.items())
+            if r.rate.copies or r.failures
+        ]

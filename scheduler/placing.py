@@ -3,16 +3,16 @@
 The books are soft: replicas own the truth about claims, so a placement that surprises is checked with its
 replica before it is believed.
 
-Replicas never call each other or the scheduler. A page copy is three rounds of the scheduler's (lookup,
-export, admit) with the data going from replica to replica beside the messages, so copies in both directions
-at once cannot block each other.
+Replicas never call each other or the scheduler. A page copy is three rounds of the scheduler's (lookup, export, admit),
+see rayk.scheduler.copying; in none of them does a replica wait for another's thread, so copies in both directions at
+once cannot block each other.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from rayk import messages as m
 from rayk.columns import BASE, PENDING, Batch, Outcomes
@@ -24,32 +24,29 @@ from rayk.errors import (
     RaykError,
     ReplicaLostError,
 )
-from rayk.peers import copy_spans
-from rayk.scheduler.asks import Ask, Part, Script, Told
+from rayk.scheduler.asks import Ask, Part, Script
 from rayk.scheduler.choice import Wish
+from rayk.scheduler.copying import Copies, Copy, Copying, Groups
 from rayk.scheduler.desk import Desk
+from rayk.scheduler.lines import Lines
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.routing import Placements
 
 Owner = tuple[str, int]  # a client, and which of its scripts; compared by identity
-Groups = dict[int, list[int]]  # replica -> rows of a batch
-
-
-class _Copy(NamedTuple):
-    """Exported pages on their way to a place."""
-
-    source: int
-    export: m.Exported
-    data: Any
-
-
-Copies = dict[int, list[_Copy]]  # row of a batch -> what it may import, in order
 
 
 class Placer:
-    """The placements of all drivers on the `members`. `copies`: prefixes are copied between them."""
+    """The placements of all drivers on the `members`. `copies`: prefixes are copied between them, by `lines`."""
 
-    def __init__(self, members: Membership, desk: Desk, copies: bool, page_size: int) -> None:
+    def __init__(
+        self,
+        members: Membership,
+        desk: Desk,
+        copies: bool,
+        page_size: int,
+        lines: Lines,
+        clock: Callable[[], float],
+    ) -> None:
         self.placements = Placements(len(members))
         self.desk = desk
         self._owners: dict[str, Owner] = {}  # request -> who placed it
@@ -58,7 +55,8 @@ class Placer:
         """Told of requests that have no place any more."""
         self._members = members
         self._copies = copies
-        self._page_size = page_size
+        self.copying = Copying(members, lines, page_size, clock)
+        self._clock = clock
 
     # -- the books -------------------------------------------------------------------------------
 
@@ -166,20 +164,18 @@ class Placer:
         of the prefixes of the `lonely` rows."""
         copies: Copies = {}
         if command.peers and self._copies and len(self._members.here) > 1:
-            copies = yield from self._fetch(batch, groups, lonely)
+            copies = yield from self.copying.fetch(batch, groups, lonely, command.prefill_rate)
+        broken: list[Copy] = []
         try:
             # A source that receives no copy itself waits until its pages are unpinned: they may be all it can give.
             sources = {copy.source for parts in copies.values() for copy in parts}
             late = {r: rows for r, rows in groups.items() if r in sources and not any(i in copies for i in rows)}
             early = {r: rows for r, rows in groups.items() if r not in late}
-            yield from self._admit(batch, command, early, copies, outcomes)
+            yield from self._admit(batch, command, early, copies, outcomes, broken)
         finally:
-            exported: dict[int, list[int]] = {}
-            for copy in (copy for parts in copies.values() for copy in parts):
-                exported.setdefault(copy.source, []).append(copy.export.export_id)
-            if exported:
-                yield [Ask(source, m.Acknowledge(ids)) for source, ids in exported.items()]
-        yield from self._admit(batch, command, late, copies, outcomes)
+            if copies:
+                yield from self.copying.acknowledge(copies, broken)
+        yield from self._admit(batch, command, late, copies, outcomes, broken)
 
     def catch_up(self, seen: Sequence[int], unfilled: Sequence[int], joined: int) -> Part:
         """What a driver was told is done counts in the choice, so it has to be known here: which pages are cached is
@@ -245,14 +241,22 @@ class Placer:
             return []
         return self.desk.keys(batch.tokens(row), (traits.cache_salt, traits.adapter), pending)
 
-    def _admit(self, batch: Batch, command: m.PlaceMany, groups: Groups, copies: Copies, outcomes: Outcomes) -> Part:
-        """Admit groups of rows, one message per replica; what became of them goes into `outcomes`."""
+    def _admit(
+        self, batch: Batch, command: m.PlaceMany, groups: Groups, copies: Copies, outcomes: Outcomes, broken: list[Copy]
+    ) -> Part:
+        """Admit groups of rows, one message per replica; what became of them goes into `outcomes`, and copies whose
+        line did not carry them into `broken`."""
         if groups:
+            began = self._clock() if copies else 0.0
             answers = yield [self._admission(r, batch, command, rows, copies) for r, rows in groups.items()]
+            took = self._clock() - began if copies else 0.0
             for (replica, rows), told in zip(groups.items(), answers, strict=True):
                 self.desk.answered(replica, [batch.ids[i] for i in rows])
                 if isinstance(told.result, m.AdmitDone):
                     outcomes.put(rows, told.result)
+                    if told.result.arrivals:
+                        parts = [copy for i in rows for copy in copies.get(i, ())]
+                        broken += self.copying.arrived(parts, told.result, took)
                 elif isinstance(told.result, m.Failure):
                     outcomes.failures.update((i, told.result) for i in rows)
 
@@ -263,49 +267,9 @@ class Placer:
         for at, i in enumerate(rows) if copies else ():
             if parts := copies.get(i):
                 uses[at] = list(range(len(heads), len(heads) + len(parts)))
-                heads += [m.ImportHead(c.export.start, c.export.hashes) for c in parts]
-                data += [c.data for c in parts]
+                told, attached = self.copying.heads(parts)
+                heads += told
+                data += attached
         part = batch.part(rows)
         admit = m.Admit(part, command.claim, heads, uses, command.stop_on_error, command.handed)
         return Ask(replica, admit, tuple(data))
-
-    # -- copies ----------------------------------------------------------------------------------
-
-    def _fetch(self, batch: Batch, groups: Groups, lonely: set[int]) -> Generator[list[Ask], list[Told], Copies]:
-        """Have the prefixes that a chosen replica misses exported by others; nobody has any of the `lonely` ones."""
-        replicas = {i: r for r, rows in groups.items() for i in rows if i not in lonely}
-        wanted = sorted(replicas)
-        if not wanted:
-            return {}
-        views = [batch.view(i) for i in wanted]
-        here = list(self._members.here)
-        answers = yield [Ask(r, m.Lookup(views)) for r in here]
-        found: list[m.Found | None] = [None] * len(self._members)
-        for r, told in zip(here, answers, strict=True):
-            found[r] = told.result if isinstance(told.result, m.Found) else None
-        exports: list[tuple[int, Ask]] = []
-        known: set[tuple[Any, ...]] = set()
-        for at, i in enumerate(wanted):
-            target = found[replicas[i]]
-            if target is not None:
-                resident = [0 if f is None or r == replicas[i] else f.resident[at] for r, f in enumerate(found)]
-                if target.host and max(resident) <= target.resident[at] + target.host[at] + target.disk[at]:
-                    continue  # what the others have is in this node's tiers
-                for span in copy_spans(target.resident[at], resident, target.reusable[at]):
-                    coming = (replicas[i], span, self._prefix(views[at], span.stop))
-                    if coming not in known:  # else an earlier request of this batch brings these pages
-                        known.add(coming)
-                        exports.append((i, Ask(span.replica, m.Export(views[at], span.start, span.stop), (), True)))
-        copies: Copies = {}
-        if exports:
-            answers = yield [ask for _, ask in exports]
-            for (i, ask), told in zip(exports, answers, strict=True):
-                if isinstance(told.result, m.Exported):
-                    copies.setdefault(i, []).append(_Copy(ask.replica, told.result, told.data))
-        return copies
-
-    def _prefix(self, view: m.ContextView, pages: int) -> tuple[Any, ...]:
-        """What makes the first pages of a request what they are."""
-        origin = view.origin
-        owner = (origin.cache_salt, origin.adapter) if origin is not None else None
-        return owner, view.tokens[: pages * self._page_size * 4]

@@ -23,8 +23,8 @@ from rayk.errors import ConfigError, LineError
 from rayk.pages import Pages
 from rayk.planning import NodeMemory, measure_node
 from rayk.tiers.identity import read_seed
-from rayk.transport.choice import SHARED_MEMORY
-from rayk.transport.line import Line, Parcel, Peer
+from rayk.transport.choice import SHARED_MEMORY, Peer
+from rayk.transport.line import Line, Parcel
 
 
 class DirectLine:

@@ -12,7 +12,8 @@ from rayk.engine.events import Arrived, Shipped
 from rayk.engine.wire import Ship
 from rayk.errors import LineError, RaykError
 from rayk.exports import PageImport
-from rayk.transport.line import Parcel, Peer
+from rayk.transport.choice import Peer
+from rayk.transport.line import Parcel
 from rayk.transport.port import Arrival, PagePort
 
 

@@ -24,8 +24,8 @@ from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning import NodeMemory, ReplicaPlan, plan_replica
 from rayk.replica import ReplicaCore
 from rayk.tiers.opening import open_connector
-from rayk.transport.choice import Station
-from rayk.transport.line import Line, Peer
+from rayk.transport.choice import Peer, Station
+from rayk.transport.line import Line
 from rayk.transport.port import PagePort, open_lines
 
 

@@ -12,6 +12,7 @@ Pure, and without torch, since the scheduler decides.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import msgspec
 
@@ -27,6 +28,13 @@ ASSUMED_RATES = {  # seconds, bytes a second: what a line is taken to do before 
     GROUP: (2e-3, 1e9),
     OBJECT_STORE: (5e-3, 0.5e9),
 }
+
+
+class Peer(NamedTuple):
+    """The replica at the other end, and its start: a line is of two processes, not of two indices."""
+
+    replica: int
+    epoch: int
 
 
 class Station(msgspec.Struct, frozen=True, array_like=True):

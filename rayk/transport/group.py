@@ -26,8 +26,8 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
 from rayk.errors import LineError
 from rayk.pages import Pages
-from rayk.transport.choice import GROUP
-from rayk.transport.line import Parcel, Peer
+from rayk.transport.choice import GROUP, Peer
+from rayk.transport.line import Parcel
 
 OPEN_SECONDS = 5.0  # for the other side to come
 MESSAGE_BYTES = 2 << 20  # pages that are smaller travel several to a message

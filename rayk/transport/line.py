@@ -21,17 +21,10 @@ import torch
 from rayk.buffers import PageBuffers
 from rayk.errors import LineError
 from rayk.pages import Pages
-from rayk.transport.choice import OBJECT_STORE
+from rayk.transport.choice import OBJECT_STORE, Peer
 
 Clock = Callable[[], float]
 PageData = list[npt.NDArray[np.uint8]]  # one [pages, bytes per page] array per buffer
-
-
-class Peer(NamedTuple):
-    """The replica at the other end, and its start: a line is of two processes, not of two indices."""
-
-    replica: int
-    epoch: int
 
 
 class Parcel(NamedTuple):

@@ -24,8 +24,8 @@ import torch
 from rayk.errors import LineError
 from rayk.pages import Pages
 from rayk.tiers.copies import runs
-from rayk.transport.choice import SHARED_MEMORY
-from rayk.transport.line import Clock, Parcel, Peer
+from rayk.transport.choice import SHARED_MEMORY, Peer
+from rayk.transport.line import Clock, Parcel
 from rayk.transport.memory import SharedFile, map_shared
 
 

@@ -21,8 +21,8 @@ from rayk.context import TextContext
 from rayk.errors import LineError
 from rayk.exports import Exports, PageExport, PageImport
 from rayk.pages import Pages
-from rayk.transport.choice import Station
-from rayk.transport.line import Clock, Line, PageData, Parcel, Peer, StoreLine
+from rayk.transport.choice import Peer, Station
+from rayk.transport.line import Clock, Line, PageData, Parcel, StoreLine
 from rayk.transport.memory import host_identity
 from rayk.transport.pools import HostMemory, PoolLine
 

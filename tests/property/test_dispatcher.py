@@ -36,7 +36,7 @@ from rayk.engine.wire import (
 from rayk.hashing import PageHasher
 from rayk.replica import ReplicaCore
 from rayk.scheduler.steering import Steering
-from rayk.transport.line import Peer
+from rayk.transport.choice import Peer
 from rayk.transport.port import PagePort
 
 from ..unit.engine.fake import Bench, PageModel, Shelf, Tokenizer, expected  # noqa: TID252  # tests/ is no package

@@ -8,7 +8,8 @@ import numpy as np
 
 from rayk import MHAKVCacheParams
 from rayk.buffers import PageBuffers
-from rayk.transport.line import Line, Parcel, Peer
+from rayk.transport.choice import Peer
+from rayk.transport.line import Line, Parcel
 
 SOURCE, TARGET = Peer(0, 100), Peer(1, 101)
 FOREVER = float("inf")

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rayk.errors import LineError
-from rayk.transport.line import Parcel, Peer
+from rayk.transport.choice import Peer
+from rayk.transport.line import Parcel
 from rayk.transport.memory import host_identity, map_shared, shared_zeros
 from rayk.transport.pools import HostMemory, PoolLine
 
