@@ -398,13 +398,12 @@ class GiveUp(_Message, frozen=True):
 
 
 class DrainReplica(_Message, frozen=True):
-    """Give the replica no new requests, and with `handover` move those that it has to others. Once none is left, offer
-    up to `offer` of its pages to tiers and to replicas that have empty ones. `released` as in PlaceMany."""
+    """Give the replica no new requests, and with `handover` move those that it has to others. `released` as in
+    PlaceMany."""
 
     replica: int
     released: list[str] = []
     handover: bool = False
-    offer: int = 0
 
 
 class ResumeReplica(_Message, frozen=True):
@@ -695,11 +694,10 @@ class Missing(_Message, frozen=True):
 
 
 class Drained(_Message, frozen=True):
-    """Requests that are still there, with the reason, where those went that were moved, and pages offered."""
+    """Requests that are still there, with the reason, and where those went that were moved."""
 
     left: dict[str, str]
     moved: dict[str, int]
-    offered: int = 0
 
 
 class Enlisted(_Message, frozen=True):

@@ -32,12 +32,10 @@ class ReplicaLoad(NamedTuple):
 
 
 class Drained(NamedTuple):
-    """What draining came to so far: requests that are still there, where others were moved, and pages that were offered
-    to tiers or copied to other replicas."""
+    """What draining came to so far: requests that are still there, and where others were moved."""
 
     left: list[str]
     moved: dict[str, int]
-    offered: int = 0
 
 
 class ScalePolicy(msgspec.Struct, frozen=True):

@@ -19,7 +19,6 @@ from rayk.scheduler.growth import Placed, give_back, place_replicas, vacate
 from rayk.scheduler.roster import Call, Roster, apart, current, result_of
 
 LOOK_SECONDS = 0.02  # between two looks at a replica that drains
-OFFERED_BYTES = 1 << 30  # of a drained replica's pages, at most
 
 
 class Changes(Roster):
@@ -71,14 +70,13 @@ class Changes(Roster):
     @current
     def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Call:
         """Give the replica no new requests; wait up to `deadline` seconds for those it has, then hand them over."""
-        offer = max(1, OFFERED_BYTES // self.cluster.config.params.bytes_per_page)
         until = monotonic() + (deadline or 0.0)
         while True:
             late = deadline is not None and monotonic() >= until
-            command = m.DrainReplica(replica, self._take_released(), late and handover, offer)
+            command = m.DrainReplica(replica, self._take_released(), late and handover)
             done: m.Drained = yield from self._ask(self.scheduler, command)
             if not done.left or deadline is None:
-                return Drained(sorted(done.left), done.moved, done.offered)
+                return Drained(sorted(done.left), done.moved)
             if late:
                 raise DrainError(replica, done.left)
             yield from apart(partial(sleep, min(LOOK_SECONDS, max(0.0, until - monotonic()))))

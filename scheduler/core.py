@@ -90,10 +90,10 @@ class SchedulerCore:
                 return self._look_at(gone)
             case m.RemoveReplica(replica):
                 return self._remove(replica)
-            case m.DrainReplica(replica, released, handover, offer):
+            case m.DrainReplica(replica, released, handover):
                 self.placer.forget_own(client, released)
                 self.standing.drain(replica)
-                return self._drain(replica, handover, offer)
+                return self._drain(replica, handover)
             case _:
                 return self._change(client, command)
 
@@ -153,7 +153,7 @@ class SchedulerCore:
         yield [Ask(r, m.Follow()) for r in follow]
         return result
 
-    def _drain(self, replica: int, handover: bool, offer: int) -> Script:
+    def _drain(self, replica: int, handover: bool) -> Script:
         """Hand over what is there, if that is wanted; say what is left."""
         before, moved = self.placements.on(replica), dict[str, int]()
         yield from self.placer.verify(before)  # some may have been released there directly

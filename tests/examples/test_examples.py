@@ -31,3 +31,8 @@ def test_driver(repo: Path) -> None:
     assert "1 page(s) copied between replicas" in out
     assert "free pages: [256, 256]" in out
     assert out in (repo / "README.md").read_text()
+
+
+def test_autoscale(repo: Path) -> None:
+    out = run(repo, "autoscale.py")
+    assert out in (repo / "README.md").read_text()
