@@ -76,6 +76,11 @@ def _show(state: ManagerState, console: Any) -> None:
             console.print(_tier_line(replica.index, replica.tiers), markup=False)
     for index, how in state.coming.items():
         console.print(f"replica {index} is {how}", markup=False)
+    for line in state.lines:
+        text = f"copies from replica {line.source} to {line.target} by {line.kind}: {line.copies:,}"
+        text += f", {line.bandwidth / 1e9:.2f} GB/s after {line.latency * 1e3:.2f} ms"
+        text += f"; {line.failures} failed, the last: {line.trouble}" if line.failures else ""
+        console.print(text, markup=False)
     for reason in state.refused.values():
         console.print(f"left out: {reason}", markup=False)
     if state.metrics is not None:

@@ -66,6 +66,8 @@ class ManagerState(msgspec.Struct, frozen=True, omit_defaults=True):
     metrics: KVCacheMetrics | None = None
     admission: AdmissionState | None = None
     coming: dict[int, str] = {}  # indices that are planned or starting
+    transport: str = "auto"  # the kind of line that copies were asked to go by
+    lines: list[m.LineState] = []
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -136,6 +138,8 @@ def _manager(runtime: Runtime, name: str, cluster: Cluster, scheduler: Link) -> 
         metrics=metrics,
         admission=known.admission,
         coming={r: state for r, state in enumerate(known.states) if state in (State.planned, State.starting)},
+        transport=known.transport,
+        lines=known.lines,
     )
 
 
