@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +80,36 @@ def test_tokens_are_those_of_transformers(folder: Path, page_size: int) -> None:
     print(f"page {page_size}: {kinds.count('same')} same, {kinds.count('tie')} ties, {kinds.count('wrong')} wrong")
     # TF32 and other orders of sums move logits by more than on the CPU: random weights have close calls.
     assert kinds.count("wrong") <= 3
+
+
+def test_tiers_and_copies_change_no_token(folder: Path, tmp_path: Path) -> None:
+    """Scarce pages, shared beginnings: from the device alone, from tiers, from another replica, and after a restart."""
+    rng = random.Random(0)
+    starts = [[rng.randrange(3, VOCAB) for _ in range(700)] for _ in range(6)]
+    prompts = [
+        starts[rng.randrange(6)][: rng.randrange(200, 700)] + [rng.randrange(3, VOCAB) for _ in range(30)]
+        for _ in range(120)
+    ]
+    tiers = {"host_memory": 256 << 20, "disk_dir": tmp_path / "disk", "disk_memory": 256 << 20}
+    settings: dict[str, dict[str, Any]] = {
+        "alone": {},
+        "host": {"host_memory": 256 << 20},
+        "two": {"replicas": 2},
+        "two, host and disk": {"replicas": 2, **tiers},
+        "these again": {"replicas": 2, **tiers},
+    }
+    found: dict[str, list[list[int]]] = {}
+    for name, changes in settings.items():
+        common: dict[str, Any] = {"page_size": 16, "pages": 150, "max_batch_size": 16, "longest": 800}
+        common |= {"device": "cuda", "dtype": "float32", "attention": "torch-sdpa", **changes}
+        with Cluster(folder, **common) as cluster:
+            outputs = [o for i in range(0, 120, 24) for o in cluster.generate(prompts[i : i + 24], max_new_tokens=16)]
+            reused = [cluster.stats(replica).reused for replica in range(len(cluster.facts))]
+            cluster.check_integrity()
+        assert all(output.error is None for output in outputs)
+        found[name] = [output.tokens for output in outputs]
+        sums = {k: sum(getattr(r, f"{k}_tokens") for r in reused) for k in ("device", "peer", "host", "disk")}
+        print(f"engine, {name}: reused tokens {', '.join(f'{k} {n}' for k, n in sums.items())}")
+        assert all(tokens == found["alone"] for tokens in found.values())
+        assert sums["host"] > 0 or "host_memory" not in changes
+    assert sums["disk"] > 0
