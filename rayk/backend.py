@@ -255,8 +255,8 @@ class InlineBackend(InlineReplicas):
 
         window = ctx.tokens
         keys: Sequence[int] = ()
-        if self._desk.keyed:
-            keys = self._desk.keys(window.data[: window.length].tobytes(), ctx.root_key, ctx.pending_future_count)
+        if self._desk.keys is not None:
+            keys = self._desk.keys.of(window.data[: window.length].tobytes(), ctx.root_key, ctx.pending_future_count)
         return Wish(window.length, keys, ctx.session_id)
 
     def _report(self) -> None:

@@ -92,10 +92,38 @@ class PageHasher:
             hashes = [digest := xxh3(digest + page) for page in pages]
         return hashes
 
-    def keys(self, parent: PageHash, tokens: bytes) -> list[int]:
-        """The first 8 bytes of each hash of chain(), as a number."""
-        hashes = self.chain(parent, tokens)
-        if len(hashes) < 8:
-            return [int.from_bytes(each[:KEY_BYTES], "little") for each in hashes]
-        keys: list[int] = np.frombuffer(b"".join(hashes), "<u8")[:: self.width // KEY_BYTES].tolist()
-        return keys
+
+class PageKeys:
+    """Keys of the pages that a request may reuse, which are all full ones before its last token (or before its
+    placeholders): the first KEY_BYTES of each hash, for a prefix index."""
+
+    ROOTS = 4096  # of salts and adapters, whose hashes are kept
+
+    def __init__(self, hasher: PageHasher, page_size: int) -> None:
+        self._hasher = hasher
+        self._page_size = page_size
+        self._roots: dict[RootKey, PageHash] = {}
+
+    def pages(self, length: int, pending: int = 0) -> int:
+        """How many keys a request of `length` tokens has, the last `pending` of them placeholders."""
+        return max(0, length - (pending or 1)) // self._page_size
+
+    def joined(self, tokens: bytes, root: RootKey) -> bytes:
+        """The keys of whole pages (raw int32), one after the other."""
+        parent = self._roots.get(root)
+        if parent is None:
+            if len(self._roots) >= self.ROOTS:
+                self._roots.clear()
+            parent = self._roots[root] = self._hasher.root(root)
+        return b"".join([each[:KEY_BYTES] for each in self._hasher.chain(parent, tokens)])
+
+    def of(self, tokens: bytes, root: RootKey, pending: int = 0) -> list[int]:
+        """The keys of a request (raw int32) as numbers."""
+        pages = self.pages(len(tokens) // 4, pending)
+        return split_keys(self.joined(tokens[: 4 * pages * self._page_size], root)) if pages else []
+
+
+def split_keys(joined: bytes) -> list[int]:
+    """Keys that lie one after the other, as numbers."""
+    keys: list[int] = np.frombuffer(joined, "<u8").tolist()
+    return keys

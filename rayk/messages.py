@@ -296,7 +296,8 @@ class PlaceMany(_Message, frozen=True):
     prefix; at a known `prefill_rate` (tokens a second) what is quicker to compute is not copied. `released` are ids
     that the sender released on replicas directly, `seen` and `unfilled` what it last saw in the answers of each, as of
     the join of number `joined`: what it was told is done counts in the choice.
-    `handed` is the scheduler's own, as in Admit.
+    `handed` is the scheduler's own, as in Admit. `keys` are those of the contexts' pages (rayk.hashing.PageKeys), one
+    context after the other; b"" where the sender made none.
     """
 
     contexts: Contexts
@@ -310,14 +311,15 @@ class PlaceMany(_Message, frozen=True):
     joined: int = 1
     handed: bool = False
     prefill_rate: float | None = None
+    keys: bytes = b""
 
 
 class Enter(_Message, frozen=True):
     """Offer requests to a cluster with an admission policy, and hear what became of those that wait.
 
-    `given_up` are ids that are not wanted any more, as far as they still wait. `released`, `seen` and `unfilled` as in
-    PlaceMany, as of `joined` there; `turns` and `used` are what the sender heard last of each replica's pages, 0 where
-    it heard nothing. Without `hear` what is settled waits for the next message.
+    `given_up` are ids that are not wanted any more, as far as they still wait. `released`, `seen`, `unfilled` and
+    `keys` as in PlaceMany, as of `joined` there; `turns` and `used` are what the sender heard last of each replica's
+    pages, 0 where it heard nothing. Without `hear` what is settled waits for the next message.
     """
 
     contexts: Contexts
@@ -330,6 +332,7 @@ class Enter(_Message, frozen=True):
     used: list[int] = []
     hear: bool = True
     joined: int = 1
+    keys: bytes = b""
 
 
 class ClaimOne(_Message, frozen=True):

@@ -38,7 +38,7 @@ from rayk.errors import (
 from rayk.inputs import BatchCharacteristics, BatchShape, no_inputs, table_only
 from rayk.request import Usage
 from rayk.scheduler.changes import Changes
-from rayk.scheduler.cluster import Cluster
+from rayk.scheduler.cluster import Cluster, desk_settings
 from rayk.scheduler.roster import Call, current, result_of
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
@@ -56,6 +56,8 @@ class Calls(Changes):
         self._params = params
         self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy
         self.prefill_rate: float | None = None  # tokens a second of a replica; what is quicker to compute is not copied
+        settings = desk_settings(cluster.config, cluster.pages)
+        self._keys = settings.keys() if settings.wants_keys else None
         self._waiting: dict[str, TextContext] = {}  # offered, and not known yet what became of it
         self._note: Pending | None = None  # tells the scheduler what was released; nobody waited for the answer yet
 
@@ -155,7 +157,8 @@ class Calls(Changes):
             targets = list(replicas) if replicas is not None else []
             released, joined = self._take_released(), self.cluster.joined
             seen, unfilled = self.heard("seen"), self.heard("unfilled")
-            how = (stop_on_error, seen, unfilled, joined, False, self.prefill_rate)
+            keys = self._page_keys(ctxs) if claim or peers else b""
+            how = (stop_on_error, seen, unfilled, joined, False, self.prefill_rate, keys)
             return m.PlaceMany(contexts, targets, claim, peers, released, *how)
 
         done: m.PlaceDone = yield from self._ask(self.scheduler, command())
@@ -201,6 +204,7 @@ class Calls(Changes):
             self.heard("used"),
             hear,
             self.cluster.joined,
+            self._page_keys(ctxs),
         )
 
     def note_released(self) -> None:
@@ -215,6 +219,18 @@ class Calls(Changes):
         if note is not None:
             [heard] = yield [note]
             result_of(heard)
+
+    def _page_keys(self, ctxs: Sequence[TextContext]) -> bytes:
+        """The keys that a router goes by, made here and not by the scheduler, of which there is one for all drivers."""
+        keys = self._keys
+        if keys is None or self.indices < 2:  # else there is no choice
+            return b""
+        size, joined = self._params.page_size, []
+        for ctx in ctxs:
+            pages = keys.pages(ctx.tokens.length, 0 if ctx.plain else ctx.pending_future_count)
+            if pages:
+                joined.append(keys.joined(ctx.tokens.data[: pages * size].tobytes(), ctx.root_key))
+        return b"".join(joined)
 
     def _may_copy(self, ctx: TextContext) -> bool:
         """Whether the next alloc of a claimed request looks for a cached prefix."""

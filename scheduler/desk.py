@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rayk.admission import AdmissionPolicy
-from rayk.hashing import PageHash, PageHasher, RootKey
+from rayk.hashing import PageHash, PageHasher, PageKeys
 from rayk.messages import News
 from rayk.pages import Pages
 from rayk.scheduler.choice import Choice, Wish
@@ -27,7 +27,6 @@ from rayk.scheduler.policies import WANT_KEYS, make_policy
 from rayk.transport.choice import AUTO
 
 REMEMBERED = 4096  # choices that can still be explained
-ROOTS = 4096  # of salts and adapters, whose hashes are kept
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,12 @@ class DeskSettings:
 
     def make(self, clock: Callable[[], float]) -> Desk:
         """The desk; ConfigError for an unknown policy."""
-        hasher = self.hasher if self.keyed else None
-        return Desk(self.router, [n * self.page_size for n in self.pages], self.page_size, hasher, clock)
+        keys = self.keys() if self.keyed else None
+        return Desk(self.router, [n * self.page_size for n in self.pages], self.page_size, keys, clock)
+
+    def keys(self) -> PageKeys:
+        """What makes the keys of requests' pages."""
+        return PageKeys(self.hasher, self.page_size)
 
 
 class IndexFeed:
@@ -107,14 +110,14 @@ class _Placed:
 
 
 class Desk:
-    """`capacities` are tokens per replica. `hasher` makes the keys of pages; None where the policy needs none."""
+    """`capacities` are tokens per replica. `keys` makes the keys of pages; None where the policy needs none."""
 
     def __init__(
         self,
         router: str,
         capacities: Sequence[int],
         page_size: int,
-        hasher: PageHasher | None,
+        keys: PageKeys | None,
         clock: Callable[[], float],
     ) -> None:
         self.router = router
@@ -122,11 +125,10 @@ class Desk:
         self.fleet = Fleet(0)
         for capacity in capacities:
             self.fleet.join(1, capacity)
+        self.keys = keys
         self.known = [-1] * len(capacities)  # the last batch that each replica reported
         self._policy = make_policy(router, self.index, page_size)
         self._page_size = page_size
-        self._hasher = hasher
-        self._roots: dict[RootKey, PageHash] = {}
         self._clock = clock
         self._placed: dict[str, _Placed] = {}
         self._under_way = [0] * len(capacities)  # tokens to compute for what was placed and not answered yet
@@ -137,13 +139,13 @@ class Desk:
     @property
     def keyed(self) -> bool:
         """Whether requests are placed by the pages that replicas have."""
-        return self._hasher is not None
+        return self.keys is not None
 
     # -- who is there ------------------------------------------------------------------------------
 
-    def follow(self, hasher: PageHasher) -> None:
+    def follow(self, keys: PageKeys) -> None:
         """Go by cached pages from now on: there is a choice now."""
-        self._hasher = hasher
+        self.keys = keys
 
     def join(self) -> None:
         """One more index, at which nobody is yet."""
@@ -162,20 +164,6 @@ class Desk:
         self.fleet.set_ready(replica, True)
 
     # -- choices -----------------------------------------------------------------------------------
-
-    def keys(self, tokens: bytes, root: RootKey, pending: int = 0) -> Sequence[int]:
-        """Keys of the pages that a request (raw int32) may reuse: all full ones before its last token."""
-        hasher = self._hasher
-        assert hasher is not None
-        pages = (len(tokens) // 4 - (pending or 1)) // self._page_size
-        if pages < 1:
-            return ()
-        parent = self._roots.get(root)
-        if parent is None:
-            if len(self._roots) >= ROOTS:
-                self._roots.clear()
-            parent = self._roots[root] = hasher.root(root)
-        return hasher.keys(parent, tokens[: 4 * pages * self._page_size])
 
     def choose(self, request_id: str, wish: Wish, open_: BoolArray | None = None) -> int:
         """The replica for a request, -1 when none takes any; one of those that are `open_`, where that is said."""

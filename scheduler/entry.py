@@ -41,6 +41,7 @@ class Entry:
         hall.gate.reports(command.turns, command.used)
         hall.give_up(client, command.given_up)
         batch = Batch(command.contexts)
+        keys = placer.sent_keys(batch, command.keys)
         # With a queue the replicas' answers to what is let in bring all news; without one, what the driver saw counts.
         calm = not len(hall.queue)
         if len(batch):
@@ -52,27 +53,28 @@ class Entry:
         placed: list[tuple[Entering, Owner]] = []
         for row in range(len(batch)):
             self._let_in(placed)  # only what finds no room waits, and counts as waiting for those behind it
-            self._offer(client, batch, row)
+            self._offer(client, batch, row, keys[row] if keys is not None else None)
         hall.expire()
         self._let_in(placed)
         if placed:
             yield from self._place(placed, command.peers)
         return self._answer(client) if command.hear else m.Done()
 
-    def _offer(self, client: str, batch: Batch, row: int) -> None:
+    def _offer(self, client: str, batch: Batch, row: int, keys: list[int] | None) -> None:
         request_id, hall = batch.ids[row], self._hall
         holder = self._placer.placements.holder(request_id)
         if holder is not None:
             hall.reject(client, Fate(request_id, holder, None, AlreadyClaimedError(request_id, holder)))
         else:  # it may wait for long: without the others of its message
             own = Batch(batch.part([row]))
-            visitor = Visitor(client, partial(self._wish, own), own.contexts)
+            visitor = Visitor(client, partial(self._wish, own, keys), own.contexts)
             hall.offer(visitor, request_id, own.lengths[0], own.traits(0))
 
-    def _wish(self, own: Batch) -> Wish:
-        traits = own.traits(0)
-        keys = self._placer.keys(own, 0, traits) if self._placer.desk.keyed else ()
-        return Wish(own.lengths[0], keys, traits.session_id)
+    def _wish(self, own: Batch, keys: list[int] | None) -> Wish:
+        """`keys` as sent; whether any are wanted may change while the request waits."""
+        placer = self._placer
+        made = keys if keys is not None and placer.desk.keyed else placer.keys(own, 0)
+        return Wish(own.lengths[0], made, own.traits(0).session_id)
 
     def _let_in(self, placed: list[tuple[Entering, Owner]]) -> None:
         """Choose replicas for those whose turn it is."""

@@ -129,9 +129,7 @@ class Handover:
                 self._stay(replica, request_id, self._wish(batch, batch.ids.index(request_id)))
 
     def _wish(self, batch: Batch, row: int) -> Wish:
-        traits = batch.traits(row)
-        keys = self._placer.keys(batch, row, traits) if self._placer.desk.keyed else ()
-        return Wish(batch.lengths[row], keys, traits.session_id)
+        return Wish(batch.lengths[row], self._placer.keys(batch, row), batch.traits(row).session_id)
 
     def _let_go(
         self, replica: int, gone: dict[str, tuple[int, int]], moved: dict[str, int]

@@ -14,8 +14,10 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from rayk import messages as m
-from rayk.columns import BASE, PENDING, Batch, Outcomes
+from rayk.columns import BASE, PENDING, SENT, Batch, Outcomes
 from rayk.errors import (
     AlreadyClaimedError,
     MessageError,
@@ -24,6 +26,7 @@ from rayk.errors import (
     RaykError,
     ReplicaLostError,
 )
+from rayk.hashing import KEY_BYTES, split_keys
 from rayk.scheduler.asks import Ask, Part, Script
 from rayk.scheduler.choice import Wish
 from rayk.scheduler.copying import Copies, Copy, Copying, Groups
@@ -55,6 +58,7 @@ class Placer:
         """Told of requests that have no place any more."""
         self._members = members
         self._copies = copies
+        self._page_size = page_size
         self.copying = Copying(members, lines, page_size, clock)
         self._clock = clock
 
@@ -197,10 +201,12 @@ class Placer:
         of whose prefix no other replica has anything."""
         wanted, replicas, groups, lonely = command.replicas, [-1] * len(batch), Groups(), set[int]()
         desk = self.desk
-        keyed, copies = desk.keyed, command.peers and self._copies
+        copies = command.peers and self._copies
+        keyed = desk.keyed and (command.claim or copies or not wanted)
+        all_keys = self.sent_keys(batch, command.keys) if keyed else None
         for i, (request_id, length) in enumerate(zip(batch.ids, batch.lengths, strict=True)):
             traits = batch.traits(i)
-            keys = self.keys(batch, i, traits) if keyed else ()
+            keys = all_keys[i] if all_keys is not None else self.keys(batch, i) if keyed else ()
             wish = Wish(length, keys, traits.session_id)
             try:
                 if wanted:
@@ -234,12 +240,26 @@ class Placer:
         if holder is not None and holder != replica:
             raise NotClaimedError(request_id, replica, holder)
 
-    def keys(self, batch: Batch, row: int, traits: m.Traits) -> Sequence[int]:
-        """What the router knows the pages of a row's tokens by."""
-        base, pending = batch.rows[row][BASE], batch.rows[row][PENDING]
-        if base:  # the tokens before were sent to the replica only; it is claimed, and the router has no choice
+    def sent_keys(self, batch: Batch, joined: bytes) -> list[list[int]] | None:
+        """What the router knows the pages of each request by, as its driver sent it; None if it sent nothing."""
+        if not joined:
+            return None
+        base, sent, pending = (batch.numbers[:, column] for column in (BASE, SENT, PENDING))
+        pages = np.where(base > 0, 0, np.maximum(sent - np.maximum(pending, 1), 0) // self._page_size)
+        stops: list[int] = np.cumsum(pages).tolist()
+        total = stops[-1] if stops else 0
+        if len(joined) != KEY_BYTES * total:
+            raise MessageError(f"{len(joined)} bytes are not the keys of the {total} pages of {len(batch)} request(s)")
+        keys = split_keys(joined)
+        return [keys[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
+
+    def keys(self, batch: Batch, row: int) -> Sequence[int]:
+        """The same of one request for which nothing was sent, made here: its driver did not know yet that there is a
+        choice, or a replica hands it over."""
+        make, traits = self.desk.keys, batch.traits(row)
+        if make is None or batch.rows[row][BASE]:  # there is no choice, or it was made: only its replica has the start
             return []
-        return self.desk.keys(batch.tokens(row), (traits.cache_salt, traits.adapter), pending)
+        return make.of(batch.tokens(row), (traits.cache_salt, traits.adapter), batch.rows[row][PENDING])
 
     def _admit(
         self, batch: Batch, command: m.PlaceMany, groups: Groups, copies: Copies, outcomes: Outcomes, broken: list[Copy]

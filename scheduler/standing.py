@@ -62,7 +62,7 @@ class Standing:
         desk.renew(replica, pages * self._settings.page_size)
         if desk.keyed or not self._settings.wants_keys:
             return []
-        desk.follow(self._settings.hasher)
+        desk.follow(self._settings.keys())
         return [r for r in members.here if r != replica]
 
     def drain(self, replica: int) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rayk import InferenceSession, PagedKVCacheManager, TextContext
 from rayk import messages as m
-from rayk.errors import ConfigError, InsufficientBlocksError, NoReplicaError, ReplicaLostError
+from rayk.admission import AdmissionPolicy
+from rayk.errors import ConfigError, InsufficientBlocksError, MessageError, NoReplicaError, ReplicaLostError
 from rayk.journal import Journal, Unfilled
 from rayk.scheduler.describe import explain
 from rayk.scheduler.desk import Desk, DeskSettings
@@ -22,12 +24,16 @@ RUNTIMES = ["inline", "eager", "lazy"]
 
 
 @contextmanager
-def manager_of(kind: str, replicas: int = 3, pages: int = 24, copies: bool = False) -> Iterator[Any]:
+def manager_of(
+    kind: str, replicas: int = 3, pages: int = 24, copies: bool = False, admission: AdmissionPolicy | None = None
+) -> Iterator[Any]:
     """A manager that routes by cost, its desk, and its runtime (None inline)."""
     runtime = None if kind == "inline" else FakeRuntime(lazy=kind == "lazy")
     with InferenceSession() if runtime is None else session_on(runtime, "n") as session:
         settings = params(replicas, enable_dp_cross_replica_prefix_copy=copies)
-        manager = PagedKVCacheManager(settings, session, pages, enable_runtime_checks=True, max_batch_size=8)
+        manager = PagedKVCacheManager(
+            settings, session, pages, enable_runtime_checks=True, max_batch_size=8, admission=admission
+        )
         yield manager, desk_of(manager, runtime), runtime
         manager.shutdown()
 
@@ -224,3 +230,58 @@ def test_a_request_without_any_replica_left_is_refused_by_name() -> None:
             assert isinstance(noticed.error, ReplicaLostError)
         with pytest.raises(NoReplicaError, match="request 'y' has no place: all replicas are lost or draining"):
             manager.admit([TextContext("y", range(9), 100)])
+
+
+WAITING = AdmissionPolicy(high=1.0, low=1.0)
+
+
+def no_hashing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on it goes wrong when the scheduler hashes; the driver has a hasher of its own."""
+    assert desk.keys is not None
+    monkeypatch.setattr(desk.keys._hasher, "chain", None)
+    monkeypatch.setattr(desk.keys._hasher, "root", None)
+
+
+def lengths_of_all_kinds() -> list[TextContext]:
+    ctxs = [TextContext(f"{i}", [*range(i)], 100, cache_salt="s", adapter="x" * (i % 2)) for i in range(1, 14)]
+    ctxs[-1].update_with_future_token()  # 14 tokens, of which 13 are known
+    return ctxs
+
+
+@pytest.mark.parametrize("policy", [None, WAITING])
+def test_the_scheduler_gets_keys_and_hashes_nothing(
+    policy: AdmissionPolicy | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with manager_of("eager", admission=policy) as (manager, desk, runtime):
+        assert runtime is not None and desk.keys is not None
+        ctxs, expected = lengths_of_all_kinds(), {}
+        for ctx in ctxs:
+            raw = ctx.tokens.data[: ctx.tokens.length].tobytes()
+            expected[ctx.request_id] = desk.keys.of(raw, ctx.root_key, ctx.pending_future_count)
+        assert [len(keys) for keys in expected.values()] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
+        no_hashing(desk, monkeypatch)
+        manager.admit(ctxs)
+        for request_id, keys in expected.items():
+            made = desk.made(request_id)
+            assert made is not None and list(made.wish.keys) == keys
+
+
+def test_keys_that_are_not_those_of_the_requests_are_refused() -> None:
+    with manager_of("eager", admission=WAITING) as (manager, _, _):
+        calls, nobody = manager._backend.calls, m.Contexts([], b"", b"")
+        for wrong in (m.PlaceMany(nobody, claim=True, keys=bytes(8)), m.Enter(nobody, keys=bytes(8))):
+            with pytest.raises(MessageError, match="8 bytes are not the keys of the 0 pages of 0 request"):
+                calls.scheduler.ask(wrong)
+
+
+def test_the_scheduler_makes_the_keys_of_who_came_before_there_was_a_choice() -> None:
+    with manager_of("eager", 1, 3, admission=WAITING) as (manager, desk, _):
+        assert len(manager.enter([TextContext("a", range(9), 100)])) == 1
+        assert manager.enter([TextContext("b", range(9), 100)]) == [] and desk.keys is None, "it waits for room"
+        manager.add_replicas()
+        assert desk.keys is not None
+        [(_, admission)] = manager.enter()
+        made = desk.made("b")
+        assert admission.replica == 1 and made is not None
+        raw = np.arange(9, dtype=np.int32).tobytes()
+        assert list(made.wish.keys) == desk.keys.of(raw, (None, None)) and len(made.wish.keys) == 2

@@ -8,7 +8,7 @@ import torch
 from rayk import InsufficientBlocksError, MHAKVCacheParams, TextContext
 from rayk.errors import LineError
 from rayk.exports import PageImport
-from rayk.hashing import PageHasher
+from rayk.hashing import PageHasher, PageKeys
 from rayk.inputs import LeafInputs
 from rayk.replica import ReplicaCore
 
@@ -256,11 +256,10 @@ def test_hashes_chain(algorithm: str) -> None:
     assert {len(root), *map(len, whole)} == {hasher.width}
     assert hasher.chain(whole[0], tokens[8:]) == whole[1:]
     assert hasher.chain(root, tokens[:23]) == whole[:2]  # only full pages
-    many = tokens * 5
-    for pages in (0, 1, 7, 8, 15):  # as numbers, few and many
-        keys = hasher.keys(root, many[: 8 * pages])
-        assert keys == [int.from_bytes(each[:8], "little") for each in hasher.chain(root, many[: 8 * pages])]
-        assert len(keys) == pages
+    many = tokens * 6
+    for tokens_, pending, pages in ((0, 0, 0), (2, 0, 0), (3, 0, 1), (15, 0, 7), (16, 1, 7), (17, 2, 7), (31, 0, 15)):
+        keys = PageKeys(hasher, 2).of(many[: 4 * tokens_], (None, None), pending)
+        assert keys == [int.from_bytes(each[:8], "little") for each in hasher.chain(root, many)[:pages]]
 
 
 def test_roots_differ_by_seed_salt_and_adapter() -> None:
