@@ -188,8 +188,7 @@ class _Outgoing:
             target=self._open,
             args=(address, port, token, seconds, listener),
             name=f"rayk-line-{to.replica}",
-            daemon=True,
-        )
+        )  # no daemon: a process that ends while torch waits in it would abort; the wait has a limit
         self._thread.start()
 
     def _open(self, address: str, port: int, token: str, seconds: float, listener: socket.socket) -> None:
@@ -247,7 +246,7 @@ def _join(rank: int, address: str, port: int, token: str, seconds: float, listen
 def _let_go(group: Group) -> None:
     """Close a group, whose messages were dropped. Its threads may take a while to end: that is not waited for."""
     holder = [group]
-    threading.Thread(target=holder.clear, name="rayk-line-end", daemon=True).start()
+    threading.Thread(target=holder.clear, name="rayk-line-end").start()  # no daemon, see above
 
 
 def _family(address: str) -> socket.AddressFamily:

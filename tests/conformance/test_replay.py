@@ -7,7 +7,7 @@ Where the clone has no ../shared beside it, this module is skipped.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,8 +89,9 @@ def test_a_wrong_answer_is_noticed(inline: rayk.InferenceSession) -> None:
 
 
 def test_a_page_with_wrong_content_is_noticed(inline: rayk.InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forget_to_land(*_: object) -> None:
-        """Pages copied from another replica keep whatever they held."""
+    def forget_to_land(exports: object, pages: Sequence[int], *_: object) -> int:
+        """Pages copied from another replica keep whatever they held, and count as copied."""
+        return len(pages)
 
     monkeypatch.setattr("rayk.exports.Exports.land", forget_to_land)
     problems = replay.replay_case(*load("c05_two_replicas"), inline, "inline")
