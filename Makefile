@@ -29,7 +29,7 @@ demo: $(STAMP)  ## serve generated chats from 2 replicas, check every page, writ
 	$(BIN)/rayk bench $(DEMO_ARGS) --out $(DEMO_OUT)
 
 test: $(STAMP)  ## run all tests (those that need a GPU are skipped without one)
-	$(BIN)/python -m pytest $(if $(filter tests%,$(PYTEST_ARGS)),,tests) $(PYTEST_ARGS)
+	TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m pytest $(if $(filter tests%,$(PYTEST_ARGS)),,tests) $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
