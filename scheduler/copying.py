@@ -1,63 +1,33 @@
-"""Prefix copies between replicas, as rounds of the scheduler's.
+"""Prefix copies for requests that are admitted, as rounds of the scheduler's.
 
-Replicas never call each other or the scheduler. A copy is a lookup at all replicas, an export at its source, which pins
-the pages, an admission at its target, which allocates pages and fetches, and an acknowledgement, whatever happened in
-between. The data goes from replica to replica over a line of rayk.transport.
+A copy is a lookup at all replicas, an export at its source, which pins the pages, an admission at its target, which
+allocates pages and fetches, and an acknowledgement, whatever happened in between; see rayk.scheduler.carrier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Generator, Sequence
+from typing import Any
 
 from rayk import messages as m
 from rayk.columns import Batch
-from rayk.errors import LineError
 from rayk.peers import Span, copy_spans, worthwhile
 from rayk.scheduler.asks import Ask, Part, Told
-from rayk.scheduler.lines import Lines
+from rayk.scheduler.carrier import Carrier, Copies, Order
 from rayk.scheduler.membership import Membership
-from rayk.transport.choice import OBJECT_STORE
 
 Groups = dict[int, list[int]]  # replica -> rows of a batch
-
-
-class Copy(NamedTuple):
-    """Exported pages on their way to a place. `seconds` is what the export took."""
-
-    source: int
-    target: int
-    line: str
-    export: m.Exported
-    data: Any
-    seconds: float
-
-
-Copies = dict[int, list[Copy]]  # row of a batch -> what it may import, in order
-
-
-class _Order(NamedTuple):
-    """Pages that a row of a batch wants from another replica."""
-
-    row: int
-    target: int
-    view: m.ContextView
-    span: Span
 
 
 class Copying:
     """The copies of all batches of a scheduler, between its `members`."""
 
-    def __init__(self, members: Membership, lines: Lines, page_size: int, clock: Callable[[], float]) -> None:
-        self.lines = lines
+    def __init__(self, members: Membership, carrier: Carrier, page_size: int) -> None:
+        self.carrier = carrier
+        self.lines = carrier.lines
         self._members = members
         self._version = 0  # of the members when it was last looked who left
         self._page_size = page_size
-        self._clock = clock
-
-    # -- before the admission ------------------------------------------------------------------------
 
     def fetch(
         self, batch: Batch, groups: Groups, lonely: set[int], prefill_rate: float | None
@@ -77,7 +47,7 @@ class Copying:
                 found[replica] = each
                 if each.station is not None:
                     self.lines.joined(replica, each.epoch, each.station)
-        orders: list[_Order] = []
+        orders: list[Order] = []
         known: set[tuple[Any, ...]] = set()
         for at, i in enumerate(wanted):
             target = replicas[i]
@@ -85,8 +55,8 @@ class Copying:
                 coming = (target, span, self._prefix(views[at], span.stop))
                 if coming not in known:  # else an earlier request of this batch brings these pages
                     known.add(coming)
-                    orders.append(_Order(i, target, views[at], span))
-        return (yield from self._export(orders))
+                    orders.append(Order(i, target, views[at], span))
+        return (yield from self.carrier.export(orders))
 
     def _spans(self, found: Sequence[m.Found | None], at: int, target: int, prefill_rate: float | None) -> list[Span]:
         """What the request `at` of a lookup should get from others: all that they have, or what pays."""
@@ -112,85 +82,6 @@ class Copying:
         origin = view.origin
         owner = (origin.cache_salt, origin.adapter) if origin is not None else None
         return owner, view.tokens[: pages * self._page_size * 4]
-
-    def _export(self, orders: Sequence[_Order]) -> Generator[list[Ask], list[Told], Copies]:
-        """Ask for the exports; one whose line is refused is asked for again over the next best."""
-        copies: Copies = {}
-        while orders:
-            kinds = [self.lines.use(order.span.replica, order.target) for order in orders]
-            began = self._clock()
-            answers = yield [self._ask(order, kind) for order, kind in zip(orders, kinds, strict=True)]
-            took = self._clock() - began
-            again: list[_Order] = []
-            for order, kind, told in zip(orders, kinds, answers, strict=True):
-                source = order.span.replica
-                if isinstance(told.result, m.Exported):
-                    copy = Copy(source, order.target, kind, told.result, told.data, took)
-                    copies.setdefault(order.row, []).append(copy)
-                elif kind != OBJECT_STORE and isinstance(told.result, m.Failure):
-                    error = m.to_error(told.result)
-                    if isinstance(error, LineError):
-                        self.lines.failed(source, order.target, kind, error.reason)
-                        again.append(order)
-            orders = again
-        for parts in copies.values():
-            parts.sort(key=lambda copy: copy.export.start)
-        return copies
-
-    def _ask(self, order: _Order, kind: str) -> Ask:
-        span, to = order.span, self.lines.peer(order.target)
-        export = m.Export(order.view, span.start, span.stop, kind, to.replica, to.epoch)
-        return Ask(span.replica, export, (), kind == OBJECT_STORE)
-
-    # -- with the admission ----------------------------------------------------------------------------
-
-    def heads(self, parts: Iterable[Copy]) -> tuple[list[m.ImportHead], list[Any]]:
-        """What the target is told of the copies, and the page data that goes along."""
-        heads, data = [], []
-        for copy in parts:
-            export, source = copy.export, self.lines.peer(copy.source)
-            how = (
-                copy.line,
-                source.replica,
-                source.epoch,
-                export.export_id,
-                export.pages,
-                export.offer,
-                export.expires,
-            )
-            heads.append(m.ImportHead(export.start, export.hashes, *how))
-            if copy.line == OBJECT_STORE:
-                data.append(copy.data)
-        return heads, data
-
-    def arrived(self, parts: Sequence[Copy], done: m.AdmitDone, took: float) -> list[Copy]:
-        """What became of the copies of one admission, which was answered after so long; those whose line broke."""
-        arrivals, broken = done.arrivals, []
-        pages = sum(arrival.pages for arrival in arrivals)
-        away = max(0.0, took - float(np.frombuffer(done.seconds).sum()))  # neither claiming nor allocating
-        for copy, arrival in zip(parts, arrivals, strict=False):
-            if arrival.trouble:
-                self.lines.failed(copy.source, copy.target, copy.line, arrival.trouble)
-                broken.append(copy)
-            elif arrival.pages:
-                seconds = copy.seconds + arrival.seconds
-                if copy.line == OBJECT_STORE:  # the way there is not in what the target measures
-                    seconds += away * arrival.pages / pages
-                self.lines.carried(copy.source, copy.target, copy.line, arrival.pages, seconds)
-        return broken
-
-    # -- after it --------------------------------------------------------------------------------------
-
-    def acknowledge(self, copies: Copies, broken: Iterable[Copy]) -> Part:
-        """Have the exports unpinned, and lines that broke closed at the source; the target's end is closed already."""
-        exported: dict[int, list[int]] = {}
-        for copy in (copy for parts in copies.values() for copy in parts):
-            exported.setdefault(copy.source, []).append(copy.export.export_id)
-        asks = [Ask(source, m.Acknowledge(ids)) for source, ids in exported.items()]
-        pairs = dict.fromkeys((copy.source, copy.target) for copy in broken)
-        asks += [Ask(source, m.DropLines([target])) for source, target in pairs]
-        if asks:
-            yield asks
 
     def say_farewell(self) -> Part:
         """Have lines to replicas that left closed, or the memory of these would be kept for nothing."""

@@ -28,8 +28,9 @@ from rayk.errors import (
 )
 from rayk.hashing import KEY_BYTES, split_keys
 from rayk.scheduler.asks import Ask, Part, Script
+from rayk.scheduler.carrier import Carrier, Copies, Copy
 from rayk.scheduler.choice import Wish
-from rayk.scheduler.copying import Copies, Copy, Copying, Groups
+from rayk.scheduler.copying import Copying, Groups
 from rayk.scheduler.desk import Desk
 from rayk.scheduler.lines import Lines
 from rayk.scheduler.membership import Membership
@@ -59,7 +60,8 @@ class Placer:
         self._members = members
         self._copies = copies
         self._page_size = page_size
-        self.copying = Copying(members, lines, page_size, clock)
+        self.carrier = Carrier(lines, clock)
+        self.copying = Copying(members, self.carrier, page_size)
         self._clock = clock
 
     # -- the books -------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ class Placer:
             yield from self._admit(batch, command, early, copies, outcomes, broken)
         finally:
             if copies:
-                yield from self.copying.acknowledge(copies, broken)
+                yield from self.carrier.acknowledge(copies, broken)
         yield from self._admit(batch, command, late, copies, outcomes, broken)
 
     def catch_up(self, seen: Sequence[int], unfilled: Sequence[int], joined: int) -> Part:
@@ -276,7 +278,8 @@ class Placer:
                     outcomes.put(rows, told.result)
                     if told.result.arrivals:
                         parts = [copy for i in rows for copy in copies.get(i, ())]
-                        broken += self.copying.arrived(parts, told.result, took)
+                        busy = float(np.frombuffer(told.result.seconds).sum())  # claiming and allocating
+                        broken += self.carrier.arrived(parts, told.result.arrivals, took - busy)
                 elif isinstance(told.result, m.Failure):
                     outcomes.failures.update((i, told.result) for i in rows)
 
@@ -287,7 +290,7 @@ class Placer:
         for at, i in enumerate(rows) if copies else ():
             if parts := copies.get(i):
                 uses[at] = list(range(len(heads), len(heads) + len(parts)))
-                told, attached = self.copying.heads(parts)
+                told, attached = self.carrier.heads(parts)
                 heads += told
                 data += attached
         part = batch.part(rows)
