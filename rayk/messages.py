@@ -257,6 +257,7 @@ class Follow(_Message, frozen=True):
     """Note from now on which pages are cached, for a router that goes by that; what is cached already counts."""
 
 
+ExchangeCommand = Lookup | Export | Acknowledge | DropLines  # of page copies, see rayk.exchange
 ReplicaCommand = (
     Claim
     | Release

@@ -10,11 +10,10 @@ import pickle
 import traceback
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import monotonic, perf_counter
 from typing import Any
 
-import msgspec
-import numpy as np
 import torch
 
 from rayk import messages as m
@@ -23,15 +22,16 @@ from rayk.backend import Forward, run_forward, run_tick
 from rayk.columns import RESULTS, Batch
 from rayk.context import TextContext
 from rayk.errors import MessageError, RaykError, RemoteError, StaleEpochError
+from rayk.exchange import Exchange, reported
 from rayk.exports import PageImport
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.journal import Journal, Unfilled
 from rayk.replica import ReplicaCore
 from rayk.ticks import Tick
 from rayk.tiers.connector import TierCount
-from rayk.transport.choice import OBJECT_STORE, Peer
-from rayk.transport.line import PageData, Parcel
-from rayk.transport.port import Arrival, PagePort, open_lines
+from rayk.transport.choice import Peer
+from rayk.transport.line import PageData
+from rayk.transport.port import PagePort, open_lines
 from rayk.views import Mirrors, Sender, moved
 
 REFUSED = (-1,) * RESULTS
@@ -66,6 +66,7 @@ class ReplicaService:
         self._dumps = dumps
         self._clock = clock
         self._mirrors = Mirrors(core.replica)
+        self._exchange = Exchange(core, self.port, partial(self._mirrors.context, keep=False))
         self._answers: Answers[tuple[bytes, PageData]] = Answers()
 
     def handle(self, wire: bytes, attached: Sequence[PageData] = ()) -> tuple[bytes, PageData]:
@@ -137,23 +138,8 @@ class ReplicaService:
                     return m.Missing(missing), []
             case m.GetContexts(request_ids):
                 return self._claimed(request_ids), []
-            case m.Lookup(views, introduce):
-                found = self._found([self._mirrors.context(view, keep=False) for view in views])
-                if introduce:
-                    found = msgspec.structs.replace(found, epoch=self.epoch, station=self.port.station)
-                return found, []
-            case m.Export(view, start, stop, line, to, to_epoch):
-                ctx = self._mirrors.context(view, keep=False)
-                sent = self.port.ship(ctx, start, stop, Peer(to, to_epoch), line)
-                export = sent.export
-                pages = export.pages.tobytes()
-                done = m.Exported(export.export_id, start, export.hashes, pages, sent.offer, sent.expires)
-                return done, sent.data
-            case m.Acknowledge(export_ids):
-                self.port.end(export_ids)
-            case m.DropLines(replicas):
-                for replica in replicas:
-                    self.port.drop(replica)
+            case m.Lookup() | m.Export() | m.Acknowledge() | m.DropLines():
+                return self._exchange.answer(command, attached)
             case m.Blocks(request_id):
                 return m.BlocksDone(request_id in core.requests, core.blocks(request_id)), []
             case m.GetNews():
@@ -192,13 +178,6 @@ class ReplicaService:
         self._unfilled.seen(ctxs)
         return ctxs
 
-    def _found(self, ctxs: Sequence[TextContext]) -> m.Found:
-        core, reusable = self.core, [self.core.may_reuse(ctx) for ctx in ctxs]
-        if core.connector is None:
-            return m.Found([core.resident(ctx) for ctx in ctxs], reusable)
-        hits = [core.tier_hits(ctx) for ctx in ctxs]
-        return m.Found([h[0] for h in hits], reusable, [h[1] for h in hits], [h[2] for h in hits])
-
     @staticmethod
     def _moved_back(ctxs: Sequence[TextContext]) -> m.MovedBack:
         return m.MovedBack({ctx.request_id: moved(ctx) for ctx in ctxs})
@@ -221,7 +200,7 @@ class ReplicaService:
         self._mirrors.drop(request_id)
 
     def _admit(self, command: m.Admit, attached: Sequence[PageData]) -> m.AdmitDone:
-        imports, arrivals = self._imports(command.imports, attached)
+        imports, arrivals = self._exchange.imports(command.imports, attached)
         uses = {row: [imports[i] for i in of] for row, of in command.uses.items()}
         batch = Batch(command.contexts)
         numbers: list[int] = []
@@ -239,27 +218,7 @@ class ReplicaService:
         untried = len(batch) - len(numbers) // RESULTS
         numbers += REFUSED * untried
         seconds += (0.0, 0.0) * untried
-        came = [m.Arrival(a.pages, a.seconds, a.trouble) for a in arrivals]
-        return m.AdmitDone(array("q", numbers).tobytes(), array("d", seconds).tobytes(), failures, came)
-
-    def _imports(
-        self, heads: Sequence[m.ImportHead], attached: Sequence[PageData]
-    ) -> tuple[list[PageImport], list[Arrival]]:
-        """What alloc() needs of the imports of a message. The object store's come with the next attached data each."""
-        rest, imports, arrivals = iter(attached), [], []
-        for head in heads:
-            data = next(rest, None) if head.line == OBJECT_STORE else []
-            if data is None:
-                raise MessageError(f"{len(heads)} import(s) came with the page data of {len(attached)}")
-            pages = np.frombuffer(head.pages, np.int32) if head.pages else np.arange(len(head.hashes), dtype=np.int32)
-            if len(pages) != len(head.hashes):
-                raise MessageError(f"an import of {len(pages)} page(s) came with {len(head.hashes)} hash(es)")
-            source = Peer(head.source, head.epoch)
-            parcel = Parcel(source, head.export_id, pages, head.offer, head.expires, data)
-            imported, arrival = self.port.incoming(head.line, parcel, head.start, head.hashes)
-            imports.append(imported)
-            arrivals.append(arrival)
-        return imports, arrivals
+        return m.AdmitDone(array("q", numbers).tobytes(), array("d", seconds).tobytes(), failures, reported(arrivals))
 
     def _admit_one(
         self, batch: Batch, row: int, command: m.Admit, imports: Sequence[PageImport], seconds: list[float]
