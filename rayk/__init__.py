@@ -74,7 +74,7 @@ _HOMES = {
         "MLAKVCacheParams",
         "MultiKVCacheParams",
     ],
-    "scaling": ["Drained", "ReplicaLoad", "ScalePolicy", "desired_replicas"],
+    "scaling": ["Drained", "Removed", "ReplicaLoad", "ScalePolicy", "desired_replicas"],
     "session": ["InferenceSession"],
     "ticks": ["Admission", "HitCounts", "Tick", "TickResult"],
 }
@@ -105,6 +105,7 @@ __all__ = [
     "PagedKVCacheManager",
     "PagedMemoryPlanner",
     "RaykError",
+    "Removed",
     "ReplicaLoad",
     "ReplicaLostError",
     "SamplingParams",

@@ -23,7 +23,7 @@ from rayk.inputs import BatchCharacteristics, RuntimeInputs
 from rayk.manager import DeviceBuffer, PagedKVCacheManager
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams, require_at_least
-from rayk.scaling import Drained, ReplicaLoad
+from rayk.scaling import Drained, Removed, ReplicaLoad
 from rayk.session import InferenceSession
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
@@ -285,10 +285,11 @@ class AsyncPagedKVCacheManager:
         self.sync._at(replica_idx)
         await self._run("resume_replica", replica_idx)
 
-    async def remove_replica(self, replica_idx: int) -> None:
+    async def remove_replica(self, replica_idx: int) -> Removed:
         """See PagedKVCacheManager.remove_replica()."""
         self.sync._at(replica_idx)
-        await self._run("remove_replica", replica_idx)
+        removed: Removed = await self._run("remove_replica", replica_idx)
+        return removed
 
     async def replica_loads(self) -> list[ReplicaLoad]:
         """See PagedKVCacheManager.replica_loads()."""

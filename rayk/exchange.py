@@ -6,6 +6,7 @@ A ReplicaService, an engine and the replicas of one process answer alike. No Ray
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import perf_counter
 
 import msgspec
 import numpy as np
@@ -14,6 +15,7 @@ from rayk import messages as m
 from rayk.context import TextContext
 from rayk.errors import MessageError
 from rayk.exports import PageImport
+from rayk.offers import keep, prefixes, room
 from rayk.replica import ReplicaCore
 from rayk.transport.choice import OBJECT_STORE, Peer
 from rayk.transport.line import PageData, Parcel
@@ -47,14 +49,28 @@ class Exchange:
             case m.DropLines(replicas):
                 for replica in replicas:
                     self._port.drop(replica)
+            case m.GetPrefixes(skip, count, size):
+                cached = [m.CachedPrefix(*each.root, *each[1:]) for each in prefixes(self._core, skip, count, size)]
+                return m.PrefixesDone(cached, self._core.tree.cached), []
+            case m.Keep():
+                return self._keep(command, attached), []
         return m.Done(), []
 
     def _found(self, ctxs: Sequence[TextContext]) -> m.Found:
-        core, reusable = self._core, [self._core.may_reuse(ctx) for ctx in ctxs]
+        core, reusable, space = self._core, [self._core.may_reuse(ctx) for ctx in ctxs], room(self._core)
         if core.connector is None:
-            return m.Found([core.resident(ctx) for ctx in ctxs], reusable)
+            return m.Found([core.resident(ctx) for ctx in ctxs], reusable, room=space)
         hits = [core.tier_hits(ctx) for ctx in ctxs]
-        return m.Found([h[0] for h in hits], reusable, [h[1] for h in hits], [h[2] for h in hits])
+        return m.Found([h[0] for h in hits], reusable, [h[1] for h in hits], [h[2] for h in hits], space)
+
+    def _keep(self, command: m.Keep, attached: Sequence[PageData]) -> m.KeepDone:
+        began = perf_counter()
+        imports, arrivals = self.imports(command.imports, attached)
+        kept = []
+        for row, view in enumerate(command.views):
+            mine = [imports[i] for i in command.uses.get(row, ())]
+            kept.append(keep(self._core, self._context(view), mine))
+        return m.KeepDone(kept, reported(arrivals), perf_counter() - began)
 
     def imports(
         self, heads: Sequence[m.ImportHead], attached: Sequence[PageData]

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from rayk.admission import AdmissionPolicy
 from rayk.context import TextContext
 from rayk.errors import DrainError, NoReplicaError, RaykError, ReplicaRemovedError
+from rayk.inline_offering import offer_here
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams
 from rayk.peers import LineRate
 from rayk.planning import measure_node, plan_replica
 from rayk.replica import ReplicaCore
-from rayk.scaling import Drained, ReplicaLoad
+from rayk.scaling import Drained, Removed, ReplicaLoad
 from rayk.tiers.identity import find_seed
 from rayk.tiers.opening import open_connector
 
@@ -107,7 +108,7 @@ class InlineReplicas(ABC):
         """Derive what depends on who is there."""
         there = self._there
         params = self._params
-        self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy and len(there) > 1
+        self._copies = params.copies_prefixes and len(there) > 1
         self._only = there[0] if len(self.cores) == 1 and there else None
         self.allocators.clear()
         self.allocators.update((core.replica, self._allocator(core)) for core in there)
@@ -256,13 +257,17 @@ class InlineReplicas(ABC):
         """See PagedKVCacheManager.resume_replica()."""
         self._standing.resume(replica)
 
-    def remove_replica(self, replica: int) -> None:
+    def remove_replica(self, replica: int) -> Removed:
         """See PagedKVCacheManager.remove_replica()."""
+        removed = Removed()
+        if self._standing.leave(replica) and self._params.offers_pages:
+            removed = offer_here(self._there, replica, self._standing.members)
         self._standing.remove(replica)
         core, self.cores[replica] = self.core(replica), None
         self._left += core.metrics
         core.shutdown()
         self._seat()
+        return removed
 
     def replica_loads(self) -> list[ReplicaLoad]:
         """See PagedKVCacheManager.replica_loads()."""

@@ -36,7 +36,7 @@ from rayk.memory.budget import compute_num_host_blocks
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning import plan_here
-from rayk.scaling import Drained, ReplicaLoad
+from rayk.scaling import Drained, Removed, ReplicaLoad
 from rayk.session import InferenceSession
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 
@@ -388,12 +388,14 @@ class PagedKVCacheManager:
         """Let a draining replica take requests again."""
         self._at(replica_idx).resume_replica(replica_idx)
 
-    def remove_replica(self, replica_idx: int) -> None:
+    def remove_replica(self, replica_idx: int) -> Removed:
         """End a replica on which no request is claimed, or a lost one, and give its place back. Its index stays a hole.
 
-        DrainError, and nothing changes, while it has requests. Pages that only it had are gone.
+        DrainError, and nothing changes, while it has requests. Before it goes, the others are offered what it has
+        cached, what was used last first; they take what fits into empty pages, for half a minute at most, and go on
+        serving. The result says how much that was. Where there are tiers, these have its pages.
         """
-        self._at(replica_idx).remove_replica(replica_idx)
+        return self._at(replica_idx).remove_replica(replica_idx)
 
     def replica_loads(self) -> list[ReplicaLoad]:
         """How each replica index stands and what it carries; what rayk.desired_replicas() goes by."""

@@ -171,6 +171,23 @@ class DropLines(_Message, frozen=True):
     replicas: list[int]
 
 
+class GetPrefixes(_Message, frozen=True):
+    """What is cached, last released first; see rayk.offers.prefixes()."""
+
+    skip: int
+    count: int
+    size: int
+
+
+class Keep(_Message, frozen=True):
+    """Cache the prefixes of these contexts, in order, as far as their pages are here or among the imports that `uses`
+    names as in Admit; see rayk.offers.keep()."""
+
+    views: list[ContextView]
+    imports: list[ImportHead] = []
+    uses: dict[int, list[int]] = {}
+
+
 class RunTick(_Message, frozen=True):
     """One iteration; the lists index `views`. `fn` is a pickled forward, b'' for none."""
 
@@ -257,7 +274,7 @@ class Follow(_Message, frozen=True):
     """Note from now on which pages are cached, for a router that goes by that; what is cached already counts."""
 
 
-ExchangeCommand = Lookup | Export | Acknowledge | DropLines  # of page copies, see rayk.exchange
+ExchangeCommand = Lookup | Export | Acknowledge | DropLines | GetPrefixes | Keep  # see rayk.exchange
 ReplicaCommand = (
     Claim
     | Release
@@ -266,6 +283,8 @@ ReplicaCommand = (
     | Export
     | Acknowledge
     | DropLines
+    | GetPrefixes
+    | Keep
     | RunTick
     | Inputs
     | Execute
@@ -456,6 +475,7 @@ SchedulerCommand = (
 )
 READ_ONLY = (
     Lookup,
+    GetPrefixes,
     Inputs,
     Blocks,
     GetUsage,
@@ -548,14 +568,15 @@ class EnterDone(_Message, frozen=True):
 class Found(_Message, frozen=True):
     """Per context: pages cached, pages that alloc could reuse, and pages in tiers that follow the cached ones.
 
-    `host` and `disk` are empty where there are no tiers. `station` is the replica as an end of lines, if that was
-    asked for, and `epoch` its start.
+    `host` and `disk` are empty where there are no tiers. `room`: pages that Keep may take. `station` is the replica as
+    an end of lines, if that was asked for, and `epoch` its start.
     """
 
     resident: list[int]
     reusable: list[int]
     host: list[int] = []
     disk: list[int] = []
+    room: int = 0
     epoch: int = 0
     station: Station | None = None
 
@@ -569,6 +590,30 @@ class Exported(_Message, frozen=True):
     pages: bytes = b""
     offer: bytes = b""
     expires: float = 0.0
+
+
+class CachedPrefix(_Part, frozen=True):
+    """As rayk.offers.CachedPrefix."""
+
+    cache_salt: str | None
+    adapter: str | None
+    tokens: bytes
+    fresh: int
+
+
+class PrefixesDone(_Message, frozen=True):
+    """`cached` pages are there in all."""
+
+    prefixes: list[CachedPrefix]
+    cached: int
+
+
+class KeepDone(_Message, frozen=True):
+    """Pages that were taken for each context, what became of each import, and the seconds that all of it took."""
+
+    kept: list[int]
+    arrivals: list[Arrival]
+    seconds: float
 
 
 class MovedBack(_Message, frozen=True):
@@ -649,6 +694,14 @@ class Counts(_Message, frozen=True):
     disk: list[int] = []
 
 
+class RemoveDone(_Message, frozen=True):
+    """See rayk.scaling.Removed."""
+
+    cached: int = 0
+    known: int = 0
+    taken: int = 0
+
+
 class LineState(_Part, frozen=True):
     """A line between two replicas that was used: what it carried, what it is taken to do, and what broke it last."""
 
@@ -667,7 +720,7 @@ class Description(_Message, frozen=True):
     """What the scheduler knows, by replica: how it stands, its start, requests and tokens that are placed there, tokens
     that wait to be prefilled, tokens that the pages of what runs there hold and that all its pages would. And who
     waits, where there is an admission policy; then `levels` are pages in use or promised. `transport` is the kind of
-    line that was asked for."""
+    line that was asked for, and `removed` what became of the pages of those that were removed."""
 
     epochs: list[int]
     requests: list[int]
@@ -681,6 +734,7 @@ class Description(_Message, frozen=True):
     lines: list[LineState] = []
     admission: AdmissionState | None = None
     levels: list[int] = []
+    removed: dict[int, RemoveDone] = {}
 
 
 class ContextsDone(_Message, frozen=True):
@@ -735,6 +789,8 @@ Result = (
     | EnterDone
     | Found
     | Exported
+    | PrefixesDone
+    | KeepDone
     | MovedBack
     | TickDone
     | InputsDone
@@ -752,6 +808,7 @@ Result = (
     | ContextsDone
     | Missing
     | Drained
+    | RemoveDone
 )
 
 

@@ -169,10 +169,19 @@ class KVCacheParams:
             require(self.head_dim % g == 0, f"quantization_granularity {g} does not divide head_dim {self.head_dim}")
 
     @property
+    def copies_prefixes(self) -> bool:
+        """Whether replicas copy prefixes from each other."""
+        return self.enable_prefix_caching and self.enable_dp_cross_replica_prefix_copy
+
+    @property
+    def offers_pages(self) -> bool:
+        """Whether a replica that goes offers others what it has cached; where there is a tier, that has it."""
+        return self.copies_prefixes and self.kv_connector == "null"
+
+    @property
     def shares_memory(self) -> bool:
         """Whether replicas' pages in host memory should be where other processes of their machine can read them."""
-        copies = self.enable_prefix_caching and self.enable_dp_cross_replica_prefix_copy
-        return copies and self.page_transport in (AUTO, SHARED_MEMORY)
+        return self.copies_prefixes and self.page_transport in (AUTO, SHARED_MEMORY)
 
     @property
     def tensor_parallel_degree(self) -> int:

@@ -73,6 +73,7 @@ class ReplicaCore:
         self.unpublished: list[ContextBatch] = []  # stepped, and not yet looked at for full pages
         self._eager = False  # somebody listens: publish at once
         self.input_tokens = self.device_hits = self.peer_hits = self._evicted_before = 0
+        self.kept = 0  # pages of replicas that went, see rayk.offers
         self.loads: Loads | None = None
         self._loads_before = KVCacheMetrics()
 
@@ -511,15 +512,15 @@ class ReplicaCore:
                 input_tokens=self.input_tokens,
                 cache_tokens=(self.device_hits + self.peer_hits) * self.page_size,
                 device_blocks_served=self.device_hits,
-                cross_replica_blocks_copied=self.peer_hits,
-                cross_replica_bytes_copied=self.peer_hits * self._bytes_per_page,
+                cross_replica_blocks_copied=self.peer_hits + self.kept,
+                cross_replica_bytes_copied=(self.peer_hits + self.kept) * self._bytes_per_page,
                 evicted_blocks=self.tree.evicted - self._evicted_before,
             )
         )
 
     def reset_metrics(self) -> None:
         """Counters to zero."""
-        self.input_tokens = self.device_hits = self.peer_hits = 0
+        self.input_tokens = self.device_hits = self.peer_hits = self.kept = 0
         self._evicted_before = self.tree.evicted
         self._loads_before = self._tier_metrics()
 

@@ -38,6 +38,18 @@ class Drained(NamedTuple):
     moved: dict[str, int]
 
 
+class Removed(NamedTuple):
+    """What became of the pages of a removed replica: `cached` ones that it had, those of them that another replica was
+    found to have (`known`), and those that others took (`taken`; two of them may have taken the same one).
+
+    All 0 where nothing was offered: a lost replica, no prefix caching or no copies, or a tier that has the pages.
+    """
+
+    cached: int = 0
+    known: int = 0
+    taken: int = 0
+
+
 class ScalePolicy(msgspec.Struct, frozen=True):
     """Between `least` and `most` replicas; as many as it takes to hold `full` of their pages and `queue` tokens that
     wait for prefill each. One goes when the others would then be at most `idle` (0..1) as busy as that."""

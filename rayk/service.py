@@ -138,7 +138,7 @@ class ReplicaService:
                     return m.Missing(missing), []
             case m.GetContexts(request_ids):
                 return self._claimed(request_ids), []
-            case m.Lookup() | m.Export() | m.Acknowledge() | m.DropLines():
+            case m.Lookup() | m.Export() | m.Acknowledge() | m.DropLines() | m.GetPrefixes() | m.Keep():
                 return self._exchange.answer(command, attached)
             case m.Blocks(request_id):
                 return m.BlocksDone(request_id in core.requests, core.blocks(request_id)), []

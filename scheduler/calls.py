@@ -54,7 +54,7 @@ class Calls(Changes):
         super().__init__(runtime, cluster, name)
         params = cluster.config.params
         self._params = params
-        self._copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy
+        self._copies = params.copies_prefixes
         self.prefill_rate: float | None = None  # tokens a second of a replica; what is quicker to compute is not copied
         settings = desk_settings(cluster.config, cluster.pages)
         self._keys = settings.keys() if settings.wants_keys else None

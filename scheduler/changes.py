@@ -13,7 +13,7 @@ from time import monotonic, sleep
 from rayk import messages as m
 from rayk.actors.runtime import Runtime
 from rayk.errors import DrainError, SchedulerLostError
-from rayk.scaling import Drained, ReplicaLoad
+from rayk.scaling import Drained, Removed, ReplicaLoad
 from rayk.scheduler.cluster import Cluster, Seat, desk_settings, start_replicas
 from rayk.scheduler.growth import Placed, give_back, place_replicas, vacate
 from rayk.scheduler.roster import Call, Roster, apart, current, result_of
@@ -88,11 +88,12 @@ class Changes(Roster):
 
     @current
     def remove_replica(self, replica: int) -> Call:
-        """Forget a replica, then end its process and give its place back."""
+        """Forget a replica, then end its process and give its place back; what became of its pages."""
         yield from self.catch_up()
         cluster = self.cluster
-        yield from self._ask(self.scheduler, m.RemoveReplica(replica))
+        done: m.RemoveDone = yield from self._ask(self.scheduler, m.RemoveReplica(replica))
         yield from apart(lambda: vacate(self._runtime, cluster, replica))
+        return Removed(done.cached, done.known, done.taken)
 
     @current
     def replica_loads(self) -> Call:

@@ -19,7 +19,7 @@ from rayk.errors import InsufficientBlocksError, RaykError, SchedulerLostError
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.metrics import KVCacheMetrics
 from rayk.request import Usage
-from rayk.scaling import Drained, ReplicaLoad
+from rayk.scaling import Drained, Removed, ReplicaLoad
 from rayk.scheduler.calls import Calls
 from rayk.scheduler.cluster import Cluster
 from rayk.scheduler.roster import wait_for
@@ -197,8 +197,9 @@ class RayBackend:
     def resume_replica(self, replica: int) -> None:
         wait_for(self.calls.resume_replica(replica))
 
-    def remove_replica(self, replica: int) -> None:
-        wait_for(self.calls.remove_replica(replica))
+    def remove_replica(self, replica: int) -> Removed:
+        done: Removed = wait_for(self.calls.remove_replica(replica))
+        return done
 
     def replica_loads(self) -> list[ReplicaLoad]:
         done: list[ReplicaLoad] = wait_for(self.calls.replica_loads())

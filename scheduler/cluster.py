@@ -162,6 +162,7 @@ def desk_settings(config: ClusterConfig, pages: tuple[int, ...]) -> DeskSettings
         params.enable_prefix_caching,
         config.admission,
         params.page_transport,
+        params.offers_pages,
     )
 
 
@@ -343,9 +344,9 @@ def _compare(plan: ReplicaPlan, facts: ReplicaFacts) -> None:
 
 def _start_scheduler(runtime: Runtime, cluster: Cluster, name: str | None) -> Cluster:
     params, epoch = cluster.config.params, time.time_ns() // 1_000
-    copies = params.enable_prefix_caching and params.enable_dp_cross_replica_prefix_copy
     cluster = replace(cluster, scheduler_epoch=epoch, states=("ready",) * len(cluster.seats))
-    arguments = (epoch, cluster.replicas, cluster.epochs, desk_settings(cluster.config, cluster.pages), copies, cluster)
+    settings = desk_settings(cluster.config, cluster.pages)
+    arguments = (epoch, cluster.replicas, cluster.epochs, settings, params.copies_prefixes, cluster)
     spec = ActorSpec(SchedulerActor, arguments, name=f"{name}/scheduler" if name else None, threads=LANES)
     scheduler = runtime.start(spec)
     try:

@@ -15,6 +15,7 @@ import msgspec
 from rayk import messages as m
 from rayk.errors import ConfigError, ReplicaLostError
 from rayk.metrics import KVCacheMetrics
+from rayk.scaling import Removed
 from rayk.scheduler.asks import Ask, Part, Script
 from rayk.scheduler.choice import Candidate
 from rayk.scheduler.desk import DeskSettings
@@ -23,6 +24,7 @@ from rayk.scheduler.hall import Hall
 from rayk.scheduler.handover import Handover
 from rayk.scheduler.lines import Lines
 from rayk.scheduler.membership import Membership
+from rayk.scheduler.offering import Offering
 from rayk.scheduler.placing import Placer
 from rayk.scheduler.routing import Placements
 from rayk.scheduler.standing import Standing
@@ -37,7 +39,12 @@ class SchedulerCore:
         self.lines = Lines(clock, settings.page_transport)
         self.placer = Placer(self.members, self.desk, copies, settings.page_size, self.lines, clock)
         self.standing = Standing(self.members, self.desk, self.placements, self.placer.forget, settings)
+        self._offering: Offering | None = None
+        if copies and settings.offers:
+            carrier = self.placer.carrier
+            self._offering = Offering(carrier, lambda: self.members.ready, settings.page_size, clock)
         self._left = KVCacheMetrics()  # what removed replicas had counted
+        self._removed: dict[int, m.RemoveDone] = {}  # what became of their pages
         self.hall: Hall | None = None
         """Where requests wait, if there is an admission policy."""
         if settings.admission is not None:
@@ -168,18 +175,22 @@ class SchedulerCore:
         return m.Drained(left, moved)
 
     def _remove(self, replica: int) -> Script:
-        """Keep what the replica has counted, so that no total goes down, and forget it."""
+        """Offer what the replica has cached to others, keep what it has counted, so that no total goes down, and forget
+        it."""
+        removed, counted = Removed(), None
         if replica in self.members.here:
             yield from self.placer.verify(self.placements.on(replica))  # some may have been released there directly
+        if self.standing.leave(replica):
+            if self._offering is not None:
+                removed = yield from self._offering.run(replica)
             [told] = yield [Ask(replica, m.GetMetrics())]
             counted = told.result
-        else:
-            counted = m.Done()
         self.standing.remove(replica)
         if isinstance(counted, m.MetricsDone):
             self._left += counted.metrics
+        self._removed[replica] = m.RemoveDone(*removed)
         yield []
-        return m.Done()
+        return self._removed[replica]
 
     # -- drivers -----------------------------------------------------------------------------------
 
@@ -224,6 +235,7 @@ class SchedulerCore:
             levels=hall.gate.levels if hall is not None else [],
             transport=self.lines.wanted,
             lines=self.lines.table(),
+            removed=self._removed,
         )
 
     def _explain(self, request_id: str) -> Script:

@@ -14,6 +14,7 @@ from rayk.admission import AdmissionState
 from rayk.errors import ConfigError, RaykError, ReplicaLostError, SchedulerLostError
 from rayk.metrics import KVCacheMetrics
 from rayk.planning import NodeMemory, ReplicaPlan
+from rayk.scaling import Removed
 from rayk.scheduler.cluster import Cluster, Seat
 from rayk.scheduler.membership import State
 
@@ -68,6 +69,7 @@ class ManagerState(msgspec.Struct, frozen=True, omit_defaults=True):
     coming: dict[int, str] = {}  # indices that are planned or starting
     transport: str = "auto"  # the kind of line that copies were asked to go by
     lines: list[m.LineState] = []
+    removed: dict[int, dict[str, int]] = {}  # by index: pages that were cached there, known to others, taken by them
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -140,6 +142,7 @@ def _manager(runtime: Runtime, name: str, cluster: Cluster, scheduler: Link) -> 
         coming={r: state for r, state in enumerate(known.states) if state in (State.planned, State.starting)},
         transport=known.transport,
         lines=known.lines,
+        removed={r: Removed(each.cached, each.known, each.taken)._asdict() for r, each in known.removed.items()},
     )
 
 

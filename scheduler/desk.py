@@ -42,6 +42,7 @@ class DeskSettings:
     caching: bool = True
     admission: AdmissionPolicy | None = None
     page_transport: str = AUTO  # the kind of line that copies go by
+    offers: bool = False  # whether a replica that goes offers others what it has cached
 
     @property
     def wants_keys(self) -> bool:

@@ -109,9 +109,13 @@ class Lines:
 
     def seconds(self, source: int, target: int, pages: int) -> float:
         """What a copy of so many pages will take over the line that it would use."""
-        known = self._ends.get(target)
-        size = pages * known[1].page_bytes if known is not None else 0
+        size = pages * self.page_bytes(target)
         return self._record(_Wire(source, target, self.kind(source, target))).rate.seconds(size)
+
+    def page_bytes(self, replica: int) -> int:
+        """What a page of that replica weighs, 0 while that is not known."""
+        known = self._ends.get(replica)
+        return known[1].page_bytes if known is not None else 0
 
     def quickest(self, sources: Iterable[int], target: int, pages: int) -> list[int]:
         """The sources, those first over whose line such a copy takes the least time."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rayk.errors import DrainError
 from rayk.scheduler.desk import Desk, DeskSettings
-from rayk.scheduler.membership import KNOWN, Event, Membership, State
+from rayk.scheduler.membership import HERE, KNOWN, Event, Membership
 from rayk.scheduler.routing import Placements
 
 
@@ -86,14 +86,22 @@ class Standing:
         self.vacated(replica, placed)
         return placed
 
+    def leave(self, replica: int) -> bool:
+        """It is about to be removed: nothing new goes there. DrainError, and nothing changes, while requests are there.
+        Whether anybody answers at that index; a lost one need not be asked for anything."""
+        members = self.members
+        if members.state(replica) in HERE:
+            left = self._placements.on(replica)
+            if left:
+                raise DrainError(replica, dict.fromkeys(left, "it was neither released nor handed over"))
+            self.drain(replica)
+        return replica in members.here
+
     def remove(self, replica: int) -> None:
         """Nobody is at that index any more; DrainError while requests are. One that is ready drains first."""
         members = self.members
+        self.leave(replica)
         left = self._placements.on(replica) if members.state(replica) in KNOWN else []
-        if left and replica in members.here:
-            raise DrainError(replica, dict.fromkeys(left, "it was neither released nor handed over"))
-        if members.state(replica) is State.ready:
-            self.drain(replica)
         members.apply(replica, Event.remove)
         self._forget(left)
         self._desk.lost(replica)

@@ -16,7 +16,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from rayk.buffers import PageBuffers
 from rayk.engine.dispatcher import Dispatcher, Standing
-from rayk.engine.inline import DirectLine
 from rayk.engine.output import Handle
 from rayk.engine.peers import Peers
 from rayk.engine.sampling import SamplingParams
@@ -37,6 +36,7 @@ from rayk.hashing import PageHasher
 from rayk.replica import ReplicaCore
 from rayk.scheduler.steering import Steering
 from rayk.transport.choice import Peer
+from rayk.transport.direct import DirectLine
 from rayk.transport.port import PagePort
 
 from ..unit.engine.fake import Bench, PageModel, Shelf, Tokenizer, expected  # noqa: TID252  # tests/ is no package

@@ -133,7 +133,8 @@ class History:
         self.manager.resume_replica(replica)
 
     def remove(self, replica: int) -> None:
-        self.manager.remove_replica(replica)
+        removed = self.manager.remove_replica(replica)
+        assert removed.known <= removed.cached <= 14 and removed.taken <= 14 * (self.manager.num_replicas - 1)
         self.dead.discard(replica)
 
     def kill(self, replica: int) -> None:

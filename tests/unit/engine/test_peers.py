@@ -8,13 +8,13 @@ import pytest
 
 from rayk.cluster import Cluster
 from rayk.engine.fetches import WAIT
-from rayk.engine.inline import DirectLine
 from rayk.errors import LineError
 from rayk.request import Reused
 from rayk.scheduler.fetching import Fetch, Fetching
 from rayk.scheduler.index import PrefixIndex
 from rayk.scheduler.lines import Lines
 from rayk.transport.choice import GROUP, SHARED_MEMORY, Station
+from rayk.transport.direct import DirectLine
 
 from .fake import PageModel, Tokenizer, expected
 from .test_engine import prompts
