@@ -4,6 +4,10 @@ A request that finds no room waits. The queue is bounded, and so is the wait: wh
 is refused at once with OverloadedError, which says when to try again. There is one queue for all drivers of a cluster,
 where they meet (rayk.scheduler.hall); who has room is said by whoever asks.
 
+Whether a deadline can be met is known from those that left (rayk.stay): how long one stays that may generate so many
+tokens. So a short request may wait longer than a long one; but not where its tenant has a queue, or short ones would
+keep that so long that no long one could ever join it.
+
 Order. Tenants take turns by weight (start-time fair queueing over pages). Of one tenant the request that is due
 first goes first; it is due at its deadline, or `patience` seconds after it came if it has none, and `boost` seconds
 earlier for each step of priority. What is first is waited for until it fits: nothing small overtakes it.
@@ -34,14 +38,12 @@ from typing import Any
 import msgspec
 
 from rayk.errors import ConfigError, OverloadedError
+from rayk.stay import Stay
 
-SMOOTHING = 0.1  # weight of the latest service in what is usual
-FORGETTING = 1.01  # by which the quickest service is taken to be slower with each that leaves
-LEAST_MARGIN, MARGIN, MOST_MARGIN = 2.5, 3.0, 10.0  # mean deviations from the usual service that a deadline leaves
-MISSED, MET = 1.0, 0.005  # by which that grows with a deadline that was missed and shrinks with one that was met
 MEMORY = 5.0  # seconds of a full cluster that its pace is reckoned over
 SOONEST, LATEST = 0.05, 60.0  # bounds of a retry_after, seconds
 LARGE = 1 << 62
+QUEUE = 3  # requests of its tenant that make a newcomer wait no longer than a long one could
 TENANTS_COUNTED = 1024  # beyond that the one that was heard of longest ago is counted no more
 
 
@@ -124,6 +126,7 @@ class Ticket:
     came: float = field(compare=False)
     finish: float = field(compare=False)
     payload: Any = field(compare=False, default=None)
+    output: int = field(compare=False, default=0)  # tokens that it may generate
     trial: bool = field(compare=False, default=False)  # let in to see how things go, whatever was usual
 
 
@@ -189,11 +192,7 @@ class AdmissionQueue:
         self._numbers = itertools.count()
         self._waiting = self._waiting_pages = 0
         self._virtual = 0.0
-        self._service = 0.0  # seconds that a request usually stays, 0 while nobody left
-        self._spread = 0.0  # how far from that they are
-        self._margin = MARGIN
-        self._quickest = 0.0  # what one stays at least
-        self._crowd = 0.0  # pages that are held, usually, when one comes that stays so long
+        self.stay = Stay()
         self._entered_at = clock()  # the last one
         self._pace = _Pace()
         self._counts: OrderedDict[str, _Count] = OrderedDict()
@@ -219,10 +218,12 @@ class AdmissionQueue:
         *,
         most: int,
         room: bool = False,
+        output: int = 0,
     ) -> Ticket:
         """A request wants to be admitted, and to be done `deadline` seconds from now. OverloadedError turns it away.
 
         `most`: pages that a replica may ever give to one; `room`: whether one would take this request now.
+        `output`: tokens that it may generate at most.
         """
         now, name, policy = self._clock(), tenant or "", self.policy
         quota = policy.quota(name)
@@ -231,22 +232,25 @@ class AdmissionQueue:
         finish = now + (deadline if deadline is not None else float("inf"))
         due = min(now + policy.patience, finish) - priority * policy.boost
         trial = self._should_try(now)
+        self.stay.came(output)
         if deadline is not None and not trial:
             wait = 0.0 if room and not self._waiting else self.expected_wait(pages, name, due)
-            late = wait + self._usual(self.held + pages if room else LARGE) - deadline
+            mine = self._tenants.get(name)
+            size = max(output, self.stay.long) if mine is not None and len(mine.heap) >= QUEUE else output
+            late = wait + self.stay.within(self.held + pages if room else LARGE, size) - deadline
             if late > 0:
                 why = f"it would take {late + deadline:.2f} s and its deadline is {deadline:.2f} s"
                 raise self._refusal(request_id, name, why, late)
         if self.full and not (room and not self._waiting) and not self._push_out(name, quota):
             raise self._refusal(request_id, name, f"{self._waiting} requests wait already", self.retry_after())
-        ticket = Ticket(due, next(self._numbers), request_id, name, pages, now, finish, payload, trial)
+        ticket = Ticket(due, next(self._numbers), request_id, name, pages, now, finish, payload, output, trial)
         self._put(ticket)
         return ticket
 
     def _should_try(self, now: float) -> bool:
         """Whether a request is let in to see how things go: nobody is there, or nobody came for as long as one stays.
         What was usual when all was full must not keep everybody out for ever."""
-        return not self._admitted or (not self._waiting and now - self._entered_at > self._service > 0)
+        return not self._admitted or (not self._waiting and now - self._entered_at > self.stay.usual > 0)
 
     def _refusal(self, request_id: str, tenant: str, reason: str, after: float) -> OverloadedError:
         self._count(tenant).refused += 1
@@ -320,12 +324,13 @@ class AdmissionQueue:
     def expire(self) -> list[tuple[Ticket, OverloadedError]]:
         """Those that are turned away: they waited longer than `patience`, could not meet their deadline any more, or
         lost their place."""
-        now, usual = self._clock(), self._usual(self.held)
+        now, policy = self._clock(), self.policy
         for name, tenant in list(self._tenants.items()):
             late = [
                 t
                 for t in tenant.heap
-                if now - t.came > self.policy.patience or now + (0.0 if t.trial else usual) > t.finish
+                if now - t.came > policy.patience
+                or now + (0.0 if t.trial else self.stay.within(self.held, t.output)) > t.finish
             ]
             if not late:
                 continue
@@ -362,14 +367,9 @@ class AdmissionQueue:
             return
         ticket, since, crowd = admitted
         now = self._clock()
-        stayed, weight = now - since, SMOOTHING if self._service else 1.0
-        self._spread += ((abs(stayed - self._service) if self._service else stayed / 2) - self._spread) * SMOOTHING
-        self._service += (stayed - self._service) * weight
-        if ticket.finish < float("inf") and not ticket.trial:  # at rest where one of 200 is late
-            change = MISSED if now > ticket.finish else -MET
-            self._margin = min(MOST_MARGIN, max(LEAST_MARGIN, self._margin + change))
-        self._crowd += (crowd - self._crowd) * weight
-        self._quickest = min(stayed, self._quickest * FORGETTING) if self._quickest else stayed
+        self.stay.left(now - since, crowd, ticket.output)
+        if ticket.finish < float("inf") and not ticket.trial:
+            self.stay.judge(now > ticket.finish)
         self._pace.freed(ticket.pages, now)
         self._drop(ticket)
 
@@ -407,18 +407,11 @@ class AdmissionQueue:
 
     # -- estimates ---------------------------------------------------------------------------------
 
-    def _usual(self, pages: int) -> float:
-        """Seconds within which nearly all requests are done that are admitted while so many pages are held: between the
-        quickest, alone, and what is usual in the usual crowd."""
-        full = self._service + self._margin * self._spread
-        part = min(1.0, pages / self._crowd) if self._crowd else 1.0
-        return self._quickest + part * (full - self._quickest)
-
     def expected_wait(self, pages: int, tenant: str | None = None, due: float = float("inf")) -> float:
         """Seconds until such a request that came now and finds no room would be admitted, as things go: behind those of
         its own tenant that are due before, and what other tenants get until it is its turn. Without a tenant, behind
         all that wait."""
-        rate = self._pace.rate(self.held / self._service if self._service else 0.0)
+        rate = self._pace.rate(self.held / self.stay.usual if self.stay.usual else 0.0)
         if not rate:
             return 0.0
         if tenant is None:
@@ -431,9 +424,9 @@ class AdmissionQueue:
                 theirs = (start - other.finish) * self.policy.quota(name).weight
                 before += min(other.pages, max(0, int(theirs)))
         wait = (before + pages) / rate
-        if quota.max_pages is not None and self._service:
+        if quota.max_pages is not None and self.stay.usual:
             over = mine.pages + pages + mine.held - quota.max_pages
-            wait = max(wait, over / quota.max_pages * self._service)
+            wait = max(wait, over / quota.max_pages * self.stay.usual)
         return wait
 
     def retry_after(self) -> float:
@@ -464,7 +457,7 @@ class AdmissionQueue:
             self.held,
             admitted,
             refused,
-            self._usual(self.held),
+            self.stay.within(self.held),
             self.retry_after(),
             tenants,
         )

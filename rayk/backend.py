@@ -218,7 +218,9 @@ class InlineBackend(InlineReplicas):
                 self._let_in(hall)
                 offered[ctx.request_id] = ctx
                 traits = Traits(tenant=ctx.tenant, priority=ctx.priority, deadline=ctx.deadline)
-                hall.offer(Visitor(_ME, partial(self._wish, ctx), ctx), ctx.request_id, ctx.tokens.length, traits)
+                length = ctx.tokens.length
+                visitor = Visitor(_ME, partial(self._wish, ctx), ctx)
+                hall.offer(visitor, ctx.request_id, length, ctx.max_length - length, traits)
         hall.expire()
         self._let_in(hall)
         fates, _ = hall.settled(_ME)

@@ -10,7 +10,7 @@ from functools import partial
 
 from rayk import messages as m
 from rayk.admission import SOONEST
-from rayk.columns import Batch, Outcomes, joined
+from rayk.columns import MAX_LENGTH, Batch, Outcomes, joined
 from rayk.errors import (
     AlreadyClaimedError,
     InsufficientBlocksError,
@@ -68,7 +68,8 @@ class Entry:
         else:  # it may wait for long: without the others of its message
             own = Batch(batch.part([row]))
             visitor = Visitor(client, partial(self._wish, own, keys), own.contexts)
-            hall.offer(visitor, request_id, own.lengths[0], own.traits(0))
+            length = own.lengths[0]
+            hall.offer(visitor, request_id, length, own.rows[0][MAX_LENGTH] - length, own.traits(0))
 
     def _wish(self, own: Batch, keys: list[int] | None) -> Wish:
         """`keys` as sent; whether any are wanted may change while the request waits."""

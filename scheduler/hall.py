@@ -66,8 +66,8 @@ class Hall:
 
     # -- coming ------------------------------------------------------------------------------------
 
-    def offer(self, visitor: Visitor, request_id: str, tokens: int, traits: Traits) -> None:
-        """A request of so many tokens comes in, or is turned away."""
+    def offer(self, visitor: Visitor, request_id: str, tokens: int, output: int, traits: Traits) -> None:
+        """A request of so many tokens, which may generate `output` more, comes in or is turned away."""
         pages, mine = -(-(tokens + 1) // self._page_size), self._open.setdefault(visitor.client, set())
         try:
             if request_id in self._tickets or request_id in mine:
@@ -77,7 +77,7 @@ class Hall:
                 raise NoReplicaError(request_id)
             self._tickets[request_id] = self.queue.offer(
                 request_id, pages, traits.tenant, traits.priority, traits.deadline, visitor,
-                most=self.gate.most, room=self.gate.fits(pages),
+                most=self.gate.most, room=self.gate.fits(pages), output=output,
             )  # fmt: skip
         except AlreadyClaimedError as error:  # the other one's fate is still to come
             self.reject(visitor.client, Fate(request_id, -1, None, error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -190,14 +191,59 @@ def test_what_was_usual_once_keeps_nobody_out_for_ever() -> None:
 def test_a_deadline_that_is_often_missed_is_given_more_room() -> None:
     waiting, clock = queue(10)
     serve(waiting, clock, 1.0, 30)
-    before = waiting._margin
+    before = waiting.stay.margin
     waiting.come("there", 1)
     waiting.let_in()
     late = waiting.come("late", 4, deadline=5.0)
     assert waiting.let_in() is late
     clock.now += 6.0
     waiting.left("late")
-    assert waiting._margin > before
+    assert waiting.stay.margin > before
+
+
+def answer(
+    waiting: House, clock: Clock, count: int, output: Callable[[int], int], seconds: Callable[[int], float]
+) -> None:
+    """Requests one after the other that may generate output(i) tokens and stay seconds(i)."""
+    for i in range(count):
+        waiting.come(f"{clock.now}-{i}", 5, output=output(i))
+        ticket = waiting.let_in()
+        assert ticket is not None
+        clock.now += seconds(i)
+        waiting.left(ticket.request_id)
+
+
+def test_a_short_answer_may_wait_longer_than_a_long_one() -> None:
+    waiting, clock = queue(10)
+    answer(waiting, clock, 100, lambda i: 10 + 90 * (i % 2), lambda i: 1.0 + 9.0 * (i % 2))
+    assert waiting.stay.expected(10) == pytest.approx(1.0, abs=0.5)
+    assert waiting.stay.expected(100) == pytest.approx(10.0, abs=0.5)
+    waiting.come("there", 10)
+    waiting.let_in()
+    waiting.come("short", 5, deadline=6.0, output=10)
+    with pytest.raises(OverloadedError, match="its deadline is 6"):
+        waiting.come("long", 5, deadline=6.0, output=100)
+
+
+def test_short_answers_do_not_keep_a_queue_that_no_long_one_can_join() -> None:
+    waiting, clock = queue(10)
+    answer(waiting, clock, 100, lambda i: 10 + 90 * (i % 2), lambda i: 1.0 + 9.0 * (i % 2))
+    waiting.come("there", 10)
+    waiting.let_in()
+    for i in range(3):
+        waiting.come(f"short{i}", 2, "a", deadline=11.0, output=10)
+    with pytest.raises(OverloadedError):
+        waiting.come("short3", 2, "a", deadline=11.0, output=10)
+    waiting.come("short4", 2, "b", deadline=11.0, output=10)  # its own queue is short
+
+
+def test_lengths_that_say_nothing_change_nothing() -> None:
+    waiting, clock = queue(10)
+    draw = random.Random(0)
+    answer(waiting, clock, 400, lambda i: 1 << 20 if i % 3 else draw.randint(1, 500), lambda i: draw.uniform(1.0, 2.0))
+    for output in (1, 500, 1 << 20):
+        assert waiting.stay.expected(output) == pytest.approx(1.5, abs=0.25)
+    assert waiting.stay.within(10, 1) < 1.5 + 10 * 0.4
 
 
 def test_the_wait_of_one_with_a_share_is_not_that_of_the_crowd() -> None:

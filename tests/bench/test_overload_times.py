@@ -1,0 +1,213 @@
+"""An overload on a clock that only waiting moves: the real queue, gate, router and drivers, and replicas that do
+nothing but take their time. A minute of each of several seeds."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+
+from rayk.admission import AdmissionPolicy
+from rayk.bench import overload_driver
+from rayk.bench.overload import FLOOD, POLITE, POLITE_PART
+from rayk.bench.overload_driver import Load, Outcome, PacedForward, Phase, _Server
+from rayk.context import TextContext
+from rayk.messages import Traits
+from rayk.scheduler.choice import Wish
+from rayk.scheduler.desk import Desk
+from rayk.scheduler.hall import Hall, Visitor
+from rayk.ticks import Admission, Tick, TickResult
+
+MESSAGE = 0.002  # seconds
+LOOK = 0.03
+SHORT, LONG = 12, 20  # tokens of answers
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """Its time passes when it waits, at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        selector: Any = self._selector  # type: ignore[attr-defined]
+        look = selector.select
+
+        def select(timeout: float | None = None) -> Any:
+            assert timeout is not None, "everybody waits for somebody else"
+            self.now += timeout
+            return look(0)
+
+        selector.select = select
+
+    def time(self) -> float:
+        return self.now
+
+
+class Replica:
+    """Serves one message after the other."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.unfilled: dict[str, int] = {}
+        self.pages: dict[str, int] = {}
+        self.turn = 0
+
+
+class House:
+    """What a scheduler and its replicas are to drivers that want to be let in."""
+
+    def __init__(self, load: Load, clock: Callable[[], float]) -> None:
+        self.desk = Desk("cost", [load.pages * load.page_size] * load.replicas, load.page_size, None, clock)
+        self.hall = Hall(load.policy, self.desk, load.page_size, clock)
+        self.replicas = [Replica() for _ in range(load.replicas)]
+        self.waiting: dict[str, asyncio.Future[Admission]] = {}
+
+    async def look(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK)
+            self.let_in()
+
+    def let_in(self) -> None:
+        self.hall.expire()
+        while (entering := self.hall.next()) is not None:
+            request_id, replica = entering.ticket.request_id, self.replicas[entering.replica]
+            self.desk.place(request_id, entering.replica, entering.wish)
+            replica.unfilled[request_id] = entering.wish.tokens
+            replica.pages[request_id] = entering.ticket.pages
+            self.hall.answered(entering)
+            self.report(entering.replica, [request_id])
+            self.hall.placed(entering, None)
+        for tenant in (POLITE, FLOOD):
+            for fate in self.hall.settled(tenant)[0]:
+                self.waiting.pop(fate.request_id).set_result(Admission(fate.replica, fate.error))
+
+    def report(self, number: int, answered: Sequence[str] = ()) -> None:
+        replica = self.replicas[number]
+        replica.turn += 1
+        self.desk.report(number, sum(replica.unfilled.values()), replica.turn)
+        self.desk.answered(number, answered)
+        self.hall.gate.report(number, replica.turn, sum(replica.pages.values()))
+
+
+class Guest:
+    """The manager of one driver, as far as a driver of an overload uses it."""
+
+    def __init__(self, house: House, tenant: str) -> None:
+        self.house, self.tenant = house, tenant
+        self.told: list[tuple[int, bool]] = []  # tokens of the answer, and whether it was let in
+
+    async def try_admit(self, ctxs: Sequence[TextContext]) -> list[Admission]:
+        [ctx] = ctxs
+        await asyncio.sleep(MESSAGE)
+        house, length = self.house, ctx.tokens.length
+        future = house.waiting[ctx.request_id] = asyncio.get_running_loop().create_future()
+        visitor = Visitor(self.tenant, lambda: Wish(length), ctx)
+        traits = Traits(tenant=ctx.tenant, deadline=ctx.deadline)
+        house.hall.offer(visitor, ctx.request_id, length, ctx.max_length - length, traits)
+        house.let_in()
+        admission = await future
+        self.told.append((ctx.max_length - length, admission.error is None))
+        return [admission]
+
+    async def tick(self, ticks: Sequence[Tick], forward: PacedForward) -> list[TickResult]:
+        await asyncio.gather(*(self._tick(r, tick, forward) for r, tick in enumerate(ticks)))
+        for number, tick in enumerate(ticks):
+            for request_id in tick.release:
+                self.house.desk.remove(request_id)
+                self.house.hall.left([request_id])
+            self.house.report(number)
+        self.house.let_in()
+        return [TickResult() for _ in ticks]
+
+    async def _tick(self, number: int, tick: Tick, forward: PacedForward) -> None:
+        replica = self.house.replicas[number]
+        async with replica.lock:
+            for request_id in tick.release:
+                replica.unfilled.pop(request_id), replica.pages.pop(request_id)
+            for ctx in tick.step:
+                left = ctx.tokens.length - ctx.tokens.processed_length
+                replica.unfilled[ctx.request_id] = left if left > 1 else 0
+            if tick.execute:
+                tokens = sum(ctx.tokens.active_length for ctx in tick.execute)
+                await asyncio.sleep(MESSAGE + forward.base + forward.per_token * tokens)
+
+
+class Seen(NamedTuple):
+    """Of a minute at five times the capacity: of those let in, and of the polite tenant's, the part that was in time;
+    those in time over the same at 1x; how often long requests of the flood are let in, over short ones."""
+
+    in_time: float
+    polite: float
+    goodput: float
+    long_over_short: float
+
+
+def serve(loop: Loop, seed: int) -> Seen:
+    rows = Load(name="").rows
+    policy = AdmissionPolicy(max_waiting=64, patience=10.0, max_running=rows, max_unfilled=1024)
+    load = Load(name="", policy=policy)
+
+    async def main() -> Seen:
+        house = House(load, loop.time)
+        looking = asyncio.ensure_future(house.look())
+        guests = {tenant: Guest(house, tenant) for tenant in (POLITE, FLOOD)}
+        servers = {
+            tenant: _Server(load, tenant, random.Random(2 * seed + i), guest)  # type: ignore[arg-type]
+            for i, (tenant, guest) in enumerate(guests.items())
+        }
+
+        async def phase(**phases: Phase) -> dict[str, Outcome]:
+            return dict(
+                zip(phases, await asyncio.gather(*(servers[t].run(each) for t, each in phases.items())), strict=True)
+            )
+
+        async def arrivals(factor: float, seconds: float) -> dict[str, Outcome]:
+            rates = {POLITE: POLITE_PART * capacity, FLOOD: (factor - POLITE_PART) * capacity}
+            return await phase(**{t: Phase(seconds=seconds, rate=rate, deadline=deadline) for t, rate in rates.items()})
+
+        def in_time(outcome: Outcome) -> int:
+            return sum(latency <= deadline for latency in outcome.latencies)
+
+        alone = (await phase(polite=Phase(seconds=40, in_flight=1)))[POLITE]
+        deadline = 5 * statistics.median(alone.latencies)
+        crowd = Phase(seconds=20, in_flight=2 * rows * load.replicas, skip=5)
+        capacity = sum(len(o.latencies) for o in (await phase(polite=crowd, flood=crowd)).values()) / 15
+        once = sum(map(in_time, (await arrivals(1.0, 30)).values())) / 30
+        guests[FLOOD].told.clear()
+        over = await arrivals(5.0, 60)
+        looking.cancel()
+        house.hall.check_integrity()
+        assert house.hall.queue.held == 0 and not house.waiting
+        told = guests[FLOOD].told
+        long, short = ([ok for n, ok in told if which(n)] for which in (lambda n: n >= LONG, lambda n: n <= SHORT))
+        return Seen(
+            sum(map(in_time, over.values())) / sum(len(o.latencies) for o in over.values()),
+            in_time(over[POLITE]) / over[POLITE].offered,
+            sum(map(in_time, over.values())) / 60 / once,
+            statistics.mean(long) / statistics.mean(short),
+        )
+
+    return loop.run_until_complete(main())
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
+    made = Loop()
+    asyncio.set_event_loop(made)
+    monkeypatch.setattr(overload_driver, "time", SimpleNamespace(monotonic=made.time))
+    yield made
+    asyncio.set_event_loop(None)
+    made.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_five_times_too_much_for_a_minute(loop: Loop, seed: int) -> None:
+    seen = serve(loop, seed)
+    assert seen.in_time >= 0.99 and seen.goodput >= 0.9
+    assert seen.polite >= 0.9, "a flood of others does not keep it out"
+    assert 0.3 <= seen.long_over_short <= 3, "nor do short requests keep long ones out"
