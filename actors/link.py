@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from rayk import messages as m
+from rayk.actors.lane import SPOKEN, Crossing, FastLane
 from rayk.actors.pieces import cut
 from rayk.actors.runtime import Actor, ActorGoneError, Runtime
 from rayk.errors import CallTimeoutError, RaykError
@@ -75,7 +76,8 @@ def hear(
     `wires` is what arrival() had of each, if that was waited for."""
     on_way = [pending for pending in sent if isinstance(pending, Pending)]
     started = monotonic() if since is None else since
-    if wires is None and len(on_way) == len(sent) > 1:
+    called = not any(isinstance(pending.ref, Crossing) for pending in on_way)
+    if wires is None and called and len(on_way) == len(sent) > 1:
         wires = on_way[0].link.fetch_all([pending.ref for pending in on_way], monotonic() - started)
     if wires is not None and None not in wires:
         return [Answer(p.link.decoded(wire), p.data) for wire, p in zip(wires, on_way, strict=True)]
@@ -99,7 +101,7 @@ class Link:
         self.actor = actor
         self.epoch = epoch
         self._runtime = runtime
-        self._target = target
+        self.target = target
         self._client = client
         self._gone = gone
         self._timeout = timeout
@@ -116,6 +118,10 @@ class Link:
         """Whether answers have to say how many pages are in use."""
         self.turn = self.used = 0
         """The latest such number, and the answer it is of."""
+        self.lane: FastLane | None = None
+        """Carries what a decode loop says, if there is one."""
+        self._crossing: Crossing | None = None  # the last message that went by it
+        self._unread = 0  # messages whose answers were not read yet
 
     @property
     def traffic(self) -> Traffic:
@@ -132,12 +138,49 @@ class Link:
         self._calls += 1
         self._sent += len(wire)
         try:
+            if self.lane is not None and isinstance(command, SPOKEN):
+                crossing = self._cross(self.lane, wire)
+                if crossing is not None:
+                    return Pending(self, crossing, None)
+            if self._crossing is not None:
+                self._land(self._crossing, self._timeout)
+            self._unread += 1
             if with_data:
                 ref, data = self.actor.call("handle_with_data", *cut(wire), returns=2)
                 return Pending(self, ref, data)
             return Pending(self, self.actor.call("handle", *cut(wire), *attached), None)
         except ActorGoneError as error:
             raise self._gone(str(error)) from None
+
+    # A lane and calls are two ways, and what goes by one may overtake what goes by the other. So a message goes by the
+    # lane only when every earlier answer was read, and a call only when the lane's answer is there.
+
+    def _cross(self, lane: FastLane, wire: bytes) -> Crossing | None:
+        """Send by the lane; None when a call has to be made."""
+        if self._unread and not lane.closed:
+            lane.give_up("an earlier answer was never read")
+        if not self._unread:
+            crossing = lane.send(wire)
+            if crossing is not None:
+                self._crossing = crossing
+                self._unread += 1
+                return crossing
+        return None
+
+    def _land(self, crossing: Crossing, timeout: float) -> None:
+        """Have the answer of what went by the lane, or send the same message again by a call. It bears its number: if
+        it was done, or is being done, the replica answers from memory; if it still comes, it is refused as late."""
+        if crossing.answer is None and crossing.call is None:
+            assert self.lane is not None
+            self.lane.receive(crossing, timeout)
+            if crossing.answer is None:
+                crossing.call = self.actor.call("handle", *cut(crossing.wire))
+        self._crossing = None
+
+    def close_lane(self) -> None:
+        """Take the lane down; later messages go by calls."""
+        if self.lane is not None:
+            self.lane.close()
 
     def ask(self, command: Any) -> Any:
         """Send and wait: the result, or the error it stands for."""
@@ -150,6 +193,7 @@ class Link:
     def decoded(self, wire: bytes) -> m.Result:
         """The result in an answer that came over this line."""
         self._received += len(wire)
+        self._unread -= 1
         reply = m.decode_reply(wire)
         if reply.seen > self.seen:
             self.seen, self.unfilled = reply.seen, reply.unfilled
@@ -172,10 +216,16 @@ class Link:
         return None
 
     def fetch(self, ref: Any, waited: float = 0.0) -> Any:
-        """The value behind a reference of this actor's."""
+        """The value behind a reference of this actor's, or of what went by its lane."""
+        started = monotonic() - waited
         try:
-            return self._runtime.get(ref, self._target, max(0.0, self._timeout - waited))
+            if isinstance(ref, Crossing):
+                self._land(ref, max(0.0, self._timeout - waited))
+                if ref.answer is not None:
+                    return ref.answer
+                waited, ref = monotonic() - started, ref.call
+            return self._runtime.get(ref, self.target, max(0.0, self._timeout - waited))
         except CallTimeoutError:
-            raise CallTimeoutError(self._target, self._timeout) from None
+            raise CallTimeoutError(self.target, self._timeout) from None
         except ActorGoneError as error:
             raise self._gone(str(error)) from None

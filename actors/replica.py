@@ -6,13 +6,14 @@ torch is imported when a replica starts, not with this module: planning tasks an
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
 
-from rayk.actors.pieces import joined
+from rayk.actors.pieces import LONGEST, joined
 from rayk.actors.process import settle
 from rayk.actors.runtime import RayRuntime
 from rayk.params import KVCacheParams
@@ -38,7 +39,8 @@ class ReplicaFacts(msgspec.Struct, frozen=True):
 
 
 class ReplicaActor:
-    """Started by rayk.scheduler.cluster. Calls run one after the other; ping() has a lane of its own."""
+    """Started by rayk.scheduler.cluster. Messages are answered one after the other, those that come by a driver's fast
+    lane, on a thread of its own, too; ping() has a lane of its own."""
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class ReplicaActor:
         from rayk.tiers.opening import open_connector
 
         self._started_at = time.time()
+        self._door = threading.Lock()
         self._torch = torch
         torch.set_num_threads(1)
         devices = _local_devices(params, replica)
@@ -72,16 +75,26 @@ class ReplicaActor:
 
     def handle(self, wire: bytes | int, *rest: Any) -> bytes:
         """Answer a message, see rayk.actors.pieces; what comes after it is page data from other replicas."""
-        return self._service.handle(*joined(wire, rest))[0]
+        with self._door:
+            return self._service.handle(*joined(wire, rest))[0]
 
     def handle_with_data(self, wire: bytes | int, *rest: Any) -> tuple[bytes, PageData]:
         """Answer a message whose result comes with page data."""
-        return self._service.handle(*joined(wire, rest))
+        with self._door:
+            return self._service.handle(*joined(wire, rest))
+
+    def handle_by_lane(self, wire: bytes) -> bytes:
+        """Answer a message that came by a driver's lane. Nothing comes back when the answer is too long for it: sent
+        again by a call, the message is answered from memory."""
+        with self._door:
+            answer, _ = self._service.handle(wire)
+        return answer if len(answer) <= LONGEST else b""
 
     def close(self) -> None:
         """Finish transfers and let go of the tiers; the last thing that is asked of a replica."""
-        self._service.port.close()
-        self._service.core.shutdown()
+        with self._door:
+            self._service.port.close()
+            self._service.core.shutdown()
 
     def ping(self) -> int:
         """The epoch, at once, also while the data lane is busy."""

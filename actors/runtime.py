@@ -7,6 +7,7 @@ errors to two of its own, ActorGoneError and CallTimeoutError: who calls knows w
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from rayk.actors.graph import SEND_SECONDS, GraphLane, LaneError, end, living
 from rayk.errors import CallTimeoutError, ConfigError, PlanError, RaykError, RemoteError
 
 CONTROL_GROUP = "ctl"  # answers while the data lane is busy
@@ -74,6 +76,33 @@ class Actor(Protocol):
         ...
 
 
+class Lane(Protocol):
+    """A faster way into an actor's handle_by_lane() than a call, for one message at a time; nobody else can use it."""
+
+    @property
+    def open(self) -> bool:
+        """Whether it carries messages now."""
+        ...
+
+    @property
+    def rested(self) -> bool:
+        """Whether it was taken down because nothing was said: another one may be opened."""
+        ...
+
+    def send(self, wire: bytes) -> Any:
+        """Send a message; what get() takes, or None while it is not open: then nothing was sent. LaneError when it did
+        not open, or when the message may have arrived or not."""
+        ...
+
+    def get(self, ref: Any, timeout: float) -> bytes:
+        """The answer, which can be had once. LaneError when it did not come."""
+        ...
+
+    def close(self) -> None:
+        """Have it taken down, and do not wait for that."""
+        ...
+
+
 class Runtime(Protocol):
     """What rayk needs of a cluster."""
 
@@ -83,6 +112,7 @@ class Runtime(Protocol):
     def place_each(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> list[Placement]: ...
     def await_place(self, placement: Placement, timeout: float) -> Placement: ...
     def start(self, spec: ActorSpec) -> Actor: ...
+    def open_lane(self, actor: Actor, node_id: str) -> Lane: ...
     def get(self, ref: Any, target: str, timeout: float) -> Any: ...
     def get_all(self, refs: Sequence[Any], timeout: float) -> list[Any] | None: ...
     def future(self, ref: Any) -> Future[Any]: ...
@@ -140,6 +170,55 @@ class RayActor:
             yield runtime.get(ref, target, silence)
 
 
+class RayGraph:
+    """A compiled graph of one call. A thread of Ray's watches the actor: when it dies, send() and get() hear of it.
+
+    It is open once something came back: a graph on an actor that runs another one compiles, and carries nothing.
+    """
+
+    def __init__(self, handle: ActorHandle[Any]) -> None:
+        self._handle = handle
+        self._graph: Any = None
+
+    def open(self, timeout: float) -> None:
+        from ray.dag import InputNode
+
+        try:
+            with InputNode() as wire:
+                answer: Any = self._handle.handle_by_lane.bind(wire)
+            self._graph = answer.experimental_compile(_submit_timeout=SEND_SECONDS, _max_inflight_executions=1)
+            self._graph.execute(b"").get(timeout=timeout)  # no message: what comes back is a refusal
+        except Exception as error:  # Ray names none for an actor that has a graph already, or does not answer
+            raise LaneError(_short(error)) from error
+
+    def send(self, wire: bytes) -> Any:
+        try:
+            return self._graph.execute(wire)
+        except Exception as error:  # nor for a graph that was torn down
+            raise LaneError(_short(error)) from error
+
+    def get(self, ref: Any, timeout: float) -> bytes:
+        try:
+            answer: bytes = ref.get(timeout=timeout)
+            return answer
+        except Exception as error:  # a dead actor, a closed channel, or an answer that was waited for before
+            raise LaneError(_short(error)) from error
+
+    def close(self) -> None:
+        graph = self._graph
+        if graph is not None:
+            graph.teardown()
+            self._graph = None  # a process of Ray's goes with it
+
+    def kill(self) -> None:
+        ray.kill(self._handle, no_restart=True)
+
+
+def _hush(record: logging.LogRecord) -> bool:
+    """Leave out Ray's traceback of a graph whose actor is dead: who uses a lane says so in a sentence."""
+    return not record.getMessage().startswith("Error cancelling worker task")
+
+
 class RayRuntime:
     """A connection to Ray. Inside an actor make it with RayRuntime(); a driver uses connect()."""
 
@@ -191,7 +270,11 @@ class RayRuntime:
             raise
 
     def disconnect(self) -> None:
-        """End the embedded Ray with all its processes and files, or leave the cluster that was joined."""
+        """End the embedded Ray with all its processes and files, or leave the cluster that was joined.
+
+        What ends the connection ends all lanes of this process first: a thread that is still in one would abort it.
+        """
+        end(living(None if self._owns_connection else self))
         if not self._owns_connection:
             return
         self._owns_connection = False
@@ -296,6 +379,14 @@ class RayRuntime:
             if spec.name is not None and self.find(spec.name) is not None:
                 raise NameTakenError(spec.name) from error
             raise
+
+    def open_lane(self, actor: Actor, node_id: str) -> GraphLane:
+        """A lane, which opens by and by, to an actor that runs on that node; LaneError unless it is this one."""
+        assert isinstance(actor, RayActor)
+        if node_id != ray.get_runtime_context().get_node_id():
+            raise LaneError("it runs on another node, where a lane is no faster than calls")
+        logging.getLogger("ray.dag.compiled_dag_node").addFilter(_hush)
+        return GraphLane(RayGraph(actor.handle), self)
 
     def find(self, name: str) -> RayActor | None:
         """The detached actor of that name in this session's namespace, or None."""

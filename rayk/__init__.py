@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rayk.engine.sampling import SamplingParams
     from rayk.errors import InsufficientBlocksError, RaykError, ReplicaLostError
     from rayk.inputs import BatchCharacteristics
+    from rayk.lanes import LaneState
     from rayk.manager import PagedKVCacheManager
     from rayk.memory import (
         SIGNAL_BUFFER_BYTES,
@@ -53,6 +54,7 @@ _HOMES = {
     "context": ["TextContext"],
     "errors": ["InsufficientBlocksError", "RaykError", "ReplicaLostError"],
     "inputs": ["BatchCharacteristics"],
+    "lanes": ["LaneState"],
     "manager": ["PagedKVCacheManager"],
     "memory": [
         "SIGNAL_BUFFER_BYTES",
@@ -95,6 +97,7 @@ __all__ = [
     "KVCacheMetrics",
     "KVCacheQuantizationConfig",
     "KVConnectorConfig",
+    "LaneState",
     "MHAKVCacheParams",
     "MLAKVCacheParams",
     "MemoryEstimator",

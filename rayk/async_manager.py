@@ -8,6 +8,7 @@ on their way, and what they claim has to be known here.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +28,8 @@ from rayk.scaling import Drained, Removed, ReplicaLoad
 from rayk.session import InferenceSession
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
+
+log = logging.getLogger("rayk")
 
 MOST_TOGETHER = 512  # requests of one message
 
@@ -89,6 +92,8 @@ class AsyncPagedKVCacheManager:
         admission: AdmissionPolicy | None = None,
         **options: Any,
     ) -> None:
+        if options.pop("fast_lane", False):
+            log.warning("no fast lanes for an event loop, which could not await their answers: it has calls")
         self.sync = PagedKVCacheManager(
             params,
             session,

@@ -15,6 +15,7 @@ from rayk.admission import AdmissionPolicy
 from rayk.context import TextContext
 from rayk.errors import DrainError, NoReplicaError, RaykError, ReplicaRemovedError
 from rayk.inline_offering import offer_here
+from rayk.lanes import LaneState
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams
 from rayk.peers import LineRate
@@ -268,6 +269,10 @@ class InlineReplicas(ABC):
         core.shutdown()
         self._seat()
         return removed
+
+    def lane_states(self) -> list[LaneState]:
+        """See PagedKVCacheManager.lane_states()."""
+        return [LaneState(r, "off", "in this process") for r, core in enumerate(self.cores) if core is not None]
 
     def replica_loads(self) -> list[ReplicaLoad]:
         """See PagedKVCacheManager.replica_loads()."""

@@ -32,6 +32,7 @@ from rayk.errors import (
     RuntimeInputsError,
 )
 from rayk.inputs import BatchCharacteristics, RuntimeInputs
+from rayk.lanes import LaneState
 from rayk.memory.budget import compute_num_host_blocks
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams, require, require_at_least
@@ -74,6 +75,13 @@ class PagedKVCacheManager:
     With an `admission` policy, which all drivers of a cluster share, requests that no replica is named for wait for
     room and for their turn (tenant, priority and deadline of the context count, see rayk.admission), or are turned away
     with OverloadedError: admit() and try_admit() return when that is settled, enter() at once.
+
+    `fast_lane=True` is for steady decode loops on Ray: tick(), step() and execute() go to replicas of this node
+    through shared memory in place of a Ray call, as soon as the first of them has opened the way. It pays with few
+    requests on each replica, and less and less from 64 on; with more replicas than cores it may lose, and a lane that
+    was used in the last seconds takes a core (docs/measurements/fast-lane.md). Results and errors are the same. When a
+    lane fails, or there can be none (a replica on another node, a named session), one warning says so and calls are
+    used; see lane_states(). Inline and AsyncPagedKVCacheManager do without.
     """
 
     def __init__(
@@ -90,6 +98,7 @@ class PagedKVCacheManager:
         memory_utilization: float | None = None,
         admission: AdmissionPolicy | None = None,
         prefill_rate: float | None = None,
+        fast_lane: bool = False,
     ) -> None:
         require_at_least(1, max_batch_size=max_batch_size)
         require_at_least(0, total_num_host_pages=total_num_host_pages)
@@ -119,6 +128,7 @@ class PagedKVCacheManager:
             total_num_host_pages,
             admission,
         )
+        self._fast_lane = fast_lane
         self._line = Line(self._enter) if admission is not None else None
         self._backend = self._start(session, wanted)
         if prefill_rate is not None:
@@ -158,7 +168,7 @@ class PagedKVCacheManager:
 
         name = f"{session.name}/{session.managers_made}" if session.name is not None else None
         config = ClusterConfig(self.params, *wanted)
-        return RayBackend(session.ray, start_cluster(session.ray, config, name), name)
+        return RayBackend(session.ray, start_cluster(session.ray, config, name), name, self._fast_lane)
 
     # -- checks ----------------------------------------------------------------------------------
 
@@ -404,6 +414,10 @@ class PagedKVCacheManager:
     def replica_states(self) -> list[str]:
         """How each replica index stands: planned, starting, ready, draining, lost or removed."""
         return [load.state for load in self.replica_loads()]
+
+    def lane_states(self) -> list[LaneState]:
+        """Whether fast lanes are used, to which replicas, and why not. One for each replica that is there."""
+        return self._all().lane_states()
 
     def holder(self, request_id: str) -> int | None:
         """The replica that has this driver's request, as far as it knows; None when it has no claim of it."""

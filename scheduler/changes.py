@@ -92,6 +92,7 @@ class Changes(Roster):
         yield from self.catch_up()
         cluster = self.cluster
         done: m.RemoveDone = yield from self._ask(self.scheduler, m.RemoveReplica(replica))
+        self.link(replica).close_lane()  # while there is somebody at its other end
         yield from apart(lambda: vacate(self._runtime, cluster, replica))
         return Removed(done.cached, done.known, done.taken)
 

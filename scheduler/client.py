@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -17,6 +18,7 @@ from rayk.backend import Batches, Forward
 from rayk.context import TextContext
 from rayk.errors import InsufficientBlocksError, RaykError, SchedulerLostError
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
+from rayk.lanes import LaneState
 from rayk.metrics import KVCacheMetrics
 from rayk.request import Usage
 from rayk.scaling import Drained, Removed, ReplicaLoad
@@ -26,13 +28,19 @@ from rayk.scheduler.roster import wait_for
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
 
+log = logging.getLogger("rayk.scheduler")
+
 LEASE_SECONDS = 15.0  # a driver of a named session that is silent this long has its requests released
 
 
 class RayBackend:
-    """Talks to one running Cluster. With a `name` it outlives this driver, so its claims have a lease."""
+    """Talks to one running Cluster. With a `name` it outlives this driver, so its claims have a lease.
 
-    def __init__(self, runtime: Runtime, cluster: Cluster, name: str | None) -> None:
+    `fast_lane`: ticks go by lanes (rayk.actors.lane), unless the cluster has a name: a replica has one lane, not one
+    for each driver, and it would stay when its driver is killed.
+    """
+
+    def __init__(self, runtime: Runtime, cluster: Cluster, name: str | None, fast_lane: bool = False) -> None:
         self.calls = Calls(runtime, cluster, name)
         self.calls.made = lambda replica: partial(self.alloc, replica=replica)
         self.allocators = self.calls.replicas
@@ -40,6 +48,11 @@ class RayBackend:
         self._runtime = runtime
         self._name = name
         self._stopped = Event()
+        if fast_lane and name is not None:
+            log.warning("no fast lanes to replicas of a named session, which several drivers share: %r has calls", name)
+            self.calls.have_no_lanes("a named session, whose drivers share its replicas")
+        elif fast_lane:
+            self.calls.lay_lanes()
         if name is not None:
             self.calls.scheduler.ask(m.Connect(LEASE_SECONDS))
             Thread(target=self._renew, name="rayk-lease", daemon=True).start()
@@ -201,6 +214,9 @@ class RayBackend:
         done: Removed = wait_for(self.calls.remove_replica(replica))
         return done
 
+    def lane_states(self) -> list[LaneState]:
+        return self.calls.lane_states()
+
     def replica_loads(self) -> list[ReplicaLoad]:
         done: list[ReplicaLoad] = wait_for(self.calls.replica_loads())
         return done
@@ -212,6 +228,7 @@ class RayBackend:
         self._stopped.set()
         with suppress(RaykError):  # a dead scheduler cannot say who came or left
             self.look()
+        self.calls.have_no_lanes("shut down")
         self._cluster.stop(self._runtime)
 
     def leave(self) -> None:

@@ -20,6 +20,7 @@ from time import monotonic
 from typing import Any
 
 from rayk import messages as m
+from rayk.actors.lane import FastLane
 from rayk.actors.link import Answer, Link, Pending, hear, new_client_id
 from rayk.actors.runtime import Runtime
 from rayk.errors import (
@@ -29,6 +30,7 @@ from rayk.errors import (
     ReplicaRemovedError,
     SchedulerLostError,
 )
+from rayk.lanes import LaneState
 from rayk.scheduler.cluster import Cluster
 from rayk.scheduler.membership import State
 from rayk.views import Sender
@@ -55,6 +57,7 @@ class Roster:
         self._placed: dict[str, int] = {}
         self._released: list[str] = []  # straight on replicas; the scheduler hears of it with the next message
         self._links: list[Link | None] = []
+        self._lanes_off = "not asked for"  # why lines have no fast lanes; empty when they have
         self._dead: set[int] = set()  # replicas that died or were removed: the roster that is known is not the latest
         self.scheduler = Link(
             runtime, cluster.scheduler, "the scheduler", cluster.scheduler_epoch, self.client, SchedulerLostError
@@ -73,6 +76,8 @@ class Roster:
             if r == len(self._links):
                 self._links.append(None)
             link = self._links[r]
+            if link is not None and (seat is None or link.epoch != seat.epoch):
+                link.close_lane()
             if seat is None:
                 self._links[r] = None
                 self.replicas.pop(r, None)
@@ -81,6 +86,32 @@ class Roster:
                 self._links[r] = link = Link(self._runtime, seat.actor, f"replica {r}", seat.epoch, self.client, lost)
                 link.pages = self.queued
                 self.replicas[r] = self.made(r)
+        if not self._lanes_off:
+            self.lay_lanes()
+
+    def lay_lanes(self) -> None:
+        """Have a fast lane to each replica from now on, for calls that are waited for and not awaited."""
+        self._lanes_off = ""
+        for link, seat in zip(self._links, self.cluster.seats, strict=False):
+            if link is not None and seat is not None and link.lane is None:
+                node_id = seat.placement.node_ids[seat.bundle]
+                link.lane = FastLane(self._runtime, seat.actor, node_id, link.target)
+
+    def have_no_lanes(self, reason: str) -> None:
+        """Take them down, and have no more."""
+        self._lanes_off = reason
+        for link in self._links:
+            if link is not None:
+                link.close_lane()
+
+    def lane_states(self) -> list[LaneState]:
+        """How the lane to each replica that is there stands."""
+        off = LaneState(-1, "off", self._lanes_off)
+        return [
+            link.lane.state(r) if link.lane is not None else off._replace(replica=r)
+            for r, link in enumerate(self._links)
+            if link is not None
+        ]
 
     def link(self, replica: int) -> Link:
         """The line to that replica; ReplicaRemovedError when nobody is there."""

@@ -32,7 +32,7 @@ def join():
     return InferenceSession(runtime="ray", address=ADDRESS, name=NAME, log_to_driver=False)
 
 def manage(session):
-    return PagedKVCacheManager(p, session, 16, max_batch_size=4)
+    return PagedKVCacheManager(p, session, 16, max_batch_size=4, fast_lane=NAME is None)
 
 def pid(inputs, batch):
     return os.getpid()
@@ -47,6 +47,8 @@ def groups():
 SERVE = """
 manager = manage(join())
 placed = manager.admit([TextContext(n, [ord(n)] * 9, 100) for n in "abcd"])
+while NAME is None and {each.state for each in manager.lane_states()} != {"open"}:
+    manager.execute([[], []], pid)
 say(placed=placed, pids=manager.execute([[], []], pid))
 time.sleep(120)
 """

@@ -60,7 +60,7 @@ try:
         return ray.get_runtime_context().get_node_id()
 
     def make(pages=16):
-        return PagedKVCacheManager(p, session, pages, max_batch_size=8)
+        return PagedKVCacheManager(p, session, pages, max_batch_size=8, fast_lane=True)
 
     small.append(ids[0])
     with make() as manager:
@@ -80,6 +80,11 @@ try:
         manager.try_admit(ctxs[:1], [0])
         ctxs[0].update(1)
         manager.step([ctxs[:1], [], []])
+        deadline = time.monotonic() + 20
+        while "opening" in [each.state for each in manager.lane_states()] and time.monotonic() < deadline:
+            manager.step([[], [], []])
+        here = ray.get_runtime_context().get_node_id()
+        said["lanes"] = sorted([homes[each.replica] == here, each.state, each.reason] for each in manager.lane_states())
         said["copied"] = [x.peer_tokens for x in manager.try_admit(ctxs[1:], [1, 2])]
 
         lost = homes.index(third.node_id)
@@ -127,6 +132,11 @@ def test_pages_are_copied_between_nodes(said: dict[str, Any]) -> None:
 
 def test_a_node_that_is_too_small_is_avoided_or_named(said: dict[str, Any]) -> None:
     assert said["avoided"] and said["refused"] == [True] * 3
+
+
+def test_only_replicas_of_the_drivers_node_have_fast_lanes(said: dict[str, Any]) -> None:
+    elsewhere = [False, "closed", "it runs on another node, where a lane is no faster than calls"]
+    assert said["lanes"] == [elsewhere, elsewhere, [True, "open", ""]]
 
 
 def test_a_lost_node_is_a_lost_replica(said: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from ray import cloudpickle
 
 from rayk import InferenceSession, MHAKVCacheParams, PagedKVCacheManager
 from rayk import messages as m
+from rayk.actors.graph import LaneError
 from rayk.actors.pieces import joined
 from rayk.actors.replica import ReplicaActor
 from rayk.actors.runtime import ActorGoneError, ActorSpec, NameTakenError, Node, Placement, RayRuntime
@@ -100,6 +101,54 @@ class FakeActor:
         return core
 
 
+@dataclass(eq=False)
+class FakeLane:
+    """A lane of its own beside the actor's calls: what it carries runs when it is waited for, or by deliver()."""
+
+    actor: FakeActor
+    open: bool = True
+    rested: bool = False
+    due: deque[Callable[[], None]] = field(default_factory=deque)
+
+    def _note(self, what: str) -> None:
+        error = self.actor.runtime.note(f"lane-{what}", self.actor.label)
+        if error is not None:
+            raise error
+
+    def send(self, wire: bytes) -> FakeRef | None:
+        if not self.open:
+            return None
+        self._note("send")
+        ref = FakeRef(self.actor)
+
+        def run() -> None:
+            if self.actor.dead is None:
+                self.actor.runtime.note("run", self.actor.label, _content("handle", (wire,)))
+                ref.value, ref.ready = self.actor.instance.handle_by_lane(wire), True
+
+        self.due.append(run)
+        self._note("sent")
+        return ref
+
+    def deliver(self) -> None:
+        """What is on its way arrives."""
+        while self.due:
+            self.due.popleft()()
+
+    def get(self, ref: FakeRef, timeout: float) -> bytes:
+        self._note("get")
+        self.deliver()
+        self._note("got")
+        if not ref.ready:
+            raise LaneError("channel closed")
+        answer: bytes = ref.value
+        return answer
+
+    def close(self) -> None:
+        self.open = False
+        self._note("close")
+
+
 def _content(method: str, args: tuple[Any, ...]) -> str:
     """The name of the command in an envelope, else of the method."""
     if method not in ("handle", "handle_with_data"):
@@ -146,6 +195,8 @@ class FakeRuntime:
         self.events: list[Event] = []
         self.actors: list[FakeActor] = []
         self.placements: list[Placement] = []
+        self.lanes: list[FakeLane] = []
+        self.lanes_open = True  # at once; else when a test says so
         self.disconnected = 0
 
     def note(self, *event: Any) -> BaseException | None:
@@ -210,6 +261,11 @@ class FakeRuntime:
         except Exception as error:
             actor.dead = f"{type(error).__name__}: {error}"
         return actor
+
+    def open_lane(self, actor: FakeActor, node_id: str) -> FakeLane:
+        self._note_or_raise("lane-open", actor.label, node_id)
+        self.lanes.append(FakeLane(actor, self.lanes_open))
+        return self.lanes[-1]
 
     def get(self, ref: FakeRef, target: str, timeout: float) -> Any:
         self.note("read", ref.actor.label if ref.actor is not None else target)
@@ -300,7 +356,7 @@ def manager_on(
     runtime: FakeRuntime, replicas: int = 2, pages: int | None = 16, name: str | None = None, **changes: Any
 ) -> Iterator[PagedKVCacheManager]:
     """A manager whose actors live in `runtime`, with runtime checks on."""
-    names = ("router", "max_batch_size", "total_num_host_pages")
+    names = ("router", "max_batch_size", "total_num_host_pages", "fast_lane")
     options = {"router": "least-loaded"} | {k: changes.pop(k) for k in names if k in changes}
     with session_on(runtime, name) as session:
         manager = PagedKVCacheManager(
