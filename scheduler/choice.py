@@ -53,7 +53,7 @@ class Candidate(msgspec.Struct, frozen=True):
     pressure: float
 
 
-class Wish(NamedTuple):
+class Wish(msgspec.Struct, frozen=True, gc=False):
     """A request to be placed. `keys`: of the full pages that it may reuse, in order, never its last token's."""
 
     tokens: int
@@ -61,7 +61,7 @@ class Wish(NamedTuple):
     session: str | None = None
 
 
-class Choice(NamedTuple):
+class Choice(msgspec.Struct, frozen=True, gc=False):
     """Where to place a request, -1 when no replica takes any. `cached` are tokens of it that need not be computed
     there, as far as the policy looked. `why` reckons the reasons again, as they were, if there are costs."""
 

@@ -246,11 +246,11 @@ class SchedulerCore:
                 f"no routing decision for request {request_id!r} is remembered: it was placed by its driver, long ago, "
                 "or never"
             )
-        candidates = made.choice.parts.candidates(made.choice.replica) if made.choice.parts is not None else []
+        candidates = made.why().candidates(made.replica) if made.why is not None else []
         return m.Explained(
             self.desk.router,
-            made.choice.replica,
-            made.wish.tokens,
+            made.replica,
+            made.tokens,
             self._clock() - made.at,
             list(Candidate.__struct_fields__) if candidates else [],
             [[float(value) for value in msgspec.structs.astuple(candidate)] for candidate in candidates],

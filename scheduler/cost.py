@@ -33,10 +33,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from functools import partial
-from operator import sub
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from rayk.scheduler.choice import Choice, Parts, Wish
@@ -65,17 +64,24 @@ class Weights(NamedTuple):
 DEFAULT_WEIGHTS = Weights()
 
 
-class _Seen(NamedTuple):
-    """What a choice looks at beside the request and the index; as lists or arrays, over the replicas."""
+class _Seen(msgspec.Struct, frozen=True, gc=False):
+    """What a choice was made from, in as little room as that takes: thousands are kept, hardly any is ever asked for.
 
-    work: Any
-    requests: Any
-    held: Any
-    capacity: Any
-    churn: Any
-    """Cost of storing a token, by what it pushes out."""
-    usual: float
+    Calling it does the sums again. `loads` is Fleet.picture(), `outflow` raw float64 [replicas]. `churn` is the cost
+    of storing a token by outflow, `crowd` that of a token beside one that waits.
+    """
+
+    policy: Cost
+    tokens: int
+    reach: Reach | None
+    loads: bytes
+    outflow: bytes
+    churn: float
+    crowd: float
     regret: float
+
+    def __call__(self) -> Parts:
+        return self.policy._reckon(self)
 
 
 class Cost:
@@ -101,46 +107,45 @@ class Cost:
         """See Policy. A few operations a replica if there are few of them; else about 25 numpy calls over the replicas
         and a few dozen probes of the index, half of the calls and one probe for a request of which nobody has
         anything."""
-        reach = self._index.reach(wish.keys) if self._index.known(wish.keys) else None
-        regret = self._regret(wish, reach)
-        few = len(fleet.work) <= FEW
-        seen = self._see(fleet, self._usual or wish.tokens, regret, few)
-        replica, cached = (self._among_few if few else self._among_many)(wish.tokens, fleet, seen, reach)
+        reach, regret = None, 0.0
+        if self._index.known(wish.keys):
+            reach = self._index.reach(wish.keys)
+            regret = self._regret(wish, reach)
+        seen = self._see(wish.tokens, fleet, reach, regret)
+        replica, cached = (self._among_few if len(fleet) <= FEW else self._among_many)(seen, fleet)
         if replica >= 0:
             self._learn(replica, wish, wish.tokens - cached, fleet, reach, regret)
-        return Choice(replica, cached, partial(self._reckon, wish.tokens, reach, seen))
+        return Choice(replica, cached, seen)
 
     # -- what is remembered ------------------------------------------------------------------------
 
-    def _regret(self, wish: Wish, reach: Reach | None) -> float:
+    def _regret(self, wish: Wish, reach: Reach) -> float:
         """That of the longest prefix of the request that anybody holds, in tokens."""
-        if not self._regrets or reach is None or not reach.spans:
+        if not self._regrets or not reach.spans:
             return 0.0
         regret, turn = self._regrets.get(wish.keys[reach.spans[0].pages - 1], (0.0, 0))
         return regret * math.exp((turn - self._turn) / (SHORT * len(reach.disk))) if regret else 0.0
 
-    def _see(self, fleet: Fleet, usual: float, regret: float, few: bool) -> _Seen:
-        replicas = len(fleet.work)
+    def _see(self, tokens: int, fleet: Fleet, reach: Reach | None, regret: float) -> _Seen:
+        weights, replicas = self._weights, len(fleet.work)
         if len(self._taken) < replicas:
             self._taken += [0.0] * (replicas - len(self._taken))
             self._outflow = np.append(self._outflow, np.zeros(replicas - len(self._outflow)))
-        churn = self._outflow * (self._weights.churn * replicas / max(self._inflow, 1.0))
-        work, requests, held, capacity = fleet.work, fleet.requests, fleet.held, fleet.capacity
-        if few:
-            lists = (work.tolist(), requests.tolist(), held.tolist(), capacity.tolist(), churn.tolist())
-            return _Seen(*lists, usual, regret)
-        return _Seen(work.copy(), requests.copy(), held.copy(), capacity, churn, usual, regret)
+        churn = weights.churn * replicas / max(self._inflow, 1.0)
+        crowd = weights.crowd / max(self._usual or tokens, 1.0)
+        return _Seen(self, tokens, reach, fleet.picture(), self._outflow.tobytes(), churn, crowd, regret)
 
     def _learn(
         self, replica: int, wish: Wish, missing: float, fleet: Fleet, reach: Reach | None, regret: float
     ) -> None:
         """A request was placed, and `missing` tokens will be stored there."""
-        self._usual += (missing - self._usual) * (self.PAST if self._usual else 1.0)
-        self._inflow += missing * self._unit
-        self._taken[replica] += missing
-        if self._taken[replica] > fleet.capacity[replica]:
-            self._outflow[replica] += missing * self._unit
-        self._unit *= 1 + 1 / (LONG * len(fleet.work))
+        usual, unit, taken = self._usual, self._unit, self._taken[replica] + missing
+        self._usual = usual + (missing - usual) * (self.PAST if usual else 1.0)
+        self._inflow += missing * unit
+        self._taken[replica] = taken
+        if taken > fleet.limit(replica):
+            self._outflow[replica] += missing * unit
+        self._unit = unit * (1 + 1 / (LONG * len(fleet)))
         if self._unit > 1e30:
             self._outflow /= self._unit
             self._inflow /= self._unit
@@ -163,28 +168,26 @@ class Cost:
 
     # -- the sums ----------------------------------------------------------------------------------
 
-    def _among_few(self, tokens: int, fleet: Fleet, seen: _Seen, reach: Reach | None) -> tuple[int, int]:
+    def _among_few(self, seen: _Seen, fleet: Fleet) -> tuple[int, int]:
         """The cheapest replica and what it need not compute: the same sums in the same order as in _reckon, one number
         after the other."""
-        weights = self._weights
-        weight, step = weights.crowd / max(seen.usual, 1.0), weights.step
-        cached = None
-        if reach is not None:
-            cached, loading, keep = self._lent(reach, seen.regret)
+        tokens, churn, crowd, step = seen.tokens, seen.churn, seen.crowd, self._weights.step
+        work, requests, held = fleet.work.tolist(), fleet.requests.tolist(), fleet.held.tolist()
+        capacity, flows, cached = fleet.capacity.tolist(), self._outflow.tolist(), None
+        if seen.reach is not None:
+            cached, loading, keep = self._lent(seen.reach, seen.regret)
             costs = [
-                (w + (tokens - c)) * (1 + r / step) + f + w * (tokens - c) * weight + k + (tokens - c) * i
-                for w, r, c, f, k, i in zip(seen.work, seen.requests, cached, loading, keep, seen.churn, strict=True)
+                (w + (tokens - c)) * (1 + r / step) + f + w * (tokens - c) * crowd + k + (tokens - c) * (o * churn)
+                for w, r, c, f, k, o in zip(work, requests, cached, loading, keep, flows, strict=True)
             ]
         else:
             costs = [
-                (w + tokens) * (1 + r / step) + w * tokens * weight + tokens * i
-                for w, r, i in zip(seen.work, seen.requests, seen.churn, strict=True)
+                (w + tokens) * (1 + r / step) + w * tokens * crowd + tokens * (o * churn)
+                for w, r, o in zip(work, requests, flows, strict=True)
             ]
-        if max(map(sub, seen.held, seen.capacity)) + tokens > 0:
-            costs = [
-                cost + weights.pressure * max(h + tokens - c, 0)
-                for cost, h, c in zip(costs, seen.held, seen.capacity, strict=True)
-            ]
+        if max(held) + tokens > min(capacity):  # else all have room
+            pressure = self._weights.pressure
+            costs = [cost + pressure * max(h + tokens - c, 0) for cost, h, c in zip(costs, held, capacity, strict=True)]
         replica = fleet.cheapest(costs)
         return replica, cached[replica] if cached is not None else 0
 
@@ -202,31 +205,30 @@ class Cost:
         knots = dict(zip(*self._knots(reach.spans, regret), strict=True))
         return cached, loading, [knots[pages] for pages in own]
 
-    def _among_many(self, tokens: int, fleet: Fleet, seen: _Seen, reach: Reach | None) -> tuple[int, int]:
+    def _among_many(self, seen: _Seen, fleet: Fleet) -> tuple[int, int]:
         """_among_few() in arrays, with what is nothing left out."""
-        weights, work, cached, loading = self._weights, seen.work, None, None
-        missing: Any = tokens
+        weights, work, reach, cached, loading = self._weights, fleet.work, seen.reach, None, None
+        missing: Any = seen.tokens
         if reach is not None:
             cached, loading = self._loading(reach)
-            missing = tokens - cached
-        cost: FloatArray = (work + missing) * (1 + seen.requests / weights.step)
+            missing = seen.tokens - cached
+        cost: FloatArray = (work + missing) * (1 + fleet.requests / weights.step)
         if loading is not None:
             cost += loading
-        cost += work * missing * (weights.crowd / max(seen.usual, 1.0))
+        cost += work * missing * seen.crowd
         if reach is not None:
             cost += self._keep(reach, seen.regret)
-        cost += missing * seen.churn
-        short = seen.held + tokens - seen.capacity
+        cost += missing * (self._outflow * seen.churn)
+        short = fleet.held + seen.tokens - fleet.capacity
         if int(short.max()) > 0:
             cost += weights.pressure * np.maximum(short, 0)
         replica = fleet.lowest(cost)
         return replica, int(cached[replica]) if cached is not None else 0
 
-    def _reckon(self, tokens: int, reach: Reach | None, seen: _Seen) -> Parts:
+    def _reckon(self, seen: _Seen) -> Parts:
         """All of the formula, from what a choice looked at."""
-        weights = self._weights
-        waiting, churn = np.array(seen.work, np.float64), np.array(seen.churn, np.float64)
-        requests, held, capacity = (np.asarray(each, np.int64) for each in (seen.requests, seen.held, seen.capacity))
+        weights, tokens, reach = self._weights, seen.tokens, seen.reach
+        waiting, requests, held, capacity = Fleet.pictured(seen.loads)
         if reach is None:
             nothing = np.zeros(len(waiting), np.int64)
             reach = Reach(nothing, nothing, nothing, [])
@@ -237,9 +239,9 @@ class Cost:
             waiting=waiting,
             prefill=(waiting + missing) * (1 + requests / weights.step),
             loading=loading,
-            crowd=waiting * missing * (weights.crowd / max(seen.usual, 1.0)),
+            crowd=waiting * missing * seen.crowd,
             keep=self._keep(reach, seen.regret),
-            churn=missing * churn,
+            churn=missing * (np.frombuffer(seen.outflow) * seen.churn),
             pressure=weights.pressure * np.maximum(held + tokens - capacity, 0),
         )
 

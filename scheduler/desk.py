@@ -9,24 +9,25 @@ Replicas report with their answers (messages.News); a report settles what it cov
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import islice
 
+import msgspec
 import numpy as np
 
 from rayk.admission import AdmissionPolicy
 from rayk.hashing import PageHash, PageHasher, PageKeys
 from rayk.messages import News
 from rayk.pages import Pages
-from rayk.scheduler.choice import Choice, Wish
+from rayk.scheduler.choice import Choice, Parts, Wish
 from rayk.scheduler.fleet import BoolArray, Fleet
 from rayk.scheduler.index import PrefixIndex, short_keys
 from rayk.scheduler.policies import WANT_KEYS, make_policy
 from rayk.transport.choice import AUTO
 
-REMEMBERED = 4096  # choices that can still be explained
+REMEMBERED = 4096  # choices that can still be explained, at least
+FORGOTTEN = 256  # at once: a dict that loses its first entry again and again gets slow
 
 
 @dataclass(frozen=True)
@@ -88,26 +89,24 @@ class IndexFeed:
 NO_KEYS: list[int] = []
 
 
-class Made(NamedTuple):
-    """A choice that was made: for whom, when, and why."""
+class Made(msgspec.Struct, frozen=True, gc=False):
+    """A choice that was made: for so many tokens, when, and why if the policy reckons in costs."""
 
-    wish: Wish
-    choice: Choice
+    tokens: int
+    replica: int
     at: float
+    why: Callable[[], Parts] | None
 
 
-class _Placed:
+class _Placed(msgspec.Struct, gc=False):
     """A request on a replica: `tokens` that its pages hold, of which it has `compute` to prefill. `promised` are keys
     of pages that it will store."""
 
-    __slots__ = ("compute", "promised", "replica", "tokens", "under_way")
-
-    def __init__(self, replica: int, tokens: int, compute: int, promised: list[int]) -> None:
-        self.replica = replica
-        self.tokens = tokens
-        self.compute = compute
-        self.promised = promised
-        self.under_way = True
+    replica: int
+    tokens: int
+    compute: int
+    promised: list[int]
+    under_way: bool = True
 
 
 class Desk:
@@ -135,7 +134,7 @@ class Desk:
         self._under_way = [0] * len(capacities)  # tokens to compute for what was placed and not answered yet
         self._reported = [0] * len(capacities)  # tokens that a replica said it still has to compute
         self._told = [0] * len(capacities)  # by which batch that was
-        self._made: OrderedDict[str, Made] = OrderedDict()
+        self._made: dict[str, Made] = {}  # the latest last
 
     @property
     def keyed(self) -> bool:
@@ -171,26 +170,29 @@ class Desk:
         if open_ is not None and not open_.all():
             with self.fleet.only(open_):
                 return self.choose(request_id, wish)
-        choice = self._with_room(self._policy.choose(wish, self.fleet), wish)
-        self._made[request_id] = Made(wish, choice, self._clock())
-        self._made.move_to_end(request_id)
-        if len(self._made) > REMEMBERED:
-            self._made.popitem(last=False)
+        choice, made = self._policy.choose(wish, self.fleet), self._made
+        if choice.why is not None and choice.replica >= 0:
+            slots = self._slots(wish)
+            if not self.fleet.fits(choice.replica, slots):
+                choice = self._with_room(choice, slots)
+        made.pop(request_id, None)
+        made[request_id] = Made(wish.tokens, choice.replica, self._clock(), choice.why)
+        if len(made) >= REMEMBERED + FORGOTTEN:
+            for old in list(islice(made, FORGOTTEN)):
+                del made[old]
         return choice.replica
 
-    def _with_room(self, choice: Choice, wish: Wish) -> Choice:
-        """A choice by cost as it is, unless that replica would refuse and another would not: then the cheapest such."""
-        fleet, replica, slots = self.fleet, choice.replica, self._slots(wish)
-        if replica < 0 or choice.why is None or fleet.held[replica] + slots <= fleet.capacity[replica]:
-            return choice
+    def _with_room(self, choice: Choice, slots: int) -> Choice:
+        """For a choice by cost whose replica would refuse: the cheapest that would not, if there is one."""
+        fleet, why = self.fleet, choice.why
         full = fleet.held + slots > fleet.capacity
-        if full.all():
+        if full.all() or why is None:
             return choice
-        parts = choice.why()
+        parts = why()
         replica = fleet.lowest(np.where(full, np.inf, parts.cost))
         if full[replica] or not fleet.ready[replica]:
             return choice
-        return Choice(replica, int(parts.cached[replica]), choice.why)
+        return Choice(replica, int(parts.cached[replica]), why)
 
     def _slots(self, wish: Wish) -> int:
         """What its pages offer: whole ones, with room for the next token."""

@@ -19,6 +19,8 @@ Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
+_COLUMNS, _CAPACITY, _COMPUTED = 5, 3, 4
+
 
 class Fleet:
     """Loads of `replicas` replicas, all [replicas]; read them, change them by the methods only.
@@ -29,16 +31,17 @@ class Fleet:
 
     def __init__(self, replicas: int, rate: float | None = None, capacity: int | None = None) -> None:
         self.rate = rate
-        self.work: FloatArray = np.zeros(0)
+        self.work: FloatArray
         """Tokens of placed requests that are still to be prefilled."""
-        self.computed: Int64Array = np.zeros(0, np.int64)
-        """Tokens that were ever placed to be prefilled; settles ties, so that the idle share what comes."""
-        self.requests: Int64Array = np.zeros(0, np.int64)
+        self.requests: Int64Array
         """Requests that are placed."""
-        self.held: Int64Array = np.zeros(0, np.int64)
+        self.held: Int64Array
         """Tokens of placed requests; their pages cannot be evicted."""
-        self.capacity: Int64Array = np.zeros(0, np.int64)
+        self.capacity: Int64Array
         """Tokens that the pages hold."""
+        self.computed: Int64Array
+        """Tokens that were ever placed to be prefilled; settles ties, so that the idle share what comes."""
+        self._hold(np.zeros((_COLUMNS, 0), np.int64))
         self.ready: BoolArray = np.zeros(0, np.bool_)
         """Whether requests may be placed there."""
         self._all_ready = True
@@ -50,17 +53,21 @@ class Fleet:
 
     def join(self, replicas: int = 1, capacity: int | None = None) -> None:
         """Add idle replicas; they get the next indices."""
+        least = int(self.computed.min()) if len(self) else 0  # or the new ones would win every tie for long
+        block = np.zeros((_COLUMNS, len(self) + replicas), np.int64)
+        block[:, : len(self)] = self._block
+        block[_CAPACITY, len(self) :] = 1 << 62 if capacity is None else capacity
+        block[_COMPUTED, len(self) :] = least
+        self.ready = np.append(self.ready, np.ones(replicas, np.bool_))
+        self._hold(block)
 
-        def longer(array: npt.NDArray[np.generic], value: object) -> npt.NDArray[np.generic]:
-            return np.append(array, np.full(replicas, value, array.dtype))
-
-        least = int(self.computed.min()) if len(self.computed) else 0  # or the new ones would win every tie for long
-        self.work = longer(self.work, 0)  # type: ignore[assignment]  # as typed as it was
-        self.computed = longer(self.computed, least)  # type: ignore[assignment]
-        self.requests = longer(self.requests, 0)  # type: ignore[assignment]
-        self.held = longer(self.held, 0)  # type: ignore[assignment]
-        self.capacity = longer(self.capacity, 1 << 62 if capacity is None else capacity)  # type: ignore[assignment]
-        self.ready = longer(self.ready, True)  # type: ignore[assignment]
+    def _hold(self, block: Int64Array) -> None:
+        """Have the columns in one block: [columns, replicas] int64, the work float64."""
+        self._block = block
+        self.work, (self.requests, self.held, self.capacity, self.computed) = block[0].view(np.float64), block[1:]
+        # The same numbers, quicker to get at one by one.
+        self._work, self._requests, self._held = self.work.data, self.requests.data, self.held.data
+        self._capacity, self._computed = self.capacity.data, self.computed.data
 
     def set_ready(self, replica: int, ready: bool) -> None:
         """Let requests be placed on a replica, or (draining, lost) not any more."""
@@ -97,10 +104,10 @@ class Fleet:
 
     def place(self, replica: int, compute: int, tokens: int) -> None:
         """A request of `tokens` tokens was placed, `compute` of which have to be prefilled."""
-        self.work[replica] += compute
-        self.computed[replica] += compute
-        self.requests[replica] += 1
-        self.held[replica] += tokens
+        self._work[replica] += compute
+        self._computed[replica] += compute
+        self._requests[replica] += 1
+        self._held[replica] += tokens
 
     def waits(self, replica: int, tokens: int) -> None:
         """So many tokens are still to be prefilled there, by the replica's own account."""
@@ -112,8 +119,26 @@ class Fleet:
 
     def release(self, replica: int, tokens: int) -> None:
         """A request of `tokens` tokens left."""
-        self.requests[replica] -= 1
-        self.held[replica] -= tokens
+        self._requests[replica] -= 1
+        self._held[replica] -= tokens
+
+    def fits(self, replica: int, tokens: int) -> bool:
+        """Whether the replica's pages have room for `tokens` tokens beside what is placed there."""
+        return self._held[replica] + tokens <= self._capacity[replica]
+
+    def limit(self, replica: int) -> int:
+        """`capacity` of one replica."""
+        return self._capacity[replica]
+
+    def picture(self) -> bytes:
+        """How work, requests, held and capacity are now, for pictured()."""
+        return self._block[:_COMPUTED].tobytes()
+
+    @staticmethod
+    def pictured(picture: bytes) -> tuple[FloatArray, Int64Array, Int64Array, Int64Array]:
+        """Work, requests, held and capacity as they were, [replicas] each, read-only."""
+        columns = np.frombuffer(picture, np.int64).reshape(_COMPUTED, -1)
+        return columns[0].view(np.float64), columns[1], columns[2], columns[3]
 
     def lowest(self, costs: FloatArray, fair: bool = True) -> int:
         """The ready replica of the lowest cost, -1 when none is ready. Of equals, if `fair`, the one that has computed

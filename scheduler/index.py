@@ -248,14 +248,31 @@ class PrefixIndex:
         before, for `withdraw`. `depth`: that of these keys, if it was just looked up."""
         slot = self._slot[replica]
         bit, holders, unsure = self._bit[slot][0], self._holders, self._unsure
-        get = holders.get
-        rest = keys[self.depth(replica, keys) if depth is None else depth :]
-        known = list(map(get, rest))
+        if depth is None:
+            depth = self.depth(replica, keys)
+        rest = keys[depth:] if depth else keys
+        known = list(map(holders.get, rest))
         new = known.count(None)
-        shared = rest[: len(rest) - new] if None not in known[: len(rest) - new] else rest
         fresh: list[int] = []
+        if new < len(rest):
+            shared = rest if None in known[: len(rest) - new] else rest[: len(rest) - new]
+            rest = rest[len(shared) :]
+            self._share(shared, bit, fresh)
+        if rest:  # what nobody has
+            entries = dict.fromkeys(rest, bit)
+            holders.update(entries)
+            unsure.update(entries)
+            fresh += entries
+        self._counts[slot][0] += len(fresh)
+        if self._sweeping:
+            self.sweep()
+        return fresh
+
+    def _share(self, keys: Sequence[int], bit: int, fresh: list[int]) -> None:
+        """promise() of pages some of which others hold; those that did not have the bit are added to `fresh`."""
+        holders, get, unsure = self._holders, self._holders.get, self._unsure
         before, after = 0, bit  # as in stored()
-        for key in shared:
+        for key in keys:
             old = get(key, 0)
             if not old & bit:
                 if old != before:
@@ -264,15 +281,6 @@ class PrefixIndex:
                 promised = unsure.get(key)
                 unsure[key] = bit if promised is None else promised | bit
                 fresh.append(key)
-        if len(shared) < len(rest):  # what nobody has
-            entries = dict.fromkeys(rest[len(shared) :], bit)
-            holders.update(entries)
-            unsure.update(entries)
-            fresh += entries
-        self._counts[slot][0] += len(fresh)
-        if self._sweeping:
-            self.sweep()
-        return fresh
 
     def withdraw(self, replica: int, keys: Iterable[int]) -> None:
         """Nobody will store these pages any more: those that the replica has not reported go."""

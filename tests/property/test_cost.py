@@ -51,7 +51,7 @@ def test_the_choice_is_the_cheapest_by_the_formula(seed: int) -> None:
         reach = index.reach(wish.keys)
         regret = long._regret(wish, reach)
         # the whole formula, whatever is known of the request
-        parts = long._reckon(tokens, reach, long._see(fleet, long._usual or tokens, regret, few=False))
+        parts = long._reckon(long._see(tokens, fleet, reach, regret))
         expected = fleet.lowest(parts.cost)
         assert chosen.replica == expected
         made.append((chosen, parts))

@@ -15,6 +15,7 @@ from rayk import messages as m
 from rayk.admission import AdmissionPolicy
 from rayk.errors import ConfigError, InsufficientBlocksError, MessageError, NoReplicaError, ReplicaLostError
 from rayk.journal import Journal, Unfilled
+from rayk.scheduler.choice import Wish
 from rayk.scheduler.describe import explain
 from rayk.scheduler.desk import Desk, DeskSettings
 
@@ -61,7 +62,7 @@ def test_a_prefix_is_found_again(kind: str) -> None:
             serve(manager, ctx)
         again = TextContext("b", [*range(16), 7, 7, 7], 100)
         assert serve(manager, again) == first and again.cached_prefix_length == 16
-        parts = desk.made("b").choice.parts
+        parts = desk.made("b").why()
         assert parts.cached.tolist() == [16 if r == first else 0 for r in range(3)]
 
 
@@ -260,10 +261,21 @@ def test_the_scheduler_gets_keys_and_hashes_nothing(
             expected[ctx.request_id] = desk.keys.of(raw, ctx.root_key, ctx.pending_future_count)
         assert [len(keys) for keys in expected.values()] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
         no_hashing(desk, monkeypatch)
+        wishes = placed_for(desk, monkeypatch)
         manager.admit(ctxs)
-        for request_id, keys in expected.items():
-            made = desk.made(request_id)
-            assert made is not None and list(made.wish.keys) == keys
+        assert {request_id: list(wish.keys) for request_id, wish in wishes.items()} == expected
+
+
+def placed_for(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> dict[str, Wish]:
+    """What is placed from now on, by request."""
+    place, wishes = desk.place, dict[str, Wish]()
+
+    def noting(request_id: str, replica: int, wish: Wish) -> None:
+        wishes[request_id] = wish
+        place(request_id, replica, wish)
+
+    monkeypatch.setattr(desk, "place", noting)
+    return wishes
 
 
 def test_keys_that_are_not_those_of_the_requests_are_refused() -> None:
@@ -274,14 +286,14 @@ def test_keys_that_are_not_those_of_the_requests_are_refused() -> None:
                 calls.scheduler.ask(wrong)
 
 
-def test_the_scheduler_makes_the_keys_of_who_came_before_there_was_a_choice() -> None:
+def test_the_scheduler_makes_the_keys_of_who_came_before_there_was_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     with manager_of("eager", 1, 3, admission=WAITING) as (manager, desk, _):
         assert len(manager.enter([TextContext("a", range(9), 100)])) == 1
         assert manager.enter([TextContext("b", range(9), 100)]) == [] and desk.keys is None, "it waits for room"
         manager.add_replicas()
         assert desk.keys is not None
+        wishes = placed_for(desk, monkeypatch)
         [(_, admission)] = manager.enter()
-        made = desk.made("b")
-        assert admission.replica == 1 and made is not None
+        assert admission.replica == 1
         raw = np.arange(9, dtype=np.int32).tobytes()
-        assert list(made.wish.keys) == desk.keys.of(raw, (None, None)) and len(made.wish.keys) == 2
+        assert list(wishes["b"].keys) == desk.keys.of(raw, (None, None)) and len(wishes["b"].keys) == 2

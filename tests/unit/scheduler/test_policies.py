@@ -7,6 +7,7 @@ from rayk.errors import ConfigError
 from rayk.scheduler.choice import Wish
 from rayk.scheduler.cost import Cost, Weights
 from rayk.scheduler.decisions import Decisions, Reason
+from rayk.scheduler.desk import DeskSettings
 from rayk.scheduler.fleet import Fleet
 from rayk.scheduler.index import PrefixIndex, Tier
 from rayk.scheduler.policies import POLICIES, Session, make_policy
@@ -68,6 +69,36 @@ def test_nobody_ready_is_nobody_chosen(name: str) -> None:
     fleet.join()
     index.join()
     assert len(fleet) == index.replicas == 3 and router.choose(Wish(50, KEYS, "s"), fleet).replica >= 1
+
+
+def test_a_fleet_that_grows_keeps_its_numbers_and_a_picture_shows_them_as_they_were() -> None:
+    fleet = Fleet(2, capacity=100)
+    fleet.place(1, 7, 20)
+    fleet.work[0] = 2.5
+    picture = fleet.picture()
+    fleet.join(1, 50)
+    fleet.place(2, 4, 9)
+    fleet.place(1, 1, 2)
+    fleet.release(1, 20)
+    columns = (fleet.work, fleet.requests, fleet.held, fleet.capacity, fleet.computed)
+    assert [c.tolist() for c in columns] == [[2.5, 8, 4], [0, 1, 1], [0, 2, 9], [100, 100, 50], [0, 8, 4]]
+    assert [c.tolist() for c in Fleet.pictured(picture)] == [[2.5, 7], [0, 1], [0, 20], [100, 100]]
+    assert [fleet.fits(2, 41), fleet.fits(2, 42), fleet.limit(2)] == [True, False, 50]
+
+
+def test_the_latest_choices_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayk.scheduler.desk.REMEMBERED", 8)
+    monkeypatch.setattr("rayk.scheduler.desk.FORGOTTEN", 4)
+    desk = DeskSettings("cost", (1000, 1000), PAGE).make(iter(range(100)).__next__)
+    for i in range(30):
+        desk.choose(f"r{i % 17}", Wish(i))
+        kept = {f"r{j % 17}": j for j in range(i + 1)}
+        remembered = [request_id for request_id in kept if desk.made(request_id) is not None]
+        for request_id in remembered:
+            made = desk.made(request_id)
+            assert made is not None and (made.tokens, made.at) == (kept[request_id],) * 2
+        latest = sorted(kept, key=kept.__getitem__)[-8:]
+        assert set(latest) <= set(remembered) and len(remembered) < 12
 
 
 def test_unknown_routers_are_refused_with_the_names() -> None:
