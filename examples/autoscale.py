@@ -25,8 +25,9 @@ def scale(manager: rayk.PagedKVCacheManager) -> None:
     elif wanted < len(ready):
         idlest = min(ready, key=lambda load: (load.held, -load.replica)).replica
         moved = manager.drain_replica(idlest, deadline=0).moved
-        manager.remove_replica(idlest)
-        print(f"{len(ready)} replicas are too many: {idlest} removed, {len(moved)} request(s) moved")
+        pages = manager.remove_replica(idlest)
+        kept = f"others took {pages.taken} of its {pages.cached} cached pages"
+        print(f"{len(ready)} replicas are too many: {idlest} removed, {len(moved)} request(s) moved, {kept}")
 
 
 def forward(inputs, batch):

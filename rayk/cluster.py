@@ -25,8 +25,9 @@ from rayk.engine.sampling import SamplingParams
 from rayk.engine.serve import ModelSource, ReplicaFacts, Replicas, ServeSettings
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.tiers import Size, TierWish
-from rayk.errors import ClosedError, DrainError, NotBuiltError, ReplicaStateError
+from rayk.errors import ClosedError, NotBuiltError, ReplicaStateError
 from rayk.params import require_at_least
+from rayk.scaling import Removed
 from rayk.session import InferenceSession
 
 LINED_UP = 2  # full batches that a replica is given at a time; what waits here can still go elsewhere
@@ -290,11 +291,15 @@ class Cluster:
         """Let a draining replica take requests again."""
         self._dispatcher.resume(replica)
 
-    def remove_replica(self, replica: int, *, hand_over: bool = True, timeout: float | None = None) -> None:
+    def remove_replica(self, replica: int, *, hand_over: bool = True, timeout: float | None = None) -> Removed:
         """Drain a replica, wait until its requests are elsewhere or have ended, end it and give its place back.
 
-        Its index stays a hole. A lost one is just forgotten. DrainError after `timeout` seconds: it drains on, and
-        resume_replica() takes that back. ReplicaStateError, and nothing changes, for the last one that takes requests.
+        Before it goes, the others are offered what it has cached, what was used last first: they take what fits into
+        empty pages, for half a minute at most, and go on serving; the result says how much. Not with peer_copies=False,
+        and not with tiers, which have its pages. Its index stays a hole. A lost one is just forgotten.
+
+        DrainError after `timeout` seconds: it drains on, and resume_replica() takes that back. ReplicaStateError, and
+        nothing changes, for the last one that takes requests.
         """
         with self._membership:
             self._check_open()
@@ -304,11 +309,10 @@ class Cluster:
                 if not any(each is Standing.ready for r, each in enumerate(standing) if r != replica):
                     raise ReplicaStateError(replica, "the last one that takes requests", "be removed")
                 self.drain_replica(replica, hand_over=hand_over)
-            left = self._dispatcher.remove(replica, timeout)
-            if left:
-                raise DrainError(replica, dict.fromkeys(left, "it runs there"))
+            removed = self._dispatcher.remove(replica, timeout)
             self._check_open()
             self._replicas.remove(replica)
+            return removed
 
     # -- the cluster -----------------------------------------------------------------------------------
 

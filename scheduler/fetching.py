@@ -32,7 +32,7 @@ class Fetching:
         self.lines = lines
         self._index = index
         self.page_size = page_size
-        self._shares_tiers = shares_tiers
+        self.shares_tiers = shares_tiers
         self._stations: dict[int, Station] = {}
         self._rates: dict[int, float] = {}
 
@@ -70,7 +70,7 @@ class Fetching:
         for source, station in self._stations.items():
             if source == target or source in without or held[source] <= have:
                 continue
-            if self._shares_tiers and station.host == here.host:
+            if self.shares_tiers and station.host == here.host:
                 continue
             span = Span(source, have, held[source])
             seconds = self.lines.seconds(source, target, span.stop - have)

@@ -161,8 +161,9 @@ class Offering:
             if not copies:
                 break
             going: dict[int, list[int]] = {}
-            for i in sorted(copies):
-                going.setdefault(now[i].target, []).append(i)
+            for i, parts in sorted(copies.items()):
+                if any(copy.export.hashes for copy in parts):
+                    going.setdefault(now[i].target, []).append(i)
             began = self._clock()
             answers = yield [self._keep(r, [(views[now[i].row], copies[i]) for i in each]) for r, each in going.items()]
             took, broken = self._clock() - began, list[Copy]()

@@ -23,15 +23,25 @@ import numpy as np
 from rayk.engine.errors import RequestCancelledError, RequestError, RequestTimeoutError
 from rayk.engine.events import Shipped
 from rayk.engine.fetches import Fetches
+from rayk.engine.offering import Offers
 from rayk.engine.output import Handle
 from rayk.engine.request import Request
 from rayk.engine.wire import Ask, Cancel, Command, Ended, Farewell, HandOver, Report, Submit
-from rayk.errors import RaykError, ReplicaIndexError, ReplicaLostError, ReplicaRemovedError, ReplicaStateError
+from rayk.errors import (
+    DrainError,
+    RaykError,
+    ReplicaIndexError,
+    ReplicaLostError,
+    ReplicaRemovedError,
+    ReplicaStateError,
+)
+from rayk.scaling import Removed
 from rayk.transport.choice import Station
 
 if TYPE_CHECKING:
     from rayk.scheduler.steering import Steering
 
+OFFER_SECONDS = 60.0  # after which a replica goes though somebody has not answered; no round begins after half of it
 MESSAGE_BYTES = 90_000  # of one message: beyond 100 KiB Ray goes through its object store, which costs twice
 
 
@@ -69,6 +79,7 @@ class Dispatcher:
         self._why_lost = ""
         self.closed = False
         self._fetches = Fetches(post, self._send, steering, clock)
+        self._offers = Offers(post, steering, lambda: self._who(Standing.ready), lambda: self.live, self._tell, clock)
 
     # -- requests ------------------------------------------------------------------------------------
 
@@ -211,6 +222,7 @@ class Dispatcher:
             self.steering.hear(replica, report.pages)
             self.steering.paces(replica, report.prefill_rate)
             self._fetches.hear(replica, report)
+            self._offers.hear(report)
             for number in first:
                 self.steering.prefilled(number)
             ended = [(self._handles[e.number], e) for e in report.ended if e.number in self._handles]
@@ -251,6 +263,7 @@ class Dispatcher:
             self._why_lost = reason
             self.steering.lose(replica)
             self._fetches.lose(replica)
+            self._offers.lose(replica)
             over: list[tuple[Handle, RaykError]] = []
             for handle in reversed(self._on(replica)):
                 if handle.unwanted:
@@ -285,7 +298,13 @@ class Dispatcher:
     def live(self) -> list[int]:
         """Replicas that answer: ready and draining ones."""
         with self._lock:
-            return [r for r, each in enumerate(self._standing) if each in (Standing.ready, Standing.draining)]
+            return self._who(Standing.ready, Standing.draining)
+
+    def _who(self, *standing: Standing) -> list[int]:
+        return [r for r, each in enumerate(self._standing) if each in standing]
+
+    def _tell(self) -> None:
+        self._left.notify_all()
 
     def vacant(self, count: int) -> list[int]:
         """Indices for `count` more replicas: those of lost ones, then new ones."""
@@ -362,19 +381,36 @@ class Dispatcher:
             over = self._pump()
         _end_all(over)
 
-    def remove(self, replica: int, timeout: float | None) -> list[str]:
-        """Wait until nothing is on a draining or lost replica, and forget it. The ids of what is still there when
-        `timeout` seconds are over, in which case it drains on."""
+    def offer(self, replica: int) -> None:
+        """Begin to offer what a draining replica has cached to those that take requests."""
+        with self._lock:
+            if self._standing[replica] is Standing.draining:
+                self._offers.begin(replica)
+
+    def remove(self, replica: int, timeout: float | None, offer_seconds: float | None = None) -> Removed:
+        """Wait until nothing is on a draining or lost replica, offer others what it has cached, and forget it.
+
+        DrainError when something is still there after `timeout` seconds: it drains on. What was not taken after
+        `offer_seconds` (OFFER_SECONDS when None) goes with it.
+        """
         with self._lock:
             self._left.wait_for(lambda: self.closed or not self._on(replica), timeout)
-            left = [handle.id for handle in self._on(replica)]
-            if not left and self._standing[replica] is not Standing.ready:
-                if self._standing[replica] is not Standing.lost:
-                    self.steering.lose(replica)
-                    self._fetches.lose(replica)
-                self._standing[replica] = Standing.removed
-                self._farewell()
-            return left
+            if not (self.closed or self._on(replica) or offer_seconds == 0):
+                self.offer(replica)
+                patience = OFFER_SECONDS if offer_seconds is None else offer_seconds
+                self._left.wait_for(lambda: self.closed or not self._offers.under_way(replica), patience)
+            removed, left = self._offers.end(replica), [handle.id for handle in self._on(replica)]
+            if left:
+                raise DrainError(replica, dict.fromkeys(left, "it runs there"))
+            if self._standing[replica] is Standing.ready:  # somebody took the drain back
+                raise ReplicaStateError(replica, Standing.ready, "be removed")
+            if self._standing[replica] is not Standing.lost:
+                self.steering.lose(replica)
+                self._fetches.lose(replica)
+            self._standing[replica] = Standing.removed
+            self._offers.lose(replica)
+            self._farewell()
+            return removed
 
 
 def _parts(asks: list[Ask]) -> Iterator[list[Ask]]:

@@ -34,7 +34,7 @@ from rayk.engine.rows import Rows
 from rayk.engine.sampler import Sampler, sample
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.text import Detokenizer
-from rayk.engine.wire import Ship
+from rayk.engine.wire import Query, Ship
 from rayk.errors import InsufficientBlocksError, RaykError
 from rayk.replica import ReplicaCore
 
@@ -150,6 +150,11 @@ class Engine:
         """Pin cached pages for a peer; a Shipped comes with the next step's events."""
         assert self.peers is not None
         self._events.append(self.peers.ship(order))
+
+    def query(self, query: Query) -> None:
+        """Answer a question about page copies; an Answered comes with the next step's events."""
+        assert self.peers is not None
+        self._events.append(self.peers.answer(self.core, query))
 
     def pause(self, number: int) -> None:
         """Generate no more tokens for a request until resume(); it keeps its pages while nobody else needs them."""

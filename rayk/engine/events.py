@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rayk import messages as m
 from rayk.errors import RaykError
 from rayk.request import NOTHING_REUSED, Reused
 
@@ -102,4 +103,12 @@ class Arrived(msgspec.Struct, frozen=True, array_like=True):
     trouble: str
 
 
-Event = Tokens | Text | Finished | PagesChanged | Shipped | Arrived
+class Answered(msgspec.Struct, frozen=True, array_like=True):
+    """The answer to Query `number`; `data` are the pages of each buffer, where nothing else carries them."""
+
+    number: int
+    result: m.Result
+    data: list[bytes] = []
+
+
+Event = Tokens | Text | Finished | PagesChanged | Shipped | Arrived | Answered

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from rayk.engine.engine import Engine
 from rayk.engine.events import Event, Finished, Tokens
 from rayk.engine.settings import EngineStats
-from rayk.engine.wire import Cancel, Command, Farewell, HandOver, Report, Ship, Submit, Unpin
+from rayk.engine.wire import Cancel, Command, Farewell, HandOver, Query, Report, Ship, Submit, Unpin
 from rayk.errors import RaykError, RemoteError
 
 log = logging.getLogger("rayk.engine")
@@ -213,6 +213,8 @@ class EngineHost:
                     engine.hand_over(each)
             case Ship():
                 engine.ship(command)
+            case Query():
+                engine.query(command)
             case Unpin(export_ids) if engine.peers is not None:
                 engine.peers.unpin(export_ids)
             case Farewell(replicas) if engine.peers is not None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
 
 import numpy as np
 
+from rayk import messages as m
 from rayk.context import TextContext
-from rayk.engine.events import Arrived, Shipped
-from rayk.engine.wire import Ship
-from rayk.errors import LineError, RaykError
+from rayk.engine.events import Answered, Arrived, Shipped
+from rayk.engine.wire import Query, Ship
+from rayk.errors import LineError, RaykError, RemoteError
+from rayk.exchange import Exchange
 from rayk.exports import PageImport
-from rayk.transport.choice import Peer
-from rayk.transport.line import Parcel
+from rayk.replica import ReplicaCore
+from rayk.transport.choice import OBJECT_STORE, Peer
+from rayk.transport.line import PageData, Parcel
 from rayk.transport.port import Arrival, PagePort
+from rayk.views import Mirrors
 
 
 class Coming:
@@ -73,6 +79,18 @@ class Peers:
             perf_counter() - began,
         )
 
+    def answer(self, core: ReplicaCore, query: Query) -> Answered:
+        """What a question comes to; what goes wrong is an answer, too."""
+        exchange = Exchange(core, self._port, partial(Mirrors(core.replica).context, keep=False))
+        try:
+            result, data = exchange.answer(query.command, _attached(query))
+        except RaykError as error:
+            return Answered(query.number, m.failure(error))
+        except Exception as error:  # a bug in rayk: report it, stay alive
+            trace = "".join(traceback.format_exception(error))
+            return Answered(query.number, m.failure(RemoteError(core.replica, type(error).__name__, str(error), trace)))
+        return Answered(query.number, result, [part.tobytes() for part in data])
+
     def coming(self, number: int, shipped: Shipped) -> Coming:
         """Pages that a peer has pinned, for request `number`."""
         return Coming(number, shipped.kind, self._port, shipped)
@@ -93,3 +111,14 @@ class Peers:
     def close(self) -> None:
         """Close all lines."""
         self._port.close()
+
+
+def _attached(query: Query) -> list[PageData]:
+    """The page data of the imports that the object store would carry."""
+    if not isinstance(query.command, m.Keep):
+        return []
+    heads = [head for head in query.command.imports if head.line == OBJECT_STORE]
+    return [
+        [np.frombuffer(part, np.uint8).reshape(len(head.hashes), -1) for part in parts]
+        for head, parts in zip(heads, query.data, strict=False)
+    ]

@@ -14,6 +14,7 @@ from rayk import messages as m
 from rayk.context import as_int32
 from rayk.engine.events import (
     MOVED,
+    Answered,
     Arrived,
     Event,
     Finished,
@@ -103,7 +104,16 @@ class Farewell(msgspec.Struct, frozen=True, tag=True):
     replicas: list[int]
 
 
-Command = Submit | Cancel | HandOver | Ship | Unpin | Farewell
+class Query(msgspec.Struct, frozen=True, tag=True):
+    """A question about page copies (rayk.exchange); the answer is an Answered with this number. `data[i]` are pages of
+    each buffer, for the imports of it that nothing else carries."""
+
+    number: int
+    command: m.ExchangeCommand
+    data: list[list[bytes]] = []
+
+
+Command = Submit | Cancel | HandOver | Ship | Unpin | Farewell | Query
 
 
 class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
@@ -154,6 +164,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     shipped: list[Shipped] = []
     arrived: list[Arrived] = []
     prefill_rate: float = 0.0
+    answered: list[Answered] = []
 
     @classmethod
     def of(cls, events: Sequence[Event], steps: int, prefill_rate: float = 0.0) -> Report:
@@ -174,6 +185,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
             [event for event in events if isinstance(event, Shipped)],
             [event for event in events if isinstance(event, Arrived)],
             prefill_rate,
+            [event for event in events if isinstance(event, Answered)],
         )
 
     def columns(self) -> tuple[Numbers, Numbers]:
@@ -183,7 +195,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(
-    Submit | Cancel | HandOver | Ship | Unpin | Farewell
+    Submit | Cancel | HandOver | Ship | Unpin | Farewell | Query
 )
 _reports = msgspec.msgpack.Decoder(Report)
 

@@ -24,6 +24,7 @@ from rayk.engine.wire import (
     Command,
     Farewell,
     HandOver,
+    Query,
     Report,
     Ship,
     Submit,
@@ -32,6 +33,7 @@ from rayk.engine.wire import (
     decode_report,
     encode,
 )
+from rayk.errors import DrainError
 from rayk.hashing import PageHasher
 from rayk.replica import ReplicaCore
 from rayk.scheduler.steering import Steering
@@ -85,6 +87,8 @@ class Replica:
                         engine.hand_over(number)
                 case Ship() as order:
                     engine.ship(order)
+                case Query() as query:
+                    engine.query(query)
                 case Unpin(export_ids):
                     engine.peers.unpin(export_ids)
                 case Farewell(replicas):
@@ -181,13 +185,44 @@ class Clusters(RuleBasedStateMachine):
             self.dispatcher.resume(replica)
 
     @rule(data=st.data())
+    def offer(self, data: st.DataObject) -> None:
+        """Its pages go to others while it still has requests, or goes before that is over, or not at all."""
+        replica = self.draw(data, Standing.draining)
+        if replica is not None:
+            self.dispatcher.offer(replica)
+
+    @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         ready = Standing.ready in self.dispatcher.standing  # a Cluster does not let go of the last one
         replica = self.draw(data, Standing.draining, Standing.lost) if ready else None
-        if replica is not None and not self.dispatcher.remove(replica, 0):
-            gone = self.replicas.pop(replica, None)
-            self.end(replica)
-            assert gone is None or not gone.bench.engine.stats().running
+        if replica is not None:
+            self.let_go(replica)
+
+    def let_go(self, replica: int) -> None:
+        try:
+            removed = self.dispatcher.remove(replica, 0, 0)
+        except DrainError:
+            return
+        assert removed.known <= removed.cached <= PAGES and removed.taken <= 3 * PAGES
+        gone = self.replicas.pop(replica, None)
+        self.end(replica)
+        assert gone is None or not gone.bench.engine.stats().running
+
+    @rule(data=st.data(), rounds=st.integers(0, 8))
+    def retire(self, data: st.DataObject, rounds: int) -> None:
+        """It hands over, its pages are offered for a while, and it goes, if nothing came between."""
+        replica = self.draw(data, Standing.ready, Standing.draining)
+        if replica is None:
+            return
+        self.dispatcher.drain(replica)
+        self.dispatcher.hand_over(replica)
+        self.dispatcher.hear(replica, self.replicas[replica].turn(1))
+        self.dispatcher.offer(replica)
+        for _ in range(rounds):
+            for other in self.dispatcher.live:
+                self.dispatcher.hear(other, self.replicas[other].turn(1))
+        if Standing.ready in self.dispatcher.standing:
+            self.let_go(replica)
 
     @precondition(lambda self: len(self.dispatcher.live) < 4)
     @rule(count=st.integers(1, 2))
@@ -228,7 +263,7 @@ class Clusters(RuleBasedStateMachine):
         if not self.dispatcher.live:
             self.add(1)
         for _ in range(400):
-            if all(handle.done for handle, _, _ in self.handles):
+            if all(handle.done for handle, _, _ in self.handles) and not self.dispatcher._offers._talks:
                 break
             for replica in self.dispatcher.live:
                 self.dispatcher.hear(replica, self.replicas[replica].turn(3))

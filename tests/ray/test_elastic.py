@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
-from rayk import InferenceSession, PagedKVCacheManager, TextContext
+from rayk import InferenceSession, PagedKVCacheManager, Removed, TextContext
 from rayk.errors import NotClaimedError, PlanError, ReplicaLostError, ReplicaRemovedError
 
 from .forwards import chain, contents, params, pid, running, stamp, until
@@ -93,6 +93,10 @@ def test_a_killed_replica_is_replaced(manager: PagedKVCacheManager) -> None:
 
 
 def test_running_requests_are_handed_over_and_the_replica_goes(manager: PagedKVCacheManager) -> None:
+    past = TextContext("past", range(500, 570), 200)
+    manager.try_admit([past], [1])
+    serve(manager, past, 1)
+    manager.release("past", 1)
     ctxs = [TextContext(name, range(20 * i, 20 * i + 40), 200) for i, name in enumerate("abc")]
     manager.try_admit(ctxs, [1, 1, 0])
     for ctx, r in zip(ctxs, [1, 1, 0], strict=True):
@@ -102,8 +106,13 @@ def test_running_requests_are_handed_over_and_the_replica_goes(manager: PagedKVC
     assert manager.drain_replica(1, 0.0).moved == {"a": 0, "b": 0}
     with pytest.raises(NotClaimedError, match="claimed on replica 0"):
         manager.step([[], [ctxs[0]]])
-    manager.remove_replica(1)
+    assert manager.remove_replica(1) == Removed(cached=10, known=6, taken=4), "the others got what was cached there"
     until(lambda: not running([gone]))
+    again = TextContext("again", [*past.tokens.all.tolist(), 8], 200)
+    assert manager.admit([again]) == [0] and again.cached_prefix_length == 64, "so a conversation goes on"
+    serve(manager, again, 0)
+    assert contents(manager, "again", 0, 72) == chain(again.tokens.all.tolist()[:72])
+    manager.release("again", 0)
     for ctx in ctxs:
         serve(manager, ctx, 0)
         length = ctx.tokens.length - 1

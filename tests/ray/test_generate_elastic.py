@@ -27,6 +27,7 @@ def test_one_joins_and_one_leaves_while_requests_run(session: InferenceSession) 
     groups, others = placements(), engine_pids()
     with Cluster(slow_model, session, **SETTINGS | {"replicas": 1}) as cluster:
         [first] = engine_pids() - others
+        cluster.generate([[90, 91]], max_new_tokens=20)
         adding = threading.Thread(target=cluster.add_replicas)
         adding.start()
         while adding.is_alive():
@@ -35,19 +36,23 @@ def test_one_joins_and_one_leaves_while_requests_run(session: InferenceSession) 
         assert len(placements()) == len(groups) + 2, "it has a placement group of its own"
         asked = [[i, i + 1] for i in range(8)]
         streamed: dict[int, list[int]] = {i: [] for i in range(8)}
-        leaving, outputs = None, {}
+        leaving, outputs, gone = None, {}, []
         for update in cluster.stream(asked, max_new_tokens=60):
             streamed[update.index] += update.tokens
             if update.output is not None:
                 outputs[update.index] = update.output
             if leaving is None and sum(len(tokens) > 3 for tokens in streamed.values()) > 4:
-                leaving = threading.Thread(target=cluster.remove_replica, args=(0,))
+                leaving = threading.Thread(target=lambda: gone.append(cluster.remove_replica(0)))
                 leaving.start()
         assert leaving is not None
         leaving.join(60)
         assert [streamed[i] for i in range(8)] == [expected(p, 60) for p in asked]
         assert all(o.error is None and o.retries == 0 and o.replica == 1 for o in outputs.values())
         assert cluster.replica_states() == ["removed", "ready"] and not running([first])
+        [removed] = gone
+        assert removed.cached >= removed.taken >= 5, "a conversation of 22 tokens that only it had is here now"
+        [again] = cluster.generate([[90, 91, *expected([90, 91], 20)]], max_new_tokens=2)
+        assert again.cached.device_tokens == 20 and again.tokens == expected([90, 91], 22)[20:]
         assert len(placements()) == len(groups) + 1
         with pytest.raises(ReplicaRemovedError):
             cluster.stats(0)

@@ -41,6 +41,7 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("hand_over"), number),
     st.tuples(st.just("resume"), number),
     st.tuples(st.just("remove"), number),
+    st.tuples(st.just("retire"), number),
     st.tuples(st.just("kill"), number),
 )
 
@@ -136,6 +137,12 @@ class History:
         removed = self.manager.remove_replica(replica)
         assert removed.known <= removed.cached <= 14 and removed.taken <= 14 * (self.manager.num_replicas - 1)
         self.dead.discard(replica)
+
+    def retire(self, replica: int) -> None:
+        """It goes with nothing left on it but what is cached."""
+        for name in [name for name in self.live if self.manager.holder(name) == replica]:
+            self.release(name)
+        self.remove(replica)
 
     def kill(self, replica: int) -> None:
         states = self.manager.replica_states()

@@ -12,7 +12,17 @@ from rayk.cluster import Cluster
 from rayk.engine.engine import Engine
 from rayk.engine.errors import RequestCancelledError
 from rayk.engine.sampling import SamplingParams
-from rayk.errors import ClosedError, ConfigError, DrainError, ReplicaIndexError, ReplicaRemovedError, ReplicaStateError
+from rayk.errors import (
+    ClosedError,
+    ConfigError,
+    DrainError,
+    LineError,
+    ReplicaIndexError,
+    ReplicaRemovedError,
+    ReplicaStateError,
+)
+from rayk.scaling import Removed
+from rayk.transport.direct import DirectLine
 
 from .fake import PageModel, Tokenizer, expected
 from .test_cluster import dying
@@ -197,6 +207,79 @@ def test_what_came_from_a_tier_outlives_its_replica() -> None:
         assert [output.tokens for output in outputs] == [expected(p, 3) for p in asked]
         assert sum(o.cached_tokens for o in outputs) == sum((len(p) - 1) // 4 * 4 for p in asked)
         assert {output.replica for output in outputs} == {2}
+        cluster.check_integrity()
+
+
+@pytest.mark.parametrize("router", ["cost", "round-robin"])
+def test_what_a_removed_replica_had_cached_is_cached_elsewhere(router: str) -> None:
+    asked = prompts(12, 40, seed=3)
+    with Cluster(model, replicas=3, router=router, **SETTINGS | {"pages": 160}) as cluster:
+        cluster.generate(asked, max_new_tokens=3)
+        for r in (0, 2):
+            before = sum(cluster.stats(r).cache.cross_replica_blocks_copied for r in cluster.live if r != 0)
+            removed = cluster.remove_replica(r)
+            assert removed.cached and (removed.known, removed.taken) == (0, removed.cached)
+            after = sum(cluster.stats(r).cache.cross_replica_blocks_copied for r in cluster.live)
+            assert after - before == removed.taken or r == 2
+        outputs = cluster.generate(asked, max_new_tokens=3)
+        assert [output.tokens for output in outputs] == [expected(p, 3) for p in asked]
+        assert sum(o.cached.device_tokens for o in outputs) == sum((len(p) - 1) // 4 * 4 for p in asked)
+        cluster.check_integrity()
+
+
+def test_the_router_knows_what_was_kept() -> None:
+    asked = prompts(8, 40, seed=4)
+    with Cluster(model, replicas=3, **SETTINGS | {"pages": 160}) as cluster:
+        cluster.generate(asked, max_new_tokens=3)
+        taken = cluster.remove_replica(1).taken
+        assert taken
+        outputs = [output for prompt in asked for output in cluster.generate([prompt], max_new_tokens=3)]
+        assert sum(o.cached.device_tokens for o in outputs) == sum((len(p) - 1) // 4 * 4 for p in asked)
+        assert sum(cluster.stats(r).cache.cross_replica_blocks_copied for r in cluster.live) == taken, "none on demand"
+
+
+@pytest.mark.parametrize("more", [{"peer_copies": False}, {"host_memory": "64KiB"}, {"prefix_caching": False}])
+def test_where_nothing_is_offered(more: dict[str, Any]) -> None:
+    with Cluster(model, replicas=2, **SETTINGS, **more) as cluster:
+        cluster.generate(prompts(4, 20), max_new_tokens=3)
+        assert cluster.remove_replica(0) == Removed()
+
+
+def test_requests_go_on_while_pages_are_offered(gate: threading.Event) -> None:
+    asked = prompts(20, 30, seed=5)
+    with Cluster(model, replicas=2, **SETTINGS | {"pages": 600}) as cluster:
+        cluster.generate(asked, max_new_tokens=2)
+        handles = cluster.submit_all([[i, 1] for i in range(16)], max_new_tokens=60)
+        some_tokens(handles, 5)
+        removed = cluster.remove_replica(1)
+        assert removed.taken and [handle.result(20).tokens for handle in handles] == [
+            expected([i, 1], 60) for i in range(16)
+        ]
+        outputs = cluster.generate(asked, max_new_tokens=2)
+        assert [output.tokens for output in outputs] == [expected(p, 2) for p in asked]
+        cluster.check_integrity()
+
+
+def test_an_engine_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Cluster(model, replicas=2, **SETTINGS) as cluster, monkeypatch.context() as patch:
+        cluster.generate(prompts(4, 20), max_new_tokens=3)
+        patch.setattr("rayk.engine.dispatcher.OFFER_SECONDS", 0.05)
+        patch.setattr(Engine, "query", lambda self, query: None)
+        assert cluster.remove_replica(0) == Removed() and cluster.replica_states() == ["removed", "ready"]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, LineError])
+def test_a_copy_that_fails_is_passed_over(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: DirectLine, parcel: Any, first: int, pages: Any) -> None:
+        raise error() if error is ZeroDivisionError else LineError("shared-memory", 0, "a fault")
+
+    asked = prompts(8, 30)
+    with Cluster(model, replicas=2, **SETTINGS) as cluster, monkeypatch.context() as patch:
+        cluster.generate(asked, max_new_tokens=3)
+        patch.setattr(DirectLine, "fetch", broken)
+        assert cluster.remove_replica(0).taken == 0
+        outputs = cluster.generate(asked, max_new_tokens=3)
+        assert [output.tokens for output in outputs] == [expected(p, 3) for p in asked]
         cluster.check_integrity()
 
 

@@ -150,6 +150,14 @@ def test_all_goes_to_those_that_are_ready() -> None:
     assert replicas.go() == Removed(8, 8, 0), "they have it now"
 
 
+def test_what_others_know_is_counted_once() -> None:
+    replicas = Replicas(16, 16)
+    for tail in (2, 3):
+        serve(replicas.cores[0], f"r{tail}", [*pages(1, 3), *pages(tail, 1), 0])
+    serve(replicas.cores[1], "own", [*pages(1, 2), 0])
+    assert replicas.go() == Removed(5, 2, 3)
+
+
 def test_the_hottest_find_room_and_nothing_is_evicted_for_them() -> None:
     replicas = filled(4, 16, 6)
     serve(replicas.cores[1], "own", [*pages(9, 1), 0])
