@@ -159,13 +159,11 @@ class Link:
         """Send by the lane; None when a call has to be made."""
         if self._unread and not lane.closed:
             lane.give_up("an earlier answer was never read")
-        if not self._unread:
-            crossing = lane.send(wire)
-            if crossing is not None:
-                self._crossing = crossing
-                self._unread += 1
-                return crossing
-        return None
+        crossing = lane.send(wire)
+        if crossing is not None:
+            self._crossing = crossing
+            self._unread += 1
+        return crossing
 
     def _land(self, crossing: Crossing, timeout: float) -> None:
         """Have the answer of what went by the lane, or send the same message again by a call. It bears its number: if

@@ -272,6 +272,7 @@ class FakeRuntime:
         return _resolve(ref)
 
     def get_all(self, refs: Sequence[FakeRef], timeout: float) -> list[Any] | None:
+        assert all(isinstance(ref, FakeRef) for ref in refs), "what went by a lane is not Ray's to wait for"
         return None  # get() is asked for each, so that it is seen which was read
 
     def future(self, ref: FakeRef) -> Future[Any]:

@@ -187,6 +187,16 @@ def test_who_only_joined_waits_for_its_own_lanes(monkeypatch: pytest.MonkeyPatch
     assert lane.join(0) and other.open and life.living() == [other]
 
 
+def test_who_started_ray_ends_the_lanes_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, runtime = StubGraph(), RayRuntime()
+    lane = GraphLane(graph, RayRuntime())
+    until(lambda: lane.open)
+    monkeypatch.setattr(calls.ray, "shutdown", lambda: graph.events.append("shut down"))
+    runtime._owns_connection = True
+    runtime.disconnect()
+    assert graph.events == ["opened", "closed", "shut down"]
+
+
 def test_threads_that_never_end_are_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(life, "CLOSE_SECONDS", 0.01)
     monkeypatch.setattr(life, "KILL_SECONDS", 0.01)

@@ -339,6 +339,18 @@ def test_a_replica_in_the_place_of_a_lost_one_gets_a_lane_of_its_own(
     assert states(manager) == [("open", 2), ("open", 1)] and runtime.lanes[-1].actor is runtime.actor("replica-1")
 
 
+def test_the_lane_of_a_lost_replica_is_closed_when_it_is_replaced(
+    runtime: FakeRuntime, manager: PagedKVCacheManager
+) -> None:
+    decode(manager, admitted(manager))
+    runtime.kill("replica-1")
+    with pytest.raises(ReplicaLostError):
+        manager.contains("r1-0", 1)
+    since = len(runtime.events)
+    manager.add_replicas(1)
+    assert ("lane-close", "replica-1") in runtime.events[since:] and states(manager) == [("open", 2), ("unused", 0)]
+
+
 def test_a_replica_that_drains_keeps_its_lane(runtime: FakeRuntime, manager: PagedKVCacheManager) -> None:
     batches = admitted(manager)
     values = decode(manager, batches, 2)
@@ -388,7 +400,7 @@ def test_lane_and_calls_take_turns_in_a_replica() -> None:
         def __init__(self) -> None:
             self.inside, self.most, self.entered, self.leave = 0, 0, threading.Semaphore(0), threading.Semaphore(0)
 
-        def handle(self, wire: bytes, attached: Any) -> tuple[bytes, list[Any]]:
+        def handle(self, wire: bytes, attached: Any = ()) -> tuple[bytes, list[Any]]:
             self.inside += 1
             self.most = max(self.most, self.inside)
             self.entered.release()
@@ -398,11 +410,12 @@ def test_lane_and_calls_take_turns_in_a_replica() -> None:
 
     actor, service = object.__new__(ReplicaActor), Slow()
     actor._door, actor._service = threading.Lock(), service  # type: ignore[assignment]
-    threads = [threading.Thread(target=call, args=(b"x",)) for call in (actor.handle, actor.handle_with_data)]
+    ways = (actor.handle, actor.handle_with_data, actor.handle_by_lane)
+    threads = [threading.Thread(target=call, args=(b"x",)) for call in ways]
     for thread in threads:
         thread.start()
     assert service.entered.acquire(timeout=10)
-    assert not service.entered.acquire(timeout=0.1), "the second waits at the door"
+    assert not service.entered.acquire(timeout=0.1), "the others wait at the door"
     for _ in threads:
         service.leave.release()
     for thread in threads:
