@@ -171,9 +171,8 @@ class Cost:
     def _among_few(self, seen: _Seen, fleet: Fleet) -> tuple[int, int]:
         """The cheapest replica and what it need not compute: the same sums in the same order as in _reckon, one number
         after the other."""
-        tokens, churn, crowd, step = seen.tokens, seen.churn, seen.crowd, self._weights.step
-        work, requests, held = fleet.work.tolist(), fleet.requests.tolist(), fleet.held.tolist()
-        capacity, flows, cached = fleet.capacity.tolist(), self._outflow.tolist(), None
+        tokens, churn, crowd, step = float(seen.tokens), seen.churn, seen.crowd, self._weights.step
+        work, requests, flows, cached = fleet.work.tolist(), fleet.requests.tolist(), self._outflow.tolist(), None
         if seen.reach is not None:
             cached, loading, keep = self._lent(seen.reach, seen.regret)
             costs = [
@@ -183,11 +182,13 @@ class Cost:
         else:
             costs = [
                 (w + tokens) * (1 + r / step) + w * tokens * crowd + tokens * (o * churn)
-                for w, r, o in zip(work, requests, flows, strict=True)
+                for w, r, o in zip(work, requests, flows)  # noqa: B905  # to check that costs a tenth of it
             ]
-        if max(held) + tokens > min(capacity):  # else all have room
-            pressure = self._weights.pressure
-            costs = [cost + pressure * max(h + tokens - c, 0) for cost, h, c in zip(costs, held, capacity, strict=True)]
+        if not fleet.roomy(seen.tokens):
+            held, capacity, pressure = fleet.held.tolist(), fleet.capacity.tolist(), self._weights.pressure
+            costs = [
+                cost + pressure * max(h + seen.tokens - c, 0) for cost, h, c in zip(costs, held, capacity, strict=True)
+            ]
         replica = fleet.cheapest(costs)
         return replica, cached[replica] if cached is not None else 0
 

@@ -86,7 +86,7 @@ class IndexFeed:
         self._index.removed(self._replica, short_keys(hashes))
 
 
-NO_KEYS: list[int] = []
+NO_KEYS: Sequence[int] = ()
 
 
 class Made(msgspec.Struct, frozen=True, gc=False):
@@ -105,7 +105,7 @@ class _Placed(msgspec.Struct, gc=False):
     replica: int
     tokens: int
     compute: int
-    promised: list[int]
+    promised: Sequence[int]
     under_way: bool = True
 
 

@@ -63,7 +63,7 @@ class Fleet:
 
     def _hold(self, block: Int64Array) -> None:
         """Have the columns in one block: [columns, replicas] int64, the work float64."""
-        self._block = block
+        self._block, self._spare = block, -1
         self.work, (self.requests, self.held, self.capacity, self.computed) = block[0].view(np.float64), block[1:]
         # The same numbers, quicker to get at one by one.
         self._work, self._requests, self._held = self.work.data, self.requests.data, self.held.data
@@ -87,9 +87,13 @@ class Fleet:
     def renew(self, replica: int, capacity: int) -> None:
         """Another replica, idle and with pages for `capacity` tokens, is at that index now."""
         self.forget(replica)
-        self.capacity[replica] = capacity
+        self.resize(replica, capacity)
         others = self.computed[self.ready]
         self.computed[replica] = others.min() if len(others) else 0
+
+    def resize(self, replica: int, capacity: int) -> None:
+        """The replica's pages hold `capacity` tokens from now on."""
+        self.capacity[replica], self._spare = capacity, -1
 
     def forget(self, replica: int) -> None:
         """Nothing is placed on the replica any more: it was lost, or started anew."""
@@ -108,6 +112,7 @@ class Fleet:
         self._computed[replica] += compute
         self._requests[replica] += 1
         self._held[replica] += tokens
+        self._spare -= tokens
 
     def waits(self, replica: int, tokens: int) -> None:
         """So many tokens are still to be prefilled there, by the replica's own account."""
@@ -121,6 +126,12 @@ class Fleet:
         """A request of `tokens` tokens left."""
         self._requests[replica] -= 1
         self._held[replica] -= tokens
+
+    def roomy(self, tokens: int) -> bool:
+        """Whether every replica has room for `tokens` tokens, the ready ones and the others."""
+        if tokens > self._spare:  # at most what the fullest has left; exact again when that does not do any more
+            self._spare = int((self.capacity - self.held).min())
+        return tokens <= self._spare
 
     def fits(self, replica: int, tokens: int) -> bool:
         """Whether the replica's pages have room for `tokens` tokens beside what is placed there."""
@@ -161,10 +172,10 @@ class Fleet:
                 return -1
             costs = [cost if ready else math.inf for cost, ready in zip(costs, self.ready.tolist(), strict=True)]
         least = min(costs)
-        if costs.count(least) == 1:
-            return costs.index(least)
-        computed, best = self.computed.tolist(), -1
-        for r, cost in enumerate(costs):
-            if cost == least and (best < 0 or computed[r] < computed[best]):
-                best = r
+        best = costs.index(least)
+        if costs.count(least) > 1:
+            computed = self._computed
+            for r in range(best + 1, len(costs)):
+                if costs[r] == least and computed[r] < computed[best]:
+                    best = r
         return best

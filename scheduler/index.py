@@ -243,34 +243,39 @@ class PrefixIndex:
                 high = mid
         return low
 
-    def promise(self, replica: int, keys: Sequence[int], depth: int | None = None) -> list[int]:
+    def promise(self, replica: int, keys: Sequence[int], depth: int | None = None) -> Sequence[int]:
         """The replica will hold these pages soon, in its device tier. Returns those that it did not hold or promise
-        before, for `withdraw`. `depth`: that of these keys, if it was just looked up."""
+        before, for `withdraw`; `keys` themselves if it is all. `depth`: that of these keys, if it was just looked
+        up."""
         slot = self._slot[replica]
         bit, holders, unsure = self._bit[slot][0], self._holders, self._unsure
         if depth is None:
             depth = self.depth(replica, keys)
         rest = keys[depth:] if depth else keys
         known = list(map(holders.get, rest))
-        new = known.count(None)
-        fresh: list[int] = []
-        if new < len(rest):
-            shared = rest if None in known[: len(rest) - new] else rest[: len(rest) - new]
-            rest = rest[len(shared) :]
-            self._share(shared, bit, fresh)
-        if rest:  # what nobody has
+        shared: list[int] = []
+        if any(known):
+            new = known.count(None)
+            split = len(rest) if None in known[: len(rest) - new] else len(rest) - new
+            shared, rest = self._share(rest[:split], bit), rest[split:]
+        if len(rest) == 1:  # what nobody has
+            holders[rest[0]] = unsure[rest[0]] = bit
+        elif rest:
             entries = dict.fromkeys(rest, bit)
             holders.update(entries)
             unsure.update(entries)
-            fresh += entries
+            if len(entries) < len(rest):
+                rest = list(entries)
+        fresh = [*shared, *rest] if shared else rest
         self._counts[slot][0] += len(fresh)
         if self._sweeping:
             self.sweep()
         return fresh
 
-    def _share(self, keys: Sequence[int], bit: int, fresh: list[int]) -> None:
-        """promise() of pages some of which others hold; those that did not have the bit are added to `fresh`."""
+    def _share(self, keys: Sequence[int], bit: int) -> list[int]:
+        """promise() of pages some of which others hold; those that did not have the bit."""
         holders, get, unsure = self._holders, self._holders.get, self._unsure
+        fresh: list[int] = []
         before, after = 0, bit  # as in stored()
         for key in keys:
             old = get(key, 0)
@@ -281,6 +286,7 @@ class PrefixIndex:
                 promised = unsure.get(key)
                 unsure[key] = bit if promised is None else promised | bit
                 fresh.append(key)
+        return fresh
 
     def withdraw(self, replica: int, keys: Iterable[int]) -> None:
         """Nobody will store these pages any more: those that the replica has not reported go."""

@@ -202,14 +202,13 @@ class Placer:
         """The replica of each request, which counts there from now on; -1 for what is refused. The set holds the rows
         of whose prefix no other replica has anything."""
         wanted, replicas, groups, lonely = command.replicas, [-1] * len(batch), Groups(), set[int]()
-        desk = self.desk
+        desk, traits = self.desk, command.contexts.traits
         copies = command.peers and self._copies
         keyed = desk.keyed and (command.claim or copies or not wanted)
         all_keys = self.sent_keys(batch, command.keys) if keyed else None
         for i, (request_id, length) in enumerate(zip(batch.ids, batch.lengths, strict=True)):
-            traits = batch.traits(i)
             keys = all_keys[i] if all_keys is not None else self.keys(batch, i) if keyed else ()
-            wish = Wish(length, keys, traits.session_id)
+            wish = Wish(length, keys, traits[i].session_id if i in traits else None)
             try:
                 if wanted:
                     replica = wanted[i]

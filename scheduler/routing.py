@@ -13,7 +13,7 @@ from typing import Protocol
 from rayk.errors import AlreadyClaimedError, ConfigError
 
 
-@dataclass
+@dataclass(slots=True)
 class Load:
     """What is placed on one replica now."""
 

@@ -124,7 +124,7 @@ class Steering:
         if replica == len(self._fleet):
             self._fleet.join(1, capacity)
             self._index.join()
-        self._fleet.capacity[replica] = capacity
+        self._fleet.resize(replica, capacity)
         self._lost.discard(replica)
         self._off.discard(replica)
 

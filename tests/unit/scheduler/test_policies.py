@@ -1,6 +1,7 @@
 """Policies: what each looks at, and that replicas which take nothing get nothing."""
 
 import msgspec
+import numpy as np
 import pytest
 
 from rayk.errors import ConfigError
@@ -84,6 +85,26 @@ def test_a_fleet_that_grows_keeps_its_numbers_and_a_picture_shows_them_as_they_w
     assert [c.tolist() for c in columns] == [[2.5, 8, 4], [0, 1, 1], [0, 2, 9], [100, 100, 50], [0, 8, 4]]
     assert [c.tolist() for c in Fleet.pictured(picture)] == [[2.5, 7], [0, 1], [0, 20], [100, 100]]
     assert [fleet.fits(2, 41), fleet.fits(2, 42), fleet.limit(2)] == [True, False, 50]
+
+
+def test_a_fleet_is_roomy_while_its_fullest_replica_has_room() -> None:
+    random, fleet = np.random.default_rng(5), Fleet(3, capacity=500)
+    for _ in range(400):
+        replica, tokens = int(random.integers(len(fleet))), int(random.integers(1, 60))
+        change = random.random()
+        if change < 0.6:
+            fleet.place(replica, tokens, tokens)
+        elif change < 0.9:
+            fleet.release(replica, min(tokens, int(fleet.held[replica])))
+        elif change < 0.96:
+            fleet.resize(replica, int(random.integers(100, 900)))
+        elif change < 0.98:
+            fleet.renew(replica, 300)
+        elif len(fleet) < 6:
+            fleet.join(1, 400)
+        left = int((fleet.capacity - fleet.held).min())
+        for asked in random.permutation([max(left + more, 0) for more in (-1, 0, 1, 500)]).tolist():
+            assert fleet.roomy(asked) == (asked <= left)
 
 
 def test_the_latest_choices_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
