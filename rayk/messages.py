@@ -337,9 +337,9 @@ class PlaceMany(_Message, frozen=True):
 class Enter(_Message, frozen=True):
     """Offer requests to a cluster with an admission policy, and hear what became of those that wait.
 
-    `given_up` are ids that are not wanted any more, as far as they still wait. `released`, `seen`, `unfilled` and
-    `keys` as in PlaceMany, as of `joined` there; `turns` and `used` are what the sender heard last of each replica's
-    pages, 0 where it heard nothing. Without `hear` what is settled waits for the next message.
+    `given_up` are ids that are not wanted any more, as far as they still wait. `released`, `seen`, `unfilled`, `keys`
+    and `prefill_rate` as in PlaceMany, as of `joined` there; `turns` and `used` are what the sender heard last of each
+    replica's pages, 0 where it heard nothing. Without `hear` what is settled waits for the next message.
     """
 
     contexts: Contexts
@@ -353,6 +353,7 @@ class Enter(_Message, frozen=True):
     hear: bool = True
     joined: int = 1
     keys: bytes = b""
+    prefill_rate: float | None = None
 
 
 class ClaimOne(_Message, frozen=True):

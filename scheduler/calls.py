@@ -205,6 +205,7 @@ class Calls(Changes):
             hear,
             self.cluster.joined,
             self._page_keys(ctxs),
+            self.prefill_rate,
         )
 
     def note_released(self) -> None:

@@ -38,6 +38,8 @@ class Entry:
         """Take offers and news from a driver, let in who may, and say what became of the driver's requests."""
         placer, hall = self._placer, self._hall
         placer.forget_own(client, command.released)
+        if command.contexts.ids:
+            placer.prefill_rate = command.prefill_rate
         hall.gate.reports(command.turns, command.used)
         hall.give_up(client, command.given_up)
         batch = Batch(command.contexts)
@@ -100,7 +102,7 @@ class Entry:
             i for i, (e, _) in enumerate(placed) if peers and desk.keyed and not desk.elsewhere(e.replica, e.wish.keys)
         }
         outcomes = Outcomes(len(batch))
-        command = m.PlaceMany(batch.contexts, claim=True, peers=peers)
+        command = m.PlaceMany(batch.contexts, claim=True, peers=peers, prefill_rate=placer.prefill_rate)
         try:
             yield from placer.carry_out(batch, command, dict(sorted(groups.items())), lonely, outcomes)
         finally:

@@ -96,7 +96,8 @@ class Handover:
         """Requests that have pages: other replicas are tried until one has room."""
         placer, due = self._placer, list(range(len(batch)))
         tried: dict[int, set[int]] = {row: set() for row in due}
-        command = m.PlaceMany(batch.contexts, claim=True, peers=True, handed=True)
+        rate = placer.prefill_rate
+        command = m.PlaceMany(batch.contexts, claim=True, peers=True, handed=True, prefill_rate=rate)
         for _ in range(ATTEMPTS):
             groups: dict[int, list[int]] = {}
             again: list[int] = []

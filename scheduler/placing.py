@@ -62,6 +62,8 @@ class Placer:
         self._page_size = page_size
         self.carrier = Carrier(lines, clock)
         self.copying = Copying(members, self.carrier, page_size)
+        self.prefill_rate: float | None = None
+        """Tokens a second of a replica, as the last driver that had something placed knew it."""
         self._clock = clock
 
     # -- the books -------------------------------------------------------------------------------
@@ -150,6 +152,7 @@ class Placer:
     def place_many(self, client: str, command: m.PlaceMany) -> Script:
         """Route, claim and allocate a batch: one message to each replica that gets something."""
         self.forget_own(client, command.released)
+        self.prefill_rate = command.prefill_rate
         batch = Batch(command.contexts)
         if command.replicas and len(command.replicas) != len(batch):
             raise MessageError(f"{len(command.replicas)} replica(s) were named for {len(batch)} request(s)")

@@ -16,7 +16,7 @@ from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.desk import DeskSettings
 from rayk.views import Sender
 
-from .test_core import LOST, REFUSED, Answer, Scheduler, admit_done, but, usual
+from .test_core import LOST, REFUSED, Answer, Scheduler, admit_done, but, found, usual
 
 FULL = m.failure(InsufficientBlocksError("a", 0, 5, 4, 10))
 
@@ -236,3 +236,19 @@ def test_a_snapshot_shows_who_waits() -> None:
         "t": (0, 10, 1),
         "": (1, 10, 1),
     }
+
+
+def test_what_is_quicker_to_compute_is_not_copied_for_one_that_waited_either() -> None:
+    def fetched(rate: float | None) -> list[str]:
+        scheduler = Waiting()
+        scheduler.core = SchedulerCore(
+            [10, 11],
+            DeskSettings("least-loaded", (10, 10), 4, admission=AdmissionPolicy()),
+            True,
+            lambda: scheduler.now,
+        )
+        scheduler.enter(ctx("a"), peers=True, answer=found(r0=[0], r1=[4]), prefill_rate=rate)
+        assert scheduler.placed == {"a": 0}
+        return [name for each in scheduler.rounds for _, name in each]
+
+    assert "Export" in fetched(None) and "Export" not in fetched(1e12)
