@@ -141,6 +141,19 @@ class _Watch:
         return out
 
 
+def make_load(name: str, settings: OverloadSettings) -> Load:
+    """The cluster, with a policy that keeps what is in it to what it can serve at a time."""
+    rows = Load(name=name).rows
+    policy = AdmissionPolicy(max_waiting=settings.max_waiting, patience=10.0, max_running=rows, max_unfilled=1024)
+    return Load(name=name, replicas=settings.replicas, policy=policy)
+
+
+def arrivals(capacity: float, factor: float, seconds: float, deadline: float) -> dict[str, Phase]:
+    """`factor` times the capacity, by tenant."""
+    rates = {POLITE: POLITE_PART * capacity, FLOOD: (factor - POLITE_PART) * capacity}
+    return {t: Phase(seconds=seconds, rate=rate, deadline=deadline) for t, rate in rates.items()}
+
+
 class Overload:
     """Starts a cluster of its own name with two drivers; close() ends both."""
 
@@ -148,9 +161,7 @@ class Overload:
         from rayk.actors.runtime import ActorSpec
 
         self.settings = settings
-        rows = Load(name="").rows
-        policy = AdmissionPolicy(max_waiting=settings.max_waiting, patience=10.0, max_running=rows, max_unfilled=1024)
-        self.load = Load(name=f"overload-{uuid.uuid4().hex[:8]}", replicas=settings.replicas, policy=policy)
+        self.load = make_load(f"overload-{uuid.uuid4().hex[:8]}", settings)
         self._session = InferenceSession("ray", settings.address, self.load.name)
         self._drivers: dict[str, Any] = {}
         self._pids: dict[str, int] = {}
@@ -202,8 +213,7 @@ class Overload:
         return msgspec.structs.replace(result, verdicts=judge(settings, result, over))
 
     def _arrivals(self, capacity: float, factor: float, seconds: float, deadline: float) -> dict[str, Outcome]:
-        rates = {POLITE: POLITE_PART * capacity, FLOOD: (factor - POLITE_PART) * capacity}
-        return self._phase({t: Phase(seconds=seconds, rate=r, deadline=deadline) for t, r in rates.items()})
+        return self._phase(arrivals(capacity, factor, seconds, deadline))
 
     def _phase(self, phases: dict[str, Phase]) -> dict[str, Outcome]:
         refs = {tenant: self._drivers[tenant].call("run", phase) for tenant, phase in phases.items()}

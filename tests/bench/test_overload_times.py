@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from rayk.admission import AdmissionPolicy
 from rayk.bench import overload_driver
-from rayk.bench.overload import FLOOD, POLITE, POLITE_PART
+from rayk.bench.overload import FLOOD, POLITE, OverloadSettings, arrivals, make_load
 from rayk.bench.overload_driver import Load, Outcome, PacedForward, Phase, _Server
 from rayk.context import TextContext
 from rayk.messages import Traits
@@ -148,9 +147,7 @@ class Seen(NamedTuple):
 
 
 def serve(loop: Loop, seed: int) -> Seen:
-    rows = Load(name="").rows
-    policy = AdmissionPolicy(max_waiting=64, patience=10.0, max_running=rows, max_unfilled=1024)
-    load = Load(name="", policy=policy)
+    load = make_load("", OverloadSettings())
 
     async def main() -> Seen:
         house = House(load, loop.time)
@@ -166,20 +163,16 @@ def serve(loop: Loop, seed: int) -> Seen:
                 zip(phases, await asyncio.gather(*(servers[t].run(each) for t, each in phases.items())), strict=True)
             )
 
-        async def arrivals(factor: float, seconds: float) -> dict[str, Outcome]:
-            rates = {POLITE: POLITE_PART * capacity, FLOOD: (factor - POLITE_PART) * capacity}
-            return await phase(**{t: Phase(seconds=seconds, rate=rate, deadline=deadline) for t, rate in rates.items()})
-
         def in_time(outcome: Outcome) -> int:
             return sum(latency <= deadline for latency in outcome.latencies)
 
         alone = (await phase(polite=Phase(seconds=40, in_flight=1)))[POLITE]
         deadline = 5 * statistics.median(alone.latencies)
-        crowd = Phase(seconds=20, in_flight=2 * rows * load.replicas, skip=5)
+        crowd = Phase(seconds=20, in_flight=2 * load.rows * load.replicas, skip=5)
         capacity = sum(len(o.latencies) for o in (await phase(polite=crowd, flood=crowd)).values()) / 15
-        once = sum(map(in_time, (await arrivals(1.0, 30)).values())) / 30
+        once = sum(map(in_time, (await phase(**arrivals(capacity, 1.0, 30, deadline))).values())) / 30
         guests[FLOOD].told.clear()
-        over = await arrivals(5.0, 60)
+        over = await phase(**arrivals(capacity, 5.0, 60, deadline))
         looking.cancel()
         house.hall.check_integrity()
         assert house.hall.queue.held == 0 and not house.waiting
