@@ -1,8 +1,8 @@
 """AsyncPagedKVCacheManager: the manager's calls as coroutines, many of them in flight at once.
 
 What is called in one turn of the event loop travels together: all admissions in one message to the scheduler, all
-releases and all steps in one message to each replica. A call that is cancelled is still carried out: its messages are
-on their way, and what they claim has to be known here.
+releases and all steps in one message to each replica. A cancelled call returns at once, and is still carried out: its
+messages are on their way. What a cancelled claim or admission claims is released as soon as that is known.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -42,14 +43,14 @@ class _Together:
         self._due: list[tuple[Any, asyncio.Future[Any]]] = []
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps only weak references
 
-    async def add(self, work: Any) -> Any:
-        """The result for `work`, or its error."""
+    def add(self, work: Any) -> asyncio.Future[Any]:
+        """For the result of `work`, or its error."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         self._due.append((work, future))
         if len(self._due) == 1:
             loop.call_soon(self._start)
-        return await future
+        return future
 
     def _start(self) -> None:
         due, self._due = self._due, []
@@ -75,7 +76,11 @@ class AsyncPagedKVCacheManager:
     """PagedKVCacheManager for an event loop; same arguments, same results, same errors. One event loop, any tasks.
 
     With an `admission` policy, admit() and try_admit() without replicas wait until there is room for a request and it
-    is its turn, or turn it away with OverloadedError. A call that is cancelled meanwhile leaves nothing claimed.
+    is its turn, or turn it away with OverloadedError.
+
+    A cancelled admit(), try_admit(), claim() or alloc_dummy() (asyncio.timeout(), a client that went away) leaves
+    nothing claimed: holder() is None at once, and another call about the same ids waits until they are released. Any
+    other cancelled call is carried out; the request stays claimed until release().
 
     Messages leave in the order in which the calls were made. Two calls about one request should be awaited one
     after the other; calls about different requests need not.
@@ -107,28 +112,79 @@ class AsyncPagedKVCacheManager:
         self._admissions = _Together(self._admit_together)
         self._releases = _Together(self._release_together)
         self._steps = _Together(self._step_together)
-        self._under_way: set[asyncio.Task[Any]] = set()
+        self._under_way: set[asyncio.Future[Any]] = set()
+        self._undoing: dict[str, asyncio.Task[None]] = {}  # requests of cancelled calls, until they are released
         self._door = Door(partial(self._run, "enter"), self.release) if admission is not None else None
 
     async def _run(self, name: str, *arguments: Any) -> Any:
         """Carry a call of the backend out; on Ray without blocking the event loop."""
-        backend: Any = self.sync._backend
-        calls = getattr(backend, "calls", None)
+        return await asyncio.shield(self._begin(name, *arguments))
+
+    def _begin(self, name: str, *arguments: Any) -> asyncio.Future[Any]:
+        """Have a call of the backend carried out, whether or not somebody waits for it."""
+        loop, backend = asyncio.get_running_loop(), self.sync._backend
+        calls: Any = getattr(backend, "calls", None)
         if calls is None:
-            return getattr(backend, name)(*arguments)
+            done: asyncio.Future[Any] = loop.create_future()
+            try:
+                done.set_result(getattr(backend, name)(*arguments))
+            except Exception as error:
+                done.set_exception(error)
+            return done
         from rayk.scheduler.roster import await_for
 
-        task = asyncio.get_running_loop().create_task(await_for(getattr(calls, name)(*arguments)))
+        return self._keep(loop.create_task(await_for(getattr(calls, name)(*arguments))))
+
+    def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
+        """The loop itself keeps only weak references, and shutdown() waits for what is under way."""
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
-        return await asyncio.shield(task)
+        return task
+
+    async def _placing(self, begin: Callable[[], asyncio.Future[Any]], request_ids: Sequence[str], replica: int) -> Any:
+        """The result of a call that claims requests. If that is cancelled, they are released when it is there."""
+        while self._undoing and (waits := {self._undoing[i] for i in request_ids if i in self._undoing}):
+            await asyncio.wait(waits)
+        future = begin()
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if not future.cancelled():
+                undo = asyncio.get_running_loop().create_task(self._undo(future, request_ids, replica))
+                self._undoing.update((i, undo) for i in request_ids)
+                self._keep(undo)
+            raise
+
+    async def _undo(self, future: asyncio.Future[Any], request_ids: Sequence[str], replica: int) -> None:
+        """Release what a cancelled call claims, once it has: a list of admissions, or all on `replica`."""
+        try:
+            with suppress(Exception):  # then it claimed nothing
+                result = await future
+                placed = (
+                    {i: a.replica for i, a in zip(request_ids, result, strict=True) if a.error is None}
+                    if isinstance(result, list)
+                    else dict.fromkeys(request_ids, replica)
+                )
+                await self._release_all(placed)
+        finally:
+            for request_id in request_ids:
+                self._undoing.pop(request_id, None)
+
+    async def _release_all(self, placed: dict[str, int]) -> None:
+        """Release those; where that fails, they are gone already."""
+        releases = [asyncio.ensure_future(self._released(i, r)) for i, r in placed.items()]
+        if releases:
+            await asyncio.wait(releases)
+        for release in releases:
+            if not release.cancelled() and (error := release.exception()) is not None:
+                log.debug("a request of a cancelled call was not released: %s", error)
 
     # -- the life of a request ---------------------------------------------------------------------
 
     async def claim(self, request_id: str, replica_idx: int) -> None:
         """See PagedKVCacheManager.claim()."""
         self.sync._at(replica_idx)
-        await self._run("claim", request_id, replica_idx)
+        await self._placing(partial(self._begin, "claim", request_id, replica_idx), [request_id], replica_idx)
 
     async def contains(self, request_id: str, replica_idx: int) -> bool:
         """Whether the request is claimed on that replica."""
@@ -150,7 +206,7 @@ class AsyncPagedKVCacheManager:
     async def alloc_dummy(self, request_id: str, replica_idx: int) -> None:
         """See PagedKVCacheManager.alloc_dummy()."""
         self.sync._at(replica_idx)
-        await self._run("claim", request_id, replica_idx, True)
+        await self._placing(partial(self._begin, "claim", request_id, replica_idx, True), [request_id], replica_idx)
 
     async def get_req_blocks(self, request_id: str, replica_idx: int) -> list[int]:
         """See PagedKVCacheManager.get_req_blocks()."""
@@ -160,12 +216,17 @@ class AsyncPagedKVCacheManager:
 
     async def release(self, request_id: str, replica_idx: int) -> None:
         """See PagedKVCacheManager.release()."""
+        while undo := self._undoing.get(request_id):
+            await asyncio.wait([undo])
+        await self._released(request_id, replica_idx)
+
+    async def _released(self, request_id: str, replica_idx: int) -> None:
         self.sync._at(replica_idx)
         calls = getattr(self.sync._backend, "calls", None)
         if calls is None or calls.holder(request_id) != replica_idx:
             await self._run("release", request_id, replica_idx)
         else:
-            await self._releases.add(request_id)
+            await asyncio.shield(self._releases.add(request_id))
         if self._door is not None:
             self._door.released()
 
@@ -185,33 +246,50 @@ class AsyncPagedKVCacheManager:
         failed = next((a.error for a in admissions if a.error is not None), None)
         if failed is None:
             return [a.replica for a in admissions]
+        placed = {c.request_id: a.replica for c, a in zip(ctxs, admissions, strict=True) if a.error is None}
+        release = self._keep(asyncio.get_running_loop().create_task(self._release_all(placed)))
+        self._undoing.update((i, release) for i in placed)
+        release.add_done_callback(lambda _: [self._undoing.pop(i, None) for i in placed])
+        await asyncio.shield(release)
         for ctx, admission, (processed, end, cached) in zip(ctxs, admissions, before, strict=True):
             if admission.error is None:
-                await self.release(ctx.request_id, admission.replica)
                 ctx.tokens.processed, ctx.tokens.end, ctx.cached_prefix_length = processed, end, cached
         raise failed
 
     async def try_admit(self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None = None) -> list[Admission]:
         """Claim and allocate each context, on replicas[i] or where the router says; one result each."""
-        if replicas is None:
-            self.sync._all()
-            if self._door is not None:
-                return await self._door.enter(ctxs)
-            together: list[Admission] = await self._admissions.add(ctxs)
-            return together
-        for replica in replicas:
-            self.sync._at(replica)
-        admissions: list[Admission] = await self._run("try_admit", ctxs, replicas, False)
-        return admissions
+        if replicas is not None:
+            self.sync._check_targets(ctxs, replicas)
+            begin = partial(self._begin, "try_admit", ctxs, replicas, False)
+        elif self._door is not None:
+            begin = partial(self._enter, self._door, ctxs)
+        else:
+            begin = partial(self._admissions.add, ctxs)
+        self.sync._all()
+        try:
+            done: list[Admission] = await self._placing(begin, [ctx.request_id for ctx in ctxs], -1)
+            return done
+        except asyncio.CancelledError:
+            if self._door is not None and replicas is None:
+                self._door.give_up(ctxs)
+            raise
+
+    def _enter(self, door: Door, ctxs: Sequence[TextContext]) -> asyncio.Future[Any]:
+        return self._keep(asyncio.get_running_loop().create_task(door.enter(ctxs)))
 
     async def _admit_together(self, groups: list[Sequence[TextContext]]) -> list[list[Admission]]:
         flat = [ctx for group in groups for ctx in group]
         parts = [flat[i : i + MOST_TOGETHER] for i in range(0, len(flat), MOST_TOGETHER)]
-        done: list[list[Admission]] = await asyncio.gather(
-            *(self._run("try_admit", part, None, False) for part in parts)
-        )
+        done: list[list[Admission]] = await asyncio.gather(*map(self._admit_part, parts))
         admissions = iter([admission for part in done for admission in part])
         return [[next(admissions) for _ in group] for group in groups]
+
+    async def _admit_part(self, part: list[TextContext]) -> list[Admission]:
+        try:
+            admissions: list[Admission] = await self._run("try_admit", part, None, False)
+        except RaykError as error:  # of this part, and not of what others placed meanwhile
+            return [Admission(-1, error)] * len(part)
+        return admissions
 
     async def tick(self, ticks: Sequence[Tick], fn: Forward | None = None) -> list[TickResult]:
         """See PagedKVCacheManager.tick()."""
@@ -245,7 +323,7 @@ class AsyncPagedKVCacheManager:
     async def step(self, batches: Batches) -> None:
         """See PagedKVCacheManager.step()."""
         self.sync._for(batches)
-        await self._steps.add(batches)
+        await asyncio.shield(self._steps.add(batches))
 
     async def _step_together(self, calls: list[Batches]) -> list[RaykError | None]:
         """One step for all; should it fail, each call of its own, so that it hears of its own error only."""
@@ -307,8 +385,8 @@ class AsyncPagedKVCacheManager:
         return [load.state for load in await self.replica_loads()]
 
     def holder(self, request_id: str) -> int | None:
-        """See PagedKVCacheManager.holder()."""
-        return self.sync.holder(request_id)
+        """See PagedKVCacheManager.holder(); None for what a cancelled call claimed."""
+        return self.sync.holder(request_id) if request_id not in self._undoing else None
 
     # -- counters ----------------------------------------------------------------------------------------
 

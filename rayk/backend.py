@@ -21,6 +21,7 @@ from rayk.batch import ContextBatch
 from rayk.context import TextContext
 from rayk.errors import (
     AlreadyClaimedError,
+    BatchError,
     InsufficientBlocksError,
     NoReplicaError,
     RaykError,
@@ -196,12 +197,22 @@ class InlineBackend(InlineReplicas):
         self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, stop_on_error: bool
     ) -> list[Admission]:
         admissions: list[Admission] = []
-        for i, ctx in enumerate(ctxs):
-            wish = self._wish(ctx)
-            replica = replicas[i] if replicas is not None else self._route(ctx.request_id, wish)
-            admissions.append(self._admit(ctx, wish, replica))
-            if stop_on_error and admissions[-1].error is not None:
-                break
+        try:
+            for i, ctx in enumerate(ctxs):
+                try:
+                    wish = self._wish(ctx)
+                except (TypeError, ValueError, OverflowError) as error:
+                    admissions.append(Admission(-1, cannot_be_sent(ctx.request_id, error)))
+                else:
+                    replica = replicas[i] if replicas is not None else self._route(ctx.request_id, wish)
+                    admissions.append(self._admit(ctx, wish, replica))
+                if stop_on_error and admissions[-1].error is not None:
+                    break
+        except BaseException:  # interrupted: nobody hears of what was placed
+            for ctx, admission in zip(ctxs, admissions, strict=False):
+                if admission.error is None:
+                    self.release(ctx.request_id, admission.replica)
+            raise
         return admissions
 
     def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> list[tuple[TextContext, Admission]]:
@@ -291,9 +302,11 @@ class InlineBackend(InlineReplicas):
         claimed = perf_counter()
         try:
             reused = self.alloc(ctx, replica)
-        except RaykError as error:
+        except BaseException as error:
             core.release(ctx.request_id)
             self._forget(ctx.request_id)
+            if not isinstance(error, RaykError):
+                raise
             return Admission(replica, error)
         self._desk.answered(replica, (ctx.request_id,))
         self._filling[ctx.request_id] = (ctx, replica)
@@ -387,6 +400,13 @@ class InlineBackend(InlineReplicas):
     def check_integrity(self) -> None:
         for core in self._there:
             core.check_integrity()
+
+
+def cannot_be_sent(request_id: str, error: Exception) -> RaykError:
+    """Why a request has no place that says what no message can carry; a RaykError stands for itself."""
+    if isinstance(error, RaykError):
+        return error
+    return BatchError(f"request {request_id!r} cannot be sent: {error}; give it values that fit a message")
 
 
 def run_forward(core: ReplicaCore, batch: Sequence[TextContext], fn: Forward) -> Any:

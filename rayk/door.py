@@ -32,45 +32,71 @@ def _twice(ctxs: Sequence[TextContext], waiting: Iterable[str] = ()) -> dict[int
 
 
 class Line:
-    """`enter` offers requests, gives others up, and says what is settled."""
+    """`enter` offers requests, gives others up, and says what is settled; `release` gives back what was placed for a
+    caller that was interrupted."""
 
     def __init__(
         self,
         enter: Callable[[Sequence[TextContext], Sequence[str]], Became],
+        release: Callable[[str, int], None],
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._enter = enter
+        self._release = release
         self._sleep = sleep
         self._kept: Became = []  # settled while somebody waited for others
+        self._unwanted: dict[int, TextContext] = {}  # of interrupted callers, and not settled yet; by identity
 
     def look(self, ctxs: Sequence[TextContext], give_up: Sequence[str]) -> Became:
         """Offer, and do not wait."""
-        became = self._enter(ctxs, give_up)
+        became = self._settled(ctxs, give_up)
         kept, self._kept = self._kept, []
         return kept + became
 
+    def _settled(self, ctxs: Sequence[TextContext], give_up: Sequence[str]) -> Became:
+        """What is settled; what was placed for callers that were interrupted is released."""
+        became = Became()
+        for ctx, admission in self._enter(ctxs, give_up):
+            unwanted = self._unwanted.pop(id(ctx), None) is ctx
+            if unwanted and admission.error is None:
+                self._give_back(ctx, admission)
+            else:
+                became.append((ctx, admission))
+        return became
+
+    def _give_back(self, ctx: TextContext, admission: Admission) -> None:
+        if admission.error is None:
+            with suppress(RaykError):  # where that fails, it is gone, too
+                self._release(ctx.request_id, admission.replica)
+
     def wait(self, ctxs: Sequence[TextContext]) -> list[Admission]:
-        """Offer, and wait until each is settled. Should that be interrupted, they are given up; one that was placed
-        comes with the next look()."""
+        """Offer, and wait until each is settled. Should that be interrupted, they are given up: nothing of them stays
+        placed."""
         results = _twice(ctxs)
         due = {id(ctx): at for at, ctx in enumerate(ctxs) if at not in results}
+        mine: Became = []
         offers: Sequence[TextContext] = [ctx for at, ctx in enumerate(ctxs) if at not in results]
         pause = SHORTEST
         try:
             while due:
-                became, offers = self._enter(offers, ()), ()
+                became, offers = self._settled(offers, ()), ()
                 for ctx, admission in became:
                     at = due.pop(id(ctx), None)
                     if at is None:
                         self._kept.append((ctx, admission))
                     else:
                         results[at] = admission
+                        mine.append((ctx, admission))
                 if due:
                     self._sleep(pause)
                     pause = SHORTEST if became else min(2 * pause, LONGEST)
         except BaseException:
+            left = [ctxs[at] for at in due.values()]
+            self._unwanted.update((id(ctx), ctx) for ctx in left)
+            for ctx, admission in mine:
+                self._give_back(ctx, admission)
             with suppress(RaykError):
-                self._kept += self._enter((), [ctxs[at].request_id for at in due.values()])
+                self._kept += self._settled((), [ctx.request_id for ctx in left])
             raise
         return [results[at] for at in range(len(ctxs))]
 
@@ -81,8 +107,8 @@ class _Guest(NamedTuple):
 
 
 class Door:
-    """The same for an event loop, with one message under way at a time. `release` gives back what was placed for a
-    caller that was cancelled."""
+    """The same for an event loop, with one message under way at a time. `release` gives back what was placed for
+    nobody."""
 
     def __init__(
         self,
@@ -101,7 +127,8 @@ class Door:
         self._closed = False
 
     async def enter(self, ctxs: Sequence[TextContext]) -> list[Admission]:
-        """What became of each; OverloadedError is the error of those that were turned away."""
+        """What became of each; OverloadedError is the error of those that were turned away. Not to be cancelled: who
+        loses interest calls give_up(), and then this comes to its end."""
         if self._closed:
             raise ClosedError("this AsyncPagedKVCacheManager")
         twice = _twice(ctxs, (guest.ctx.request_id for guest in self._guests.values()))
@@ -112,20 +139,15 @@ class Door:
             self._offers.append(guest.ctx)
         if guests:
             self._look()
-        try:
-            admitted = dict(zip(guests, await asyncio.gather(*(g.future for g in guests.values())), strict=True))
-        except asyncio.CancelledError:
-            for guest in guests.values():
-                self._abandon(guest)
-            raise
+        admitted = dict(zip(guests, await asyncio.gather(*(g.future for g in guests.values())), strict=True))
         return [admitted[at] if at in admitted else twice[at] for at in range(len(ctxs))]
 
-    def _abandon(self, guest: _Guest) -> None:
-        if id(guest.ctx) in self._guests:
-            self._given_up.append(guest.ctx.request_id)
+    def give_up(self, ctxs: Sequence[TextContext]) -> None:
+        """Those are not wanted any more; what waits is turned away, what was placed meanwhile is not."""
+        given_up = [ctx.request_id for ctx in ctxs if id(ctx) in self._guests]
+        if given_up:
+            self._given_up += given_up
             self._look()
-        elif guest.future.done() and not guest.future.cancelled() and guest.future.exception() is None:
-            self._give_back(guest.ctx, guest.future.result())
 
     def _give_back(self, ctx: TextContext, admission: Admission) -> None:
         if admission.error is None:

@@ -129,7 +129,7 @@ class PagedKVCacheManager:
             admission,
         )
         self._fast_lane = fast_lane
-        self._line = Line(self._enter) if admission is not None else None
+        self._line = Line(self._enter, self.release) if admission is not None else None
         self._backend = self._start(session, wanted)
         if prefill_rate is not None:
             self.prefill_rate = prefill_rate
@@ -276,7 +276,8 @@ class PagedKVCacheManager:
             return [a.replica for a in admissions]
         for ctx, admission, (processed, end, cached) in zip(ctxs, admissions, before, strict=False):
             if admission.error is None:
-                self._backend.release(ctx.request_id, admission.replica)
+                with suppress(RaykError):  # where that fails, it is gone, too
+                    self._backend.release(ctx.request_id, admission.replica)
                 ctx.tokens.processed, ctx.tokens.end, ctx.cached_prefix_length = processed, end, cached
         raise failed
 
@@ -286,13 +287,17 @@ class PagedKVCacheManager:
         With an admission policy and no replicas it returns when each is placed or turned away.
         """
         backend = self._all()
-        for replica in () if replicas is None else replicas:
-            self._at(replica)
-        if replicas is not None and len(replicas) != len(ctxs):
-            raise BatchError(f"got {len(replicas)} replica indices for {len(ctxs)} requests")
-        if replicas is None and self._line is not None:
+        if replicas is not None:
+            self._check_targets(ctxs, replicas)
+        elif self._line is not None:
             return self._line.wait(ctxs)
         return backend.try_admit(ctxs, replicas, False)
+
+    def _check_targets(self, ctxs: Sequence[TextContext], replicas: Sequence[int]) -> None:
+        for replica in set(replicas):
+            self._at(replica)
+        if len(replicas) != len(ctxs):
+            raise BatchError(f"got {len(replicas)} replica indices for {len(ctxs)} requests")
 
     def enter(
         self, ctxs: Sequence[TextContext] = (), give_up: Sequence[str] = ()

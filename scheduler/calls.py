@@ -11,10 +11,10 @@ it, so that what its result names can be called.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from rayk import messages as m
 from rayk.actors.link import Answer, Pending, Traffic
 from rayk.actors.runtime import Runtime
 from rayk.admission import SOONEST
-from rayk.backend import Batches, Forward
+from rayk.backend import Batches, Forward, cannot_be_sent
 from rayk.buffers import PageBuffers
 from rayk.columns import Outcomes
 from rayk.context import TextContext
 from rayk.errors import (
     AlreadyClaimedError,
+    CallTimeoutError,
     InsufficientBlocksError,
     NotClaimedError,
     OverloadedError,
@@ -45,6 +46,16 @@ from rayk.tiers.connector import TierCount
 from rayk.views import apply_move
 
 FORGOTTEN = "its driver was silent for longer than its lease"
+MOST_TOGETHER = 1024  # requests of one message: about 30 ms of the scheduler's time, which others wait for
+TOKENS_TOGETHER = 4 << 20  # tokens of one message, unless one request has more
+
+
+class _Abandoned(NamedTuple):
+    """A message that places requests and whose answer nobody waited for: the call was interrupted, or timed out."""
+
+    pending: Pending
+    request_ids: list[str]
+    replica: int = -1  # of a claim
 
 
 class Calls(Changes):
@@ -60,14 +71,33 @@ class Calls(Changes):
         self._keys = settings.keys() if settings.wants_keys else None
         self._waiting: dict[str, TextContext] = {}  # offered, and not known yet what became of it
         self._note: Pending | None = None  # tells the scheduler what was released; nobody waited for the answer yet
+        self._abandoned: list[_Abandoned] = []
+        self._became: list[tuple[TextContext, Admission]] = []  # settled by an answer that nobody waited for
 
     # -- requests ----------------------------------------------------------------------------------
 
     @current
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> Call:
         yield from self._noted()
-        yield from self._ask(self.scheduler, m.ClaimOne(request_id, replica, dummy, self._take_released()))
+        command = m.ClaimOne(request_id, replica, dummy, self._take_released())
+        yield from self._ask_placing(command, [request_id], replica)
         self._placed[request_id] = replica
+
+    def _ask_placing(self, command: Any, request_ids: list[str], replica: int = -1) -> Call:
+        """One message that places requests. A caller that is interrupted, or waits for too long, leaves nothing
+        placed: that is given back at once, or before this driver places anything else."""
+        abandoned = _Abandoned(self.scheduler.send(command), request_ids, replica)
+        try:
+            [heard] = yield [abandoned.pending]
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self._abandoned.append(abandoned)
+            yield from self._give_back(abandoned)
+            raise
+        if isinstance(heard, CallTimeoutError):
+            self._abandoned.append(abandoned)
+        return result_of(heard)
 
     @current
     def contains(self, request_id: str, replica: int) -> Call:
@@ -93,11 +123,22 @@ class Calls(Changes):
         by_replica: dict[int, list[str]] = {}
         for request_id in request_ids:
             by_replica.setdefault(self._placed[request_id], []).append(request_id)
-        answers = yield [self.link(r).send(m.Release(ids, missing_ok=True)) for r, ids in by_replica.items()]
-        for ids, heard in zip(by_replica.values(), answers, strict=True):
-            if not isinstance(heard, RaykError):
+        sent: list[tuple[list[str], Pending]] = []
+        errors: list[RaykError] = []
+        for replica, ids in by_replica.items():
+            try:
+                sent.append((ids, self.link(replica).send(m.Release(ids, missing_ok=True))))
+            except RaykError as error:
+                errors.append(error)
+        answers = yield [pending for _, pending in sent]
+        for (ids, _), heard in zip(sent, answers, strict=True):
+            if isinstance(heard, RaykError):
+                errors.append(heard)
+            else:
                 for request_id in ids:
                     self._gone(request_id)
+        if errors:
+            raise errors[0]
         for heard in answers:
             result_of(heard)
 
@@ -140,7 +181,22 @@ class Calls(Changes):
 
     @current
     def try_admit(self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, stop_on_error: bool) -> Call:
-        return (yield from self._place(ctxs, replicas, claim=True, stop_on_error=stop_on_error))
+        """In messages of a bounded size, one after the other: other drivers' come in between."""
+        admissions: list[Admission] = []
+        try:
+            for part in parts(ctxs):
+                targets = None if replicas is None else replicas[part.start : part.stop]
+                admissions += yield from self._place(ctxs[part], targets, claim=True, stop_on_error=stop_on_error)
+                if stop_on_error and admissions[-1].error is not None:
+                    return admissions + [Admission(-1, admissions[-1].error)] * (len(ctxs) - len(admissions))
+        except GeneratorExit:
+            raise
+        except BaseException:
+            held = [c.request_id for c, a in zip(ctxs, admissions, strict=False) if a.error is None]
+            with suppress(RaykError):  # where that fails, they are gone, too
+                yield from self.release_many(held)
+            raise
+        return admissions
 
     def _place(
         self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, claim: bool, stop_on_error: bool
@@ -155,42 +211,87 @@ class Calls(Changes):
             at = replicas[0] if replicas is not None and not claim else -1
             contexts = self._sender.pack(ctxs, at, whole=claim or peers)
             targets = list(replicas) if replicas is not None else []
-            released, joined = self._take_released(), self.cluster.joined
             seen, unfilled = self.heard("seen"), self.heard("unfilled")
             keys = self._page_keys(ctxs) if claim or peers else b""
-            how = (stop_on_error, seen, unfilled, joined, False, self.prefill_rate, keys)
-            return m.PlaceMany(contexts, targets, claim, peers, released, *how)
+            how = (stop_on_error, seen, unfilled, self.cluster.joined, False, self.prefill_rate, keys)
+            return m.PlaceMany(contexts, targets, claim, peers, self._take_released(), *how)
 
-        done: m.PlaceDone = yield from self._ask(self.scheduler, command())
+        ids, released = [ctx.request_id for ctx in ctxs] if claim else [], self._released
+        try:
+            done: m.PlaceDone = yield from self._ask_placing(command(), ids)
+        except (TypeError, ValueError, OverflowError) as error:  # it could not be written as a message
+            if isinstance(error, RaykError):
+                raise
+            self._released = released
+            return (yield from self._place_apart(ctxs, replicas, claim, stop_on_error, error))
         stale = any(isinstance(m.to_error(failure), StaleContextError) for failure in done.failures.values())
         if stale and not claim:
             self._sender.forget(ctxs[0].request_id)
             done = yield from self._ask(self.scheduler, command())
         return self._landed(ctxs, done)
 
+    def _place_apart(
+        self,
+        ctxs: Sequence[TextContext],
+        replicas: Sequence[int] | None,
+        claim: bool,
+        stop_on_error: bool,
+        error: Exception,
+    ) -> Call:
+        """_place() of requests of which one cannot be sent, by halves: it fails, and the others do not."""
+        if len(ctxs) == 1:
+            return [Admission(-1 if replicas is None else replicas[0], cannot_be_sent(ctxs[0].request_id, error))]
+        admissions: list[Admission] = []
+        for half in (slice(0, len(ctxs) // 2), slice(len(ctxs) // 2, len(ctxs))):
+            if not (stop_on_error and admissions and admissions[-1].error is not None):
+                targets = None if replicas is None else replicas[half]
+                admissions += yield from self._place(ctxs[half], targets, claim, stop_on_error)
+        return admissions + [admissions[-1]] * (len(ctxs) - len(admissions))
+
     @current
     def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> Call:
         """Offer requests, and hear what became of those and of earlier ones: context and Admission of each."""
         yield from self._noted()
-        known = self._waiting
-        fresh: list[TextContext] = []
+        fresh: dict[str, TextContext] = {}
         again: list[TextContext] = []
         for ctx in ctxs:
-            (again if ctx.request_id in known else fresh).append(ctx)
-            known.setdefault(ctx.request_id, ctx)
-        try:
-            done: m.EnterDone = yield from self._ask(self.scheduler, self._entering(fresh, given_up, True))
-        except RaykError:
-            for ctx in fresh:
-                known.pop(ctx.request_id, None)
-            raise
+            if ctx.request_id in self._waiting or fresh.setdefault(ctx.request_id, ctx) is not ctx:
+                again.append(ctx)
+        offers = list(fresh.values())
+        due = [offers[part] for part in parts(offers)] or [[]]
+        while due:
+            offers, released = due.pop(0), self._released
+            self._waiting.update((ctx.request_id, ctx) for ctx in offers)
+            try:
+                done: m.EnterDone = yield from self._ask_placing(self._entering(offers, given_up, True), [])
+            except (RaykError, TypeError, ValueError, OverflowError) as error:
+                if isinstance(error, CallTimeoutError):
+                    raise  # they may wait there
+                for ctx in offers:
+                    del self._waiting[ctx.request_id]
+                if isinstance(error, RaykError):
+                    raise
+                self._released = released  # nothing was sent
+                if len(offers) > 1:
+                    due[:0] = [offers[: len(offers) // 2], offers[len(offers) // 2 :]]
+                else:
+                    self._became += [(c, Admission(-1, cannot_be_sent(c.request_id, error))) for c in offers]
+            else:
+                self._became += self._entered(done)
+                given_up = ()
+        became, self._became = self._became, []
+        return became + [(c, Admission(-1, AlreadyClaimedError(c.request_id, -1))) for c in again]
+
+    def _entered(self, done: m.EnterDone) -> list[tuple[TextContext, Admission]]:
+        """Who is settled, and what became of each."""
+        known = self._waiting
         settled = [known.pop(request_id) for request_id in done.ids]
         became = list(zip(settled, self._landed(settled, done), strict=True))
         if len(known) > done.open:  # those were forgotten there
             for ctx in list(known.values()):
                 became.append((ctx, Admission(-1, OverloadedError(ctx.request_id, FORGOTTEN, SOONEST))))
             known.clear()
-        return became + [(c, Admission(-1, AlreadyClaimedError(c.request_id, -1))) for c in again]
+        return became
 
     def _entering(self, ctxs: Sequence[TextContext], given_up: Sequence[str], hear: bool) -> m.Enter:
         return m.Enter(
@@ -220,6 +321,28 @@ class Calls(Changes):
         if note is not None:
             [heard] = yield [note]
             result_of(heard)
+        while self._abandoned:
+            yield from self._give_back(self._abandoned[0])
+
+    def _give_back(self, abandoned: _Abandoned) -> Call:
+        """Release what a message placed whose answer nobody waited for; of an offer, keep what became of it."""
+        [heard] = yield [abandoned.pending]
+        if isinstance(heard, CallTimeoutError):
+            raise heard
+        self._abandoned.remove(abandoned)
+        if isinstance(heard, RaykError) or isinstance(heard.result, m.Failure):
+            return  # nothing was placed, or it is lost
+        done, ids, where = heard.result, abandoned.request_ids, dict[str, int]()
+        if isinstance(done, m.EnterDone):
+            self._became += self._entered(done)
+        elif isinstance(done, m.PlaceDone):
+            refused = set(Outcomes.received(done.numbers, done.seconds, done.failures, len(ids)).refused)
+            where = {i: r for at, (i, r) in enumerate(zip(ids, done.replicas, strict=True)) if at not in refused}
+        else:
+            where = dict.fromkeys(ids, abandoned.replica)
+        self._placed.update(where)
+        with suppress(RaykError):  # where that fails, they are gone, too
+            yield from self.release_many(list(where))
 
     def _page_keys(self, ctxs: Sequence[TextContext]) -> bytes:
         """The keys that a router goes by, made here and not by the scheduler, of which there is one for all drivers."""
@@ -480,3 +603,15 @@ class Calls(Changes):
             torch.from_numpy(np.array(raw)).view(buffer.dtype).view(len(page_ids), *buffer.shape[1:])
             for raw, buffer in zip(data, self.buffers(replica), strict=True)
         ]
+
+
+def parts(ctxs: Sequence[TextContext]) -> Iterator[slice]:
+    """Cut a batch so that a message has at most MOST_TOGETHER requests and TOKENS_TOGETHER tokens, or one request."""
+    start = tokens = 0
+    for at, ctx in enumerate(ctxs):
+        tokens += ctx.tokens.length
+        if at > start and (at - start == MOST_TOGETHER or tokens > TOKENS_TOGETHER):
+            yield slice(start, at)
+            start, tokens = at, ctx.tokens.length
+    if ctxs:
+        yield slice(start, len(ctxs))

@@ -357,7 +357,7 @@ def manager_on(
     runtime: FakeRuntime, replicas: int = 2, pages: int | None = 16, name: str | None = None, **changes: Any
 ) -> Iterator[PagedKVCacheManager]:
     """A manager whose actors live in `runtime`, with runtime checks on."""
-    names = ("router", "max_batch_size", "total_num_host_pages", "fast_lane")
+    names = ("router", "max_batch_size", "total_num_host_pages", "fast_lane", "admission")
     options = {"router": "least-loaded"} | {k: changes.pop(k) for k in names if k in changes}
     with session_on(runtime, name) as session:
         manager = PagedKVCacheManager(

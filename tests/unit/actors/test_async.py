@@ -12,6 +12,7 @@ import pytest
 from rayk import AdmissionPolicy, AsyncPagedKVCacheManager, InferenceSession, TextContext
 from rayk.errors import (
     AlreadyClaimedError,
+    BatchError,
     InsufficientBlocksError,
     NotClaimedError,
     OverloadedError,
@@ -140,21 +141,103 @@ def test_calls_of_one_turn_travel_together() -> None:
         asyncio.run(calls(manager))
 
 
-def test_a_cancelled_call_is_carried_out_and_remembered() -> None:
+POLICIES = {"no policy": {}, "policy": {"admission": AdmissionPolicy()}}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_a_cancelled_admission_leaves_nothing_claimed(kind: str, policy: str) -> None:
+    """Wherever it is cancelled: the ids are nobody's at once, and can be used again at once."""
+
     async def cancelled(m: AsyncPagedKVCacheManager) -> None:
-        ctx = context("r")
-        task = asyncio.get_running_loop().create_task(m.admit([ctx]))
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        while m._under_way or m._admissions._tasks:
+        loop, caught = asyncio.get_running_loop(), 0
+        for turns in range(14):
+            for targets in (None, [1, 0]):
+                ctxs = [context(f"a{turns}"), context(f"bb{turns}")]
+                task = loop.create_task(m.try_admit(ctxs, targets))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                if task.done():
+                    for ctx, admission in zip(ctxs, task.result(), strict=True):
+                        await m.release(ctx.request_id, admission.replica)
+                    continue
+                task.cancel()
+                caught += 1
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert [m.holder(ctx.request_id) for ctx in ctxs] == [None, None]
+                again = await m.admit(ctxs)
+                assert sorted(again) == [0, 1]
+                await m.execute([[c for c, r in zip(ctxs, again, strict=True) if r == at] for at in (0, 1)], stamp)
+                for ctx, replica in zip(ctxs, again, strict=True):
+                    assert contents(m.sync, ctx.request_id, replica, 9)
+                    await m.release(ctx.request_id, replica)
+        assert caught > 4
+        while m._undoing:
             await asyncio.sleep(0)
-        assert m.sync._backend.calls.holder("r") == 0  # type: ignore[attr-defined]  # of the Ray backend
-        await m.release("r", 0)
+        assert [await m.get_num_used_pages(r) for r in range(2)] == [0, 0]
+        await m.check_integrity()
+
+    with manager_of(kind, **POLICIES[policy]) as manager:
+        asyncio.run(cancelled(manager))
+
+
+@pytest.mark.parametrize("name", ["claim", "alloc_dummy"])
+def test_a_cancelled_claim_leaves_nothing_claimed(name: str) -> None:
+    async def cancelled(m: AsyncPagedKVCacheManager) -> None:
+        for turns in range(1, 8):
+            task = asyncio.get_running_loop().create_task(getattr(m, name)("r", 1))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if not task.cancel():
+                await m.release("r", 1)
+                continue
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert m.holder("r") is None
+            await m.claim("r", 0)
+            await m.release("r", 0)
+        await m.check_integrity()
 
     with manager_of("ray") as manager:
         asyncio.run(cancelled(manager))
+
+
+def test_any_other_cancelled_call_is_carried_out() -> None:
+    async def cancelled(m: AsyncPagedKVCacheManager) -> None:
+        ctx = context("r")
+        assert await m.admit([ctx]) == [0]
+        for call in (m.execute([[ctx], []], stamp), m.release("r", 0)):
+            task = asyncio.get_running_loop().create_task(call)
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await m.shutdown()
+        assert m.sync._backend.holder("r") is None
+
+    with manager_of("ray") as manager:
+        asyncio.run(cancelled(manager))
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_what_no_message_can_carry_fails_alone(kind: str) -> None:
+    """Of admissions of one turn, one says what cannot be written."""
+
+    async def admissions(m: AsyncPagedKVCacheManager) -> None:
+        ctxs = [context(f"r{i}") for i in range(5)]
+        ctxs[2].root_key = ("\ud800", None)
+        results = await asyncio.gather(*(m.admit([ctx]) for ctx in ctxs), return_exceptions=True)
+        assert isinstance(results[2], BatchError) and "'r2' cannot be sent" in str(results[2])
+        others = [(ctx, result) for ctx, result in zip(ctxs, results, strict=True) if ctx is not ctxs[2]]
+        assert [m.holder(ctx.request_id) for ctx in ctxs] == [r[0] if isinstance(r, list) else None for r in results]
+        for ctx, result in others:
+            assert isinstance(result, list)
+            await m.release(ctx.request_id, result[0])
+        assert [await m.get_num_used_pages(r) for r in range(2)] == [0, 0]
+
+    with manager_of(kind) as manager:
+        asyncio.run(admissions(manager))
 
 
 def test_a_step_that_fails_fails_alone() -> None:
