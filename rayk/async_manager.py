@@ -22,7 +22,7 @@ from rayk.context import TextContext
 from rayk.door import Door
 from rayk.errors import InsufficientBlocksError, RaykError, RuntimeInputsError
 from rayk.inputs import BatchCharacteristics, RuntimeInputs
-from rayk.manager import DeviceBuffer, PagedKVCacheManager
+from rayk.manager import DeviceBuffer, PagedKVCacheManager, page_numbers
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams, require_at_least
 from rayk.scaling import Drained, Removed, ReplicaLoad
@@ -481,7 +481,7 @@ class AsyncPagedKVCacheManager:
     async def read_pages(self, page_ids: Sequence[int], replica_idx: int) -> list[torch.Tensor]:
         """See PagedKVCacheManager.read_pages()."""
         self.sync._at(replica_idx)
-        pages: list[torch.Tensor] = await self._run("read_pages", page_ids, replica_idx)
+        pages: list[torch.Tensor] = await self._run("read_pages", page_numbers(page_ids), replica_idx)
         return pages
 
     async def shutdown(self) -> None:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import index
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from rayk.admission import AdmissionPolicy
@@ -490,7 +492,7 @@ class PagedKVCacheManager:
 
     def read_pages(self, page_ids: Sequence[int], replica_idx: int) -> list[torch.Tensor]:
         """Host copies of those pages, one tensor `[len(page_ids), ...]` per buffer of get_device_buffer()."""
-        return self._at(replica_idx).read_pages(page_ids, replica_idx)
+        return self._at(replica_idx).read_pages(page_numbers(page_ids), replica_idx)
 
     def poll_transfers(self) -> None:
         """Take note of finished transfers, so that what has landed can be reused. Never waits for one."""
@@ -527,3 +529,16 @@ class PagedKVCacheManager:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
+
+
+def page_numbers(page_ids: Sequence[int]) -> list[int]:
+    """Page ids as ints; ConfigError for what is no sequence of whole numbers. Their range is checked by the replica."""
+    try:
+        ids = list(page_ids)
+        if any(isinstance(page, bool | np.bool_) for page in ids):
+            raise TypeError("a truth value is no page")
+        if any(not -(1 << 31) <= index(page) < 1 << 31 for page in ids):
+            raise TypeError("no page has such a number")
+        return [index(page) for page in ids]
+    except TypeError as error:
+        raise ConfigError(f"page ids must be a sequence of whole numbers, got {page_ids!r:.80}: {error}") from None

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rayk import InferenceSession, PagedKVCacheManager, RaykError, TextContext, Tick
-from rayk.errors import NotClaimedError
+from rayk.errors import ConfigError, NotClaimedError
 
 from .fake import FakeRuntime, manager_on, params, stamp
 
@@ -254,3 +256,21 @@ def test_the_operations_reach_what_they_should() -> None:
         assert metrics.cross_replica_blocks_copied == 2
 
     both(check, True)
+
+
+WRONG_PAGES: list[Any] = [3, None, "abc", [1.5], [True], [torch.tensor(1.5)], [None], [2**70], [-1], [17], [[0]]]
+
+
+@pytest.mark.parametrize("ids", WRONG_PAGES, ids=repr)
+@pytest.mark.parametrize("kind", ["inline", "ray"])
+def test_pages_are_read_by_whole_numbers_only(kind: str, ids: Any) -> None:
+    with manager_on(FakeRuntime()) if kind == "ray" else inline() as manager:
+        with pytest.raises(ConfigError, match="page ids must be"):
+            manager.read_pages(ids, 0)
+        [nothing], [pages] = manager.read_pages([], 0), manager.read_pages(np.array([0, 16]), 0)
+        assert nothing.shape == (0, *pages.shape[1:]) and nothing.dtype == pages.dtype
+        assert len(pages) == 2
+
+
+def inline() -> PagedKVCacheManager:
+    return PagedKVCacheManager(params(), InferenceSession(), 16, max_batch_size=8)
