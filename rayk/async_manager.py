@@ -22,7 +22,7 @@ from rayk.context import TextContext
 from rayk.door import Door
 from rayk.errors import InsufficientBlocksError, RaykError, RuntimeInputsError
 from rayk.inputs import BatchCharacteristics, RuntimeInputs
-from rayk.manager import DeviceBuffer, PagedKVCacheManager, page_numbers
+from rayk.manager import DeviceBuffer, PagedKVCacheManager, check_size, page_numbers
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams, require_at_least
 from rayk.scaling import Drained, Removed, ReplicaLoad
@@ -258,6 +258,7 @@ class AsyncPagedKVCacheManager:
 
     async def try_admit(self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None = None) -> list[Admission]:
         """Claim and allocate each context, on replicas[i] or where the router says; one result each."""
+        check_size(ctxs)
         if replicas is not None:
             self.sync._check_targets(ctxs, replicas)
             begin = partial(self._begin, "try_admit", ctxs, replicas, False)

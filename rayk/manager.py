@@ -43,6 +43,8 @@ from rayk.scaling import Drained, Removed, ReplicaLoad
 from rayk.session import InferenceSession
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 
+MOST_IN_CALL = 1 << 18  # requests that one call may place
+
 
 @dataclass(frozen=True)
 class DeviceBuffer:
@@ -270,6 +272,7 @@ class PagedKVCacheManager:
 
     def admit(self, ctxs: Sequence[TextContext]) -> list[int]:
         """Route, claim and allocate a batch: the replica of each, or an error and none of them claimed."""
+        check_size(ctxs)
         before = [(c.tokens.processed, c.tokens.end, c.cached_prefix_length) for c in ctxs]
         backend = self._all()
         admissions = backend.try_admit(ctxs, None, True) if self._line is None else self._line.wait(ctxs)
@@ -289,6 +292,7 @@ class PagedKVCacheManager:
         With an admission policy and no replicas it returns when each is placed or turned away.
         """
         backend = self._all()
+        check_size(ctxs)
         if replicas is not None:
             self._check_targets(ctxs, replicas)
         elif self._line is not None:
@@ -314,6 +318,7 @@ class PagedKVCacheManager:
             raise ConfigError(
                 "requests cannot wait without a policy; make the manager with admission=AdmissionPolicy()"
             )
+        check_size(ctxs)
         return self._line.look(ctxs, give_up)
 
     def _enter(self, ctxs: Sequence[TextContext], give_up: Sequence[str]) -> list[tuple[TextContext, Admission]]:
@@ -529,6 +534,12 @@ class PagedKVCacheManager:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
+
+
+def check_size(ctxs: Sequence[TextContext]) -> None:
+    """BatchError for more requests than one call may place; the messages that fewer take let others in between."""
+    if len(ctxs) > MOST_IN_CALL:
+        raise BatchError(f"got {len(ctxs)} requests in one call, at most {MOST_IN_CALL} may be: send them in parts")
 
 
 def page_numbers(page_ids: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import rayk.manager
 from rayk import AdmissionPolicy, PagedKVCacheManager, TextContext
 from rayk.errors import AlreadyClaimedError, BatchError, CallTimeoutError, InsufficientBlocksError
 from rayk.scheduler import calls
@@ -154,3 +155,18 @@ def test_of_a_batch_the_request_that_no_message_can_carry_fails(
     with pytest.raises(AlreadyClaimedError):
         manager.admit(contexts("c"))
     manager.admit(contexts("a"))
+
+
+def test_a_call_places_a_bounded_number_of_requests(
+    manager: PagedKVCacheManager, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rayk.manager, "MOST_IN_CALL", 2)
+    ctxs = contexts("a", "b", "c")
+    calls: list[Callable[[], Any]] = [lambda: manager.admit(ctxs), lambda: manager.try_admit(ctxs, [0, 1, 0])]
+    if manager._line is not None:
+        calls.append(lambda: manager.enter(ctxs))
+    for call in calls:
+        with pytest.raises(BatchError, match="got 3 requests in one call, at most 2"):
+            call()
+    assert not held(runtime)
+    manager.admit(ctxs[:2])
