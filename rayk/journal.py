@@ -1,8 +1,9 @@
 """What changed in a replica's cache, kept so that whoever follows it can be told: everything after a number.
 
 The scheduler says with each of its messages up to which number it knows; the answer brings what came after. Numbers
-are of closed batches, one for each message that changed something. Only the last KEPT changes are kept: who is
-further behind gets the whole content instead.
+are of closed batches, one for each message that changed something. A batch that changed no page takes no place. Only
+the last KEPT changes are kept, and nobody is told of more than BEHIND batches: who is further behind gets the whole
+content instead.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from rayk.messages import NOT_ASKED, News
 from rayk.pages import Pages
 
 KEPT = 1 << 18  # pages in batches that can still be asked for
+BEHIND = 1 << 16  # batches that one answer tells of
 Change = tuple[bool, bytes]  # stored or removed, keys of the pages
 
 
@@ -26,39 +28,50 @@ class Journal:
         self.number = 0
         self._everything = everything
         self._open: list[Change] = []
-        self._closed: deque[list[Change]] = deque()
+        self._closed: deque[tuple[int, list[Change]]] = deque()  # the numbers of batches with pages, and these
+        self._since = 0  # every such batch after this one is there
         self._kept = 0
         self._unfilled = 0
 
     def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
         """See PageListener."""
-        self._open.append((True, _keys(hashes)))
+        if hashes:
+            self._open.append((True, _keys(hashes)))
 
     def removed(self, hashes: Sequence[PageHash]) -> None:
         """See PageListener."""
-        self._open.append((False, _keys(hashes)))
+        if hashes:
+            self._open.append((False, _keys(hashes)))
 
     def close(self, unfilled: int) -> int:
         """End the batch of a message if anything changed, the tokens still to be prefilled included; the number."""
         if self._open or unfilled != self._unfilled:
             self.number += 1
             self._unfilled = unfilled
-            self._closed.append(self._open)
-            self._kept += sum(len(keys) for _, keys in self._open)
-            self._open = []
-            while self._kept > KEPT * KEY_BYTES:
-                self._kept -= sum(len(keys) for _, keys in self._closed.popleft())
+            if self._open:
+                self._keep(self._open)
+                self._open = []
         return self.number
+
+    def _keep(self, changes: list[Change]) -> None:
+        self._closed.append((self.number, changes))
+        self._kept += sum(len(keys) for _, keys in changes)
+        while self._kept > KEPT * KEY_BYTES:
+            self._since, dropped = self._closed.popleft()
+            self._kept -= sum(len(keys) for _, keys in dropped)
 
     def news(self, known: int, free: int) -> News | None:
         """What came after batch `known`; None when that is nothing, or was not asked for."""
         if known == NOT_ASKED or known == self.number:
             return None
-        since = self.number - len(self._closed)
-        if not since <= known <= self.number:
+        if not max(self._since, self.number - BEHIND) <= known <= self.number:
             whole = b"".join(_keys([page]) for page in self._everything())
             return News(self.number, -1, [[(True, whole)]], self._unfilled, free)
-        batches = [self._closed[i] for i in range(known - since, len(self._closed))]
+        batches: list[list[Change]] = [[] for _ in range(self.number - known)]
+        for number, changes in reversed(self._closed):
+            if number <= known:
+                break
+            batches[number - known - 1] = changes
         return News(self.number, known, batches, self._unfilled, free)
 
 

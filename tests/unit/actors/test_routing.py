@@ -181,6 +181,48 @@ def test_who_is_too_far_behind_gets_everything(monkeypatch: pytest.MonkeyPatch) 
     assert desk.index.pages(0) == 2 and desk.known[0] == 5
 
 
+def test_batches_without_pages_take_no_place_however_many_nobody_asks_about() -> None:
+    journal = Journal(lambda: iter(keys(7, 8)))
+    journal.stored(b"", keys(1, 2), None, b"")  # type: ignore[arg-type]
+    journal.close(0)
+    for i in range(100_000):
+        journal.stored(b"", [], None, b"")  # type: ignore[arg-type]
+        journal.removed([])
+        journal.close(1 + i % 2)
+    assert journal.number == 100_001 and len(journal._closed) == 1
+
+
+def test_a_reader_hears_of_batches_with_pages_among_many_without() -> None:
+    journal = Journal(lambda: iter(()))
+    desk = DeskSettings("cost", (9, 9), 4).make(lambda: 0.0)
+    assert told(desk, journal)
+    for i in range(40):
+        if i % 9 == 0:
+            journal.stored(b"", keys(i), None, b"")  # type: ignore[arg-type]
+        journal.close(1 + i % 2)
+    early = journal.news(3, 0)
+    assert told(desk, journal) and desk.index.pages(0) == 5 and desk.known[0] == 40
+    journal.removed(keys(0, 9))
+    journal.close(9)
+    assert early is not None
+    desk.hear(0, early)
+    assert told(desk, journal) and desk.index.pages(0) == 3 and desk.known[0] == 41
+
+
+def test_who_is_very_many_batches_behind_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayk.journal.BEHIND", 10)
+    journal = Journal(lambda: iter(keys(7, 8)))
+    desk = DeskSettings("cost", (9, 9), 4).make(lambda: 0.0)
+    assert told(desk, journal)
+    for i in range(11):
+        journal.close(1 + i % 2)
+    near, far = journal.news(1, 0), journal.news(0, 0)
+    assert near is not None and far is not None
+    assert (near.since, len(near.batches), far.since, far.number) == (1, 10, -1, 11)
+    desk.hear(0, far)
+    assert desk.index.pages(0) == 2 and desk.known[0] == 11
+
+
 def test_unfilled_is_what_is_left_of_prompts() -> None:
     unfilled, ctx = Unfilled(), TextContext("r", range(10), 20)
     unfilled.now("r", 10)
