@@ -15,10 +15,10 @@ import torch
 
 from rayk.attention import PagedPool, choose, pack
 from rayk.attention.backend import Needs
-from rayk.errors import ArchitectureError
+from rayk.errors import ArchitectureError, RaykError
 from rayk.models.bridge import NAME, LayerShape, PagedAttention, Recorder
 
-KNOWN_LAYERS = ("full_attention", "sliding_attention")
+KNOWN_LAYERS = ("full_attention", "sliding_attention", "attention")
 TRIAL_TOKENS = 8
 FIRST_CHUNK = 5
 TRIAL_PAGE = 16
@@ -28,9 +28,13 @@ TRIAL_WINDOW = 3
 def refuse_by_config(config: Any, model_class: Any) -> None:
     """ArchitectureError for what the class or the config says cannot work. `config` is the text model's."""
     name = model_class.__name__
+    kinds = set(getattr(config, "layer_types", None) or ())
+    other = sorted(kinds.difference(KNOWN_LAYERS))
+    # The flag is of the class, which may have recurrent layers; the config says whether this model has any.
+    stateful = model_class._is_stateful and not (kinds and not other)
     for wrong, reason in (
         (config.is_encoder_decoder, "it has an encoder"),
-        (model_class._is_stateful, "it keeps a recurrent state, which is not made of keys and values of tokens"),
+        (stateful, "it keeps a recurrent state, which is not made of keys and values of tokens"),
         (not model_class._supports_attention_backend, "its attention is not routed through transformers' registry"),
         (not getattr(config, "is_causal", True), "its attention is not causal"),
         (getattr(config, "use_bidirectional_attention", None), "its attention looks ahead"),
@@ -40,9 +44,32 @@ def refuse_by_config(config: Any, model_class: Any) -> None:
     ):
         if wrong:
             raise ArchitectureError(name, reason)
-    other = sorted({kind for kind in getattr(config, "layer_types", None) or () if kind not in KNOWN_LAYERS})
     if other:
         raise ArchitectureError(name, f"it has layers of type {', '.join(other)}; known are {', '.join(KNOWN_LAYERS)}")
+
+
+def refuse_unread_rope(model: Any, text: Any) -> None:
+    """ArchitectureError for a scaling of positions that the config asks for and no layer of the model reads."""
+    asked = getattr(text, "rope_parameters", None) or {}
+    parts = asked.values() if all(isinstance(part, dict) for part in asked.values()) else [asked]
+    wanted = {str(part["rope_type"]) for part in parts if part.get("rope_type")} - {"default"}
+    read: set[Any] = set()
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        read.update(kinds.values() if isinstance(kinds, dict) else [kinds])
+    if lost := sorted(wanted - read):
+        reason = f"its positions do not read rope_type {', '.join(lost)}, which its config asks for"
+        raise ArchitectureError(type(model).__name__, reason)
+    part = asked.get("partial_rotary_factor") or 1.0
+    turned = {2 * module.inv_freq.numel() for module in model.modules() if hasattr(module, "inv_freq")}
+    if isinstance(part, float) and part < 1 and "default" in read and _head_dim(text) in turned:
+        reason = f"it turns all of a head by its position, and its config asks for {part:g} of it"
+        raise ArchitectureError(type(model).__name__, reason)
+
+
+def _head_dim(text: Any) -> int:
+    own: int | None = getattr(text, "head_dim", None)
+    return own or int(text.hidden_size) // int(text.num_attention_heads)
 
 
 def freeze_rope(model: Any) -> int | None:
@@ -86,7 +113,9 @@ def layer_shapes(model: Any, tokens: torch.Tensor, layers: int) -> dict[int, Lay
     except ArchitectureError as error:
         raise ArchitectureError(name, f"{error.architecture}: {error.message}") from None
     except TypeError as error:
-        raise ArchitectureError(name, f"its forward does not take what rayk passes: {error}") from None
+        raise ArchitectureError(name, f"its forward does not take what rayk passes: {error}") from error
+    except Exception as error:  # foreign code over a foreign config
+        raise _raised(name, error) from error
     shapes = dict(recorder.calls)
     if len(recorder.calls) != layers or len(shapes) != layers:
         raise ArchitectureError(
@@ -106,23 +135,42 @@ def try_out(model: Any, tokens: torch.Tensor, shapes: dict[int, LayerShape]) -> 
     without a cache.
 
     This is about the architecture (biases by distance, positions of its own, windows that only a mask knows), not
-    about rounding: in half precision a fifth of the logits' norm is allowed. Windows are made small for it.
+    about rounding: in half precision, and where quantised layers round what they are given, a fifth of the logits'
+    norm is allowed. Windows are made small for it.
     """
     with _small_windows(model):
         try:
             model.set_attn_implementation("eager")
             want = model(input_ids=tokens, use_cache=False).logits[0].float()
+        except Exception as error:  # foreign code over a foreign config
+            raise _raised(type(model).__name__, error) from error
         finally:
             model.set_attn_implementation(NAME)
-        got = _paged(model, tokens, shapes)
-    error = float((got - want).norm() / want.norm().clamp(min=1e-9))
-    most = 1e-3 if model.dtype == torch.float32 else 0.2
-    if not error <= most and bool(want.isfinite().all()):
+        try:
+            got = _paged(model, tokens, shapes)
+        except RaykError:
+            raise
+        except Exception as error:  # as above
+            raise _raised(type(model).__name__, error) from error
+    apart = float((got - want).norm() / want.norm().clamp(min=1e-9))
+    most = 1e-3 if _exact(model) else 0.2
+    if not apart <= most and bool(want.isfinite().all()):
         raise ArchitectureError(
             type(model).__name__,
-            f"its logits on pages differ from those without a cache by {error:.1e} of their norm",
+            f"its logits on pages differ from those without a cache by {apart:.1e} of their norm",
         )
     return int(want.shape[1])
+
+
+def _raised(name: str, error: Exception) -> ArchitectureError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return ArchitectureError(name, f"a trial of {TRIAL_TOKENS} tokens raised {what}")
+
+
+def _exact(model: Any) -> bool:
+    """Whether all of it is computed in float32: no weights of another type, which would round what they are given."""
+    return all(tensor.dtype == torch.float32 for tensor in model.parameters())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,14 @@ from typing import Any
 
 import torch
 
-from rayk.errors import ArchitectureError, CheckpointError, ConfigError
+from rayk.errors import ArchitectureError, CheckpointError, ConfigError, PlanError
 from rayk.models import architecture
 from rayk.models.bridge import NAME, register
-from rayk.models.checkpoint import CONFIG, TOKENIZERS, check_folder, has_tokenizer
+from rayk.models.checkpoint import CONFIG, TOKENIZERS, check_folder, has_tokenizer, other_copies, stored_tensors
+from rayk.models.fields import refuse_unread
 from rayk.models.model import PagedModel
+from rayk.models.quantization import quant_method
+from rayk.models.tensors import check_taken
 
 log = logging.getLogger("rayk.models")
 
@@ -39,8 +43,16 @@ def load_model(
     config, model_class = _config(folder, raw)
     text = config.get_text_config(decoder=True)
     architecture.refuse_by_config(text, model_class)
+    refuse_unread(folder, CONFIG, raw, text, model_class)
     register()
-    model = _weights(folder, model_class, config, dtype).to(where).eval().requires_grad_(False)
+    if others := other_copies(folder):
+        log.warning("%s: not read: %s; the safetensors are served", folder, ", ".join(others))
+    if dtype == "auto" and config.dtype is not None:
+        _check_dtype(folder, config.dtype)
+    model = _weights(folder, model_class, config, dtype, quant_method(raw))
+    _check_dtype(folder, model.dtype)
+    model = _placed(model, where).eval().requires_grad_(False)
+    architecture.refuse_unread_rope(model, text)
     limit = architecture.freeze_rope(model)
     with torch.inference_mode():
         tokens = architecture.trial_tokens(model.get_input_embeddings().weight.shape[0], where)
@@ -84,10 +96,12 @@ def _model_types() -> Any:
     return CONFIG_MAPPING
 
 
-def _weights(folder: Path, model_class: Any, config: Any, dtype: str) -> Any:
-    """The model with all its weights on the CPU. transformers would fill in missing ones at random."""
+def _weights(folder: Path, model_class: Any, config: Any, dtype: str, quantised: str | None = None) -> Any:
+    """The model with all its weights, and all weights of the files in it. transformers would fill in missing ones at
+    random, and drop those that it has no place for."""
+    said: list[str] = []
     try:
-        with _progress_on_terminals():
+        with _progress_on_terminals(), _listening(said):
             model, report = model_class.from_pretrained(
                 folder,
                 config=config,
@@ -99,18 +113,29 @@ def _weights(folder: Path, model_class: Any, config: Any, dtype: str) -> Any:
                 output_loading_info=True,
             )
     except Exception as error:  # foreign code over foreign files
-        raise CheckpointError(str(folder), "", f"cannot be loaded: {_line(error)}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise CheckpointError(str(folder), "", f"{len(missing)} tensor(s) are missing, such as {missing[0]}")
-    if report["mismatched_keys"]:
-        name, stored, wanted = min(report["mismatched_keys"])
-        raise CheckpointError(
-            str(folder),
-            "",
-            f"{name} has shape {tuple(stored)}, {CONFIG} wants {tuple(wanted)}; so they do not belong together",
-        )
+        what = f"quant_method {quantised!r} cannot be loaded here" if quantised else "cannot be loaded"
+        if broken := [line.split("|")[0].strip() for line in said if "| CONVERSION" in line]:
+            why = f"what {', '.join(broken[:3])} is made of is not whole, such as the scales of quantised weights"
+        else:
+            why = _line(error)
+        raise CheckpointError(str(folder), "", f"{what}: {why}") from error
+    text = config.get_text_config(decoder=True)
+    check_taken(folder, stored_tensors(folder), model, report, text, quantised is not None)
     return model
+
+
+def _placed(model: Any, device: torch.device) -> Any:
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise PlanError(f"{type(model).__name__} does not fit on {device}: {_line(error)}") from error
+
+
+def _check_dtype(folder: Path, dtype: Any) -> None:
+    """CheckpointError for a model that would compute in a dtype that nobody chose."""
+    if str(dtype).removeprefix("torch.") not in DTYPES:
+        reason = f"asks for {dtype}; a model computes in {', '.join(DTYPES[1:])}: pass one of them as dtype"
+        raise CheckpointError(str(folder), CONFIG, reason)
 
 
 @contextmanager
@@ -126,6 +151,19 @@ def _progress_on_terminals() -> Iterator[None]:
     finally:
         if quiet:
             bars.enable_progress_bar()  # type: ignore[no-untyped-call]  # as above
+
+
+@contextmanager
+def _listening(said: list[str]) -> Iterator[None]:
+    """transformers says what went wrong with which tensor to its log alone; its lines, without colours."""
+    heard = logging.Handler(logging.WARNING)
+    heard.emit = lambda record: said.extend(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage()).splitlines())  # type: ignore[method-assign]  # a handler is no more than this
+    log = logging.getLogger("transformers.modeling_utils")
+    log.addHandler(heard)
+    try:
+        yield
+    finally:
+        log.removeHandler(heard)
 
 
 def _max_length(folder: Path, text: Any, limit: int | None, name: str) -> int:
@@ -169,4 +207,6 @@ def _tokenizer(folder: Path) -> Any:
 def _line(error: BaseException) -> str:
     """The first two lines of a message: what, and often why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError):
+        return f"transformers looks for {error} in vain"
     return " ".join(lines[:2]) or type(error).__name__

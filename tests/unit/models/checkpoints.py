@@ -93,6 +93,21 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek-v2": ("DeepseekV2Config", common(**LATENT)),
     "deepseek-v3": ("DeepseekV3Config", common(**LATENT)),
+    "granite-4": (
+        "GraniteMoeHybridConfig",
+        common(
+            layer_types=["full_attention", "full_attention"],
+            shared_intermediate_size=48,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            attention_multiplier=0.3,
+            residual_multiplier=0.5,
+            logits_scaling=2.0,
+            mamba_n_heads=4,
+            mamba_d_head=16,
+            mamba_d_state=8,
+        ),
+    ),
     "gpt-oss": (
         "GptOssConfig",
         common(
