@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
-from threading import Condition
-from time import monotonic
+from threading import Condition, Thread
+from time import monotonic, sleep
 from typing import Any
 
 from rayk import messages as m
@@ -19,6 +20,9 @@ from rayk.errors import MessageError, RaykError, ReplicaLostError, ReplicaRemove
 from rayk.scheduler.asks import Ask, Told
 from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.desk import DeskSettings
+from rayk.scheduler.leases import TICK_SECONDS
+
+log = logging.getLogger("rayk.scheduler")
 
 LANES = 8  # batches that are under way at once; the driver that waits for each of its batches uses one
 ANSWERS = 16 * LANES  # remembered for each driver; more than its messages can overtake each other by
@@ -46,6 +50,8 @@ class SchedulerActor:
         self._working: set[tuple[str, int]] = set()  # mutations that a lane is at
         self._core_lock = Condition()  # a script's step and the sending of what it asks are one
         settle()
+        if runtime is None:
+            Thread(target=self._keep_time, name="rayk-timer", daemon=True).start()
 
     def _link(self, replica: int, actor: Actor, epoch: int) -> Link:
         lost = partial(self._lost, replica, epoch)
@@ -114,8 +120,6 @@ class SchedulerActor:
         try:
             while True:
                 with self._core_lock:
-                    if told is None:
-                        self._core.renewed[client] = monotonic()
                     if self._core.hall is not None:
                         turns = [link.turn if link is not None else 0 for link in self._links]
                         used = [link.used if link is not None else 0 for link in self._links]
@@ -171,9 +175,30 @@ class SchedulerActor:
         """This process, on its node."""
         return os.getpid()
 
-    def renew(self, client: str) -> None:
-        """The driver is alive; keeps its lease."""
-        self._core.renewed[client] = monotonic()
+    def renew(self, client: str) -> bool:
+        """The driver is alive; keeps its lease. False when that has ended."""
+        return self._core.leases.renew(client)
+
+    def tick(self) -> None:
+        """Do what is due though nobody sends a message. Waits for nobody: a replica carries out what it is told when it
+        comes to it."""
+        with self._core_lock:
+            orders, told = self._core.expire(), list[Told]()
+            try:
+                asks = next(orders)
+                while True:
+                    told = [Told(m.Done()) for _ in map(self._send, asks)]
+                    asks = orders.send(told)
+            except StopIteration:
+                return
+
+    def _keep_time(self) -> None:
+        while True:
+            sleep(TICK_SECONDS)
+            try:
+                self.tick()
+            except Exception:  # the next tick tries again
+                log.exception("the scheduler's timer failed")
 
     def roster(self) -> Any:
         """What a driver needs to attach, or to go on after somebody came or left: a Cluster."""

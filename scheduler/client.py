@@ -67,10 +67,13 @@ class RayBackend:
         self.calls.prefill_rate = rate
 
     def _renew(self) -> None:
-        scheduler = self.calls.scheduler.actor
+        scheduler, had = self.calls.scheduler.actor, True
         while not self._stopped.wait(LEASE_SECONDS / 3):
             try:
-                self._runtime.get(scheduler.call("renew", self.calls.client, control=True), "the scheduler", 5)
+                has = self._runtime.get(scheduler.call("renew", self.calls.client, control=True), "the scheduler", 5)
+                if had and not has:
+                    log.warning("this driver was silent for longer than its lease: what it had claimed is released")
+                had = has
             except (RaykError, ActorGoneError):
                 continue  # the next call of the driver will say so
 

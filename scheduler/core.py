@@ -22,6 +22,7 @@ from rayk.scheduler.desk import DeskSettings
 from rayk.scheduler.entry import Entry
 from rayk.scheduler.hall import Hall
 from rayk.scheduler.handover import Handover
+from rayk.scheduler.leases import Leases
 from rayk.scheduler.lines import Lines
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.offering import Offering
@@ -51,9 +52,7 @@ class SchedulerCore:
             self.hall = Hall(settings.admission, self.desk, settings.page_size, clock)
             self.standing.vacated = self.hall.lost
             self._entry = Entry(self.placer, self.hall)
-        self.renewed: dict[str, float] = {}  # client -> when it was heard of last
-        self._leases: dict[str, float] = {}  # client -> seconds it may be silent
-        self._silent: set[str] = set()  # clients that were silent for longer, and whose requests were released
+        self.leases = Leases(clock)
         self._clock = clock
 
     @property
@@ -62,9 +61,8 @@ class SchedulerCore:
         return self.placer.placements
 
     def handle(self, client: str, command: m.SchedulerCommand) -> Script:
-        """The script that carries out `command` for `client`, after requests of silent drivers were released."""
-        self._silent.discard(client)
-        yield from self._expire()
+        """The script that carries out `command` for `client`."""
+        self.leases.heard(client)
         yield from self.placer.copying.say_farewell()
         return (yield from self._script(client, command))
 
@@ -196,24 +194,20 @@ class SchedulerCore:
 
     def _connect(self, client: str, lease: float | None) -> Script:
         if lease is not None:
-            self._leases[client], self.renewed[client] = lease, self._clock()
+            self.leases.connect(client, lease)
         yield []
         return m.Done()
 
-    def _expire(self) -> Part:
-        """Release the requests of drivers that did not renew their lease."""
-        now = self._clock()
-        for client, seconds in list(self._leases.items()):
-            if client not in self._silent and self.renewed[client] + seconds < now:
-                self._silent.add(client)
-                if self.hall is not None:
-                    self.hall.drop(client)
-                yield from self.placer.release_all(client)
+    def expire(self) -> Part:
+        """Release the requests of drivers whose leases have ended. To be run every LONGEST_TICK seconds at least; its
+        rounds are orders, whose answers need not be waited for."""
+        for client in self.leases.tick():
+            if self.hall is not None:
+                self.hall.drop(client)
+            yield from self.placer.release_all(client)
 
     def _leave(self, client: str) -> Script:
-        self._leases.pop(client, None)
-        self.renewed.pop(client, None)
-        self._silent.discard(client)
+        self.leases.leave(client)
         if self.hall is not None:
             self.hall.drop(client)
         yield from self.placer.release_all(client)
@@ -226,7 +220,7 @@ class SchedulerCore:
             self.members.epochs,
             [x.requests for x in loads],
             [x.tokens for x in loads],
-            len(self._leases),
+            len(self.leases),
             [str(state) for state in self.members.states],
             fleet.work.astype(int).tolist(),
             fleet.held.tolist(),

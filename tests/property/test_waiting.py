@@ -105,7 +105,6 @@ class Cluster(RuleBasedStateMachine):
         return result
 
     def _send(self, driver: str, command: Any) -> None:
-        self.core.renewed[driver] = self.now
         script = self.core.handle(driver, command)
         self._go_on(script, driver, None)
 

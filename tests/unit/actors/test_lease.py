@@ -13,6 +13,7 @@ from rayk import messages as m
 from rayk.errors import ClosedError
 from rayk.scheduler import actor as scheduler_actor
 from rayk.scheduler.client import LEASE_SECONDS
+from rayk.scheduler.leases import TICK_SECONDS
 
 from .fake import FakeRuntime, manager_on, params, session_on
 
@@ -53,34 +54,75 @@ def client_of(manager: PagedKVCacheManager) -> str:
     return name
 
 
+Pass = Callable[[float], None]
+
+
+@pytest.fixture
+def pass_(runtime: FakeRuntime, now: list[float]) -> Pass:
+    """Time goes by, and the scheduler runs all the while."""
+
+    def run(seconds: float) -> None:
+        for _ in range(round(seconds / TICK_SECONDS)):
+            now[0] += TICK_SECONDS
+            runtime.actor("scheduler").instance.tick()
+
+    return run
+
+
 def held(runtime: FakeRuntime) -> list[list[str]]:
     return [sorted(runtime.actor(f"replica-{r}").core.requests) for r in range(2)]
 
 
-def test_a_silent_drivers_requests_are_released_when_the_next_one_comes(
-    runtime: FakeRuntime, first: PagedKVCacheManager, now: list[float], attach: Attach
+def test_a_silent_drivers_requests_are_released_though_nobody_says_anything(
+    runtime: FakeRuntime, first: PagedKVCacheManager, pass_: Pass, attach: Attach
 ) -> None:
-    now[0] += LEASE_SECONDS + 1
-    second = attach()
+    pass_(LEASE_SECONDS + 1)
     assert held(runtime) == [[], []]
+    second = attach()
     assert [second.get_num_used_pages(r) for r in range(2)] == [0, 0]
     assert second.admit([TextContext("first-0", range(6), 100)]) == [0], "the id is free again"
 
 
-def test_within_its_lease_a_driver_keeps_its_requests(
-    runtime: FakeRuntime, first: PagedKVCacheManager, now: list[float], attach: Attach
+@pytest.mark.parametrize("stall", [LEASE_SECONDS + 1, 600.0])
+def test_a_scheduler_that_stood_still_hears_drivers_before_it_ends_their_leases(
+    runtime: FakeRuntime, first: PagedKVCacheManager, now: list[float], pass_: Pass, attach: Attach, stall: float
 ) -> None:
-    now[0] += LEASE_SECONDS - 1
+    second, scheduler = attach(), runtime.actor("scheduler")
+    second.admit([TextContext("second", range(6), 100)])
+    pass_(LEASE_SECONDS / 3)  # since either was heard of
+    now[0] += stall
+    scheduler.instance.tick()
+    assert held(runtime) == [["first-0", "second"], ["first-1"]]
+    pass_(LEASE_SECONDS / 3)
+    assert scheduler.call("renew", client_of(first), control=True).value is True
+    pass_(LEASE_SECONDS / 2)
+    assert held(runtime) == [["first-0"], ["first-1"]], "the second driver died while it stood still"
+
+
+def test_a_driver_whose_lease_ended_is_told_when_it_renews(
+    runtime: FakeRuntime, first: PagedKVCacheManager, pass_: Pass
+) -> None:
+    """Its renewing thread may have been stopped with it."""
+    renew = lambda: runtime.actor("scheduler").call("renew", client_of(first), control=True).value  # noqa: E731  # short
+    assert renew() is True
+    pass_(LEASE_SECONDS + 1)
+    assert renew() is False
+
+
+def test_within_its_lease_a_driver_keeps_its_requests(
+    runtime: FakeRuntime, first: PagedKVCacheManager, pass_: Pass, attach: Attach
+) -> None:
+    pass_(LEASE_SECONDS - 1)
     attach()
     assert held(runtime) == [["first-0"], ["first-1"]]
 
 
 @pytest.mark.parametrize("how", ["renew", "a call"])
 def test_a_driver_that_is_heard_of_keeps_its_lease(
-    runtime: FakeRuntime, first: PagedKVCacheManager, now: list[float], attach: Attach, how: str
+    runtime: FakeRuntime, first: PagedKVCacheManager, pass_: Pass, attach: Attach, how: str
 ) -> None:
     for _ in range(3):
-        now[0] += LEASE_SECONDS - 1
+        pass_(LEASE_SECONDS - 1)
         if how == "renew":
             runtime.actor("scheduler").call("renew", client_of(first), control=True)
         else:
@@ -90,61 +132,61 @@ def test_a_driver_that_is_heard_of_keeps_its_lease(
 
 
 def test_only_the_silent_drivers_requests_go(
-    runtime: FakeRuntime, first: PagedKVCacheManager, now: list[float], attach: Attach
+    runtime: FakeRuntime, first: PagedKVCacheManager, pass_: Pass, attach: Attach
 ) -> None:
     second = attach()
     second.admit([TextContext("second", range(6), 100)])
-    now[0] += LEASE_SECONDS - 1
+    pass_(LEASE_SECONDS - 1)
     second.get_metrics_aggregated()
-    now[0] += 2
+    pass_(2)
     attach()
     assert held(runtime) == [["second"], []]
 
 
 def test_a_dead_replica_does_not_keep_a_lease_from_expiring(
-    runtime: FakeRuntime, first: PagedKVCacheManager, now: list[float], attach: Attach
+    runtime: FakeRuntime, first: PagedKVCacheManager, pass_: Pass, attach: Attach
 ) -> None:
     runtime.kill("replica-0")
-    now[0] += LEASE_SECONDS + 1
+    pass_(LEASE_SECONDS + 1)
     attach()
     assert held(runtime)[1] == []
 
 
 def test_a_released_id_that_another_driver_claimed_stays_its_own(
-    runtime: FakeRuntime, first: PagedKVCacheManager, now: list[float], attach: Attach
+    runtime: FakeRuntime, first: PagedKVCacheManager, pass_: Pass, attach: Attach
 ) -> None:
     """A driver tells the scheduler late what it released on a replica: by then the id may belong to another one."""
     second = attach()
     first.release("first-0", 0)
     second.claim("first-0", 0)
     first.claim("other", 1)  # brings the late news
-    now[0] += LEASE_SECONDS - 1
+    pass_(LEASE_SECONDS - 1)
     first.get_metrics_aggregated()
-    now[0] += 2  # the second driver is late, the first is not
+    pass_(2)  # the second driver is late, the first is not
     attach()
     assert held(runtime) == [[], ["first-1", "other"]]
 
 
 def test_what_a_driver_claims_after_its_lease_ran_out_has_a_lease_again(
-    runtime: FakeRuntime, first: PagedKVCacheManager, now: list[float], attach: Attach
+    runtime: FakeRuntime, first: PagedKVCacheManager, pass_: Pass, attach: Attach
 ) -> None:
     """A driver may be stopped for longer than its lease, in a debugger or by a full machine, and go on."""
-    now[0] += LEASE_SECONDS + 1
+    pass_(LEASE_SECONDS + 1)
     attach()
     first.claim("late", 0)
-    now[0] += LEASE_SECONDS + 1
+    pass_(LEASE_SECONDS + 1)
     attach()
     assert held(runtime) == [[], []]
 
 
 def test_a_silent_driver_is_noticed_without_a_new_one(
-    runtime: FakeRuntime, first: PagedKVCacheManager, now: list[float], attach: Attach
+    runtime: FakeRuntime, first: PagedKVCacheManager, pass_: Pass, attach: Attach
 ) -> None:
     """Drivers that stay attached get a dead one's pages back, too."""
     second = attach()
-    now[0] += LEASE_SECONDS + 1
+    pass_(LEASE_SECONDS + 1)
     second.get_metrics_aggregated()
-    now[0] += LEASE_SECONDS - 1
+    pass_(LEASE_SECONDS - 1)
     second.claim("second", 1)
     assert held(runtime) == [[], ["second"]]
 

@@ -86,7 +86,6 @@ class Scheduler:
 
     def run(self, command: Any, answer: Answer = usual, client: str = "driver") -> Any:
         self.rounds, self.asked = [], []
-        self.core.renewed[client] = self.now
         script = self.core.handle(client, command)
         try:
             asks = next(script)
@@ -97,6 +96,14 @@ class Scheduler:
                 asks = script.send([Told(answer(ask), f"data of replica {ask.replica}") for ask in asks])
         except StopIteration as end:
             return end.value
+
+    def passes(self, seconds: int) -> list[list[Ask]]:
+        """Time goes by, and the scheduler runs; what it orders by itself."""
+        orders: list[list[Ask]] = []
+        for _ in range(seconds):
+            self.now += 1.0
+            orders += self.core.expire()
+        return orders
 
     def place(self, *places: Place, answer: Answer = usual, **options: Any) -> Placed:
         ctxs = [TextContext(p.request_id, [1] * p.length, 99) for p in places]
@@ -390,13 +397,10 @@ def test_leases_end_when_they_are_not_renewed() -> None:
     scheduler.run(m.Connect(5.0))
     scheduler.run(m.ClaimOne("mine", 0))
     scheduler.run(m.ClaimOne("unleased", 1), client="owner")
-    scheduler.now += 5.0
-    scheduler.run(m.Connect(5.0), client="second")
-    assert scheduler.rounds == [], "to the second it is still in time"
-    scheduler.now += 0.5
-    scheduler.run(m.Connect(5.0), client="third")
-    assert scheduler.rounds == [[(0, "Release")]]
+    assert scheduler.passes(5) == [], "it is still in time"
+    assert scheduler.passes(1) == [[Ask(0, m.Release(["mine"], missing_ok=True))]]
     assert scheduler.placed == {"unleased": 1}
+    assert scheduler.passes(9) == []
 
 
 def test_description() -> None:

@@ -192,7 +192,7 @@ def test_a_driver_that_goes_takes_its_requests_along(how: str) -> None:
     if how == "leaves":
         scheduler.run(m.Disconnect(), client="one")
     else:
-        scheduler.now += 6
+        scheduler.passes(6)
     for replica in range(2):
         scheduler.report(replica)
     assert scheduler.enter(client="two") == {"d": 0}
