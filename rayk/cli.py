@@ -130,7 +130,10 @@ def bench(
         typer.Option(help="Ray cluster to join; otherwise one that runs, or a new one.", rich_help_panel=_CLUSTER),
     ] = None,
     router: Annotated[
-        str, typer.Option(help="cost, round-robin, least-loaded, prefix or session.", rich_help_panel=_CLUSTER)
+        str,
+        typer.Option(
+            help="cost, round-robin, least-loaded, prefix, session, or module:Class.", rich_help_panel=_CLUSTER
+        ),
     ] = "cost",
     peer_copies: Annotated[
         bool,

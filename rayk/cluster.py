@@ -76,9 +76,10 @@ class Cluster:
         threads: int = 1,
         tokenizer: Any = None,
     ) -> None:
-        from rayk.scheduler.steering import Steering, wants_pages
+        from rayk.scheduler.policies import wants_keys
+        from rayk.scheduler.steering import Steering
 
-        wants_pages(router)  # ConfigError for one that there is not
+        keyed = wants_keys(router)  # ConfigError for one that there is not
         require_at_least(0, max_retries=max_retries)
         folder = None if disk_dir is None else Path(disk_dir).expanduser().resolve()
         tiers = TierWish(host_memory=host_memory, disk_dir=folder, disk_memory=disk_memory)
@@ -92,7 +93,7 @@ class Cluster:
             utilization=memory_utilization,
             longest=longest,
             graphs=graphs,
-            reports=prefix_caching and (peer_copies or wants_pages(router)),
+            reports=prefix_caching and (peer_copies or keyed),
             peer_copies=prefix_caching and peer_copies,
             tiers=tiers,
             threads=threads,

@@ -23,7 +23,7 @@ from rayk.pages import Pages
 from rayk.scheduler.choice import Choice, Parts, Wish
 from rayk.scheduler.fleet import BoolArray, Fleet
 from rayk.scheduler.index import PrefixIndex, short_keys
-from rayk.scheduler.policies import WANT_KEYS, make_policy
+from rayk.scheduler.policies import make_policy, wants_keys
 from rayk.transport.choice import AUTO
 
 REMEMBERED = 4096  # choices that can still be explained, at least
@@ -48,7 +48,7 @@ class DeskSettings:
     @property
     def wants_keys(self) -> bool:
         """Whether the policy goes by cached pages once there are several replicas."""
-        return self.caching and self.router in WANT_KEYS
+        return self.caching and wants_keys(self.router)
 
     @property
     def keyed(self) -> bool:

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -106,18 +109,49 @@ POLICIES: dict[str, Callable[[PrefixIndex, int], Policy]] = {
     "session": lambda index, page_size: Session(),
 }
 
-WANT_KEYS = frozenset({"cost", "prefix"})
-"""Policies that look into the index: for the others nobody needs to hash pages or to feed it."""
+ENTRY_POINTS = "rayk.routers"
 
 
 def make_policy(name: str, index: PrefixIndex, page_size: int) -> Policy:
-    """The policy of that name over `index`, whose keys stand for pages of `page_size` tokens; ConfigError lists the
-    names."""
-    check_router(name)
-    return POLICIES[name](index, page_size)
+    """The policy of that name over `index`, whose keys stand for pages of `page_size` tokens. See find_policy()."""
+    return find_policy(name)(index, page_size)
 
 
-def check_router(name: str) -> None:
-    """ConfigError, which lists the names, unless there is a policy of that name."""
-    if name not in POLICIES:
-        raise ConfigError(f"router {name!r} is not one of {', '.join(POLICIES)}")
+def find_policy(name: str) -> Callable[[PrefixIndex, int], Policy]:
+    """What makes the policy of that name: one of POLICIES, an entry point of the group "rayk.routers" in an installed
+    package, or "package.module:Name", which every process that routes has to find. ConfigError lists the names.
+
+    A class with __init__(index, page_size) and choose(wish, fleet) will do. With `wants_keys = True` requests come with
+    the keys of their pages, and `index` is kept up to date; without, nobody hashes pages for it.
+    """
+    if name in POLICIES:
+        return POLICIES[name]
+    found: Any = None
+    module, colon, attribute = name.partition(":")
+    try:
+        if colon:
+            found = getattr(import_module(module), attribute)
+        else:
+            found = next((point.load() for point in entry_points(group=ENTRY_POINTS, name=name)), None)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"router {name!r} cannot be loaded: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"router {name!r} is not one of {', '.join(POLICIES)}, and names no class in a module")
+    make: Callable[[PrefixIndex, int], Policy] = found
+    return make
+
+
+def wants_keys(name: str) -> bool:
+    """Whether the policy of that name looks into the index: else nobody needs to hash pages or to feed it."""
+    return name in _WANT_KEYS or bool(getattr(find_policy(name), "wants_keys", False))
+
+
+_WANT_KEYS = ("cost", "prefix")
+
+
+def check_router(name: str, flag: str = "") -> None:
+    """ConfigError unless there is a policy of that name; `flag` stands before the message."""
+    try:
+        find_policy(name)
+    except ConfigError as error:
+        raise ConfigError(f"{flag}{error}") from error

@@ -1,16 +1,10 @@
-"""Which replica a request goes to, and the count of what is placed where that the choice is made from.
-
-`Placements` is exact and local: a request counts from the moment it is chosen a place, so that a burst does
-not herd onto one replica. Routers see it and nothing else here; they are pure.
-"""
+"""The count of what is placed where: exact and local, a request counts from the moment it is chosen a place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from rayk.errors import AlreadyClaimedError, ConfigError
+from rayk.errors import AlreadyClaimedError
 
 
 @dataclass(slots=True)
@@ -19,43 +13,6 @@ class Load:
 
     requests: int = 0
     tokens: int = 0
-
-
-class Router(Protocol):
-    """Chooses a replica index; may keep state of its own choices."""
-
-    def choose(self, tokens: int, loads: Sequence[Load]) -> int:
-        """The replica for a request of `tokens` tokens, given the loads of all replicas."""
-        ...
-
-
-class RoundRobin:
-    """Replica i, i + 1, .. in turn, whatever they carry."""
-
-    def __init__(self) -> None:
-        self._next = 0
-
-    def choose(self, tokens: int, loads: Sequence[Load]) -> int:
-        replica = self._next % len(loads)
-        self._next = replica + 1
-        return replica
-
-
-class LeastLoaded:
-    """The replica with the fewest placed tokens, then the fewest requests, then the lowest index."""
-
-    def choose(self, tokens: int, loads: Sequence[Load]) -> int:
-        return min(range(len(loads)), key=lambda i: (loads[i].tokens, loads[i].requests, i))
-
-
-ROUTERS: dict[str, Callable[[], Router]] = {"round-robin": RoundRobin, "least-loaded": LeastLoaded}
-
-
-def make_router(name: str) -> Router:
-    """The router of that name; ConfigError lists the names."""
-    if name not in ROUTERS:
-        raise ConfigError(f"router {name!r} is not one of {', '.join(ROUTERS)}")
-    return ROUTERS[name]()
 
 
 class Placements:

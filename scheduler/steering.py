@@ -16,7 +16,7 @@ from rayk.scheduler.fetching import Fetch, Fetching
 from rayk.scheduler.fleet import Fleet
 from rayk.scheduler.index import PrefixIndex
 from rayk.scheduler.lines import Lines
-from rayk.scheduler.policies import WANT_KEYS, make_policy
+from rayk.scheduler.policies import make_policy
 
 
 class Placed(NamedTuple):
@@ -27,12 +27,6 @@ class Placed(NamedTuple):
     compute: int
     promised: Sequence[int]
     fetch: Fetch | None = None
-
-
-def wants_pages(router: str) -> bool:
-    """Whether the policy of that name looks at what is cached where; ConfigError lists the names."""
-    make_policy(router, PrefixIndex(1), 1)
-    return router in WANT_KEYS
 
 
 class Steering:

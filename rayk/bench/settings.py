@@ -23,7 +23,6 @@ VERIFY_BUDGET = 2048
 BATCHES_KEPT = 3
 """Default pages: room for this many average batches, so that a cache is worth having and still has to evict."""
 
-ROUTERS = ("cost", "round-robin", "least-loaded", "prefix", "session")
 ARRIVING_BATCH = 256
 """Rows of one forward when requests come as they arrive, unless told otherwise."""
 
@@ -64,6 +63,9 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
     source: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
+        from rayk.scheduler.policies import check_router
+
+        check_router(self.router, "--")
         for name in ("replicas", "page_size", "concurrency", "max_batch_size", "layers", "kv_heads", "head_dim", "tp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, at least 1 is needed")
@@ -76,7 +78,6 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
             if rate is not None and not 0 < rate < math.inf:
                 raise ConfigError(f"--{name} is {rate}, more than 0 {unit} is needed")
         for name, value, allowed in (
-            ("router", self.router, ROUTERS),
             ("forward", self.forward, FORWARDS),
             ("runtime", self.runtime, RUNTIMES),
         ):

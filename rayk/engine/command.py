@@ -88,7 +88,9 @@ def generate(
     ] = None,
     router: Annotated[
         str,
-        typer.Option(help="cost, round-robin, least-loaded, prefix or session.", rich_help_panel=_CLUSTER),
+        typer.Option(
+            help="cost, round-robin, least-loaded, prefix, session, or module:Class.", rich_help_panel=_CLUSTER
+        ),
     ] = "cost",
     chunk_size: Annotated[int, typer.Option(help="Tokens of one forward.", rich_help_panel=_CLUSTER)] = 512,
     max_batch_size: Annotated[int, typer.Option(help="Requests of one forward.", rich_help_panel=_CLUSTER)] = 64,

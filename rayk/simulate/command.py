@@ -53,7 +53,7 @@ def simulate(
     policy: Annotated[str, typer.Option(help="What caches evict: lru, belady.", rich_help_panel=_CASES)] = "lru",
     router: Annotated[
         str,
-        typer.Option(help="cost, round-robin, least-loaded, prefix, session.", rich_help_panel=_CASES),
+        typer.Option(help="cost, round-robin, least-loaded, prefix, session, module:Class.", rich_help_panel=_CASES),
     ] = "cost,round-robin,least-loaded,prefix",
     page_size: Annotated[int, typer.Option(help="Tokens of a page.", rich_help_panel=_CASES)] = 512,
     utilization: Annotated[
@@ -78,7 +78,7 @@ def simulate(
     if seed < 0:
         raise ConfigError(f"--seed is {seed}, at least 0 is needed")
     _check_time(utilization, prefill_rate)
-    from rayk.scheduler.policies import POLICIES as ROUTERS
+    from rayk.scheduler.policies import check_router
     from rayk.simulate.model import POLICIES, Case, Simulator
 
     cases = [
@@ -87,9 +87,11 @@ def simulate(
             [parse_count(text) for text in parse_list("--replicas", replicas)],
             [parse_tokens(text) for text in parse_list("--capacity", capacity)],
             _names("--policy", policy, POLICIES),
-            _names("--router", router, tuple(ROUTERS)),
+            parse_list("--router", router),
         )
     ]
+    for case in cases:
+        check_router(case.router, "--")
     work = read_work(trace, workload, requests, scale, arrival_rate, seed)
     simulator = Simulator(work, page_size, seed)
     rows = []

@@ -105,12 +105,12 @@ class Simulator:
         from rayk.scheduler.cost import Cost
         from rayk.scheduler.fleet import Fleet
         from rayk.scheduler.index import PrefixIndex
-        from rayk.scheduler.policies import WANT_KEYS, make_policy
+        from rayk.scheduler.policies import make_policy, wants_keys
 
         pages = self.pages(case.capacity)
         index, fleet = PrefixIndex(case.replicas), Fleet(case.replicas, rate, pages * self.page_size)
         router = Cost(index, self.page_size, weights) if weights else make_policy(case.router, index, self.page_size)
-        keyed = case.router in WANT_KEYS
+        keyed = wants_keys(case.router)
 
         def hears(change: Callable[..., None], replica: int) -> Changed:
             return lambda first, count: change(replica, range(first, first + count))

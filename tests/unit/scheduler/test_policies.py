@@ -1,17 +1,21 @@
 """Policies: what each looks at, and that replicas which take nothing get nothing."""
 
-import msgspec
+import re
+import sys
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
 import numpy as np
 import pytest
 
 from rayk.errors import ConfigError
-from rayk.scheduler.choice import Wish
+from rayk.scheduler import policies
+from rayk.scheduler.choice import Choice, Wish
 from rayk.scheduler.cost import Cost, Weights
-from rayk.scheduler.decisions import Decisions, Reason
 from rayk.scheduler.desk import DeskSettings
 from rayk.scheduler.fleet import Fleet
 from rayk.scheduler.index import PrefixIndex, Tier
-from rayk.scheduler.policies import POLICIES, Session, make_policy
+from rayk.scheduler.policies import POLICIES, Session, check_router, make_policy, wants_keys
 
 PAGE = 10
 KEYS = list(range(1000, 1010))
@@ -291,17 +295,42 @@ def test_a_choice_is_explained() -> None:
     assert 29 in [c.replica for c in choice.parts.candidates(29, 5)]
 
 
-def test_the_last_decisions_are_kept_and_travel() -> None:
-    fleet, index = Fleet(3), PrefixIndex(3)
-    index.stored(2, KEYS)
-    decisions = Decisions("cost", kept=2)
-    for i in range(3):
-        decisions.keep(f"r{i}", 101, Cost(index, PAGE).choose(Wish(101, KEYS), fleet), at=float(i))
-    assert decisions.why("r0") is None and len(decisions) == 2
-    reason = decisions.why("r2", candidates=2)
-    assert reason is not None and (reason.replica, reason.tokens, reason.at, reason.router) == (2, 101, 2.0, "cost")
-    assert [c.replica for c in reason.candidates] == [2, 0] and reason.candidates[0].cached == 100
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(reason), type=Reason) == reason
-    decisions.keep("r2", 7, make_policy("round-robin", index, PAGE).choose(Wish(7), fleet), at=9.0)
-    again = decisions.why("r2")
-    assert again is not None and again.candidates == [] and again.at == 9.0 and len(decisions) == 2
+class Highest:
+    """A policy of somebody else's: the replica with the highest index."""
+
+    wants_keys = True
+
+    def __init__(self, index: PrefixIndex, page_size: int) -> None:
+        pass
+
+    def choose(self, wish: Wish, fleet: Fleet) -> Choice:
+        return Choice(int(np.flatnonzero(fleet.ready)[-1]))
+
+
+class Silent(Highest):
+    wants_keys = False
+
+
+class Point(NamedTuple):
+    """As importlib.metadata.EntryPoint."""
+
+    name: str
+    policy: Any
+
+    def load(self) -> Any:
+        return self.policy
+
+
+def test_a_policy_of_somebody_else_is_found_by_its_module_or_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "their_routers", SimpleNamespace(Highest=Highest, broken=7))
+    monkeypatch.setattr(policies, "entry_points", lambda group, name: [Point(name, Silent)] if name == "silent" else [])
+    with pytest.raises(ConfigError, match="router 'best' is not one of cost, round-robin"):
+        wants_keys("best")
+    assert make_policy("their_routers:Highest", PrefixIndex(3), PAGE).choose(Wish(1), Fleet(3)).replica == 2
+    assert make_policy("silent", PrefixIndex(3), PAGE).choose(Wish(1), Fleet(3)).replica == 2
+    assert [wants_keys(name) for name in ("their_routers:Highest", "silent", "cost", "session")] == [
+        True, False, True, False,
+    ]  # fmt: skip
+    for name in ("nobodys_module:Highest", "their_routers:Lowest", "their_routers:broken", "silence", ":", "a:", ":b"):
+        with pytest.raises(ConfigError, match=re.escape(repr(name))):
+            check_router(name)

@@ -1,42 +1,11 @@
-"""Routers and the count of placements that they choose from."""
+"""The count of placements."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayk.errors import AlreadyClaimedError, ConfigError
-from rayk.scheduler.routing import LeastLoaded, Load, Placements, RoundRobin, make_router
-
-
-def test_round_robin_takes_turns_whatever_they_carry() -> None:
-    router = RoundRobin()
-    loads = [Load(9, 900), Load(), Load()]
-    assert [router.choose(10, loads) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
-
-
-@pytest.mark.parametrize(
-    ("loads", "chosen"),
-    [
-        ([Load(0, 0), Load(0, 0)], 0),
-        ([Load(1, 10), Load(9, 9)], 1),
-        ([Load(2, 10), Load(1, 10)], 1),
-        ([Load(1, 10), Load(1, 10), Load(0, 11)], 0),
-    ],
-)
-def test_least_loaded_looks_at_tokens_then_requests_then_index(loads: list[Load], chosen: int) -> None:
-    assert LeastLoaded().choose(100, loads) == chosen
-
-
-def test_a_burst_is_spread() -> None:
-    placements, router = Placements(4), make_router("least-loaded")
-    for i in range(40):
-        placements.add(f"r{i}", router.choose(10, placements.loads), 10)
-    assert [load.requests for load in placements.loads] == [10] * 4
-
-
-def test_unknown_routers_are_refused_with_the_names() -> None:
-    with pytest.raises(ConfigError, match="'fast' is not one of round-robin, least-loaded"):
-        make_router("fast")
+from rayk.errors import AlreadyClaimedError
+from rayk.scheduler.routing import Load, Placements
 
 
 def test_a_request_has_one_place() -> None:

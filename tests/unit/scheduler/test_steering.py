@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from rayk.errors import ConfigError
 from rayk.hashing import PageHasher
-from rayk.scheduler.steering import Steering, wants_pages
+from rayk.scheduler.steering import Steering
 
 PAGE = 4
 HASHER = PageHasher("xxh3_128", b"s" * 32, PAGE)
@@ -81,9 +79,3 @@ def test_least_loaded_counts_what_is_placed() -> None:
     assert [steer.place(i, 10, [], None) for i in (2, 3)] == [0, 1], "requests that decode are load"
     steer.remove(1)
     assert steer.place(4, 10, [], None) == 1
-
-
-def test_which_policies_look_at_pages() -> None:
-    assert wants_pages("cost") and wants_pages("prefix") and not wants_pages("round-robin")
-    with pytest.raises(ConfigError, match="router 'best'"):
-        wants_pages("best")
