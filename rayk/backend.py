@@ -25,6 +25,7 @@ from rayk.errors import (
     InsufficientBlocksError,
     NoReplicaError,
     RaykError,
+    UnsendableError,
 )
 from rayk.exports import PageExport
 from rayk.inline_replicas import InlineReplicas
@@ -38,6 +39,7 @@ from rayk.request import Reused, Usage
 from rayk.scaling import Drained, Removed, ReplicaLoad
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
+from rayk.values import checked_request_id
 
 if TYPE_CHECKING:
     from rayk.scheduler.choice import Wish
@@ -107,20 +109,23 @@ class InlineBackend(InlineReplicas):
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> None:
         core = self.cores[replica]
         assert core is not None
+        request_id = checked_request_id(request_id)
         if not self._desk.fleet.ready[replica]:
             self._standing.members.check_takes(replica)
         self._placements.add(request_id, replica)
         core.claim(request_id, dummy)
 
     def contains(self, request_id: str, replica: int) -> bool:
-        return request_id in self.core(replica).requests
+        return checked_request_id(request_id) in self.core(replica).requests
 
     def release(self, request_id: str, replica: int) -> None:
+        if type(request_id) is not str:
+            request_id = checked_request_id(request_id)
         self.core(replica).release(request_id)
         self._gone(request_id)
 
     def blocks(self, request_id: str, replica: int) -> list[int]:
-        return self.core(replica).blocks(request_id)
+        return self.core(replica).blocks(checked_request_id(request_id))
 
     def _allocator(self, core: ReplicaCore) -> Callable[[TextContext], Reused]:
         return partial(self._alloc_with_copies, core) if self._copies else core.alloc
@@ -404,7 +409,7 @@ class InlineBackend(InlineReplicas):
 
 def cannot_be_sent(request_id: str, error: Exception) -> RaykError:
     """Why a request has no place that says what no message can carry; a RaykError stands for itself."""
-    if isinstance(error, RaykError):
+    if isinstance(error, RaykError) and not isinstance(error, UnsendableError):
         return error
     return BatchError(f"request {request_id!r} cannot be sent: {error}; give it values that fit a message")
 

@@ -11,6 +11,7 @@ made from them stay true.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import index
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayk.errors import TokenError
+from rayk.values import INT64_MAX, checked_integer, checked_optional_text, checked_request_id, checked_seconds
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 PLACEHOLDER = -1
@@ -139,6 +141,7 @@ class TextContext:
 
     `cache_salt` and `adapter` keep its pages apart from those of requests with another salt or adapter.
     `cached_prefix_length` is None until the first admission with prefix caching, then the tokens reused there.
+    ConfigError for an id, and TokenError for anything else that no message could carry; see rayk.values.
     """
 
     __slots__ = (
@@ -171,17 +174,29 @@ class TextContext:
         deadline: float | None = None,
         pending_future_count: int = 0,
     ) -> None:
+        self.request_id = request_id = checked_request_id(request_id)
         array = as_int32(tokens, request_id)
         if not len(array):
             raise TokenError(request_id, "a request needs at least one token")
-        if len(array) > max_length:
-            raise TokenError(request_id, f"{len(array)} tokens are more than max_length {max_length}")
-        if not 0 <= pending_future_count <= len(array):
-            raise TokenError(request_id, f"pending_future_count {pending_future_count} of {len(array)} tokens")
-        for name, value in (("cache_salt", cache_salt), ("adapter", adapter)):
-            if value is not None and not isinstance(value, str):
-                raise TokenError(request_id, f"{name} must be a str or None, got {value!r}")
-        self.request_id = request_id
+        if type(max_length) is not int or not len(array) <= max_length <= INT64_MAX:
+            max_length = checked_integer("max_length", max_length, error=partial(TokenError, request_id))
+            if len(array) > max_length:
+                raise TokenError(request_id, f"{len(array)} tokens are more than max_length {max_length}")
+        if type(pending_future_count) is not int or not 0 <= pending_future_count <= len(array):
+            name, error = "pending_future_count", partial(TokenError, request_id)
+            pending_future_count = checked_integer(name, pending_future_count, error=error)
+            if not 0 <= pending_future_count <= len(array):
+                raise TokenError(request_id, f"{name} {pending_future_count} of {len(array)} tokens")
+        # Nearly all requests have none of these.
+        if not (cache_salt is adapter is session_id is tenant is None and deadline is None):
+            error = partial(TokenError, request_id)
+            cache_salt = checked_optional_text("cache_salt", cache_salt, error)
+            adapter = checked_optional_text("adapter", adapter, error)
+            session_id = checked_optional_text("session_id", session_id, error)
+            tenant = checked_optional_text("tenant", tenant, error)
+            deadline = None if deadline is None else checked_seconds("deadline", deadline, error)
+        if type(priority) is not int or priority:
+            priority = checked_integer("priority", priority, error=partial(TokenError, request_id))
         self.tokens = TokenWindow(array, request_id)
         self.max_length = max_length
         self.session_id = session_id

@@ -30,6 +30,7 @@ RaykError
     ├── ReplicaStateError (ValueError)    what was asked for does not fit how the replica stands, such as draining
     ├── DrainError                        a replica still has requests and cannot be removed; says which and why
     ├── MessageError (ValueError)         a message that cannot be decoded or is unknown
+    │   └── UnsendableError               a message that cannot be encoded; nothing was sent
     └── RemoteError                       code that the caller shipped, or rayk itself, raised on a replica
 
 An error's arguments are its fields, in the order of the class annotations, and its text is made in `__str__`:
@@ -326,6 +327,10 @@ class MessageError(ClusterError, ValueError):
 
     message: str
     text: ClassVar[str] = "{message}"
+
+
+class UnsendableError(MessageError):
+    """A message that cannot be encoded: a caller's object holds what no message can carry. Nothing was sent."""
 
 
 class RemoteError(ClusterError):

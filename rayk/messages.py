@@ -17,7 +17,7 @@ import msgspec
 
 from rayk import errors
 from rayk.admission import AdmissionState
-from rayk.errors import MessageError, RaykError
+from rayk.errors import MessageError, RaykError, UnsendableError
 from rayk.metrics import KVCacheMetrics
 from rayk.transport.choice import OBJECT_STORE, Station
 
@@ -860,8 +860,13 @@ _replies = msgspec.msgpack.Decoder(Reply)
 
 
 def encode(message: Envelope | Reply) -> bytes:
-    """One message as msgpack."""
-    return _encoder.encode(message)
+    """One message as msgpack. UnsendableError for a value that none can carry, such as a field of a context that was
+    set to one after the context was made."""
+    try:
+        return _encoder.encode(message)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        what = message.command if isinstance(message, Envelope) else message.result
+        raise UnsendableError(f"{type(what).__name__} holds what no message can carry: {error}") from None
 
 
 def decode_envelope(wire: bytes) -> Envelope:

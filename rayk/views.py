@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from rayk.columns import PLAIN, Batch, Outcome
-from rayk.context import PLAIN_ROOT, IntArray, TextContext
-from rayk.errors import MessageError, StaleContextError
+from rayk.context import PLAIN_ROOT, IntArray, TextContext, as_int32
+from rayk.errors import MessageError, StaleContextError, TokenError
 from rayk.messages import Contexts, ContextView, Moved, Origin, Traits
+from rayk.values import checked_integer
 
 assert sys.byteorder == "little", "raw int32 tokens travel little-endian"
 
@@ -19,12 +21,24 @@ assert sys.byteorder == "little", "raw int32 tokens travel little-endian"
 _NO_TOKENS: IntArray = np.frombuffer(b"", np.int32)
 
 
-def _raw(tokens: Sequence[int] | IntArray) -> bytes:
-    return np.asarray(tokens, np.int32).tobytes() if len(tokens) else b""
+def _raw(tokens: Sequence[int] | IntArray, request_id: str) -> bytes:
+    """Draft tokens as bytes. A list of them may have been filled since the context got it, so they are checked here."""
+    return as_int32(tokens, request_id).tobytes() if len(tokens) else b""
 
 
 def _tokens(raw: bytes) -> IntArray:
     return np.frombuffer(raw, np.int32) if raw else _NO_TOKENS
+
+
+def _int64(numbers: Sequence[int], ctxs: Sequence[TextContext]) -> bytes:
+    """The numbers of contexts, raw; TokenError for one whose fields were set to what is no int64 after it was made."""
+    try:
+        return array("q", numbers).tobytes()
+    except (OverflowError, TypeError):
+        of_each = len(numbers) // len(ctxs)
+        for at, number in enumerate(numbers):
+            checked_integer("a number of its window", number, error=partial(TokenError, ctxs[at // of_each].request_id))
+        raise
 
 
 class Sender:
@@ -48,8 +62,8 @@ class Sender:
             window.end,
             ctx.pending_future_count,
             ctx.cached_prefix_length,
-            _raw(ctx.draft_tokens_to_verify),
-            _raw(ctx.maybe_accepted_draft_tokens),
+            _raw(ctx.draft_tokens_to_verify, ctx.request_id),
+            _raw(ctx.maybe_accepted_draft_tokens, ctx.request_id),
             origin,
         )
 
@@ -69,7 +83,7 @@ class Sender:
             )  # fmt: skip
             if not (ctx.plain and (base or _usual(ctx))) and (found := _traits(ctx, bool(base))) is not None:
                 traits[row] = found
-        return Contexts([c.request_id for c in ctxs], array("q", numbers).tobytes(), b"".join(tokens), traits)
+        return Contexts([c.request_id for c in ctxs], _int64(numbers, ctxs), b"".join(tokens), traits)
 
     def _known(self, ctx: TextContext, replica: int) -> int:
         """How many tokens of the context `replica` has been sent."""
@@ -87,7 +101,8 @@ class Sender:
 
 def _traits(ctx: TextContext, known: bool) -> Traits | None:
     """What the context has of the rarer things; of one that is `known` only what may change."""
-    to_verify, accepted = _raw(ctx.draft_tokens_to_verify), _raw(ctx.maybe_accepted_draft_tokens)
+    to_verify = _raw(ctx.draft_tokens_to_verify, ctx.request_id)
+    accepted = _raw(ctx.maybe_accepted_draft_tokens, ctx.request_id)
     if known:
         return Traits(to_verify=to_verify, accepted=accepted) if to_verify or accepted else None
     cache_salt, adapter = ctx.root_key

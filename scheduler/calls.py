@@ -35,6 +35,8 @@ from rayk.errors import (
     OverloadedError,
     RaykError,
     StaleContextError,
+    TokenError,
+    UnsendableError,
 )
 from rayk.inputs import BatchCharacteristics, BatchShape, no_inputs, table_only
 from rayk.request import Usage
@@ -43,8 +45,10 @@ from rayk.scheduler.cluster import Cluster, desk_settings
 from rayk.scheduler.roster import Call, current, result_of
 from rayk.ticks import Admission, HitCounts, Tick, TickResult
 from rayk.tiers.connector import TierCount
+from rayk.values import checked_request_id
 from rayk.views import apply_move
 
+UNSENT = (TokenError, UnsendableError)  # of rayk's errors, those of what cannot be written as a message
 FORGOTTEN = "its driver was silent for longer than its lease"
 MOST_TOGETHER = 1024  # requests of one message: about 30 ms of the scheduler's time, which others wait for
 TOKENS_TOGETHER = 4 << 20  # tokens of one message, unless one request has more
@@ -78,6 +82,7 @@ class Calls(Changes):
 
     @current
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> Call:
+        request_id = checked_request_id(request_id)
         yield from self._noted()
         command = m.ClaimOne(request_id, replica, dummy, self._take_released())
         yield from self._ask_placing(command, [request_id], replica)
@@ -101,16 +106,19 @@ class Calls(Changes):
 
     @current
     def contains(self, request_id: str, replica: int) -> Call:
+        request_id = checked_request_id(request_id)
         done: m.BlocksDone = yield from self._ask(self.link(replica), m.Blocks(request_id))
         return done.claimed
 
     @current
     def blocks(self, request_id: str, replica: int) -> Call:
+        request_id = checked_request_id(request_id)
         done: m.BlocksDone = yield from self._ask(self.link(replica), m.Blocks(request_id))
         return done.page_ids
 
     @current
     def release(self, request_id: str, replica: int) -> Call:
+        request_id = checked_request_id(request_id)
         holder = self._placed.get(request_id, -1)
         if holder not in (-1, replica):
             raise NotClaimedError(request_id, replica, holder)
@@ -220,7 +228,7 @@ class Calls(Changes):
         try:
             done: m.PlaceDone = yield from self._ask_placing(command(), ids)
         except (TypeError, ValueError, OverflowError) as error:  # it could not be written as a message
-            if isinstance(error, RaykError):
+            if isinstance(error, RaykError) and not isinstance(error, UNSENT):
                 raise
             self._released = released
             return (yield from self._place_apart(ctxs, replicas, claim, stop_on_error, error))
@@ -269,7 +277,7 @@ class Calls(Changes):
                     raise  # they may wait there
                 for ctx in offers:
                     del self._waiting[ctx.request_id]
-                if isinstance(error, RaykError):
+                if isinstance(error, RaykError) and not isinstance(error, UNSENT):
                     raise
                 self._released = released  # nothing was sent
                 if len(offers) > 1:

@@ -79,7 +79,7 @@ def view_of(prefix: m.CachedPrefix) -> m.ContextView:
     """A context that would reuse all of the prefix: it goes on for one more token."""
     tokens = prefix.tokens + bytes(4)
     length = len(tokens) // 4
-    return m.ContextView("", 0, tokens, 0, length, origin=m.Origin(length + 1, prefix.cache_salt, prefix.adapter))
+    return m.ContextView("prefix", 0, tokens, 0, length, origin=m.Origin(length + 1, prefix.cache_salt, prefix.adapter))
 
 
 class Offering:

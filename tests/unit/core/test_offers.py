@@ -24,7 +24,7 @@ def listed(at: ReplicaCore, skip: int = 0, count: int = 99, size: int = 1 << 20)
 
 def context(prefix: CachedPrefix) -> TextContext:
     tokens = [*np.frombuffer(prefix.tokens, np.int32).tolist(), 0]
-    return TextContext("", tokens, len(tokens) + 1, prefix.root[0], adapter=prefix.root[1])
+    return TextContext("probe", tokens, len(tokens) + 1, prefix.root[0], adapter=prefix.root[1])
 
 
 def whole(source: ReplicaCore, target: ReplicaCore, prefix: CachedPrefix) -> list[PageImport]:
@@ -145,7 +145,7 @@ def test_without_pages_a_prefix_is_only_used_again() -> None:
     [_, old] = prefixes(at, 0, 9, 999)
     assert keep(at, context(old), ()) == 0
     assert [tokens[0] for tokens, _ in listed(at)] == [1, 2]
-    assert keep(at, TextContext("", [7] * 5, 99), ()) == 0
+    assert keep(at, TextContext("probe", [7] * 5, 99), ()) == 0
     at.check_integrity()
 
 

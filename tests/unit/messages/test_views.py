@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rayk import TextContext
 from rayk import messages as m
-from rayk.errors import MessageError, StaleContextError
+from rayk.errors import MessageError, StaleContextError, TokenError, UnsendableError
 from rayk.views import Mirrors, Sender, apply_move, moved
 
 TOKEN = st.integers(-(2**31), 2**31 - 1)
@@ -194,3 +194,39 @@ def test_missing_tokens_are_noticed() -> None:
     mirrors.context(m.ContextView("r", 0, b"\x01\0\0\0", 0, 1, origin=m.Origin(9)))
     with pytest.raises(StaleContextError):
         mirrors.context(m.ContextView("r", 2, b"\x01\0\0\0", 0, 1))
+
+
+# -- contexts that were spoilt after they were made ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["draft_tokens_to_verify", "maybe_accepted_draft_tokens"])
+@pytest.mark.parametrize("drafts", [[2**31], [2**70], [1.5], ["a"], [[1]], [None]])
+def test_drafts_that_are_no_tokens_are_refused_with_the_request(name: str, drafts: list[Any]) -> None:
+    ctx, filled = TextContext("r", [1, 2], 9), list[Any]()
+    setattr(ctx, name, filled)
+    filled += drafts
+    for send in (lambda: Sender().view(ctx), lambda: Sender().pack([TextContext("other", [1], 9), ctx])):
+        with pytest.raises(TokenError, match="'r'"):
+            send()
+
+
+@pytest.mark.parametrize("value", [2**63, 2**70, "9", None, 1.5])
+def test_numbers_that_no_message_carries_are_refused_with_the_request(value: Any) -> None:
+    ctx = TextContext("r", [1, 2], 9)
+    ctx.max_length = value
+    with pytest.raises(TokenError, match=r"'r'.*must be an integer"):
+        Sender().pack([TextContext("other", [1], 9), ctx])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        m.Release(["\ud800"]),
+        m.Release([2**70]),  # type: ignore[list-item]  # what a caller may hand over
+        m.Blocks(object()),  # type: ignore[arg-type]  # likewise
+        m.Step([m.ContextView("r", 0, b"", 0, 1, origin=m.Origin(2**70))]),
+    ],
+)
+def test_a_message_that_cannot_be_encoded_says_which(command: Any) -> None:
+    with pytest.raises(UnsendableError, match=type(command).__name__):
+        m.encode(m.ReplicaEnvelope("driver", 1, 1, command))
