@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         MultiKVCacheParams,
     )
     from rayk.session import InferenceSession
-    from rayk.ticks import Admission, HitCounts, Tick, TickResult
+    from rayk.ticks import Admission, HitCounts, PrefixCacheReset, Tick, TickResult
 
 __version__ = "0.1.0"
 
@@ -78,7 +78,7 @@ _HOMES = {
     ],
     "scaling": ["Drained", "Removed", "ReplicaLoad", "ScalePolicy", "desired_replicas"],
     "session": ["InferenceSession"],
-    "ticks": ["Admission", "HitCounts", "Tick", "TickResult"],
+    "ticks": ["Admission", "HitCounts", "PrefixCacheReset", "Tick", "TickResult"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -107,6 +107,7 @@ __all__ = [
     "Output",
     "PagedKVCacheManager",
     "PagedMemoryPlanner",
+    "PrefixCacheReset",
     "RaykError",
     "Removed",
     "ReplicaLoad",

@@ -21,13 +21,14 @@ from rayk.backend import Batches, Forward
 from rayk.context import TextContext
 from rayk.door import Door
 from rayk.errors import InsufficientBlocksError, RaykError, RuntimeInputsError
+from rayk.hashing import Mask
 from rayk.inputs import BatchCharacteristics, RuntimeInputs
 from rayk.manager import DeviceBuffer, PagedKVCacheManager, check_size, page_numbers
 from rayk.metrics import KVCacheMetrics
 from rayk.params import KVCacheParams, require_at_least
 from rayk.scaling import Drained, Removed, ReplicaLoad
 from rayk.session import InferenceSession
-from rayk.ticks import Admission, HitCounts, Tick, TickResult
+from rayk.ticks import Admission, HitCounts, PrefixCacheReset, Tick, TickResult
 from rayk.tiers.connector import TierCount
 
 log = logging.getLogger("rayk")
@@ -432,10 +433,11 @@ class AsyncPagedKVCacheManager:
         self.sync._all()
         await self._run("reset_metrics")
 
-    async def reset_prefix_cache(self) -> None:
+    async def reset_prefix_cache(self, *, weights_changed: bool = False) -> PrefixCacheReset:
         """See PagedKVCacheManager.reset_prefix_cache()."""
         self.sync._all()
-        await self._run("reset_prefix_cache")
+        held = await self._run("reset_prefix_cache", Mask.new() if weights_changed else None)
+        return PrefixCacheReset(held, hits=not weights_changed)
 
     async def _tiers(self, replica_idx: int) -> TierCount:
         self.sync._at(replica_idx)

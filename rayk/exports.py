@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rayk.buffers import PageBuffers
 from rayk.context import TextContext
 from rayk.errors import LineError
-from rayk.hashing import PageHasher
+from rayk.hashing import Mask, PageHasher
 from rayk.pages import Pages
 from rayk.params import KVCacheParams
 from rayk.prefix import PrefixTree, Segment
@@ -55,6 +55,7 @@ class Exports:
         self._tree = tree
         self._buffers = buffers
         self.hasher = PageHasher(params.kv_hash_algo, params.kv_hash_seed or b"", params.page_size)
+        self.mask = Mask()  # of the last reset: what was exported before it fits no more
         self._pinned: dict[int, tuple[Segment, float]] = {}  # export id -> held tip, deadline
         self._made = 0
 
@@ -66,7 +67,7 @@ class Exports:
     def hashes(self, ctx: TextContext, pages: int) -> list[bytes]:
         """The chained hashes of the request's first `pages` pages: what identifies them between replicas."""
         tokens = ctx.tokens.data[: pages * self._params.page_size].tobytes()
-        return list(self.hasher.chain(self.hasher.root(ctx.root_key), tokens))
+        return list(self.mask.all(self.hasher.chain(self.hasher.root(ctx.root_key), tokens)))
 
     def export(self, ctx: TextContext, start: int, stop: int, deadline: float) -> PageExport:
         """The cached pages `start` .. `stop` of that prefix, fewer if evicted meanwhile.

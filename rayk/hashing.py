@@ -9,6 +9,7 @@ sha256 resists an adversary; xxh3_128 is for clusters whose users trust each oth
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NewType, overload
 
@@ -19,6 +20,7 @@ PageHash = NewType("PageHash", bytes)
 RootKey = tuple[str | None, str | None]  # cache salt and adapter
 
 WIDTHS = {"sha256": 32, "xxh3_128": 16}  # bytes of a hash
+TOKEN_BYTES = 32  # of a mask
 KEY_BYTES = 8  # of a hash, where a key will do: two pages that share them cost a miss, never a wrong answer
 
 
@@ -91,6 +93,30 @@ class PageHasher:
             xxh3 = xxhash.xxh3_128_digest
             hashes = [digest := xxh3(digest + page) for page in pages]
         return hashes
+
+
+class Mask:
+    """Tells the pages of before a reset from those of after it, wherever hashes are exchanged: every hash is XORed with
+    random bytes that all replicas got with the reset, so none meets another's under another mask."""
+
+    def __init__(self, token: bytes = b"") -> None:
+        self.token = token  # b"": nothing is masked
+        self._number = int.from_bytes(token, "little")
+
+    @staticmethod
+    def new() -> bytes:
+        """A token for a reset."""
+        return os.urandom(TOKEN_BYTES)
+
+    def one(self, hashed: bytes) -> bytes:
+        """A masked hash, as long as it was."""
+        width = len(hashed)
+        mask = self._number & ((1 << 8 * width) - 1)
+        return (int.from_bytes(hashed, "little") ^ mask).to_bytes(width, "little")
+
+    def all(self, hashes: Sequence[bytes]) -> Sequence[bytes]:
+        """Masked hashes; the same when nothing is masked."""
+        return [self.one(each) for each in hashes] if self.token else hashes
 
 
 class PageKeys:

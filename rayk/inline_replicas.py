@@ -64,6 +64,7 @@ class InlineReplicas(ABC):
         self._filling: dict[str, tuple[TextContext, int]] = {}  # requests that may still have tokens to prefill
         self.prefill_rate: float | None = None
         self._copy_rate = LineRate(DIRECT_LATENCY, DIRECT_BANDWIDTH)
+        self._reset: bytes | None = None  # token of the last reset that replicas which join later must know of
         self._left = KVCacheMetrics()  # what removed replicas had counted
         self.allocators: dict[int, Callable[[TextContext], Any]] = {}
         self.cores: list[ReplicaCore | None] = []
@@ -97,6 +98,8 @@ class InlineReplicas(ABC):
         core = ReplicaCore(params, replica, pages, self._max_batch_size, None, self._runtime_checks, self._holder)
         if params.kv_connector != "null":
             core.connect(open_connector(params, core.buffers.all_bytes, self._host_pages, self._tiers))
+        if self._reset is not None:
+            core.reset_prefix_cache(self._reset)
         return core
 
     def _follow(self, core: ReplicaCore) -> None:

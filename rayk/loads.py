@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rayk.context import TextContext
-from rayk.hashing import PageHash, PageHasher, RootKey
+from rayk.hashing import Mask, PageHash, PageHasher, RootKey
 from rayk.pages import Pages
 from rayk.tiers.connector import Connector, Found, Landed, Tier, Transfer
 
@@ -53,11 +53,13 @@ class Loads:
         self._size = core.page_size
         self._page_bytes = core.page_size * 4
         self._holds, self._digest = connector.holds, self._hasher.digest
+        self._mask = Mask()
+        self._masked = False
         self._roots: dict[RootKey, PageHash] = {}
         self.due = False  # whether flush() has something to do
         self._new_hashes: list[bytes] = []
         self._new_pages: list[Pages] = []
-        self._used: list[list[bytes]] = []  # hashes of released prefixes
+        self._used: list[Sequence[bytes]] = []  # hashes of released prefixes
         self._landing = False
         self._warned = False
 
@@ -66,7 +68,7 @@ class Loads:
     def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
         """Newly cached pages; flush() offloads them, before anybody can change them."""
         if not self._landing:  # else a tier has them
-            self._new_hashes += hashes
+            self._new_hashes += self._mask.all(hashes) if self._masked else hashes
             self._new_pages.append(pages)
             self.due = True
 
@@ -95,7 +97,7 @@ class Loads:
         What was used last is kept longest below, too, and what lower tiers gave up meanwhile goes there again.
         """
         width, holds = self._hasher.width, self._holds
-        hashes = [prefix[at : at + width] for at in range(0, len(prefix), width)]
+        hashes = self._mask.all([prefix[at : at + width] for at in range(0, len(prefix), width)])
         try:
             missing = [i for i, key in enumerate(hashes) if not holds(key)]
             if missing:
@@ -124,7 +126,8 @@ class Loads:
     def find(self, parent: PageHash, tokens: bytes) -> Found:
         """Which leading pages of `tokens`, that continue `parent`, are in a tier. A miss hashes one page."""
         try:
-            return self.connector.lookup(self._chain(parent, tokens))
+            hashes = self._chain(parent, tokens)
+            return self.connector.lookup(map(self._mask.one, hashes) if self._masked else hashes)
         except Exception as error:
             self._warn("look up", error)
             return Found([], [])
@@ -144,12 +147,15 @@ class Loads:
         base, window, tip, size = request.committed, ctx.tokens, request.tip, self._size
         core = self._core
         if tip is not None:
+            if tip.retired:
+                return 0, 0  # it would mix what was computed before a reset with what came after
             parent = core.path_hash(tip)
         else:
             parent = self._roots.get(ctx.root_key) or self.root(ctx.root_key)
         data, start = window.data, base * size
         try:
-            if not self._holds(self._digest(parent + data[start : start + size].tobytes())):
+            first = self._digest(parent + data[start : start + size].tobytes())
+            if not self._holds(self._mask.one(first) if self._masked else first):
                 return 0, 0
         except Exception as error:
             self._warn("look up", error)
@@ -212,6 +218,15 @@ class Loads:
         if ctx.cached_prefix_length == load.reached:
             ctx.cached_prefix_length = good
         return True
+
+    def reset(self, mask: Mask) -> None:
+        """Forget what was to be offloaded, and all that the tiers have; from now on their keys are masked."""
+        self._new_hashes, self._new_pages, self._used = [], [], []
+        self._mask, self._masked = mask, bool(mask.token)
+        try:
+            self.connector.reset()
+        except Exception as error:
+            self._warn("forget its pages", error)
 
     def cancel(self, request_id: str) -> None:
         """The request is released."""

@@ -33,6 +33,7 @@ from rayk.errors import (
     ReplicaRemovedError,
     RuntimeInputsError,
 )
+from rayk.hashing import Mask
 from rayk.inputs import BatchCharacteristics, RuntimeInputs
 from rayk.lanes import LaneState
 from rayk.memory.budget import compute_num_host_blocks
@@ -41,7 +42,7 @@ from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning import plan_here
 from rayk.scaling import Drained, Removed, ReplicaLoad
 from rayk.session import InferenceSession
-from rayk.ticks import Admission, HitCounts, Tick, TickResult
+from rayk.ticks import Admission, HitCounts, PrefixCacheReset, Tick, TickResult
 
 MOST_IN_CALL = 1 << 18  # requests that one call may place
 
@@ -485,9 +486,15 @@ class PagedKVCacheManager:
         """Counters of all replicas to zero."""
         self._all().reset_metrics()
 
-    def reset_prefix_cache(self) -> None:
-        """Forget cached pages that nobody holds, on all replicas and in the tiers; held ones can still be hit."""
-        self._all().reset_prefix_cache()
+    def reset_prefix_cache(self, *, weights_changed: bool = False) -> PrefixCacheReset:
+        """Forget cached pages that nobody holds, on all replicas and in the tiers; the answer says what is still held.
+
+        As in MAX, what running requests hold can still be hit, which is wrong once the weights are others. After
+        `weights_changed=True` no request that starts later reads what was computed before the call, or is computed by
+        a request that has pages now, wherever it is: those requests go on with their own pages, which go when they end.
+        """
+        token = Mask.new() if weights_changed else None
+        return PrefixCacheReset(self._all().reset_prefix_cache(token), hits=not weights_changed)
 
     # -- contents and the end --------------------------------------------------------------------------------
 

@@ -241,7 +241,9 @@ class ResetMetrics(_Message, frozen=True):
 
 
 class ResetPrefixCache(_Message, frozen=True):
-    pass
+    """See ReplicaCore.reset_prefix_cache()."""
+
+    token: bytes | None = None
 
 
 class ReadPages(_Message, frozen=True):
@@ -368,7 +370,7 @@ class HitCountsOf(_Message, frozen=True):
 
 
 class EveryReplica(_Message, frozen=True):
-    """The same question or order for all replicas; metrics come back added up."""
+    """The same question or order for all replicas; metrics come back added up, pages held after a reset by replica."""
 
     command: GetMetrics | ResetMetrics | ResetPrefixCache | CheckIntegrity | PollTransfers | Drain
 
@@ -677,6 +679,13 @@ class MetricsDone(_Message, frozen=True):
     metrics: KVCacheMetrics
 
 
+class ResetDone(_Message, frozen=True):
+    """Pages that are still held after a reset: at a replica; by replica index where all were asked."""
+
+    held: int = 0
+    by_replica: dict[int, int] = {}
+
+
 class TiersDone(_Message, frozen=True):
     """Pages; `trouble` is empty while all is well."""
 
@@ -800,6 +809,7 @@ Result = (
     | UsageDone
     | Fraction
     | MetricsDone
+    | ResetDone
     | TiersDone
     | Counts
     | Description

@@ -15,7 +15,7 @@ back without a release: ticks and queue stay, and so does the order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -37,12 +37,13 @@ class Segment:
     `hashes` has the pages' chained hashes one after the other if somebody listens, else nothing; a root's is its own.
     """
 
-    __slots__ = ("below", "children", "hashes", "pages", "parent", "queued", "refs", "tick", "tokens")
+    __slots__ = ("below", "children", "hashes", "pages", "parent", "queued", "refs", "retired", "tick", "tokens")
 
     def __init__(
         self, parent: Segment | None, tokens: bytes, pages: Pages, refs: int, tick: int, hashes: bytes = b""
     ) -> None:
         self.parent = parent
+        self.retired: bool = parent is not None and parent.retired  # by a reset: no hashes; goes with its last holder
         self.tokens = tokens
         self.pages = pages
         self.hashes = hashes
@@ -100,7 +101,9 @@ class PrefixTree:
         self._queue: deque[tuple[int, Segment]] = deque()
         self._tick = 0
         self._segments = 0
-        self.cached = 0  # pages in the tree
+        self._retired: set[Root] = set()
+        self.retired = 0  # pages in retired segments
+        self.cached = 0  # pages that can be hit
         self.evictable = 0  # of these, pages in segments that nobody holds
         self.evicted = 0  # pages evicted so far
 
@@ -228,6 +231,9 @@ class PrefixTree:
 
     def undo(self, end: Segment, tip: Segment | None) -> None:
         """Take a hold back from `end` up to, not including, `tip` (None: the root too); order as before."""
+        if end.retired:
+            self._leave(end, tip)
+            return
         node = end
         while node is not tip and node.parent is not None:
             node.refs -= 1
@@ -242,6 +248,9 @@ class PrefixTree:
 
     def release(self, tip: Segment) -> None:
         """A holder of the path to `tip` is done: what nobody else holds becomes evictable, as of now."""
+        if tip.retired:
+            self._leave(tip, None)
+            return
         self._tick = tick = self._tick + 1
         node, below = tip, None
         while node.parent is not None:
@@ -274,6 +283,24 @@ class PrefixTree:
         self._queue.insert(at, (node.tick, node))
         node.queued = True
 
+    def _leave(self, end: Segment, tip: Segment | None) -> None:
+        """A holder of retired segments is done with them: what nobody else holds is empty."""
+        node = end
+        while node is not tip and node.parent is not None:
+            parent = node.parent
+            node.refs -= 1
+            if not node.refs:
+                del parent.children[node.tokens[: self._page_bytes]]
+                self.retired -= len(node.pages)
+                self._pool.give(node.pages)
+                self._segments -= 1
+            node = parent
+        if node is not tip:
+            node.refs -= 1
+            if not node.refs:
+                assert isinstance(node, Root)
+                self._retired.remove(node)
+
     def _drop_if_unused(self, node: Segment) -> None:
         if isinstance(node, Root) and not node.refs and not node.children:
             del self._roots[node.key]
@@ -300,8 +327,12 @@ class PrefixTree:
         count = len(pages)
         if not count:
             return tip
-        self.cached += count
-        hashes = self._announce(tip, tokens, pages) if self._hasher is not None else b""
+        if tip.retired:
+            self.retired += count
+            hashes = b""
+        else:
+            self.cached += count
+            hashes = self._announce(tip, tokens, pages) if self._hasher is not None else b""
         if tip.refs == 1 and not tip.children and 0 < len(tip.pages) and len(tip.pages) + count <= GROW_LIMIT:
             tip.tokens += tokens
             tip.hashes += hashes
@@ -402,32 +433,63 @@ class PrefixTree:
         self.evictable -= len(pages)
         self._pool.give(pages)
 
-    def reset(self) -> None:
-        """Forget all cached pages that nobody holds; held ones stay and can still be hit."""
+    def reset(self, retire: bool = False) -> None:
+        """Forget all cached pages that nobody holds; held ones stay and can still be hit.
+
+        With `retire` they cannot: they stay with their holders, who may go on and share what they add among themselves,
+        no listener hears of them any more, and they are empty when the last holder leaves.
+        """
         stack: list[Segment] = list(self._roots.values())
         while stack:
             node = stack.pop()
             for key, child in list(node.children.items()):
                 stack.append(child)
-                if not child.refs:
-                    child.below = None
-                    if node.below is child:
-                        node.below = None
-                    self._forget_pages(child.pages)
-                    if self._hasher is not None:
-                        self._renounce(child, 0)
-                    child.tick = -1
-                    self._segments -= 1
-                    del node.children[key]
                 child.queued = False
+                if child.refs and not retire:
+                    continue
+                if self._hasher is not None:
+                    self._renounce(child, 0)
+                if child.refs:
+                    child.retired = True
+                    self.cached -= len(child.pages)
+                    self.retired += len(child.pages)
+                    continue
+                child.below = None
+                if node.below is child:
+                    node.below = None
+                self._forget_pages(child.pages)
+                child.tick = -1
+                self._segments -= 1
+                del node.children[key]
         self._queue.clear()
-        self._roots = {k: v for k, v in self._roots.items() if v.refs or v.children}
+        roots, self._roots = self._roots, {}
+        for root in roots.values():
+            if root.refs and retire:
+                self._retire(root)
+            elif root.refs or root.children:
+                self._roots[root.key] = root
+
+    def retired_root(self, key: RootKey) -> Segment:
+        """A root with one holder, below which nothing that is cached is ever hit by others: as after a reset."""
+        root = Root(key, b"")
+        root.refs = 1
+        self._retire(root)
+        return root
+
+    def _retire(self, root: Root) -> None:
+        root.retired = True
+        root.hashes = b""
+        self._retired.add(root)
 
     # -- checking ----------------------------------------------------------------------------------
 
     def segments(self) -> Iterator[Segment]:
-        """All segments, parents before children, without the roots."""
-        stack: list[Segment] = list(self._roots.values())
+        """All segments that can be hit, parents before children, without the roots."""
+        return self._below(self._roots.values())
+
+    @staticmethod
+    def _below(roots: Iterable[Segment]) -> Iterator[Segment]:
+        stack = list(roots)
         while stack:
             children = list(stack.pop().children.values())
             yield from children
@@ -442,13 +504,17 @@ class PrefixTree:
                 holders[id(node)] = holders.get(id(node), 0) + 1
                 node = node.parent
         queued = {(tick, id(node)) for tick, node in self._queue}
-        cached = evictable = count = 0
-        for node in self.segments():
+        cached = evictable = retired = count = 0
+        for node in (*self.segments(), *self._below(self._retired)):
             count += 1
-            cached += len(node.pages)
+            cached += 0 if node.retired else len(node.pages)
+            retired += len(node.pages) if node.retired else 0
             evictable += 0 if node.refs else len(node.pages)
             np.add.at(seen, node.pages, 1)
-            if self._hasher is not None:
+            above_it = node.parent
+            self._check(above_it is not None and above_it.retired == node.retired, node, "is retired, or its parent is")
+            self._check(bool(node.refs) or not node.retired, node, "is retired and nobody holds it")
+            if self._hasher is not None and not node.retired:
                 above = node.parent.hashes[-self._hasher.width :] if node.parent is not None else b""
                 right = b"".join(self._hasher.chain(PageHash(above), node.tokens))
                 self._check(node.hashes == right, node, "bears hashes of other tokens")
@@ -462,11 +528,12 @@ class PrefixTree:
             if not node.refs:
                 led = any(c.tick == node.tick for c in node.children.values())
                 self._check(led or (node.tick, id(node)) in queued, node, "is evictable but not queued")
-        for root in self._roots.values():
+        for root in (*self._roots.values(), *self._retired):
             self._check(root.refs == holders.get(id(root), 0), root, f"root refs {root.refs}")
-        found, kept = (cached, evictable, count), (self.cached, self.evictable, self._segments)
+        found = cached, evictable, retired, count
+        kept = self.cached, self.evictable, self.retired, self._segments
         if found != kept:
-            raise IntegrityError("prefix tree", f"counted (cached, evictable, segments) {found}, kept {kept}")
+            raise IntegrityError("prefix tree", f"counted (cached, evictable, retired, segments) {found}, kept {kept}")
 
     @staticmethod
     def _check(ok: bool, node: Segment, message: str) -> None:

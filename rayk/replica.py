@@ -19,7 +19,7 @@ from rayk.buffers import PageBuffers
 from rayk.context import TextContext
 from rayk.errors import AlreadyClaimedError, BatchError, InsufficientBlocksError, NotClaimedError
 from rayk.exports import Exports, PageImport
-from rayk.hashing import PageHash
+from rayk.hashing import Mask, PageHash
 from rayk.inputs import BatchCharacteristics, BatchShape, InputStage, ReplicaInputs
 from rayk.loads import Loads
 from rayk.lookup import fill_batch
@@ -122,7 +122,7 @@ class ReplicaCore:
         self._claims += 1
         if self.loads is not None:
             self.loads.cancel(request_id)
-            if request.tip is not None:
+            if request.tip is not None and not request.tip.retired:
                 self.loads.released(self.tree.path_hashes(request.tip), self.tree.path_pages(request.tip))
         pages, committed = request.pages, request.committed
         if pages > committed and not request.dummy:
@@ -540,14 +540,27 @@ class ReplicaCore:
             rejected_files=counters.damaged + counters.foreign + counters.outdated,
         )
 
-    def reset_prefix_cache(self) -> None:
-        """Forget cached pages that nobody holds, here and in the tiers."""
+    def reset_prefix_cache(self, token: bytes | None = None) -> int:
+        """Forget cached pages that nobody holds, here and in the tiers; how many pages requests and exports still hold.
+
+        Without a `token` those can still be hit. With one (Mask.new(), the same for all replicas) the weights may have
+        changed: no request that starts after it reads what was computed before it, or by a request that has pages now.
+        Such requests keep their pages, fill them and share them with each other until they end; none of these pages
+        gets to another replica or a tier any more. Replicas that start later are given the token of the last reset.
+        """
         if self.unpublished:
             self.publish()
-        self.tree.reset()
+        if token is not None:
+            for request in self.requests.values():
+                if request.tip is None and request.pages and not request.dummy:
+                    assert request.ctx is not None
+                    request.tip = self.tree.retired_root(request.ctx.root_key)
+            self.exports.mask = Mask(token)
+        self.tree.reset(retire=token is not None)
         if self.loads is not None:
-            self.loads.connector.reset()
+            self.loads.reset(self.exports.mask)
         self.check()
+        return self.usage.used
 
     def check(self) -> None:
         """check_integrity() if the manager was asked to do so all the time."""

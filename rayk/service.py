@@ -153,7 +153,7 @@ class ReplicaService:
             case m.ResetMetrics():
                 core.reset_metrics()
             case m.ResetPrefixCache():
-                core.reset_prefix_cache()
+                return m.ResetDone(core.reset_prefix_cache(command.token)), []
             case m.ReadPages(page_ids):
                 return m.Done(), [t.contiguous().view(torch.uint8).numpy() for t in core.read_pages(page_ids)]
             case m.CheckIntegrity():

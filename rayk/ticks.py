@@ -71,3 +71,17 @@ class HitCounts(NamedTuple):
     device_blocks: int
     host_blocks: int = 0
     disk_blocks: int = 0
+
+
+class PrefixCacheReset(NamedTuple):
+    """What a reset of the prefix cache could not drop: pages that running requests, or copies under way, hold at each
+    replica. `hits`: others can still hit the cached ones of them; else they are empty when their holders end.
+    """
+
+    held: dict[int, int]
+    hits: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing of what was computed before is left."""
+        return not any(self.held.values())

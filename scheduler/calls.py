@@ -576,8 +576,9 @@ class Calls(Changes):
         yield from self._ask(self.scheduler, m.EveryReplica(m.ResetMetrics()))
 
     @current
-    def reset_prefix_cache(self) -> Call:
-        yield from self._ask(self.scheduler, m.EveryReplica(m.ResetPrefixCache()))
+    def reset_prefix_cache(self, token: bytes | None) -> Call:
+        done: m.ResetDone = yield from self._ask(self.scheduler, m.EveryReplica(m.ResetPrefixCache(token)))
+        return done.by_replica
 
     @current
     def tier_count(self, replica: int) -> Call:

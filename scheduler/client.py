@@ -152,8 +152,9 @@ class RayBackend:
     def reset_metrics(self) -> None:
         wait_for(self.calls.reset_metrics())
 
-    def reset_prefix_cache(self) -> None:
-        wait_for(self.calls.reset_prefix_cache())
+    def reset_prefix_cache(self, token: bytes | None) -> dict[int, int]:
+        done: dict[int, int] = wait_for(self.calls.reset_prefix_cache(token))
+        return done
 
     def read_pages(self, page_ids: Sequence[int], replica: int) -> list[torch.Tensor]:
         done: list[torch.Tensor] = wait_for(self.calls.read_pages(page_ids, replica))

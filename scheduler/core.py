@@ -45,6 +45,7 @@ class SchedulerCore:
             carrier = self.placer.carrier
             self._offering = Offering(carrier, lambda: self.members.ready, settings.page_size, clock)
         self._left = KVCacheMetrics()  # what removed replicas had counted
+        self._reset: m.ResetPrefixCache | None = None  # the last one that replicas which join later must know of
         self._removed: dict[int, m.RemoveDone] = {}  # what became of their pages
         self.hall: Hall | None = None
         """Where requests wait, if there is an admission policy."""
@@ -127,22 +128,29 @@ class SchedulerCore:
         return m.Counts([f.resident[0] for f in found], [sum(f.host) for f in found], [sum(f.disk) for f in found])
 
     def _every(self, command: Any) -> Script:
-        answers = yield [Ask(r, command) for r in self.members.known]
-        total = self._left
-        for told in answers:
+        if isinstance(command, m.ResetPrefixCache) and command.token is not None:
+            self._reset = command
+        asked = list(self.members.known)
+        answers = yield [Ask(r, command) for r in asked]
+        total, held = self._left, dict[int, int]()
+        for replica, told in zip(asked, answers, strict=True):
             if isinstance(told.result, m.Failure):
                 return told.result
             if isinstance(told.result, m.MetricsDone):
                 total += told.result.metrics
+            if isinstance(told.result, m.ResetDone):
+                held[replica] = told.result.held
         if isinstance(command, m.ResetMetrics):
             self._left = KVCacheMetrics()
+        if isinstance(command, m.ResetPrefixCache):
+            return m.ResetDone(sum(held.values()), held)
         return m.MetricsDone(total) if isinstance(command, m.GetMetrics) else m.Done()
 
     # -- who is there --------------------------------------------------------------------------------
 
     def _change(self, client: str, command: m.SchedulerCommand) -> Script:
         """An event of membership; all that has to know of it does when the script has begun."""
-        standing, follow = self.standing, list[int]()
+        standing, follow, reset = self.standing, list[int](), list[Ask]()
         result: m.Result = m.Done()
         match command:
             case m.Enlist(count):
@@ -153,9 +161,10 @@ class SchedulerCore:
                 standing.give_up(replica)
             case m.Join(replica, epoch, pages):
                 follow = standing.join(replica, epoch, pages)
+                reset = [Ask(replica, self._reset)] if self._reset is not None else []
             case m.ResumeReplica(replica):
                 standing.resume(replica)
-        yield [Ask(r, m.Follow()) for r in follow]
+        yield reset + [Ask(r, m.Follow()) for r in follow]
         return result
 
     def _drain(self, replica: int, handover: bool) -> Script:

@@ -149,6 +149,23 @@ def test_a_removed_replica_leaves_a_hole(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", RUNTIMES)
+def test_a_replica_that_joins_after_the_weights_changed_copies_what_came_after(kind: str) -> None:
+    with manager_of(kind) as (manager, _):
+        running = context("running")
+        manager.try_admit([running], [0])
+        serve(manager, running, 0)
+        assert manager.reset_prefix_cache(weights_changed=True) == ({0: 3, 1: 0}, False)
+        new = context("new")
+        manager.try_admit([new], [1])
+        assert new.cached_prefix_length == 0, "the other one's pages are old"
+        serve(manager, new, 1)
+        [joined] = manager.add_replicas()
+        late = context("late")
+        [admission] = manager.try_admit([late], [joined])
+        assert admission.peer_tokens == 8
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
 def test_lists_for_replicas_that_came_later_may_be_left_out(kind: str) -> None:
     with manager_of(kind) as (manager, _):
         ctx = context("a")
