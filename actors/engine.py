@@ -74,10 +74,15 @@ class EngineActor:
         return facts_of(engine, self._device, host_name)
 
     def post(self, wire: bytes) -> None:
-        """Give the engine a command."""
+        """Give the engine a command. One that cannot be read ends the replica with that reason: somebody waits."""
         from rayk.engine.wire import decode_command
 
-        self._host.post(0, decode_command(wire))
+        try:
+            command = decode_command(wire)
+        except Exception as error:
+            self._host.fail(0, error)
+            raise
+        self._host.post(0, command)
 
     def reports(self) -> Iterator[bytes]:
         """The engine's reports, as it makes them."""

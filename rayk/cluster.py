@@ -6,16 +6,15 @@ what replicas are. Here they meet: each replica has one thread that reads its re
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from time import monotonic
 from typing import Any
 
+from rayk.engine.calls import AsyncNews, Call, News
 from rayk.engine.dispatcher import Dispatcher, Standing
 from rayk.engine.errors import RequestCancelledError
 from rayk.engine.inline import InlineReplicas
@@ -30,6 +29,10 @@ from rayk.params import require_at_least
 from rayk.scaling import Removed
 from rayk.session import InferenceSession
 
+log = logging.getLogger("rayk.engine")
+
+AT_ONCE = 100_000  # handles of one call
+AHEAD = 8_192  # requests of one call that are made and sent before others of it end
 LINED_UP = 2  # full batches that a replica is given at a time; what waits here can still go elsewhere
 
 
@@ -146,26 +149,19 @@ class Cluster:
         """The outputs of all prompts, in their order. One that fails has its `error`; the others go on.
 
         `sampling` is for all, or one for each; `changes` are fields of SamplingParams, such as max_new_tokens=16.
-        `timeout`: seconds for each request, from now on.
+        `timeout`: seconds for each request, from now on. Any number of prompts: they are sent as others end, and other
+        calls take turns with this one. Whatever interrupts it ends its requests.
         """
-        handles = self.submit_all(prompts, sampling, timeout=timeout, **changes)
-        try:
-            return [handle.result() for handle in handles]
-        except BaseException:
-            self._give_up(handles)
-            raise
+        with self._call(prompts, sampling, timeout, None, changes) as call:
+            return call.outputs()
 
     async def agenerate(
         self, prompts: Prompt | Iterable[Prompt], sampling: Sampling = None,
         *, timeout: float | None = None, **changes: Any,
     ) -> list[Output]:  # fmt: skip
         """generate() for asyncio. A cancelled call cancels its requests."""
-        handles = self.submit_all(prompts, sampling, timeout=timeout, **changes)
-        try:
-            return list(await asyncio.gather(*(asyncio.wrap_future(handle.future) for handle in handles)))
-        except BaseException:
-            self._give_up(handles)
-            raise
+        with self._call(prompts, sampling, timeout, None, changes) as call:
+            return await call.outputs_async()
 
     def stream(
         self, prompts: Prompt | Iterable[Prompt], sampling: Sampling = None,
@@ -173,38 +169,39 @@ class Cluster:
     ) -> Iterator[Update]:  # fmt: skip
         """Tokens (and text, with a tokenizer) of all prompts as they come, in batches; each ends with its output.
 
-        Leaving the loop early cancels what is not finished.
+        Nothing is sent before the first is asked for. Leaving the loop early cancels what is not finished.
         """
-        news: SimpleQueue[Handle] = SimpleQueue()
-        handles = self.submit_all(prompts, sampling, timeout=timeout, on_news=news.put, **changes)
-        open_ = {handle.number for handle in handles}
-        try:
-            while open_:
-                update = _next_update(news.get(), open_)
+        news = News()
+        with self._call(prompts, sampling, timeout, news.tell, changes) as call:
+            while not call.over:
+                update = call.news(news.next())
                 if update is not None:
                     yield update
-        finally:
-            self._give_up(handles)
 
     async def astream(
         self, prompts: Prompt | Iterable[Prompt], sampling: Sampling = None,
         *, timeout: float | None = None, **changes: Any,
     ) -> AsyncIterator[Update]:  # fmt: skip
         """stream() for asyncio."""
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[Handle]()
-
-        def tell(handle: Handle) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, handle)
-
-        handles = self.submit_all(prompts, sampling, timeout=timeout, on_news=tell, **changes)
-        open_ = {handle.number for handle in handles}
-        try:
-            while open_:
-                update = _next_update(await news.get(), open_)
+        news = AsyncNews()
+        with self._call(prompts, sampling, timeout, news.tell, changes) as call:
+            while not call.over:
+                update = call.news(await news.next())
                 if update is not None:
                     yield update
-        finally:
-            self._give_up(handles)
+
+    def _call(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling: Sampling,
+        timeout: float | None,
+        on_news: Callable[[Handle], None] | None,
+        changes: Mapping[str, Any],
+    ) -> Call:
+        self._check_open()
+        handles = self._prompts.handles(prompts, sampling, changes, timeout, on_news)
+        lined_up = LINED_UP * self._replicas.settings.max_batch_size * len(self.live)
+        return Call(self._dispatcher, handles, max(AHEAD, 2 * lined_up))
 
     def submit(
         self, prompt: Prompt, sampling: SamplingParams | None = None, *, timeout: float | None = None, **changes: Any
@@ -223,18 +220,18 @@ class Cluster:
         on_news: Callable[[Handle], None] | None = None,
         **changes: Any,
     ) -> list[Handle]:
-        """Send prompts; a handle for each. `on_news` is called with a handle that has news, from another thread."""
-        handles = self._prompts.handles(prompts, sampling, changes, timeout, on_news)
-        for handle in handles:
-            handle.cancel = partial(self._dispatcher.cancel, handle)
+        """Send prompts; a handle for each. `on_news` is called with a handle that has news, from another thread; it
+        must not block, and when it raises it is not called again. At most AT_ONCE prompts, or ConfigError."""
         self._check_open()
-        self._dispatcher.submit(handles)
-        return handles
-
-    def _give_up(self, handles: Sequence[Handle]) -> None:
+        handles = list(self._prompts.handles(prompts, sampling, changes, timeout, on_news, AT_ONCE))
         for handle in handles:
-            if not handle.done:
-                handle.cancel()
+            handle.canceller = self._dispatcher.cancel
+        try:
+            self._dispatcher.submit(handles)
+        except BaseException:
+            self._dispatcher.cancel(*handles)
+            raise
+        return handles
 
     # -- hearing ---------------------------------------------------------------------------------------
 
@@ -250,10 +247,15 @@ class Cluster:
         try:
             for report in self._replicas.reports(replica):
                 self._dispatcher.hear(replica, report)
-        except Exception as error:  # whatever it was, nothing more will come from there
-            reason = str(error)
-        if not self._dispatcher.closed and self._dispatcher.standing[replica] is not Standing.removed:
+        except BaseException as error:  # whatever it was, nobody reads what comes from there any more
+            reason = str(error) or type(error).__name__
+        if self._dispatcher.closed or self._dispatcher.standing[replica] is Standing.removed:
+            return
+        try:
             self._replicas.drop(replica)
+        except Exception as error:
+            log.warning("replica %d is lost and could not be ended", replica, exc_info=error)
+        finally:
             self._dispatcher.lose(replica, reason)
 
     # -- replicas that come and go -----------------------------------------------------------------------
@@ -350,11 +352,10 @@ class Cluster:
         """End the replicas; requests that are not finished are cancelled. Safe to call twice."""
         if self._dispatcher.closed:
             return
-        left = self._dispatcher.close()
+        for handle in self._dispatcher.close():
+            handle.end(RequestCancelledError(handle.id, len(handle.tokens)))
         with self._membership:
             self._replicas.close()
-        for handle in left:
-            handle.end(RequestCancelledError(handle.id, len(handle.tokens)))
         for reader in self._readers.values():
             if reader is not threading.current_thread():
                 reader.join(timeout=10)
@@ -392,13 +393,3 @@ def model_source(
     folder = Path(model).expanduser().resolve()
     check_folder(folder)  # here, before anything is started
     return ModelSource(folder=folder, dtype=dtype, attention=attention)
-
-
-def _next_update(handle: Handle, open_: set[int]) -> Update | None:
-    """What is new of a handle that told so; None when that was read already."""
-    if handle.number not in open_:
-        return None
-    update = handle.take()
-    if update.output is not None:
-        open_.discard(handle.number)
-    return update if update.output is not None or update.tokens or update.text else None

@@ -22,7 +22,7 @@ Refusal = Callable[[str], RaykError]  # makes the error of a refused value from 
 def checked_text(name: str, value: Any, error: Refusal = ConfigError) -> str:
     """`value` if it is a str that UTF-8 can carry; lone surrogates are none."""
     if not isinstance(value, str):
-        raise error(f"{name} must be a str, got {_shown(value)}")
+        raise error(f"{name} must be a str, got {shown(value)}")
     if not value.isascii():
         try:
             value.encode()
@@ -36,7 +36,7 @@ def checked_optional_text(name: str, value: Any, error: Refusal = ConfigError) -
     """The same, or None."""
     if value is None or isinstance(value, str):
         return None if value is None else checked_text(name, value, error)
-    raise error(f"{name} must be a str or None, got {_shown(value)}")
+    raise error(f"{name} must be a str or None, got {shown(value)}")
 
 
 def checked_request_id(request_id: Any, error: Refusal = ConfigError) -> str:
@@ -60,9 +60,9 @@ def checked_integer(
                 raise TypeError
             number = int.__index__(index(value))
         except (TypeError, ValueError, RuntimeError, OverflowError):  # the latter of tensors
-            raise error(f"{name} must be an integer, got {_shown(value)}") from None
+            raise error(f"{name} must be an integer, got {shown(value)}") from None
     if not least <= number <= most:
-        raise error(f"{name} must be an integer of {least} to {most}, got {_shown(number)}")
+        raise error(f"{name} must be an integer of {least} to {most}, got {shown(number)}")
     return number
 
 
@@ -73,17 +73,39 @@ def checked_seconds(name: str, value: Any, error: Refusal = ConfigError) -> floa
             raise TypeError
         seconds = float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise error(f"{name} must be a number of seconds, got {_shown(value)}") from None
+        raise error(f"{name} must be a number of seconds, got {shown(value)}") from None
     except OverflowError:
-        raise error(f"{name} must be a finite number of seconds, got {_shown(value)}") from None
+        raise error(f"{name} must be a finite number of seconds, got {shown(value)}") from None
     if not isfinite(seconds):
         raise error(f"{name} must be a finite number of seconds, got {seconds}")
     return seconds
 
 
-def _shown(value: Any) -> str:
-    """A value for a message, however large it is."""
+def has_utf8(text: str) -> bool:
+    """Whether the text can be sent: lone surrogates cannot."""
+    return printable(text) == text
+
+
+def printable(text: str) -> str:
+    """The same text, lone surrogates spelt out."""
+    return text if text.isascii() else str.encode(text, "utf-8", "backslashreplace").decode()
+
+
+def told(error: BaseException) -> str:
+    """An error of somebody else's as a part of a message: its type and its text, cut. Never raises."""
+    try:
+        text = printable(str(error))
+    except Exception:  # whatever its __str__ does
+        text = ""
+    return f"{type(error).__name__}: {text if len(text) <= 500 else text[:498] + '..'}"
+
+
+def shown(value: Any) -> str:
+    """A value for a message, however large it is and whatever its __repr__ does. Never raises."""
     if isinstance(value, int) and not -SHOWN < value < SHOWN:
         return f"one of {value.bit_length()} bits"
-    shown = ascii(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}.."
+    try:
+        text = ascii(value)
+    except Exception:  # such as an integer of too many digits inside a list
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else f"{text[:77]}.."

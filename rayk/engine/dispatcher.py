@@ -5,15 +5,18 @@ leave it, and are over. No threads and no transport: commands go out through `po
        ^          |
        +----------+    its replica was lost (a retry), or hands it over (none): prompt and answer so far are the prompt
 
+What goes wrong with one request here (it cannot be placed or sent) ends that request, never the thread that found out.
 A replica is ready, draining (it takes nothing new), lost, or removed; an index is used again for the replacement of a
 lost one only.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -26,6 +29,7 @@ from rayk.engine.fetches import Fetches
 from rayk.engine.offering import Offers
 from rayk.engine.output import Handle
 from rayk.engine.request import Request
+from rayk.engine.waiting import Waiting
 from rayk.engine.wire import Ask, Cancel, Command, Ended, Farewell, HandOver, Report, Submit
 from rayk.errors import (
     DrainError,
@@ -37,9 +41,12 @@ from rayk.errors import (
 )
 from rayk.scaling import Removed
 from rayk.transport.choice import Station
+from rayk.values import told
 
 if TYPE_CHECKING:
     from rayk.scheduler.steering import Steering
+
+log = logging.getLogger("rayk.engine")
 
 OFFER_SECONDS = 60.0  # after which a replica goes though somebody has not answered; no round begins after half of it
 MESSAGE_BYTES = 90_000  # of one message: beyond 100 KiB Ray goes through its object store, which costs twice
@@ -73,7 +80,10 @@ class Dispatcher:
         self._standing = [Standing.ready] * replicas
         self._handles: dict[int, Handle] = {}  # not over
         self._ids: set[str] = set()
-        self._pending: deque[Handle] = deque()
+        self._waiting = Waiting()
+        self._abandoned: deque[Sequence[Handle]] = deque()  # to be cancelled by whoever has the lock next
+        self._inside = 0  # the thread that is in a _turn()
+        self._over: list[tuple[Handle, RaykError]] = []  # to be told their end once the lock is free
         self._lock = threading.RLock()
         self._left = threading.Condition(self._lock)  # a request left its replica
         self._why_lost = ""
@@ -83,36 +93,78 @@ class Dispatcher:
 
     # -- requests ------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the lock; afterwards tell those that are over by then, whoever ended them."""
+        over: list[tuple[Handle, RaykError]] = []
+        try:
+            with self._lock:
+                before, self._inside = self._inside, threading.get_ident()
+                try:
+                    yield
+                finally:
+                    over, self._inside = self._leave(), before
+        finally:
+            for handle, error in over:
+                handle.end(error)
+
+    def _leave(self) -> list[tuple[Handle, RaykError]]:
+        while self._abandoned:
+            self._cancel(self._abandoned.popleft())
+        over, self._over = self._over, []
+        return over
+
     def submit(self, handles: Sequence[Handle]) -> None:
         """Take new requests. One whose id is in use is refused: it ends with a RequestError."""
-        over: list[tuple[Handle, RaykError]] = []
-        with self._lock:
+        with self._turn():
             for handle in handles:
                 if handle.done:
                     continue
-                if handle.id in self._ids:
+                if self.closed:
+                    self._over.append((handle, RequestCancelledError(handle.id, 0)))
+                elif handle.id in self._ids:
                     used = RequestError(handle.id, "this id is in use; wait for its end or take another")
-                    over.append((handle, used))
-                    continue
-                self._handles[handle.number] = handle
-                self._ids.add(handle.id)
-                self._pending.append(handle)
-            over += self._pump()
-        _end_all(over)
+                    self._over.append((handle, used))
+                else:
+                    self._handles[handle.number] = handle
+                    self._ids.add(handle.id)
+                    self._waiting.add(handle)
+            self._pump()
 
-    def cancel(self, handle: Handle) -> None:
-        """End a request; one that is over is left alone."""
-        with self._lock:
+    def cancel(self, *handles: Handle) -> None:
+        """End requests; those that are over are left alone."""
+        with self._turn():
+            self._cancel(handles)
+
+    def abandon(self, handles: Sequence[Handle]) -> None:
+        """cancel(), from wherever somebody's generator is collected: waits for no lock. Who holds it now, or at the
+        latest the next one that hears of a replica, ends them."""
+        self._abandoned.append(handles)
+        if self._inside == threading.get_ident() or not self._lock.acquire(blocking=False):
+            return
+        try:
+            over = self._leave()
+        finally:
+            self._lock.release()
+        for handle, error in over:
+            handle.end(error)
+
+    def _cancel(self, handles: Sequence[Handle]) -> None:
+        told: dict[int, list[int]] = {}
+        for handle in handles:
             if handle.number not in self._handles:
-                return
+                continue
             if handle.replica is not None and not self._fetches.waits(handle.number):
                 handle.unwanted = True  # should it leave its replica before it hears of this
-                self._post(handle.replica, Cancel([handle.number]))
-                return
-            if handle.replica is None:
-                self._pending.remove(handle)
-            self._forget(handle)
-        handle.end(RequestCancelledError(handle.id, len(handle.tokens)))
+                told.setdefault(handle.replica, []).append(handle.number)
+            else:
+                self._end(handle, RequestCancelledError(handle.id, len(handle.tokens)))
+        for replica, numbers in told.items():
+            self._post(replica, Cancel(numbers))
+
+    def _end(self, handle: Handle, error: RaykError) -> None:
+        self._forget(handle)
+        self._over.append((handle, error))
 
     def close(self) -> list[Handle]:
         """Take and place nothing any more; the requests that were not over, which are forgotten."""
@@ -121,41 +173,63 @@ class Dispatcher:
             left = list(self._handles.values())
             self._handles.clear()
             self._ids.clear()
-            self._pending.clear()
+            self._waiting.clear()
             self._left.notify_all()
         return left
 
-    def _pump(self) -> list[tuple[Handle, RaykError]]:
-        """Send what waits to replicas with room (the lock is held); what cannot go on any more, to be ended."""
+    def _pump(self) -> None:
+        """Send what waits to replicas with room (the lock is held); end what cannot go on any more."""
         asks: dict[int, list[Ask]] = {}
-        over = self._expired()
-        while self._pending and not self.closed:
-            handle = self._pending[0]
+        for handle in self._waiting.late(self._clock()):
+            self._end(handle, RequestTimeoutError(handle.id, handle.timeout or 0.0))
+        while not self.closed and (waits := self._waiting.first()) is not None:
             if not self.live:
-                self._pending.popleft()
-                over.append((handle, self._lost_error(handle)))
-                self._forget(handle)
+                self._end(waits, self._lost_error(waits))
                 continue
-            keys = self.steering.keys(handle.prompt, handle.cache_salt)
-            replica = self.steering.place(handle.number, len(handle.prompt), keys, handle.session)
-            if replica < 0:
-                break
-            self._pending.popleft()
-            handle.replica = replica
-            fetch = self.steering.fetch(handle.number)
-            if fetch is None:
-                asks.setdefault(replica, []).append(self._ask(handle))
-            else:
-                self._fetches.order(handle, fetch)
+            try:
+                if not self._place(waits, asks):
+                    break
+            except Exception as raised:
+                self._fail(waits, raised)
         for replica, batch in asks.items():
             for part in _parts(batch):
-                self._post(replica, Submit(part))
-        return over
+                self._submit(replica, part)
+
+    def _place(self, handle: Handle, asks: dict[int, list[Ask]]) -> bool:
+        """Find the next request a place; what is to be sent goes to `asks`. False when no replica has room."""
+        keys = self.steering.keys(handle.prompt, handle.cache_salt)
+        replica = self.steering.place(handle.number, len(handle.prompt), keys, handle.session)
+        if replica < 0:
+            return False
+        self._waiting.take(handle)
+        handle.replica = replica
+        fetch = self.steering.fetch(handle.number)
+        if fetch is None:
+            asks.setdefault(replica, []).append(self._ask(handle))
+        else:
+            self._fetches.order(handle, fetch)
+        return True
+
+    def _submit(self, replica: int, asks: list[Ask]) -> None:
+        """Where a message cannot be sent, each of its requests gets one of its own: only the one at fault ends."""
+        try:
+            self._post(replica, Submit(asks))
+        except Exception as raised:
+            if len(asks) == 1:
+                self._fail(self._handles[asks[0].number], raised)
+                return
+            for ask in asks:
+                self._submit(replica, [ask])
+
+    def _fail(self, handle: Handle, raised: Exception) -> None:
+        log.warning("request %r cannot be placed", handle.id, exc_info=raised)
+        why = f"it cannot be placed or sent: {told(raised)}"
+        self._end(handle, RequestError(handle.id, why))
 
     def _send(self, handle: Handle, shipped: Shipped | None) -> None:
         """A request goes to its replica, with what a peer has for it or without."""
         assert handle.replica is not None
-        self._post(handle.replica, Submit([self._ask(handle, shipped)]))
+        self._submit(handle.replica, [self._ask(handle, shipped)])
 
     def _ask(self, handle: Handle, shipped: Shipped | None = None) -> Ask:
         tokens, left = handle.prompt, handle.timeout
@@ -177,24 +251,10 @@ class Dispatcher:
             )
         )
 
-    def _expired(self) -> list[tuple[Handle, RaykError]]:
-        """Requests whose time was up before a replica had room."""
-        over: list[tuple[Handle, RaykError]] = []
-        if any(handle.timeout is not None for handle in self._pending):
-            now, kept = self._clock(), deque[Handle]()
-            for handle in self._pending:
-                timeout = handle.timeout
-                if timeout is not None and timeout <= now - handle.submitted_at:
-                    over.append((handle, RequestTimeoutError(handle.id, timeout)))
-                    self._forget(handle)
-                else:
-                    kept.append(handle)
-            self._pending = kept
-        return over
-
     def _forget(self, handle: Handle) -> None:
-        self._handles.pop(handle.number, None)
-        self._ids.discard(handle.id)
+        if self._handles.pop(handle.number, None) is not None:
+            self._ids.discard(handle.id)
+        self._waiting.remove(handle)
         self._fetches.forget(handle.number)
         self.steering.remove(handle.number)
         self._left.notify_all()
@@ -217,68 +277,65 @@ class Dispatcher:
         for number, piece in report.texts:
             if (handle := self._handles.get(number)) is not None:
                 handle.add_text(piece)
-        over: list[tuple[Handle, RaykError]] = []
-        with self._lock:
-            self.steering.hear(replica, report.pages)
-            self.steering.paces(replica, report.prefill_rate)
-            self._fetches.hear(replica, report)
-            self._offers.hear(report)
-            for number in first:
-                self.steering.prefilled(number)
-            ended = [(self._handles[e.number], e) for e in report.ended if e.number in self._handles]
-            for handle, end in reversed(ended):  # so that those which were handed over wait in their order
-                if end.moved:
-                    over += self._moved(handle, end)
-                else:
-                    self._forget(handle)
-            if self._pending:
-                over += self._pump()
-        for handle, end in ended:
-            if not end.moved:
-                handle.note(end)
-                handle.finish(end.reason, end.error, end.text)
-        _end_all(over)
+        ended: list[tuple[Handle, Ended]] = []
+        try:
+            with self._turn():
+                self.steering.hear(replica, report.pages)
+                self.steering.paces(replica, report.prefill_rate)
+                self._fetches.hear(replica, report)
+                self._offers.hear(report)
+                for number in first:
+                    self.steering.prefilled(number)
+                ended = [(self._handles[e.number], e) for e in report.ended if e.number in self._handles]
+                for handle, end in reversed(ended):  # so that those which were handed over wait in their order
+                    if end.moved:
+                        self._moved(handle, end)
+                    else:
+                        self._forget(handle)
+                if self._waiting:
+                    self._pump()
+        finally:  # they are forgotten: nobody else would tell them
+            for handle, end in ended:
+                if not end.moved:
+                    _finish(handle, end)
 
-    def _moved(self, handle: Handle, end: Ended) -> list[tuple[Handle, RaykError]]:
+    def _moved(self, handle: Handle, end: Ended) -> None:
         handle.note(end)
         if handle.unwanted:
-            self._forget(handle)
-            return [(handle, RequestCancelledError(handle.id, len(handle.tokens)))]
-        self._wait_again(handle)
-        return []
+            self._end(handle, RequestCancelledError(handle.id, len(handle.tokens)))
+        else:
+            self._wait_again(handle)
 
     def _wait_again(self, handle: Handle) -> None:
         self._fetches.forget(handle.number)
         self.steering.remove(handle.number)
         handle.replica = None
-        self._pending.appendleft(handle)
+        self._waiting.put_back(handle)
         self._left.notify_all()
 
     def lose(self, replica: int, reason: str) -> None:
         """A replica is gone: what it had goes on elsewhere, as often as was allowed."""
-        with self._lock:
+        with self._turn():
             if self.closed or self._standing[replica] is Standing.removed:
                 return
             self._standing[replica] = Standing.lost
             self._why_lost = reason
-            self.steering.lose(replica)
-            self._fetches.lose(replica)
-            self._offers.lose(replica)
-            over: list[tuple[Handle, RaykError]] = []
+            for part in (self.steering, self._fetches, self._offers):
+                try:
+                    part.lose(replica)
+                except Exception:  # the requests have to be told whatever it is
+                    log.exception("replica %d is lost, and %s did not take it well", replica, type(part).__name__)
             for handle in reversed(self._on(replica)):
                 if handle.unwanted:
-                    over.append((handle, RequestCancelledError(handle.id, len(handle.tokens))))
-                    self._forget(handle)
+                    self._end(handle, RequestCancelledError(handle.id, len(handle.tokens)))
                 elif handle.retries >= self._max_retries or not self.live:
-                    over.append((handle, self._lost_error(handle)))
-                    self._forget(handle)
+                    self._end(handle, self._lost_error(handle))
                 else:
                     handle.retries += 1
                     self._wait_again(handle)
-            over += self._pump()
+            self._pump()
             self._farewell()
             self._left.notify_all()
-        _end_all(over)
 
     def _on(self, replica: int) -> list[Handle]:
         return [handle for handle in self._handles.values() if handle.replica == replica]
@@ -314,7 +371,7 @@ class Dispatcher:
 
     def meet(self, replica: int, epoch: int, station: Station | None) -> None:
         """Pages can be copied to and from that replica."""
-        with self._lock:
+        with self._turn():
             if self.steering.fetching is not None and station is not None:
                 self.steering.fetching.joined(replica, epoch, station)
 
@@ -326,31 +383,29 @@ class Dispatcher:
 
     def join(self, replica: int, capacity: int) -> None:
         """A new replica, whose pages hold `capacity` tokens, takes requests from now on; `replica` is from vacant()."""
-        with self._lock:
+        with self._turn():
             if replica == len(self._standing):
                 self._standing.append(Standing.ready)
             else:
                 assert self._standing[replica] is Standing.lost
                 self._standing[replica] = Standing.ready
             self.steering.join(replica, capacity)
-            over = self._pump()
-        _end_all(over)
+            self._pump()
 
     def drain(self, replica: int) -> None:
         """Give a replica nothing new; what it has goes on there. ReplicaStateError for a lost one."""
-        with self._lock:
+        with self._turn():
             self._expect(replica, "drain")
             self._standing[replica] = Standing.draining
             self.steering.take_off(replica)
 
     def resume(self, replica: int) -> None:
         """Let a draining replica take requests again."""
-        with self._lock:
+        with self._turn():
             self._expect(replica, "take requests again")
             self._standing[replica] = Standing.ready
             self.steering.put_on(replica)
-            over = self._pump()
-        _end_all(over)
+            self._pump()
 
     def _expect(self, replica: int, action: str) -> None:
         self.check(replica)
@@ -367,7 +422,7 @@ class Dispatcher:
 
     def hand_over(self, replica: int) -> None:
         """Have a draining replica let go of all that it has; hear() places it elsewhere."""
-        with self._lock:
+        with self._turn():
             assert self._standing[replica] is not Standing.ready
             there = self._on(replica)
             if self._standing[replica] is not Standing.draining:
@@ -378,12 +433,11 @@ class Dispatcher:
             numbers = [handle.number for handle in there if handle.replica == replica]
             if numbers:
                 self._post(replica, HandOver(numbers))
-            over = self._pump()
-        _end_all(over)
+            self._pump()
 
     def offer(self, replica: int) -> None:
         """Begin to offer what a draining replica has cached to those that take requests."""
-        with self._lock:
+        with self._turn():
             if self._standing[replica] is Standing.draining:
                 self._offers.begin(replica)
 
@@ -393,7 +447,7 @@ class Dispatcher:
         DrainError when something is still there after `timeout` seconds: it drains on. What was not taken after
         `offer_seconds` (OFFER_SECONDS when None) goes with it.
         """
-        with self._lock:
+        with self._turn():
             self._left.wait_for(lambda: self.closed or not self._on(replica), timeout)
             if not (self.closed or self._on(replica) or offer_seconds == 0):
                 self.offer(replica)
@@ -427,6 +481,9 @@ def _parts(asks: list[Ask]) -> Iterator[list[Ask]]:
         yield part
 
 
-def _end_all(over: Sequence[tuple[Handle, RaykError]]) -> None:
-    for handle, error in over:
-        handle.end(error)
+def _finish(handle: Handle, end: Ended) -> None:
+    try:
+        handle.note(end)
+        handle.finish(end.reason, end.error, end.text)
+    except Exception as raised:  # an error that nobody here knows
+        handle.end(RequestError(handle.id, f"its end cannot be read: {told(raised)}"))

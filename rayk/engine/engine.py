@@ -33,7 +33,7 @@ from rayk.engine.request import Limits, Request
 from rayk.engine.rows import Rows
 from rayk.engine.sampler import Sampler, sample
 from rayk.engine.settings import EngineSettings, EngineStats
-from rayk.engine.text import Detokenizer
+from rayk.engine.text import Detokenizer, text_of
 from rayk.engine.wire import Query, Ship
 from rayk.errors import InsufficientBlocksError, RaykError
 from rayk.replica import ReplicaCore
@@ -91,7 +91,7 @@ class Engine:
         self._rows = Rows()
         self._parked: list[Generation] = []  # paused while they decoded; they keep their pages
         self._paused: set[int] = set()
-        self._ended: dict[int, str] = {}  # rows that end with this step, and why
+        self._ended: dict[int, str | Exception] = {}  # rows that end with this step, and why
         self._deadlines: list[tuple[float, int]] = []  # a heap; may hold finished ones
         self._events: list[Event] = []
         self.held_up = False  # the last step could do nothing but wait for the tiers
@@ -130,21 +130,23 @@ class Engine:
         if generation.deadline is not None:
             heapq.heappush(self._deadlines, (generation.deadline, request.number))
 
-    def cancel(self, number: int) -> None:
-        """End a request; its Finished comes with the next step's events. An unknown or finished one is ignored."""
+    def cancel(self, number: int) -> bool:
+        """End a request; its Finished comes with the next step's events. False for an unknown or finished one."""
         generation = self._all.get(number)
         if generation is not None:
             self._abort(generation, "cancelled", RequestCancelledError(generation.request_id, generation.generated))
+        return generation is not None
 
-    def hand_over(self, number: int) -> None:
-        """Let go of a request that goes on elsewhere: its last event says so. An unknown or finished one is ignored."""
+    def hand_over(self, number: int) -> bool:
+        """Let go of a request that goes on elsewhere: its last event says so. False for an unknown or finished one."""
         generation = self._all.get(number)
         if generation is None:
-            return
+            return False
         self._withdraw(generation)
         self._forget(generation)
         cached, preemptions, times = generation.cached, generation.preemptions, self._times(generation)
         self._events.append(Finished(number, MOVED, cached, None, None, preemptions, *times))
+        return True
 
     def ship(self, order: Ship) -> None:
         """Pin cached pages for a peer; a Shipped comes with the next step's events."""
@@ -242,11 +244,14 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    def poll(self) -> None:
-        """Take note of finished transfers to the tiers, and take back what peers do not want any more."""
-        self._cache.poll()
-        if self.peers is not None:
-            self.peers.poll()
+    def rest(self) -> None:
+        """Between steps: end what is late. When idle, take note of finished transfers to the tiers, and take back what
+        peers do not want any more."""
+        self.expire()
+        if not self.busy:
+            self._cache.poll()
+            if self.peers is not None:
+                self.peers.poll()
 
     def expire(self) -> None:
         """End the requests whose time is up."""
@@ -376,8 +381,10 @@ class Engine:
             self._take(chunks, done.logits)
 
     def _broken(self, generation: Generation, error: Exception) -> None:
-        kind, message = type(error).__name__, str(error)
-        self._abort(generation, "error", ForwardError(generation.request_id, self.core.replica, kind, message))
+        self._abort(generation, "error", self._forward_error(generation, error))
+
+    def _forward_error(self, generation: Generation, error: Exception) -> ForwardError:
+        return ForwardError(generation.request_id, self.core.replica, type(error).__name__, str(error))
 
     def _take(self, chunks: list[Generation], logits: torch.Tensor) -> None:
         """Sample where a prompt or a row is complete, and move everything on."""
@@ -421,7 +428,10 @@ class Engine:
         if len(finished):
             self._ended = {row: "stop" if stopped[row] else "length" for row in finished.tolist()}
         for row in rows.special:
-            self._show(row, int(tokens[row]))
+            try:
+                self._show(row, int(tokens[row]))
+            except Exception as error:  # of the tokenizer: a matter of this request alone
+                self._ended[row] = error
 
     def _show(self, row: int, token: int) -> None:
         """The text of a row that needs it grows by a token; a stop string may end it."""
@@ -450,7 +460,10 @@ class Engine:
         self._rows.drop(ended)
         for generation, reason in generations:
             self._cache.release(generation)
-            self._finish(generation, reason, None)
+            if isinstance(reason, Exception):
+                self._finish(generation, "error", self._forward_error(generation, reason))
+            else:
+                self._finish(generation, reason, None)
 
     def _abort(self, generation: Generation, reason: str, error: RaykError) -> None:
         self._withdraw(generation)
@@ -472,19 +485,28 @@ class Engine:
 
     def _finish(self, generation: Generation, reason: str, error: RaykError | None) -> None:
         self._forget(generation)
+        text = None
+        try:
+            text = self._whole_text(generation, reason)
+        except Exception as raised:
+            if error is None:
+                reason, error = "error", self._forward_error(generation, raised)
         self._finished += error is None
         self._failed += error is not None
-        text, detokenizer = None, generation.detokenizer
+        cached, preemptions, times = generation.cached, generation.preemptions, self._times(generation)
+        self._events.append(Finished(generation.number, reason, cached, text, error, preemptions, *times))
+
+    def _whole_text(self, generation: Generation, reason: str) -> str | None:
+        """The answer's text, None without a tokenizer; what was not streamed of it is. Raises what that one does."""
+        detokenizer = generation.detokenizer
         if detokenizer is not None:
             detokenizer.finish()
             self._send_text(generation, detokenizer)
-            text = detokenizer.text
-        elif self.model.tokenizer is not None:
-            answer = generation.answer.tolist()
-            shown = answer[:-1] if reason == "stop" else answer
-            text = str(self.model.tokenizer.decode(shown, skip_special_tokens=True))
-        cached, preemptions, times = generation.cached, generation.preemptions, self._times(generation)
-        self._events.append(Finished(generation.number, reason, cached, text, error, preemptions, *times))
+            return detokenizer.text
+        if self.model.tokenizer is None:
+            return None
+        answer = generation.answer.tolist()
+        return text_of(self.model.tokenizer, answer[:-1] if reason == "stop" else answer)
 
     def _forget(self, generation: Generation) -> None:
         del self._all[generation.number]

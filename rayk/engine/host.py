@@ -2,7 +2,7 @@
 
 One engine in a replica's process; several, one after the other, where everything is in one process and shares one
 model. Both boxes are bounded: the engines refuse requests beyond their queues, and they rest while their reader is
-`backlog` tokens behind.
+`backlog` tokens behind. An engine that raises ends alone: its reports say why, the others go on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
 from rayk.engine.engine import Engine
-from rayk.engine.events import Event, Finished, Tokens
+from rayk.engine.errors import RequestCancelledError
+from rayk.engine.events import MOVED, Event, Finished, Tokens
 from rayk.engine.settings import EngineStats
 from rayk.engine.wire import Cancel, Command, Farewell, HandOver, Query, Report, Ship, Submit, Unpin
 from rayk.errors import RaykError, RemoteError
@@ -51,7 +52,8 @@ class EngineHost:
         self._events: dict[int, list[Event]] = {number: [] for number in self._engines}
         self._unread = 0  # tokens in `_events`
         self._stopped = False
-        self._failure: RemoteError | None = None
+        self._failures: dict[int, RemoteError] = {}  # of engines that raised
+        self._failure: RemoteError | None = None  # of the thread, and so of all
         self._thread = Thread(target=self._run, name="rayk-engine", daemon=True)
 
     def start(self) -> EngineHost:
@@ -73,6 +75,7 @@ class EngineHost:
             engine = make()
             with self._changed:
                 self._engines[number], self._events[number] = engine, []
+                self._failures.pop(number, None)
             return engine
 
         return self._ask(made)
@@ -83,6 +86,7 @@ class EngineHost:
         def taken() -> Engine | None:
             with self._changed:
                 self._changed.notify_all()
+                self._failures.pop(number, None)
                 return self._engines.pop(number, None)
 
         engine = self._ask(taken)
@@ -110,26 +114,37 @@ class EngineHost:
     def reports(self, engine: int) -> Iterator[Report]:
         """What one engine has done, as it does it; empty reports now and then. Ends with it; one reader each.
 
-        RemoteError when the thread died: then nothing more will come.
+        RemoteError when the engine or the thread raised: then nothing more will come.
         """
         watched = self._engines.get(engine)
         while watched is not None:
             with self._changed:
                 deadline = monotonic() + self._heartbeat
-                while not (self._events[engine] or self._over(engine, watched) or self._failure):
+                while not (self._events[engine] or self._over(engine, watched) or self._failed(engine)):
                     left = deadline - monotonic()
                     if left <= 0:
                         break
                     self._changed.wait(left)
                 events, self._events[engine] = self._events[engine], []
                 self._unread -= _count(events)
-                over, failure = self._over(engine, watched) and not events, self._failure
+                over, failure = self._over(engine, watched) and not events, self._failed(engine)
                 self._changed.notify_all()
             if failure is not None and not events:
                 raise failure
             if over:
                 return
             yield Report.of(events, watched.steps, watched.prefill_rate)
+
+    def _failed(self, number: int) -> RemoteError | None:
+        return self._failures.get(number) or self._failure
+
+    def fail(self, number: int, error: Exception) -> None:
+        """That engine is of no use any more: its reports end with the reason, and nothing of it goes on."""
+        with self._changed:
+            engine = self._engines.get(number)
+            if engine is not None and number not in self._failures:
+                self._failures[number] = _remote(engine, error)
+                self._changed.notify_all()
 
     def _over(self, number: int, engine: Engine) -> bool:
         return self._stopped or self._engines.get(number) is not engine
@@ -157,15 +172,24 @@ class EngineHost:
     def _run(self) -> None:
         try:
             while self._wait():
-                for number, engine in self._engines.items():
+                for number, engine in self._sound:
                     if engine.busy:
-                        self._report(number, engine.step())
+                        self._try(number, lambda n=number, e=engine: self._report(n, e.step()))  # type: ignore[misc]  # mypy does not infer defaults
         except BaseException as error:
             with self._changed:
-                trace = "".join(traceback.format_exception(error))
-                replica = next((engine.core.replica for engine in self._engines.values()), -1)
-                self._failure = RemoteError(replica, type(error).__name__, str(error), trace)
+                self._failure = _remote(next(iter(self._engines.values()), None), error)
                 self._changed.notify_all()
+
+    @property
+    def _sound(self) -> list[tuple[int, Engine]]:
+        return [each for each in self._engines.items() if each[0] not in self._failures]
+
+    def _try(self, number: int, what: Callable[[], None]) -> None:
+        """Do something to one engine. What it raises is nobody's request's: the engine is lost, with its reason."""
+        try:
+            what()
+        except Exception as error:
+            self.fail(number, error)
 
     def _wait(self) -> bool:
         """Until there is something to do; what arrived is done with. False when it is over."""
@@ -176,7 +200,7 @@ class EngineHost:
                 if self._stopped:
                     return False
                 behind = self._unread >= self._backlog
-                busy = [engine for engine in self._engines.values() if engine.busy]
+                busy = [engine for _, engine in self._sound if engine.busy]
                 held_up = all(engine.held_up for engine in busy)
                 if not arrived and (behind or held_up):
                     self._changed.wait(HELD_UP if busy and not behind else self._heartbeat)
@@ -186,17 +210,15 @@ class EngineHost:
                 if isinstance(each, _Asked):
                     _answer(each)
                 else:
-                    self._obey(*each)
-            for engine in self._engines.values():
-                engine.expire()
-                if not engine.busy:
-                    engine.poll()
-            if not behind and any(engine.busy for engine in self._engines.values()):
+                    self._try(each[0], lambda each=each: self._obey(*each))  # type: ignore[misc]  # as above
+            for number, engine in self._sound:
+                self._try(number, engine.rest)
+            if not behind and any(engine.busy for _, engine in self._sound):
                 return True
 
     def _obey(self, number: int, command: Command) -> None:
         engine = self._engines.get(number)
-        if engine is None:
+        if engine is None or number in self._failures:
             return
         match command:
             case Submit(asks):
@@ -205,12 +227,17 @@ class EngineHost:
                         engine.submit(ask.request())
                     except RaykError as error:
                         self._report(number, [Finished(ask.number, "error", error=error)])
+                    except Exception as error:  # a request that nobody foresaw: its own end, not the engine's
+                        self._report(number, [Finished(ask.number, "error", error=_remote(engine, error))])
             case Cancel(numbers):
                 for each in numbers:
-                    engine.cancel(each)
+                    if not engine.cancel(each):  # it is over, or never came: who waits for it must hear of it
+                        unknown = RequestCancelledError("", 0)
+                        self._report(number, [Finished(each, "cancelled", error=unknown)])
             case HandOver(numbers):
                 for each in numbers:
-                    engine.hand_over(each)
+                    if not engine.hand_over(each):
+                        self._report(number, [Finished(each, MOVED)])
             case Ship():
                 engine.ship(command)
             case Query():
@@ -226,6 +253,11 @@ class EngineHost:
                 self._events[number] += events
                 self._unread += _count(events)
                 self._changed.notify_all()
+
+
+def _remote(engine: Engine | None, error: BaseException) -> RemoteError:
+    trace = "".join(traceback.format_exception(error))
+    return RemoteError(engine.core.replica if engine is not None else -1, type(error).__name__, str(error), trace)
 
 
 def _answer(asked: _Asked) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -16,6 +18,8 @@ from rayk.engine.sampling import SamplingParams
 from rayk.engine.wire import Ended
 from rayk.errors import RaykError
 from rayk.request import NOTHING_REUSED, Reused
+
+log = logging.getLogger("rayk.engine")
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Update:
 class Handle:
     """One request of a Cluster's; whoever submitted it may wait for it, read along, or cancel it.
 
-    What is not read yet is kept once, as the answer itself: a slow reader costs no more than that.
+    What is not read yet is kept once, as the answer itself: a slow reader costs no more than that. A handle that is
+    dropped cancels nothing: its request goes on to its end, and nobody hears of it.
     """
 
     def __init__(
@@ -76,17 +81,20 @@ class Handle:
         self.stream_text: bool = more.get("stream_text", False)
         self.cache_salt: str | None = more.get("cache_salt")
         self.submitted_at = monotonic()
+        self.call = 0  # which call it came with: those of one call wait in line, calls take turns
         self.session: str | None = None
         self.replica: int | None = None  # where it is placed, None while it waits
         self.unwanted = False  # cancelled, and its replica was told
         self.retries = 0
         self.tokens: list[int] = []
         self.future: Future[Output] = Future()
+        self.future.set_running_or_notify_cancel()  # whoever waits for it may be cancelled, the future is not
         self.on_news: Callable[[Handle], None] | None = None  # called by the reader of reports, must not block
-        self.cancel: Callable[[], None] = lambda: None
+        self.canceller: Callable[[Handle], None] | None = None
         self._lock = threading.Lock()
         self._pieces: list[str] = []
         self._taken = 0
+        self._over = False
         self._told = False  # somebody was told of what is not taken yet
         self._logprobs: list[TokenLogprobs] = []
         self._first_at: float | None = None
@@ -97,8 +105,13 @@ class Handle:
         self._cached = NOTHING_REUSED
 
     def result(self, timeout: float | None = None) -> Output:
-        """Wait for the end. The built-in TimeoutError when it does not come in `timeout` seconds."""
+        """Wait for the end. The built-in TimeoutError after `timeout` seconds; the request goes on."""
         return self.future.result(timeout)
+
+    def cancel(self) -> None:
+        """End the request; one that is over is left alone. result() comes soon, with what there is by then."""
+        if self.canceller is not None and not self.done:
+            self.canceller(self)
 
     @property
     def done(self) -> bool:
@@ -152,6 +165,9 @@ class Handle:
     def finish(self, reason: str, error: RaykError | None = None, text: str | None = None) -> None:
         """It is over."""
         with self._lock:
+            if self._over:
+                return
+            self._over = True
             output = Output(
                 self.id,
                 len(self.prompt),
@@ -170,16 +186,24 @@ class Handle:
                 self._gaps,
                 self._cached,
             )
-            if not self.future.set_running_or_notify_cancel():
-                return
-            self.future.set_result(output)
+        _tell(partial(self.future.set_result, output))  # its callbacks may look at the handle
         self._tell()
 
     def _tell(self) -> None:
         with self._lock:
             told, self._told = self._told, True
-        if self.on_news is not None and not told:
-            try:
-                self.on_news(self)
-            except Exception:  # whoever wanted to know is gone, such as a closed event loop
-                self.on_news = None
+        if self.on_news is not None and not told and not _tell(partial(self.on_news, self)):
+            self.on_news = None
+
+
+def _tell(call: Callable[[], None]) -> bool:
+    """Call what somebody gave us; whether it went well. It may be of a closed event loop, and must not end the thread
+    that reads reports, whatever it raises."""
+    try:
+        call()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        log.warning("a callback of a request raised", exc_info=error)
+        return False
+    return True

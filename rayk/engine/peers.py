@@ -20,6 +20,7 @@ from rayk.replica import ReplicaCore
 from rayk.transport.choice import OBJECT_STORE, Peer
 from rayk.transport.line import PageData, Parcel
 from rayk.transport.port import Arrival, PagePort
+from rayk.values import printable
 from rayk.views import Mirrors
 
 
@@ -57,9 +58,9 @@ class Peers:
         ctx = TextContext(f"shipped-{order.number}", tokens, len(tokens), order.cache_salt)
         try:
             shipment = self._port.ship(ctx, order.start, order.stop, Peer(order.replica, order.epoch), order.kind)
-        except RaykError as error:
-            trouble = error.reason if isinstance(error, LineError) else str(error)
-            return Shipped(order.number, me.replica, me.epoch, order.kind, trouble=trouble)
+        except Exception as error:  # whatever it is, the request it was for is computed
+            trouble = error.reason if isinstance(error, LineError) else f"{type(error).__name__}: {error}"
+            return Shipped(order.number, me.replica, me.epoch, order.kind, trouble=printable(trouble))
         export = shipment.export
         if not len(export.pages):
             self._port.end([export.export_id])

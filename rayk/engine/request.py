@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rayk.engine.errors import RequestError
 from rayk.engine.events import Shipped
 from rayk.engine.sampling import SamplingParams
 from rayk.errors import TokenError
+from rayk.values import shown
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,9 +40,14 @@ class Request:
 
 def timeout_problem(timeout: Any) -> str | None:
     """Why `timeout` is no number of seconds, or None."""
-    if timeout is None or (isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout > 0):
+    if timeout is None:
         return None
-    return f"timeout is {timeout!r}, it must be a number of seconds above 0"
+    try:
+        if isinstance(timeout, Real) and not isinstance(timeout, bool) and 0 < float(timeout) < math.inf:
+            return None
+    except OverflowError:  # an integer beyond all floats
+        pass
+    return f"timeout is {shown(timeout)}, it must be a number of seconds above 0"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rayk.values import INT64_MAX, checked_text, has_utf8, shown
+
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
+LONGEST_STOP = 1024  # characters
+LAST_TOKEN = 2**31 - 1
 COLD = 1e-6  # temperatures below it are 0: float32 could not tell
 MOST_PENALTY = 1e4
 
@@ -55,9 +59,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def problem(self) -> str | None:
         """Why a request with these settings cannot be served, or None."""
         checks: list[tuple[str, Any, bool, str]] = [
-            ("max_new_tokens", self.max_new_tokens, _int(self.max_new_tokens, 1), "an integer of at least 1"),
+            ("max_new_tokens", self.max_new_tokens, _int(self.max_new_tokens, 1), "an integer of 1 .. 2**63 - 1"),
             ("temperature", self.temperature, _number(self.temperature, 0, math.inf), "a finite number of at least 0"),
-            ("top_k", self.top_k, _int(self.top_k, 0), "an integer of at least 0 (0: off)"),
+            ("top_k", self.top_k, _int(self.top_k, 0), "an integer of 0 (off) .. 2**63 - 1"),
             ("top_p", self.top_p, _number(self.top_p, 0, 1) and self.top_p > 0, "above 0 and at most 1 (1: off)"),
             ("min_p", self.min_p, _number(self.min_p, 0, 1), "between 0 (off) and 1"),
             (
@@ -67,15 +71,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 f"between {1 / MOST_PENALTY:g} and {MOST_PENALTY:g} (1: off)",
             ),
             ("seed", self.seed, self.seed is None or _int(self.seed, 0, 2**64 - 1), "an integer of 0 .. 2**64 - 1"),
-            ("stop", self.stop, _strings(self.stop), f"at most {MAX_STOPS} strings that are not empty"),
+            (
+                "stop",
+                self.stop,
+                _strings(self.stop),
+                f"at most {MAX_STOPS} strings of 1 .. {LONGEST_STOP} characters that UTF-8 can carry",
+            ),
             (
                 "stop_token_ids",
                 self.stop_token_ids,
                 isinstance(self.stop_token_ids, (tuple, list))
                 and len(self.stop_token_ids) <= MAX_STOPS
-                and all(_int(token, 0) for token in self.stop_token_ids),
+                and all(_int(token, 0, LAST_TOKEN) for token in self.stop_token_ids),
                 f"at most {MAX_STOPS} token ids",
             ),
+            ("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, (bool, np.bool_)), "True or False"),
             (
                 "logprobs",
                 self.logprobs,
@@ -83,7 +93,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 f"None or an integer of 0 .. {MAX_LOGPROBS}",
             ),
         ]
-        return next((f"{name} is {value!r}, it must be {rule}" for name, value, good, rule in checks if not good), None)
+        wrong = [(name, value, rule) for name, value, good, rule in checks if not good]
+        return f"{wrong[0][0]} is {shown(wrong[0][1])}, it must be {wrong[0][2]}" if wrong else None
 
     def plain(self) -> SamplingParams:
         """The same in Python's own types, so that it can be sent (numpy's numbers cannot). Has no problem()."""
@@ -94,21 +105,28 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         real = {name: float(getattr(self, name)) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
         stops = tuple(int(token) for token in self.stop_token_ids)
         more: dict[str, Any] = {**whole, **maybe, **real}
-        return SamplingParams(stop=tuple(self.stop), stop_token_ids=stops, ignore_eos=bool(self.ignore_eos), **more)
+        texts = tuple(checked_text("stop", each) for each in self.stop)
+        return SamplingParams(stop=texts, stop_token_ids=stops, ignore_eos=bool(self.ignore_eos), **more)
 
 
-def _int(value: Any, low: int, high: float = math.inf) -> bool:
+def _int(value: Any, low: int, high: int = INT64_MAX) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def _number(value: Any, low: float, high: float) -> bool:
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    return real and math.isfinite(value) and low <= value <= high
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        value = float(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+    return math.isfinite(value) and low <= value <= high
 
 
 def _strings(value: Any) -> bool:
-    listed = isinstance(value, (tuple, list)) and len(value) <= MAX_STOPS
-    return listed and all(isinstance(each, str) and each for each in value)
+    if not isinstance(value, (tuple, list)) or len(value) > MAX_STOPS:
+        return False
+    return all(isinstance(each, str) and 0 < len(each) <= LONGEST_STOP and has_utf8(each) for each in value)
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

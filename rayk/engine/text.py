@@ -8,6 +8,12 @@ from typing import Any
 UNFINISHED = "�"  # what a tokenizer shows for bytes that are no whole character (yet)
 
 
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of token ids without special ones, as UTF-8 can carry it: a tokenizer may make lone surrogates."""
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
 class Detokenizer:
     """The text of one answer while it grows. `tokenizer.decode(ids, skip_special_tokens=True)` is all it needs.
 
@@ -48,7 +54,7 @@ class Detokenizer:
         return piece
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return text_of(self._tokenizer, ids)
 
     def _grow(self, more: str) -> None:
         begin = max(0, len(self.text) - self._longest + 1)

@@ -29,6 +29,7 @@ from rayk.engine.request import Request
 from rayk.engine.sampling import SamplingParams
 from rayk.errors import RaykError
 from rayk.request import NOTHING_REUSED, Reused
+from rayk.values import printable
 
 
 class Ask(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
@@ -131,7 +132,7 @@ class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
 
     @classmethod
     def of(cls, event: Finished) -> Ended:
-        error = m.failure(event.error) if event.error is not None else None
+        error = _failure(event.error) if event.error is not None else None
         times = (event.admitted_after, event.first_token_after, event.seconds)
         return cls(event.number, event.reason, event.cached, event.text, error, event.preemptions, *times)
 
@@ -144,6 +145,12 @@ class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     def error(self) -> RaykError | None:
         """What went wrong, or None."""
         return m.to_error(self.failure) if self.failure is not None else None
+
+
+def _failure(error: RaykError) -> m.Failure:
+    """The error as a message can carry it, whatever text a model or a tokenizer put into it."""
+    made = m.failure(error)
+    return m.Failure(made.kind, [printable(each) if isinstance(each, str) else each for each in made.fields])
 
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):

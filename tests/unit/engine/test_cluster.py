@@ -69,7 +69,7 @@ def test_the_second_of_two_equal_requests_is_cached(cluster: Cluster) -> None:
         ([2**40], "out of int32"),
         ({"text": "ab", "tokens": [1]}, "either text or tokens"),
         ({"id": "x"}, "either text or tokens"),
-        ({"text": 5}, "text must be a string"),
+        ({"text": 5}, "text must be a str"),
         ({"tokens": "ab"}, "flat sequence of ints"),
         ({"tokens": [1], "colour": 1}, "no field 'colour'"),
         ({"tokens": [1], "cache_salt": 1}, "cache_salt"),
