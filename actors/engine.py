@@ -43,7 +43,7 @@ class EngineActor:
     def __init__(self, replica: int, source: ModelSource, settings: ServeSettings) -> None:
         import torch
 
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(settings.threads or 1)
         self._replica = replica
         self._source = source
         self._settings = settings

@@ -13,12 +13,12 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import ray
@@ -27,6 +27,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from rayk.actors.address import host_and_port, knock, make_temp_dir, refusal, running_address
 from rayk.actors.graph import SEND_SECONDS, GraphLane, LaneError, end, living
 from rayk.errors import CallTimeoutError, ConfigError, PlanError, RaykError, RemoteError
 
@@ -238,25 +239,36 @@ class RayRuntime:
             if address not in (None, "auto") and not _same_place(address, ray.get_runtime_context().gcs_address):
                 raise ConfigError(f"this process is connected to Ray already; address {address!r} is another cluster")
             return runtime
-        if address in (None, "auto"):
-            running = _running_address()
+        found = address in (None, "auto")
+        if found:
+            running = running_address()
             address = running if running is not None else address or "local"
+        assert address is not None
         runtime._owns_connection = True
         if address == "local":
             runtime._start_embedded(options)
             return runtime
         try:
-            _knock(address)
+            knock(address)
+            _enter(address, found)
             ray.init(address=address, namespace=namespace, **options)
+        except ray_errors.AuthenticationError:
+            raise ConfigError(refusal(address)) from None
         except ConnectionError as error:
             raise ConfigError(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from error
+        except (ValueError, RuntimeError, ImportError, OSError) as error:  # Ray names no errors of its own here
+            if isinstance(error, RaykError):
+                raise
+            raise ConfigError(
+                f"cannot join the Ray cluster at {address!r}: {_one_line(str(error))[:REASON_LENGTH]}"
+            ) from error
         return runtime
 
     def _start_embedded(self, options: dict[str, Any]) -> None:
+        self._temp_dir = make_temp_dir()
         for name, value in EMBEDDED_SETTINGS.items():
             self._saved_environment[name] = os.environ.get(name)
             os.environ.setdefault(name, value)
-        self._temp_dir = tempfile.mkdtemp(prefix="rayk-", dir=os.environ.get("RAY_TMPDIR"))
         settings = {
             "include_dashboard": False,
             "logging_level": "error",
@@ -453,49 +465,49 @@ def _free_resources() -> dict[str, float]:
     return {name: amount for name, amount in free.items() if "_group_" not in name and not name.startswith("node:")}
 
 
+def _enter(address: str, found: bool) -> None:
+    """AuthenticationError at once where the cluster refuses this process; ray.init() would ask it twenty times, each
+    with a line on stderr from below Python. `found` as Ray itself finds one: then a token that lies ready is used."""
+    from ray._private.authentication import authentication_token_setup as tokens
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is compiled, and its stub leaves it out
+
+    if found:
+        tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    tokens.ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one the client ends the process
+    if host_and_port(address) is not None:
+        with _unheard():
+            GcsClient(address=address)
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """What this process writes to stderr meanwhile, from below Python too, is shown only if nothing was raised."""
+    sys.stderr.flush()
+    own = os.dup(2)
+    with tempfile.TemporaryFile() as heard:
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
+        heard.seek(0)
+        os.write(2, heard.read())
+
+
 def _placement(group: PlacementGroup) -> Placement:
     where = placement_group_table(group)["bundles_to_node_id"]
     return Placement(group, tuple(where[i] for i in range(len(where))))
-
-
-def _host_and_port(address: str) -> tuple[str, int] | None:
-    """Of "host:port"; None for other forms, such as "auto" or "ray://..."."""
-    host, _, port = address.rpartition(":")
-    return (host, int(port)) if host and port.isdigit() and "/" not in host else None
 
 
 def _same_place(one: str, other: str) -> bool:
     """Whether two addresses name the same port of the same machine."""
     own = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
     here = {"localhost", "127.0.0.1", socket.gethostname(), own}
-    first, second = _host_and_port(one), _host_and_port(other)
+    first, second = host_and_port(one), host_and_port(other)
     if first is None or second is None:
         return one == other
     return first[1] == second[1] and (first[0] == second[0] or {first[0], second[0]} <= here)
-
-
-def _knock(address: str | None) -> None:
-    """ConnectionError at once where nobody listens; Ray itself would try for half a minute."""
-    target = _host_and_port(address) if address is not None else None
-    if target is not None:
-        try:
-            socket.create_connection(target, timeout=5).close()
-        except OSError as error:
-            raise ConnectionError(f"nobody listens there ({error})") from error
-
-
-def _running_address() -> str | None:
-    """The cluster that RAY_ADDRESS names, or the one that `ray start` recorded here if it still answers, or None."""
-    named = os.environ.get("RAY_ADDRESS")
-    if named:
-        return named
-    recorded = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
-    try:
-        address = recorded.read_text().strip()
-        _knock(address)
-        return address or None
-    except OSError:  # no record, or of a cluster that is gone
-        return None
 
 
 def _short(error: BaseException) -> str:

@@ -47,7 +47,9 @@ class Cluster:
     `peer_copies`: a prefix that another replica holds is copied where that takes less time than computing it.
     `device`: "cpu", "cuda", or "auto" for CUDA where there are enough GPUs. `graphs`: on
     CUDA, capture decode steps. A request whose replica is lost is sent again `max_retries` times. `tokenizer`: for
-    text prompts, where the folder has none.
+    text prompts, where the folder has none. `threads`: of torch on a CPU, for each replica; one unless given. Inline,
+    as many as this process uses unless given: a number is set for all of this process (torch.set_num_threads), and
+    taken back by close(), for the thread that calls it and for new ones.
     Safe to use from several threads and event loops. close() (also the end of a `with` block) ends it.
     """
 
@@ -76,7 +78,7 @@ class Cluster:
         peer_copies: bool = True,
         longest: int | None = None,
         graphs: bool = True,
-        threads: int = 1,
+        threads: int | None = None,
         tokenizer: Any = None,
     ) -> None:
         from rayk.scheduler.policies import wants_keys

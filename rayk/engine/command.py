@@ -131,7 +131,10 @@ def generate(
     attention: Annotated[
         str | None, typer.Option(help="An attention backend; the fastest that can.", rich_help_panel=_CLUSTER)
     ] = None,
-    threads: Annotated[int, typer.Option(help="Threads of each replica on a CPU.", rich_help_panel=_CLUSTER)] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of each replica on a CPU: 1, and inline all.", rich_help_panel=_CLUSTER),
+    ] = None,
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     form: Annotated[
         GenerateFormat, typer.Option("--format", help="json: one object on stdout.", rich_help_panel=_OUTPUT)

@@ -14,9 +14,11 @@ import msgspec
 import torch
 
 from rayk.buffers import PageBuffers
+from rayk.engine.engine import Engine
 from rayk.engine.host import EngineHost
 from rayk.engine.serve import ModelSource, ReplicaFacts, ServeSettings, check_engine, facts_of, open_engine
 from rayk.engine.settings import EngineStats
+from rayk.engine.threads import TorchThreads
 from rayk.engine.tiers import NodeTiers
 from rayk.engine.wire import Command, Report
 from rayk.errors import ConfigError
@@ -42,6 +44,7 @@ class InlineReplicas:
         self._models: dict[str, Any] = {}
         self._tiers: NodeTiers | None = None
         self._pools: dict[Peer, PageBuffers] = {}
+        self._threads = None if settings.threads is None else TorchThreads(settings.threads)
         self._host = EngineHost().start()
         self._hosts: list[EngineHost] = []  # by replica: a host that died takes its replicas with it
         try:
@@ -64,7 +67,7 @@ class InlineReplicas:
             for replica, device in devices.items():
                 more = (self.settings, replica, device, sharing[device], node, self._tiers, self._lines)
                 model = self._models[device]
-                engine = self._host.add(replica, lambda m=model, a=more: open_engine(m, self._source, *a))  # type: ignore[misc]  # mypy does not infer defaults
+                engine = self._host.add(replica, lambda m=model, a=more: self._open(m, *a))  # type: ignore[misc]  # mypy does not infer defaults
                 added.append(facts_of(engine, device, node.host_name))
                 self._pools[Peer(replica, added[-1].epoch)] = engine.core.buffers
                 self.tokenizer = engine.model.tokenizer
@@ -79,6 +82,12 @@ class InlineReplicas:
             else:
                 self.facts.append(facts)
                 self._hosts.append(self._host)
+
+    def _open(self, model: Any, *more: Any) -> Engine:
+        """In the thread of the engines."""
+        if self._threads is not None:
+            self._threads.apply()
+        return open_engine(model, self._source, *more)
 
     def _lines(self, buffers: PageBuffers) -> list[Line]:
         return [DirectLine(buffers, self._pools)]
@@ -121,3 +130,5 @@ class InlineReplicas:
     def close(self) -> None:
         for host in {id(host): host for host in [*self._hosts, self._host]}.values():
             host.stop()
+        if self._threads is not None:
+            self._threads.release()

@@ -85,7 +85,7 @@ class ServeSettings:
     tiers: TierWish = field(default_factory=TierWish)
     peer_copies: bool = False  # of prefixes, between replicas
     graphs: bool = True  # decode steps as CUDA graphs
-    threads: int = 1  # of torch, in each process
+    threads: int | None = None  # of torch; None: one in a process of a replica's own, the caller's number inline
     engine: EngineSettings = field(default_factory=EngineSettings)
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class ServeSettings:
             replicas=self.replicas,
             page_size=self.page_size,
             max_batch_size=self.max_batch_size,
-            threads=self.threads,
+            **({} if self.threads is None else {"threads": self.threads}),
             **({} if self.pages is None else {"pages": self.pages}),
         )
         require(
