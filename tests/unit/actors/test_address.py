@@ -26,12 +26,12 @@ def listening(answer: bytes | None) -> Iterator[str]:
 
         def serve() -> None:
             line, _ = server.accept()
-            with line, suppress(ConnectionResetError):  # by a caller that has heard enough
+            with line, suppress(OSError):  # of a caller that has heard enough
                 if answer is not None:
                     line.sendall(answer)
+                    line.shutdown(socket.SHUT_WR)
                 while line.recv(1 << 10):
-                    if answer is not None:
-                        line.shutdown(socket.SHUT_WR)
+                    pass
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
