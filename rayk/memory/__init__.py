@@ -1,12 +1,15 @@
 """Memory plans: how many pages fit beside a model, what length and batch that serves, and what to change if none do.
 
     budget.py ──> advice.py ──> estimator.py, planner.py          the reference's estimator and planners
-    weights.py, fields.py ──> architectures.py ──> checkpoint.py  from a config.json to a model (model.py)
+    weights.py ──> float_formats.py, integer_formats.py ──> quantization.py      how checkpoints store weights
+    fields.py, architectures.py, library.py, stand_ins.py, checkpoint.py ──> reading.py     a model (model.py) of files
     by_hand.py                                                    a model from numbers
-    gpus.py, settings.py ──> plan.py ──> nodes.py, remedies.py    a plan of a replica, of nodes, and what helps
+    gpus.py, settings.py, overhead.py ──> plan.py ──> nodes.py, remedies.py      plans of replicas and nodes, what helps
     question.py ──> sweep.py, view.py, command.py                 `rayk plan`
+    measure.py                                                    activations, by a forward
 
-Nothing here imports Ray or torch, and nothing measures a machine: memory sizes come from the caller.
+Nothing here imports Ray, and only library.py and measure.py torch, which are imported where they are needed. Nothing
+but measure.py measures a machine: memory sizes come from the caller.
 """
 
 from rayk.memory.budget import (

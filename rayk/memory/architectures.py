@@ -1,20 +1,21 @@
-"""Architectures by class name: from the fields of a config.json to parameters, cached heads and windows.
+"""Architectures by class name: from the fields of a config.json to modules, cached heads and windows.
 
-The shapes are those of the modules that the class names stand for; h is the hidden size, counts are per layer unless
-said otherwise. Biases, norms and routers count as `rest`: quantized checkpoints keep them.
+These rules serve where transformers is not installed. The shapes are those of the modules that the class names stand
+for; h is the hidden size. Biases, norms and routers are of the kind `rest`: quantized checkpoints keep them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rayk.memory.fields import Fields
-from rayk.memory.model import Window
-from rayk.memory.weights import Weights
+from rayk.memory.model import CachedLayers
+from rayk.memory.weights import Kind, Module, Weights
 
-Layer = Callable[[Fields, int], Weights]
+Parts = Iterator[Module]
+Layer = Callable[[Fields, int], Parts]
 Windowed = Callable[[Fields, int], bool]
 
 
@@ -51,40 +52,60 @@ def heads(f: Fields) -> tuple[int, int, int]:
     return query, kv, f.number("head_dim", hidden // query)
 
 
-def attention(f: Fields, qkv_bias: bool = False, out_bias: bool = False, head_norms: bool = False) -> Weights:
+def linear(name: str, columns: int, rows: int) -> Module:
+    return Module(name, Kind.linear, columns * rows, columns)
+
+
+def rest(name: str, count: int) -> Module:
+    return Module(name, Kind.rest, count)
+
+
+def attention(f: Fields, qkv_bias: bool = False, out_bias: bool = False, head_norms: bool = False) -> Parts:
     """Projections of queries, keys, values and output."""
     (query, kv, dim), h = heads(f), f.number("hidden_size")
-    qkv = (query + 2 * kv) * dim
-    rest = qkv * qkv_bias + h * out_bias + 2 * dim * head_norms
-    return Weights(linears=h * qkv + query * dim * h, rest=rest)
+    yield linear("self_attn.q_proj", h, query * dim)
+    yield linear("self_attn.k_proj", h, kv * dim)
+    yield linear("self_attn.v_proj", h, kv * dim)
+    yield linear("self_attn.o_proj", query * dim, h)
+    biases = (query + 2 * kv) * dim * qkv_bias + h * out_bias
+    yield rest("self_attn.norms", biases + 2 * dim * head_norms)
 
 
-def gated(f: Fields, width: int) -> int:
+def gated(f: Fields, width: int, name: str = "mlp") -> Parts:
     """Gate, up and down projections."""
-    return 3 * f.number("hidden_size") * width
+    h = f.number("hidden_size")
+    yield linear(f"{name}.gate_proj", h, width)
+    yield linear(f"{name}.up_proj", h, width)
+    yield linear(f"{name}.down_proj", width, h)
 
 
-def norms(f: Fields, count: int) -> Weights:
-    return Weights(rest=count * f.number("hidden_size"))
+def norms(f: Fields, count: int) -> Parts:
+    yield rest("norms", count * f.number("hidden_size"))
 
 
-def llama(f: Fields, layer: int) -> Weights:
+def llama(f: Fields, layer: int) -> Parts:
     width, bias = f.number("intermediate_size"), f.flag("attention_bias", False)
-    mlp = Weights(linears=gated(f, width), rest=(2 * width + f.number("hidden_size")) * f.flag("mlp_bias", False))
-    return attention(f, bias, bias) + mlp + norms(f, 2)
+    yield from attention(f, bias, bias)
+    yield from gated(f, width)
+    yield rest("mlp.biases", (2 * width + f.number("hidden_size")) * f.flag("mlp_bias", False))
+    yield from norms(f, 2)
 
 
-def qwen2(f: Fields, layer: int) -> Weights:
-    return attention(f, qkv_bias=True) + Weights(linears=gated(f, f.number("intermediate_size"))) + norms(f, 2)
+def qwen2(f: Fields, layer: int) -> Parts:
+    yield from attention(f, qkv_bias=True)
+    yield from gated(f, f.number("intermediate_size"))
+    yield from norms(f, 2)
 
 
-def qwen3_attention(f: Fields) -> Weights:
+def qwen3_attention(f: Fields) -> Parts:
     bias = f.flag("attention_bias", False)
-    return attention(f, bias, bias, head_norms=True) + norms(f, 2)
+    yield from attention(f, bias, bias, head_norms=True)
+    yield from norms(f, 2)
 
 
-def qwen3(f: Fields, layer: int) -> Weights:
-    return qwen3_attention(f) + Weights(linears=gated(f, f.number("intermediate_size")))
+def qwen3(f: Fields, layer: int) -> Parts:
+    yield from qwen3_attention(f)
+    yield from gated(f, f.number("intermediate_size"))
 
 
 def is_sparse(f: Fields, layer: int) -> bool:
@@ -93,74 +114,103 @@ def is_sparse(f: Fields, layer: int) -> bool:
     return layer not in dense and (layer + 1) % f.number("decoder_sparse_step", 1) == 0
 
 
-def experts(f: Fields, count: int, width: int) -> Weights:
+def experts(f: Fields, count: int, width: int) -> Parts:
     """Routed experts and their router."""
-    return Weights(experts=count * gated(f, width), rest=count * f.number("hidden_size"))
+    h = f.number("hidden_size")
+    yield Module("mlp.experts.gate_up_proj", Kind.expert, count * 2 * h * width, h, count)
+    yield Module("mlp.experts.down_proj", Kind.expert, count * h * width, width, count)
+    yield Module("mlp.gate", Kind.rest, count * h, h)
 
 
-def qwen2_moe(f: Fields, layer: int) -> Weights:
-    own = attention(f, qkv_bias=f.flag("qkv_bias", True)) + norms(f, 2)
+def qwen2_moe(f: Fields, layer: int) -> Parts:
+    yield from attention(f, qkv_bias=f.flag("qkv_bias", True))
+    yield from norms(f, 2)
     if not is_sparse(f, layer):
-        return own + Weights(linears=gated(f, f.number("intermediate_size")))
-    shared = Weights(linears=gated(f, f.number("shared_expert_intermediate_size")), rest=f.number("hidden_size"))
-    return own + shared + experts(f, f.number("num_experts"), f.number("moe_intermediate_size"))
+        yield from gated(f, f.number("intermediate_size"))
+        return
+    yield from gated(f, f.number("shared_expert_intermediate_size"), "mlp.shared_expert")
+    yield rest("mlp.shared_expert_gate", f.number("hidden_size"))
+    yield from experts(f, f.number("num_experts"), f.number("moe_intermediate_size"))
 
 
-def qwen3_moe(f: Fields, layer: int) -> Weights:
+def qwen3_moe(f: Fields, layer: int) -> Parts:
     if not is_sparse(f, layer):
-        return qwen3(f, layer)
-    return qwen3_attention(f) + experts(f, f.number("num_experts"), f.number("moe_intermediate_size"))
+        yield from qwen3(f, layer)
+        return
+    yield from qwen3_attention(f)
+    yield from experts(f, f.number("num_experts"), f.number("moe_intermediate_size"))
 
 
-def mixtral(f: Fields, layer: int) -> Weights:
-    return attention(f) + norms(f, 2) + experts(f, f.number("num_local_experts"), f.number("intermediate_size"))
+def mixtral(f: Fields, layer: int) -> Parts:
+    yield from attention(f)
+    yield from norms(f, 2)
+    yield from experts(f, f.number("num_local_experts"), f.number("intermediate_size"))
 
 
-def gemma2(f: Fields, layer: int) -> Weights:
+def gemma2(f: Fields, layer: int) -> Parts:
     bias = f.flag("attention_bias", False)
-    return attention(f, bias, bias) + Weights(linears=gated(f, f.number("intermediate_size"))) + norms(f, 4)
+    yield from attention(f, bias, bias)
+    yield from gated(f, f.number("intermediate_size"))
+    yield from norms(f, 4)
 
 
-def gemma3(f: Fields, layer: int) -> Weights:
-    return gemma2(f, layer) + Weights(rest=2 * heads(f)[2])
+def gemma3(f: Fields, layer: int) -> Parts:
+    yield from gemma2(f, layer)
+    yield rest("self_attn.norms", 2 * heads(f)[2])
 
 
-def phi3(f: Fields, layer: int) -> Weights:
-    return attention(f) + Weights(linears=gated(f, f.number("intermediate_size"))) + norms(f, 2)
+def phi3(f: Fields, layer: int) -> Parts:
+    yield from attention(f)
+    yield from gated(f, f.number("intermediate_size"))
+    yield from norms(f, 2)
 
 
-def phi(f: Fields, layer: int) -> Weights:
+def phi(f: Fields, layer: int) -> Parts:
     """One norm with a bias, and a plain feed-forward of two matrices."""
     h, width = f.number("hidden_size"), f.number("intermediate_size")
-    return attention(f, True, True) + Weights(linears=2 * h * width, rest=width + h) + norms(f, 2)
+    yield from attention(f, True, True)
+    yield linear("mlp.fc1", h, width)
+    yield linear("mlp.fc2", width, h)
+    yield rest("mlp.biases", width + h)
+    yield from norms(f, 2)
 
 
-def deepseek(f: Fields, layer: int) -> Weights:
+def deepseek(f: Fields, layer: int) -> Parts:
     """Latent attention: queries through a low rank (or directly), keys and values through the cached latent."""
     h, query = f.number("hidden_size"), f.number("num_attention_heads")
     rank, rope, nope = f.number("kv_lora_rank"), f.number("qk_rope_head_dim"), f.number("qk_nope_head_dim")
     value, q_rank = f.number("v_head_dim"), f.number("q_lora_rank", 0, least=0)
-    to_query = (h * q_rank + q_rank * query * (nope + rope)) if q_rank else h * query * (nope + rope)
-    linears = to_query + h * (rank + rope) + rank * query * (nope + value) + query * value * h
-    own = Weights(linears=linears, rest=q_rank + rank) + norms(f, 2)
+    if q_rank:
+        yield linear("self_attn.q_a_proj", h, q_rank)
+        yield linear("self_attn.q_b_proj", q_rank, query * (nope + rope))
+    else:
+        yield linear("self_attn.q_proj", h, query * (nope + rope))
+    yield linear("self_attn.kv_a_proj_with_mqa", h, rank + rope)
+    yield linear("self_attn.kv_b_proj", rank, query * (nope + value))
+    yield linear("self_attn.o_proj", query * value, h)
+    yield rest("self_attn.norms", q_rank + rank)
+    yield from norms(f, 2)
     dense_until = f.number("first_k_dense_replace", 0, least=0)
     if dense_until > f.number("num_hidden_layers"):
         raise f.error(f"first_k_dense_replace {dense_until} is beyond num_hidden_layers")
     count = f.number("n_routed_experts", 0, least=0)
     if layer < dense_until or not count or layer % f.number("moe_layer_freq", 1):
-        return own + Weights(linears=gated(f, f.number("intermediate_size")))
+        yield from gated(f, f.number("intermediate_size"))
+        return
     width = f.number("moe_intermediate_size")
-    shared = Weights(linears=gated(f, width * f.number("n_shared_experts", 0, least=0)))
-    bias = Weights(rest=count * (f.values.get("topk_method") == "noaux_tc"))
-    return own + experts(f, count, width) + shared + bias
+    yield from gated(f, width * f.number("n_shared_experts", 0, least=0), "mlp.shared_experts")
+    yield from experts(f, count, width)
+    yield rest("mlp.gate.bias", count * (f.values.get("topk_method") == "noaux_tc"))
 
 
-def gpt_oss(f: Fields, layer: int) -> Weights:
+def gpt_oss(f: Fields, layer: int) -> Parts:
     """Biases everywhere, one sink a query head, experts with biases."""
     h, count, width = f.number("hidden_size"), f.number("num_local_experts"), f.number("intermediate_size")
     bias = f.flag("attention_bias", True)
-    biases = Weights(rest=heads(f)[0] + count + count * (2 * width + h))
-    return attention(f, bias, bias) + norms(f, 2) + experts(f, count, width) + biases
+    yield from attention(f, bias, bias)
+    yield from norms(f, 2)
+    yield from experts(f, count, width)
+    yield rest("self_attn.sinks", heads(f)[0] + count + count * (2 * width + h))
 
 
 @dataclass(frozen=True)
@@ -174,32 +224,38 @@ class Architecture:
     part: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def count(self, f: Fields) -> Weights:
+    def modules(self, f: Fields) -> Parts:
         """All layers, embeddings, final norm and output head."""
-        layers, h, words = f.number("num_hidden_layers"), f.number("hidden_size"), f.number("vocab_size")
-        if layers > MOST_LAYERS:
-            raise f.error(f"num_hidden_layers {layers} is absurd")
-        tied = f.flag("tie_word_embeddings", False)
-        ends = words * h * (1 if tied else 2) + h + (words + h) * self.head_bias
-        return sum((self.layer(f, i) for i in range(layers)), Weights(rest=ends))
+        h, words = f.number("hidden_size"), f.number("vocab_size")
+        yield Module("model.embed_tokens", Kind.embedding, words * h, h)
+        for layer in range(f.number("num_hidden_layers")):
+            for module in self.layer(f, layer):
+                yield module._replace(name=f"model.layers.{layer}.{module.name}")
+        yield rest("model.norm", h + (words + h) * self.head_bias)
+        if not f.flag("tie_word_embeddings", False):
+            yield Module("lm_head", Kind.head, words * h, h)
 
-    def cached(self, f: Fields) -> tuple[int, int, int]:
-        """Query heads, KV heads and elements of a head in the cache."""
-        if self.latent:
-            return f.number("num_attention_heads"), 1, f.number("kv_lora_rank") + f.number("qk_rope_head_dim")
-        return heads(f)
+    def weights(self, f: Fields) -> Weights:
+        return Weights.of(self.modules(f))
 
-    def window(self, f: Fields) -> Window | None:
-        """The layers that attend to a window; `layer_types` says which where it is given."""
-        layers = f.number("num_hidden_layers")
-        types = f.values.get("layer_types")
+    def cached(self, f: Fields) -> tuple[CachedLayers, ...]:
+        """What layers keep of a token, those with a window apart; `layer_types` says which have where it is given."""
+        layers, types = f.number("num_hidden_layers"), f.values.get("layer_types")
         if types is not None and (not isinstance(types, list) or len(types) != layers):
             raise f.error(f"layer_types must name all {layers} layers (num_hidden_layers), got {types!r}")
         sliding = [self.windowed(f, i) if types is None else types[i] == "sliding_attention" for i in range(layers)]
-        return Window(f.number("sliding_window"), sum(sliding)) if any(sliding) else None
+        if self.latent:
+            query, rope = f.number("num_attention_heads"), f.number("qk_rope_head_dim")
+            widest = max(f.number("qk_nope_head_dim") + rope, f.number("v_head_dim"))
+            size = f.number("kv_lora_rank") + rope
+            return (CachedLayers(tuple(range(layers)), 1, size, 0, True, expanded=(query, widest)),)
+        _, kv, dim = heads(f)
+        window = f.number("sliding_window") if any(sliding) else None
+        plain = CachedLayers((), kv, dim, dim)
+        split = [(tuple(i for i in range(layers) if sliding[i] == s), window if s else None) for s in (False, True)]
+        return tuple(plain._replace(layers=numbers, window=size) for numbers, size in split if numbers)
 
 
-MOST_LAYERS = 10_000
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
 _GEMMA3 = _GEMMA | {
     "vocab_size": 262_208,
@@ -245,10 +301,11 @@ MODEL_TYPES = {
 }
 
 
-def vision_tower(f: Fields, text_hidden: int) -> Weights:
+def vision_tower(f: Fields, text_hidden: int) -> Module:
     """A SigLIP encoder and its projection into the text model, as in Gemma 3; never quantized."""
     h, width = f.number("hidden_size"), f.number("intermediate_size")
     patch, image = f.number("patch_size"), f.number("image_size")
     layer = 4 * (h * h + h) + 2 * h * width + width + h + 4 * h
     ends = 3 * patch * patch * h + h + (image // patch) ** 2 * h + 2 * h
-    return Weights(rest=f.number("num_hidden_layers") * layer + ends + h * text_hidden + h)
+    count = f.number("num_hidden_layers") * layer + ends + h * text_hidden + h
+    return Module("vision_tower", Kind.rest, count)

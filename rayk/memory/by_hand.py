@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from rayk.bench.quantity import parse_size
 from rayk.errors import ConfigError
-from rayk.memory.model import Model
-from rayk.memory.weights import WeightBits, Weights
+from rayk.memory.model import CachedLayers, Model
+from rayk.memory.weights import WEIGHT_BITS, Kind, Module, Weights, plain_bits
 
 _COUNTS = ("layers", "kv-heads", "head-dim", "latent-dim", "query-heads", "max-length")
 KEYS = (*_COUNTS, "weights", "parameters", "dtype")
@@ -48,26 +48,45 @@ def model_by_hand(texts: Sequence[str]) -> Model:
         missing.append("weights (such as 15GiB) or parameters (such as 8.03B)")
     if missing:
         raise ConfigError(f"--params: missing {', '.join(missing)}")
-    numbers = {key: _count(key, given[key]) for key in _COUNTS if key in given}
+    numbers = {
+        key: parse_tokens(given[key], "--params: max-length") if key == "max-length" else _count(key, given[key])
+        for key in _COUNTS
+        if key in given
+    }
     dtype = given.get("dtype", "bfloat16")
-    bits = WeightBits.of(dtype)
+    bits = plain_bits(dtype)
     parameters = _parameters(given["parameters"]) if "parameters" in given else None
-    weights = None if parameters is None else Weights(linears=parameters)
-    size = parse_size(given["weights"], 0) if "weights" in given else (weights or Weights()).num_bytes(bits)
+    weights = None if parameters is None else Weights((Module("parameters", Kind.linear, parameters),))
+    size = parse_size(given["weights"], 0) if "weights" in given else (weights or Weights(())).num_bytes(bits)
     if size < 1:
         raise ConfigError(f"--params: weights={given.get('weights')} is no size; write 15GiB or a number of bytes")
+    layers, dim = numbers["layers"], numbers["latent-dim" if latent else "head-dim"]
+    numbered = tuple(range(layers))
+    cached = (
+        CachedLayers(numbered, 1, dim, 0, latent=True)
+        if latent
+        else CachedLayers(numbered, numbers["kv-heads"], dim, dim)
+    )
     return Model(
         name="model by hand",
-        layers=numbers["layers"],
-        kv_heads=1 if latent else numbers["kv-heads"],
-        head_dim=numbers["latent-dim" if latent else "head-dim"],
+        cached=(cached,),
+        num_layers=layers,
         query_heads=numbers.get("query-heads"),
-        latent=latent,
         max_length=numbers.get("max-length"),
         weights=weights,
-        weight_bytes=size,
-        dtype=dtype if bits.linears >= 16 else "bfloat16",
+        stored_bytes=size,
+        dtype=dtype if WEIGHT_BITS[dtype] >= 16 else "bfloat16",
     )
+
+
+def parse_tokens(text: str, flag: str) -> int:
+    """A number of tokens: 131072, 128k (of 1024) or 1m."""
+    match = re.fullmatch(r"(\d+)([kKmM]?)", text.strip().replace("_", "").replace(",", ""))
+    factor = {"": 1, "k": 1 << 10, "m": 1 << 20}
+    count = int(match[1]) * factor[match[2].lower()] if match else 0
+    if not 1 <= count < 1 << 31:
+        raise ConfigError(f"{flag} must be a number of tokens of at least 1, such as 131072 or 128k; got {text!r}")
+    return count
 
 
 def _count(key: str, text: str) -> int:

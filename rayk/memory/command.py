@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from rayk.memory.settings import PlanSettings
     from rayk.planning import DeviceMemory, NodeMemory
 
-PLAN_EPILOG = "Example: rayk plan --config Llama-3.1-8B/config.json --gpu h100 --sweep kv-dtype=bfloat16,float8_e4m3fn"
+PLAN_EPILOG = "Example: rayk plan Llama-3.1-8B --gpu 8xh100 --max-length 128k --sweep kv-dtype=bfloat16,float8_e4m3fn"
 _MODEL, _MACHINE, _SETTINGS, _OUTPUT = "Model", "Machine", "Settings", "Output"
 
 
@@ -27,31 +28,66 @@ class PlanFormat(StrEnum):
     json = "json"
 
 
+def _gpu_names(incomplete: str) -> list[str]:
+    """For a shell that completes --gpu."""
+    from rayk.memory.gpus import GPU_MIB
+
+    return [name for name in GPU_MIB if name.startswith(incomplete.lower())]
+
+
+def _weight_dtypes(incomplete: str) -> list[str]:
+    from rayk.memory.weights import WEIGHT_BITS
+
+    return [name for name in WEIGHT_BITS if name.startswith(incomplete)]
+
+
+def _cache_dtypes(incomplete: str) -> list[str]:
+    names = ("auto", "bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2")
+    return [name for name in names if name.startswith(incomplete)]
+
+
 def plan(
+    model: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL_DIR]",
+            help="Folder of a checkpoint, or a config.json; the weights in it are not loaded.",
+            show_default=False,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
-            help="config.json of a Hugging Face model, or its folder; the checkpoint beside it is not loaded.",
-            rich_help_panel=_MODEL,
+            help="The same by a flag: config.json of a Hugging Face model, or its folder.", rich_help_panel=_MODEL
         ),
     ] = None,
     params: Annotated[
         list[str] | None,
         typer.Option(
-            help="The model by hand: layers=32,kv-heads=8,head-dim=128,weights=15GiB,max-length=131072. Also "
+            help="The model by hand: layers=32,kv-heads=8,head-dim=128,weights=15GiB,max-length=128k. Also "
             "query-heads, parameters=8.03B, dtype; latent-dim=576 instead of heads for MLA.",
             rich_help_panel=_MODEL,
         ),
     ] = None,
     weights_dtype: Annotated[
         str | None,
-        typer.Option(help="Plan the weights in another dtype: float8_e4m3fn, int4, ..", rich_help_panel=_MODEL),
+        typer.Option(
+            help="Plan the weights in another dtype: float8_e4m3fn, int4, ..",
+            rich_help_panel=_MODEL,
+            autocompletion=_weight_dtypes,
+        ),
+    ] = None,
+    draft: Annotated[
+        Path | None,
+        typer.Option(help="A draft model beside it: folder or config.json.", rich_help_panel=_MODEL),
     ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="h200, h100, a100-80, l40s, b200, mi300x, .. or a size such as 141GiB; this machine's otherwise.",
+            help="h200, 8xh200, a100-80, mi300x, a name as nvidia-smi prints it, or a size such as 141GiB; this "
+            "machine's otherwise.",
             rich_help_panel=_MACHINE,
+            autocompletion=_gpu_names,
         ),
     ] = None,
     from_cluster: Annotated[
@@ -70,11 +106,38 @@ def plan(
         str | None, typer.Option(help="Limit of one buffer on the device, if it has one.", rich_help_panel=_MACHINE)
     ] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel shards of a replica.", rich_help_panel=_SETTINGS)] = 1,
-    dp: Annotated[int, typer.Option(help="Data-parallel replicas.", rich_help_panel=_SETTINGS)] = 1,
+    pp: Annotated[
+        int, typer.Option(help="Pipeline stages of a replica, each of tp GPUs.", rich_help_panel=_SETTINGS)
+    ] = 1,
+    dp: Annotated[
+        int | None,
+        typer.Option(help="Data-parallel replicas; as many as 8xh200 has room for, or 1.", rich_help_panel=_SETTINGS),
+    ] = None,
+    attention_dp: Annotated[
+        int,
+        typer.Option(
+            help="Groups within tp with attention and a cache of their own, experts spread over all of tp.",
+            rich_help_panel=_SETTINGS,
+        ),
+    ] = 1,
     page_size: Annotated[int, typer.Option(help="Tokens of a page.", rich_help_panel=_SETTINGS)] = 128,
-    kv_dtype: Annotated[str, typer.Option(help="Dtype of the cache.", rich_help_panel=_SETTINGS)] = "bfloat16",
+    kv_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Dtype of the cache; auto is the checkpoint's own.",
+            rich_help_panel=_SETTINGS,
+            autocompletion=_cache_dtypes,
+        ),
+    ] = "auto",
+    mla: Annotated[
+        str,
+        typer.Option(
+            help="latent, or expanded to keys and values as rayk's own runner has it.", rich_help_panel=_SETTINGS
+        ),
+    ] = "latent",
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens that a request must be able to have.", rich_help_panel=_SETTINGS)
+        str | None,
+        typer.Option(help="Tokens that a request must be able to have: 131072 or 128k.", rich_help_panel=_SETTINGS),
     ] = None,
     max_batch_size: Annotated[
         int | None,
@@ -83,15 +146,27 @@ def plan(
             rich_help_panel=_SETTINGS,
         ),
     ] = None,
+    max_batch_tokens: Annotated[
+        str, typer.Option(help="Tokens of the largest forward, for its activations.", rich_help_panel=_SETTINGS)
+    ] = "8192",
     activation_reserve: Annotated[
         str | None,
-        typer.Option(help="Memory of each GPU kept for activations: 4GiB, bytes, 0.05.", rich_help_panel=_SETTINGS),
+        typer.Option(
+            help="Memory of each GPU kept for activations and context: 4GiB, bytes, 0.05; static leaves activations to "
+            "what is kept free. Estimated otherwise.",
+            rich_help_panel=_SETTINGS,
+        ),
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Measure the activations by a forward on this machine's GPU.", rich_help_panel=_SETTINGS
+        ),
+    ] = False,
     sweep: Annotated[
         list[str] | None,
         typer.Option(help='Compare variants: "tp=1,2,4 page-size=16,128".', rich_help_panel=_OUTPUT),
     ] = None,
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     form: Annotated[
         PlanFormat, typer.Option("--format", help="json: one object on stdout.", rich_help_panel=_OUTPUT)
     ] = PlanFormat.table,
@@ -99,30 +174,38 @@ def plan(
     """The memory plan of a model on a machine, before anything starts: exit code 1 when it does not fit."""
     from rich.console import Console
 
+    from rayk.memory.by_hand import parse_tokens
     from rayk.memory.question import PlanQuestion
     from rayk.memory.settings import PlanSettings
     from rayk.memory.sweep import parse_sweep
     from rayk.memory.sweep import sweep as plan_variants
     from rayk.memory.view import as_json, show
 
-    if more and not sweep:
-        raise ConfigError(f"{more[0]!r} belongs to no flag; --sweep takes name=value,value pairs")
-    variants = parse_sweep([*sweep, *(more or [])]) if sweep else []
-    device, nodes = _machine(gpu, from_cluster, address)
+    folder, more = _positional(model or [], sweep is not None)
+    variants = parse_sweep([*(sweep or []), *more]) if sweep else []
+    device, count, nodes = _machine(gpu, from_cluster, address)
     free = min((g.free for node in nodes for g in node.gpus), default=0) if device is None else device.free
     settings = PlanSettings(
         tp=tp,
-        dp=dp,
+        pp=pp,
+        dp=max(1, (count or 1) // max(1, tp * pp)) if dp is None else dp,
+        attention_dp=attention_dp,
         page_size=page_size,
         kv_dtype=kv_dtype,
         weights_dtype=weights_dtype,
+        mla=mla,
         utilization=utilization,
-        max_length=max_length,
+        max_length=None if max_length is None else parse_tokens(max_length, "--max-length"),
         max_batch_size=max_batch_size,
-        activation_reserve=_size(activation_reserve, free) or 0,
+        max_batch_tokens=parse_tokens(max_batch_tokens, "--max-batch-tokens"),
+        activation_reserve=_reserve(activation_reserve, free),
         largest_allocation=_size(largest_allocation, free),
     )
-    question = PlanQuestion(_model(config, params or [], settings), settings, device, nodes, uniform)
+    path = _one(config, folder, params or [])
+    planned = _model(path, params or [], draft, settings)
+    if measure:
+        settings = _measured(path, settings)
+    question = PlanQuestion(planned, settings, device, nodes, uniform, count)
     answer = question.answer()
     compared = plan_variants(question, variants)
     if form is PlanFormat.json:
@@ -132,19 +215,38 @@ def plan(
     return 0 if answer.fits else 1
 
 
+def _positional(words: list[str], swept: bool) -> tuple[Path | None, list[str]]:
+    """The model's folder, and name=values that belong to --sweep."""
+    more = [word for word in words if "=" in word and not Path(word).exists()]
+    folders = [word for word in words if word not in more]
+    wrong = folders[1:] or ([] if swept else more)
+    if wrong:
+        raise ConfigError(f"{wrong[0]!r} belongs to no flag; --sweep takes name=value,value pairs")
+    return (Path(folders[0]) if folders else None), more
+
+
+def _one(config: Path | None, folder: Path | None, params: list[str]) -> Path | None:
+    """The path of the model, None for one by hand; ConfigError unless it is named in one way."""
+    if (config is not None) + (folder is not None) + bool(params) != 1:
+        raise ConfigError(
+            "name the model: rayk plan MODEL_DIR, or --config config.json, or --params layers=.. ; one of them"
+        )
+    return config or folder
+
+
 def _machine(
     gpu: str | None, from_cluster: bool, address: str | None
-) -> tuple[DeviceMemory | None, tuple[NodeMemory, ...]]:
-    """A GPU to imagine, or nodes as measured."""
-    from rayk.memory.gpus import parse_gpu
+) -> tuple[DeviceMemory | None, int | None, tuple[NodeMemory, ...]]:
+    """A GPU to imagine and how many of it there are, or nodes as measured."""
+    from rayk.memory.gpus import parse_gpus
 
     if gpu is not None and from_cluster:
         raise ConfigError("--gpu and --from-cluster exclude each other")
     if address is not None and not from_cluster:
         raise ConfigError("--address is for --from-cluster")
     if gpu is not None:
-        return parse_gpu(gpu), ()
-    return None, measured_nodes(from_cluster, address)
+        return *parse_gpus(gpu), ()
+    return None, None, measured_nodes(from_cluster, address)
 
 
 def measured_nodes(from_cluster: bool, address: str | None) -> tuple[NodeMemory, ...]:
@@ -167,15 +269,43 @@ def measured_nodes(from_cluster: bool, address: str | None) -> tuple[NodeMemory,
     return (here,)
 
 
-def _model(config: Path | None, params: list[str], settings: PlanSettings) -> Model:
+def _model(path: Path | None, params: list[str], draft: Path | None, settings: PlanSettings) -> Model:
     from rayk.memory.by_hand import model_by_hand
-    from rayk.memory.checkpoint import read_model
+    from rayk.memory.reading import read_model
 
-    if (config is None) == (not params):
-        raise ConfigError("name the model with --config config.json, or with --params layers=.. ; one of them")
-    model = read_model(config) if config is not None else model_by_hand(params)
-    model.check_tp(settings.tp)
+    model = read_model(path) if path is not None else model_by_hand(params)
+    if draft is not None:
+        model = replace(model, draft=read_model(draft))
+    model.check_tp(settings.attention_tp)
     return model
+
+
+def _measured(path: Path | None, settings: PlanSettings) -> PlanSettings:
+    """With the activations that a forward on this machine takes."""
+    from rayk.memory.measure import Measurements, measure_activations
+
+    if path is None:
+        raise ConfigError("--measure needs the model's config.json: a model by hand cannot be run")
+    found = Measurements(_cache_folder() / "activations.json")
+    measured = measure_activations(path, settings, found)
+    return replace(settings, measured_activations=measured)
+
+
+def _cache_folder() -> Path:
+    import os
+
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rayk"
+
+
+def _reserve(text: str | None, free: int) -> int | None:
+    from rayk.memory.settings import STATIC
+
+    if text is None or text.strip() == "auto":
+        return None
+    if text.strip() == "static":
+        return STATIC
+    return _size(text, free) or 0
 
 
 def _size(text: str | None, free: int) -> int | None:

@@ -52,7 +52,7 @@ class ClusterMemoryPlan:
 
 @dataclass(frozen=True)
 class _Site:
-    """TP shards' worth of GPUs on one node, and the plan of a replica there."""
+    """A replica's worth of GPUs on one node, and the plan of a replica there."""
 
     node: int
     gpus: tuple[DeviceMemory, ...]
@@ -89,13 +89,13 @@ def plan_nodes(
 
 
 def _sites(model: Model, settings: PlanSettings, nodes: Sequence[NodeMemory]) -> list[_Site]:
-    """Every group of `tp` GPUs of a node, those with most free memory together."""
+    """Every group of GPUs of a node that a replica needs, those with most free memory together."""
     known: dict[tuple[int, ...], MemoryPlan] = {}  # equal groups share a plan: there may be thousands
     sites = []
     for number, node in enumerate(nodes):
         gpus = sorted(node.gpus, key=lambda gpu: (-gpu.free, gpu.index))
-        for start in range(0, len(gpus) - settings.tp + 1, settings.tp):
-            group = tuple(gpus[start : start + settings.tp])
+        for start in range(0, len(gpus) - settings.gpus + 1, settings.gpus):
+            group = tuple(gpus[start : start + settings.gpus])
             key = tuple(gpu.free for gpu in group)
             if key not in known:
                 known[key] = plan_replica(model, settings, group)
@@ -110,7 +110,7 @@ def _node_use(
     own = [site.plan for site in sites if site.node == number]
     reason = None
     if not own:
-        reason = f"it has {len(node.gpus)} GPU(s), a replica needs {settings.tp} on one node"
+        reason = f"it has {len(node.gpus)} GPU(s), a replica needs {settings.gpus} on one node"
     elif not any(plan.fits for plan in own):
         reason = "; ".join(own[0].problems)
     elif not here:
@@ -125,7 +125,7 @@ def _nearest(model: Model, settings: PlanSettings, nodes: Sequence[NodeMemory], 
     gpus = [gpu for node in nodes for gpu in node.gpus]
     if not gpus:
         raise PlanError(f"none of {len(nodes)} node(s) has a GPU; name one to plan for, such as --gpu h100")
-    return plan_replica(model, settings, [max(gpus, key=lambda gpu: gpu.free)] * settings.tp)
+    return plan_replica(model, settings, [max(gpus, key=lambda gpu: gpu.free)] * settings.gpus)
 
 
 def _problems(settings: PlanSettings, fitting: int, uses: Sequence[NodeUse], sites: Sequence[_Site]) -> tuple[str, ...]:

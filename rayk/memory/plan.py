@@ -1,22 +1,24 @@
 """The memory plan of one replica: what each of its devices holds, how many pages fit, and what bounds them.
 
-Pure arithmetic. Each TP shard holds an equal share of the weights and of every page (MLA: a whole copy of the page),
-the same reserve, and with TP its buffers for collectives; so the device with the least memory decides. The cache has
-one page more than requests can use, the null page that pads block tables.
+Pure arithmetic. Pipeline stages have layers in equal numbers, embeddings are in the first, the output head in the last.
+Each TP shard of a stage holds an equal share of its weights and of every page (MLA: a whole copy; a KV head on several
+shards where there are fewer heads), the same overhead, and with TP its buffers for collectives; so one device decides.
+The cache has one page more than requests can use, the null page that pads block tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rayk.bench.quantity import show_bytes
 from rayk.errors import ConfigError
 from rayk.memory.budget import SIGNAL_BUFFER_BYTES
 from rayk.memory.estimator import DEFAULT_BATCH_SIZE
 from rayk.memory.model import Model
+from rayk.memory.overhead import Overhead, estimate
 from rayk.memory.settings import PlanSettings
-from rayk.params import KVCacheParams
+from rayk.memory.weights import Kind, Module
 from rayk.planning import DeviceMemory
 
 NULL_PAGES = 1
@@ -50,7 +52,9 @@ class DeviceUse:
 class MemoryPlan:
     """The plan of one replica. `problems` is empty when it fits; `bound` says what limits `pages`.
 
-    `tokens` and `max_sequence_length` are in tokens, `page_bytes` and `token_bytes` over all TP shards.
+    `pages` are those of all `groups` that share experts and not pages (1 without attention_dp); a request is in one of
+    them. `page_bytes` are over all GPUs that hold a part of the page, `state_pages` what a sequence's recurrent state
+    takes. `tokens` and `max_sequence_length` are in tokens.
     """
 
     devices: tuple[DeviceUse, ...]
@@ -62,6 +66,10 @@ class MemoryPlan:
     max_batch_size: int
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    cache_dtype: str = "bfloat16"
+    overhead: str = ""
+    groups: int = 1
+    state_pages: int = 0
 
     @property
     def fits(self) -> bool:
@@ -90,63 +98,123 @@ class MemoryPlan:
 
     def requests_of(self, length: int) -> int:
         """How many requests of that many tokens fit at once, when no prefix is shared."""
-        return self.pages // -(-length // self.page_size)
+        return self.groups * (self.pages // self.groups // (-(-length // self.page_size) + self.state_pages))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Bytes that one GPU of a stage holds: its weights, and its part of a page and of a sequence's state."""
+
+    weights: int
+    page: int
+    state: int
+
+
+def shards(model: Model, settings: PlanSettings) -> tuple[Shard, ...]:
+    """By stage. ConfigError for heads that do not split and layers that are fewer than stages."""
+    model.check_tp(settings.attention_tp)
+    s, layers = settings, model.num_layers + (model.draft.num_layers if model.draft is not None else 0)
+    if s.pp > layers:
+        raise ConfigError(f"{model.name}: {layers} layers are fewer than pp={s.pp} stages")
+    dtype = model.cache_dtype(s.kv_dtype, s.weights_dtype)
+    total, found = model.loaded_bytes(s.weights_dtype), []
+    copied = 0.0
+    if s.attention_dp > 1:
+        copied = model.shares(s.weights_dtype, {"attention": is_attention})["attention"]
+    for stage in range(s.pp):
+        inside = range(layers * stage // s.pp, layers * (stage + 1) // s.pp)
+        share = 1.0
+        if s.pp > 1:
+            share = model.stage_share(s.weights_dtype, inside, stage == 0, stage == s.pp - 1)
+        split = share * total * ((1 - copied) / s.tp + copied / s.attention_tp)
+        weights = -(-total // s.tp) if s.pp == s.attention_dp == 1 else int(split) + 1
+        state = -(-model.state.num_bytes(model.dtype) * len(inside) // layers // s.attention_tp)
+        page = model.token_bytes(dtype, s.attention_tp, inside) * s.page_size
+        found.append(Shard(weights, page, state))
+    return tuple(found)
+
+
+def is_attention(module: Module) -> bool:
+    """What each group of attention data parallelism has a copy of."""
+    return "attn" in module.name or "attention" in module.name or module.kind is Kind.embedding
 
 
 def plan_replica(
     model: Model, settings: PlanSettings, devices: Sequence[DeviceMemory], wanted_pages: int | None = None
 ) -> MemoryPlan:
-    """The plan of one replica on these `settings.tp` devices, with `wanted_pages` if they fit, else as many as fit.
+    """The plan of one replica on these `settings.gpus` devices, those of a stage together, with `wanted_pages` if they
+    fit, else as many as fit.
 
     ConfigError for settings that cannot work on any device, such as heads that do not split.
     """
-    if len(devices) != settings.tp:
-        raise ConfigError(f"a replica of tp={settings.tp} cannot be planned on {len(devices)} device(s)")
-    params = model.kv_params(tp=settings.tp, page_size=settings.page_size, kv_dtype=settings.kv_dtype)
-    weights = -(-model.loaded_bytes(settings.weights_dtype) // settings.tp)
+    if len(devices) != settings.gpus:
+        what = f"tp={settings.tp}" + (f" pp={settings.pp}" if settings.pp > 1 else "")
+        raise ConfigError(f"a replica of {what} cannot be planned on {len(devices)} device(s)")
+    model = model.expanded() if settings.mla == "expanded" else model
+    parts = [part for part in shards(model, settings) for _ in range(settings.tp)]
+    extra = [estimate(model, settings, device.total) for device in devices]
     signals = SIGNAL_BUFFER_BYTES if settings.tp > 1 else 0
-    static = weights + settings.activation_reserve + signals
-    shard_page = params.bytes_per_page // settings.tp
     limits = [int(device.free * settings.utilization) for device in devices]
+    static = [part.weights + over.total + signals for part, over in zip(parts, extra, strict=True)]
+    rooms = [limit - taken for limit, taken in zip(limits, static, strict=True)]
+    holding = [(room, part.page) for room, part in zip(rooms, parts, strict=True) if part.page]
+    if not holding:
+        raise ConfigError(f"{model.name}: a page takes no bytes; the parameters describe no cache")
+    groups = settings.attention_dp
+    state_pages = max((-(-part.state // part.page) for part in parts if part.page), default=0)
     length = settings.max_length or model.max_length
-    room = min(limits) - static
-    caps = {MEMORY: room // shard_page - NULL_PAGES}
+    caps = {MEMORY: groups * min(min(room // page for room, page in holding) - NULL_PAGES, 1 << 60)}
     if settings.largest_allocation is not None:
-        caps[ALLOCATION] = settings.largest_allocation // shard_page - NULL_PAGES
+        caps[ALLOCATION] = groups * (settings.largest_allocation // max(page for _, page in holding) - NULL_PAGES)
     if settings.max_batch_size is not None and length is not None:
-        caps[BATCH] = settings.max_batch_size * -(-length // settings.page_size)
+        a_request = -(-length // settings.page_size) + state_pages
+        caps[BATCH] = groups * -(-settings.max_batch_size // groups) * a_request
     if wanted_pages is not None:
         caps[WANTED] = wanted_pages
     bound = min(caps, key=lambda name: caps[name])  # of equal ones the first, so memory
     pages = max(0, caps[bound])
-    problems = _problems(settings, params, static, room, caps, pages)
+    short = min(range(len(devices)), key=lambda i: rooms[i] // max(1, parts[i].page))
+    problems = _problems(settings, parts[short], static[short], rooms[short], caps, pages, state_pages)
     if wanted_pages is not None and bound != WANTED and not problems and pages < wanted_pages:
         problems = [f"{wanted_pages} pages were asked for, {pages} fit (bound by {bound})"]
-    kv = (pages + NULL_PAGES) * shard_page if pages else 0
     uses = tuple(
-        DeviceUse(d.name, d.index, d.free, limit, weights, settings.activation_reserve, signals, kv)
-        for d, limit in zip(devices, limits, strict=True)
+        DeviceUse(
+            device.name,
+            device.index,
+            device.free,
+            limit,
+            part.weights,
+            over.total,
+            signals,
+            (pages // groups + NULL_PAGES) * part.page if pages else 0,
+        )
+        for device, limit, part, over in zip(devices, limits, parts, extra, strict=True)
     )
-    tokens = pages * settings.page_size
-    return MemoryPlan(
+    one = max(0, pages // groups - state_pages) * settings.page_size
+    made = MemoryPlan(
         devices=uses,
         pages=pages,
         page_size=settings.page_size,
-        page_bytes=params.bytes_per_page,
+        page_bytes=sum(part.page for part in parts) // groups,
         bound=bound,
-        max_sequence_length=min(tokens, length) if length else tokens,
-        max_batch_size=settings.max_batch_size or min(DEFAULT_BATCH_SIZE, pages),
+        max_sequence_length=min(one, length) if length else one,
+        max_batch_size=settings.max_batch_size or min(DEFAULT_BATCH_SIZE, pages // (1 + state_pages)),
         problems=tuple(problems),
-        notes=_notes(model, settings, tokens, pages),
+        notes=(),
+        cache_dtype=model.cache_dtype(settings.kv_dtype, settings.weights_dtype),
+        overhead=extra[short].reason,
+        groups=groups,
+        state_pages=state_pages,
     )
+    return _noted(made, model, settings, extra[short])
 
 
 def _problems(
-    settings: PlanSettings, params: KVCacheParams, static: int, room: int, caps: dict[str, int], pages: int
+    settings: PlanSettings, part: Shard, static: int, room: int, caps: dict[str, int], pages: int, state_pages: int
 ) -> list[str]:
     """Why the plan does not fit; empty when it does."""
-    page = show_bytes(params.bytes_per_page // settings.tp)
-    where = " of each GPU" if settings.tp > 1 else ""
+    page = show_bytes(part.page)
+    where = " of each GPU" if settings.gpus > 1 else ""
     if room < 0:
         return [f"without any cache {show_bytes(static)}{where} are needed, {show_bytes(static + room)} may be used"]
     if caps[MEMORY] < 1:
@@ -154,21 +222,54 @@ def _problems(
     if pages < 1:
         return [f"one page and the null page take {page} each, beyond the largest allocation"]
     problems = []
-    if settings.max_length is not None and settings.max_length > pages * settings.page_size:
-        problems.append(f"the cache holds {pages * settings.page_size} tokens, max_length is {settings.max_length}")
-    if settings.max_batch_size is not None and settings.max_batch_size > pages:
-        problems.append(f"{settings.max_batch_size} requests need a page each, there are {pages} pages")
+    held = max(0, pages // settings.attention_dp - state_pages) * settings.page_size
+    if settings.max_length is not None and settings.max_length > held:
+        problems.append(f"the cache holds {held} tokens, max_length is {settings.max_length}")
+    most = pages // (1 + state_pages)
+    if settings.max_batch_size is not None and settings.max_batch_size > most:
+        each = "a page each" if not state_pages else f"{1 + state_pages} pages each, their state included"
+        problems.append(f"{settings.max_batch_size} requests need {each}, there are {pages} pages")
+    if not problems and held < 1:
+        problems.append(f"a sequence's recurrent state takes {state_pages} pages, there are {pages}")
     return problems
 
 
-def _notes(model: Model, settings: PlanSettings, tokens: int, pages: int) -> tuple[str, ...]:
-    notes = list(model.notes)
-    if settings.max_length is None and model.max_length is not None and 0 < tokens < model.max_length:
-        notes.append(f"one request can have {tokens} tokens at most; the model could take {model.max_length}")
+def _noted(plan: MemoryPlan, model: Model, settings: PlanSettings, over: Overhead) -> MemoryPlan:
+    """With remarks on what was asked for and what was found."""
+    notes, longest = list(model.notes), plan.max_sequence_length
+    if settings.max_length is None and model.max_length is not None and 0 < longest < model.max_length:
+        notes.append(f"one request can have {longest} tokens at most; the model could take {model.max_length}")
     if settings.max_length is not None and model.max_length is not None and settings.max_length > model.max_length:
         notes.append(f"max_length {settings.max_length} is beyond the {model.max_length} that the model was made for")
-    if model.latent and settings.tp > 1:
+    if settings.max_length is not None and settings.max_batch_size is not None and plan.fits:
+        at_once = plan.requests_of(settings.max_length)
+        if at_once < settings.max_batch_size:
+            do = "does" if at_once == 1 else "do"
+            notes.append(
+                f"{settings.max_batch_size} requests of {settings.max_length:,} tokens do not fit at once: "
+                f"{at_once} {do}; the others are shorter, or wait"
+            )
+    if settings.attention_tp > 1:
+        copied = [c for c in model.all_cached if not c.latent and c.heads < settings.attention_tp]
+        if model.latent and settings.mla == "latent":
+            notes.append(
+                f"each of the {settings.attention_tp} shards has a copy of the latent: TP does not make room for more "
+                "tokens"
+            )
+        elif copied:
+            each = settings.attention_tp // copied[0].heads
+            notes.append(f"each of the {copied[0].heads} KV heads is on {each} GPUs: tp is beyond the KV heads")
+    if settings.gpus > 1:
         notes.append(
-            f"each of the {settings.tp} shards has a copy of the latent: TP does not make room for more tokens"
+            f"rayk's own model runner has one GPU a replica; {settings.gpus} are for an engine that splits the model"
         )
-    return tuple(notes)
+    if settings.attention_dp > 1:
+        notes.append(
+            f"{settings.attention_dp} groups of {settings.attention_tp} GPU(s) have all attention weights and pages of "
+            f"their own; experts are spread over {settings.tp} GPUs"
+        )
+    if model.draft is not None:
+        notes.append(
+            f"a token takes {model.draft.token_bytes(plan.cache_dtype):,} bytes in {model.draft.name}'s cache too"
+        )
+    return replace(plan, notes=tuple(notes))

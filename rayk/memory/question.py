@@ -11,27 +11,44 @@ from rayk.memory.gpus import parse_gpu
 from rayk.memory.model import Model
 from rayk.memory.nodes import ClusterMemoryPlan, plan_nodes
 from rayk.memory.remedies import MOST_TP, Remedy, Trial, remedies
-from rayk.memory.settings import PlanSettings
+from rayk.memory.settings import GPUS_OF_A_NODE, PlanSettings
 from rayk.planning import DeviceMemory, NodeMemory
 
 
 @dataclass(frozen=True)
 class PlanQuestion:
-    """`gpu` for an imagined machine with as many of it as are needed, or `nodes` as they are."""
+    """`gpu` for an imagined machine with `count` of it, or as many as are needed; or `nodes` as they are.
+
+    Imagined nodes have 8 GPUs; a replica with more is on several of them.
+    """
 
     model: Model
     settings: PlanSettings
     gpu: DeviceMemory | None = None
     nodes: tuple[NodeMemory, ...] = ()
     uniform: bool = False
+    count: int | None = None
 
     def machine(self) -> Sequence[NodeMemory]:
         """The nodes to plan on."""
         if self.gpu is None:
             return self.nodes
-        gpu, count = self.gpu, self.settings.tp * self.settings.dp
-        gpus = tuple(DeviceMemory(i, gpu.name, gpu.total, gpu.free) for i in range(count))
-        return [NodeMemory("", f"{count} x {gpu.name}", 0, 0, gpus)]
+        gpu, s = self.gpu, self.settings
+        together = GPUS_OF_A_NODE if s.gpus <= GPUS_OF_A_NODE else s.gpus
+        whole = together - together % s.gpus  # what is left of a node beside whole replicas is not used
+        left = s.devices if self.count is None else self.count
+        sizes = []
+        while left > 0:
+            size = min(left, whole if self.count is None else together)
+            sizes.append(size)
+            left -= size
+        found = []
+        for number, size in enumerate(sizes):
+            apart = -(-size // GPUS_OF_A_NODE)
+            name = f"{size} x {gpu.name}" + (f" on {apart} nodes" if apart > 1 else "")
+            gpus = tuple(DeviceMemory(i, gpu.name, gpu.total, gpu.free) for i in range(size))
+            found.append(NodeMemory("" if len(sizes) == 1 else str(number), name, 0, 0, gpus))
+        return found
 
     def plan(self) -> ClusterMemoryPlan:
         """The plan alone. ConfigError for settings that work nowhere."""
@@ -51,12 +68,18 @@ class PlanQuestion:
     def _remedies(self, plan: ClusterMemoryPlan) -> list[Remedy]:
         found = []
         if plan.replicas:  # some fit, so fewer replicas are a way out
-            found.append(Remedy((("dp", len(plan.replicas)),), plan.typical.pages))
+            found.append(
+                Remedy((("dp", len(plan.replicas)),), plan.typical.pages, len(plan.replicas) * self.settings.gpus)
+            )
         device = self.gpu or min(plan.typical.devices, key=lambda d: d.memory)
         memory = device.free if isinstance(device, DeviceMemory) else device.memory
-        most_tp = MOST_TP if self.gpu else max((len(node.gpus) for node in self.nodes), default=1)
+        most = max((len(node.gpus) for node in self.nodes), default=1)
         trial = Trial(
-            self.model, self.settings, DeviceMemory(0, device.name, memory, memory), self.gpu is None, most_tp
+            self.model,
+            self.settings,
+            DeviceMemory(0, device.name, memory, memory),
+            self.gpu is None,
+            (self.count or MOST_TP) if self.gpu else most,
         )
         found += remedies(trial)
         return [remedy for remedy in found if self._works(remedy)]

@@ -19,15 +19,17 @@ MOST_TP = 64
 PAGE_SIZES = (128, 64, 32, 16, 8, 4, 2, 1)
 SMALL_WEIGHTS = ("float8_e4m3fn", "int4")
 SMALL_CACHE = "float8_e4m3fn"
+SMALL_BATCHES = (4096, 2048, 1024, 512)
 HIGH_UTILIZATION = 0.95
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Settings to change, by the names of PlanSettings and "gpu"; and the pages that a replica then has."""
+    """Settings to change, by the names of PlanSettings and "gpu". A replica then has `pages`; `gpus` are all GPUs."""
 
     changes: tuple[tuple[str, Any], ...]
     pages: int
+    gpus: int
 
     @property
     def flags(self) -> str:
@@ -55,7 +57,7 @@ class Trial:
     def pages(self) -> int | None:
         """Pages if it fits."""
         try:
-            plan = plan_replica(self.model, self.settings, [self.device] * self.settings.tp)
+            plan = plan_replica(self.model, self.settings, [self.device] * self.settings.gpus)
         except ConfigError:  # heads that do not split, weights whose size in that dtype is unknown
             return None
         return plan.pages if plan.fits else None
@@ -77,8 +79,8 @@ def remedies(trial: Trial) -> list[Remedy]:
     found = [t for t in _single(trial) if t is not None]
     if not found:
         found = [t for start in _drastic(trial) for t in _single(start) if t is not None]
-    tried = ((t.changes, t.pages()) for t in found)
-    return [Remedy(changes, pages) for changes, pages in dict(tried).items() if pages is not None][:MOST]
+    tried = {t.changes: Remedy(t.changes, pages, t.settings.devices) for t in found if (pages := t.pages()) is not None}
+    return list(tried.values())[:MOST]
 
 
 def _single(t: Trial) -> Iterator[Trial | None]:
@@ -92,7 +94,8 @@ def _single(t: Trial) -> Iterator[Trial | None]:
         ("weights_dtype", lambda: t.first("weights_dtype", SMALL_WEIGHTS) if s.weights_dtype is None else None),
         ("kv_dtype", lambda: t.first("kv_dtype", [SMALL_CACHE])),
         ("page_size", lambda: t.first("page_size", [n for n in PAGE_SIZES if n < s.page_size])),
-        ("activation_reserve", lambda: t.first("activation_reserve", _halves(s.activation_reserve))),
+        ("activation_reserve", lambda: t.first("activation_reserve", _halves(s.activation_reserve or 0))),
+        ("max_batch_tokens", lambda: t.first("max_batch_tokens", [n for n in SMALL_BATCHES if n < s.max_batch_tokens])),
         ("utilization", lambda: t.first("utilization", [HIGH_UTILIZATION] if s.utilization < HIGH_UTILIZATION else [])),
     ]
     changed = {name for name, _ in t.changes}
@@ -103,7 +106,7 @@ def _single(t: Trial) -> Iterator[Trial | None]:
 
 def _halves(size: int) -> list[int]:
     """Smaller reserves, down to none."""
-    return [size // 2, size // 4, size // 8, 0] if size else []
+    return [size // 2, size // 4, size // 8, 0] if size > 0 else []
 
 
 def _drastic(t: Trial) -> Iterator[Trial]:

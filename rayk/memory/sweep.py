@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayk.errors import ConfigError, RaykError
-from rayk.memory.by_hand import parse_pairs
+from rayk.memory.by_hand import parse_pairs, parse_tokens
 from rayk.memory.nodes import ClusterMemoryPlan
 from rayk.memory.question import PlanQuestion
 
@@ -16,8 +16,11 @@ MOST_VARIANTS = 256
 _READ: dict[str, Callable[[str], Any]] = {
     "tp": int,
     "dp": int,
+    "pp": int,
+    "attention_dp": int,
     "page_size": int,
-    "max_length": int,
+    "max_length": lambda text: parse_tokens(text, "--sweep: max-length"),
+    "max_batch_tokens": lambda text: parse_tokens(text, "--sweep: max-batch-tokens"),
     "max_batch_size": int,
     "utilization": float,
     "kv_dtype": str,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +22,7 @@ BAR = 60
 MOST_BARS = 8
 PARTS = (  # attribute of DeviceUse, title, letter in the bar, style
     ("weights", "weights", "W", "blue"),
-    ("activations", "activations", "A", "magenta"),
+    ("activations", "overhead", "A", "magenta"),
     ("signal_buffers", "signal buffers", "S", "yellow"),
     ("kv_cache", "KV cache", "K", "green"),
 )
@@ -55,9 +56,17 @@ def as_json(answer: PlanAnswer, variants: Sequence[Variant] = ()) -> dict[str, A
         ],
         "fits": plan.fits,
         "suggestions": [dict(remedy.changes) for remedy in answer.suggestions],
+        "suggestion_gpus": [remedy.gpus for remedy in answer.suggestions],
         "problems": list(plan.problems),
         "notes": list(plan.typical.notes),
         "concurrency": [{"length": n, "requests": count} for n, count in concurrency(plan.typical).items()],
+        "total": {
+            "gpus": sum(use.gpus for use in plan.nodes),
+            "gpus_used": sum(len(replica.gpus) for replica in plan.replicas),
+            "replicas": len(plan.replicas),
+            "tokens": sum(replica.plan.tokens for replica in plan.replicas),
+            "max_batch_size": sum(replica.plan.max_batch_size for replica in plan.replicas),
+        },
         "model": _model_json(question),
         "settings": asdict(question.settings) | {"gpu": question.gpu.name if question.gpu else None},
     }
@@ -81,6 +90,14 @@ def replica_json(plan: MemoryPlan) -> dict[str, Any]:
         "null_page": NULL_PAGES * plan.page_bytes if plan.pages else 0,
         "memory": plan.memory,
         "limit": plan.limit,
+        "token_bytes_per_gpu": max(device.kv_cache for device in plan.devices)
+        // ((plan.pages // plan.groups + NULL_PAGES) * plan.page_size)
+        if plan.pages
+        else 0,
+        "kv_dtype": plan.cache_dtype,
+        "overhead": plan.overhead,
+        "groups": plan.groups,
+        "state_pages": plan.state_pages,
     }
 
 
@@ -88,14 +105,31 @@ def _model_json(question: PlanQuestion) -> dict[str, Any]:
     model = question.model
     return {
         "name": model.name,
-        "layers": model.layers,
+        "layers": model.num_layers,
+        "cached_layers": model.cached_layers,
         "kv_heads": model.kv_heads,
         "head_dim": model.head_dim,
         "latent": model.latent,
         "max_length": model.max_length,
         "parameters": model.weights.total if model.weights else None,
-        "window": asdict(model.window) if model.window else None,
+        "window": model.window._asdict() if model.window else None,
+        "dtype": model.dtype,
+        "weight_format": weight_format(question),
+        "cached": [c._replace(layers=(len(c.layers),))._asdict() | {"layers": len(c.layers)} for c in model.all_cached],
+        "state_bytes": model.state.num_bytes(model.dtype),
+        "rayk_refuses": model.refused,
+        "draft": model.draft.name if model.draft else None,
     }
+
+
+def weight_format(question: PlanQuestion) -> str:
+    """How the weights are planned, for people."""
+    model = question.model
+    if question.settings.weights_dtype is not None:
+        return f"{question.settings.weights_dtype}, as asked for"
+    if model.storage is None:
+        return f"{model.dtype}, by hand" if model.unknown is None else "by the files beside the config"
+    return model.storage.title + (", size by the files beside the config" if model.stored_bytes is not None else "")
 
 
 def _variant_json(variant: Variant) -> dict[str, Any]:
@@ -111,7 +145,11 @@ def show(answer: PlanAnswer, variants: Sequence[Variant], console: Console) -> N
     plan, question = answer.plan.typical, answer.question
     where = question.gpu.name if question.gpu else f"{len(question.nodes)} node(s)"
     parameters = f" ({question.model.weights.total / 1e9:.1f} B parameters)" if question.model.weights else ""
-    console.print(f"{question.model.name}{parameters} on {where}, tp={question.settings.tp} dp={question.settings.dp}")
+    set_up = question.settings
+    more = f" pp={set_up.pp}" * (set_up.pp > 1) + f" attention-dp={set_up.attention_dp}" * (set_up.attention_dp > 1)
+    console.print(f"{question.model.name}{parameters} on {where}, tp={set_up.tp}{more} dp={set_up.dp}", soft_wrap=True)
+    console.print(f"weights {weight_format(question)}; cache {plan.cache_dtype}", soft_wrap=True)
+    console.print(f"overhead: {plan.overhead}", soft_wrap=True)
     console.print(_memory_table(plan, question))
     for device in plan.devices[:MOST_BARS]:
         console.print(_bar(device))
@@ -120,7 +158,7 @@ def show(answer: PlanAnswer, variants: Sequence[Variant], console: Console) -> N
     legend = ", ".join(f"{letter} {title}" for _, title, letter, _ in PARTS)
     console.print(f"{legend}, . unused, - kept free", style="dim", soft_wrap=True)
     if plan.pages:
-        console.print(_facts(plan))
+        console.print(_facts(answer, plan))
     if question.gpu is None:
         console.print(_nodes_table(answer))
     if variants:
@@ -168,15 +206,22 @@ def _bar(device: DeviceUse) -> Text:
     return bar.append("|" if device.free >= 0 else ">")
 
 
-def _facts(plan: MemoryPlan) -> Table:
+def _facts(answer: PlanAnswer, plan: MemoryPlan) -> Table:
     table = Table(title="What it serves", title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("pages a replica", f"{plan.pages:,} of {plan.page_size} tokens, {show_bytes(plan.page_bytes)} each")
     table.add_row("bound by", plan.bound)
     table.add_row("tokens", f"{plan.tokens:,} at {plan.token_bytes:,} bytes")
+    if plan.state_pages:
+        table.add_row("recurrent state", f"{plan.state_pages:,} pages a sequence")
     table.add_row("longest request", f"{plan.max_sequence_length:,} tokens")
     table.add_row("largest batch", f"{plan.max_batch_size:,} requests")
+    replicas = len(answer.plan.replicas)
+    if replicas > 1:
+        gpus = sum(len(replica.gpus) for replica in answer.plan.replicas)
+        tokens = sum(replica.plan.tokens for replica in answer.plan.replicas)
+        table.add_row(f"all {replicas} replicas, {gpus} GPUs", f"{tokens:,} tokens")
     table.add_section()
     for length, count in concurrency(plan).items():
         table.add_row(f"requests of {length:,} tokens at once", f"{count:,}")
@@ -200,22 +245,26 @@ def _nodes_table(answer: PlanAnswer) -> Table:
 
 
 def _sweep_table(variants: Sequence[Variant]) -> Table:
-    table = Table(title="Variants: weights of a GPU, cache of a replica", title_justify="left")
+    """One line a variant within 80 columns: what never differs is in the title."""
+    same = [name for at, (name, _) in enumerate(variants[0].changes) if len({v.changes[at] for v in variants}) == 1]
+    kept = ", ".join(f"{name.replace('_', '-')}={value}" for name, value in variants[0].changes if name in same)
+    title = "Variants: weights of a GPU, cache of a replica" + (f"; {kept}" if kept else "")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1), pad_edge=False)
     for name, _ in variants[0].changes:
-        table.add_column(name.replace("_", "-"), justify="right")
-    for column in ("weights", "cache", "pages", "tokens", "longest", "fits"):
+        if name not in same:
+            table.add_column(name.replace("_", "-"), justify="right", overflow="fold")
+    for column in ("weights", "cache", "tokens", "longest", "fits"):
         table.add_column(column, justify="right", no_wrap=True)
     for variant in variants:
-        values = [str(value) for _, value in variant.changes]
+        values = [str(value) for name, value in variant.changes if name not in same]
         if variant.plan is None:
-            table.add_row(*values, "-", "-", "-", "-", "-", "no")
+            table.add_row(*values, "-", "-", "-", "-", "no")
             continue
         plan = variant.plan.typical
         table.add_row(
             *values,
-            show_bytes(plan.devices[0].weights),
+            show_bytes(max(device.weights for device in plan.devices)),
             show_bytes(sum(device.kv_cache for device in plan.devices)),
-            f"{plan.pages:,}",
             f"{plan.tokens:,}",
             f"{plan.max_sequence_length:,}",
             "yes" if variant.plan.fits else "no",
@@ -233,10 +282,16 @@ def _refusal(variant: Variant) -> str | None:
 
 def _verdict(answer: PlanAnswer, console: Console) -> None:
     if answer.fits:
-        console.print("It fits.")
+        used = sum(len(replica.gpus) for replica in answer.plan.replicas)
+        apart = "" if used <= 1 else f" {used} GPUs in all."
+        console.print(f"It fits.{apart}")
         return
     console.print(f"It does not fit: {'; '.join(answer.plan.problems)}.", soft_wrap=True, markup=False)
     if not answer.suggestions:
         console.print("No single setting, nor two together, make it fit.")
     for remedy in answer.suggestions:
-        console.print(f"fits with {remedy.flags}: {remedy.pages:,} page(s) a replica", soft_wrap=True, markup=False)
+        gpus = f", {remedy.gpus} GPUs in all" if remedy.gpus > 1 else ""
+        split = dict(remedy.changes)
+        own = "; not with rayk's own runner, which has one GPU a replica" if {"tp", "pp"} & set(split) else ""
+        text = f"fits with {remedy.flags}: {remedy.pages:,} page(s) a replica{gpus}{own}"
+        console.print(text, soft_wrap=True, markup=False)

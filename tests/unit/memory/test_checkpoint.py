@@ -4,16 +4,15 @@ import json
 import struct
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rayk.errors import ConfigError
 from rayk.memory.by_hand import model_by_hand
-from rayk.memory.checkpoint import read_model
 from rayk.memory.errors import ModelConfigError
 from rayk.memory.model import Window
+from rayk.memory.reading import read_model
 
 GIB = 1 << 30
 
@@ -71,7 +70,7 @@ def test_counts_are_those_published(configs: Path, name: str) -> None:
 def test_bytes_of_weights(configs: Path) -> None:
     sizes = {"llama-3.1-8b": 16.06e9, "deepseek-v3": 673e9, "gpt-oss-20b": 13.76e9, "gpt-oss-120b": 65.2e9}
     for name, size in sizes.items():
-        assert read_model(configs / f"{name}.json").weight_bytes == pytest.approx(size, rel=0.01)
+        assert read_model(configs / f"{name}.json").loaded_bytes(None) == pytest.approx(size, rel=0.01)
     model = read_model(configs / "llama-3.1-8b.json")
     assert model.loaded_bytes("float32") == 2 * model.loaded_bytes(None)
     ends = 2 * 128_256 * 4096  # embeddings and head stay as they are
@@ -98,7 +97,7 @@ def test_windows_are_noted(configs: Path) -> None:
 def test_heads_split_where_they_divide(configs: Path) -> None:
     llama = read_model(configs / "llama-3.1-8b.json")
     assert llama.kv_params(tp=8, page_size=128, kv_dtype="bfloat16").bytes_per_page == 16 << 20
-    with pytest.raises(ConfigError, match="use tp 1, 2, 4, 8"):
+    with pytest.raises(ConfigError, match="use tp 1, 2, 4, 8, 16, 32"):
         llama.kv_params(tp=3, page_size=128, kv_dtype="bfloat16")
     latent = read_model(configs / "deepseek-v3.json")
     assert latent.kv_params(tp=8, page_size=1, kv_dtype="bfloat16").bytes_per_page == 8 * 70_272
@@ -117,7 +116,7 @@ def test_the_index_says_what_the_weights_take(tmp_path: Path, configs: Path) -> 
     folder = write(tmp_path, configs)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 16_060_522_496}}))
     model = read_model(folder)
-    assert model.weight_bytes == 16_060_522_496 and model.notes == ()
+    assert model.loaded_bytes(None) == 16_060_522_496 and model.notes == ()
     assert model.loaded_bytes("float8_e4m3fn") < 10 * GIB
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 5_000_000_000}}))
     assert "the shapes give 14.96 GiB" in read_model(folder).notes[0]
@@ -131,7 +130,7 @@ def test_a_checkpoint_in_one_file(tmp_path: Path, configs: Path) -> None:
     folder = write(tmp_path, configs)
     header = b'{"w":{"dtype":"BF16","shape":[512],"data_offsets":[0,1024]}}'
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(1024))
-    assert read_model(folder).weight_bytes == 1024
+    assert read_model(folder).loaded_bytes(None) == 1024
 
 
 def test_quantized_checkpoints(tmp_path: Path, configs: Path) -> None:
@@ -149,8 +148,12 @@ def test_quantized_checkpoints(tmp_path: Path, configs: Path) -> None:
             share * plain, rel=0.03
         )
     folder = write(tmp_path, configs, quantization_config={"quant_method": "magic"})
-    with pytest.raises(ModelConfigError, match="magic"):
-        read_model(folder)
+    unknown = read_model(folder)
+    with pytest.raises(ConfigError, match=r"magic.*--weights-dtype"):
+        unknown.loaded_bytes(None)
+    assert unknown.loaded_bytes("float8_e4m3fn") == read_model(configs / "llama-3.1-8b.json").loaded_bytes(
+        "float8_e4m3fn"
+    )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 4 * GIB}}))
     assert read_model(folder).loaded_bytes(None) == 4 * GIB
 
@@ -204,21 +207,6 @@ def test_files_that_are_no_config(tmp_path: Path, content: bytes) -> None:
         read_model(tmp_path)
     with pytest.raises(ModelConfigError, match="cannot be read"):
         read_model(tmp_path / "nothing.json")
-
-
-def test_absent_fields_come_from_transformers_where_it_is_installed(
-    tmp_path: Path, configs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class LlamaConfig:
-        def to_dict(self) -> dict[str, int]:
-            return {"max_position_embeddings": 2048}
-
-    library = SimpleNamespace(CONFIG_MAPPING={"llama": LlamaConfig})
-    monkeypatch.setitem(sys.modules, "transformers", library)  # type: ignore[arg-type]  # a module by its attributes
-    model = read_model(write(tmp_path, configs, max_position_embeddings=None))
-    assert model.max_length == 2048 and "transformers assumes 2048" in model.notes[0] and len(model.notes) == 1
-    with pytest.raises(ModelConfigError, match="vocab_size is missing"):
-        read_model(write(tmp_path, configs, vocab_size=None))
 
 
 def test_a_model_by_hand() -> None:

@@ -1,0 +1,115 @@
+"""Models that come with their own code, as models that transformers has with the same modules.
+
+Each function gives the fields of the stand-in; the sizes and the cache are the same to a few norms and biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Raw = Mapping[str, Any]
+TEXT_PARTS = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config")
+
+
+def _renamed(raw: Raw, model_type: str, architecture: str, names: Mapping[str, str], **more: Any) -> dict[str, Any]:
+    """`names`: the stand-in's field -> the model's own."""
+    own = {field: raw[name] for field, name in names.items() if raw.get(name) is not None}
+    return {**raw, **own, **more, "model_type": model_type, "architectures": [architecture]}
+
+
+def _llama(raw: Raw, **more: Any) -> dict[str, Any]:
+    names = {"num_hidden_layers": "num_layers", "max_position_embeddings": "seq_length"}
+    if raw.get("max_position_embeddings") is not None:
+        del names["max_position_embeddings"]
+    return _renamed(raw, "llama", "LlamaForCausalLM", names, **more)
+
+
+def _baichuan(raw: Raw) -> dict[str, Any]:
+    length = raw.get("max_position_embeddings") or raw.get("model_max_length")
+    return _llama(raw, num_key_value_heads=raw["num_attention_heads"], max_position_embeddings=length)
+
+
+def _qwen(raw: Raw) -> dict[str, Any]:
+    """The first Qwen: its feed-forward is half of what it says, in each of two matrices."""
+    names = {"max_position_embeddings": "seq_length", "head_dim": "kv_channels"}
+    more = {"num_key_value_heads": raw["num_attention_heads"], "intermediate_size": raw["intermediate_size"] // 2}
+    return _renamed(raw, "qwen2", "Qwen2ForCausalLM", names, **more, use_sliding_window=False, layer_types=None)
+
+
+def _chatglm(raw: Raw) -> dict[str, Any]:
+    names = {
+        "num_hidden_layers": "num_layers",
+        "vocab_size": "padded_vocab_size",
+        "intermediate_size": "ffn_hidden_size",
+        "head_dim": "kv_channels",
+        "max_position_embeddings": "seq_length",
+    }
+    query = raw["num_attention_heads"]
+    shared = raw["multi_query_group_num"] if raw.get("multi_query_attention") else query
+    more = {"num_key_value_heads": shared, "attention_bias": bool(raw.get("add_qkv_bias"))}
+    return _renamed(raw, "glm", "GlmForCausalLM", names, **more, tie_word_embeddings=False)
+
+
+def _bailing(raw: Raw) -> dict[str, Any]:
+    """Ling and Ring: experts beside a shared one, some dense layers first."""
+    names = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
+    more = {"attention_bias": bool(raw.get("use_qkv_bias", raw.get("use_bias"))), "use_qk_norm": True}
+    return _renamed(raw, "glm4_moe", "Glm4MoeForCausalLM", names, **more)
+
+
+def _deepseek(raw: Raw) -> dict[str, Any]:
+    """The first DeepSeek MoE: no latent; the stand-in has norms of heads more."""
+    more = {"use_qk_norm": False, "head_dim": raw["hidden_size"] // raw["num_attention_heads"]}
+    return _renamed(raw, "glm4_moe", "Glm4MoeForCausalLM", {}, **more)
+
+
+def _minimax(raw: Raw) -> dict[str, Any]:
+    kinds = [{0: "linear_attention", 1: "full_attention"}[kind] for kind in raw["attn_type_list"]]
+    return _renamed(raw, "minimax", "MiniMaxForCausalLM", {}, layer_types=kinds)
+
+
+def _deepseek_v3(raw: Raw) -> dict[str, Any]:
+    return _renamed(raw, "deepseek_v3", "DeepseekV3ForCausalLM", {})
+
+
+STAND_INS: dict[str, Callable[[Raw], dict[str, Any]]] = {
+    "aquila": _llama,
+    "bailing_moe": _bailing,
+    "baichuan": _baichuan,
+    "chatglm": _chatglm,
+    "deepseek": _deepseek,
+    "exaone": _llama,
+    "internlm": lambda raw: _llama(raw, attention_bias=bool(raw.get("bias", True))),
+    "internlm2": lambda raw: _llama(raw, attention_bias=bool(raw.get("bias", False))),
+    "kimi_k2": _deepseek_v3,
+    "mimo": lambda raw: _renamed(raw, "qwen2", "Qwen2ForCausalLM", {}),
+    "minicpm": _llama,
+    "minimax_m1": _minimax,
+    "minimax_text_01": _minimax,
+    "orion": _llama,
+    "qwen": _qwen,
+    "skywork": _llama,
+    "xverse": _llama,
+    "Yi": _llama,
+}
+
+
+def stand_in(raw: Raw) -> dict[str, Any] | None:
+    """The fields of the stand-in; None for a model that has none. KeyError or TypeError where a field is missing."""
+    kind = str(raw.get("model_type"))
+    if kind == "hunyuan" and raw.get("num_experts", 1) == 1:
+        return _renamed(raw, "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", {})
+    make = STAND_INS.get(kind)
+    return None if make is None else make(raw)
+
+
+def text_part(raw: Raw) -> tuple[str, dict[str, Any]] | None:
+    """The nested config of a text model, with its name; None in a flat config."""
+    for name in TEXT_PARTS:
+        part = raw.get(name)
+        if isinstance(part, Mapping) and part.get("model_type"):
+            return name, dict(part)
+        if isinstance(part, Mapping) and isinstance(part.get("text_config"), Mapping):
+            return name, dict(part["text_config"])
+    return None
