@@ -24,6 +24,7 @@ from rayk.errors import NotBuiltError, RaykError
 from rayk.memory.command import PLAN_EPILOG, plan
 from rayk.simulate.command import SIMULATE_EPILOG, simulate
 
+INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 NOT_BUILT_COMMANDS = ("top",)
 NOT_BUILT_FLAGS = (
     "--warmup",
@@ -318,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
         code = app(args=None if argv is None else list(argv), prog_name="rayk", standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         print("rayk: stopped by the user", file=sys.stderr)
         return 1

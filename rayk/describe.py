@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from rayk.admission import AdmissionState
     from rayk.scheduler.describe import Decision, ManagerState, ReplicaState, TierState
 
+FAR = 10_000  # columns: more than any table has
 DESCRIBE_EPILOG = "Example: rayk describe --name prod --format json"
 
 
@@ -61,14 +64,9 @@ def describe(
 
 
 def _show(state: ManagerState, console: Any) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{state.name}: router {state.router}, pages of {state.page_size} tokens", title_justify="left")
-    for heading in ("#", "node", "state", "used / pages", "cached", "planned", "taken", "free", "claims"):
-        table.add_column(heading, justify="left" if heading in ("node", "state") else "right", no_wrap=True)
-    for replica in state.replicas:
-        table.add_row(*_cells(replica))
-    console.print(table)
+    title = f"{state.name}: router {state.router}, pages of {state.page_size} tokens"
+    headings = ("#", "node", "state", "claims", "used / pages", "cached", "planned", "taken", "free")
+    _print_table(console, title, headings, [_cells(replica) for replica in state.replicas], ("node", "state"))
     for replica in state.replicas:
         if replica.reason is not None:
             console.print(f"replica {replica.index} is lost: {replica.reason}", markup=False)
@@ -91,24 +89,22 @@ def _show(state: ManagerState, console: Any) -> None:
 
 
 def _show_admission(state: AdmissionState, console: Any) -> None:
-    from rich.table import Table
-
     head = f"{state.waiting:,} request(s) wait for {state.waiting_pages:,} pages; {state.admitted:,} were let in"
     console.print(f"{head}, {state.refused:,} turned away; try again in {state.retry_after:.2f} s", markup=False)
-    table = Table(title="tenants", title_justify="left")
-    for heading in ("tenant", "waiting", "held pages", "let in", "turned away", "longest wait"):
-        table.add_column(heading, justify="left" if heading == "tenant" else "right", no_wrap=True)
-    for name, tenant in sorted(state.tenants.items(), key=lambda each: -each[1].held_pages):
-        table.add_row(
+    rows = [
+        [
             name or "(none)",
             f"{tenant.waiting:,}",
             f"{tenant.held_pages:,}",
             f"{tenant.admitted:,}",
             f"{tenant.refused:,}",
             f"{tenant.longest_wait:.2f} s",
-        )
-    if state.tenants:
-        console.print(table)
+        ]
+        for name, tenant in sorted(state.tenants.items(), key=lambda each: -each[1].held_pages)
+    ]
+    headings = ("tenant", "waiting", "held pages", "let in", "turned away", "longest wait")
+    if rows:
+        _print_table(console, "tenants", headings, rows, ("tenant",))
 
 
 def _tier_line(index: int, tiers: TierState) -> str:
@@ -119,21 +115,49 @@ def _tier_line(index: int, tiers: TierState) -> str:
 
 
 def _show_decision(decision: Decision, console: Any) -> None:
-    from rich.table import Table
-
     head = f"request {decision.request_id!r}: {decision.tokens:,} tokens to replica {decision.replica}"
     console.print(f"{head}, by router {decision.router}, {decision.seconds_ago:.1f} s ago", markup=False)
     if not decision.candidates:
         console.print("this router does not reckon in costs: there is nothing more to say", markup=False)
         return
-    table = Table(title="candidates, in tokens of prefill; cost is the sum from prefill on", title_justify="left")
-    for name in decision.candidates[0]:
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for candidate in decision.candidates:
         chosen = "*" if candidate["replica"] == decision.replica else " "
         values = [f"{value:,.0f}" for value in candidate.values()]
-        table.add_row(chosen + values[0], *values[1:])
-    console.print(table)
+        rows.append([chosen + values[0], *values[1:]])
+    title = "candidates, in tokens of prefill; cost is the sum from prefill on"
+    _print_table(console, title, list(decision.candidates[0]), rows)
+
+
+def _print_table(
+    console: Any, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()
+) -> None:
+    """All columns, in as many tables below each other as the width asks for; each begins with the first column."""
+    from rich import box
+    from rich.table import Table
+
+    def table(columns: Sequence[int]) -> Table:
+        made = Table(box=box.HEAVY_HEAD if len(columns) == len(headings) else box.SIMPLE)
+        for column in columns:
+            justify: Any = "left" if headings[column] in left else "right"
+            made.add_column(headings[column], justify=justify, overflow="fold")
+        for row in rows:
+            made.add_row(*(escape(row[column]) for column in columns))
+        return made
+
+    def fits(columns: Sequence[int]) -> bool:
+        wide = console.options.update(max_width=FAR)
+        return bool(console.measure(table(columns), options=wide).maximum <= console.width)
+
+    every = list(range(len(headings)))
+    groups = [every] if fits(every) else [[0]]
+    for column in every[1:] if len(groups[0]) == 1 else ():
+        if len(groups[-1]) > 1 and not fits([*groups[-1], column]):
+            groups.append([0])
+        groups[-1].append(column)
+    console.print(title, markup=False, style="italic")
+    for columns in groups:
+        console.print(table(columns))
 
 
 def _cells(replica: ReplicaState) -> list[str]:
@@ -147,10 +171,10 @@ def _cells(replica: ReplicaState) -> list[str]:
         str(replica.index),
         replica.node,
         replica.state,
+        shown(replica.requests),
         used,
         shown(replica.cached_pages),
         show_bytes(replica.plan.bytes),
         show_bytes(replica.allocated_bytes),
         "-" if replica.free_bytes is None else show_bytes(replica.free_bytes),
-        shown(replica.requests),
     ]

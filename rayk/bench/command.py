@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,16 @@ import torch
 from rich.console import Console
 
 from rayk.bench.hf import fitted, longest, model_shape, with_room
-from rayk.bench.progress import progress_view, summary_table
+from rayk.bench.progress import ProgressView, progress_view, summary_table
 from rayk.bench.quantity import parse_duration
 from rayk.bench.report import write_report
 from rayk.bench.request import Workload
 from rayk.bench.result import BenchResult, read_result
-from rayk.bench.run import run_bench
+from rayk.bench.run import Outcome, run_bench
 from rayk.bench.settings import ARRIVING_BATCH, VERIFY_BUDGET, BenchSettings, complete, with_tiers
 from rayk.bench.traces import read_trace
 from rayk.bench.workloads import GENERATORS
-from rayk.errors import ConfigError
+from rayk.errors import ConfigError, RaykError
 
 DEFAULT_REQUESTS = 1000
 MODEL_REQUESTS = 200
@@ -76,7 +76,7 @@ class BenchCommand:
             shape = model_shape(self.model)
             settings = shape.applied(settings)
         settings = with_tiers(settings, self.host_memory, self.disk_dir, self.disk_memory)
-        self._check_out()
+        made = self._make_out()
         torch.set_num_threads(1)  # the verify model works on small pieces, for which threads only wait for each other
         workload = self._workload(settings, duration_s, None if shape is None else shape.length)
         source = {"name": workload.source, "kind": workload.kind, "requests": len(workload.requests)}
@@ -96,10 +96,14 @@ class BenchCommand:
         total = None if duration_s is not None else len(workload.requests)
         # Ray prints what its processes log to this process's stdout, which is for the result alone.
         with redirect_stdout(sys.stderr), progress_view(Console(stderr=True), total) as view:
-            outcome = run_bench(settings, workload, view.show)
-        self._report(outcome.result)
+            outcome = self._served(settings, workload, view, made)
+        self._print(outcome.result)
         if outcome.error is not None:
-            text = str(outcome.error) or "stopped by the user"
+            error = outcome.error
+            text = str(error) or ("stopped by the user" if isinstance(error, KeyboardInterrupt) else "")
+            if not isinstance(error, (RaykError, KeyboardInterrupt)):
+                text = f"{type(error).__name__}: {text}"
+                log.debug("where:", exc_info=error)
             log.error("the run stopped: %s", text)
             return 1
         return 0 if outcome.result.ok else 1
@@ -158,17 +162,33 @@ class BenchCommand:
             return fitted(lambda part: GENERATORS[name](requests, seed=settings.seed, scale=part), length)
         return GENERATORS[name](requests, seed=settings.seed, **scale)
 
-    def _check_out(self) -> None:
-        if self.out is not None:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"--out {self.out} cannot be made ({error.strerror}); name another folder") from None
+    def _make_out(self) -> bool:
+        """Whether the folder was not there before."""
+        if self.out is None:
+            return False
+        made = not self.out.exists()
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {self.out} cannot be made ({error.strerror}); name another folder") from None
+        return made
 
-    def _report(self, result: BenchResult) -> None:
+    def _served(self, settings: BenchSettings, workload: Workload, view: ProgressView, made: bool) -> Outcome:
+        try:
+            return run_bench(settings, workload, view.show, self._write)
+        except BaseException:  # before there was anything to report
+            if made and self.out is not None:
+                with suppress(OSError):  # it is not empty when the report went wrong half-way
+                    self.out.rmdir()
+            raise
+
+    def _write(self, result: BenchResult) -> None:
+        """The numbers first: the figures take seconds, which a process that was told to end may not have."""
         if self.out is not None:
             (self.out / "result.json").write_bytes(result.to_json() + b"\n")
             write_report(result, self.out)
+
+    def _print(self, result: BenchResult) -> None:
         if self.as_json:
             sys.stdout.write(result.to_json().decode() + "\n")
         else:

@@ -6,6 +6,7 @@ quotes an earlier answer it quotes what the model really answered. Answers have 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,13 +23,16 @@ from rayk.bench.measure import Measured, ReplicaCounts, Sample
 from rayk.bench.request import BenchRequest, IntArray, Workload, slot_tokens
 from rayk.bench.settings import BenchSettings
 from rayk.engine.sampling import SamplingParams
-from rayk.errors import ConfigError, RaykError
+from rayk.errors import ConfigError, ReplicaLostError
 from rayk.params import DTYPE_BYTES
 from rayk.ticks import Admission
 
 if TYPE_CHECKING:
     from rayk.cluster import Cluster
     from rayk.engine.output import Handle, Output
+    from rayk.engine.settings import EngineStats
+
+log = logging.getLogger("rayk.bench")
 
 FIRST_TOKEN = 3  # of those that prompts are made of: the first ones are special in most vocabularies
 FITS = 0.97  # of a model's length, when lengths are scaled to it
@@ -139,6 +143,7 @@ class ModelDriver:
         self._answers: dict[int, list[int]] = {}  # by output_first
         self._timeline: list[tuple[float, Event]] = []
         self._news: SimpleQueue[Handle] = SimpleQueue()
+        self._missed: set[int] = set()  # replicas
 
     @property
     def elapsed(self) -> float:
@@ -161,14 +166,14 @@ class ModelDriver:
                     handle.take()
                 self._sample()
                 self._on_tick(self)
-        except (RaykError, KeyboardInterrupt) as error:
+            self._sample(last=True)
+        except (Exception, KeyboardInterrupt) as error:  # whatever it is, what was measured is kept
             self._now = self._clock()
             self.measured.fault(error, self.elapsed)
             self.measured.failed += len(self._open)
             raise
         finally:
             self.measured.elapsed = self.elapsed
-            self._sample(last=True)
             self.measured.admitted.sort(key=lambda entry: entry[0])
             self._timeline.sort(key=lambda entry: entry[0])
             self.measured.events = [event for _, event in self._timeline]
@@ -241,12 +246,30 @@ class ModelDriver:
         self._sampled_at = self.elapsed
         measured = self.measured
         self.running = self.waiting = measured.recomputed = 0
-        for replica in self.cluster.live:
-            stats = self.cluster.stats(replica)
+        for replica, state in enumerate(self.cluster.replica_states()):
+            stats = self._stats(replica) if state != "lost" else None
+            if stats is None:
+                self._miss(replica)
+                continue
             measured.replicas[replica].see(stats.peak_used_pages)
             measured.replicas[replica].see(stats.pages - stats.free_pages)
             self.running += stats.running
             measured.recomputed += stats.recomputed_tokens
-        self.waiting = len(self._open) - self.running
+        self.waiting = max(0, len(self._open) - self.running)
         used = [counts.used_pages for counts in measured.replicas]
-        measured.samples.append(Sample(self.elapsed, used, self.running, max(0, self.waiting), measured.completed))
+        measured.samples.append(Sample(self.elapsed, used, self.running, self.waiting, measured.completed))
+
+    def _stats(self, replica: int) -> EngineStats | None:
+        """None of a replica that is just being lost: the cluster hears of that a moment later."""
+        try:
+            return self.cluster.stats(replica)
+        except Exception as error:  # Ray's among them
+            log.debug("the counters of replica %d cannot be read: %s", replica, error)
+            return None
+
+    def _miss(self, replica: int) -> None:
+        """Note once that a replica is gone; its last numbers stay."""
+        if replica not in self._missed:
+            self._missed.add(replica)
+            error = ReplicaLostError(replica, 0, [], "it does not answer any more")
+            self.measured.fault(error, self.elapsed)

@@ -34,7 +34,7 @@ from rayk.bench.measure import Measured, ReplicaCounts, Sample
 from rayk.bench.pace import Arrivals, Prefill
 from rayk.bench.request import Workload
 from rayk.bench.verify import forward
-from rayk.errors import InsufficientBlocksError, RaykError
+from rayk.errors import InsufficientBlocksError
 from rayk.ticks import Admission, Tick, TickResult
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Driver:
                 if not self._tick():
                     self._idle()
                 self._on_tick(self)
-        except (RaykError, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:  # whatever it is, what was measured is kept
             self._now = self._clock()
             self.measured.fault(error, self.elapsed)
             self.measured.failed += self._in_flight

@@ -18,6 +18,9 @@ from rayk.bench.result import BenchResult
 def write_report(result: BenchResult, out: Path) -> list[Path]:
     """Write the report of `result` into the folder `out` (made if need be); the files written. OSError passes."""
     out.mkdir(parents=True, exist_ok=True)
+    # What is said in words is there at once, for a process that has no time left for figures.
+    (out / "summary.md").write_text(markdown(result), encoding="utf-8")
+    (out / "report.html").write_text(_html(result, []), encoding="utf-8")
     written = []
     figures = []
     for name, (title, _) in FIGURES.items():

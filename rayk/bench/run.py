@@ -13,7 +13,7 @@ from rayk.bench.progress import Running
 from rayk.bench.request import Workload
 from rayk.bench.result import BenchResult, TierUse, make_result
 from rayk.bench.settings import BenchSettings
-from rayk.errors import RaykError
+from rayk.bench.stop import StopSignals
 from rayk.manager import PagedKVCacheManager
 from rayk.metrics import KVCacheMetrics
 from rayk.session import InferenceSession
@@ -35,30 +35,37 @@ def run_bench(
     settings: BenchSettings,
     workload: Workload,
     on_tick: Callable[[Running], None] = lambda driver: None,
+    report: Callable[[BenchResult], None] = lambda result: None,
     clock: Callable[[], float] = perf_counter,
 ) -> Outcome:
     """Serve `workload` as `settings` say. Errors before the first request is sent are raised, later ones returned.
 
-    A run stopped by an error of rayk or by KeyboardInterrupt still has a result, with the fault in it. The session
-    is closed either way, and what cannot be closed any more after a lost replica is not an error of its own.
+    A run stopped by an error, by Ctrl-C or by SIGTERM still has a result, with the fault in it. `report` gets it before
+    anything is closed, which may take longer than a process is given to end. The session is closed either way, and what
+    cannot be closed any more after a lost replica is not an error of its own.
     """
     address = {} if settings.runtime == "inline" else {"address": settings.address}
     session = InferenceSession(settings.runtime, **address)
     error: BaseException | None = None
-    try:
-        driver, nodes = _driver(settings, session, workload, clock, on_tick)
-        tiers: TierUse | None = None
+    with StopSignals() as signals:
         try:
-            driver.run()
-            if settings.connector != "null":
-                tiers = _tiers(driver.manager) if isinstance(driver, Driver) else _engine_tiers(driver.cluster)
-        except (RaykError, KeyboardInterrupt) as stopped:
-            error = stopped
-    except BaseException:
-        _close(session, quietly=True)
-        raise
-    _close(session, quietly=error is not None)
-    return Outcome(make_result(settings, workload, driver.measured, nodes, tiers), error)
+            driver, nodes = _driver(settings, session, workload, clock, on_tick)
+            tiers: TierUse | None = None
+            signals.listen()
+            try:
+                driver.run()
+                if settings.connector != "null":
+                    tiers = _tiers(driver.manager) if isinstance(driver, Driver) else _engine_tiers(driver.cluster)
+            except (Exception, KeyboardInterrupt) as stopped:  # whatever it is, what was done is not lost with it
+                error = stopped
+            signals.ignore()
+            result = make_result(settings, workload, driver.measured, nodes, tiers)
+            report(result)
+        except BaseException:
+            _close(session, quietly=True)
+            raise
+        _close(session, quietly=not result.ok or error is not None)
+    return Outcome(result, error)
 
 
 def _driver(
@@ -87,7 +94,7 @@ def _driver(
 def _close(session: InferenceSession, quietly: bool) -> None:
     try:
         session.close()
-    except RaykError:
+    except Exception:  # of Ray too, when its cluster is gone
         if not quietly:
             raise
 
@@ -105,10 +112,12 @@ def _tiers(manager: PagedKVCacheManager) -> TierUse:
     return _tier_use(manager.get_metrics_aggregated(), counts)
 
 
-def _engine_tiers(cluster: Cluster) -> TierUse:
-    """The same of engines; lost replicas are left out."""
+def _engine_tiers(cluster: Cluster) -> TierUse | None:
+    """The same of engines; lost replicas are left out, and None is when all are."""
     cluster.check_integrity()
     stats = [cluster.stats(replica) for replica in cluster.live]
+    if not stats:
+        return None
     return _tier_use(sum((each.cache for each in stats), KVCacheMetrics()), stats[0].tiers)
 
 

@@ -1,6 +1,7 @@
 """The command line: exit codes, one-line errors, one JSON object on stdout."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -8,6 +9,7 @@ import pytest
 
 from rayk import cli
 from rayk.bench import command
+from rayk.bench.result import BenchResult
 from rayk.bench.run import Outcome, run_bench
 from rayk.errors import ReplicaLostError
 
@@ -138,11 +140,12 @@ def test_help_has_groups_and_an_example(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def _stopped_by(error: BaseException | None, mismatches: int) -> object:
-    def stand_in(settings: object, workload: object, on_tick: object) -> Outcome:
+    def stand_in(settings: object, workload: object, on_tick: object, report: Callable[[BenchResult], None]) -> Outcome:
         print("(raylet) a line that Ray prints")
         result = run_bench(settings, workload).result  # type: ignore[arg-type]
         assert result.verify is not None
         wrong = msgspec.structs.replace(result.verify, mismatches=mismatches)
+        report(msgspec.structs.replace(result, verify=wrong))
         return Outcome(msgspec.structs.replace(result, verify=wrong), error)
 
     return stand_in

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from rayk import AdmissionPolicy, KVConnectorConfig, PagedKVCacheManager, TextContext
 from rayk.actors.replica import ReplicaActor, ReplicaFacts
-from rayk.describe import _show, _tier_line
+from rayk.describe import _show, _show_decision, _tier_line
 from rayk.errors import ConfigError
-from rayk.scheduler.describe import describe
+from rayk.scheduler.describe import Decision, describe
 
 from .fake import FakeRuntime, manager_on, params, session_on, stamp
 
@@ -80,6 +80,44 @@ def test_who_waits_is_shown(runtime: FakeRuntime) -> None:
     shown = " ".join(out.getvalue().split())
     assert "2 request(s) wait for 6 pages; 4 were let in, 0 turned away; try again in" in shown
     assert re.search(r"acme . 2 . 12 . 4 . 0 . 0\.\d\d s", shown)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_column_is_lost_in_a_narrow_terminal(runtime: FakeRuntime, width: int) -> None:
+    out = StringIO()
+    with manager_on(runtime, name="prod") as manager:
+        manager.claim("a", 0)
+        [state] = describe(runtime, "prod")
+    big = {"used_pages": 1_234_567, "pages": 2_345_678, "cached_pages": 345_678, "allocated_bytes": 141 << 30}
+    nodes = ["gpu-node-17.eu-central-1.compute.internal", "[b]n-2[/b]"]
+    replicas = [
+        msgspec.structs.replace(each, node=node, free_bytes=73 << 30, **big)
+        for each, node in zip(state.replicas, nodes, strict=True)
+    ]
+    console = Console(file=out, width=width)
+    _show(msgspec.structs.replace(state, replicas=replicas), console)
+    shown = out.getvalue()
+    assert all(len(line.rstrip()) <= width for line in shown.splitlines()) and "…" not in shown
+    text = "".join(re.sub(r"[^\w/\-.,\[\]]", "", shown).split())  # what was folded is whole without the borders
+    for part in ("used/pages", "cached", "planned", "taken", "free", "claims", "1,234,567/2,345,678", "345,678"):
+        assert part in text
+    if width >= 80:
+        headings = [line for line in shown.splitlines() if "#" in line]
+        assert len(headings) == (1 if width == 200 else 2)
+        assert all(node in shown for node in nodes)
+        assert "1,234,567 / 2,345,678" in shown and "141.00 GiB" in shown and "73.00 GiB" in shown
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_all_costs_of_a_decision_are_shown(width: int) -> None:
+    names = ("replica", "prefill", "queued prefill", "running", "decode", "memory", "copies", "tiers", "cost")
+    candidates = [{name: 1e6 * (at + 1) for at, name in enumerate(names)} | {"replica": r} for r in range(2)]
+    out = StringIO()
+    decision = Decision("q", "prod/0", "cost", 1, 5000, 0.1, candidates)
+    _show_decision(decision, Console(file=out, width=width))
+    shown = out.getvalue()
+    assert all(len(line.rstrip()) <= width for line in shown.splitlines())
+    assert all(name in shown for name in names) and shown.count("9,000,000") == 2 and "*1" in shown
 
 
 def test_an_unknown_name(runtime: FakeRuntime) -> None:
