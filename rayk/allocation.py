@@ -63,6 +63,8 @@ def allocate(core: ReplicaCore, request: Request, ctx: TextContext, imports: Seq
         if tip is not request.tip:
             assert tip is not None
             tree.undo(tip, request.tip)
+        if core.exports.give_up(need - free):
+            return allocate(core, request, ctx, imports)
         raise InsufficientBlocksError(ctx.request_id, core.replica, need + copied, free + copied, core.num_pages)
     # From here on nothing fails, but copies on their way: their pages are the request's all the same, to be computed.
     reused = NOTHING_REUSED

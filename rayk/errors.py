@@ -27,6 +27,7 @@ RaykError
     ├── StaleContextError                 a replica misses tokens of a request; the client sends them again
     ├── NoReplicaError                    no replica takes requests: all are lost or draining
     ├── LineError                         a line between two replicas does not carry pages
+    │   └── PagesGoneError                the source needed the pages of a copy itself; nothing is wrong with the line
     ├── ReplicaStateError (ValueError)    what was asked for does not fit how the replica stands, such as draining
     ├── DrainError                        a replica still has requests and cannot be removed; says which and why
     ├── MessageError (ValueError)         a message that cannot be decoded or is unknown
@@ -298,6 +299,10 @@ class LineError(ClusterError):
     peer: int
     reason: str
     text = "line {kind} with replica {peer}: {reason}"
+
+
+class PagesGoneError(LineError):
+    """The source took the pages of this copy back, because it needed them. What was not copied is computed."""
 
 
 class ReplicaStateError(ClusterError, ValueError):

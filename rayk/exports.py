@@ -57,6 +57,7 @@ class Exports:
         self.hasher = PageHasher(params.kv_hash_algo, params.kv_hash_seed or b"", params.page_size)
         self.mask = Mask()  # of the last reset: what was exported before it fits no more
         self._pinned: dict[int, tuple[Segment, float]] = {}  # export id -> held tip, deadline
+        self.take_back: Callable[[int], None] = self.acknowledge  # whose line has to know of it replaces this
         self._made = 0
 
     @property
@@ -101,6 +102,23 @@ class Exports:
         pinned = self._pinned.pop(export_id, None)
         if pinned is not None:
             self._tree.undo(pinned[0], None)
+
+    def give_up(self, pages: int) -> bool:
+        """Unpin all, where that makes `pages` pages free that nobody else holds: a copy can be computed instead, a
+        request of this replica cannot. Else, and when nothing is pinned, False, and nothing is changed."""
+        if not self._pinned:
+            return False
+        holds: dict[Segment, int] = {}
+        for tip in self.tips:
+            node: Segment | None = tip
+            while node is not None:
+                holds[node] = holds.get(node, 0) + 1
+                node = node.parent
+        if sum(len(node.pages) for node, count in holds.items() if count == node.refs) < pages:
+            return False
+        for export_id in list(self._pinned):
+            self.take_back(export_id)
+        return True
 
     def late(self, now: float) -> list[int]:
         """Exports that were not acknowledged by their deadline: their reader is gone."""

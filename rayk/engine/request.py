@@ -103,7 +103,7 @@ class Limits:
 
     def _check_pages(self, prompt: int, sampling: SamplingParams, refuse: Any) -> None:
         longest = prompt + self.new_tokens(prompt, sampling)
-        needed = -(-longest // self.page_size)
+        needed = -(-(longest - 1) // self.page_size)  # the last token is not processed any more
         if needed > self.num_pages:
             raise refuse(
                 f"{prompt} prompt and {longest - prompt} new tokens need {needed} pages of {self.page_size} tokens, "

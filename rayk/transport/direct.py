@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from rayk.buffers import PageBuffers
-from rayk.errors import LineError
+from rayk.errors import LineError, PagesGoneError
 from rayk.pages import Pages
 from rayk.transport.choice import SHARED_MEMORY, Peer
 from rayk.transport.line import Parcel
+
+_numbers = count(1)
+_pinned: set[bytes] = set()  # of all lines of this process: what their offers said, as long as it holds
 
 
 class DirectLine:
@@ -18,12 +23,15 @@ class DirectLine:
     def __init__(self, buffers: PageBuffers, pools: dict[Peer, PageBuffers]) -> None:
         self._buffers = buffers
         self._pools = pools
+        self._seals: dict[int, bytes] = {}  # by export
 
     def offer(self, to: Peer, export_id: int, pages: Pages) -> bytes:
-        return b""
+        seal = self._seals[export_id] = next(_numbers).to_bytes(8, "little")
+        _pinned.add(seal)
+        return seal
 
     def end(self, export_id: int) -> None:
-        """Whoever copies does so in one call, between two steps of the source."""
+        _pinned.discard(self._seals.pop(export_id, b""))
 
     def fetch(self, parcel: Parcel, first: int, pages: Pages) -> None:
         source = self._pools.get(parcel.source)
@@ -32,9 +40,12 @@ class DirectLine:
         problem = self._buffers.copy_pages(pages, source.all_bytes, parcel.pages[first : first + len(pages)])
         if problem is not None:
             raise LineError(self.kind, parcel.source.replica, problem)
+        if parcel.offer not in _pinned:  # last, so that another thread's source cannot come between
+            raise PagesGoneError(self.kind, parcel.source.replica, "its source needed the pages")
 
     def drop(self, replica: int) -> None:
         """Nothing is open."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        for export_id in list(self._seals):
+            self.end(export_id)

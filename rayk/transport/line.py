@@ -53,7 +53,8 @@ class Line(Protocol):
         ...
 
     def end(self, export_id: int) -> None:
-        """As the source: when this returns nobody reads these pages over this line any more. Ignores unknown ids."""
+        """As the source: when this returns nobody believes any more what is read of these pages over this line: a fetch
+        that reads them, then or later, is a LineError. Ignores unknown ids."""
         ...
 
     def fetch(self, parcel: Parcel, first: int, pages: Pages) -> None:

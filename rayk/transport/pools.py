@@ -1,9 +1,10 @@
 """The lines of replicas on one machine: the target reads the source's pool, mapped into its own process.
 
 A pool is opened once for each source and its start; then a copy is one memory copy for each run of pages, in which the
-source takes no part. What it takes part in is the end: it pins the pages until they are acknowledged or their time is
-up, and a target that looks at the clock after a copy and finds that it is up does not believe what it read. It was
-stopped for minutes then, and the pages may have been given to others while it copied.
+source takes no part. What it takes part in is the end: it pins the pages until they are acknowledged, their time is
+up, or it needs them itself. A target that looks after a copy and finds that its time is up or that its seal is broken
+does not believe what it read: the pages may have been given to others while it copied. Seals are numbers in memory that
+a source shares with its pool, one for each export, and breaks before it unpins the pages.
 
 `PoolLine` is the line; two kinds of memory are under it, which only know how to share, map and copy:
 
@@ -15,18 +16,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from rayk.errors import LineError
+from rayk.errors import LineError, PagesGoneError
 from rayk.pages import Pages
 from rayk.tiers.copies import runs
 from rayk.transport.choice import SHARED_MEMORY, Peer
 from rayk.transport.line import Clock, Parcel
-from rayk.transport.memory import SharedFile, map_shared
+from rayk.transport.memory import SharedFile, map_shared, shared_zeros
+
+SEALS = 4096  # exports that can be told apart at a time; one that finds its place taken breaks the older one
+
+
+class _Offer(msgspec.Struct, frozen=True, array_like=True):
+    """A pool, and its seals: int64 [SEALS], export e at e % SEALS."""
+
+    pool: bytes
+    seals: SharedFile
+
+
+class _Opened(NamedTuple):
+    """A source's pool and seals, mapped here."""
+
+    source: Peer
+    pool: Any
+    seals: npt.NDArray[np.int64]
 
 
 class Memory(Protocol):
@@ -59,34 +78,53 @@ class PoolLine:
         self._memory = memory
         self._clock = clock
         self._shared: dict[int, tuple[Peer, bytes]] = {}  # target -> what it was told
-        self._open: dict[int, tuple[Peer, Any]] = {}  # source -> its pool
+        self._open: dict[int, _Opened] = {}  # by source
+        seals, self._seal_file = shared_zeros((SEALS,), torch.int64)
+        self._seals: npt.NDArray[np.int64] = seals.numpy()
 
     def offer(self, to: Peer, export_id: int, pages: Pages) -> bytes:
         try:
             self._memory.settle()
             known = self._shared.get(to.replica)
             if known is None or known[0] != to:
-                known = self._shared[to.replica] = to, self._memory.share()
+                offer = msgspec.msgpack.encode(_Offer(self._memory.share(), self._seal_file))
+                known = self._shared[to.replica] = to, offer
         except (OSError, RuntimeError) as error:
             raise LineError(self.kind, to.replica, f"the pool cannot be shared: {error}") from None
+        self._seals[export_id % SEALS] = export_id
         return known[1]
 
     def end(self, export_id: int) -> None:
-        """Nothing to do: a target that reads pages whose time is up notices that."""
+        if self._seals[export_id % SEALS] == export_id:
+            self._seals[export_id % SEALS] = 0
 
     def fetch(self, parcel: Parcel, first: int, pages: Pages) -> None:
         source = parcel.source
         known = self._open.get(source.replica)
         try:
-            if known is None or known[0] != source:
+            if known is None or known.source != source:
                 self.drop(source.replica)
-                known = self._open[source.replica] = source, self._memory.map(parcel.offer)
-            self._memory.copy(known[1], parcel.pages[first : first + len(pages)], pages)
+                offer = msgspec.msgpack.decode(parcel.offer, type=_Offer)
+                seals = map_shared(offer.seals).view(np.int64).reshape(SEALS)
+                known = self._open[source.replica] = _Opened(source, self._memory.map(offer.pool), seals)
         except (OSError, RuntimeError, ValueError, msgspec.MsgspecError) as error:
-            self.drop(source.replica)
-            raise LineError(self.kind, source.replica, f"its pool cannot be read: {error}") from None
+            raise self._unreadable(source, error) from None
+        self._check_seal(known, parcel)  # else it would be copied for nothing
+        try:
+            self._memory.copy(known.pool, parcel.pages[first : first + len(pages)], pages)
+        except (OSError, RuntimeError, ValueError, msgspec.MsgspecError) as error:
+            raise self._unreadable(source, error) from None
+        self._check_seal(known, parcel)
         if self._clock() >= parcel.expires:
             raise LineError(self.kind, source.replica, "the pages were pinned for a shorter time than the copy took")
+
+    def _unreadable(self, source: Peer, error: Exception) -> LineError:
+        self.drop(source.replica)
+        return LineError(self.kind, source.replica, f"its pool cannot be read: {error}")
+
+    def _check_seal(self, opened: _Opened, parcel: Parcel) -> None:
+        if opened.seals[parcel.export_id % SEALS] != parcel.export_id:
+            raise PagesGoneError(self.kind, opened.source.replica, "its source needed the pages")
 
     def drop(self, replica: int) -> None:
         self._shared.pop(replica, None)

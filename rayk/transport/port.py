@@ -1,7 +1,7 @@
 """Where pages leave and enter a replica: its lines of all kinds, and the exports that are under way on them.
 
     source     ship()                    pins pages and makes them ready on a line; the shipment goes to the target
-               end(), end_late()         takes them back: acknowledged, or their time is up
+               end(), end_late()         takes them back: acknowledged, needed here, or their time is up
     target     incoming()                what alloc() needs to fill pages; an `Arrival` says what came of it
 
 An engine and a ReplicaService use it alike; neither needs the other.
@@ -18,7 +18,7 @@ import torch.distributed
 
 from rayk.buffers import PageBuffers
 from rayk.context import TextContext
-from rayk.errors import LineError
+from rayk.errors import LineError, PagesGoneError
 from rayk.exports import Exports, PageExport, PageImport
 from rayk.pages import Pages
 from rayk.transport.choice import Peer, Station
@@ -55,6 +55,7 @@ class PagePort:
     ) -> None:
         self.me = me
         self._exports = exports
+        exports.take_back = lambda export_id: self.end([export_id])
         self._clock = clock
         self._lines = {line.kind: line for line in lines}
         self._used: dict[int, Line] = {}  # export -> its line
@@ -108,7 +109,8 @@ class PagePort:
                     raise LineError(kind, parcel.source.replica, f"replica {self.me.replica} has no such line")
                 line.fetch(parcel, first, pages)
             except LineError as error:
-                arrival.trouble = error.reason
+                if not isinstance(error, PagesGoneError):
+                    arrival.trouble = error.reason
                 raise
             arrival.pages += len(pages)
             arrival.seconds += perf_counter() - began

@@ -44,7 +44,7 @@ class Engines(RuleBasedStateMachine):
     ) -> None:
         self.shelf = Shelf() if tiers and caching else None
         self.bench = Bench(
-            -(-50 // page_size) + spare,  # the longest request needs that without the spare ones
+            -(-48 // page_size) + spare,  # the longest request needs that without the spare ones
             page_size,
             rows=rows,
             chunk_size=chunk,

@@ -176,6 +176,51 @@ def test_pins_survive_pressure_and_are_not_free() -> None:
     assert source.resident(old) == 0
 
 
+def test_pins_are_given_up_for_a_request_that_fits_without_them() -> None:
+    """Its copies are computed at their target instead; whose line has to know of it is asked."""
+    source, told = core(), []
+    old = serve(source, "old", PROMPT)
+    exports = [source.exports.export(old, 0, stop, 0) for stop in (1, 3)]
+    acknowledge = source.exports.take_back
+    source.exports.take_back = lambda export_id: (told.append(export_id), acknowledge(export_id))[1]
+    source.claim("small")
+    source.alloc(TextContext("small", [8] * 10, 99))
+    assert source.resident(old) == 3 and not told, "five of eight were free"
+    source.release("small")
+    source.claim("large")
+    source.alloc(TextContext("large", [7] * 16, 99))
+    assert sorted(told) == [each.export_id for each in exports] and len(source.blocks("large")) == 8
+    source.release("large")
+    source.check_integrity()
+
+
+def test_pins_are_kept_where_giving_them_up_would_not_do() -> None:
+    source = core()
+    old = serve(source, "old", PROMPT)
+    serve(source, "held", [9] * 7, keep=True)  # four pages of its own
+    export = source.exports.export(old, 0, 3, 0)
+    held = source.exports.export(TextContext("h", [9] * 7, 99), 0, 3, 0)  # pages that are not free without the pin
+    source.claim("large")
+    with pytest.raises(InsufficientBlocksError, match=r"needs 5 more page.*1 of 8 are free"):
+        source.alloc(TextContext("large", [7] * 10, 99))
+    assert len(source.exports.tips) == 2 and source.resident(old) == 3
+    source.alloc(TextContext("large", [7] * 8, 99))
+    assert not source.exports.tips
+    for export_id in (export.export_id, held.export_id):
+        source.exports.acknowledge(export_id)
+    source.check_integrity()
+
+
+def test_a_decode_step_takes_pinned_pages() -> None:
+    source = core()
+    old = serve(source, "old", PROMPT)
+    ctx = serve(source, "runs", [9] * 9, keep=True)  # five pages, the last of which is full now
+    source.exports.export(old, 0, 3, 0)
+    ctx.update(8)
+    assert source.alloc_many([ctx]) == {} and not source.exports.tips
+    source.check_integrity()
+
+
 def test_an_export_of_what_was_evicted_meanwhile_is_shorter() -> None:
     source = core()
     old = serve(source, "old", PROMPT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rayk.context import TextContext
 from rayk.engine.errors import (
     ForwardError,
     QueueFullError,
@@ -68,6 +69,36 @@ def test_chunks_share_the_budget_with_decoding_rows() -> None:
     bench.step()
     assert bench.model.forwards == [[4], [1, 5], [1, 5]]
     bench.run()
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 4, 16])
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+@pytest.mark.parametrize("caching", [True, False])
+def test_whatever_fits_alone_comes_to_its_end(page_size: int, chunk_size: int, caching: bool) -> None:
+    """All slots of all pages: the last token of an answer needs none."""
+    slots = 48 // page_size * page_size
+    for watermark in (0.0, 0.5):
+        bench = Bench(slots // page_size, page_size, chunk_size=chunk_size, watermark=watermark, caching=caching)
+        asked = [(slots, 1), (slots - 1, 2), (slots // 2, slots - slots // 2 + 1), (1, slots), (slots, 1)]
+        numbers = [bench.submit([i] * prompt, count) for i, (prompt, count) in enumerate(asked)]
+        with pytest.raises(RequestError, match="can never fit"):
+            bench.submit([1] * slots, 2)
+        bench.run(20_000)
+        for i, (number, (prompt, count)) in enumerate(zip(numbers, asked, strict=True)):
+            assert bench.tokens[number] == expected([i] * prompt, count) and bench.ended[number].reason == "length"
+
+
+def test_pages_that_are_pinned_for_a_peer_fail_nobody() -> None:
+    """Neither a request that comes, nor one that grows into them."""
+    bench = Bench(12, 4, chunk_size=64)
+    for prompt, count in (([7] * 40, 4), ([8] * 4, 44)):
+        bench.submit(range(30), 2)
+        bench.run()
+        ctx = TextContext("peer", range(30), 99)
+        assert len(bench.core.exports.export(ctx, 0, 7, 0).pages) == 7
+        number = bench.submit(prompt, count)
+        bench.run()
+        assert bench.tokens[number] == expected(prompt, count) and not bench.core.exports.tips
 
 
 def test_rows_are_bounded() -> None:

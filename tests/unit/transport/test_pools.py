@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from rayk.errors import LineError
+from rayk.errors import LineError, PagesGoneError
 from rayk.transport.choice import Peer
+from rayk.transport.direct import DirectLine
 from rayk.transport.line import Parcel
 from rayk.transport.memory import host_identity, map_shared, shared_zeros
-from rayk.transport.pools import HostMemory, PoolLine
+from rayk.transport.pools import SEALS, HostMemory, PoolLine
 
 from .ends import FOREVER, SOURCE, TARGET, blank, buffers, content, ids, parcel
 
@@ -62,6 +63,48 @@ def test_a_pool_is_mapped_once_for_each_start_of_its_source(ends) -> None:
     assert into._memory.maps == 3
     out.end(1)
     out.end(77)
+
+
+def test_what_its_source_took_back_is_not_believed(ends) -> None:
+    """Before a copy, or while it goes on; the line is good for the next one, also when numbers come round."""
+    _, target, out, into = ends
+    first, second = parcel(out, [1], 1), parcel(out, [2], 2)
+    out.end(1)
+    with pytest.raises(PagesGoneError, match="needed the pages"):
+        into.fetch(first, 0, ids([0]))
+    assert content(target)[0] == 0, "it was not even copied"
+    into.fetch(second, 0, ids([1]))
+    copy = into._memory.copy
+
+    def slow(*given) -> None:
+        copy(*given)
+        out.end(2)
+
+    into._memory.copy = slow
+    with pytest.raises(PagesGoneError):
+        into.fetch(second, 0, ids([2]))
+    into._memory.copy = copy
+    old, young = parcel(out, [3], 5), parcel(out, [4], 5 + SEALS)
+    with pytest.raises(PagesGoneError):
+        into.fetch(old, 0, ids([3]))
+    out.end(5)
+    into.fetch(young, 0, ids([4]))
+    assert into._memory.maps == 1
+
+
+def test_the_same_within_a_process() -> None:
+    source, target = buffers(), blank()
+    pools = {SOURCE: source, TARGET: target}
+    out, into = DirectLine(source, pools), DirectLine(target, pools)
+    first, second = parcel(out, [1], 1), parcel(out, [2], 2)
+    into.fetch(first, 0, ids([0]))
+    out.end(1)
+    with pytest.raises(PagesGoneError):
+        into.fetch(first, 0, ids([0]))
+    into.fetch(second, 0, ids([1]))
+    out.close()
+    with pytest.raises(PagesGoneError):
+        into.fetch(second, 0, ids([1]))
 
 
 def test_what_was_read_after_the_pages_were_unpinned_is_not_believed() -> None:
@@ -121,7 +164,8 @@ from tests.unit.transport.ends import buffers, parcel
 from rayk.transport.memory import host_identity
 from rayk.transport.pools import HostMemory, PoolLine
 source = buffers(shared=True)
-sent = parcel(PoolLine(HostMemory(source.all_bytes, source.files)), [4, 5])
+line = PoolLine(HostMemory(source.all_bytes, source.files))
+sent = parcel(line, [4, 5])
 print(sent.offer.hex(), host_identity(), flush=True)
 input()
 """
