@@ -17,7 +17,7 @@ import msgspec
 
 from rayk.actors.replica import measure
 from rayk.actors.runtime import Actor, ActorGoneError, ActorSpec, Node, Placement, RayActor, RayRuntime, Runtime
-from rayk.errors import PlanError, RaykError
+from rayk.errors import PlanError, RaykError, ReplicaLostError
 from rayk.planning import NodeMemory, measure_node
 from rayk.tiers.identity import read_seed
 
@@ -32,6 +32,7 @@ LOAD_SECONDS = 1800.0  # to load a model
 OPEN_SECONDS = 600.0  # to make pages and capture graphs
 PLACE_SECONDS = 60.0
 MEASURE_SECONDS = 60.0
+STATS_SECONDS = 30.0
 CLOSE_SECONDS = 60.0  # to write what is on its way to disk
 SILENT_SECONDS = 60.0  # an engine reports every second; one that is silent so long hangs
 SLIVER = 0.001  # of a CPU, as for cache replicas
@@ -101,6 +102,11 @@ class EngineActor:
         from rayk.engine.serve import check_engine
 
         self._host.call(0, check_engine)
+
+    def reset_prefix_cache(self, token: bytes) -> int:
+        """See ReplicaCore."""
+        held: int = self._host.call(0, lambda engine: engine.core.reset_prefix_cache(token))
+        return held
 
     def close(self) -> None:
         """End the engine and leave the tiers in order; the last thing that is asked of it."""
@@ -257,12 +263,33 @@ class RayReplicas:
             yield decode_report(wire)
 
     def stats(self, replica: int) -> EngineStats:
-        stats = self._runtime.get(self._seats[replica].actor.call("stats", control=True), f"replica {replica}", 30)
-        return stats  # type: ignore[no-any-return]  # Runtime.get() is untyped
+        stats: EngineStats = self._answer(replica, self._ask(replica, "stats"), STATS_SECONDS)
+        return stats
 
     def check(self, replica: int) -> None:
-        called = self._seats[replica].actor.call("check", control=True)
-        self._runtime.get(called, f"replica {replica}", CLOSE_SECONDS)
+        self._answer(replica, self._ask(replica, "check"), CLOSE_SECONDS)
+
+    def reset_prefix_cache(self, replicas: Sequence[int], token: bytes) -> dict[int, int]:
+        self.settings, held = replace(self.settings, reset_token=token), dict[int, int]()
+        for replica, ref in [(each, self._ask(each, "reset_prefix_cache", token)) for each in replicas]:
+            with suppress(ReplicaLostError):
+                held[replica] = self._answer(replica, ref, CLOSE_SECONDS)
+        return held
+
+    def _ask(self, replica: int, method: str, *arguments: Any) -> Any:
+        """A question to a replica that takes no part in its work; None for one that was removed."""
+        seat = self._seats.get(replica)
+        return seat.actor.call(method, *arguments, control=True) if seat is not None else None
+
+    def _answer(self, replica: int, ref: Any, seconds: float) -> Any:
+        """ReplicaLostError when it is gone, CallTimeoutError when it does not answer in time."""
+        try:
+            if ref is not None:
+                return self._runtime.get(ref, f"replica {replica}", seconds)
+            reason = "it was removed"
+        except ActorGoneError as error:
+            reason = str(error)
+        raise ReplicaLostError(replica, self.facts[replica].epoch, [], reason)
 
     def drop(self, replica: int) -> None:
         seat = self._seats.get(replica)

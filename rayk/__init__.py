@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from rayk.batch import ContextBatch
     from rayk.cluster import Cluster
     from rayk.context import TextContext
-    from rayk.engine.output import Output, Update
+    from rayk.engine.errors import (
+        ForwardError,
+        QueueFullError,
+        RequestCancelledError,
+        RequestError,
+        RequestTimeoutError,
+    )
+    from rayk.engine.output import Handle, Output, Update
     from rayk.engine.sampling import SamplingParams
     from rayk.errors import InsufficientBlocksError, RaykError, ReplicaLostError
     from rayk.inputs import BatchCharacteristics
@@ -47,7 +54,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "admission": ["AdmissionPolicy", "TenantQuota"],
     "cluster": ["Cluster"],
-    "engine.output": ["Output", "Update"],
+    "engine.errors": [
+        "ForwardError",
+        "QueueFullError",
+        "RequestCancelledError",
+        "RequestError",
+        "RequestTimeoutError",
+    ],
+    "engine.output": ["Handle", "Output", "Update"],
     "engine.sampling": ["SamplingParams"],
     "batch": ["ContextBatch"],
     "async_manager": ["AsyncPagedKVCacheManager"],
@@ -91,6 +105,8 @@ __all__ = [
     "Cluster",
     "ContextBatch",
     "Drained",
+    "ForwardError",
+    "Handle",
     "HitCounts",
     "InferenceSession",
     "InsufficientBlocksError",
@@ -108,10 +124,14 @@ __all__ = [
     "PagedKVCacheManager",
     "PagedMemoryPlanner",
     "PrefixCacheReset",
+    "QueueFullError",
     "RaykError",
     "Removed",
     "ReplicaLoad",
     "ReplicaLostError",
+    "RequestCancelledError",
+    "RequestError",
+    "RequestTimeoutError",
     "SamplingParams",
     "ScalePolicy",
     "TenantQuota",
@@ -126,6 +146,10 @@ __all__ = [
     "estimated_memory_size",
     "spec_decode_cache_slack",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

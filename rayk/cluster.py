@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -24,10 +25,12 @@ from rayk.engine.sampling import SamplingParams
 from rayk.engine.serve import ModelSource, ReplicaFacts, Replicas, ServeSettings
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.tiers import Size, TierWish
-from rayk.errors import ClosedError, NotBuiltError, ReplicaStateError
+from rayk.errors import ClosedError, NotBuiltError, ReplicaLostError, ReplicaStateError
+from rayk.hashing import Mask
 from rayk.params import require_at_least
 from rayk.scaling import Removed
 from rayk.session import InferenceSession
+from rayk.ticks import PrefixCacheReset
 
 log = logging.getLogger("rayk.engine")
 
@@ -332,10 +335,24 @@ class Cluster:
         return self._dispatcher.live
 
     def stats(self, replica: int = 0) -> EngineStats:
-        """Counters of one replica's engine."""
+        """Counters of one replica's engine. ReplicaLostError for a lost one, CallTimeoutError for one that hangs."""
         self._check_open()
-        self._dispatcher.check(replica)
+        self._dispatcher.check_live(replica)
         return self._replicas.stats(replica)
+
+    def reset_prefix_cache(self) -> PrefixCacheReset:
+        """Forget what is cached, at all replicas and in their tiers, as after the weights were changed in place: call
+        it when they are what they shall be. The answer says how many pages requests that run now, and copies of
+        prefixes, still hold at each replica.
+
+        Those requests go on with the KV that they have, which the weights of before made, and nobody else gets it: no
+        request that has no pages yet reads what was computed before this call or by one of them, and their pages are
+        empty when they end. Cancel them where that is not enough. Replicas that are added later take nothing of before,
+        either. CallTimeoutError names a replica that does not answer; it has to be removed, or asked again.
+        """
+        with self._membership:
+            self._check_open()
+            return PrefixCacheReset(self._replicas.reset_prefix_cache(self.live, Mask.new()), hits=False)
 
     def check_integrity(self) -> None:
         """IntegrityError unless the pages of all replicas are where they should be, in their tiers too.
@@ -344,7 +361,8 @@ class Cluster:
         """
         self._check_open()
         for replica in self.live:
-            self._replicas.check(replica)
+            with suppress(ReplicaLostError):  # it has no pages
+                self._replicas.check(replica)
 
     def _check_open(self) -> None:
         if self._dispatcher.closed:

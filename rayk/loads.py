@@ -53,8 +53,8 @@ class Loads:
         self._size = core.page_size
         self._page_bytes = core.page_size * 4
         self._holds, self._digest = connector.holds, self._hasher.digest
-        self._mask = Mask()
-        self._masked = False
+        self._mask = core.exports.mask
+        self._masked = bool(self._mask.token)
         self._roots: dict[RootKey, PageHash] = {}
         self.due = False  # whether flush() has something to do
         self._new_hashes: list[bytes] = []

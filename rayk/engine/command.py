@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rayk.errors import ConfigError
+from rayk.values import printable
 
 if TYPE_CHECKING:
     from rayk.cluster import Cluster
@@ -43,7 +45,8 @@ def generate(
         Path | None,
         typer.Option(
             help='Or a file with a line {"id": .., "text": ..} or {"id": .., "tokens": [..]} for each; other fields of '
-            "a line that are sampling settings (max_new_tokens, temperature, ..) go before the flags.",
+            "a line that are sampling settings (max_new_tokens, temperature, ..) go before the flags. A line with a "
+            "field that there is not fails; the others are served.",
             rich_help_panel=_PROMPTS,
         ),
     ] = None,
@@ -160,7 +163,7 @@ def generate(
     )
     seconds = None if timeout is None else parse_duration(timeout)
     asked = _lines(prompts) if prompts is not None else [{"text": text} for text in [*(prompt or []), *(more or [])]]
-    ids = [line.get("id", i) for i, line in enumerate(asked)]
+    ids = [i if line.get("id") is None else line["id"] for i, line in enumerate(asked)]
     sampling = [_changed(common, line) for line in asked]
     if runtime == "inline" and address is not None:
         raise ConfigError("--address is for --runtime ray")
@@ -227,7 +230,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(value, dict):
             raise ConfigError(f'{path}, line {number} is no object; lines are {{"id": .., "tokens": [..]}}')
@@ -248,8 +251,11 @@ def _changed(sampling: SamplingParams, line: dict[str, Any]) -> SamplingParams:
 
 
 def _prompt(line: dict[str, Any], index: int) -> dict[str, Any]:
-    known: dict[str, Any] = {name: line[name] for name in ("text", "tokens", "cache_salt", "session") if name in line}
-    return {"id": str(line.get("id", index)), **known}
+    """A line without its settings. What a prompt does not have stays in, and is refused with the request."""
+    from rayk.engine.sampling import SamplingParams
+
+    fields = {name: value for name, value in line.items() if name not in SamplingParams.__struct_fields__}
+    return fields | {"id": index if line.get("id") is None else line["id"]}
 
 
 def _longest(asked: Sequence[dict[str, Any]], sampling: Sequence[SamplingParams]) -> int:
@@ -257,7 +263,9 @@ def _longest(asked: Sequence[dict[str, Any]], sampling: Sequence[SamplingParams]
     longest = 1
     for line, each in zip(asked, sampling, strict=True):
         prompt = line.get("tokens", line.get("text"))
-        size = len(prompt.encode()) + 8 if isinstance(prompt, str) else len(prompt) if isinstance(prompt, list) else 0
+        size = len(prompt) if isinstance(prompt, list) else 0
+        if isinstance(prompt, str):
+            size = len(prompt.encode("utf-8", "surrogatepass")) + 8
         new = each.max_new_tokens if isinstance(each.max_new_tokens, int) else 0
         longest = max(longest, size + max(new, 0))
     return longest
@@ -333,9 +341,19 @@ def _output(given: Any, output: Output) -> dict[str, Any]:
         "cached_tokens": output.cached_tokens,
         "finish_reason": output.finish_reason,
     }
+    if output.logprobs is not None:
+        found["logprobs"] = [
+            {"chosen": _finite(each.chosen), "top_ids": list(each.top_ids), "top": [_finite(one) for one in each.top]}
+            for each in output.logprobs
+        ]
     if output.error is not None:
         found["error"] = {"kind": type(output.error).__name__, "message": str(output.error)}
     return found
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no infinity."""
+    return number if math.isfinite(number) else None
 
 
 def _print(answer: dict[str, Any], outputs: Sequence[Output], form: GenerateFormat) -> None:
@@ -344,10 +362,10 @@ def _print(answer: dict[str, Any], outputs: Sequence[Output], form: GenerateForm
         return
     for output in outputs:
         if len(outputs) > 1:
-            typer.echo(f"--- {output.id} ({output.finish_reason}, {output.cached_tokens} tokens cached)")
+            typer.echo(f"--- {printable(output.id)} ({output.finish_reason}, {output.cached_tokens} tokens cached)")
         if output.error is not None:
             typer.echo(f"rayk generate: {output.error}", err=True)
-        typer.echo(output.text if output.text is not None else " ".join(map(str, output.tokens)))
+        typer.echo(printable(output.text) if output.text is not None else " ".join(map(str, output.tokens)))
     tokens, rates = answer["tokens"], answer["throughput"]
     log.info(
         "%d prompt tokens (%d cached), %d generated in %.2f s: %.1f tokens/s",

@@ -420,6 +420,13 @@ class Dispatcher:
             if self._standing[replica] is Standing.removed:
                 raise ReplicaRemovedError(replica, len(self._standing))
 
+    def check_live(self, replica: int) -> None:
+        """check(), and ReplicaLostError for one that does not answer any more."""
+        with self._lock:
+            self.check(replica)
+            if self._standing[replica] is Standing.lost:
+                raise ReplicaLostError(replica, 0, [], self._why_lost)
+
     def hand_over(self, replica: int) -> None:
         """Have a draining replica let go of all that it has; hear() places it elsewhere."""
         with self._turn():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from socket import gethostname
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -21,12 +22,14 @@ from rayk.engine.settings import EngineStats
 from rayk.engine.threads import TorchThreads
 from rayk.engine.tiers import NodeTiers
 from rayk.engine.wire import Command, Report
-from rayk.errors import ConfigError
+from rayk.errors import ConfigError, ReplicaLostError
 from rayk.planning import NodeMemory, measure_node
 from rayk.tiers.identity import read_seed
 from rayk.transport.choice import Peer
 from rayk.transport.direct import DirectLine
 from rayk.transport.line import Line
+
+T = TypeVar("T")
 
 
 class InlineReplicas:
@@ -115,10 +118,23 @@ class InlineReplicas:
         return self._hosts[replica].reports(replica)
 
     def stats(self, replica: int) -> EngineStats:
-        return self._hosts[replica].stats(replica)
+        return self._call(replica, Engine.stats)
 
     def check(self, replica: int) -> None:
-        self._hosts[replica].call(replica, check_engine)
+        self._call(replica, check_engine)
+
+    def reset_prefix_cache(self, replicas: Sequence[int], token: bytes) -> dict[int, int]:
+        self.settings, held = replace(self.settings, reset_token=token), dict[int, int]()
+        for replica in replicas:
+            with suppress(ReplicaLostError):
+                held[replica] = self._call(replica, lambda engine: engine.core.reset_prefix_cache(token))
+        return held
+
+    def _call(self, replica: int, what: Callable[[Engine], T]) -> T:
+        try:
+            return self._hosts[replica].call(replica, what)
+        except KeyError:
+            raise ReplicaLostError(replica, self.facts[replica].epoch, [], "its engine was ended") from None
 
     def remove(self, replica: int) -> None:
         self._hosts[replica].remove(replica)

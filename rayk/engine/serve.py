@@ -81,6 +81,7 @@ class ServeSettings:
     utilization: float | None = None
     longest: int | None = None
     hash_seed: bytes | None = None  # of pages' hashes, where somebody needs them
+    reset_token: bytes | None = None  # of the last reset of the prefix cache
     reports: bool = False  # whether engines tell what they cache and drop
     tiers: TierWish = field(default_factory=TierWish)
     peer_copies: bool = False  # of prefixes, between replicas
@@ -147,11 +148,16 @@ class Replicas(Protocol):
         ...
 
     def stats(self, replica: int) -> EngineStats:
-        """Its counters."""
+        """Its counters. ReplicaLostError when it is gone."""
         ...
 
     def check(self, replica: int) -> None:
-        """IntegrityError unless its pages are where they should be; waits for its transfers."""
+        """IntegrityError unless its pages are where they should be; waits for its transfers. ReplicaLostError."""
+        ...
+
+    def reset_prefix_cache(self, replicas: Sequence[int], token: bytes) -> dict[int, int]:
+        """ReplicaCore.reset_prefix_cache() of these, and of those that are added later; pages that each still holds,
+        without those that are gone. CallTimeoutError when one does not answer."""
         ...
 
     def remove(self, replica: int) -> None:
@@ -216,6 +222,8 @@ def open_engine(
     pages = _plan(model, params, settings, sharing, node).pages
     shared = settings.peer_copies and lines is None
     core = ReplicaCore(params, replica, pages, settings.max_batch_size, [device], shared_memory=shared)
+    if settings.reset_token is not None:
+        core.reset_prefix_cache(settings.reset_token)  # before there are tiers, which have pages of the others
     if tiers is not None:
         core.connect(
             open_connector(params, core.buffers.all_bytes, tiers.host_pages(params.bytes_per_page), tiers.pool)

@@ -100,3 +100,16 @@ def test_version_is_said_once(repo: Path) -> None:
     except metadata.PackageNotFoundError:
         pytest.skip("rayk runs from the checkout and is not installed: nothing to compare")
     assert rayk.__version__ == installed
+
+
+def test_public_names_are_listed_and_there() -> None:
+    """They are loaded on first use; dir() and completion know them before."""
+    import rayk
+    from rayk.engine import errors
+
+    assert set(rayk.__all__) <= set(dir(rayk)) and rayk.__all__ == sorted(
+        rayk.__all__, key=lambda n: (not n.isupper(), n)
+    )
+    assert all(getattr(rayk, name) is not None for name in rayk.__all__)
+    for name in ("RequestError", "QueueFullError", "RequestTimeoutError", "RequestCancelledError", "ForwardError"):
+        assert getattr(rayk, name) is getattr(errors, name)

@@ -56,7 +56,7 @@ def test_json_of_tokens_and_text(generate, folder: Path, tmp_path: Path) -> None
         tmp_path,
         {"id": "a", "tokens": list(range(5, 25))},
         {"id": 7, "text": text},
-        {"tokens": [5, 6], "max_new_tokens": 2, "note": "left alone"},
+        {"tokens": [5, 6], "max_new_tokens": 2, "id": None},
     )
     code, out, err = generate("--prompts", prompts, "--max-new-tokens", "6", "--format", "json")
     assert code == 0, err
@@ -73,6 +73,49 @@ def test_json_of_tokens_and_text(generate, folder: Path, tmp_path: Path) -> None
     assert result["tokens"] == {"prompt": prompt, "cached": 0, "computed": prompt, "generated": made}
     assert result["requests"] == {"submitted": 3, "completed": 3, "failed": 0, "preempted": 0, "retried": 0}
     assert set(result["latency"]) == {"ttft", "itl", "e2e"} and result["throughput"]["generated_tokens_per_s"] > 0
+
+
+def test_fields_that_there_are_not_fail_their_line_alone(generate, folder: Path, tmp_path: Path) -> None:
+    prompts = lines(
+        tmp_path,
+        {"id": "a", "tokens": [5, 6]},
+        {"id": "b", "tokens": [5, 6], "max_tokens": 2},
+        {"id": "c", "tokens": [5, 6], "temprature": 2, "note": "x"},
+        {"id": "\ud800", "tokens": [5, 6]},
+        {"id": "e", "text": "\ud800"},
+        {"id": "f", "tokens": [5, 6], "max_new_tokens": 2**80},
+        {"id": "g", "tokens": [5, 6], "cache_salt": "\ud800"},
+        {"id": "h", "tokens": [2**80]},
+        {"id": ["i"], "tokens": [5]},
+        {"id": "z", "tokens": [5, 6], "max_new_tokens": 3},
+    )
+    code, out, err = generate("--prompts", prompts, "--max-new-tokens", "6", "--format", "json")
+    outputs = json.loads(out)["outputs"]
+    said = [each.get("error", {}).get("message", "") for each in outputs]
+    assert code == 1 and "Traceback" not in err
+    assert outputs[0]["tokens"] == dense_tokens(folder, [5, 6], 6) and len(outputs[-1]["tokens"]) == 3
+    assert "no field 'max_tokens' (did you mean 'max_new_tokens'?)" in said[1]
+    assert "no field 'temprature' (did you mean 'temperature'?), 'note'" in said[2]
+    assert all("'utf-8'" in each or "UTF-8" in each for each in (said[3], said[4], said[6]))
+    assert "max_new_tokens is 12089258" in said[5] and "flat sequence of ints" in said[7]
+    assert "a request id must be a str" in said[8]
+    assert [each["id"] for each in outputs[3:9:5]] == ["\ud800", ["i"]]
+    code, out, err = generate("--prompts", prompts, "--max-new-tokens", "6")
+    assert code == 1 and "max_tokens" in err and "Traceback" not in err
+
+
+def test_log_probabilities_are_in_the_json(generate, tmp_path: Path) -> None:
+    prompts = lines(tmp_path, {"tokens": [5, 6], "logprobs": 2}, {"tokens": [5, 6], "logprobs": 0}, {"tokens": [5, 6]})
+    code, out, _ = generate("--prompts", prompts, "--max-new-tokens", "3", "--format", "json")
+    two, none, without = json.loads(out)["outputs"]
+    assert code == 0 and set(without) == FIELDS and set(two) == FIELDS | {"logprobs"}
+    assert len(two["logprobs"]) == 3
+    for token, found in zip(two["tokens"], two["logprobs"], strict=True):
+        assert (
+            found["top_ids"][0] == token and found["top"][0] == pytest.approx(found["chosen"]) and found["chosen"] < 0
+        )
+        assert len(found["top"]) == len(found["top_ids"]) == 2
+    assert [(each["top_ids"], each["top"]) for each in none["logprobs"]] == [([], [])] * 3
 
 
 def test_cached_tokens(generate, tmp_path: Path) -> None:
@@ -150,7 +193,12 @@ def test_bad_usage(generate, flags: list[str], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [('{"id": "a", "tokens": [1]', "line 2 is not JSON"), ("[1, 2]", "line 2 is no object")],
+    [
+        ("[" * 100_000, "line 2 is not JSON"),
+        ('{"id": "a", "tokens": [1]', "line 2 is not JSON"),
+        ("[1, 2]", "line 2 is no object"),
+    ],
+    ids=["deep", "cut", "list"],
 )
 def test_files_that_are_not_prompts(generate, tmp_path: Path, line: str, message: str) -> None:
     code, _, err = generate("--prompts", lines(tmp_path, {"tokens": [5]}, line))
