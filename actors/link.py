@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from threading import Lock
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from rayk.actors.runtime import Actor, ActorGoneError, Runtime
 from rayk.errors import CallTimeoutError, RaykError
 
 CALL_SECONDS = 120.0  # an answer that takes longer means a hung process
+SLICE = 0.5  # seconds between two looks at a process that takes long to answer
 
 
 def new_client_id(kind: str) -> str:
@@ -60,6 +62,16 @@ class Pending(NamedTuple):
         except RaykError as error:
             return error
 
+    def within(self, seconds: float) -> Answer | RaykError | None:
+        """heard(), if that is known within so many seconds, else None."""
+        wire = self.link.wire_within(self.ref, seconds)
+        if wire is None or isinstance(wire, RaykError):
+            return wire
+        try:
+            return Answer(self.link.decoded(wire), self.data)
+        except RaykError as error:
+            return error
+
     async def arrival(self) -> Any:
         """Return when outcome() would not wait: what arrived, None when outcome() has to say why nothing did."""
         return await self.link.arrival(self.ref)
@@ -85,8 +97,42 @@ def hear(
     return [each.heard(waited) if isinstance(each, Pending) else each for each in sent]
 
 
+class Pulse:
+    """Whether a process lives, by its ping(), which has a lane of its own. Only time in which somebody looks counts,
+    and none in which this process stood still itself."""
+
+    def __init__(self, runtime: Runtime, actor: Actor, target: str) -> None:
+        self._runtime = runtime
+        self._actor = actor
+        self._target = target
+        self._lock = Lock()
+        self._asked: Any = None
+        self._last = 0.0
+        self.silence = 0.0
+        """Seconds for which ping() was not answered, by the last look."""
+
+    def look(self) -> float:
+        """`silence` now; ActorGoneError when the process died."""
+        with self._lock:
+            now = monotonic()
+            if self._asked is not None:
+                try:
+                    self._runtime.get(self._asked, self._target, 0.0)
+                    self._asked, self.silence = None, 0.0
+                except CallTimeoutError:
+                    self.silence += min(now - self._last, 2 * SLICE)
+            if self._asked is None:
+                self._asked = self._actor.call("ping", control=True)
+            self._last = now
+            return self.silence
+
+
 class Link:
-    """One sender's line to one actor. `gone(reason)` makes the error for an actor whose process died."""
+    """One sender's line to one actor. `gone(reason)` makes the error for an actor whose process died.
+
+    With `quiet`, an actor whose ping() is not answered for so many seconds is not waited for any longer, and is sent
+    nothing until it answers; one that does answer is waited for up to the timeout.
+    """
 
     def __init__(
         self,
@@ -97,14 +143,17 @@ class Link:
         client: str,
         gone: Callable[[str], RaykError],
         timeout: float = CALL_SECONDS,
+        quiet: float | None = None,
     ) -> None:
         self.actor = actor
+        self.quiet = quiet
         self.epoch = epoch
         self._runtime = runtime
         self.target = target
         self._client = client
         self._gone = gone
         self._timeout = timeout
+        self._pulse = Pulse(runtime, actor, target)
         self._numbers = itertools.count(1)
         self._calls = self._sent = self._received = 0
         self.seen = self.unfilled = 0
@@ -130,6 +179,8 @@ class Link:
 
     def send(self, command: Any, attached: Sequence[Any] = (), with_data: bool = False) -> Pending:
         """Send one command; `attached` are references to page data of other replicas."""
+        if self.quiet is not None and self._pulse.silence >= self.quiet and self.look() >= self.quiet:
+            raise CallTimeoutError(self.target, self.quiet)
         seq = 0 if isinstance(command, m.READ_ONLY) else next(self._numbers)
         if isinstance(command, m.SchedulerCommand):
             wire = m.encode(m.SchedulerEnvelope(self._client, self.epoch, seq, command))
@@ -203,14 +254,40 @@ class Link:
             self.news(reply.news)
         return reply.result
 
-    def fetch_all(self, refs: Sequence[Any], waited: float) -> list[Any] | None:
+    def look(self) -> float:
+        """Have the actor's ping() called, if no call is under way; seconds for which it was not answered."""
+        try:
+            return self._pulse.look()
+        except ActorGoneError as error:
+            raise self._gone(str(error)) from None
+
+    def fetch_all(self, refs: Sequence[Any], waited: float = 0.0, within: float | None = None) -> list[Any] | None:
         """The values behind references of any actors; None when one of them has to be asked for by itself."""
-        return self._runtime.get_all(refs, max(0.0, self._timeout - waited))
+        return self._runtime.get_all(refs, max(0.0, self._timeout - waited) if within is None else within)
+
+    def wire_within(self, ref: Any, seconds: float) -> Any:
+        """The value behind a reference, or the error of an actor that is gone; None when it is not there in time."""
+        try:
+            return self._runtime.get(ref, self.target, seconds)
+        except CallTimeoutError:
+            return None
+        except RaykError as error:
+            return error
+        except ActorGoneError as error:
+            return self._gone(str(error))
 
     async def arrival(self, ref: Any) -> Any:
         """The value behind a reference, once it is there; None when it will not come any more."""
         with suppress(Exception):  # read() says what it was
-            return await asyncio.wait_for(asyncio.wrap_future(self._runtime.future(ref)), self._timeout)
+            future = asyncio.wrap_future(self._runtime.future(ref))
+            if self.quiet is None:
+                return await asyncio.wait_for(future, self._timeout)
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio says it was lost
+            started = monotonic()
+            while not (await asyncio.wait([future], timeout=SLICE))[0]:
+                if monotonic() - started > self._timeout or self.look() >= self.quiet:
+                    return None
+            return future.result()
         return None
 
     def fetch(self, ref: Any, waited: float = 0.0) -> Any:
@@ -222,8 +299,25 @@ class Link:
                 if ref.answer is not None:
                     return ref.answer
                 waited, ref = monotonic() - started, ref.call
-            return self._runtime.get(ref, self.target, max(0.0, self._timeout - waited))
-        except CallTimeoutError:
-            raise CallTimeoutError(self.target, self._timeout) from None
+            return self._wait(ref, max(0.0, self._timeout - waited))
+        except CallTimeoutError as error:
+            raise CallTimeoutError(self.target, error.seconds) from None
         except ActorGoneError as error:
             raise self._gone(str(error)) from None
+
+    def _wait(self, ref: Any, left: float) -> Any:
+        if self.quiet is None:
+            try:
+                return self._runtime.get(ref, self.target, left)
+            except CallTimeoutError:
+                raise CallTimeoutError(self.target, self._timeout) from None
+        while True:
+            part = 0.0 if self._pulse.silence >= self.quiet else min(left, SLICE)
+            try:
+                return self._runtime.get(ref, self.target, part)
+            except CallTimeoutError:
+                left -= part
+                if left <= 0:
+                    raise CallTimeoutError(self.target, self._timeout) from None
+                if self._pulse.look() >= self.quiet:
+                    raise CallTimeoutError(self.target, self.quiet) from None

@@ -470,10 +470,11 @@ class AsyncPagedKVCacheManager:
         self.sync._all()
         await self._run("drain")
 
-    async def check_integrity(self) -> None:
+    async def check_integrity(self) -> list[int]:
         """See PagedKVCacheManager.check_integrity()."""
         self.sync._all()
-        await self._run("check_integrity")
+        unasked: list[int] = await self._run("check_integrity")
+        return unasked
 
     # -- contents and the end --------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ def describe(
     else:
         for state in states:
             _show(state, Console())
-    return 0 if all(r.state != "lost" for state in states for r in state.replicas) else 1
+    return 0 if all(r.state not in ("lost", "silent") for state in states for r in state.replicas) else 1
 
 
 def _show(state: ManagerState, console: Any) -> None:
@@ -69,7 +69,7 @@ def _show(state: ManagerState, console: Any) -> None:
     _print_table(console, title, headings, [_cells(replica) for replica in state.replicas], ("node", "state"))
     for replica in state.replicas:
         if replica.reason is not None:
-            console.print(f"replica {replica.index} is lost: {replica.reason}", markup=False)
+            console.print(f"replica {replica.index} is {replica.state}: {replica.reason}", markup=False)
         if replica.tiers is not None:
             console.print(_tier_line(replica.index, replica.tiers), markup=False)
     for index, how in state.coming.items():

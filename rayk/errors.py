@@ -25,7 +25,7 @@ RaykError
     ├── CallTimeoutError (TimeoutError)   no answer in time
     ├── StaleEpochError                   the replica was replaced since the caller last talked to it
     ├── StaleContextError                 a replica misses tokens of a request; the client sends them again
-    ├── NoReplicaError                    no replica takes requests: all are lost or draining
+    ├── NoReplicaError                    no replica takes requests: all are lost, draining or silent
     ├── LineError                         a line between two replicas does not carry pages
     │   └── PagesGoneError                the source needed the pages of a copy itself; nothing is wrong with the line
     ├── ReplicaStateError (ValueError)    what was asked for does not fit how the replica stands, such as draining
@@ -289,7 +289,9 @@ class NoReplicaError(ClusterError):
     """No replica takes requests."""
 
     request_id: str
-    text: ClassVar[str] = "request {request_id!r} has no place: all replicas are lost or draining; add one"
+    text: ClassVar[str] = (
+        "request {request_id!r} has no place: all replicas are lost or draining, or do not answer; add one"
+    )
 
 
 class LineError(ClusterError):

@@ -475,15 +475,16 @@ class PagedKVCacheManager:
         return self._at(replica_idx).used_fraction_after(ctx, replica_idx)
 
     def get_prefix_cache_hit_counts(self, ctx: TextContext) -> list[HitCounts]:
-        """Per replica, the leading pages of the request that are cached there. Changes nothing."""
+        """Per replica, the leading pages of the request that are cached there; 0 where a replica is lost or silent.
+        Changes nothing."""
         return self._all().hit_counts(ctx)
 
     def get_metrics_aggregated(self) -> KVCacheMetrics:
-        """Counters of all replicas since reset_metrics()."""
+        """Counters of all replicas since reset_metrics(); of those that are lost or silent nothing is counted."""
         return self._all().metrics()
 
     def reset_metrics(self) -> None:
-        """Counters of all replicas to zero."""
+        """Counters of all replicas to zero, those of a silent one before anything else that is asked of it."""
         self._all().reset_metrics()
 
     def reset_prefix_cache(self, *, weights_changed: bool = False) -> PrefixCacheReset:
@@ -492,6 +493,9 @@ class PagedKVCacheManager:
         As in MAX, what running requests hold can still be hit, which is wrong once the weights are others. After
         `weights_changed=True` no request that starts later reads what was computed before the call, or is computed by
         a request that has pages now, wherever it is: those requests go on with their own pages, which go when they end.
+
+        CallTimeoutError names replicas that did not answer, when the others have done it. They do it when they answer
+        again, before anything else that the scheduler asks of them.
         """
         token = Mask.new() if weights_changed else None
         return PrefixCacheReset(self._all().reset_prefix_cache(token), hits=not weights_changed)
@@ -511,16 +515,18 @@ class PagedKVCacheManager:
         self._all().poll_transfers()
 
     def drain(self) -> None:
-        """Return when no host or disk transfer is pending; afterwards no page is held by one."""
+        """Return when no host or disk transfer is pending; afterwards no page is held by one. CallTimeoutError names
+        replicas that did not answer, when that is so for the others."""
         self._all().drain()
 
     def get_node_names(self) -> list[str]:
         """The host name of each replica's node."""
         return self._all().node_names()
 
-    def check_integrity(self) -> None:
-        """IntegrityError if any replica's bookkeeping contradicts itself (a bug in rayk)."""
-        self._all().check_integrity()
+    def check_integrity(self) -> list[int]:
+        """IntegrityError if any replica's bookkeeping contradicts itself (a bug in rayk). The replicas that could not
+        be asked, because they are lost or do not answer."""
+        return self._all().check_integrity()
 
     def shutdown(self) -> None:
         """Give everything back: pages, actors, placement. Safe to call twice."""

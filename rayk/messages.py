@@ -370,7 +370,8 @@ class HitCountsOf(_Message, frozen=True):
 
 
 class EveryReplica(_Message, frozen=True):
-    """The same question or order for all replicas; metrics come back added up, pages held after a reset by replica."""
+    """The same question or order for all replicas; metrics come back added up, pages held after a reset by replica. See
+    SchedulerCore for what becomes of it when some are lost or silent."""
 
     command: GetMetrics | ResetMetrics | ResetPrefixCache | CheckIntegrity | PollTransfers | Drain
 
@@ -761,6 +762,12 @@ class Missing(_Message, frozen=True):
     request_ids: list[str]
 
 
+class Unasked(_Message, frozen=True):
+    """Done by all replicas but those, which are lost or silent."""
+
+    replicas: list[int]
+
+
 class Drained(_Message, frozen=True):
     """Requests that are still there, with the reason, and where those went that were moved."""
 
@@ -818,6 +825,7 @@ Result = (
     | Located
     | ContextsDone
     | Missing
+    | Unasked
     | Drained
     | RemoveDone
 )

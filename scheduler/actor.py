@@ -11,7 +11,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from rayk import messages as m
-from rayk.actors.link import Link, Pending, hear, new_client_id
+from rayk.actors.link import Pending, new_client_id
 from rayk.actors.pieces import joined
 from rayk.actors.process import settle
 from rayk.actors.runtime import Actor, RayRuntime, Runtime
@@ -21,11 +21,12 @@ from rayk.scheduler.asks import Ask, Told
 from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.desk import DeskSettings
 from rayk.scheduler.leases import TICK_SECONDS
+from rayk.scheduler.questions import Questions, ReplicaLink
 
 log = logging.getLogger("rayk.scheduler")
 
-LANES = 8  # batches that are under way at once; the driver that waits for each of its batches uses one
-ANSWERS = 16 * LANES  # remembered for each driver; more than its messages can overtake each other by
+LANES = 16  # batches that are under way at once; the driver that waits for each of its batches uses one
+ANSWERS = 8 * LANES  # remembered for each driver; more than its messages can overtake each other by
 
 
 class SchedulerActor:
@@ -45,17 +46,18 @@ class SchedulerActor:
         self._epoch = epoch
         self._roster = roster
         self._core = SchedulerCore(epochs, settings, copies, monotonic)
-        self._links: list[Link | None] = [self._link(r, actor, epochs[r]) for r, actor in enumerate(replicas)]
+        self._core_lock = Condition()  # a script's step and the sending of what it asks are one
+        self._questions = Questions(self._core_lock, self._stands, monotonic)
+        self._links: list[ReplicaLink | None] = [self._link(r, actor, epochs[r]) for r, actor in enumerate(replicas)]
         self._answers: Answers[bytes] = Answers(ANSWERS)
         self._working: set[tuple[str, int]] = set()  # mutations that a lane is at
-        self._core_lock = Condition()  # a script's step and the sending of what it asks are one
         settle()
         if runtime is None:
             Thread(target=self._keep_time, name="rayk-timer", daemon=True).start()
 
-    def _link(self, replica: int, actor: Actor, epoch: int) -> Link:
+    def _link(self, replica: int, actor: Actor, epoch: int) -> ReplicaLink:
         lost = partial(self._lost, replica, epoch)
-        link = Link(self._runtime, actor, f"replica {replica}", epoch, self._client, lost)
+        link = ReplicaLink(self._runtime, actor, replica, epoch, self._client, lost)
         link.news, link.known = partial(self._hear, replica, epoch), -1
         link.pages = self._core.hall is not None
         return link
@@ -128,9 +130,7 @@ class SchedulerActor:
                     if told is None and isinstance(command, m.Join):
                         self._reseat(command.replica, attached)
                     sent = [self._send(ask) for ask in asks]
-                told = [
-                    Told(m.failure(heard)) if isinstance(heard, RaykError) else Told(*heard) for heard in hear(sent)
-                ]
+                told = self._questions.hear(asks, sent)
         except StopIteration as end:
             result: m.Result = end.value
             if isinstance(command, m.RemoveReplica):
@@ -150,10 +150,16 @@ class SchedulerActor:
         link = self._links[ask.replica] if ask.replica < len(self._links) else None
         if link is None:
             return ReplicaRemovedError(ask.replica, len(self._core.members))
-        try:
-            return link.send(ask.command, ask.attached, ask.with_data)
-        except RaykError as error:
-            return error
+        return self._questions.send(link, ask)
+
+    def _order(self, ask: Ask) -> Told:
+        link = self._links[ask.replica] if ask.replica < len(self._links) else None
+        if link is not None:
+            self._questions.order(link, ask)
+        return Told(m.Done())
+
+    def _stands(self, link: ReplicaLink) -> None:
+        self._core.standing.answers(link.replica, link.epoch, link.aside, link.silent)
 
     def _hear(self, replica: int, epoch: int, news: m.News) -> None:
         with self._core_lock:
@@ -183,14 +189,15 @@ class SchedulerActor:
         """Do what is due though nobody sends a message. Waits for nobody: a replica carries out what it is told when it
         comes to it."""
         with self._core_lock:
-            orders, told = self._core.expire(), list[Told]()
+            orders = self._core.expire()
             try:
                 asks = next(orders)
                 while True:
-                    told = [Told(m.Done()) for _ in map(self._send, asks)]
-                    asks = orders.send(told)
+                    asks = orders.send([self._order(ask) for ask in asks])
             except StopIteration:
-                return
+                pass
+            links = list(self._links)
+        self._questions.tick(links)
 
     def _keep_time(self) -> None:
         while True:

@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 from rayk import messages as m
 
+QUESTIONS = (
+    m.Lookup,
+    m.Export,
+    m.Acknowledge,
+    m.DropLines,
+    m.Follow,
+    m.GetPrefixes,
+    m.Blocks,
+    m.GetUsage,
+    m.GetNews,
+)
+ORDERS = (m.Release, m.Acknowledge, m.DropLines, m.Follow, m.ResetMetrics, m.ResetPrefixCache)
+
 
 class Ask(NamedTuple):
-    """One message to a replica; `attached` are references to page data, `with_data` asks for one back."""
+    """One message to a replica; `attached` are references to page data, `with_data` asks for one back.
+
+    `late` says what to send when the answer comes after nobody waits for it any more. `wanted`: a driver asked for it,
+    so a replica that is busy is waited for.
+    """
 
     replica: int
     command: m.ReplicaCommand
     attached: tuple[Any, ...] = ()
     with_data: bool = False
+    late: Callable[[m.Result], list[Ask]] | None = None
+    wanted: bool = False
+
+    @property
+    def patient(self) -> bool:
+        """Whether a replica that is busy is waited for; see rayk.scheduler.questions."""
+        return self.wanted or not isinstance(self.command, QUESTIONS)
+
+    @property
+    def order(self) -> bool:
+        """Whether it is sent to a replica that does not answer, too."""
+        return isinstance(self.command, ORDERS)
+
+    @property
+    def undo(self) -> m.ReplicaCommand | None:
+        """What takes back what it did, if it was done when nobody waited for the answer any more."""
+        match self.command:
+            case m.Admit(contexts, claim=True):
+                return m.Release(contexts.ids, missing_ok=True)
+            case m.Claim(request_id):
+                return m.Release([request_id], missing_ok=True)
+        return None
 
 
 class Told(NamedTuple):

@@ -595,7 +595,8 @@ class Calls(Changes):
 
     @current
     def check_integrity(self) -> Call:
-        yield from self._ask(self.scheduler, m.EveryReplica(m.CheckIntegrity()))
+        done: m.Unasked = yield from self._ask(self.scheduler, m.EveryReplica(m.CheckIntegrity()))
+        return done.replicas
 
     def buffers(self, replica: int) -> list[torch.Tensor]:
         shards = ["meta"] * self._params.tensor_parallel_degree

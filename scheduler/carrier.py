@@ -75,7 +75,7 @@ class Carrier:
     def _ask(self, order: Order, kind: str) -> Ask:
         span, to = order.span, self.lines.peer(order.target)
         export = m.Export(order.view, span.start, span.stop, kind, to.replica, to.epoch)
-        return Ask(span.replica, export, (), kind == OBJECT_STORE)
+        return Ask(span.replica, export, (), kind == OBJECT_STORE, lambda result: _unpin(span.replica, result))
 
     def heads(self, parts: Iterable[Copy]) -> tuple[list[m.ImportHead], list[Any]]:
         """What the target is told of the copies, and the page data that goes along."""
@@ -121,3 +121,8 @@ class Carrier:
         asks += [Ask(source, m.DropLines([target])) for source, target in pairs]
         if asks:
             yield asks
+
+
+def _unpin(source: int, result: m.Result) -> list[Ask]:
+    """What to say to a source whose export came too late to be used."""
+    return [Ask(source, m.Acknowledge([result.export_id]))] if isinstance(result, m.Exported) else []

@@ -16,7 +16,7 @@ from rayk.actors.link import Traffic
 from rayk.actors.runtime import ActorGoneError, Runtime
 from rayk.backend import Batches, Forward
 from rayk.context import TextContext
-from rayk.errors import InsufficientBlocksError, RaykError, SchedulerLostError
+from rayk.errors import CallTimeoutError, InsufficientBlocksError, RaykError, SchedulerLostError
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.lanes import LaneState
 from rayk.metrics import KVCacheMetrics
@@ -30,6 +30,7 @@ from rayk.tiers.connector import TierCount
 
 log = logging.getLogger("rayk.scheduler")
 
+CLOSING_SECONDS = 5.0  # for which a scheduler may not answer a driver that leaves
 LEASE_SECONDS = 15.0  # a driver of a named session that is silent this long has its requests released
 
 
@@ -170,8 +171,9 @@ class RayBackend:
     def drain(self) -> None:
         wait_for(self.calls.drain())
 
-    def check_integrity(self) -> None:
-        wait_for(self.calls.check_integrity())
+    def check_integrity(self) -> list[int]:
+        done: list[int] = wait_for(self.calls.check_integrity())
+        return done
 
     def buffers(self, replica: int) -> list[torch.Tensor]:
         return self.calls.buffers(replica)
@@ -230,12 +232,14 @@ class RayBackend:
 
     def close(self) -> None:
         self._stopped.set()
-        with suppress(RaykError):  # a dead scheduler cannot say who came or left
+        self.calls.scheduler.quiet = CLOSING_SECONDS
+        with suppress(RaykError):  # a dead or silent scheduler cannot say who came or left
             self.look()
         self.calls.have_no_lanes("shut down")
         self._cluster.stop(self._runtime)
 
     def leave(self) -> None:
         self._stopped.set()
-        with suppress(SchedulerLostError):  # nothing is left to be released then
+        self.calls.scheduler.quiet = CLOSING_SECONDS
+        with suppress(SchedulerLostError, CallTimeoutError):  # nothing is left to be released, or the lease ends
             self.calls.scheduler.ask(m.Disconnect())

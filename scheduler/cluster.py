@@ -33,6 +33,7 @@ from rayk.planning import (
 )
 from rayk.scheduler.actor import LANES, SchedulerActor
 from rayk.scheduler.desk import DeskSettings
+from rayk.scheduler.membership import State
 from rayk.scheduler.policies import check_router
 from rayk.tiers.identity import read_seed
 
@@ -105,6 +106,10 @@ class Cluster:
         """Their starts."""
         return tuple(seat.epoch for seat in self.there)
 
+    def answers(self, replica: int) -> bool:
+        """Whether its process answered when the states were reported last."""
+        return self.states[replica : replica + 1] != (State.silent,)
+
     @property
     def pages(self) -> tuple[int, ...]:
         """Pages of each index, 0 where nobody is."""
@@ -129,7 +134,8 @@ class Cluster:
 
     def stop(self, runtime: Runtime) -> None:
         """Kill all actors and give all placements back; returns when they are gone. Tiers are written out first."""
-        close_tiers(runtime, self.config, self.replicas)
+        there = [seat.actor for r, seat in enumerate(self.seats) if seat is not None and self.answers(r)]
+        close_tiers(runtime, self.config, there)
         scheduler = () if self.scheduler is None else (self.scheduler,)
         groups = {id(seat.placement.group): seat.placement for seat in self.there}
         first, *others = groups.values() or [None]
@@ -145,9 +151,10 @@ def close_tiers(runtime: Runtime, config: ClusterConfig, replicas: Sequence[Acto
         for actor in replicas:
             with suppress(ActorGoneError):
                 closing.append(actor.call("close"))
+        deadline = time.monotonic() + CLOSE_SECONDS
         for ref in closing:
             with suppress(ActorGoneError, RaykError):  # a dead or hung replica's share is cleaned up by the next
-                runtime.get(ref, "a replica", CLOSE_SECONDS)
+                runtime.get(ref, "a replica", max(0.0, deadline - time.monotonic()))
 
 
 def desk_settings(config: ClusterConfig, pages: tuple[int, ...]) -> DeskSettings:

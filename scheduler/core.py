@@ -13,10 +13,10 @@ from typing import Any
 import msgspec
 
 from rayk import messages as m
-from rayk.errors import ConfigError, ReplicaLostError
+from rayk.errors import CallTimeoutError, ConfigError, RaykError, ReplicaLostError
 from rayk.metrics import KVCacheMetrics
 from rayk.scaling import Removed
-from rayk.scheduler.asks import Ask, Part, Script
+from rayk.scheduler.asks import Ask, Part, Script, Told
 from rayk.scheduler.choice import Candidate
 from rayk.scheduler.desk import DeskSettings
 from rayk.scheduler.entry import Entry
@@ -115,36 +115,61 @@ class SchedulerCore:
 
     # -- all replicas ------------------------------------------------------------------------------
 
+    # A lost replica has nothing that could be counted, checked or forgotten; a silent one has, and nobody knows what.
+    # Neither keeps the others from answering.
+
     def _hit_counts(self, view: m.ContextView) -> Script:
-        asked = list(self.members.known)
-        answers = yield [Ask(r, m.Lookup([view])) for r in asked]
+        """Of a replica that is lost or silent nothing can be hit now: 0."""
+        asked = list(self.members.here)
+        answers = yield [Ask(r, m.Lookup([view]), wanted=True) for r in asked]
         found = [m.Found([0], [0])] * len(self.members)
         for r, told in zip(asked, answers, strict=True):
-            if not isinstance(told.result, m.Found):
+            if isinstance(told.result, m.Found):
+                found[r] = told.result
+            elif _unreached(told) is None:
                 return told.result
-            found[r] = told.result
         if not any(f.host for f in found):
             return m.Counts([f.resident[0] for f in found])
         return m.Counts([f.resident[0] for f in found], [sum(f.host) for f in found], [sum(f.disk) for f in found])
 
     def _every(self, command: Any) -> Script:
+        """Ask all that are here. The first error of one that answered is the answer.
+
+        GetMetrics adds up the others; ResetMetrics and PollTransfers are done by the others, and an order waits at a
+        silent one. CheckIntegrity names the lost and the silent, which could not be asked. ResetPrefixCache and Drain
+        are done by the others, too, but CallTimeoutError names the silent ones: what they promise does not hold there
+        yet. The order to forget its pages waits at a silent replica before anything that is asked of it later.
+        """
         if isinstance(command, m.ResetPrefixCache) and command.token is not None:
             self._reset = command
-        asked = list(self.members.known)
-        answers = yield [Ask(r, command) for r in asked]
-        total, held = self._left, dict[int, int]()
-        for replica, told in zip(asked, answers, strict=True):
-            if isinstance(told.result, m.Failure):
+        asked = list(self.members.here)
+        answers = yield [Ask(r, command, wanted=True) for r in asked]
+        total, silent, held = self._left, dict[int, float](), dict[int, int]()
+        gone = [r for r in self.members.known if r not in asked]
+        for r, told in zip(asked, answers, strict=True):
+            unreached = _unreached(told)
+            if isinstance(unreached, CallTimeoutError):
+                silent[r] = unreached.seconds
+            elif unreached is not None:
+                gone.append(r)
+            elif isinstance(told.result, m.Failure):
                 return told.result
-            if isinstance(told.result, m.MetricsDone):
+            elif isinstance(told.result, m.MetricsDone):
                 total += told.result.metrics
-            if isinstance(told.result, m.ResetDone):
-                held[replica] = told.result.held
-        if isinstance(command, m.ResetMetrics):
-            self._left = KVCacheMetrics()
-        if isinstance(command, m.ResetPrefixCache):
-            return m.ResetDone(sum(held.values()), held)
-        return m.MetricsDone(total) if isinstance(command, m.GetMetrics) else m.Done()
+            elif isinstance(told.result, m.ResetDone):
+                held[r] = told.result.held
+        match command:
+            case m.GetMetrics():
+                return m.MetricsDone(total)
+            case m.ResetMetrics():
+                self._left = KVCacheMetrics()
+            case m.CheckIntegrity():
+                return m.Unasked(sorted([*gone, *silent]))
+            case m.ResetPrefixCache() | m.Drain() if silent:
+                raise CallTimeoutError(", ".join(f"replica {r}" for r in silent), max(silent.values()))
+            case m.ResetPrefixCache():
+                return m.ResetDone(sum(held.values()), held)
+        return m.Done()
 
     # -- who is there --------------------------------------------------------------------------------
 
@@ -186,6 +211,7 @@ class SchedulerCore:
         it."""
         removed, counted = Removed(), None
         if replica in self.members.here:
+            yield [Ask(replica, m.GetUsage(), wanted=True)]  # whether it answers decides what is lost with it
             yield from self.placer.verify(self.placements.on(replica))  # some may have been released there directly
         if self.standing.leave(replica):
             if self._offering is not None:
@@ -258,3 +284,12 @@ class SchedulerCore:
             list(Candidate.__struct_fields__) if candidates else [],
             [[float(value) for value in msgspec.structs.astuple(candidate)] for candidate in candidates],
         )
+
+
+def _unreached(told: Told) -> RaykError | None:
+    """Why a replica did not answer; None when it did, an error of its own included."""
+    if isinstance(told.result, m.Failure):
+        error = m.to_error(told.result)
+        if isinstance(error, (ReplicaLostError, CallTimeoutError)):
+            return error
+    return None

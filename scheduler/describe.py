@@ -11,7 +11,7 @@ from rayk import messages as m
 from rayk.actors.link import Link, new_client_id
 from rayk.actors.runtime import ActorGoneError, Runtime
 from rayk.admission import AdmissionState
-from rayk.errors import ConfigError, RaykError, ReplicaLostError, SchedulerLostError
+from rayk.errors import CallTimeoutError, ConfigError, RaykError, ReplicaLostError, SchedulerLostError
 from rayk.metrics import KVCacheMetrics
 from rayk.planning import NodeMemory, ReplicaPlan
 from rayk.scaling import Removed
@@ -32,11 +32,11 @@ class TierState(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ReplicaState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One replica. Pages and bytes; what a lost replica cannot say is absent, `reason` says why it is lost."""
+    """One replica. Pages and bytes; what a lost or silent replica cannot say is absent, `reason` says why."""
 
     index: int
     node: str
-    state: str  # "ready", "draining" or "lost"
+    state: str  # "ready", "draining", "silent" or "lost"
     epoch: int
     devices: tuple[str, ...]
     plan: ReplicaPlan
@@ -125,9 +125,7 @@ def _managers(runtime: Runtime, name: str) -> list[tuple[str, Cluster, Link]]:
 def _manager(runtime: Runtime, name: str, cluster: Cluster, scheduler: Link) -> ManagerState:
     known: m.Description = scheduler.ask(m.Describe())
     replicas = [_replica(runtime, cluster, r, seat, known) for r, seat in enumerate(cluster.seats) if seat is not None]
-    metrics: KVCacheMetrics | None = None
-    if all(replica.state != State.lost for replica in replicas):
-        metrics = scheduler.ask(m.EveryReplica(m.GetMetrics())).metrics
+    metrics: KVCacheMetrics = scheduler.ask(m.EveryReplica(m.GetMetrics())).metrics
     return ManagerState(
         name=name,
         router=cluster.config.router,
@@ -157,6 +155,8 @@ def _replica(runtime: Runtime, cluster: Cluster, r: int, seat: Seat, known: m.De
         "allocated_bytes": facts.allocated,
     }
     lost = partial(ReplicaLostError, r, epoch, [])
+    if known.states[r] == State.silent:
+        return ReplicaState(state=State.silent, reason="its process does not answer", **common)
     try:
         link = Link(runtime, actor, f"replica {r}", epoch, new_client_id("describe"), lost, ASK_SECONDS)
         usage: m.UsageDone = link.ask(m.GetUsage())
@@ -164,6 +164,8 @@ def _replica(runtime: Runtime, cluster: Cluster, r: int, seat: Seat, known: m.De
         now = runtime.get(actor.call("facts", control=True), f"replica {r}", ASK_SECONDS)
     except ReplicaLostError as error:
         return ReplicaState(state=State.lost, reason=error.reason, **common)
+    except CallTimeoutError as error:
+        return ReplicaState(state=known.states[r], reason=str(error), **common)
     except (RaykError, ActorGoneError) as error:
         return ReplicaState(state=State.lost, reason=str(error), **common)
     return ReplicaState(

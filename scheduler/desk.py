@@ -135,6 +135,7 @@ class Desk:
         self._reported = [0] * len(capacities)  # tokens that a replica said it still has to compute
         self._told = [0] * len(capacities)  # by which batch that was
         self._made: dict[str, Made] = {}  # the latest last
+        self._aside: set[int] = set()  # replicas that have left something unanswered for long
 
     @property
     def keyed(self) -> bool:
@@ -167,9 +168,28 @@ class Desk:
 
     def choose(self, request_id: str, wish: Wish, open_: BoolArray | None = None) -> int:
         """The replica for a request, -1 when none takes any; one of those that are `open_`, where that is said."""
-        if open_ is not None and not open_.all():
-            with self.fleet.only(open_):
-                return self.choose(request_id, wish)
+        if open_ is not None or self._aside:
+            open_ = self._calm(open_)
+            if not open_.all():
+                with self.fleet.only(open_):
+                    return self._choose(request_id, wish)
+        return self._choose(request_id, wish)
+
+    def _calm(self, open_: BoolArray | None) -> BoolArray:
+        """Those that are open and not set aside; only if that leaves none, those that are open."""
+        fleet = self.fleet
+        calm = np.ones(len(fleet), np.bool_) if open_ is None else open_.copy()
+        if self._aside:
+            calm[list(self._aside)] = False
+            if not (calm & fleet.ready).any():
+                return np.ones(len(fleet), np.bool_) if open_ is None else open_
+        return calm
+
+    def set_aside(self, replica: int, aside: bool) -> None:
+        """It has left something unanswered for long, or not any more: it is chosen only if there is no other."""
+        (self._aside.add if aside else self._aside.discard)(replica)
+
+    def _choose(self, request_id: str, wish: Wish) -> int:
         choice, made = self._policy.choose(wish, self.fleet), self._made
         if choice.why is not None and choice.replica >= 0:
             slots = self._slots(wish)
@@ -287,3 +307,4 @@ class Desk:
         self.index.cleared(replica)
         self.fleet.set_ready(replica, False)
         self.fleet.forget(replica)
+        self._aside.discard(replica)

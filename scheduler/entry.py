@@ -13,6 +13,7 @@ from rayk.admission import SOONEST
 from rayk.columns import MAX_LENGTH, Batch, Outcomes, joined
 from rayk.errors import (
     AlreadyClaimedError,
+    CallTimeoutError,
     InsufficientBlocksError,
     OverloadedError,
     RaykError,
@@ -117,7 +118,7 @@ class Entry:
             return
         error = m.to_error(outcomes.failures[row]) if row in outcomes.failures else None
         full = isinstance(error, InsufficientBlocksError) and error.needed <= error.total
-        if error is None or full or isinstance(error, ReplicaLostError):
+        if error is None or full or isinstance(error, (ReplicaLostError, CallTimeoutError)):
             hall.refused(entering, error or OverloadedError(ticket.request_id, "its driver is gone", SOONEST))
         else:
             hall.failed(entering, error)

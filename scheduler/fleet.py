@@ -44,6 +44,8 @@ class Fleet:
         self._hold(np.zeros((_COLUMNS, 0), np.int64))
         self.ready: BoolArray = np.zeros(0, np.bool_)
         """Whether requests may be placed there."""
+        self.away: BoolArray = np.zeros(0, np.bool_)
+        """Whether it does not answer, and may come back."""
         self._all_ready = True
         self._now = 0.0
         self.join(replicas, capacity)
@@ -59,6 +61,7 @@ class Fleet:
         block[_CAPACITY, len(self) :] = 1 << 62 if capacity is None else capacity
         block[_COMPUTED, len(self) :] = least
         self.ready = np.append(self.ready, np.ones(replicas, np.bool_))
+        self.away = np.append(self.away, np.zeros(replicas, np.bool_))
         self._hold(block)
 
     def _hold(self, block: Int64Array) -> None:
@@ -98,6 +101,7 @@ class Fleet:
     def forget(self, replica: int) -> None:
         """Nothing is placed on the replica any more: it was lost, or started anew."""
         self.work[replica] = self.requests[replica] = self.held[replica] = 0
+        self.away[replica] = False
 
     def advance(self, now: float) -> None:
         """It is `now` (seconds, never less than before): what was prefilled meanwhile is done."""

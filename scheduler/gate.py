@@ -67,7 +67,8 @@ class Gate:
     def most(self) -> int:
         """Pages that one request may have, on the replica that has most of them."""
         fleet = self._fleet
-        return int(self._policy.high * (fleet.capacity[fleet.ready] // self._page_size).max(initial=0))
+        here = fleet.ready | fleet.away
+        return int(self._policy.high * (fleet.capacity[here] // self._page_size).max(initial=0))
 
     def open(self, pages: int) -> BoolArray:
         """Whether each replica would take a request of so many pages now, [replicas]."""

@@ -112,5 +112,5 @@ def vacate(runtime: Runtime, cluster: Cluster, replica: int) -> None:
     """End the process of a replica that was removed, and give its placement back unless others use it."""
     seat = cluster.seats[replica]
     if seat is not None:
-        close_tiers(runtime, cluster.config, [seat.actor])
+        close_tiers(runtime, cluster.config, [seat.actor] if cluster.answers(replica) else [])
         runtime.stop([seat.actor], None if _shared(cluster, seat) else seat.placement)

@@ -73,7 +73,7 @@ class Hall:
             if request_id in self._tickets or request_id in mine:
                 raise AlreadyClaimedError(request_id, -1)
             mine.add(request_id)
-            if not self._desk.fleet.ready.any():
+            if not self._hopeful:
                 raise NoReplicaError(request_id)
             self._tickets[request_id] = self.queue.offer(
                 request_id, pages, traits.tenant, traits.priority, traits.deadline, visitor,
@@ -93,12 +93,18 @@ class Hall:
 
     def expire(self) -> None:
         """Turn away who cannot be served in time, and everybody when there is no replica left."""
-        if self._tickets and not self._desk.fleet.ready.any():
+        if self._tickets and not self._hopeful:
             for ticket in list(self._tickets.values()):
                 self.queue.give_up(ticket)
                 self._turn_away(ticket, NoReplicaError(ticket.request_id))
         for ticket, error in self.queue.expire():
             self._turn_away(ticket, error)
+
+    @property
+    def _hopeful(self) -> bool:
+        """Whether a replica takes requests, or will when it answers again."""
+        fleet = self._desk.fleet
+        return bool(fleet.ready.any() or fleet.away.any())
 
     def _turn_away(self, ticket: Ticket, error: RaykError) -> None:
         if self._tickets.get(ticket.request_id) is ticket:

@@ -9,6 +9,7 @@ the last full page is not copied: the next alloc of the request moves its window
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -144,7 +145,8 @@ class Handover:
             target, tokens = gone[request_id]
             placements.remove(request_id)
             placements.add(request_id, target, tokens)
-        [told] = yield [Ask(replica, m.Release(list(gone), missing_ok=True))]
+        targets = {i: target for i, (target, _) in gone.items()}
+        [told] = yield [Ask(replica, m.Release(list(gone), missing_ok=True), late=partial(self._orphaned, targets))]
         missing = set(told.result.request_ids) if isinstance(told.result, m.Missing) else set()
         missing |= set(gone) - set(known)
         orphans: dict[int, list[str]] = {}
@@ -156,3 +158,12 @@ class Handover:
                 if placements.holder(request_id) in (None, gone[request_id][0]):
                     placer.forget([request_id])
         moved.update((i, target) for i, (target, _) in gone.items() if i not in missing)
+
+    def _orphaned(self, targets: dict[str, int], result: m.Result) -> list[Ask]:
+        """A silent source answers at last: what its drivers had released there is at others."""
+        orphans: dict[int, list[str]] = {}
+        for request_id in result.request_ids if isinstance(result, m.Missing) else ():
+            if self._placer.placements.holder(request_id) in (None, targets[request_id]):
+                self._placer.forget([request_id])
+                orphans.setdefault(targets[request_id], []).append(request_id)
+        return [Ask(target, m.Release(ids, missing_ok=True)) for target, ids in orphans.items()]

@@ -3,6 +3,7 @@
     planned    the index is taken, its place is asked for        starting   it has a place, its process comes up
     ready      it takes requests                                 draining   it finishes or hands over what it has
     lost       its process died; it can be replaced or removed   removed    nobody is there; the index stays a hole
+    silent     ready or draining, but its process does not answer: it gets nothing new until it does, and can be removed
 
 MOVES says what each event does to each state; any other pair is refused with the state unchanged. Indices are never
 reused for another replica, except a lost one's for its replacement and one at which nobody ever was ready. Pure: no
@@ -28,6 +29,7 @@ class State(StrEnum):
     draining = "draining"
     lost = "lost"
     removed = "removed"
+    silent = "silent"
 
 
 class Event(StrEnum):
@@ -71,6 +73,7 @@ class Member:
 
     state: State
     epoch: int = 0
+    silent: bool = False
 
 
 class Membership:
@@ -88,12 +91,12 @@ class Membership:
     def _derive(self) -> None:
         """What is asked for with every batch."""
         states = list(enumerate(member.state for member in self._members))
-        self.ready = [r for r, state in states if state is State.ready]
+        self.ready = [r for r, state in states if state is State.ready and not self._members[r].silent]
         """Indices that take new requests."""
         self.here = [r for r, state in states if state in HERE]
-        """Indices that answer: ready and draining ones."""
+        """Indices at which a process is: ready and draining ones, and those of them that are silent."""
         self.known = [r for r, state in states if state in KNOWN]
-        """The same with lost ones, of which calls about all replicas say so."""
+        """The same with lost ones."""
         self._takes = set(self.ready)
 
     @property
@@ -104,10 +107,10 @@ class Membership:
     @property
     def states(self) -> list[State]:
         """How each index stands."""
-        return [member.state for member in self._members]
+        return [State.silent if member.silent else member.state for member in self._members]
 
     def state(self, replica: int) -> State:
-        """How that replica stands; ReplicaIndexError when there is no such index."""
+        """How that replica stands, or would if it answered; ReplicaIndexError when there is no such index."""
         if not 0 <= replica < len(self._members):
             raise ReplicaIndexError(replica, len(self._members))
         return self._members[replica].state
@@ -118,12 +121,12 @@ class Membership:
             raise ReplicaRemovedError(replica, len(self._members))
 
     def check_takes(self, replica: int) -> None:
-        """The same, and ReplicaStateError unless it may be given new requests. A lost one is let through: who asks it
-        hears what was lost."""
+        """The same, and ReplicaStateError unless it may be given new requests. A lost one is let through, and so is a
+        silent one: who asks it hears what was lost, or that it does not answer."""
         if replica not in self._takes:
             self.check(replica)
             state = self._members[replica].state
-            if state is not State.lost:
+            if state not in (State.lost, State.ready):
                 raise ReplicaStateError(replica, state, "take new requests")
 
     # -- events ------------------------------------------------------------------------------------
@@ -158,6 +161,8 @@ class Membership:
             after = State.lost
         if event is Event.enter:
             member.epoch = epoch
+        if after not in HERE:
+            member.silent = False
         if after is not before:
             member.state = after
             self.version += 1
@@ -165,6 +170,18 @@ class Membership:
                 self.joined = self.version
             self._derive()
         return after
+
+    def silent(self, replica: int) -> bool:
+        """Whether the replica does not answer."""
+        return self._members[replica].silent
+
+    def set_silent(self, replica: int, silent: bool) -> None:
+        """The process of a replica that is here does not answer any more, or does again."""
+        member = self._members[replica]
+        if member.silent != silent and member.state in HERE:
+            member.silent = silent
+            self.version += 1
+            self._derive()
 
     def touch(self) -> None:
         """Requests changed their place: who goes by an older version has to look."""
@@ -176,10 +193,14 @@ class Membership:
         """IntegrityError unless what is derived from the states is right."""
         for what, wanted in (("ready", {State.ready}), ("here", HERE), ("known", KNOWN)):
             found = [r for r, member in enumerate(self._members) if member.state in wanted]
+            if what == "ready":
+                found = [r for r in found if not self._members[r].silent]
             if getattr(self, what) != found:
                 raise IntegrityError("membership", f"{what} is {getattr(self, what)}, the states say {found}")
         for replica, member in enumerate(self._members):
             if member.state in KNOWN and not member.epoch:
                 raise IntegrityError("membership", f"replica {replica} is {member.state} and never joined")
+            if member.silent and member.state not in HERE:
+                raise IntegrityError("membership", f"replica {replica} is {member.state} and silent")
         if self._takes != set(self.ready) or not 1 <= self.joined <= self.version:
             raise IntegrityError("membership", f"version {self.version}, last join {self.joined}")

@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from rayk import messages as m
 from rayk.columns import BASE, PENDING, SENT, Batch, Outcomes
 from rayk.errors import (
     AlreadyClaimedError,
+    CallTimeoutError,
     MessageError,
     NoReplicaError,
     NotClaimedError,
@@ -149,8 +151,9 @@ class Placer:
             self.forget_of(owner, [command.request_id])
         return told.result
 
-    def place_many(self, client: str, command: m.PlaceMany) -> Script:
-        """Route, claim and allocate a batch: one message to each replica that gets something."""
+    def place_many(self, client: str, command: m.PlaceMany, again: bool = False) -> Script:
+        """Route, claim and allocate a batch: one message to each replica that gets something. What went to one that did
+        not answer goes to another, once, unless its driver named the replica."""
         self.forget_own(client, command.released)
         self.prefill_rate = command.prefill_rate
         batch = Batch(command.contexts)
@@ -164,7 +167,23 @@ class Placer:
         yield from self.carry_out(batch, command, groups, lonely, outcomes)
         if command.claim and (refused := set(outcomes.refused)):
             self.forget_of(owner, [batch.ids[i] for rows in groups.values() for i in rows if i in refused])
+            rows = [] if again or command.replicas else self._unanswered(command, outcomes)
+            if rows:
+                rest = structs.replace(command, contexts=batch.part(rows), released=[], seen=[], unfilled=[], keys=b"")
+                done = yield from self.place_many(client, rest, again=True)
+                assert isinstance(done, m.PlaceDone)
+                for at, i in enumerate(rows):
+                    outcomes.failures.pop(i, None)
+                    replicas[i] = done.replicas[at]
+                outcomes.put(rows, m.AdmitDone(done.numbers, done.seconds, done.failures))
         return m.PlaceDone(replicas, *outcomes.columns)
+
+    def _unanswered(self, command: m.PlaceMany, outcomes: Outcomes) -> list[int]:
+        """Rows whose replica did not answer, with those that were not tried because of that."""
+        late = {i for i, failed in outcomes.failures.items() if failed.kind == CallTimeoutError.__name__}
+        if not late or not self._members.ready or (command.stop_on_error and len(late) < len(outcomes.failures)):
+            return []
+        return [i for i in outcomes.refused if i in late or i not in outcomes.failures]
 
     def carry_out(
         self, batch: Batch, command: m.PlaceMany, groups: Groups, lonely: set[int], outcomes: Outcomes

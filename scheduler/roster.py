@@ -24,6 +24,7 @@ from rayk.actors.lane import FastLane
 from rayk.actors.link import Answer, Link, Pending, hear, new_client_id
 from rayk.actors.runtime import Runtime
 from rayk.errors import (
+    CallTimeoutError,
     NotClaimedError,
     RaykError,
     ReplicaLostError,
@@ -34,6 +35,8 @@ from rayk.lanes import LaneState
 from rayk.scheduler.cluster import Cluster
 from rayk.scheduler.membership import State
 from rayk.views import Sender
+
+SCHEDULER_SECONDS = 30.0  # for which its process may not answer: longer than a pause that it comes back from
 
 Heard = Answer | RaykError  # an answer, or why there is none
 Round = list[Pending] | Callable[[], Any]  # messages, or work that takes long and sends none
@@ -60,7 +63,13 @@ class Roster:
         self._lanes_off = "not asked for"  # why lines have no fast lanes; empty when they have
         self._dead: set[int] = set()  # replicas that died or were removed: the roster that is known is not the latest
         self.scheduler = Link(
-            runtime, cluster.scheduler, "the scheduler", cluster.scheduler_epoch, self.client, SchedulerLostError
+            runtime,
+            cluster.scheduler,
+            "the scheduler",
+            cluster.scheduler_epoch,
+            self.client,
+            SchedulerLostError,
+            quiet=SCHEDULER_SECONDS,
         )
         self._seat(cluster)
 
@@ -155,8 +164,12 @@ class Roster:
     def catch_up(self) -> Call:
         """Fetch the latest roster, and find requests whose replica drains or is not there any more."""
         gone, self._dead = sorted(self._dead), set()
-        [heard] = yield [self.scheduler.send(m.GetRoster(gone), with_data=True)]
-        result_of(heard)
+        try:
+            [heard] = yield [self.scheduler.send(m.GetRoster(gone), with_data=True)]
+            result_of(heard)
+        except CallTimeoutError:
+            self._dead.update(gone)  # it is still to be heard what became of them
+            raise
         cluster: Cluster = self.scheduler.fetch(heard.data)
         if cluster.version > self.cluster.version:
             before = self._epochs
@@ -202,7 +215,7 @@ class Roster:
                     return ReplicaRemovedError(error.replica, len(self._links))
             elif self.behind:
                 yield from self.catch_up()
-        except SchedulerLostError:
+        except (SchedulerLostError, CallTimeoutError):
             pass  # what the error says is all that can be known
         return error
 
@@ -213,14 +226,14 @@ def current(script: Callable[..., Call]) -> Callable[..., Call]:
     @wraps(script)
     def run(self: Roster, *arguments: Any, **named: Any) -> Call:
         if self.behind:
-            with suppress(SchedulerLostError):  # what needs no scheduler goes on
+            with suppress(SchedulerLostError, CallTimeoutError):  # what needs no scheduler goes on
                 yield from self.catch_up()
         try:
             result = yield from script(self, *arguments, **named)
         except RaykError as error:
             raise (yield from self.explained(error)) from None
         if self.behind:
-            with suppress(SchedulerLostError):
+            with suppress(SchedulerLostError, CallTimeoutError):
                 yield from self.catch_up()
         return result
 

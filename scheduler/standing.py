@@ -73,7 +73,17 @@ class Standing:
     def resume(self, replica: int) -> None:
         """It takes requests again."""
         self.members.apply(replica, Event.resume)
-        self._desk.fleet.set_ready(replica, True)
+        self._desk.fleet.set_ready(replica, not self.members.silent(replica))
+
+    def answers(self, replica: int, epoch: int, late: bool, silent: bool) -> None:
+        """The replica of that start has left something unanswered for long, or nothing any more; it is silent when its
+        process does not answer at all."""
+        members, desk = self.members, self._desk
+        if members.epochs[replica] == epoch and replica in members.here:
+            members.set_silent(replica, silent)
+            desk.set_aside(replica, late)
+            desk.fleet.set_ready(replica, replica in members.ready)
+            desk.fleet.away[replica] = silent
 
     def lose(self, replica: int, epoch: int) -> list[str]:
         """The replica of that start is gone: what was placed on it."""
@@ -87,15 +97,17 @@ class Standing:
         return placed
 
     def leave(self, replica: int) -> bool:
-        """It is about to be removed: nothing new goes there. DrainError, and nothing changes, while requests are there.
-        Whether anybody answers at that index; a lost one need not be asked for anything."""
+        """It is about to be removed: nothing new goes there. DrainError, and nothing changes, while requests are there,
+        unless it is silent: they go with it. Whether anybody answers at that index; a lost one need not be asked for
+        anything."""
         members = self.members
+        silent = members.silent(replica) if members.state(replica) in HERE else False
         if members.state(replica) in HERE:
             left = self._placements.on(replica)
-            if left:
+            if left and not silent:
                 raise DrainError(replica, dict.fromkeys(left, "it was neither released nor handed over"))
             self.drain(replica)
-        return replica in members.here
+        return replica in members.here and not silent
 
     def remove(self, replica: int) -> None:
         """Nobody is at that index any more; DrainError while requests are. One that is ready drains first."""

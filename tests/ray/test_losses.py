@@ -114,12 +114,13 @@ def test_a_replica_that_died_while_nobody_looked(manager: PagedKVCacheManager) -
     for call in (
         lambda: manager.tick([Tick(step=[a]), Tick(step=[b])]),
         lambda: manager.alloc(TextContext("a", range(20), 100), 0),
-        manager.get_metrics_aggregated,
         lambda: manager.get_req_blocks("a", 0),
     ):
         with pytest.raises(ReplicaLostError) as caught:
             call()
         assert caught.value.replica == 0 and caught.value.requests == ["a"]
+    assert manager.get_metrics_aggregated().input_tokens == 40, "the other's"
+    assert manager.check_integrity() == [0]
     batch = [TextContext(f"n{i}", range(9 * i, 9 * i + 5), 100) for i in range(4)]
     [there, lost] = manager.try_admit(batch[:2], [1, 0])
     assert there.error is None and isinstance(lost.error, ReplicaLostError)

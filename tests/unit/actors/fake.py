@@ -26,7 +26,7 @@ from rayk.actors.graph import LaneError
 from rayk.actors.pieces import joined
 from rayk.actors.replica import ReplicaActor
 from rayk.actors.runtime import ActorGoneError, ActorSpec, NameTakenError, Node, Placement, RayRuntime
-from rayk.errors import PlanError
+from rayk.errors import CallTimeoutError, PlanError
 from rayk.planning import NodeMemory
 from rayk.replica import ReplicaCore
 from rayk.scheduler.actor import SchedulerActor
@@ -43,11 +43,18 @@ class FakeRef:
     value: Any = None
     error: BaseException | None = None
     ready: bool = False
+    control: bool = False
+
+    @property
+    def late(self) -> bool:
+        """Whether nobody comes to it now."""
+        return not self.ready and self.actor is not None and self.actor.held(self.control)
 
 
 @dataclass(eq=False)
 class FakeActor:
-    """A started actor. `label` is replica-0, replica-1, .. or scheduler."""
+    """A started actor. `label` is replica-0, replica-1, .. or scheduler. It answers no call while it is `hung`, and
+    only control calls while it is `busy`."""
 
     runtime: FakeRuntime
     label: str
@@ -55,12 +62,14 @@ class FakeActor:
     instance: Any = None
     dead: str | None = None  # why
     stopped: bool = False
+    hung: bool = False
+    busy: bool = False
     queue: deque[Callable[[], None]] = field(default_factory=deque)
 
     def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
         what = _content(method, args)
         self.runtime.note("send", self.label, what)
-        refs = [FakeRef(self) for _ in range(returns)]
+        refs = [FakeRef(self, control=control) for _ in range(returns)]
 
         def run() -> None:
             try:
@@ -78,11 +87,21 @@ class FakeActor:
             for ref in refs:
                 ref.ready = True
 
-        if self.runtime.lazy and not control:
+        if self.held(control) or (self.runtime.lazy and not control):
             self.queue.append(run)
         else:
             run()
         return refs[0] if returns == 1 else refs
+
+    def held(self, control: bool) -> bool:
+        """Whether a call waits, whoever waits for it."""
+        return self.dead is None and (self.hung or (self.busy and not control))
+
+    def go_on(self) -> None:
+        """It is neither hung nor busy any more, and comes to what waits."""
+        self.hung = self.busy = False
+        while self.queue and not self.runtime.lazy:
+            self.queue.popleft()()
 
     def work_until(self, ref: FakeRef) -> None:
         """Run this actor's calls in order until `ref` has its value."""
@@ -198,6 +217,9 @@ class FakeRuntime:
         self.lanes: list[FakeLane] = []
         self.lanes_open = True  # at once; else when a test says so
         self.disconnected = 0
+        self.time = 1000.0  # of whoever was given it for a clock
+        self.due: list[tuple[float, Callable[[], None]]] = []  # what happens when
+        self.ticking = False
 
     def note(self, *event: Any) -> BaseException | None:
         self.events.append(event)
@@ -269,7 +291,26 @@ class FakeRuntime:
 
     def get(self, ref: FakeRef, target: str, timeout: float) -> Any:
         self.note("read", ref.actor.label if ref.actor is not None else target)
+        if ref.late:
+            self.pass_(timeout)
+        if ref.late:
+            raise CallTimeoutError(target, timeout)
         return _resolve(ref)
+
+    def pass_(self, seconds: float) -> None:
+        """Time goes by, and the scheduler does what is due."""
+        until, scheduler = self.time + seconds, next((a for a in self.actors if a.label == "scheduler"), None)
+        while self.time < until:
+            self.time = min(until, self.time + 0.25)
+            for what in [each for each in self.due if each[0] <= self.time]:
+                self.due.remove(what)
+                what[1]()
+            if scheduler is not None and scheduler.instance is not None and not scheduler.hung and not self.ticking:
+                self.ticking = True
+                try:
+                    scheduler.instance.tick()
+                finally:
+                    self.ticking = False
 
     def get_all(self, refs: Sequence[FakeRef], timeout: float) -> list[Any] | None:
         assert all(isinstance(ref, FakeRef) for ref in refs), "what went by a lane is not Ray's to wait for"

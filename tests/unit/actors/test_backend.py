@@ -394,11 +394,14 @@ CALLS: dict[str, Callable[[PagedKVCacheManager, TextContext, TextContext], Any]]
     "claim": lambda m, a, b: m.claim("c", 1),
     "release": lambda m, a, b: m.release("b", 1),
     "usage": lambda m, a, b: m.num_free_blocks(1),
-    "metrics": lambda m, a, b: m.get_metrics_aggregated(),
-    "hit_counts": lambda m, a, b: m.get_prefix_cache_hit_counts(a),
     "read_pages": lambda m, a, b: m.read_pages([0], 1),
     "admit": lambda m, a, b: m.admit([context("x"), context("y"), context("z")]),
+}
+ALL: dict[str, Callable[[PagedKVCacheManager, TextContext, TextContext], Any]] = {
+    "metrics": lambda m, a, b: m.get_metrics_aggregated(),
+    "hit_counts": lambda m, a, b: m.get_prefix_cache_hit_counts(a),
     "reset": lambda m, a, b: m.reset_prefix_cache(),
+    "integrity": lambda m, a, b: m.check_integrity(),
 }
 
 
@@ -418,13 +421,24 @@ def test_a_lost_replica_is_named_with_its_requests(
     assert not manager.contains("x", 0), "of a refused batch nothing is left on the living replica"
 
 
+@pytest.mark.parametrize("call", ALL)
+def test_calls_about_all_replicas_are_answered_by_those_that_are_left(
+    runtime: FakeRuntime, manager: PagedKVCacheManager, two: tuple[TextContext, TextContext], call: str
+) -> None:
+    runtime.kill("replica-1")
+    for _ in range(2):
+        ALL[call](manager, *two)
+        assert manager.replica_states() == ["ready", "lost"], "they are how it is noticed"
+    assert manager.check_integrity() == [1]
+
+
 @pytest.mark.parametrize("call", ["claim", "alloc", "metrics", "hit_counts", "admit", "reset"])
 def test_a_lost_scheduler(
     runtime: FakeRuntime, manager: PagedKVCacheManager, two: tuple[TextContext, TextContext], call: str
 ) -> None:
     runtime.kill("scheduler")
     with pytest.raises(SchedulerLostError, match="its process died"):
-        CALLS[call](manager, *two)
+        (CALLS | ALL)[call](manager, *two)
     manager.step([[two[0]], [two[1]]])
     manager.shutdown()
     assert runtime.running == [] and runtime.placements == []

@@ -65,7 +65,7 @@ def test_a_lost_replica_is_shown_as_lost(runtime: FakeRuntime) -> None:
         runtime.kill("replica-1")
         [state] = describe(runtime, "prod")
     assert [r.state for r in state.replicas] == ["ready", "lost"]
-    assert state.replicas[1].reason and state.replicas[1].used_pages is None and state.metrics is None
+    assert state.replicas[1].reason and state.replicas[1].used_pages is None and state.metrics is not None
 
 
 def test_who_waits_is_shown(runtime: FakeRuntime) -> None:

@@ -307,8 +307,7 @@ def test_a_lost_replica_can_be_removed(fake: FakeRuntime) -> None:
     with manager_on(fake, router="round-robin") as manager:
         manager.admit([context("a"), context("b", first=40)])
         fake.kill("replica-1")
-        with pytest.raises(ReplicaLostError):
-            manager.get_metrics_aggregated()
+        assert manager.get_metrics_aggregated().input_tokens == 9
         with pytest.raises(ReplicaStateError, match="is lost: it cannot drain"):
             manager.drain_replica(1)
         manager.remove_replica(1)

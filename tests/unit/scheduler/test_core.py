@@ -14,6 +14,7 @@ from rayk import messages as m
 from rayk.columns import Outcomes
 from rayk.errors import (
     AlreadyClaimedError,
+    CallTimeoutError,
     InsufficientBlocksError,
     IntegrityError,
     ReplicaIndexError,
@@ -26,6 +27,7 @@ from rayk.scheduler.desk import DeskSettings
 from rayk.views import Sender
 
 LOST = m.failure(ReplicaLostError(1, 11, [], "it died"))
+SILENT = m.failure(CallTimeoutError("replica 1", 4.0))
 FULL = m.failure(InsufficientBlocksError("r", 0, 9, 1, 8))
 OK = (0, 4, 0, 0, 0, 0, 0)
 REFUSED = (-1,) * 7
@@ -371,7 +373,31 @@ def test_hit_counts() -> None:
     view = Sender().view(TextContext("a", [1, 1, 1, 1], 99))
     scheduler = Scheduler(3)
     assert scheduler.run(m.HitCountsOf(view), found(r1=[4])) == m.Counts([0, 4, 0])
-    assert scheduler.run(m.HitCountsOf(view), but(m.Lookup, LOST, 2)) == LOST
+    broken = m.failure(IntegrityError("replica 1", "page 3 is in 2 places"))
+    assert scheduler.run(m.HitCountsOf(view), but(m.Lookup, broken, 2)) == broken
+
+
+@pytest.mark.parametrize("why", [LOST, SILENT])
+def test_who_does_not_answer_does_not_keep_the_others_from_it(why: m.Failure) -> None:
+    view, scheduler = Sender().view(TextContext("a", [1, 1, 1, 1], 99)), Scheduler(3)
+    known = found(r0=[3], r1=[4])
+    counts = scheduler.run(m.HitCountsOf(view), lambda ask: why if ask.replica == 1 else known(ask))
+    assert counts == m.Counts([3, 0, 0])
+    results = {}
+    for command in (m.GetMetrics, m.ResetMetrics, m.CheckIntegrity, m.PollTransfers, m.Drain, m.ResetPrefixCache):
+        try:
+            results[command] = scheduler.run(m.EveryReplica(command()), but(command, why, 1))
+        except CallTimeoutError as error:
+            results[command] = m.failure(error)
+        assert scheduler.rounds == [[(r, command.__name__) for r in range(3)]]
+    assert results == {
+        m.GetMetrics: m.MetricsDone(KVCacheMetrics(input_tokens=4)),
+        m.ResetMetrics: m.Done(),
+        m.CheckIntegrity: m.Unasked([1]),
+        m.PollTransfers: m.Done(),
+        m.Drain: m.Done() if why is LOST else SILENT,
+        m.ResetPrefixCache: m.ResetDone(0, {}) if why is LOST else SILENT,
+    }
 
 
 # -- drivers ---------------------------------------------------------------------------------------------

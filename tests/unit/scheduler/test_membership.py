@@ -55,7 +55,7 @@ def test_every_pair_that_is_not_in_the_table_is_refused_with_the_state_unchanged
         State.lost: [Event.start, Event.enter, Event.lose],
         State.removed: [Event.start, Event.enter, Event.lose, Event.remove],
     }
-    assert set(paths) == set(State)
+    assert {*paths, State.silent} == set(State)
     for state, path in paths.items():
         for event in Event:
             members = Membership([10])
@@ -113,3 +113,34 @@ def test_a_wrong_book_is_found() -> None:
     with pytest.raises(IntegrityError, match="ready is"):
         members.check_integrity()
     assert KNOWN
+
+
+def test_a_silent_replica_takes_nothing_and_is_what_it_was_when_it_answers() -> None:
+    members = Membership([10, 11, 12])
+    members.apply(1, Event.drain)
+    for replica in range(2):
+        members.set_silent(replica, True)
+    version = members.version
+    members.set_silent(0, True)
+    assert members.states == [State.silent, State.silent, State.ready] and members.version == version
+    assert (members.ready, members.here, members.known) == ([2], [0, 1, 2], [0, 1, 2])
+    members.check_takes(0)  # who asks it hears that it does not answer
+    with pytest.raises(ReplicaStateError, match="replica 1 is draining"):
+        members.check_takes(1)
+    members.check_integrity()
+    for replica in range(2):
+        members.set_silent(replica, False)
+    assert members.states == [State.ready, State.draining, State.ready] and members.ready == [0, 2]
+    members.check_integrity()
+
+
+def test_a_silent_replica_can_drain_die_and_be_removed() -> None:
+    members = Membership([10, 11])
+    for replica, events in ((0, [Event.drain, Event.remove]), (1, [Event.lose])):
+        members.set_silent(replica, True)
+        for event in events:
+            members.apply(replica, event)
+            members.check_integrity()
+        members.set_silent(replica, True)
+        assert not members.silent(replica), "nobody is there to be silent"
+    assert members.states == [State.removed, State.lost]
