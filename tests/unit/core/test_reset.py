@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ from rayk.hashing import TOKEN_BYTES, Mask
 SIZE = 4
 PROMPT = list(range(10, 31))  # five pages and a token
 KINDS = ["null", "local", "tiered"]
+made: list[PagedKVCacheManager] = []
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """No manager of a test outlives it, with the threads of its tiers."""
+    yield
+    while made:
+        made.pop().shutdown()
 
 
 class Weights:
@@ -37,6 +47,7 @@ class Weights:
         )  # fmt: skip
         host = 0 if kind == "null" else 16
         self.manager = PagedKVCacheManager(params, InferenceSession("inline"), 32, host, max_batch_size=4)
+        made.append(self.manager)
         self.replicas = replicas
 
     def forward(self, inputs: Any, batch: Any) -> None:
