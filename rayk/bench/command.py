@@ -18,7 +18,7 @@ from rich.console import Console
 from rayk.bench.hf import fitted, longest, model_shape, with_room
 from rayk.bench.progress import ProgressView, progress_view, summary_table
 from rayk.bench.quantity import parse_duration
-from rayk.bench.report import write_report
+from rayk.bench.report import write_report, write_words
 from rayk.bench.request import Workload
 from rayk.bench.result import BenchResult, read_result
 from rayk.bench.run import Outcome, run_bench
@@ -63,6 +63,7 @@ class BenchCommand:
     out: Path | None = None
     as_json: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    unwritten: list[str] = field(default_factory=list, init=False)  # why there is no report, or not all of it
 
     def run(self) -> int:
         """Serve and report: 0, or 1 when a request was lost or a checked slot was wrong."""
@@ -106,7 +107,9 @@ class BenchCommand:
                 log.debug("where:", exc_info=error)
             log.error("the run stopped: %s", text)
             return 1
-        return 0 if outcome.result.ok else 1
+        if self.unwritten:
+            log.error("%s: the report is not whole", self.unwritten[-1])
+        return 0 if outcome.result.ok and not self.unwritten else 1
 
     def _settings(self, duration_s: float | None) -> BenchSettings:
         if self.concurrency is not None and self.speed is not None:
@@ -182,11 +185,17 @@ class BenchCommand:
                     self.out.rmdir()
             raise
 
-    def _write(self, result: BenchResult) -> None:
-        """The numbers first: the figures take seconds, which a process that was told to end may not have."""
-        if self.out is not None:
+    def _write(self, result: BenchResult, final: bool) -> None:
+        """Figures take seconds, so a result that is not final has none. What cannot be written is still printed."""
+        if self.out is None:
+            return
+        try:
             (self.out / "result.json").write_bytes(result.to_json() + b"\n")
-            write_report(result, self.out)
+            write_words(result, self.out)
+            if final:
+                write_report(result, self.out)
+        except OSError as error:
+            self.unwritten.append(f"--out {self.out} cannot be written ({error.strerror})")
 
     def _print(self, result: BenchResult) -> None:
         if self.as_json:

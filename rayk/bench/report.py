@@ -18,9 +18,6 @@ from rayk.bench.result import BenchResult
 def write_report(result: BenchResult, out: Path) -> list[Path]:
     """Write the report of `result` into the folder `out` (made if need be); the files written. OSError passes."""
     out.mkdir(parents=True, exist_ok=True)
-    # What is said in words is there at once, for a process that has no time left for figures.
-    (out / "summary.md").write_text(markdown(result), encoding="utf-8")
-    (out / "report.html").write_text(_html(result, []), encoding="utf-8")
     written = []
     figures = []
     for name, (title, _) in FIGURES.items():
@@ -34,6 +31,12 @@ def write_report(result: BenchResult, out: Path) -> list[Path]:
         path.write_text(text, encoding="utf-8")
         written.append(path)
     return written
+
+
+def write_words(result: BenchResult, out: Path) -> None:
+    """The report without figures, into a folder that is there: for a process that may have no time left for them."""
+    (out / "summary.md").write_text(markdown(result), encoding="utf-8")
+    (out / "report.html").write_text(_html(result, []), encoding="utf-8")
 
 
 def headline(result: BenchResult) -> list[tuple[str, str]]:

@@ -191,14 +191,16 @@ def make_result(
     measured: Measured,
     nodes: Sequence[str] = (),
     tiers: TierUse | None = None,
+    simulated: bool = True,
 ) -> BenchResult:
-    """The result of a run, also of one that was stopped. Replays its events to simulate other caches.
+    """The result of a run, also of one that was stopped. Replays its events to simulate other caches, if `simulated`:
+    that takes about as long as the run itself did in the control plane.
 
     `nodes` are the host names of the replicas, in order, where known.
     """
     size, total = settings.page_size, settings.pages * settings.replicas
-    pooled = replay(measured.events, workload.requests, size, total)
-    infinite = replay(measured.events, workload.requests, size, None)
+    pooled = replay(measured.events, workload.requests, size, total) if simulated else None
+    infinite = replay(measured.events, workload.requests, size, None) if simulated else None
     elapsed = measured.elapsed
     per_s = 1 / elapsed if elapsed > 0 else 0.0
     computed = [counts.prompt - counts.cached for counts in measured.replicas]
@@ -231,8 +233,8 @@ def make_result(
         ),
         hit_rate=HitRate(
             measured=measured.hit_rate,
-            simulated_pooled=pooled.hit_rate,
-            infinite=infinite.hit_rate,
+            simulated_pooled=pooled.hit_rate if pooled else None,
+            infinite=infinite.hit_rate if infinite else None,
             by_tier=by_tier,
         ),
         verify=VerifyCounts(
@@ -301,10 +303,10 @@ def _fault(fault: Any) -> dict[str, Any]:
     return named | {name: value for name, value in known.items() if value is not None}
 
 
-def _series(measured: Measured, pooled: Replayed, infinite: Replayed) -> Series:
+def _series(measured: Measured, pooled: Replayed | None, infinite: Replayed | None) -> Series:
     samples = [measured.samples[i] for i in _picked(len(measured.samples))]
     hit_rate = None
-    if measured.admitted:
+    if measured.admitted and pooled and infinite:
         at = _picked(len(measured.admitted))
         prompt = np.cumsum([prompt for _, prompt, _ in measured.admitted])
         hit_rate = HitRateSeries(

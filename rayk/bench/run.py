@@ -35,14 +35,15 @@ def run_bench(
     settings: BenchSettings,
     workload: Workload,
     on_tick: Callable[[Running], None] = lambda driver: None,
-    report: Callable[[BenchResult], None] = lambda result: None,
+    report: Callable[[BenchResult, bool], None] = lambda result, final: None,
     clock: Callable[[], float] = perf_counter,
 ) -> Outcome:
     """Serve `workload` as `settings` say. Errors before the first request is sent are raised, later ones returned.
 
-    A run stopped by an error, by Ctrl-C or by SIGTERM still has a result, with the fault in it. `report` gets it before
-    anything is closed, which may take longer than a process is given to end. The session is closed either way, and what
-    cannot be closed any more after a lost replica is not an error of its own.
+    A run stopped by an error, by Ctrl-C or by SIGTERM still has a result, with the fault in it. `report` gets the
+    result and whether it is the final one. A stopped run gives it a first one at once, without simulated caches: these,
+    and closing, may take longer than a process is given to end. The session is closed either way; what cannot be closed
+    any more after a lost replica is not an error of its own.
     """
     address = {} if settings.runtime == "inline" else {"address": settings.address}
     session = InferenceSession(settings.runtime, **address)
@@ -59,13 +60,15 @@ def run_bench(
             except (Exception, KeyboardInterrupt) as stopped:  # whatever it is, what was done is not lost with it
                 error = stopped
             signals.ignore()
-            result = make_result(settings, workload, driver.measured, nodes, tiers)
-            report(result)
+            if error is not None:
+                report(make_result(settings, workload, driver.measured, nodes, tiers, simulated=False), False)
         except BaseException:
-            _close(session, quietly=True)
+            _close(session)
             raise
-        _close(session, quietly=not result.ok or error is not None)
-    return Outcome(result, error)
+        closing = _close(session)
+        result = make_result(settings, workload, driver.measured, nodes, tiers)
+        report(result, True)
+    return Outcome(result, closing if error is None and result.ok else error)
 
 
 def _driver(
@@ -91,12 +94,13 @@ def _driver(
     return Driver(manager, workload, settings.loop(), clock, on_tick), manager.get_node_names()
 
 
-def _close(session: InferenceSession, quietly: bool) -> None:
+def _close(session: InferenceSession) -> Exception | None:
+    """What went wrong, if anything did."""
     try:
         session.close()
-    except Exception:  # of Ray too, when its cluster is gone
-        if not quietly:
-            raise
+    except Exception as error:  # of Ray too, when its cluster is gone
+        return error
+    return None
 
 
 def _tiers(manager: PagedKVCacheManager) -> TierUse:

@@ -48,10 +48,10 @@ def test_a_signal_ends_the_run_and_not_its_report(number: signal.Signals) -> Non
     before = signal.getsignal(signal.SIGTERM)
     seen: list[Any] = []
 
-    def report(result: Any) -> None:
+    def report(result: Any, final: bool) -> None:
         if number is not signal.SIGINT:
             signal.raise_signal(number)  # once more: nothing is lost by it
-        seen.append((result, [session for session in sessions if not session._closed]))
+        seen.append((result, final, [session for session in sessions if not session._closed]))
 
     sessions: list[InferenceSession] = []
     made = InferenceSession.__init__
@@ -63,14 +63,29 @@ def test_a_signal_ends_the_run_and_not_its_report(number: signal.Signals) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InferenceSession, "__init__", remembered)
         outcome = run_bench(settings, workload, Once(number).show, report)
-    [(result, still_open)] = seen
+    [(first, early, still_open), (result, final, closed)] = seen
     assert isinstance(outcome.error, KeyboardInterrupt) and outcome.result is result
-    assert len(still_open) == 1 and all(session._closed for session in sessions)
+    assert (early, final) == (False, True) and len(still_open) == 1 and closed == []
+    assert first.requests == result.requests and first.faults == result.faults
+    assert first.hit_rate.infinite is None  # takes too long, and is in the final one
     assert 0 < result.requests.submitted and result.requests.failed > 0 and not result.ok
     assert len(result.faults) == 1
     if number is not signal.SIGINT:
         assert result.faults[0]["message"] == f"stopped by {number.name}"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_folder_that_takes_nothing_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "write_words", full)
+    assert main(["bench", *SMALL, "--out", str(tmp_path), "--format", "json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["requests"]["completed"] == 12  # the numbers are not lost with the folder
+    assert "cannot be written (No space left on device): the report is not whole" in err and "Traceback" not in err
 
 
 def test_what_was_ignored_stays_so() -> None:

@@ -140,12 +140,14 @@ def test_help_has_groups_and_an_example(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def _stopped_by(error: BaseException | None, mismatches: int) -> object:
-    def stand_in(settings: object, workload: object, on_tick: object, report: Callable[[BenchResult], None]) -> Outcome:
+    def stand_in(
+        settings: object, workload: object, on_tick: object, report: Callable[[BenchResult, bool], None]
+    ) -> Outcome:
         print("(raylet) a line that Ray prints")
         result = run_bench(settings, workload).result  # type: ignore[arg-type]
         assert result.verify is not None
         wrong = msgspec.structs.replace(result.verify, mismatches=mismatches)
-        report(msgspec.structs.replace(result, verify=wrong))
+        report(msgspec.structs.replace(result, verify=wrong), True)
         return Outcome(msgspec.structs.replace(result, verify=wrong), error)
 
     return stand_in
