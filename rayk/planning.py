@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,21 @@ from rayk.params import KVCacheParams, require
 
 GPU_UTILIZATION = 0.9  # of a GPU's free memory; the reference's default
 HOST_UTILIZATION = 0.5  # of a node's free memory: pages on the host share it with Ray's object store and the user
+
+
+TOLERANCE = 0.03  # of the planned bytes; a component that is further off is worth a warning
+
+
+class Drift(msgspec.Struct, frozen=True):
+    """A component of which notably more or less was taken than planned; bytes."""
+
+    component: str
+    planned: int
+    taken: int
+
+    def __str__(self) -> str:
+        off = f"{100 * (self.taken / self.planned - 1):+.1f} %" if self.planned else "nothing was planned"
+        return f"{self.component}: {self.taken} bytes taken, {self.planned} planned ({off})"
 
 
 class GpuUser(msgspec.Struct, frozen=True):
@@ -79,6 +94,12 @@ class ClusterPlan(msgspec.Struct, frozen=True):
     nodes: tuple[NodeMemory, ...]
     refused: dict[str, str]  # node id -> reason
     max_batch_size: int
+
+
+def drifts(planned: Mapping[str, int], taken: Mapping[str, int]) -> list[Drift]:
+    """The components of which more or less than TOLERANCE beside the plan was taken; those of one side do not count."""
+    both = [Drift(name, planned[name], taken[name]) for name in planned if name in taken]
+    return [d for d in both if abs(d.taken - d.planned) > TOLERANCE * d.planned]
 
 
 def _cgroup_free() -> int | None:

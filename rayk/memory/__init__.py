@@ -2,7 +2,7 @@
 
     budget.py ──> advice.py ──> estimator.py, planner.py          the reference's estimator and planners
     weights.py ──> float_formats.py, integer_formats.py ──> quantization.py      how checkpoints store weights
-    fields.py, architectures.py, library.py, stand_ins.py, checkpoint.py ──> reading.py     a model (model.py) of files
+    fields.py, architectures.py, library.py, stand_ins.py, checkpoint.py ──> reading.py    a model (model.py) of files
     by_hand.py                                                    a model from numbers
     gpus.py, settings.py, overhead.py ──> plan.py ──> nodes.py, remedies.py      plans of replicas and nodes, what helps
     question.py ──> sweep.py, view.py, command.py                 `rayk plan`

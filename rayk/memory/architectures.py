@@ -1,7 +1,8 @@
 """Architectures by class name: from the fields of a config.json to modules, cached heads and windows.
 
-These rules serve where transformers is not installed. The shapes are those of the modules that the class names stand
-for; h is the hidden size. Biases, norms and routers are of the kind `rest`: quantized checkpoints keep them.
+These rules serve where transformers is not installed, or does not know the model. The shapes are those of the modules
+that the class names stand for; h is the hidden size. Biases, norms and routers are of the kind `rest`: quantized
+checkpoints keep them.
 """
 
 from __future__ import annotations
@@ -213,6 +214,43 @@ def gpt_oss(f: Fields, layer: int) -> Parts:
     yield rest("self_attn.sinks", heads(f)[0] + count + count * (2 * width + h))
 
 
+def _blocks(f: Fields) -> list[tuple[int, int]]:
+    """KV heads and feed-forward width of each layer of a searched Llama, 0 for what a layer is without."""
+    blocks, query = f.values.get("block_configs"), f.number("num_attention_heads")
+    if not isinstance(blocks, list) or len(blocks) != f.number("num_hidden_layers"):
+        raise f.error("block_configs must describe all layers (num_hidden_layers)")
+    found = []
+    for block in blocks:
+        one = Fields(f.path, block if isinstance(block, Mapping) else {})
+        attending, feeding = one.part("attention"), one.part("ffn")
+        for part in (attending, feeding):
+            if part.values.get("replace_with_linear"):
+                raise f.error("block_configs replace parts by linear layers, which is not planned")
+        group = 0 if attending.values.get("no_op") else attending.number("n_heads_in_group")
+        factor = 0.0 if feeding.values.get("no_op") else float(feeding.values.get("ffn_mult") or 0)
+        width = int(2 * factor * f.number("hidden_size") / 3)
+        found.append((query // group if group else 0, -(-width // 256) * 256))
+    return found
+
+
+def searched(f: Fields, layer: int) -> Parts:
+    """Nemotron's Llamas found by search: layers without attention or feed-forward, and of several widths."""
+    kv, width = _blocks(f)[layer]
+    if kv:
+        yield from attention(Fields(f.path, {**f.values, "num_key_value_heads": kv}))
+    if width:
+        yield from gated(f, width)
+    yield from norms(f, bool(kv) + bool(width))
+
+
+def searched_cache(f: Fields) -> tuple[CachedLayers, ...]:
+    by_heads: dict[int, list[int]] = {}
+    for layer, (kv, _) in enumerate(_blocks(f)):
+        by_heads.setdefault(kv, []).append(layer)
+    dim = f.number("head_dim", f.number("hidden_size") // f.number("num_attention_heads"))
+    return tuple(CachedLayers(tuple(layers), kv, dim, dim) for kv, layers in by_heads.items() if kv)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """`defaults` are fields that published configs leave out; `part` the nested config of the text model, if any."""
@@ -223,6 +261,7 @@ class Architecture:
     head_bias: bool = False
     part: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    cache: Callable[[Fields], tuple[CachedLayers, ...]] | None = None
 
     def modules(self, f: Fields) -> Parts:
         """All layers, embeddings, final norm and output head."""
@@ -240,6 +279,8 @@ class Architecture:
 
     def cached(self, f: Fields) -> tuple[CachedLayers, ...]:
         """What layers keep of a token, those with a window apart; `layer_types` says which have where it is given."""
+        if self.cache is not None:
+            return self.cache(f)
         layers, types = f.number("num_hidden_layers"), f.values.get("layer_types")
         if types is not None and (not isinstance(types, list) or len(types) != layers):
             raise f.error(f"layer_types must name all {layers} layers (num_hidden_layers), got {types!r}")
@@ -280,24 +321,22 @@ ARCHITECTURES = {
     "Phi3ForCausalLM": Architecture(phi3, always),
     "DeepseekV2ForCausalLM": Architecture(deepseek, latent=True),
     "DeepseekV3ForCausalLM": Architecture(deepseek, latent=True),
+    "DeciLMForCausalLM": Architecture(searched, cache=searched_cache),
     "GptOssForCausalLM": Architecture(gpt_oss, every_other, defaults={"sliding_window": 128}),
 }
 MODEL_TYPES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
     "gemma3": "Gemma3ForConditionalGeneration",
-    "phi": "PhiForCausalLM",
-    "phi3": "Phi3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
+    **{
+        n.removesuffix("ForCausalLM").lower(): n
+        for n in ARCHITECTURES
+        if not n.startswith(("Gemma3", "Deep", "GptO")) and "Moe" not in n
+    },
 }
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rayk.memory.model import CachedLayers, State
+from rayk.memory.recurrent import is_recurrent, state_of
 from rayk.memory.weights import Kind, Module, Weights, in_tower
 
 MAPPINGS = ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING")
@@ -30,7 +31,6 @@ NOT_CACHED = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp")
 COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 INDEX_BLOCK = 128  # an indexer's key has 8 bits an element and a 32-bit scale for each 128
-RECURRENT = ("mamba", "delta", "lightning", "recurrent", "shortconv", "rwkv", "lstm", "retention")
 
 
 MIXED = (  # model types of which some layers attend and others keep a state
@@ -91,6 +91,8 @@ def _known(text: str) -> KnownModel:
         try:
             config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
             text_config = config.get_text_config(decoder=True)
+            if "tie_word_embeddings" not in raw:  # of a composite model; checkpoints follow the text model
+                config.tie_word_embeddings = bool(_get(text_config, "tie_word_embeddings", False))
             if (_get(text_config, "pad_token_id") or 0) >= (_get(text_config, "vocab_size") or 0):
                 text_config.pad_token_id = None  # a default that is no token of this model
             model, notes = _build(config, text_config, raw.get("architectures"))
@@ -216,9 +218,8 @@ def _kept(model: nn.Module, text: Any) -> tuple[tuple[CachedLayers, ...], State 
             size = getattr(module, "index_head_dim", None) or _get(text, "index_head_dim") or module.head_dim
             indexers.setdefault(int(size), []).append(index)
             continue
-        if any(word in class_name for word in RECURRENT) and hasattr(module, "forward"):
-            if any(True for _ in module.parameters(recurse=True)) and not class_name.endswith(("block", "layer")):
-                states.append(_state(module))
+        if is_recurrent(module):
+            states.append(state_of(module))
             continue
         if index < len(kinds) and kinds[index] in NOT_CACHED:
             continue
@@ -280,6 +281,11 @@ def _cached(module: nn.Module, text: Any) -> CachedLayers | None:
     if (key := _width(module, "k_proj")) is not None:
         value = _width(module, "v_proj")
         value = key if value is None else value
+    elif (both := _width(module, "kv_proj")) is not None:
+        key = value = both // 2
+        repeated = int(getattr(module, "top_k", 1))  # JetMoe attends once for each expert that a token goes to
+        expanded = (repeated * max(1, key // dim), dim) if repeated > 1 else None
+        return CachedLayers((), max(1, key // dim), dim, dim, expanded=expanded)
     else:
         total = next((w for w in (_width(module, name) for name in FUSED) if w is not None), None)
         if total is None:
@@ -317,39 +323,6 @@ def _window(module: nn.Module, text: Any, kind: str | None) -> int | None:
     if kind is not None:
         size = (size or _get(text, "sliding_window")) if "sliding" in kind else None
     return int(size) if isinstance(size, int) and size > 0 else None
-
-
-def _state(module: nn.Module) -> State | None:
-    """What a recurrent layer keeps of a sequence: inputs of convolutions, and a matrix or vector in float32."""
-    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv1d)]
-    kernel = getattr(module, "conv_kernel_size", None) or getattr(module, "kernel_size", None)
-    inputs = sum(m.in_channels * (m.kernel_size[0] - 1) for m in convolutions)
-    if not convolutions and any("conv" in n for n, _ in module.named_children()) and not isinstance(kernel, int):
-        return None
-    matrix = _matrix(module)
-    if matrix is None and not inputs:
-        return None
-    return State(inputs, matrix or 0)
-
-
-def _matrix(module: nn.Module) -> int | None:
-    """Elements of the recurrent matrix of a layer."""
-    own = {n: getattr(module, n, None) for n in ("num_v_heads", "head_k_dim", "head_v_dim", "num_heads", "head_dim")}
-    decay = getattr(module, "A_log", None)
-    if own["num_v_heads"] and own["head_k_dim"] and own["head_v_dim"]:
-        return int(own["num_v_heads"] * own["head_k_dim"] * own["head_v_dim"])
-    size = getattr(module, "ssm_state_size", None)
-    if isinstance(decay, torch.Tensor) and decay.dim() == 2 and isinstance(size, int):
-        return int(decay.numel())  # one number an inner channel and state
-    if isinstance(size, int) and own["num_heads"] and own["head_dim"]:
-        return int(own["num_heads"] * own["head_dim"] * size)
-    name = type(module).__name__.lower()
-    if ("delta" in name or "lightning" in name) and own["head_dim"]:
-        heads = own["num_heads"] or getattr(module, "num_attention_heads", None)
-        return int(heads * own["head_dim"] ** 2) if heads else None
-    if "recurrent" in name and isinstance(width := getattr(module, "lru_width", None), int):
-        return width
-    return None
 
 
 def _refusal(text: Any, model: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from rayk.memory.errors import ModelConfigError
 from rayk.memory.fields import LARGEST, Fields
 from rayk.memory.model import CachedLayers, Model, State, dtype_or_none
 from rayk.memory.quantization import Storage, UnknownQuantization, storage
-from rayk.memory.stand_ins import stand_in, text_part
+from rayk.memory.stand_ins import TEXT_ONLY, stand_in, text_part
 from rayk.memory.weights import WEIGHT_BITS, Weights, plain_bits
 
 MOST_LAYERS = 10_000
@@ -190,6 +190,8 @@ def _from_library(f: Fields, library: Any, raw: dict[str, Any], part: str | None
         if _first(text, name) is None and _whole(value):
             notes.append(f"{name} is not in {place}; transformers assumes {value}")
     notes += known.notes
+    if f.values.get("model_type") in TEXT_ONLY:
+        notes.append("only the text model's weights are counted; an encoder beside it is not")
     facts = _Facts(known.class_name, lambda name: library.field(known.text, name), known.weights, known.layers)
     if part is not None:
         facts.weights = _with_encoder(f, facts, notes)
@@ -320,8 +322,8 @@ def _noted(model: Model, notes: list[str]) -> Model:
     if any(c.expanded for c in model.cached):
         own = model.expanded().token_bytes()
         notes.append(
-            f"a token is its latent, for engines with an MLA kernel; rayk's own runner expands it to {own:,} bytes "
-            "(--mla expanded)"
+            "a token is what the model itself keeps (MLA: its latent), for engines with a kernel for that; rayk's own "
+            f"runner expands it to {own:,} bytes (--mla expanded)"
         )
     if model.refused is not None:
         notes.append(

@@ -73,6 +73,18 @@ def _deepseek_v3(raw: Raw) -> dict[str, Any]:
     return _renamed(raw, "deepseek_v3", "DeepseekV3ForCausalLM", {})
 
 
+def _text_of(model_type: str, architecture: str) -> Callable[[Raw], dict[str, Any]]:
+    """Models of images whose text model's fields stand beside those of the encoder."""
+    return lambda raw: _renamed(raw, model_type, architecture, {}, auto_map=None)
+
+
+def _phi3_small(raw: Raw) -> dict[str, Any]:
+    names = {"intermediate_size": "ff_intermediate_size"}
+    return _renamed(
+        raw, "llama", "LlamaForCausalLM", names, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    )
+
+
 STAND_INS: dict[str, Callable[[Raw], dict[str, Any]]] = {
     "aquila": _llama,
     "bailing_moe": _bailing,
@@ -88,11 +100,20 @@ STAND_INS: dict[str, Callable[[Raw], dict[str, Any]]] = {
     "minimax_m1": _minimax,
     "minimax_text_01": _minimax,
     "orion": _llama,
+    "phi3_v": _text_of("phi3", "Phi3ForCausalLM"),
+    "phi3small": _phi3_small,
+    "phi4mm": _text_of("phi3", "Phi3ForCausalLM"),
+    "llava_llama": _text_of("llama", "LlamaForCausalLM"),
+    "llava_mistral": _text_of("mistral", "MistralForCausalLM"),
+    "llava_qwen": _text_of("qwen2", "Qwen2ForCausalLM"),
     "qwen": _qwen,
     "skywork": _llama,
     "xverse": _llama,
     "Yi": _llama,
 }
+
+
+TEXT_ONLY = ("phi3_v", "phi4mm", "llava_llama", "llava_mistral", "llava_qwen")
 
 
 def stand_in(raw: Raw) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -249,7 +248,7 @@ def _sweep_table(variants: Sequence[Variant]) -> Table:
     same = [name for at, (name, _) in enumerate(variants[0].changes) if len({v.changes[at] for v in variants}) == 1]
     kept = ", ".join(f"{name.replace('_', '-')}={value}" for name, value in variants[0].changes if name in same)
     title = "Variants: weights of a GPU, cache of a replica" + (f"; {kept}" if kept else "")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
     for name, _ in variants[0].changes:
         if name not in same:
             table.add_column(name.replace("_", "-"), justify="right", overflow="fold")

@@ -9,7 +9,7 @@ import typer
 
 from rayk import planning
 from rayk.errors import ConfigError
-from rayk.memory.command import plan
+from rayk.memory.command import _cache_dtypes, _gpu_names, _weight_dtypes, plan
 from rayk.memory.errors import ModelConfigError
 from rayk.planning import DeviceMemory, NodeMemory
 
@@ -141,3 +141,62 @@ def test_a_model_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
 def test_planning_a_cluster_where_none_answers(capsys: pytest.CaptureFixture[str], llama: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1"):
         run(capsys, *llama, "--from-cluster", "--address", "127.0.0.1:1")
+
+
+def test_a_folder_by_position_and_a_machine_of_eight(
+    capsys: pytest.CaptureFixture[str], configs: Path, tmp_path: Path
+) -> None:
+    raw = (configs / "llama-3.1-8b.json").read_text()
+    (tmp_path / "config.json").write_text(raw)
+    code, found = as_json(capsys, str(tmp_path), "--gpu", "8xh200", "--max-length", "128k")
+    assert code == 0 and len(found["nodes"][0]["replicas"]) == 8 and found["settings"]["max_length"] == 131_072
+    assert found["total"] == {
+        "gpus": 8,
+        "gpus_used": 8,
+        "replicas": 8,
+        "tokens": 8 * found["per_replica"]["tokens"],
+        "max_batch_size": 8 * found["per_replica"]["max_batch_size"],
+    }
+    _, out = run(capsys, str(tmp_path), "--gpu", "8xh200")
+    assert "all 8 replicas, 8 GPUs" in out and "It fits. 8 GPUs in all." in out
+    assert "weights bfloat16; cache bfloat16" in out and "overhead: driver, CUDA context" in out
+    assert as_json(capsys, str(tmp_path), "--gpu", "8xh200", "--tp", "4")[1]["settings"]["dp"] == 2
+
+
+def test_drafts_stages_and_groups(capsys: pytest.CaptureFixture[str], configs: Path) -> None:
+    draft = ["--draft", str(configs / "llama-3.2-1b.json")]
+    code, found = as_json(
+        capsys, str(configs / "llama-3.1-70b.json"), *draft, "--gpu", "h200", "--tp", "2", "--pp", "2"
+    )
+    assert code == 0 and found["model"]["draft"] == "LlamaForCausalLM" and found["total"]["gpus"] == 4
+    assert found["per_replica"]["token_bytes"] == 327_680 + 32_768
+    argv = [str(configs / "deepseek-v3.json"), "--gpu", "8xh200", "--tp", "8", "--attention-dp", "8"]
+    code, found = as_json(capsys, *argv)
+    assert code == 0 and found["per_replica"]["groups"] == 8 and found["per_replica"]["token_bytes_per_gpu"] == 70_272
+    code, found = as_json(capsys, str(configs / "deepseek-v3.json"), "--gpu", "h200", "--tp", "8", "--mla", "expanded")
+    assert found["per_replica"]["token_bytes"] == 5_996_544
+
+
+def test_a_batch_that_cannot_all_be_long_is_noted(capsys: pytest.CaptureFixture[str], configs: Path) -> None:
+    argv = ["--gpu", "l4", "--tp", "4", "--max-length", "40960", "--max-batch-size", "8"]
+    code, out = run(capsys, str(configs / "qwen3-32b.json"), *argv)
+    assert code == 0 and "8 requests of 40,960 tokens do not fit at once: 1 does" in out
+
+
+def test_a_sweep_is_read_at_80_columns(
+    capsys: pytest.CaptureFixture[str], llama: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    axes = ["tp=1,2", "page-size=16,128", "kv-dtype=bfloat16,float8_e4m3fn", "max-length=128k"]
+    _, out = run(capsys, *llama, "--gpu", "h100", "--sweep", *axes)
+    lines = out[out.index("Variants") :].splitlines()
+    rows = [line for line in lines if line.rstrip().endswith(("yes", "no"))]
+    assert len(rows) == 8 and all(len(line.rstrip()) <= 80 for line in rows)
+    assert "max-length=131072" in lines[0] + lines[1] and all(
+        "float8_e4m3fn" in row or "bfloat16" in row for row in rows
+    )
+
+
+def test_a_shell_completes_names() -> None:
+    assert "h200" in _gpu_names("h2") and _gpu_names("H100") == ["h100-pcie", "h100", "h100-nvl"]
+    assert "nvfp4" in _weight_dtypes("nv") and _cache_dtypes("float8") == ["float8_e4m3fn", "float8_e5m2"]

@@ -1,0 +1,187 @@
+"""What `load_model` takes, `plan` takes, with the same bytes of a token; over all causal models of transformers.
+
+The models are tiny and random; whether one runs on pages is decided by the functions that load_model calls.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from rayk.buffers import PageBuffers
+from rayk.errors import ArchitectureError, ConfigError
+from rayk.memory.errors import ModelConfigError
+from rayk.memory.measure import Measurements, measure_activations
+from rayk.memory.overhead import estimate
+from rayk.memory.plan import plan_replica
+from rayk.memory.reading import read_model
+from rayk.memory.settings import PlanSettings
+from rayk.models import architecture, load_model
+from rayk.models.bridge import NAME, register
+from rayk.planning import DeviceMemory, drifts
+
+from ..unit.models.checkpoints import write  # noqa: TID252  # tests/ is no package that has an absolute name
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+    "ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "word_embed_proj_dim": 32,
+    "shared_expert_intermediate_size": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LARGEST = 5_000_000  # parameters
+AT_LEAST = 68  # those that load_model takes of transformers 5.23, of those that become tiny so simply
+
+CONFIGS = sorted(AutoModelForCausalLM._model_mapping.keys(), key=lambda config: config.__name__)
+
+
+def tiny(config_class: Any) -> Any:
+    """A small config of that class, as far as its defaults allow one."""
+    fields = config_class().to_dict()
+    names = {**{n: n for n in SMALL}, **{n: own for n, own in (config_class.attribute_map or {}).items() if n in SMALL}}
+    changes = {own: SMALL[n] for n, own in names.items() if own in fields}
+    if isinstance(fields.get("head_dim"), int):
+        changes["head_dim"] = 8
+    if isinstance(fields.get("layer_types"), list):
+        changes["layer_types"] = fields["layer_types"][:2]
+    return config_class(**changes)
+
+
+def verdict(model_class: Any, config: Any) -> dict[int, Any] | None:
+    """Shapes of the layers if rayk's runner takes the model; None if it refuses it."""
+    text = config.get_text_config(decoder=True)
+    try:
+        architecture.refuse_by_config(text, model_class)
+        with torch.device("meta"):
+            if sum(p.numel() for p in model_class(config).parameters()) > LARGEST:
+                raise ValueError("not small")
+        model = model_class(config).eval().requires_grad_(False)
+        model.set_attn_implementation(NAME)
+        architecture.freeze_rope(model)
+        with torch.inference_mode():
+            tokens = architecture.trial_tokens(model.get_input_embeddings().weight.shape[0], torch.device("cpu"))
+            shapes = architecture.layer_shapes(model, tokens, text.num_hidden_layers)
+            architecture.try_out(model, tokens, shapes)
+    except ArchitectureError:
+        return None
+    return shapes
+
+
+def test_plan_takes_what_load_model_takes(tmp_path: Path) -> None:
+    register()
+    transformers.logging.set_verbosity_error()
+    taken, wrong = [], {}
+    for config_class in CONFIGS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of config classes with odd values
+            try:
+                config = tiny(config_class)
+                shapes = verdict(AutoModelForCausalLM._model_mapping[config_class], config)
+            except Exception:  # no tiny model can be made in this simple way
+                continue
+        if shapes is None:
+            continue
+        raw = json.loads(config.to_json_string(use_diff=False)) | {"dtype": "float32"}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        name = config_class.__name__
+        taken.append(name)
+        try:
+            model = read_model(tmp_path).expanded()
+        except ModelConfigError as error:
+            wrong[name] = str(error)
+            continue
+        token = sum(2 * shape.kv_heads * shape.head_dim * 4 for shape in shapes.values())
+        if model.token_bytes() != token or model.refused is not None:
+            wrong[name] = f"{model.token_bytes()} bytes planned, {token} used; {model.refused}"
+    assert not wrong
+    assert len(taken) >= AT_LEAST, taken
+
+
+TEN = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3-moe",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "gpt2",
+    "opt",
+    "deepseek-v3",
+    "gpt-oss",
+)
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_a_plan_is_what_is_allocated(tmp_path: Path, name: str) -> None:
+    """Weights as loaded and pages as allocated, against the plan of the same folder."""
+    folder = write(tmp_path, name)
+    planned = read_model(folder)
+    gpu = DeviceMemory(0, "memory", 8 << 20, 8 << 20)
+    plan = plan_replica(
+        planned, PlanSettings(page_size=16, activation_reserve=0, mla="expanded", utilization=1.0), [gpu]
+    )
+    loaded = load_model(folder)
+    buffers = PageBuffers(loaded.cache_params(page_size=16, devices=["cpu"]), plan.pages, ["cpu"])
+    [device] = plan.devices
+    assert plan.fits and sum(t.nbytes for t in buffers.all_buffers) == device.kv_cache
+    assert drifts({"weights": device.weights}, {"weights": loaded.num_bytes}) == []
+    by_shapes = planned.loaded_bytes("float32")
+    assert planned.loaded_bytes(None) == pytest.approx(by_shapes, rel=0.01)  # headers, and shapes without buffers
+    assert device.kv_cache + device.weights <= gpu.free < device.kv_cache + device.weights + 2 * plan.page_bytes
+
+
+def test_activations_are_measured_and_near_the_estimate(tmp_path: Path) -> None:
+    shape = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "vocab_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+    }
+    raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", **shape}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    asked = PlanSettings(max_batch_tokens=1024, max_batch_size=1)
+    measured = measure_activations(tmp_path, asked, Measurements(tmp_path / "found.json"), "cpu")
+    again = measure_activations(tmp_path, asked, Measurements(tmp_path / "found.json"), "cpu")
+    assert measured == again and estimate(read_model(tmp_path), asked, 1 << 30).working == pytest.approx(
+        measured, rel=0.3
+    )
+    exact = replace(asked, measured_activations=measured)
+    assert estimate(read_model(tmp_path), exact, 1 << 30).working == measured
+    with pytest.raises(ConfigError, match="one GPU"):
+        measure_activations(tmp_path, PlanSettings(tp=2), Measurements(tmp_path / "found.json"), "cpu")
