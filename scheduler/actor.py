@@ -26,6 +26,7 @@ from rayk.scheduler.questions import Questions, ReplicaLink
 log = logging.getLogger("rayk.scheduler")
 
 LANES = 16  # batches that are under way at once; the driver that waits for each of its batches uses one
+ROSTER_SECONDS = 1.0  # that a driver which attaches waits for the latest roster
 ANSWERS = 8 * LANES  # remembered for each driver; more than its messages can overtake each other by
 
 
@@ -44,7 +45,7 @@ class SchedulerActor:
     ) -> None:
         self._client, self._runtime = new_client_id("scheduler"), runtime or RayRuntime()
         self._epoch = epoch
-        self._roster = roster
+        self._roster = self._shown = roster
         self._core = SchedulerCore(epochs, settings, copies, monotonic)
         self._core_lock = Condition()  # a script's step and the sending of what it asks are one
         self._questions = Questions(self._core_lock, self._stands, monotonic)
@@ -64,7 +65,9 @@ class SchedulerActor:
 
     def handle_with_data(self, first: bytes | int, *rest: Any) -> tuple[bytes, Any]:
         """Answer a message that asks for the roster, which comes beside the answer."""
-        return self.handle(first, *rest), self.roster()
+        answer = self.handle(first, *rest)
+        with self._core_lock:
+            return answer, self._standing()
 
     def handle(self, first: bytes | int, *rest: Any) -> bytes:
         """Answer a message (see rayk.actors.pieces); the seat of a replica that joins is attached. Never raises for
@@ -208,7 +211,16 @@ class SchedulerActor:
                 log.exception("the scheduler's timer failed")
 
     def roster(self) -> Any:
-        """What a driver needs to attach, or to go on after somebody came or left: a Cluster."""
-        with self._core_lock:
-            members = self._core.members
-            return self._roster.standing(members.version, members.joined, tuple(map(str, members.states)))
+        """What a driver needs to attach: a Cluster, as it was a moment ago if a data lane is at work for long. Renewals
+        and ping() come by the same lane as this call, and wait for it."""
+        if self._core_lock.acquire(timeout=ROSTER_SECONDS):
+            try:
+                return self._standing()
+            finally:
+                self._core_lock.release()
+        return self._shown
+
+    def _standing(self) -> Any:
+        members = self._core.members
+        self._shown = self._roster.standing(members.version, members.joined, tuple(map(str, members.states)))
+        return self._shown

@@ -318,6 +318,8 @@ class FakeRuntime:
 
     def future(self, ref: FakeRef) -> Future[Any]:
         future: Future[Any] = Future()
+        if ref.late:
+            return future
         with suppress(Exception):
             _resolve(ref)
         future.set_result(None)

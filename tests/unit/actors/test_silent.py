@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -517,3 +518,46 @@ def test_closing_a_named_session_does_not_wait_for_a_scheduler_that_stopped(runt
             runtime.actor("scheduler").hung = True
         assert runtime.time - began <= CLOSING_SECONDS + 1
         runtime.actor("scheduler").go_on()
+
+
+def test_an_event_loop_goes_on_while_a_scheduler_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock, since it is asyncio that waits."""
+    runtime = FakeRuntime()
+    monkeypatch.setattr(link_module, "SLICE", 0.005)
+
+    async def serve(manager: AsyncPagedKVCacheManager) -> None:
+        turns = 0
+
+        async def turn() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        other = asyncio.create_task(turn())
+        runtime.actor("scheduler").hung = True
+        manager.sync._backend.calls.scheduler.quiet = 0.02  # type: ignore[attr-defined]
+        for _ in range(2):
+            [admission] = await manager.try_admit([ctx("a")])
+            assert isinstance(admission.error, CallTimeoutError) and admission.error.target == "the scheduler"
+        assert turns > 1
+        other.cancel()
+        runtime.actor("scheduler").go_on()
+        assert (await manager.try_admit([ctx("b")]))[0].error is None
+        assert [await manager.contains("a", r) for r in range(2)] == [False, False], "given back"
+
+    with session_on(runtime) as session:
+        asyncio.run(serve(AsyncPagedKVCacheManager(params(2), session, 32, max_batch_size=8, router="least-loaded")))
+
+
+def test_attaching_and_renewing_do_not_wait_for_a_lane_that_is_at_work(
+    runtime: FakeRuntime, manager: PagedKVCacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_actor, "ROSTER_SECONDS", 0.01)
+    scheduler = runtime.actor("scheduler").instance
+    known, took = scheduler.roster(), list[Any]()
+    with scheduler._core_lock:  # a long step
+        lane = Thread(target=lambda: took.extend([scheduler.roster(), scheduler.ping(), scheduler.renew("nobody")]))
+        lane.start()
+        lane.join(20)
+    assert took == [known, scheduler.ping(), False]
