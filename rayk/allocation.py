@@ -41,6 +41,7 @@ def allocate(core: ReplicaCore, request: Request, ctx: TextContext, imports: Seq
         core.settle([ctx])
     if request.ctx is None or not request.pages:
         request.ctx = ctx
+        ctx.generation = request.generation
     elif request.ctx is not ctx:
         core.adopt(request, ctx)
     size, pool, tree, row = core.page_size, core.pool, core.tree, request.row

@@ -20,7 +20,7 @@ from rayk.admission import AdmissionPolicy
 from rayk.backend import Batches, Forward
 from rayk.context import TextContext
 from rayk.door import Door
-from rayk.errors import InsufficientBlocksError, RaykError, RuntimeInputsError
+from rayk.errors import InsufficientBlocksError, NotOwnerError, RaykError, RuntimeInputsError
 from rayk.hashing import Mask
 from rayk.inputs import BatchCharacteristics, RuntimeInputs
 from rayk.manager import DeviceBuffer, PagedKVCacheManager, check_size, page_numbers
@@ -215,28 +215,28 @@ class AsyncPagedKVCacheManager:
         blocks: list[int] = await self._run("blocks", request_id, replica_idx)
         return blocks
 
-    async def release(self, request_id: str, replica_idx: int) -> None:
+    async def release(self, request_id: str, replica_idx: int, force: bool = False) -> None:
         """See PagedKVCacheManager.release()."""
         while undo := self._undoing.get(request_id):
             await asyncio.wait([undo])
-        await self._released(request_id, replica_idx)
+        await self._released(request_id, replica_idx, force)
 
-    async def _released(self, request_id: str, replica_idx: int) -> None:
+    async def _released(self, request_id: str, replica_idx: int, force: bool = False) -> None:
         self.sync._at(replica_idx)
         calls = getattr(self.sync._backend, "calls", None)
-        if calls is None or calls.holder(request_id) != replica_idx:
-            await self._run("release", request_id, replica_idx)
+        if calls is None or force or calls.holder(request_id) != replica_idx:
+            await self._run("release", request_id, replica_idx, force)
         else:
             await asyncio.shield(self._releases.add(request_id))
         if self._door is not None:
             self._door.released()
 
-    async def _release_together(self, request_ids: list[str]) -> list[None]:
+    async def _release_together(self, request_ids: list[str]) -> list[RaykError | None]:
         calls: Any = getattr(self.sync._backend, "calls", None)
         once = list(dict.fromkeys(request_ids))
         known = [request_id for request_id in once if calls.holder(request_id) is not None]
-        await self._run("release_many", known)
-        return [None] * len(request_ids)
+        lost: dict[str, RaykError] = await self._run("release_many", known)
+        return [lost.get(request_id) for request_id in request_ids]
 
     # -- batches -----------------------------------------------------------------------------------
 
@@ -488,16 +488,21 @@ class AsyncPagedKVCacheManager:
         pages: list[torch.Tensor] = await self._run("read_pages", page_numbers(page_ids), replica_idx)
         return pages
 
-    async def shutdown(self) -> None:
-        """Wait for what is under way, then give everything back. Safe to call twice."""
+    async def shutdown(self, force: bool = False) -> None:
+        """Wait for what is under way, then give everything back; see PagedKVCacheManager.shutdown()."""
+        if not force:
+            self.sync.check_owned()
         if self._door is not None:
             self._door.close()
         while self._under_way:
             await asyncio.gather(*self._under_way, return_exceptions=True)
-        self.sync.shutdown()
+        self.sync.shutdown(force)
 
     async def __aenter__(self) -> AsyncPagedKVCacheManager:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self.shutdown()
+        try:
+            await self.shutdown()
+        except NotOwnerError:
+            self.sync.leave()

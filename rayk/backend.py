@@ -31,6 +31,7 @@ from rayk.exports import PageExport
 from rayk.inline_replicas import InlineReplicas
 from rayk.inputs import BatchCharacteristics, ReplicaInputs, no_inputs
 from rayk.lanes import LaneState
+from rayk.lookup import refuse_twice
 from rayk.messages import Traits
 from rayk.metrics import KVCacheMetrics
 from rayk.peers import copy_spans, worthwhile
@@ -64,7 +65,7 @@ class Backend(Protocol):
     def allocators(self) -> dict[int, Callable[[TextContext], Any]]: ...
     def alloc(self, ctx: TextContext, replica: int) -> object: ...
     def alloc_many(self, batches: Batches) -> list[dict[str, InsufficientBlocksError]]: ...
-    def release(self, request_id: str, replica: int) -> None: ...
+    def release(self, request_id: str, replica: int, force: bool = False) -> None: ...
     def blocks(self, request_id: str, replica: int) -> list[int]: ...
     def try_admit(
         self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, stop_on_error: bool
@@ -97,6 +98,7 @@ class Backend(Protocol):
     def remove_replica(self, replica: int) -> Removed: ...
     def lane_states(self) -> list[LaneState]: ...
     def replica_loads(self) -> list[ReplicaLoad]: ...
+    def check_owned(self) -> None: ...
     def close(self) -> None: ...
     def leave(self) -> None: ...
 
@@ -109,16 +111,17 @@ class InlineBackend(InlineReplicas):
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> None:
         core = self.cores[replica]
         assert core is not None
-        request_id = checked_request_id(request_id)
+        if type(request_id) is not str or not request_id or not request_id.isascii():
+            request_id = checked_request_id(request_id)
         if not self._desk.fleet.ready[replica]:
             self._standing.members.check_takes(replica)
         self._placements.add(request_id, replica)
-        core.claim(request_id, dummy)
+        core.claim(request_id, dummy, _ME, next(self._generations))
 
     def contains(self, request_id: str, replica: int) -> bool:
         return checked_request_id(request_id) in self.core(replica).requests
 
-    def release(self, request_id: str, replica: int) -> None:
+    def release(self, request_id: str, replica: int, force: bool = False) -> None:
         if type(request_id) is not str:
             request_id = checked_request_id(request_id)
         self.core(replica).release(request_id)
@@ -137,10 +140,8 @@ class InlineBackend(InlineReplicas):
     def alloc_many(self, batches: Batches) -> list[dict[str, InsufficientBlocksError]]:
         pairs = self._pairs(batches)
         for core, batch in pairs:
-            if core is not None:
-                for ctx in () if type(batch) is ContextBatch and decode.ready(core, batch) else batch:
-                    if ctx.request_id not in core.requests:
-                        raise core.not_claimed(ctx.request_id)
+            if core is not None and not (type(batch) is ContextBatch and decode.ready(core, batch)):
+                core.claimed(batch)
         alloc_many = self._alloc_each if self._copies else ReplicaCore.alloc_many
         return [alloc_many(core, batch) if core is not None else {} for core, batch in pairs]
 
@@ -303,7 +304,7 @@ class InlineBackend(InlineReplicas):
         except RaykError as error:
             return Admission(replica, error)
         self._desk.place(ctx.request_id, replica, wish)
-        core.claim(ctx.request_id)
+        core.claim(ctx.request_id, False, _ME, next(self._generations))
         claimed = perf_counter()
         try:
             reused = self.alloc(ctx, replica)
@@ -451,9 +452,9 @@ def run_tick(core: ReplicaCore, tick: Tick, fn: Forward | None) -> TickResult:
 def _check_claimed(core: ReplicaCore, tick: Tick) -> None:
     for part in (tick.step, tick.alloc, tick.execute):
         if not (type(part) is ContextBatch and decode.ready(core, part)):
-            for ctx in part:
-                if ctx.request_id not in core.requests:
-                    raise core.not_claimed(ctx.request_id)
+            core.claimed(part)
+    if len(tick.release) > 1:
+        refuse_twice(tick.release, core.replica)
     for request_id in tick.release:
         if request_id not in core.requests:
             raise core.not_claimed(request_id)

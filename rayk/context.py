@@ -150,6 +150,7 @@ class TextContext:
         "_pending",
         "cached_prefix_length",
         "deadline",
+        "generation",
         "max_length",
         "plain",
         "priority",
@@ -205,6 +206,7 @@ class TextContext:
         self.deadline = deadline
         self.cached_prefix_length: int | None = None
         self.root_key = (cache_salt, adapter)
+        self.generation = 0  # of the claim under which it was used last, see rayk.errors.LeaseLostError
         self._pending = pending_future_count
         self._drafts: Drafts = ()
         self._accepted: Drafts = ()
@@ -218,7 +220,7 @@ class TextContext:
         ctx.tokens = TokenWindow(tokens, request_id)
         ctx.max_length = max_length
         ctx.session_id = ctx.tenant = ctx.deadline = ctx.cached_prefix_length = None
-        ctx.priority = ctx._pending = 0
+        ctx.priority = ctx._pending = ctx.generation = 0
         ctx.root_key = PLAIN_ROOT
         ctx._drafts = ctx._accepted = ()
         ctx.plain = True

@@ -5,6 +5,7 @@ RaykError
 ├── TokenError (ValueError)               tokens or a window operation that a context refuses
 ├── AlreadyClaimedError (ValueError)      the request id is claimed, here or on another replica
 ├── NotClaimedError (ValueError)          the request id is not claimed on that replica
+│   └── LeaseLostError                    .. by the caller any more, or never was: its claim is not the present one
 ├── ReplicaIndexError (IndexError)        no replica has that index
 │   └── ReplicaRemovedError (ValueError)  the replica of that index was removed
 ├── BatchError (ValueError)               batches that do not match the replicas or the requests' pages
@@ -26,6 +27,7 @@ RaykError
     ├── StaleEpochError                   the replica was replaced since the caller last talked to it
     ├── StaleContextError                 a replica misses tokens of a request; the client sends them again
     ├── NoReplicaError                    no replica takes requests: all are lost, draining or silent
+    ├── NotOwnerError (ValueError)        another driver started the named cluster that is to be shut down
     ├── LineError                         a line between two replicas does not carry pages
     │   └── PagesGoneError                the source needed the pages of a copy itself; nothing is wrong with the line
     ├── ReplicaStateError (ValueError)    what was asked for does not fit how the replica stands, such as draining
@@ -106,6 +108,33 @@ class NotClaimedError(RaykError, ValueError):
     def __str__(self) -> str:
         where = f"it is claimed on replica {self.holder}" if self.holder >= 0 else "call claim() first"
         return f"request {self.request_id!r} is not claimed on replica {self.replica}; {where}"
+
+
+class LeaseLostError(NotClaimedError):
+    """The caller's claim of the request is not the present one; nothing was done.
+
+    A claim has a generation, a number that its cluster gives out once. `client` is the calling driver and `generation`
+    that of its claim, 0 when it has none; `owner` and `owner_generation` are those of the present claim, '' and 0 when
+    nobody has the id. In one process drivers have no names.
+    """
+
+    client: str
+    generation: int
+    owner: str
+    owner_generation: int
+
+    def __str__(self) -> str:
+        who = f"driver {self.client}" if self.client else "the caller"
+        now = "nobody has it now"
+        if self.owner_generation:
+            now = f"{f'driver {self.owner}' if self.owner else 'another'} has claim {self.owner_generation} of it"
+        head = f"request {self.request_id!r} on replica {self.replica}: "
+        if not self.generation:
+            return f"{head}{who} has no claim of it, {now}; use another id, or release it with force=True"
+        return (
+            f"{head}claim {self.generation} of {who} has ended, by its lease, a release or force, and {now}; "
+            "nothing was done; call claim() again or use another id"
+        )
 
 
 class ReplicaIndexError(RaykError, IndexError):
@@ -291,6 +320,17 @@ class NoReplicaError(ClusterError):
     request_id: str
     text: ClassVar[str] = (
         "request {request_id!r} has no place: all replicas are lost or draining, or do not answer; add one"
+    )
+
+
+class NotOwnerError(ClusterError, ValueError):
+    """A named cluster belongs to the driver that started it, until that leaves or its lease ends. Nothing was done."""
+
+    name: str
+    owner: str
+    text: ClassVar[str] = (
+        "cluster {name!r} was started by driver {owner}, which still uses it: leave() goes without it, and "
+        "shutdown(force=True) ends it for all"
     )
 
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from socket import gethostname
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ class InlineReplicas(ABC):
         self._host_pages = host_pages
         self._tiers = f"inline-{os.getpid()}-{os.urandom(8).hex()}"
         self._placements = Placements(replicas)
+        self._generations = count(1)  # of claims
         self._filling: dict[str, tuple[TextContext, int]] = {}  # requests that may still have tokens to prefill
         self.prefill_rate: float | None = None
         self._copy_rate = LineRate(DIRECT_LATENCY, DIRECT_BANDWIDTH)
@@ -238,7 +240,7 @@ class InlineReplicas(ABC):
             target = desk.choose(request_id, wish, open_)
             core = self.core(target)
             tried.append(target)
-            core.claim(request_id, request.dummy)
+            core.claim(request_id, request.dummy, request.client, request.generation)
             try:
                 if ctx is not None:
                     self._receive(core, ctx)
@@ -286,6 +288,9 @@ class InlineReplicas(ABC):
             )
             for r, state in enumerate(states)
         ]
+
+    def check_owned(self) -> None:  # noqa: B027  # there is one driver: nobody else can have started it
+        """Nobody else uses what is here."""
 
     def close(self) -> None:
         """Let go of everything."""

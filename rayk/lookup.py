@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rayk.allocation import slots_needed
 from rayk.context import TextContext
-from rayk.errors import RuntimeInputsError
+from rayk.errors import BatchError, RuntimeInputsError
 from rayk.inputs import BatchCharacteristics, BatchShape
 
 if TYPE_CHECKING:
@@ -19,13 +19,23 @@ def table_width(pages: int) -> int:
     return 8 * -(-pages // 8) + 16
 
 
+def refuse_twice(request_ids: Sequence[str], replica: int) -> None:
+    """BatchError that names the first request that is there twice."""
+    seen: set[str] = set()
+    for request_id in request_ids:
+        if request_id in seen:
+            raise BatchError(f"request {request_id!r} is twice in one batch for replica {replica}; name it once")
+        seen.add(request_id)
+
+
 def fill_batch(
     core: ReplicaCore,
     batch: Sequence[TextContext],
     max_cache_length: int | None,
     characteristics: BatchCharacteristics | None,
 ) -> tuple[int, int, BatchShape]:
-    """Fill the core's host arrays; rows, table width and scalars. RuntimeInputsError changes nothing."""
+    """Fill the core's host arrays; rows, table width and scalars. RuntimeInputsError and BatchError change
+    nothing."""
     size, extra = core.page_size, core.extra_slots
     rows: list[int] = []
     lengths: list[int] = []

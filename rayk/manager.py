@@ -28,6 +28,7 @@ from rayk.errors import (
     InsufficientBlocksError,
     LeafError,
     NotClaimedError,
+    NotOwnerError,
     RaykError,
     ReplicaIndexError,
     ReplicaRemovedError,
@@ -76,6 +77,10 @@ class PagedKVCacheManager:
     gets what its node can give, or with `uniform` all get the smallest number. `memory_utilization` is the part of the
     free memory that may be planned with (0 < u <= 1; None: .9 of a GPU's, .5 of a host's). `prefill_rate`: see the
     property. After shutdown() every call raises ClosedError.
+
+    Several drivers may share the cluster of a named session. A claim is its driver's as long as that renews its lease.
+    What a driver says about a request whose lease has ended, or of which another driver has the claim, is refused with
+    LeaseLostError, before anything is done.
 
     With an `admission` policy, which all drivers of a cluster share, requests that no replica is named for wait for
     room and for their turn (tenant, priority and deadline of the context count, see rayk.admission), or are turned away
@@ -247,9 +252,13 @@ class PagedKVCacheManager:
         """Page ids in sequence order, empty for an unknown request. step() may change them (equal pages collapse)."""
         return self._at(replica_idx).blocks(request_id, replica_idx)
 
-    def release(self, request_id: str, replica_idx: int) -> None:
-        """Give the request's pages back; committed ones stay cached until their place is needed, deepest first."""
-        self._at(replica_idx).release(request_id, replica_idx)
+    def release(self, request_id: str, replica_idx: int, force: bool = False) -> None:
+        """Give the request's pages back; committed ones stay cached until their place is needed, deepest first.
+
+        LeaseLostError, and nothing is done, for a request that another driver has claimed, or this driver's own
+        whose lease has ended. `force=True` releases whoever's it is.
+        """
+        self._at(replica_idx).release(request_id, replica_idx, force)
 
     @contextmanager
     def reserve(self, replica_batches: Batches) -> Iterator[None]:
@@ -528,12 +537,23 @@ class PagedKVCacheManager:
         be asked, because they are lost or do not answer."""
         return self._all().check_integrity()
 
-    def shutdown(self) -> None:
-        """Give everything back: pages, actors, placement. Safe to call twice."""
+    def shutdown(self, force: bool = False) -> None:
+        """Give everything back: pages, actors, placement. Safe to call twice.
+
+        A named cluster belongs to the driver that started it, until that leaves or its lease ends. NotOwnerError, and
+        nothing is done, for others, unless `force`. The end of a `with` block leaves what it may not shut down.
+        """
         if self._open:
+            if not force:
+                self.check_owned()
             self._open, self._alloc = False, {}
             self._session.dismiss(self)
             self._backend.close()
+
+    def check_owned(self) -> None:
+        """NotOwnerError when another driver started the cluster and still uses it, so that shutdown() needs force."""
+        if self._open:
+            self._backend.check_owned()
 
     def leave(self) -> None:
         """Release what this driver has claimed and go; the actors of a named session stay for other drivers."""
@@ -546,7 +566,10 @@ class PagedKVCacheManager:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.shutdown()
+        try:
+            self.shutdown()
+        except NotOwnerError:
+            self.leave()
 
 
 def check_size(ctxs: Sequence[TextContext]) -> None:

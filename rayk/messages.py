@@ -56,6 +56,7 @@ class ContextView(_Part, frozen=True):
     to_verify: bytes = b""
     accepted: bytes = b""
     origin: Origin | None = None  # present when base is 0
+    generation: int = 0  # of the sender's claim
 
 
 class Traits(_Part, frozen=True):
@@ -95,16 +96,29 @@ class Moved(_Part, frozen=True):
 # -- to a replica ---------------------------------------------------------------------------------
 
 
+# A claim has an owner, the driver `client`, and a generation: a number that the scheduler gives out once. Whatever is
+# said about a request names the generation that is meant, and is refused as a whole when that is not the present one,
+# so that a driver whose lease has ended cannot touch what somebody else has claimed since. 0 means none.
+
+
 class Claim(_Message, frozen=True):
     request_id: str
     dummy: bool = False
+    client: str = ""
+    generation: int = 0
 
 
 class Release(_Message, frozen=True):
-    """With `missing_ok`, ids that are not claimed are passed over."""
+    """Of each request the claim of that generation; one is that of all, and none that of claims without a number.
+
+    With `missing_ok`, ids that are not claimed so are passed over; with `force` generations do not count, and the
+    answer is Released.
+    """
 
     request_ids: list[str]
     missing_ok: bool = False
+    generations: list[int] = []
+    force: bool = False
 
 
 class ImportHead(_Part, frozen=True):
@@ -129,7 +143,8 @@ class Admit(_Message, frozen=True):
     """Allocate requests in order, after claiming them if `claim`. With `stop_on_error` none is tried after a refusal.
 
     `uses[i]` are the imports, in order, that context i may continue its prefix with. `handed`: they are running
-    requests of another replica, see ReplicaCore.receive().
+    requests of another replica, see ReplicaCore.receive(). `clients` and `generations` are those of the claims that are
+    to be made, or are there: one for each context, or one for all.
     """
 
     contexts: Contexts
@@ -138,6 +153,8 @@ class Admit(_Message, frozen=True):
     uses: dict[int, list[int]] = {}
     stop_on_error: bool = False
     handed: bool = False
+    clients: list[str] = []
+    generations: list[int] = []
 
 
 class Lookup(_Message, frozen=True):
@@ -189,7 +206,8 @@ class Keep(_Message, frozen=True):
 
 
 class RunTick(_Message, frozen=True):
-    """One iteration; the lists index `views`. `fn` is a pickled forward, b'' for none."""
+    """One iteration; the lists index `views`. `fn` is a pickled forward, b'' for none. `generations` are those of the
+    claims to be released."""
 
     views: list[ContextView]
     step: list[int] = []
@@ -197,6 +215,7 @@ class RunTick(_Message, frozen=True):
     alloc: list[int] = []
     execute: list[int] = []
     fn: bytes = b""
+    generations: list[int] = []
 
 
 class Inputs(_Message, frozen=True):
@@ -267,9 +286,10 @@ class Drain(_Message, frozen=True):
 
 
 class GetContexts(_Message, frozen=True):
-    """The contexts of claimed requests, as they were sent last."""
+    """The contexts of claimed requests, as they were sent last; claims of other generations count as none."""
 
     request_ids: list[str]
+    generations: list[int] = []
 
 
 class Follow(_Message, frozen=True):
@@ -315,18 +335,19 @@ class PlaceMany(_Message, frozen=True):
     """Route, claim (unless they are claimed already) and allocate.
 
     `replicas[i]` is where context i has to go; empty: the router says. `peers`: other replicas may hold more of a
-    prefix; at a known `prefill_rate` (tokens a second) what is quicker to compute is not copied. `released` are ids
-    that the sender released on replicas directly, `seen` and `unfilled` what it last saw in the answers of each, as of
-    the join of number `joined`: what it was told is done counts in the choice.
+    prefix; at a known `prefill_rate` (tokens a second) what is quicker to compute is not copied. `released` are claims,
+    by id and generation, that were released on replicas directly, `seen` and `unfilled` what the sender last saw in the
+    answers of each, as of the join of number `joined`: what it was told is done counts in the choice.
     `handed` is the scheduler's own, as in Admit. `keys` are those of the contexts' pages (rayk.hashing.PageKeys), one
-    context after the other; b"" where the sender made none.
+    context after the other; b"" where the sender made none. `generations` are those of the claims, where they are made
+    already.
     """
 
     contexts: Contexts
     replicas: list[int] = []
     claim: bool = True
     peers: bool = False
-    released: list[str] = []
+    released: dict[str, int] = {}
     stop_on_error: bool = False
     seen: list[int] = []
     unfilled: list[int] = []
@@ -334,6 +355,7 @@ class PlaceMany(_Message, frozen=True):
     handed: bool = False
     prefill_rate: float | None = None
     keys: bytes = b""
+    generations: list[int] = []
 
 
 class Enter(_Message, frozen=True):
@@ -346,7 +368,7 @@ class Enter(_Message, frozen=True):
 
     contexts: Contexts
     peers: bool = False
-    released: list[str] = []
+    released: dict[str, int] = {}
     given_up: list[str] = []
     seen: list[int] = []
     unfilled: list[int] = []
@@ -362,7 +384,7 @@ class ClaimOne(_Message, frozen=True):
     request_id: str
     replica: int
     dummy: bool = False
-    released: list[str] = []
+    released: dict[str, int] = {}
 
 
 class HitCountsOf(_Message, frozen=True):
@@ -377,9 +399,11 @@ class EveryReplica(_Message, frozen=True):
 
 
 class Connect(_Message, frozen=True):
-    """A driver introduces itself; with a lease it must renew, or its requests are released."""
+    """A driver introduces itself; with a lease it must renew, or its requests are released. `owner`: it started the
+    cluster, which is its own until it leaves or its lease ends."""
 
     lease_seconds: float | None = None
+    owner: bool = False
 
 
 class Disconnect(_Message, frozen=True):
@@ -389,7 +413,7 @@ class Disconnect(_Message, frozen=True):
 class Describe(_Message, frozen=True):
     """What is where; `released` as in PlaceMany."""
 
-    released: list[str] = []
+    released: dict[str, int] = {}
 
 
 class Explain(_Message, frozen=True):
@@ -429,7 +453,7 @@ class DrainReplica(_Message, frozen=True):
     PlaceMany."""
 
     replica: int
-    released: list[str] = []
+    released: dict[str, int] = {}
     handover: bool = False
 
 
@@ -549,17 +573,19 @@ class AdmitDone(_Message, frozen=True):
 
 
 class PlaceDone(_Message, frozen=True):
-    """`replicas[i]` is where context i went (-1: nowhere); the rest as in AdmitDone."""
+    """`replicas[i]` is where context i went (-1: nowhere); the rest as in AdmitDone. `generations` are those of the
+    claims that were made."""
 
     replicas: list[int]
     numbers: bytes
     seconds: bytes
     failures: dict[int, Failure] = {}
+    generations: list[int] = []
 
 
 class EnterDone(_Message, frozen=True):
-    """What became of the requests in `ids`, offered now or before; the rest as in PlaceDone. Of `open` more of the
-    sender's it is not known yet."""
+    """What became of the requests in `ids`, offered now or before; the rest as in PlaceDone, with a generation each. Of
+    `open` more of the sender's it is not known yet."""
 
     ids: list[str]
     replicas: list[int]
@@ -567,6 +593,7 @@ class EnterDone(_Message, frozen=True):
     seconds: bytes
     failures: dict[int, Failure] = {}
     open: int = 0
+    generations: list[int] = []
 
 
 class Found(_Message, frozen=True):
@@ -664,6 +691,20 @@ class Value(_Message, frozen=True):
 class BlocksDone(_Message, frozen=True):
     claimed: bool
     page_ids: list[int]
+    generation: int = 0
+    client: str = ""
+
+
+class Claimed(_Message, frozen=True):
+    """The claim was made, with that number."""
+
+    generation: int
+
+
+class Released(_Message, frozen=True):
+    """The claims that were released by force."""
+
+    generations: list[int]
 
 
 class UsageDone(_Message, frozen=True):
@@ -757,9 +798,18 @@ class ContextsDone(_Message, frozen=True):
 
 
 class Missing(_Message, frozen=True):
-    """Done, but those were not claimed."""
+    """Done, but those were not claimed so. `clients` and `generations` are the claims that are there instead, '' and 0
+    for none; empty where none is."""
 
     request_ids: list[str]
+    clients: list[str] = []
+    generations: list[int] = []
+
+    @property
+    def columns(self) -> tuple[list[str], list[str], list[int]]:
+        """All three."""
+        nobody = len(self.request_ids)
+        return self.request_ids, self.clients or [""] * nobody, self.generations or [0] * nobody
 
 
 class Unasked(_Message, frozen=True):
@@ -813,6 +863,8 @@ Result = (
     | InputsDone
     | Value
     | BlocksDone
+    | Claimed
+    | Released
     | UsageDone
     | Fraction
     | MetricsDone

@@ -17,12 +17,18 @@ from rayk.allocation import allocate, reusable_pages, slots_needed
 from rayk.batch import ContextBatch
 from rayk.buffers import PageBuffers
 from rayk.context import TextContext
-from rayk.errors import AlreadyClaimedError, BatchError, InsufficientBlocksError, NotClaimedError
+from rayk.errors import (
+    AlreadyClaimedError,
+    BatchError,
+    InsufficientBlocksError,
+    LeaseLostError,
+    NotClaimedError,
+)
 from rayk.exports import Exports, PageImport
 from rayk.hashing import Mask, PageHash
 from rayk.inputs import BatchCharacteristics, BatchShape, InputStage, ReplicaInputs
 from rayk.loads import Loads
-from rayk.lookup import fill_batch
+from rayk.lookup import fill_batch, refuse_twice
 from rayk.metrics import KVCacheMetrics
 from rayk.pages import PagePool, Pages
 from rayk.params import KVCacheParams
@@ -98,12 +104,15 @@ class ReplicaCore:
 
     # -- claims ----------------------------------------------------------------------------------
 
-    def claim(self, request_id: str, dummy: bool = False) -> None:
-        """Reserve a place for the request; takes no page. A dummy has the null page for its only page."""
+    def claim(self, request_id: str, dummy: bool = False, client: str = "", generation: int = 0) -> None:
+        """Reserve a place for the request; takes no page. A dummy has the null page for its only page.
+
+        `generation` is the number of this claim, which no other claim of the id has; 0 where nobody asks for it.
+        """
         if request_id in self.requests:
             raise AlreadyClaimedError(request_id, self.replica)
         due = NEVER if dummy or not self.caching else self.page_size
-        self.requests[request_id] = Request(self.table.acquire(), dummy, due)
+        self.requests[request_id] = Request(self.table.acquire(), dummy, due, client, generation)
         self._claims += 1
 
     def bind(self, request: Request) -> None:
@@ -146,37 +155,81 @@ class ReplicaCore:
         """The error for a request that is not claimed here."""
         return NotClaimedError(request_id, self.replica, self.holder_of(request_id))
 
+    def lease_lost(self, request_id: str, client: str, generation: int) -> LeaseLostError:
+        """The error for a claim of `client` that is not the present one."""
+        request = self.requests.get(request_id)
+        owner, now = (request.client, request.generation) if request is not None else ("", 0)
+        holder = self.replica if request is not None else self.holder_of(request_id)
+        return LeaseLostError(request_id, self.replica, holder, client, generation, owner, now)
+
     def requests_of(self, batch: Sequence[TextContext]) -> list[Request]:
         """The request of each context; KeyError (a request id) unless all are claimed.
+
+        BatchError when a context is not that of its request, or is there twice; see fence(). Nothing is changed then.
 
         The contexts of a running batch are mostly those of the last call, and comparing two lists is the faster way
         to find that out than one lookup for each.
         """
         if len(batch) < FEW:
-            return [self.requests[ctx.request_id] for ctx in batch]
+            requests = self.requests
+            found = [requests[ctx.request_id] for ctx in batch]
+            if len(set(found)) < len(batch):
+                refuse_twice([ctx.request_id for ctx in batch], self.replica)
+            for ctx, request in zip(batch, found, strict=True):
+                if request.ctx is not ctx:
+                    self._fence(batch, found)
+                    break
+            return found
         claims, contexts, found = self._last
         if claims != self._claims or batch != contexts:
             requests = self.requests
             found = [requests[ctx.request_id] for ctx in batch]
+            if len(set(found)) < len(batch):
+                refuse_twice([ctx.request_id for ctx in batch], self.replica)
+            self._fence(batch, found)
             self._last = (self._claims, list(batch), found)
         return found
 
+    def _fence(self, batch: Sequence[TextContext], found: Sequence[Request]) -> None:
+        """Go on with these contexts, or with none of them."""
+        for ctx, request in zip(batch, found, strict=True):
+            self.fence(request, ctx)
+        for ctx, request in zip(batch, found, strict=True):
+            if request.ctx is not ctx:
+                self.adopt(request, ctx)
+
+    def fence(self, request: Request, ctx: TextContext) -> None:
+        """BatchError unless the context may stand for the request: it is the one that it was used with last, or says
+        the same about the tokens that its pages hold or were being filled with. LeaseLostError for a context that was
+        last used under an earlier claim of the id.
+
+        Placeholders of either may have been filled in since. A request without pages may go on with any context.
+        """
+        old = request.ctx
+        if old is ctx or old is None or not request.pages or request.dummy:
+            return
+        if ctx.generation and ctx.generation != request.generation:
+            raise self.lease_lost(ctx.request_id, request.client, ctx.generation)
+        was, window = old.tokens, ctx.tokens
+        known = min(was.length - old.pending_future_count, window.length - ctx.pending_future_count)
+        count = min(known, max(request.committed * self.page_size, was.processed, window.processed))
+        if old.root_key != ctx.root_key or not np.array_equal(was.data[:count], window.data[:count]):
+            raise BatchError(
+                f"request {ctx.request_id!r} on replica {self.replica} has pages for other tokens or another salt "
+                "than this context; release it before you use its id for a new request"
+            )
+
     def adopt(self, request: Request, ctx: TextContext) -> None:
-        """Go on with another context object for a claimed request: fine if it says the same about its pages."""
-        old, window = request.ctx, ctx.tokens
-        if old is not None and request.pages:
-            here = request.committed * self.page_size
-            count = min(old.tokens.length, here if request.handed else max(here, window.processed))
-            same = np.array_equal(old.tokens.data[:count], window.data[: min(count, window.length)])
-            if not same or old.root_key != ctx.root_key:
-                raise BatchError(
-                    f"request {ctx.request_id!r} on replica {self.replica} has pages for other tokens or another salt "
-                    "than this context; release it before you use its id for a new request"
-                )
-        request.ctx = ctx
+        """Go on with another context object for a claimed request; see fence()."""
+        self.fence(request, ctx)
+        self._claims += 1  # what requests_of() remembers is not looked at again
         if request.bound:
+            if self.unpublished:
+                self.publish()
             request.bound = 0
             self.table.unbind(request.row)
+        request.ctx = ctx
+        ctx.generation = request.generation
 
     # -- allocation ------------------------------------------------------------------------------
 
@@ -226,12 +279,20 @@ class ReplicaCore:
             self.check()
             return {}
         refused = {}
+        self.claimed(batch)
         for ctx in batch:
             try:
                 self.alloc(ctx)
             except InsufficientBlocksError as error:
                 refused[ctx.request_id] = error
         return refused
+
+    def claimed(self, batch: Sequence[TextContext]) -> list[Request]:
+        """requests_of() for calls that do nothing at all unless all are claimed: NotClaimedError."""
+        try:
+            return self.requests_of(batch)
+        except KeyError as missing:
+            raise self.not_claimed(missing.args[0]) from None
 
     def make_room(self, pages: int) -> bool:
         """For rayk.decode: have so many empty pages, by evicting if need be. False when there are too few."""
@@ -265,18 +326,17 @@ class ReplicaCore:
         if self.unpublished:
             self.publish()
         due = []
-        try:
-            if len(batch) < FEW:
-                for ctx in batch:
-                    request = self.requests[ctx.request_id]
-                    if ctx.tokens.processed >= request.due:
-                        due.append((ctx, request, self._full_pages(ctx, request)))
-            else:
-                for ctx, request in zip(batch, self.requests_of(batch), strict=True):
-                    if ctx.tokens.processed >= request.due:
-                        due.append((ctx, request, self._full_pages(ctx, request)))
-        except KeyError as missing:
-            raise self.not_claimed(missing.args[0]) from None
+        if len(batch) == 1:
+            ctx = batch[0]
+            alone = self.requests.get(ctx.request_id)
+            if alone is None or alone.ctx is not ctx:
+                [alone] = self.claimed(batch)
+            if ctx.tokens.processed >= alone.due:
+                due.append((ctx, alone, self._full_pages(ctx, alone)))
+        else:
+            for ctx, request in zip(batch, self.claimed(batch), strict=True):
+                if ctx.tokens.processed >= request.due:
+                    due.append((ctx, request, self._full_pages(ctx, request)))
         for ctx, request, pages in due:
             if pages > request.committed:
                 self.commit(ctx, request, pages)
@@ -302,8 +362,6 @@ class ReplicaCore:
         window = ctx.tokens
         stable = window.processed if ctx.plain else min(window.processed, window.length - ctx.pending_future_count)
         full = stable // self.page_size
-        if request.ctx is not ctx:
-            self.adopt(request, ctx)
         if full > request.pages:
             raise BatchError(
                 f"request {ctx.request_id!r} on replica {self.replica} has {window.processed} processed tokens but "
@@ -336,9 +394,12 @@ class ReplicaCore:
         loads = self.loads
         if loads is None or not loads.under_way:
             return moved
-        for ctx in batch:
+        requests = [self.requests.get(ctx.request_id) for ctx in batch]
+        for ctx, request in zip(batch, requests, strict=True):
+            if request is not None:
+                self.fence(request, ctx)
+        for ctx, request in zip(batch, requests, strict=True):
             load = loads.under_way.get(ctx.request_id)
-            request = self.requests.get(ctx.request_id)
             if load is None or request is None:
                 continue
             if request.ctx is not ctx:
@@ -488,6 +549,8 @@ class ReplicaCore:
         Exact where the reference estimates: a hit on a cached page that nobody holds uses a free page up.
         """
         request = self.requests.get(ctx.request_id)
+        if request is not None:
+            self.fence(request, ctx)
         committed, held = (request.committed, request.pages) if request is not None else (0, 0)
         used, wanted = self.num_pages - self.free, -(-slots_needed(self, ctx) // self.page_size)
         match = self._resident(ctx) if self.may_reuse(ctx) > committed else None

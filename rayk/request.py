@@ -11,10 +11,14 @@ from rayk.prefix import Segment
 class Request:
     """A claimed request. Its row holds `pages` page ids, of which the first `committed` are in the prefix tree."""
 
-    __slots__ = ("bound", "committed", "ctx", "due", "dummy", "handed", "pages", "room", "row", "tip")
+    __slots__ = (
+        "bound", "client", "committed", "ctx", "due", "dummy", "generation", "handed", "pages", "room", "row", "tip"
+    )  # fmt: skip
 
-    def __init__(self, row: int, dummy: bool, due: int) -> None:
+    def __init__(self, row: int, dummy: bool, due: int, client: str = "", generation: int = 0) -> None:
         self.row = row
+        self.client = client  # the driver whose claim it is, and which one
+        self.generation = generation
         self.due = due  # processed tokens at which its next page is full, and so to be committed; NEVER for a dummy
         self.bound = 0  # its number in the table's columns once it was in a ContextBatch, see rayk.tables
         self.dummy = dummy

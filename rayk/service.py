@@ -9,10 +9,11 @@ from __future__ import annotations
 import pickle
 import traceback
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import repeat
 from time import monotonic, perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,11 +22,18 @@ from rayk.answers import Answers
 from rayk.backend import Forward, run_forward, run_tick
 from rayk.columns import RESULTS, Batch
 from rayk.context import TextContext
-from rayk.errors import MessageError, RaykError, RemoteError, StaleEpochError
+from rayk.errors import (
+    MessageError,
+    NotClaimedError,
+    RaykError,
+    RemoteError,
+    StaleEpochError,
+)
 from rayk.exchange import Exchange, reported
 from rayk.exports import PageImport
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.journal import Journal, Unfilled
+from rayk.lookup import refuse_twice
 from rayk.replica import ReplicaCore
 from rayk.ticks import Tick
 from rayk.tiers.connector import TierCount
@@ -35,6 +43,7 @@ from rayk.transport.port import PagePort, open_lines
 from rayk.views import Mirrors, Sender, moved
 
 REFUSED = (-1,) * RESULTS
+T = TypeVar("T")
 
 
 class ReplicaService:
@@ -66,6 +75,7 @@ class ReplicaService:
         self._dumps = dumps
         self._clock = clock
         self._mirrors = Mirrors(core.replica)
+        self._sender = ""  # of the message that is being answered
         self._exchange = Exchange(core, self.port, partial(self._mirrors.context, keep=False))
         self._answers: Answers[tuple[bytes, PageData]] = Answers()
 
@@ -81,6 +91,7 @@ class ReplicaService:
                 raise MessageError(f"a replica does not take {type(envelope.command).__name__}; the scheduler does")
             if envelope.epoch != self.epoch:
                 raise StaleEpochError(self.core.replica, envelope.epoch, self.epoch)
+            self._sender = envelope.client
             repeated = self._answers.repeated(envelope.client, seq)
             if repeated is not None:
                 return repeated
@@ -127,21 +138,19 @@ class ReplicaService:
                 if back := core.settle(batch):
                     return self._moved_back(back), []
                 return m.Value(self._dumps(run_forward(core, batch, self._shipped(fn)))), []
-            case m.Claim(request_id, dummy):
-                core.claim(request_id, dummy)
-            case m.Release(request_ids, missing_ok):
-                missing = [i for i in request_ids if i not in core.requests] if missing_ok else []
-                for request_id in request_ids:
-                    if not missing_ok or request_id in core.requests:
-                        self._release(request_id)
-                if missing:
-                    return m.Missing(missing), []
-            case m.GetContexts(request_ids):
-                return self._claimed(request_ids), []
+            case m.Claim(request_id, dummy, client, generation):
+                core.claim(request_id, dummy, client, generation)
+            case m.Release():
+                return self._released(command), []
+            case m.GetContexts(request_ids, generations):
+                return self._claimed(request_ids, generations), []
             case m.Lookup() | m.Export() | m.Acknowledge() | m.DropLines() | m.GetPrefixes() | m.Keep():
                 return self._exchange.answer(command, attached)
             case m.Blocks(request_id):
-                return m.BlocksDone(request_id in core.requests, core.blocks(request_id)), []
+                request = core.requests.get(request_id)
+                if request is None:
+                    return m.BlocksDone(False, []), []
+                return m.BlocksDone(True, core.blocks(request_id), request.generation, request.client), []
             case m.GetNews():
                 pass
             case m.GetUsage():
@@ -172,9 +181,32 @@ class ReplicaService:
         return m.Done(), []
 
     def _contexts(self, views: Sequence[m.ContextView]) -> list[TextContext]:
-        """Up-to-date contexts of all views, before anything is done with one; kept for claimed requests."""
-        requests = self.core.requests
-        ctxs = [self._mirrors.context(view, keep=view.request_id in requests) for view in views]
+        """Up-to-date contexts of all views, before anything is done with one; kept for claimed requests.
+
+        Nothing changes unless each view is of the present claim, continues what is known or says the same, and is the
+        only one of its request.
+        """
+        core, mirrors = self.core, self._mirrors
+        found = [core.requests.get(view.request_id) for view in views]
+        for view, request in zip(views, found, strict=True):
+            if view.generation != (request.generation if request is not None else 0):
+                raise core.lease_lost(view.request_id, self._sender, view.generation)
+        if len({view.request_id for view in views}) < len(views):
+            refuse_twice([view.request_id for view in views], core.replica)
+        whole: list[TextContext | None] = []
+        for view, request in zip(views, found, strict=True):
+            if view.base:
+                mirrors.check(view)
+                whole.append(None)
+            else:
+                whole.append(ctx := mirrors.context(view, keep=False))
+                if request is not None:
+                    core.fence(request, ctx)
+        ctxs = []
+        for view, request, sent in zip(views, found, whole, strict=True):
+            if sent is not None and request is not None:
+                mirrors.keep(sent)
+            ctxs.append(sent if sent is not None else mirrors.context(view))
         self._unfilled.seen(ctxs)
         return ctxs
 
@@ -182,10 +214,12 @@ class ReplicaService:
     def _moved_back(ctxs: Sequence[TextContext]) -> m.MovedBack:
         return m.MovedBack({ctx.request_id: moved(ctx) for ctx in ctxs})
 
-    def _claimed(self, request_ids: Sequence[str]) -> m.ContextsDone:
+    def _claimed(self, request_ids: Sequence[str], generations: Sequence[int]) -> m.ContextsDone:
         core, ctxs, bare, dummies = self.core, list[TextContext](), list[str](), list[str]()
-        for request_id in request_ids:
+        for request_id, generation in of_each(request_ids, generations, 0):
             request, ctx = core.requests.get(request_id), self._mirrors.get(request_id)
+            if request is not None and request.generation != generation:
+                continue
             if request is not None and request.dummy:
                 dummies.append(request_id)
             elif request is not None and ctx is not None and request.pages:
@@ -193,6 +227,36 @@ class ReplicaService:
             elif request is not None:
                 bare.append(request_id)
         return m.ContextsDone(Sender().pack(ctxs, whole=True), bare, dummies)
+
+    def _released(self, command: m.Release) -> m.Result:
+        """Release all of the claims that are meant; or none, when one is not there and none may be missing."""
+        core, meant, missing = self.core, list[str](), list[str]()
+        for request_id, generation in of_each(command.request_ids, command.generations, 0):
+            request = core.requests.get(request_id)
+            if request is not None and (command.force or request.generation == generation):
+                meant.append(request_id)
+            elif command.missing_ok:
+                missing.append(request_id)
+            else:
+                raise self._not_claimed(request_id, generation)
+        if len(set(meant)) < len(meant):
+            refuse_twice(meant, core.replica)
+        generations = [core.requests[request_id].generation for request_id in meant]
+        for request_id in meant:
+            self._release(request_id)
+        if command.force:
+            return m.Released(generations)
+        others = [core.requests.get(request_id) for request_id in missing]
+        if not any(others):
+            return m.Missing(missing)
+        present = [(other.client, other.generation) if other is not None else ("", 0) for other in others]
+        return m.Missing(missing, [client for client, _ in present], [generation for _, generation in present])
+
+    def _not_claimed(self, request_id: str, generation: int) -> NotClaimedError:
+        """Why a claim of that generation is not there."""
+        if not generation and request_id not in self.core.requests:
+            return self.core.not_claimed(request_id)
+        return self.core.lease_lost(request_id, self._sender, generation)
 
     def _release(self, request_id: str) -> None:
         self.core.release(request_id)
@@ -203,12 +267,16 @@ class ReplicaService:
         imports, arrivals = self._exchange.imports(command.imports, attached)
         uses = {row: [imports[i] for i in of] for row, of in command.uses.items()}
         batch = Batch(command.contexts)
+        claims = list(
+            zip(of_each(batch.ids, command.clients, ""), of_each(batch.ids, command.generations, 0), strict=True)
+        )
         numbers: list[int] = []
         seconds: list[float] = []
         failures: dict[int, m.Failure] = {}
         for row in range(len(batch)):
             try:
-                numbers += self._admit_one(batch, row, command, uses.get(row, ()), seconds)
+                (_, client), (_, generation) = claims[row]
+                numbers += self._admit_one(batch, row, command, uses.get(row, ()), seconds, client, generation)
             except RaykError as error:
                 failures[row] = m.failure(error)
                 numbers += REFUSED
@@ -221,14 +289,27 @@ class ReplicaService:
         return m.AdmitDone(array("q", numbers).tobytes(), array("d", seconds).tobytes(), failures, reported(arrivals))
 
     def _admit_one(
-        self, batch: Batch, row: int, command: m.Admit, imports: Sequence[PageImport], seconds: list[float]
+        self,
+        batch: Batch,
+        row: int,
+        command: m.Admit,
+        imports: Sequence[PageImport],
+        seconds: list[float],
+        client: str,
+        generation: int,
     ) -> tuple[int, ...]:
         core, request_id, start, claim = self.core, batch.ids[row], perf_counter(), command.claim
         if claim:
-            core.claim(request_id)
+            core.claim(request_id, False, client, generation)
+        request = core.requests.get(request_id)
+        if generation != (request.generation if request is not None else 0):
+            raise core.lease_lost(request_id, client, generation)
         claimed = perf_counter()
         try:
-            ctx = self._mirrors.row(batch, row, keep=claim or request_id in core.requests)
+            ctx = self._mirrors.row(batch, row, keep=False)
+            if request is not None:
+                core.fence(request, ctx)
+                self._mirrors.keep(ctx)
             reused = core.receive(ctx, imports) if command.handed else core.alloc(ctx, imports)
         except BaseException:
             if claim:
@@ -240,6 +321,10 @@ class ReplicaService:
         return (window.processed, window.end, -1 if cached is None else cached, *reused)
 
     def _tick(self, command: m.RunTick) -> m.TickDone | m.MovedBack:
+        for request_id, generation in of_each(command.release, command.generations, 0):
+            request = self.core.requests.get(request_id)
+            if generation != (request.generation if request is not None else 0):
+                raise self._not_claimed(request_id, generation)
         ctxs = self._contexts(command.views)
         if back := self.core.settle([ctx for ctx in ctxs if not self.core.loading(ctx)]):
             return self._moved_back(back)
@@ -293,6 +378,15 @@ class ReplicaService:
         table, lengths, shape = self.core.batch_tables(batch, max_cache_length, characteristics)
         rows, width = table.shape
         return m.InputsDone(rows, width, table.tobytes(), lengths.tobytes(), (*shape,))
+
+
+def of_each(request_ids: Sequence[str], values: Sequence[T], default: T) -> Iterator[tuple[str, T]]:
+    """Each id with its value; one value is that of all. MessageError for any other number."""
+    if len(values) == len(request_ids):
+        return zip(request_ids, values, strict=True)
+    if len(values) > 1:
+        raise MessageError(f"{len(values)} value(s) came for {len(request_ids)} request(s)")
+    return zip(request_ids, repeat(values[0] if values else default), strict=False)
 
 
 def _has_moved(ctx: TextContext, view: m.ContextView) -> bool:

@@ -47,7 +47,7 @@ class Sender:
     def __init__(self) -> None:
         self._sent: dict[str, tuple[TextContext, int, int]] = {}  # id -> context, replica, tokens sent
 
-    def view(self, ctx: TextContext, replica: int = -1, whole: bool = False) -> ContextView:
+    def view(self, ctx: TextContext, replica: int = -1, whole: bool = False, generation: int = 0) -> ContextView:
         """The context for `replica`; only tokens it has not seen unless `whole` or the replica is open (-1)."""
         base = 0 if whole else self._known(ctx, replica)
         window = ctx.tokens
@@ -65,6 +65,7 @@ class Sender:
             _raw(ctx.draft_tokens_to_verify, ctx.request_id),
             _raw(ctx.maybe_accepted_draft_tokens, ctx.request_id),
             origin,
+            generation,
         )
 
     def pack(self, ctxs: Sequence[TextContext], replica: int = -1, whole: bool = False) -> Contexts:
@@ -93,6 +94,11 @@ class Sender:
     def arrived(self, ctx: TextContext, replica: int) -> None:
         """`replica` keeps the context and has all its tokens; placeholders must be sent again once filled in."""
         self._sent[ctx.request_id] = (ctx, replica, ctx.tokens.length - ctx.pending_future_count)
+
+    def knows_another(self, ctx: TextContext) -> bool:
+        """Whether a replica has another context for its request."""
+        known = self._sent.get(ctx.request_id)
+        return known is not None and known[0] is not ctx
 
     def forget(self, request_id: str) -> None:
         """The replica may not have it any more: the next view is whole."""
@@ -203,6 +209,18 @@ class Mirrors:
             raise StaleContextError(request_id, self._replica)
         ctx.tokens.replace(base, tokens)
         return ctx
+
+    def check(self, view: ContextView) -> None:
+        """Whether the view continues the mirror of its context: StaleContextError, and what is malformed."""
+        ctx, tokens = self._contexts.get(view.request_id), _tokens(view.tokens)
+        if ctx is None or ctx.tokens.length < view.base:
+            raise StaleContextError(view.request_id, self._replica)
+        if not 0 <= view.processed < view.end <= view.base + len(tokens):
+            raise _wrong_window(ctx, view.processed, view.end)
+
+    def keep(self, ctx: TextContext) -> None:
+        """This is the request's context from now on."""
+        self._contexts[ctx.request_id] = ctx
 
     def get(self, request_id: str) -> TextContext | None:
         """The mirror of a context, or None."""

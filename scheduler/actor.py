@@ -180,6 +180,10 @@ class SchedulerActor:
         """The epoch, at once, also while the data lane is busy."""
         return self._epoch
 
+    def owner(self) -> str:
+        """The driver that started the cluster and still uses it; '' when that has left, or its lease has ended."""
+        return self._core.owner
+
     def pid(self) -> int:
         """This process, on its node."""
         return os.getpid()

@@ -49,10 +49,10 @@ class Ask(NamedTuple):
     def undo(self) -> m.ReplicaCommand | None:
         """What takes back what it did, if it was done when nobody waited for the answer any more."""
         match self.command:
-            case m.Admit(contexts, claim=True):
-                return m.Release(contexts.ids, missing_ok=True)
-            case m.Claim(request_id):
-                return m.Release([request_id], missing_ok=True)
+            case m.Admit(contexts, claim=True, generations=generations):
+                return m.Release(contexts.ids, True, generations)
+            case m.Claim(request_id, generation=generation):
+                return m.Release([request_id], True, [generation])
         return None
 
 

@@ -31,14 +31,17 @@ from rayk.errors import (
     AlreadyClaimedError,
     CallTimeoutError,
     InsufficientBlocksError,
+    LeaseLostError,
     NotClaimedError,
     OverloadedError,
     RaykError,
+    RuntimeInputsError,
     StaleContextError,
     TokenError,
     UnsendableError,
 )
 from rayk.inputs import BatchCharacteristics, BatchShape, no_inputs, table_only
+from rayk.lookup import refuse_twice
 from rayk.request import Usage
 from rayk.scheduler.changes import Changes
 from rayk.scheduler.cluster import Cluster, desk_settings
@@ -85,8 +88,9 @@ class Calls(Changes):
         request_id = checked_request_id(request_id)
         yield from self._noted()
         command = m.ClaimOne(request_id, replica, dummy, self._take_released())
-        yield from self._ask_placing(command, [request_id], replica)
-        self._placed[request_id] = replica
+        done: m.Claimed = yield from self._ask_placing(command, [request_id], replica)
+        self._sender.forget(request_id)
+        self._claimed(request_id, replica, done.generation)
 
     def _ask_placing(self, command: Any, request_ids: list[str], replica: int = -1) -> Call:
         """One message that places requests. A caller that is interrupted, or waits for too long, leaves nothing
@@ -114,46 +118,64 @@ class Calls(Changes):
     def blocks(self, request_id: str, replica: int) -> Call:
         request_id = checked_request_id(request_id)
         done: m.BlocksDone = yield from self._ask(self.link(replica), m.Blocks(request_id))
+        mine = self._claims.get(request_id, done.generation)
+        if done.generation not in (0, mine):
+            raise LeaseLostError(request_id, replica, replica, self.client, mine, done.client, done.generation)
         return done.page_ids
 
     @current
-    def release(self, request_id: str, replica: int) -> Call:
+    def release(self, request_id: str, replica: int, force: bool = False) -> Call:
         request_id = checked_request_id(request_id)
-        holder = self._placed.get(request_id, -1)
-        if holder not in (-1, replica):
+        holder, generation = self._placed.get(request_id, -1), self._claims.get(request_id, 0)
+        if holder not in (-1, replica) and not force:
             raise NotClaimedError(request_id, replica, holder)
-        yield from self._ask(self.link(replica), m.Release([request_id]))
-        self._gone(request_id)
+        done = yield from self._ask(self.link(replica), m.Release([request_id], False, [generation], force))
+        if not force or done.generations == [generation]:
+            self._gone(request_id)
+        else:  # another driver's, or this driver's that it does not know of
+            self._released[request_id] = done.generations[0]
 
     @current
     def release_many(self, request_ids: Sequence[str]) -> Call:
-        """Release requests that this driver placed, one message per replica; what a replica has not is passed over."""
-        by_replica: dict[int, list[str]] = {}
+        """Release requests that this driver placed, one message per replica; why those were not that are not there."""
+        by_replica: dict[int, dict[str, int]] = {}
         for request_id in request_ids:
-            by_replica.setdefault(self._placed[request_id], []).append(request_id)
-        sent: list[tuple[list[str], Pending]] = []
+            by_replica.setdefault(self._placed[request_id], {})[request_id] = self._claims.get(request_id, 0)
+        sent: list[tuple[int, Pending]] = []
         errors: list[RaykError] = []
-        for replica, ids in by_replica.items():
+        for replica, claims in by_replica.items():
             try:
-                sent.append((ids, self.link(replica).send(m.Release(ids, missing_ok=True))))
+                release = m.Release(list(claims), True, list(claims.values()))
+                sent.append((replica, self.link(replica).send(release)))
             except RaykError as error:
                 errors.append(error)
         answers = yield [pending for _, pending in sent]
-        for (ids, _), heard in zip(sent, answers, strict=True):
+        lost: dict[str, RaykError] = {}
+        for (replica, _), heard in zip(sent, answers, strict=True):
             if isinstance(heard, RaykError):
                 errors.append(heard)
-            else:
-                for request_id in ids:
+                continue
+            claims, missing = by_replica[replica], heard.result
+            if isinstance(missing, m.Missing):
+                for request_id, owner, now in zip(*missing.columns, strict=True):
+                    holder = replica if now else -1
+                    whose = (self.client, claims.pop(request_id), owner, now)
+                    lost[request_id] = LeaseLostError(request_id, replica, holder, *whose)
+            for request_id, claim in claims.items():
+                if self._claims.get(request_id, 0) == claim:
                     self._gone(request_id)
+        for request_id, reason in lost.items():
+            lost[request_id] = yield from self.explained(reason)
         if errors:
             raise errors[0]
         for heard in answers:
             result_of(heard)
+        return lost
 
     def _gone(self, request_id: str) -> None:
         self._sender.forget(request_id)
         self._placed.pop(request_id, None)
-        self._released.append(request_id)
+        self._released[request_id] = self._claims.pop(request_id, 0)
 
     @current
     def alloc(self, ctx: TextContext, replica: int) -> Call:
@@ -164,6 +186,7 @@ class Calls(Changes):
     @current
     def alloc_many(self, batches: Batches) -> Call:
         """Decode steps in one message per replica; contexts that may find cached pages one by one, like alloc()."""
+        self._refuse_twice(batches)
         for r, batch in enumerate(batches):
             for ctx in batch:
                 if self._placed.get(ctx.request_id, r) != r:
@@ -214,6 +237,7 @@ class Calls(Changes):
         peers = self._copies and len(self.replicas) > 1 and (claim or any(map(self._may_copy, ctxs)))
 
         yield from self._noted()
+        generations = [] if claim else [self._generation(ctx) for ctx in ctxs]
 
         def command() -> m.PlaceMany:
             at = replicas[0] if replicas is not None and not claim else -1
@@ -221,7 +245,7 @@ class Calls(Changes):
             targets = list(replicas) if replicas is not None else []
             seen, unfilled = self.heard("seen"), self.heard("unfilled")
             keys = self._page_keys(ctxs) if claim or peers else b""
-            how = (stop_on_error, seen, unfilled, self.cluster.joined, False, self.prefill_rate, keys)
+            how = (stop_on_error, seen, unfilled, self.cluster.joined, False, self.prefill_rate, keys, generations)
             return m.PlaceMany(contexts, targets, claim, peers, self._take_released(), *how)
 
         ids, released = [ctx.request_id for ctx in ctxs] if claim else [], self._released
@@ -341,14 +365,17 @@ class Calls(Changes):
         if isinstance(heard, RaykError) or isinstance(heard.result, m.Failure):
             return  # nothing was placed, or it is lost
         done, ids, where = heard.result, abandoned.request_ids, dict[str, int]()
+        made: dict[str, int] = {}
         if isinstance(done, m.EnterDone):
             self._became += self._entered(done)
         elif isinstance(done, m.PlaceDone):
             refused = set(Outcomes.received(done.numbers, done.seconds, done.failures, len(ids)).refused)
             where = {i: r for at, (i, r) in enumerate(zip(ids, done.replicas, strict=True)) if at not in refused}
+            made = dict(zip(ids, done.generations, strict=True))
         else:
-            where = dict.fromkeys(ids, abandoned.replica)
-        self._placed.update(where)
+            where, made = dict.fromkeys(ids, abandoned.replica), dict.fromkeys(ids, done.generation)
+        for request_id, replica in where.items():
+            self._claimed(request_id, replica, made[request_id])
         with suppress(RaykError):  # where that fails, they are gone, too
             yield from self.release_many(list(where))
 
@@ -374,9 +401,10 @@ class Calls(Changes):
         """Move windows to where the replicas' alloc left them, and remember who has what."""
         outcomes = Outcomes.received(done.numbers, done.seconds, done.failures, len(ctxs))
         admissions: list[Admission] = []
-        placed, arrived = self._placed, self._sender.arrived
-        for ctx, replica, row, (claim, alloc) in zip(
-            ctxs, done.replicas, outcomes.rows, outcomes.seconds.tolist(), strict=True
+        arrived = self._sender.arrived
+        generations = done.generations or [0] * len(ctxs)
+        for ctx, replica, row, (claim, alloc), generation in zip(
+            ctxs, done.replicas, outcomes.rows, outcomes.seconds.tolist(), generations, strict=True
         ):
             processed, end, cached, device, peer, host, disk = row
             if processed < 0:
@@ -388,22 +416,58 @@ class Calls(Changes):
             window.processed, window.end = processed, end
             ctx.cached_prefix_length = None if cached < 0 else cached
             arrived(ctx, replica)
-            placed[ctx.request_id] = replica
+            if generation:
+                self._claimed(ctx.request_id, replica, generation)
+            ctx.generation = self._claims.get(ctx.request_id, 0)
             admissions.append(Admission(replica, None, device, peer, host, disk, claim, alloc))
         return admissions
 
     # -- batches -----------------------------------------------------------------------------------
 
-    def _views(self, ctxs: Sequence[TextContext], replica: int) -> list[m.ContextView]:
-        return [self._sender.view(ctx, replica) for ctx in ctxs]
+    def _generation(self, ctx: TextContext) -> int:
+        """The claim that a call with this context means: this driver's present one, unless that goes on with another
+        context and this one is of an earlier claim."""
+        generation = self._claims.get(ctx.request_id, 0)
+        if ctx.generation not in (generation, 0) and self._sender.knows_another(ctx):
+            return ctx.generation
+        return generation
 
-    def _each(self, batches: Batches, command: Callable[[int, Sequence[TextContext]], Any]) -> Call:
-        """One message to each replica whose command is not None; then the first error is raised.
+    def _views(self, ctxs: Sequence[TextContext], replica: int, claims: Sequence[int]) -> list[m.ContextView]:
+        view = self._sender.view
+        return [view(ctx, replica, generation=claim) for ctx, claim in zip(ctxs, claims, strict=True)]
+
+    def _refuse_twice(self, batches: Batches) -> None:
+        for r, batch in enumerate(batches):
+            if len(batch) > 1:
+                refuse_twice([ctx.request_id for ctx in batch], r)
+
+    def _each(self, batches: Batches, command: Callable[[int, list[m.ContextView]], Any]) -> Call:
+        """The result of each replica; the first error is raised when all have done theirs."""
+        results, errors = yield from self._of_each(batches, command)
+        if errors:
+            raise errors[min(errors)]
+        return results
+
+    def _forward(self, batches: Batches, command: Callable[[int, list[m.ContextView]], Any]) -> Call:
+        """The same for what reads pages: a request that was handed over is one that is not claimed there."""
+        try:
+            return (yield from self._each(batches, command))
+        except LeaseLostError as error:
+            told: RaykError = yield from self.explained(error)
+            if isinstance(told, LeaseLostError):
+                raise told from None
+            why = f"request {error.request_id!r} is not claimed here; {told}"
+            raise RuntimeInputsError(error.replica, why) from None
+
+    def _of_each(self, batches: Batches, command: Callable[[int, list[m.ContextView]], Any]) -> Call:
+        """One message to each replica whose command is not None: results, and errors by replica.
 
         A replica that lacks earlier tokens has done nothing and gets its message again, whole. So does one whose loads
         from a tier failed, with the windows moved back to what it has.
         """
         results: list[Any] = [None] * len(batches)
+        # Whatever is sent again is about the same claims: an id may be claimed anew meanwhile.
+        claims = [[self._generation(ctx) for ctx in batch] for batch in batches]
         errors: dict[int, RaykError] = {}
         due = list(range(len(batches)))
         whole: set[int] = set()  # replicas that lacked tokens
@@ -413,7 +477,7 @@ class Calls(Changes):
                 if not batches[r] and r not in self.replicas:
                     continue  # nobody is there, and nothing is to be done
                 try:
-                    message = command(r, batches[r])
+                    message = command(r, self._views(batches[r], r, claims[r]))
                     if message is not None:
                         sent.append((r, self.link(r).send(message)))
                 except RaykError as error:
@@ -439,9 +503,7 @@ class Calls(Changes):
                         due.append(r)
                 except RaykError as error:
                     errors[r] = error
-        if errors:
-            raise errors[min(errors)]
-        return results
+        return results, errors
 
     @staticmethod
     def _move_back(batch: Sequence[TextContext], back: m.MovedBack) -> None:
@@ -456,12 +518,12 @@ class Calls(Changes):
 
     @current
     def step(self, batches: Batches) -> Call:
-        yield from self._each(batches, lambda r, batch: m.Step(self._views(batch, r)) if batch else None)
+        yield from self._each(batches, lambda r, views: m.Step(views) if views else None)
 
     @current
     def execute(self, batches: Batches, fn: Forward) -> Call:
         pickled = self._runtime.dumps(fn)
-        values = yield from self._each(batches, lambda r, batch: m.Execute(self._views(batch, r), pickled))
+        values = yield from self._forward(batches, lambda r, views: m.Execute(views, pickled))
         return [pickle.loads(value.data) if value is not None else None for value in values]
 
     @current
@@ -473,8 +535,8 @@ class Calls(Changes):
             if characteristics is not None
             else None
         )
-        done: list[m.InputsDone | None] = yield from self._each(
-            batches, lambda r, batch: m.Inputs(self._views(batch, r), max_cache_length, bounds)
+        done: list[m.InputsDone | None] = yield from self._forward(
+            batches, lambda r, views: m.Inputs(views, max_cache_length, bounds)
         )
         shards = dict.fromkeys(self._params.leaves, self._params.tensor_parallel_degree)
         return [
@@ -493,25 +555,29 @@ class Calls(Changes):
     def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> Call:
         pickled = self._runtime.dumps(fn) if fn is not None else b""
         contexts = [list({id(c): c for c in (*t.step, *t.alloc, *t.execute)}.values()) for t in ticks]
+        leaving = [[self._claims.get(request_id, 0) for request_id in t.release] for t in ticks]
 
-        def command(r: int, batch: Sequence[TextContext]) -> m.RunTick | None:
+        def command(r: int, views: list[m.ContextView]) -> m.RunTick | None:
             tick = ticks[r]
             if tick.empty:
                 return None
-            at = {id(ctx): i for i, ctx in enumerate(batch)}
+            at = {id(ctx): i for i, ctx in enumerate(contexts[r])}
             return m.RunTick(
-                self._views(batch, r),
+                views,
                 [at[id(c)] for c in tick.step],
                 list(tick.release),
                 [at[id(c)] for c in tick.alloc],
                 [at[id(c)] for c in tick.execute],
                 pickled if tick.execute else b"",
+                leaving[r],
             )
 
-        done = yield from self._each(contexts, command)
+        done, errors = yield from self._of_each(contexts, command)
         results = [self._ticked(tick, d) for tick, d in zip(ticks, done, strict=True)]
+        for r, error in errors.items():
+            results[r] = TickResult(error=error)
         for r, result in enumerate(results):
-            if isinstance(result.error, NotClaimedError):
+            if isinstance(result.error, RaykError):
                 results[r] = replace(result, error=(yield from self.explained(result.error)))
         return results
 

@@ -16,7 +16,7 @@ from rayk.actors.link import Traffic
 from rayk.actors.runtime import ActorGoneError, Runtime
 from rayk.backend import Batches, Forward
 from rayk.context import TextContext
-from rayk.errors import CallTimeoutError, InsufficientBlocksError, RaykError, SchedulerLostError
+from rayk.errors import CallTimeoutError, InsufficientBlocksError, NotOwnerError, RaykError, SchedulerLostError
 from rayk.inputs import BatchCharacteristics, ReplicaInputs
 from rayk.lanes import LaneState
 from rayk.metrics import KVCacheMetrics
@@ -31,6 +31,7 @@ from rayk.tiers.connector import TierCount
 log = logging.getLogger("rayk.scheduler")
 
 CLOSING_SECONDS = 5.0  # for which a scheduler may not answer a driver that leaves
+OWNER_SECONDS = 5.0
 LEASE_SECONDS = 15.0  # a driver of a named session that is silent this long has its requests released
 
 
@@ -55,7 +56,7 @@ class RayBackend:
         elif fast_lane:
             self.calls.lay_lanes()
         if name is not None:
-            self.calls.scheduler.ask(m.Connect(LEASE_SECONDS))
+            self.calls.scheduler.ask(m.Connect(LEASE_SECONDS, cluster.started_here))
             Thread(target=self._renew, name="rayk-lease", daemon=True).start()
 
     @property
@@ -88,8 +89,8 @@ class RayBackend:
     def alloc(self, ctx: TextContext, replica: int) -> None:
         wait_for(self.calls.alloc(ctx, replica))
 
-    def release(self, request_id: str, replica: int) -> None:
-        wait_for(self.calls.release(request_id, replica))
+    def release(self, request_id: str, replica: int, force: bool = False) -> None:
+        wait_for(self.calls.release(request_id, replica, force))
         if self.calls.queued:
             self.calls.note_released()
 
@@ -229,6 +230,18 @@ class RayBackend:
 
     def holder(self, request_id: str) -> int | None:
         return self.calls.holder(request_id)
+
+    def check_owned(self) -> None:
+        """NotOwnerError when another driver started the cluster and still uses it."""
+        if self._name is None or self._cluster.started_here:
+            return
+        scheduler = self.calls.scheduler.actor
+        try:
+            owner = self._runtime.get(scheduler.call("owner", control=True), "the scheduler", OWNER_SECONDS)
+        except ActorGoneError:
+            return  # without a scheduler the cluster is of no use to anybody
+        if owner:
+            raise NotOwnerError(self._name, owner)
 
     def close(self) -> None:
         self._stopped.set()

@@ -78,7 +78,7 @@ class Cluster:
     """Running actors of one manager: `seats[r]` is replica r, None where nobody is. The roster that drivers share.
 
     `plan` is that of the start, and what was measured of nodes since. `tiers` names the host pools of the nodes.
-    `version`, `joined` and `states` are those of the scheduler's Membership.
+    `version`, `joined` and `states` are those of the scheduler's Membership. `started_here`: by this driver.
     """
 
     config: ClusterConfig
@@ -90,6 +90,7 @@ class Cluster:
     version: int = 1
     joined: int = 1
     states: tuple[str, ...] = ()
+    started_here: bool = False
 
     @property
     def there(self) -> list[Seat]:
@@ -361,7 +362,7 @@ def _start_scheduler(runtime: Runtime, cluster: Cluster, name: str | None) -> Cl
     except BaseException:
         runtime.stop([scheduler], None)
         raise
-    return replace(cluster, scheduler=scheduler)
+    return replace(cluster, scheduler=scheduler, started_here=True)
 
 
 def _ready(runtime: Runtime, actor: Actor, target: str, question: str) -> Any:

@@ -54,6 +54,8 @@ class SchedulerCore:
             self.standing.vacated = self.hall.lost
             self._entry = Entry(self.placer, self.hall)
         self.leases = Leases(clock)
+        self.owner = ""
+        """The driver that started the cluster, until it leaves or its lease ends; '' for nobody."""
         self._clock = clock
 
     @property
@@ -81,12 +83,14 @@ class SchedulerCore:
                 return self._hit_counts(view)
             case m.EveryReplica(every):
                 return self._every(every)
-            case m.Connect(lease):
+            case m.Connect(lease, owner):
+                if owner:
+                    self.owner = client
                 return self._connect(client, lease)
             case m.Disconnect():
                 return self._leave(client)
             case m.Describe(released):
-                self.placer.forget_own(client, released)
+                self.placer.forget_released(released)
                 return self._describe()
             case m.Explain(request_id):
                 return self._explain(request_id)
@@ -97,7 +101,7 @@ class SchedulerCore:
             case m.RemoveReplica(replica):
                 return self._remove(replica)
             case m.DrainReplica(replica, released, handover):
-                self.placer.forget_own(client, released)
+                self.placer.forget_released(released)
                 self.standing.drain(replica)
                 return self._drain(replica, handover)
             case _:
@@ -237,16 +241,22 @@ class SchedulerCore:
         """Release the requests of drivers whose leases have ended. To be run every LONGEST_TICK seconds at least; its
         rounds are orders, whose answers need not be waited for."""
         for client in self.leases.tick():
+            self._disowned(client)
             if self.hall is not None:
                 self.hall.drop(client)
             yield from self.placer.release_all(client)
 
     def _leave(self, client: str) -> Script:
         self.leases.leave(client)
+        self._disowned(client)
         if self.hall is not None:
             self.hall.drop(client)
         yield from self.placer.release_all(client)
         return m.Done()
+
+    def _disowned(self, client: str) -> None:
+        if self.owner == client:
+            self.owner = ""
 
     def _describe(self) -> Script:
         loads, fleet, hall = self.placements.loads, self.desk.fleet, self.hall

@@ -38,7 +38,7 @@ class Entry:
     def enter(self, client: str, command: m.Enter) -> Script:
         """Take offers and news from a driver, let in who may, and say what became of the driver's requests."""
         placer, hall = self._placer, self._hall
-        placer.forget_own(client, command.released)
+        placer.forget_released(command.released)
         if command.contexts.ids:
             placer.prefill_rate = command.prefill_rate
         hall.gate.reports(command.turns, command.used)
@@ -105,7 +105,8 @@ class Entry:
         outcomes = Outcomes(len(batch))
         command = m.PlaceMany(batch.contexts, claim=True, peers=peers, prefill_rate=placer.prefill_rate)
         try:
-            yield from placer.carry_out(batch, command, dict(sorted(groups.items())), lonely, outcomes)
+            claims = [owner for _, owner in placed]
+            yield from placer.carry_out(batch, command, claims, dict(sorted(groups.items())), lonely, outcomes)
         finally:
             for row, (entering, owner) in enumerate(placed):
                 self._settle(entering, owner, outcomes, row)
@@ -114,7 +115,7 @@ class Entry:
         hall, ticket = self._hall, entering.ticket
         hall.answered(entering)
         if outcomes.numbers[row, 0] >= 0:
-            hall.placed(entering, (outcomes.numbers[row].tobytes(), outcomes.seconds[row].tobytes()))
+            hall.placed(entering, (outcomes.numbers[row].tobytes(), outcomes.seconds[row].tobytes(), owner[1]))
             return
         error = m.to_error(outcomes.failures[row]) if row in outcomes.failures else None
         full = isinstance(error, InsufficientBlocksError) and error.needed <= error.total
@@ -127,14 +128,15 @@ class Entry:
     def _answer(self, client: str) -> m.EnterDone:
         fates, left = self._hall.settled(client)
         nothing = Outcomes(1)
-        refused = (nothing.numbers.tobytes(), nothing.seconds.tobytes())
+        refused = (nothing.numbers.tobytes(), nothing.seconds.tobytes(), 0)
         rows = [fate.outcome if fate.outcome is not None else refused for fate in fates]
         failures = {i: m.failure(fate.error) for i, fate in enumerate(fates) if fate.error is not None}
         return m.EnterDone(
             [fate.request_id for fate in fates],
             [fate.replica for fate in fates],
-            b"".join([numbers for numbers, _ in rows]),
-            b"".join([seconds for _, seconds in rows]),
+            b"".join([numbers for numbers, _, _ in rows]),
+            b"".join([seconds for _, seconds, _ in rows]),
             failures,
             left,
+            [generation for _, _, generation in rows],
         )

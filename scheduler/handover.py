@@ -8,7 +8,7 @@ the last full page is not copied: the next alloc of the request moves its window
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping
 from functools import partial
 
 import numpy as np
@@ -18,9 +18,10 @@ from rayk.columns import Batch, Outcomes
 from rayk.scheduler.asks import Ask, Told
 from rayk.scheduler.choice import Wish
 from rayk.scheduler.membership import Membership
-from rayk.scheduler.placing import Placer
+from rayk.scheduler.placing import Owner, Placer, released
 
 ATTEMPTS = 4  # replicas that are tried for a request
+Claims = Mapping[str, Owner]  # request -> whose claim is moved
 Left = dict[str, str]  # request -> why it is still there
 
 
@@ -38,15 +39,17 @@ class Handover:
         moved: dict[str, int] = {}
         if not ids:
             return moved, {}
-        [told] = yield [Ask(replica, m.GetContexts(ids))]
+        claims = dict(zip(ids, placer.owners_of(ids), strict=True))
+        generations = [generation for _, generation in claims.values()]
+        [told] = yield [Ask(replica, m.GetContexts(ids, generations))]
         if not isinstance(told.result, m.ContextsDone):
             why = str(m.to_error(told.result)) if isinstance(told.result, m.Failure) else "it cannot be read"
             return moved, dict.fromkeys(ids, why)
         found = told.result
         left: Left = {}
         for request_ids, dummy in ((found.bare, False), (found.dummies, True)):
-            yield from self._move_claims(replica, request_ids, dummy, moved, left)
-        yield from self._move(replica, Batch(found.contexts), moved, left)
+            yield from self._move_claims(replica, {i: claims[i] for i in request_ids}, dummy, moved, left)
+        yield from self._move(replica, Batch(found.contexts), claims, moved, left)
         if moved:
             self._members.touch()
         return moved, left
@@ -73,13 +76,13 @@ class Handover:
             desk.answered(replica, (request_id,))
 
     def _move_claims(
-        self, replica: int, request_ids: Sequence[str], dummy: bool, moved: dict[str, int], left: Left
+        self, replica: int, claims: Claims, dummy: bool, moved: dict[str, int], left: Left
     ) -> Generator[list[Ask], list[Told], None]:
         """Requests that have no pages."""
         wish = Wish(0)
-        targets = {i: self._choose(i, wish, set()) for i in request_ids}
+        targets = {i: self._choose(i, wish, set()) for i in claims}
         going = {i: target for i, target in targets.items() if target >= 0}
-        answers = yield [Ask(target, m.Claim(i, dummy)) for i, target in going.items()]
+        answers = yield [Ask(target, m.Claim(i, dummy, *claims[i])) for i, target in going.items()]
         gone = {}
         for (request_id, target), told in zip(going.items(), answers, strict=True):
             self._placer.desk.answered(target, (request_id,))
@@ -89,15 +92,15 @@ class Handover:
             else:
                 gone[request_id] = (target, 0)
         left.update((i, "no other replica takes requests") for i, target in targets.items() if target < 0)
-        yield from self._let_go(replica, gone, moved)
+        yield from self._let_go(replica, gone, claims, moved)
 
     def _move(
-        self, replica: int, batch: Batch, moved: dict[str, int], left: Left
+        self, replica: int, batch: Batch, claims: Claims, moved: dict[str, int], left: Left
     ) -> Generator[list[Ask], list[Told], None]:
         """Requests that have pages: other replicas are tried until one has room."""
         placer, due = self._placer, list(range(len(batch)))
         tried: dict[int, set[int]] = {row: set() for row in due}
-        rate = placer.prefill_rate
+        rate, owners = placer.prefill_rate, [claims[i] for i in batch.ids]
         command = m.PlaceMany(batch.contexts, claim=True, peers=True, handed=True, prefill_rate=rate)
         for _ in range(ATTEMPTS):
             groups: dict[int, list[int]] = {}
@@ -110,7 +113,7 @@ class Handover:
                     left.setdefault(batch.ids[row], "no other replica takes requests")
             outcomes = Outcomes(len(batch))
             if groups:
-                yield from placer.carry_out(batch, command, dict(sorted(groups.items())), set(), outcomes)
+                yield from placer.carry_out(batch, command, owners, dict(sorted(groups.items())), set(), outcomes)
             gone: dict[str, tuple[int, int]] = {}
             for target, rows in groups.items():
                 for row in rows:
@@ -122,7 +125,7 @@ class Handover:
                         failure = outcomes.failures.get(row)
                         left[request_id] = str(m.to_error(failure)) if failure is not None else "it was not tried"
                         again.append(row)
-            yield from self._let_go(replica, gone, moved)
+            yield from self._let_go(replica, gone, claims, moved)
             due = again
             if not due:
                 break
@@ -134,36 +137,39 @@ class Handover:
         return Wish(batch.lengths[row], self._placer.keys(batch, row), batch.traits(row).session_id)
 
     def _let_go(
-        self, replica: int, gone: dict[str, tuple[int, int]], moved: dict[str, int]
+        self, replica: int, gone: dict[str, tuple[int, int]], claims: Claims, moved: dict[str, int]
     ) -> Generator[list[Ask], list[Told], None]:
-        """Those are at other replicas now: from here on they are there, unless they were released meanwhile."""
+        """Those are at other replicas now: from here on they are there, unless they were released meanwhile. Only the
+        claims that were moved are let go of: by now an id may be claimed again."""
         if not gone:
             return
         placer, placements = self._placer, self._placer.placements
-        known = [i for i in gone if placements.holder(i) == replica]
+        same = [i for i, owner in zip(gone, placer.owners_of(gone), strict=True) if owner is claims[i]]
+        known = [i for i in same if placements.holder(i) == replica]
         for request_id in known:
             target, tokens = gone[request_id]
             placements.remove(request_id)
             placements.add(request_id, target, tokens)
+        orders = released({i: claims[i][1] for i in gone})
         targets = {i: target for i, (target, _) in gone.items()}
-        [told] = yield [Ask(replica, m.Release(list(gone), missing_ok=True), late=partial(self._orphaned, targets))]
+        [told] = yield [Ask(replica, orders, late=partial(self._orphaned, targets, claims))]
         missing = set(told.result.request_ids) if isinstance(told.result, m.Missing) else set()
         missing |= set(gone) - set(known)
-        orphans: dict[int, list[str]] = {}
+        orphans: dict[int, dict[str, int]] = {}
         for request_id in missing:
-            orphans.setdefault(gone[request_id][0], []).append(request_id)
+            orphans.setdefault(gone[request_id][0], {})[request_id] = claims[request_id][1]
         if orphans:
-            yield [Ask(target, m.Release(ids, missing_ok=True)) for target, ids in orphans.items()]
+            yield [Ask(target, released(lost)) for target, lost in orphans.items()]
             for request_id in missing:
                 if placements.holder(request_id) in (None, gone[request_id][0]):
-                    placer.forget([request_id])
+                    placer.forget_of(claims[request_id], [request_id])
         moved.update((i, target) for i, (target, _) in gone.items() if i not in missing)
 
-    def _orphaned(self, targets: dict[str, int], result: m.Result) -> list[Ask]:
+    def _orphaned(self, targets: dict[str, int], claims: Claims, result: m.Result) -> list[Ask]:
         """A silent source answers at last: what its drivers had released there is at others."""
-        orphans: dict[int, list[str]] = {}
+        orphans: dict[int, dict[str, int]] = {}
         for request_id in result.request_ids if isinstance(result, m.Missing) else ():
             if self._placer.placements.holder(request_id) in (None, targets[request_id]):
-                self._placer.forget([request_id])
-                orphans.setdefault(targets[request_id], []).append(request_id)
-        return [Ask(target, m.Release(ids, missing_ok=True)) for target, ids in orphans.items()]
+                self._placer.forget_of(claims[request_id], [request_id])
+                orphans.setdefault(targets[request_id], {})[request_id] = claims[request_id][1]
+        return [Ask(target, released(lost)) for target, lost in orphans.items()]

@@ -11,7 +11,7 @@ once cannot block each other.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from rayk.columns import BASE, PENDING, SENT, Batch, Outcomes
 from rayk.errors import (
     AlreadyClaimedError,
     CallTimeoutError,
+    LeaseLostError,
     MessageError,
     NoReplicaError,
     NotClaimedError,
@@ -38,7 +39,15 @@ from rayk.scheduler.lines import Lines
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.routing import Placements
 
-Owner = tuple[str, int]  # a client, and which of its scripts; compared by identity
+Owner = tuple[str, int]  # a client, and the generation of its claim: which script of all that made it
+
+
+NOBODY: Owner = ("", 0)
+
+
+def released(claims: Mapping[str, int]) -> m.Release:
+    """The order to release those claims, by id and generation, as far as they are there."""
+    return m.Release(list(claims), True, list(claims.values()))
 
 
 class Placer:
@@ -98,10 +107,14 @@ class Placer:
         """What one script placed; another may have found the id free and placed it meanwhile."""
         self.forget([i for i in request_ids if self._owners.get(i) is owner])
 
-    def forget_own(self, client: str, request_ids: Sequence[str]) -> None:
-        """What `client` released on replicas itself; by now another client may have claimed the id."""
+    def forget_released(self, released: Mapping[str, int]) -> None:
+        """Claims that a driver released on replicas itself; by now the id may be claimed again, by it or another."""
         owners = self._owners
-        self.forget([i for i in request_ids if i in owners and owners[i][0] == client])
+        self.forget([i for i, generation in released.items() if i in owners and owners[i][1] == generation])
+
+    def owners_of(self, request_ids: Iterable[str]) -> list[Owner]:
+        """Whose claims those are, in the books; of ids that have no place, nobody's."""
+        return [self._owners.get(i, NOBODY) for i in request_ids]
 
     def verify(self, request_ids: Sequence[str]) -> Part:
         """Forget those of `request_ids` that their replica does not have any more: released there directly, or lost
@@ -113,7 +126,7 @@ class Placer:
             for (request_id, owner, _), told in zip(known, answers, strict=True):
                 result = told.result
                 if isinstance(result, m.BlocksDone):
-                    gone = not result.claimed
+                    gone = not result.claimed or result.generation not in (0, owner[1])
                 else:
                     gone = isinstance(result, m.Failure) and isinstance(m.to_error(result), ReplicaLostError)
                 if gone:
@@ -127,56 +140,62 @@ class Placer:
 
     def release_all(self, client: str) -> Part:
         """Release what a driver has claimed."""
-        mine = [request_id for request_id, owner in self._owners.items() if owner[0] == client]
-        by_replica: dict[int, list[str]] = {}
-        for request_id in mine:
+        mine = {request_id: owner for request_id, owner in self._owners.items() if owner[0] == client}
+        by_replica: dict[int, dict[str, int]] = {}
+        for request_id, (_, generation) in mine.items():
             holder = self.placements.holder(request_id)
             if holder is not None:
-                by_replica.setdefault(holder, []).append(request_id)
+                by_replica.setdefault(holder, {})[request_id] = generation
         if by_replica:
-            yield [Ask(r, m.Release(ids, missing_ok=True)) for r, ids in by_replica.items()]
-        self.forget(mine)
+            yield [Ask(r, released(claims)) for r, claims in by_replica.items()]
+        self.forget([i for i, owner in mine.items() if self._owners.get(i) is owner])
 
     # -- placing ---------------------------------------------------------------------------------
 
     def claim(self, client: str, command: m.ClaimOne) -> Script:
         """Claim one request where the driver says."""
-        self.forget_own(client, command.released)
+        self.forget_released(command.released)
         self._members.check_takes(command.replica)
         yield from self.verify([command.request_id])
         owner = self.owner(client)
         self.add(owner, command.request_id, command.replica, Wish(0))
-        [told] = yield [Ask(command.replica, m.Claim(command.request_id, command.dummy))]
+        [told] = yield [Ask(command.replica, m.Claim(command.request_id, command.dummy, *owner))]
         if isinstance(told.result, m.Failure):
             self.forget_of(owner, [command.request_id])
-        return told.result
+            return told.result
+        return m.Claimed(owner[1])
 
     def place_many(self, client: str, command: m.PlaceMany, again: bool = False) -> Script:
         """Route, claim and allocate a batch: one message to each replica that gets something. What went to one that did
         not answer goes to another, once, unless its driver named the replica."""
-        self.forget_own(client, command.released)
+        self.forget_released(command.released)
         self.prefill_rate = command.prefill_rate
         batch = Batch(command.contexts)
         if command.replicas and len(command.replicas) != len(batch):
             raise MessageError(f"{len(command.replicas)} replica(s) were named for {len(batch)} request(s)")
+        if len(command.generations) not in (0, len(batch)):
+            raise MessageError(f"{len(command.generations)} generation(s) came for {len(batch)} request(s)")
         if command.claim:
             yield from self.verify(batch.ids)
         yield from self.catch_up(command.seen, command.unfilled, command.joined)
         outcomes, owner = Outcomes(len(batch)), self.owner(client)
-        replicas, groups, lonely = self._choose(owner, batch, command, outcomes)
-        yield from self.carry_out(batch, command, groups, lonely, outcomes)
+        claims = [owner] * len(batch)
+        if not command.claim:
+            claims = [(client, generation) for generation in command.generations or [0] * len(batch)]
+        replicas, groups, lonely = self._choose(claims, batch, command, outcomes)
+        yield from self.carry_out(batch, command, claims, groups, lonely, outcomes)
         if command.claim and (refused := set(outcomes.refused)):
             self.forget_of(owner, [batch.ids[i] for rows in groups.values() for i in rows if i in refused])
             rows = [] if again or command.replicas else self._unanswered(command, outcomes)
             if rows:
-                rest = structs.replace(command, contexts=batch.part(rows), released=[], seen=[], unfilled=[], keys=b"")
+                rest = structs.replace(command, contexts=batch.part(rows), released={}, seen=[], unfilled=[], keys=b"")
                 done = yield from self.place_many(client, rest, again=True)
                 assert isinstance(done, m.PlaceDone)
                 for at, i in enumerate(rows):
                     outcomes.failures.pop(i, None)
-                    replicas[i] = done.replicas[at]
+                    replicas[i], claims[i] = done.replicas[at], (client, done.generations[at])
                 outcomes.put(rows, m.AdmitDone(done.numbers, done.seconds, done.failures))
-        return m.PlaceDone(replicas, *outcomes.columns)
+        return m.PlaceDone(replicas, *outcomes.columns, [g for _, g in claims] if command.claim else [])
 
     def _unanswered(self, command: m.PlaceMany, outcomes: Outcomes) -> list[int]:
         """Rows whose replica did not answer, with those that were not tried because of that."""
@@ -186,10 +205,16 @@ class Placer:
         return [i for i in outcomes.refused if i in late or i not in outcomes.failures]
 
     def carry_out(
-        self, batch: Batch, command: m.PlaceMany, groups: Groups, lonely: set[int], outcomes: Outcomes
+        self,
+        batch: Batch,
+        command: m.PlaceMany,
+        claims: Sequence[Owner],
+        groups: Groups,
+        lonely: set[int],
+        outcomes: Outcomes,
     ) -> Part:
-        """Copy, claim and allocate what was placed; what became of each row goes into `outcomes`. Nobody has anything
-        of the prefixes of the `lonely` rows."""
+        """Copy, claim and allocate what was placed; what became of each row goes into `outcomes`. The claim of row i is
+        `claims[i]`. Nobody has anything of the prefixes of the `lonely` rows."""
         copies: Copies = {}
         if command.peers and self._copies and len(self._members.here) > 1:
             copies = yield from self.copying.fetch(batch, groups, lonely, command.prefill_rate)
@@ -199,11 +224,11 @@ class Placer:
             sources = {copy.source for parts in copies.values() for copy in parts}
             late = {r: rows for r, rows in groups.items() if r in sources and not any(i in copies for i in rows)}
             early = {r: rows for r, rows in groups.items() if r not in late}
-            yield from self._admit(batch, command, early, copies, outcomes, broken)
+            yield from self._admit(batch, command, claims, early, copies, outcomes, broken)
         finally:
             if copies:
                 yield from self.carrier.acknowledge(copies, broken)
-        yield from self._admit(batch, command, late, copies, outcomes, broken)
+        yield from self._admit(batch, command, claims, late, copies, outcomes, broken)
 
     def catch_up(self, seen: Sequence[int], unfilled: Sequence[int], joined: int) -> Part:
         """What a driver was told is done counts in the choice, so it has to be known here: which pages are cached is
@@ -219,7 +244,7 @@ class Placer:
                 desk.report(r, unfilled[r], seen[r])
 
     def _choose(
-        self, owner: Owner, batch: Batch, command: m.PlaceMany, outcomes: Outcomes
+        self, claims: Sequence[Owner], batch: Batch, command: m.PlaceMany, outcomes: Outcomes
     ) -> tuple[list[int], Groups, set[int]]:
         """The replica of each request, which counts there from now on; -1 for what is refused. The set holds the rows
         of whose prefix no other replica has anything."""
@@ -234,7 +259,7 @@ class Placer:
             try:
                 if wanted:
                     replica = wanted[i]
-                    self._check(request_id, replica, command.claim)
+                    self._check(request_id, replica, None if command.claim else claims[i])
                 else:
                     replica = desk.choose(request_id, wish)
                     if replica < 0:
@@ -242,7 +267,7 @@ class Placer:
                 if copies and keyed and not desk.elsewhere(replica, keys):
                     lonely.add(i)
                 if command.claim:
-                    self.add(owner, request_id, replica, wish)
+                    self.add(claims[i], request_id, replica, wish)
                 replicas[i] = replica
                 groups.setdefault(replica, []).append(i)
             except RaykError as error:
@@ -253,13 +278,15 @@ class Placer:
                     break
         return replicas, dict(sorted(groups.items())), lonely
 
-    def _check(self, request_id: str, replica: int, claim: bool) -> None:
-        """Whether a request may be claimed on the replica that its driver names, or is claimed there."""
-        if claim:
+    def _check(self, request_id: str, replica: int, claim: Owner | None) -> None:
+        """Whether a request may be claimed on the replica that its driver names, or its `claim` is there."""
+        if claim is None:
             self._members.check_takes(replica)
             return
         self._members.check(replica)
-        holder = self.placements.holder(request_id)
+        holder, owner = self.placements.holder(request_id), self._owners.get(request_id)
+        if owner is not None and owner != claim:
+            raise LeaseLostError(request_id, replica, -1 if holder is None else holder, *claim, *owner)
         if holder is not None and holder != replica:
             raise NotClaimedError(request_id, replica, holder)
 
@@ -285,13 +312,20 @@ class Placer:
         return make.of(batch.tokens(row), (traits.cache_salt, traits.adapter), batch.rows[row][PENDING])
 
     def _admit(
-        self, batch: Batch, command: m.PlaceMany, groups: Groups, copies: Copies, outcomes: Outcomes, broken: list[Copy]
+        self,
+        batch: Batch,
+        command: m.PlaceMany,
+        claims: Sequence[Owner],
+        groups: Groups,
+        copies: Copies,
+        outcomes: Outcomes,
+        broken: list[Copy],
     ) -> Part:
         """Admit groups of rows, one message per replica; what became of them goes into `outcomes`, and copies whose
         line did not carry them into `broken`."""
         if groups:
             began = self._clock() if copies else 0.0
-            answers = yield [self._admission(r, batch, command, rows, copies) for r, rows in groups.items()]
+            answers = yield [self._admission(r, batch, command, claims, rows, copies) for r, rows in groups.items()]
             took = self._clock() - began if copies else 0.0
             for (replica, rows), told in zip(groups.items(), answers, strict=True):
                 self.desk.answered(replica, [batch.ids[i] for i in rows])
@@ -304,7 +338,15 @@ class Placer:
                 elif isinstance(told.result, m.Failure):
                     outcomes.failures.update((i, told.result) for i in rows)
 
-    def _admission(self, replica: int, batch: Batch, command: m.PlaceMany, rows: Sequence[int], copies: Copies) -> Ask:
+    def _admission(
+        self,
+        replica: int,
+        batch: Batch,
+        command: m.PlaceMany,
+        claims: Sequence[Owner],
+        rows: Sequence[int],
+        copies: Copies,
+    ) -> Ask:
         heads: list[m.ImportHead] = []
         uses: dict[int, list[int]] = {}
         data: list[Any] = []
@@ -315,5 +357,8 @@ class Placer:
                 heads += told
                 data += attached
         part = batch.part(rows)
-        admit = m.Admit(part, command.claim, heads, uses, command.stop_on_error, command.handed)
+        mine = dict.fromkeys(claims[i] for i in rows)
+        whose = zip(*(mine if len(mine) == 1 else [claims[i] for i in rows]), strict=True)
+        how = (command.claim, heads, uses, command.stop_on_error, command.handed)
+        admit = m.Admit(part, *how, *map(list, whose))
         return Ask(replica, admit, tuple(data))

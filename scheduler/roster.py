@@ -12,6 +12,7 @@ Calls are scripts of rounds, run by wait_for() or await_for().
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import replace
@@ -25,6 +26,7 @@ from rayk.actors.link import Answer, Link, Pending, hear, new_client_id
 from rayk.actors.runtime import Runtime
 from rayk.errors import (
     CallTimeoutError,
+    LeaseLostError,
     NotClaimedError,
     RaykError,
     ReplicaLostError,
@@ -37,6 +39,7 @@ from rayk.scheduler.membership import State
 from rayk.views import Sender
 
 SCHEDULER_SECONDS = 30.0  # for which its process may not answer: longer than a pause that it comes back from
+LOST_KNOWN = 4096  # claims that were lost and can still be told from none
 
 Heard = Answer | RaykError  # an answer, or why there is none
 Round = list[Pending] | Callable[[], Any]  # messages, or work that takes long and sends none
@@ -58,7 +61,9 @@ class Roster:
         self._runtime = runtime
         self._sender = Sender()
         self._placed: dict[str, int] = {}
-        self._released: list[str] = []  # straight on replicas; the scheduler hears of it with the next message
+        self._claims: dict[str, int] = {}  # the generation of each claim; of one that was lost, until it is made anew
+        self._lost_claims: deque[str] = deque()  # those of the latter, of which the last LOST_KNOWN are remembered
+        self._released: dict[str, int] = {}  # straight on replicas; the scheduler hears of it with the next message
         self._links: list[Link | None] = []
         self._lanes_off = "not asked for"  # why lines have no fast lanes; empty when they have
         self._dead: set[int] = set()  # replicas that died or were removed: the roster that is known is not the latest
@@ -150,9 +155,21 @@ class Roster:
         """Where this driver's request is, as far as it knows."""
         return self._placed.get(request_id)
 
-    def _take_released(self) -> list[str]:
-        released, self._released = self._released, []
+    def _take_released(self) -> dict[str, int]:
+        released, self._released = self._released, {}
         return released
+
+    def _claimed(self, request_id: str, replica: int, generation: int) -> None:
+        """The request is claimed there, newly."""
+        self._placed[request_id], self._claims[request_id] = replica, generation
+
+    def _lose(self, request_id: str) -> None:
+        """The claim is not there any more, though it was not released here. What is said about it names it all the
+        same, and is refused for what it is."""
+        if self._placed.pop(request_id, None) is not None and request_id in self._claims:
+            self._lost_claims.append(request_id)
+            if len(self._lost_claims) > LOST_KNOWN and (old := self._lost_claims.popleft()) not in self._placed:
+                self._claims.pop(old, None)
 
     # -- keeping up ------------------------------------------------------------------------------
 
@@ -173,7 +190,8 @@ class Roster:
         cluster: Cluster = self.scheduler.fetch(heard.data)
         if cluster.version > self.cluster.version:
             before = self._epochs
-            self._seat(replace(cluster, scheduler=self.cluster.scheduler))
+            started_here = self.cluster.started_here
+            self._seat(replace(cluster, scheduler=self.cluster.scheduler, started_here=started_here))
             now = self._epochs
             moving = {r for r, state in enumerate(cluster.states) if state in (State.draining, State.lost)}
             moving |= {r for r, epoch in enumerate(before) if now[r] != epoch}
@@ -191,7 +209,7 @@ class Roster:
                 if self._placed.get(request_id) not in (None, replica):
                     self._sender.forget(request_id)
                     if replica < 0:
-                        del self._placed[request_id]
+                        self._lose(request_id)
                     else:
                         self._placed[request_id] = replica
 
@@ -201,6 +219,8 @@ class Roster:
             if isinstance(error, NotClaimedError):
                 if self._placed.get(error.request_id) == error.replica:
                     yield from self._find(self._on(error.replica))
+                if isinstance(error, LeaseLostError) and self._claims.get(error.request_id, 0) != error.generation:
+                    return error  # it was not handed over: the call was about an earlier claim
                 holder = self._placed.get(error.request_id, error.holder)
                 if holder not in (error.replica, error.holder):
                     return NotClaimedError(error.request_id, error.replica, holder)

@@ -65,7 +65,8 @@ class Cluster(RuleBasedStateMachine):
         self.offered: dict[str, tuple[str, str, int, int, float]] = {}  # driver, tenant, pages, priority, when
         self.settled: dict[str, bool] = {}  # whether it was placed
         self.where: dict[str, tuple[str, int]] = {}  # placed and not released: driver, replica
-        self.untold: dict[str, list[str]] = defaultdict(list)  # released, and the scheduler does not know
+        self.claims: dict[str, int] = {}  # the generation of each that was placed
+        self.untold: dict[str, dict[str, int]] = defaultdict(dict)  # released, and the scheduler does not know
         self.log: list[tuple[str, int, str]] = []  # let in, in order
         self.came_at: dict[str, int] = {}  # how long the log was when it came into the queue
         self.gone: set[str] = set()
@@ -127,12 +128,13 @@ class Cluster(RuleBasedStateMachine):
             if placed:
                 assert request_id in self.held[replica]
                 self.where[request_id] = (driver, replica)
+                self.claims[request_id] = done.generations[at]
             else:
                 assert done.failures[at].kind == "OverloadedError", done.failures[at]
                 assert isinstance(m.to_error(done.failures[at]), OverloadedError)
 
     def _enter(self, driver: str, ctxs: list[TextContext], **more: Any) -> None:
-        released, self.untold[driver] = self.untold[driver], []
+        released, self.untold[driver] = self.untold[driver], {}
         self._send(driver, m.Enter(Sender().pack(ctxs, whole=True), released=released, **more))
 
     # -- what drivers do -----------------------------------------------------------------------------
@@ -184,7 +186,7 @@ class Cluster(RuleBasedStateMachine):
         request_id = sorted(self.where)[which % len(self.where)]
         driver, replica = self.where.pop(request_id)
         self._answer(Ask(replica, m.Release([request_id])))
-        self.untold[driver].append(request_id)
+        self.untold[driver][request_id] = self.claims[request_id]
         if told:
             self._enter(driver, [])
 
@@ -239,7 +241,7 @@ class Cluster(RuleBasedStateMachine):
             for request_id in sorted(self.where):
                 driver, replica = self.where.pop(request_id)
                 self._answer(Ask(replica, m.Release([request_id])))
-                self.untold[driver].append(request_id)
+                self.untold[driver][request_id] = self.claims[request_id]
             for driver in range(DRIVERS):
                 self.look(driver, True)
             if not self.scripts and not self.where and not len(self.hall.queue):

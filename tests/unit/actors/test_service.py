@@ -13,6 +13,7 @@ from rayk.answers import SENDERS_REMEMBERED
 from rayk.columns import Outcomes
 from rayk.errors import (
     AlreadyClaimedError,
+    BatchError,
     InsufficientBlocksError,
     MessageError,
     NotClaimedError,
@@ -276,11 +277,13 @@ def test_a_claimed_request_is_not_claimed_twice(client: Client, service: Replica
     assert list(service.core.requests) == ["r"], "the first claim is not undone"
 
 
-def test_release_stops_at_the_first_unknown_id_unless_told(client: Client, service: ReplicaService) -> None:
+def test_release_does_nothing_when_an_id_is_unknown_unless_told(client: Client, service: ReplicaService) -> None:
     for request_id in "ab":
         client.send(m.Claim(request_id))
     assert isinstance(client.error(m.Release(["a", "x", "b"])), NotClaimedError)
-    assert client.send(m.Release(["x", "b"], missing_ok=True)) == m.Missing(["x"])
+    assert isinstance(client.error(m.Release(["a", "b", "a"])), BatchError)
+    assert sorted(service.core.requests) == ["a", "b"]
+    assert client.send(m.Release(["x", "a", "b"], missing_ok=True)) == m.Missing(["x"])
     assert not service.core.requests
 
 

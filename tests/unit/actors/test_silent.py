@@ -377,7 +377,9 @@ def test_a_source_that_falls_silent_once_its_requests_have_moved(
         if released:
             source.hung = True
             epoch = source.service.epoch
-            source.call("handle", m.encode(m.ReplicaEnvelope("a driver", epoch, 1, m.Release(["w0"]))))
+            claim = source.service.core.requests["w0"].generation
+            order = m.Release(["w0"], generations=[claim])
+            source.call("handle", m.encode(m.ReplicaEnvelope("a driver", epoch, 1, order)))
 
     hangs_at(runtime, "replica-0", "Release", release)
     with at_most(runtime, NOTICED + 2):

@@ -136,7 +136,7 @@ def but(what: type, result: m.Result, replica: int | None = None) -> Answer:
 
 def test_a_claim_goes_to_its_replica_only() -> None:
     scheduler = Scheduler()
-    assert scheduler.run(m.ClaimOne("r", 1)) == m.Done()
+    assert scheduler.run(m.ClaimOne("r", 1)) == m.Claimed(1)
     assert scheduler.rounds == [[(1, "Claim")]]
     assert scheduler.placed == {"r": 1}
 
@@ -153,15 +153,25 @@ def test_a_known_id_is_checked_with_its_replica_before_it_is_refused() -> None:
     with pytest.raises(AlreadyClaimedError) as caught:
         scheduler.run(m.ClaimOne("r", 0))
     assert caught.value.replica == 1 and scheduler.rounds == [[(1, "Blocks")]]
-    assert scheduler.run(m.ClaimOne("r", 0), but(m.Blocks, m.BlocksDone(False, []))) == m.Done()
+    assert scheduler.run(m.ClaimOne("r", 0), but(m.Blocks, m.BlocksDone(False, []))) == m.Claimed(3)
     assert scheduler.placed == {"r": 0}
 
 
 def test_released_ids_are_forgotten_first() -> None:
     scheduler = Scheduler()
     scheduler.run(m.ClaimOne("r", 1))
-    assert scheduler.run(m.ClaimOne("r", 0, released=["r", "unknown"])) == m.Done()
+    assert scheduler.run(m.ClaimOne("r", 0, released={"r": 1, "unknown": 7})) == m.Claimed(2)
     assert scheduler.rounds == [[(0, "Claim")]], "nothing to check"
+
+
+def test_a_released_claim_that_is_told_of_late_is_not_the_present_one() -> None:
+    scheduler = Scheduler()
+    scheduler.run(m.ClaimOne("r", 1))
+    scheduler.run(m.ClaimOne("r", 0, released={"r": 1}))
+    scheduler.run(m.Describe({"r": 1}))
+    assert scheduler.placed == {"r": 0}
+    scheduler.run(m.Describe({"r": 2}), client="another")
+    assert scheduler.placed == {}, "released by force, of which another driver tells"
 
 
 @pytest.mark.parametrize("replica", [-1, 2, 99])
@@ -236,7 +246,7 @@ def test_an_id_twice_in_a_batch_is_placed_once() -> None:
 def test_alloc_of_a_claimed_request_places_nothing_anew() -> None:
     scheduler = Scheduler(2)
     scheduler.run(m.ClaimOne("r", 1))
-    scheduler.place(place("r", 1), claim=False, answer=but(m.Admit, admit_done(REFUSED, r0=FULL)))
+    scheduler.place(place("r", 1), claim=False, generations=[1], answer=but(m.Admit, admit_done(REFUSED, r0=FULL)))
     assert scheduler.placed == {"r": 1}, "still claimed, though it got no pages"
     assert scheduler.rounds == [[(1, "Admit")]]
     assert not scheduler.asked[0].command.claim
@@ -411,8 +421,8 @@ def test_leaving_releases_what_is_still_claimed_one_message_a_replica() -> None:
     scheduler.run(m.ClaimOne("other", 2), client="another")
     assert scheduler.run(m.Disconnect()) == m.Done()
     assert [(ask.replica, ask.command) for ask in scheduler.asked] == [
-        (0, m.Release(["r0", "r2"], missing_ok=True)),
-        (1, m.Release(["r1", "r3"], missing_ok=True)),
+        (0, m.Release(["r0", "r2"], True, [1, 3])),
+        (1, m.Release(["r1", "r3"], True, [2, 4])),
     ]
     assert scheduler.placed == {"other": 2}
     assert scheduler.run(m.Disconnect()) == m.Done() and scheduler.rounds == []
@@ -424,7 +434,7 @@ def test_leases_end_when_they_are_not_renewed() -> None:
     scheduler.run(m.ClaimOne("mine", 0))
     scheduler.run(m.ClaimOne("unleased", 1), client="owner")
     assert scheduler.passes(5) == [], "it is still in time"
-    assert scheduler.passes(1) == [[Ask(0, m.Release(["mine"], missing_ok=True))]]
+    assert scheduler.passes(1) == [[Ask(0, m.Release(["mine"], True, [1]))]]
     assert scheduler.placed == {"unleased": 1}
     assert scheduler.passes(9) == []
 

@@ -52,6 +52,13 @@ class Waiting(Scheduler):
         failures = {done.ids[at]: failed.kind for at, failed in done.failures.items()}
         return dict(zip(done.ids, done.replicas, strict=True)) | failures
 
+    def claims(self, *request_ids: str) -> dict[str, int]:
+        """Those that a driver says it released."""
+        return {
+            i: generation
+            for i, (_, generation) in zip(request_ids, self.core.placer.owners_of(request_ids), strict=True)
+        }
+
     def report(self, replica: int) -> None:
         assert self.core.hall is not None
         self.turn += 1
@@ -72,7 +79,7 @@ def test_what_finds_room_is_placed_at_once_and_the_rest_waits() -> None:
     assert scheduler.rounds == [[(0, "Admit"), (1, "Admit")]] and scheduler.open == 1
     assert scheduler.enter() == {} and scheduler.rounds == [], "a look with nothing to do asks nobody"
     scheduler.leave(1, 5)
-    assert scheduler.enter(released=["b"]) == {"e": 1} and scheduler.open == 0
+    assert scheduler.enter(released=scheduler.claims("b")) == {"e": 1} and scheduler.open == 0
     assert scheduler.placed == {"a": 0, "c": 0, "d": 1, "e": 1}
 
 
@@ -81,7 +88,7 @@ def test_another_drivers_message_lets_it_in_and_its_own_hears_of_it() -> None:
     scheduler.enter(ctx("big", 10), ctx("other", 10), client="one")
     assert scheduler.enter(ctx("small", 2), client="two") == {}
     scheduler.leave(0, 10)
-    assert scheduler.enter(released=["big"], client="one") == {}, "it is not its own"
+    assert scheduler.enter(released=scheduler.claims("big"), client="one") == {}, "it is not its own"
     assert scheduler.rounds == [[(0, "Admit")]]
     assert scheduler.enter(client="two") == {"small": 0} and scheduler.rounds == []
 
@@ -90,7 +97,7 @@ def test_a_note_is_not_told_what_is_settled() -> None:
     scheduler = Waiting()
     scheduler.enter(ctx("a", 10), ctx("b", 10), ctx("c", 10))
     scheduler.leave(0, 10)
-    assert scheduler.enter(released=["a"], hear=False) == {}
+    assert scheduler.enter(released=scheduler.claims("a"), hear=False) == {}
     assert scheduler.enter() == {"c": 0}
 
 
@@ -99,7 +106,7 @@ def test_the_router_passes_over_a_replica_above_its_mark() -> None:
     assert scheduler.enter(ctx("a", 8)) == {"a": 0}
     assert scheduler.enter(*map(ctx, "bc")) == {"b": 1}
     scheduler.leave(1, 5)
-    assert scheduler.enter(released=["b"]) == {"c": 1}, "replica 0 would be its turn"
+    assert scheduler.enter(released=scheduler.claims("b")) == {"c": 1}, "replica 0 would be its turn"
 
 
 def test_a_refused_request_waits_on_and_a_lost_replicas_is_placed_elsewhere() -> None:
@@ -136,7 +143,7 @@ def test_an_id_that_is_placed_or_waits_is_refused() -> None:
     assert scheduler.enter(ctx("a"), ctx("c"), client="two") == {"a": "AlreadyClaimedError", "c": "AlreadyClaimedError"}
     assert scheduler.open == 0
     scheduler.leave(0, 10)
-    assert scheduler.enter(released=["a"]) == {"c": 0}
+    assert scheduler.enter(released=scheduler.claims("a")) == {"c": 0}
 
 
 def test_one_that_was_claimed_past_the_queue_meanwhile_is_told_so() -> None:
@@ -144,7 +151,7 @@ def test_one_that_was_claimed_past_the_queue_meanwhile_is_told_so() -> None:
     scheduler.enter(ctx("a", 10), ctx("b", 10), ctx("c", 10))
     scheduler.run(m.ClaimOne("c", 1), client="two")
     scheduler.leave(0, 10)
-    assert scheduler.enter(released=["a"]) == {"c": "AlreadyClaimedError"}
+    assert scheduler.enter(released=scheduler.claims("a")) == {"c": "AlreadyClaimedError"}
     assert scheduler.placed == {"b": 1, "c": 1}
 
 
@@ -162,7 +169,7 @@ def test_a_quota_holds_over_drivers() -> None:
     assert scheduler.enter(ctx("s0", tenant="small"), client="one") == {"s0": 0}
     assert scheduler.enter(ctx("s1", tenant="small"), ctx("t0"), client="two") == {"t0": 1}
     scheduler.leave(0, 5)
-    scheduler.enter(released=["s0"], client="one")
+    scheduler.enter(released=scheduler.claims("s0"), client="one")
     assert scheduler.enter(client="two") == {"s1": 0}
 
 
@@ -175,8 +182,8 @@ def test_weights_hold_over_drivers() -> None:
     while len(order) < 8:
         scheduler.leave(0, scheduler.used[0])
         placed = scheduler.placed
-        scheduler.enter(released=[i for i, r in placed.items() if r == 0], client="one")
-        scheduler.enter(released=[i for i, r in placed.items() if r == 0], client="two")
+        scheduler.enter(released=scheduler.claims(*[i for i, r in placed.items() if r == 0]), client="one")
+        scheduler.enter(released=scheduler.claims(*[i for i, r in placed.items() if r == 0]), client="two")
         order += sorted(set(scheduler.placed) - set(placed))
     assert [name[0] for name in order].count("g") == 6, "three of four"
 
