@@ -19,7 +19,7 @@ from rayk.actors.replica import measure
 from rayk.actors.runtime import Actor, ActorGoneError, ActorSpec, Node, Placement, RayActor, RayRuntime, Runtime
 from rayk.errors import PlanError, RaykError, ReplicaLostError
 from rayk.planning import NodeMemory, measure_node
-from rayk.tiers.identity import read_seed
+from rayk.tiers.identity import read_seed, take_seed
 
 if TYPE_CHECKING:
     from rayk.engine.serve import ModelSource, ReplicaFacts, ServeSettings
@@ -212,6 +212,9 @@ class RayReplicas:
             for seed in self._answers([self._runtime.run_on(node_id, read_seed, folder) for node_id in nodes]):
                 if seed is not None:
                     return bytes(seed)
+            # Others may start on the same folder: who is first decides.
+            [made] = self._answers([self._runtime.run_on(nodes[0], take_seed, folder)])
+            return bytes(made)
         return os.urandom(32)
 
     def _make_tiers(self, nodes: Sequence[Node]) -> dict[str, NodeMemory]:

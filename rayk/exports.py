@@ -54,7 +54,9 @@ class Exports:
         self._params = params
         self._tree = tree
         self._buffers = buffers
-        self.hasher = PageHasher(params.kv_hash_algo, params.kv_hash_seed or b"", params.page_size)
+        seed, size = params.kv_hash_seed or b"", params.page_size
+        self.hasher = PageHasher(params.page_hash_algo, seed, size)  # of the tree, for an index and the tiers
+        self._names = PageHasher("sha256", seed, size)  # of what another replica takes over: nobody can forge them
         self.mask = Mask()  # of the last reset: what was exported before it fits no more
         self._pinned: dict[int, tuple[Segment, float]] = {}  # export id -> held tip, deadline
         self.take_back: Callable[[int], None] = self.acknowledge  # whose line has to know of it replaces this
@@ -68,7 +70,7 @@ class Exports:
     def hashes(self, ctx: TextContext, pages: int) -> list[bytes]:
         """The chained hashes of the request's first `pages` pages: what identifies them between replicas."""
         tokens = ctx.tokens.data[: pages * self._params.page_size].tobytes()
-        return list(self.mask.all(self.hasher.chain(self.hasher.root(ctx.root_key), tokens)))
+        return list(self.mask.all(self._names.chain(self._names.root(ctx.root_key), tokens)))
 
     def export(self, ctx: TextContext, start: int, stop: int, deadline: float) -> PageExport:
         """The cached pages `start` .. `stop` of that prefix, fewer if evicted meanwhile.

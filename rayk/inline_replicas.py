@@ -23,7 +23,7 @@ from rayk.peers import LineRate
 from rayk.planning import measure_node, plan_replica
 from rayk.replica import ReplicaCore
 from rayk.scaling import Drained, Removed, ReplicaLoad
-from rayk.tiers.identity import find_seed
+from rayk.tiers.identity import find_seed, named
 from rayk.tiers.opening import open_connector
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class InlineReplicas(ABC):
         from rayk.scheduler.standing import Standing
 
         replicas = params.data_parallel_degree
+        params = named(params)
         if params.kv_hash_seed is None:
             params = replace(params, kv_hash_seed=find_seed(params))
         self._params = params
@@ -80,7 +81,7 @@ class InlineReplicas(ABC):
             router,
             (num_pages,) * replicas,
             params.page_size,
-            params.kv_hash_algo,
+            params.page_hash_algo,
             params.kv_hash_seed or b"",
             params.enable_prefix_caching,
         )

@@ -8,7 +8,7 @@ Pages that did not land are computed: the next call with the request's context m
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,8 +53,9 @@ class Loads:
         self._size = core.page_size
         self._page_bytes = core.page_size * 4
         self._holds, self._digest = connector.holds, self._hasher.digest
-        self._mask = core.exports.mask
+self._mask = core.exports.mask
         self._masked = bool(self._mask.token)
+        self._kept_out: set[bytes] = set()  # from before the last reset
         self._roots: dict[RootKey, PageHash] = {}
         self.due = False  # whether flush() has something to do
         self._new_hashes: list[bytes] = []
@@ -100,6 +101,8 @@ class Loads:
         hashes = self._mask.all([prefix[at : at + width] for at in range(0, len(prefix), width)])
         try:
             missing = [i for i, key in enumerate(hashes) if not holds(key)]
+            if self._kept_out:
+                missing = [i for i in missing if hashes[i] not in self._kept_out]
             if missing:
                 self.connector.offload([hashes[i] for i in missing], pages[missing])
         except Exception as error:
@@ -219,8 +222,10 @@ class Loads:
             ctx.cached_prefix_length = good
         return True
 
-    def reset(self, mask: Mask) -> None:
-        """Forget what was to be offloaded, and all that the tiers have; from now on their keys are masked."""
+    def reset(self, mask: Mask, held: Iterable[bytes]) -> None:
+        """Forget what was to be offloaded, and all that the tiers have; from now on their keys are masked. Pages that
+        are still `held` do not go there again when they are released."""
+        self._kept_out = set(mask.all(list(held)))
         self._new_hashes, self._new_pages, self._used = [], [], []
         self._mask, self._masked = mask, bool(mask.token)
         try:

@@ -169,6 +169,12 @@ class KVCacheParams:
             require(self.head_dim % g == 0, f"quantization_granularity {g} does not divide head_dim {self.head_dim}")
 
     @property
+    def page_hash_algo(self) -> str:
+        """What names cached pages: kv_hash_algo where a name only hints where to look; sha256, for which nobody finds
+        two pages of one name, where a tier hands out bytes by the name alone. Copies always go by sha256."""
+        return self.kv_hash_algo if self.kv_connector == "null" else "sha256"
+
+    @property
     def copies_prefixes(self) -> bool:
         """Whether replicas copy prefixes from each other."""
         return self.enable_prefix_caching and self.enable_dp_cross_replica_prefix_copy

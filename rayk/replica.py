@@ -471,7 +471,9 @@ class ReplicaCore:
     def shutdown(self) -> None:
         """Finish transfers and let go of the tiers. The core is of no use afterwards."""
         if self.loads is not None:
-            self.drain()
+            for request_id, load in self.loads.under_way.items():
+                self.loads.land(self.requests[request_id], load)
+            self.loads.flush()
             self.loads.connector.shutdown()
             self.loads = None
 
@@ -621,7 +623,7 @@ class ReplicaCore:
             self.exports.mask = Mask(token)
         self.tree.reset(retire=token is not None)
         if self.loads is not None:
-            self.loads.reset(self.exports.mask)
+            self.loads.reset(self.exports.mask, self.tree.hashes())
         self.check()
         return self.usage.used
 

@@ -35,7 +35,7 @@ from rayk.scheduler.actor import LANES, SchedulerActor
 from rayk.scheduler.desk import DeskSettings
 from rayk.scheduler.membership import State
 from rayk.scheduler.policies import check_router
-from rayk.tiers.identity import read_seed
+from rayk.tiers.identity import named, read_seed, take_seed
 
 log = logging.getLogger("rayk.scheduler")
 
@@ -165,7 +165,7 @@ def desk_settings(config: ClusterConfig, pages: tuple[int, ...]) -> DeskSettings
         config.router,
         pages,
         params.page_size,
-        params.kv_hash_algo,
+        params.page_hash_algo,
         params.kv_hash_seed or b"",
         params.enable_prefix_caching,
         config.admission,
@@ -202,6 +202,7 @@ def _await_scheduler(runtime: Runtime, name: str) -> Actor:
 
 
 def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster:
+    config = replace(config, params=named(config.params))
     if config.params.kv_hash_seed is None:
         config = replace(config, params=replace(config.params, kv_hash_seed=_seed(runtime, config.params)))
     disk = config.params.kv_connector_config
@@ -259,6 +260,13 @@ def _seed(runtime: Runtime, params: KVCacheParams) -> bytes:
                 raise PlanError(f"a node could not be asked for its tier's seed: {error}") from None
             if seed is not None:
                 return seed
+        for node in runtime.nodes()[:1]:  # others may start on the same folder: who is first decides
+            made: bytes = runtime.get(
+                runtime.run_on(node.node_id, take_seed, Path(config.disk_offload_dir)),
+                f"node {node.host_name}",
+                START_SECONDS,
+            )
+            return made
     return os.urandom(32)
 
 

@@ -24,7 +24,7 @@ from rayk.engine.tiers import NodeTiers
 from rayk.engine.wire import Command, Report
 from rayk.errors import ConfigError, ReplicaLostError
 from rayk.planning import NodeMemory, measure_node
-from rayk.tiers.identity import read_seed
+from rayk.tiers.identity import take_seed
 from rayk.transport.choice import Peer
 from rayk.transport.direct import DirectLine
 from rayk.transport.line import Line
@@ -38,7 +38,7 @@ class InlineReplicas:
     def __init__(self, source: ModelSource, settings: ServeSettings) -> None:
         folder = settings.tiers.disk_dir
         if settings.names_pages:
-            seed = (read_seed(folder) if folder is not None else None) or secrets.token_bytes(32)
+            seed = take_seed(folder) if folder is not None else secrets.token_bytes(32)
             settings = replace(settings, hash_seed=seed)
         self.settings = settings
         self.facts: list[ReplicaFacts] = []

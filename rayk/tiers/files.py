@@ -11,11 +11,14 @@
     64      ..      the page
 
 A file is written under a temporary name and renamed when it is complete. Nothing in it is ever executed or unpickled.
+What is no regular file (a link, a pipe, a device) is foreign, and is neither followed nor waited for.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import struct
 from contextlib import suppress
 from enum import Enum
@@ -31,6 +34,8 @@ VERSION = 1
 HEADER = struct.Struct("<4sHHQQQ32s")
 HEADER_BYTES = HEADER.size
 KEY_BYTES = 32
+
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 PageBytes = npt.NDArray[np.uint8]
 
@@ -67,7 +72,8 @@ def write_page(path: Path, fingerprint: int, key: bytes, page: PageBytes) -> Non
     blank = _header(fingerprint, page.nbytes, 0, key)
     head = _header(fingerprint, page.nbytes, _checksum(blank, page), key)
     temporary = path.with_suffix(".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    remove(temporary)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600)
     try:
         try:
             parts = [memoryview(head), page.data.cast("B")]
@@ -81,16 +87,16 @@ def write_page(path: Path, fingerprint: int, key: bytes, page: PageBytes) -> Non
             os.close(fd)
         os.rename(temporary, path)
     except BaseException:
-        remove(temporary)
+        with suppress(OSError):
+            remove(temporary)
         raise
 
 
 def read_page(path: Path, fingerprint: int, key: bytes, into: PageBytes) -> Verdict:
     """Fill `into` with the page; only GOOD says that it holds what was written. OSError but a missing file passes."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return Verdict.MISSING
+    fd = _open(path)
+    if isinstance(fd, Verdict):
+        return fd
     try:
         head = os.read(fd, HEADER_BYTES)
         verdict = _judge(head, fingerprint, into.nbytes, key)
@@ -112,10 +118,9 @@ def read_page(path: Path, fingerprint: int, key: bytes, into: PageBytes) -> Verd
 
 def read_head(path: Path, fingerprint: int, length: int, key_bytes: int) -> Head:
     """Whose page a file says it holds, and whether it can be: its contents are checked when they are read."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return Head(Verdict.MISSING)
+    fd = _open(path)
+    if isinstance(fd, Verdict):
+        return Head(fd)
     try:
         head, status = os.read(fd, HEADER_BYTES), os.fstat(fd)
     finally:
@@ -126,6 +131,22 @@ def read_head(path: Path, fingerprint: int, length: int, key_bytes: int) -> Head
     if status.st_size != HEADER_BYTES + length:
         return Head(Verdict.DAMAGED)
     return Head(verdict, HEADER.unpack(head)[6][:key_bytes], status.st_mtime)
+
+
+def _open(path: Path) -> int | Verdict:
+    """A regular file, open for reading, or what is wrong; OSError for anything that may be over in a moment."""
+    try:
+        fd = os.open(path, os.O_RDONLY | _FLAGS)
+    except (FileNotFoundError, NotADirectoryError):
+        return Verdict.MISSING
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            return Verdict.FOREIGN
+        raise
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    return Verdict.FOREIGN
 
 
 def _judge(head: bytes, fingerprint: int, length: int, key: bytes | None) -> Verdict:
@@ -147,5 +168,5 @@ def _judge(head: bytes, fingerprint: int, length: int, key: bytes | None) -> Ver
 
 def remove(path: Path) -> None:
     """Remove a file that may be gone already."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         os.unlink(path)

@@ -15,7 +15,7 @@ from rayk.params import KVCacheParams
 from rayk.planning import measure_node
 from rayk.tiers.connector import Connector, NullConnector, TierCounters
 from rayk.tiers.copies import make_copier
-from rayk.tiers.disk import DiskTier
+from rayk.tiers.disk import DiskTier, within
 from rayk.tiers.identity import fingerprint, keep_seed
 from rayk.tiers.pool import HostPool
 from rayk.tiers.tiered import TieredConnector
@@ -23,6 +23,7 @@ from rayk.tiers.workers import Workers
 
 log = logging.getLogger("rayk.tiers")
 
+SEED_SECONDS = 30.0
 Factory = Callable[[KVCacheParams, Sequence[torch.Tensor], int, str | None], Connector]
 
 
@@ -53,15 +54,16 @@ def open_connector(
             copier.page_bytes,
             config.disk_offload_max_bytes,
             config.disk_offload_max_bytes // params.bytes_per_page,
-            WIDTHS[params.kv_hash_algo],
+            WIDTHS[params.page_hash_algo],
             counters,
         )
         workers = Workers(config.num_disk_workers)
-        if not disk.trouble and params.kv_hash_seed is not None:
+        seed = params.kv_hash_seed
+        if not disk.off and seed is not None:
             try:
-                keep_seed(folder, params.kv_hash_seed)
+                within(SEED_SECONDS, lambda: keep_seed(folder, seed))
             except OSError as error:
-                disk.trouble = f"the seed cannot be kept at {folder}: {error.strerror}"
+                log.warning("the seed cannot be kept at %s, the next start will not reuse its pages: %s", folder, error)
     return TieredConnector(copier, host, disk, workers, counters)
 
 

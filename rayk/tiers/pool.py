@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rayk.tiers.copies import Rows
 from rayk.tiers.directory import Directory
-from rayk.tiers.disk import SHARED_MEMORY
+from rayk.tiers.folder import SHARED_MEMORY
 from rayk.tiers.segment import Segment, sweep
 
 PREFIX = "rayk-pool-"

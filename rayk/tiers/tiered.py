@@ -9,10 +9,12 @@ Whatever goes wrong here makes a page a miss: a busy lock, a full pool, a bad fi
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections import deque
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Future
+from time import monotonic
 from typing import NamedTuple
 
 import numpy as np
@@ -21,12 +23,16 @@ from rayk.errors import IntegrityError
 from rayk.tiers.connector import Found, Landed, Pages, Tier, TierCount, TierCounters, Transfer
 from rayk.tiers.copies import PageCopier, Rows, Ticket
 from rayk.tiers.directory import FULL, PRESENT
-from rayk.tiers.disk import DiskTier
+from rayk.tiers.disk import SLOW_SECONDS, DiskTier
 from rayk.tiers.pool import HostPool
 from rayk.tiers.segment import SegmentBusyError
 from rayk.tiers.workers import READ, WRITE, Workers
 
+log = logging.getLogger("rayk.tiers")
 _number = struct.Struct("<Q").unpack_from
+LOAD_SECONDS, LOAD_RATE = 5.0, 50e6  # for a load from disk, and bytes a second of it; what is later is computed
+DRAIN_SECONDS = 20.0  # for what is on its way to disk; the rest is not written
+CLOSE_SECONDS = 10.0
 OVERFLOW_BYTES = 64 << 20  # pages on their way to disk that found no host row
 
 
@@ -129,10 +135,10 @@ class TieredConnector:
 
     @property
     def _writes(self) -> bool:
-        return self._disk is not None and not self._disk.trouble
+        return self._disk is not None and self._disk.writes
 
     def _goes_to_disk(self, key: bytes) -> bool:
-        return self._disk is not None and not self._disk.trouble and not self._disk.contains(key)
+        return self._disk is not None and self._disk.writes and not self._disk.indexed(key)
 
     def _write_again(self, keys: Sequence[bytes]) -> None:
         """Pages that the host tier has: used now, and written if the disk tier has lost them."""
@@ -154,13 +160,18 @@ class TieredConnector:
             finally:
                 self._unpin([row])
 
-        self._workers.submit(WRITE, work)
+        def dropped(future: Future[None]) -> None:
+            if future.cancelled():
+                self._written.append((False, 0))
+                self._unpin([row])
+
+        self._workers.submit(WRITE, work).add_done_callback(dropped)
 
     def _overflow_to_disk(self, missing: Sequence[int], hashes: Sequence[bytes], pages: Pages) -> None:
         """No host row is free: write straight from a copy, a bounded number of pages at a time."""
         for i in missing:
             if not self._goes_to_disk(hashes[i]):
-                self.counters.skipped += self._disk is None or bool(self._disk.trouble)
+                self.counters.skipped += self._disk is None or not self._disk.writes
                 continue
             if (self._overflow + 1) * self._copier.page_bytes > max(OVERFLOW_BYTES, self._copier.page_bytes):
                 self.counters.skipped += 1
@@ -184,7 +195,11 @@ class TieredConnector:
             finally:
                 self._written.append((written, 1))
 
-        self._workers.submit(WRITE, work)
+        def dropped(future: Future[None]) -> None:
+            if future.cancelled():
+                self._written.append((False, 1))
+
+        self._workers.submit(WRITE, work).add_done_callback(dropped)
 
     # -- loading -----------------------------------------------------------------------------------
 
@@ -260,6 +275,21 @@ class TieredConnector:
             self._unpin(rows)
         return _Copying(last, good)
 
+    def _forget(self, late: Sequence[Future[_Fetched]]) -> None:
+        """Pages that were not read in time: what becomes of them is let go of when it is known."""
+        if not late:
+            return
+        assert self._disk is not None
+        self._disk.stalled(True, "a load took too long")
+
+        def came(future: Future[_Fetched]) -> None:
+            if not future.cancelled() and future.exception() is None and future.result().slot >= 0:
+                self._late.append(future.result().slot)
+
+        for future in late:
+            future.cancel()
+            future.add_done_callback(came)
+
     def _unpin(self, rows: Sequence[int]) -> None:
         if rows:
             try:
@@ -292,6 +322,8 @@ class TieredConnector:
         )
 
     def poll(self) -> None:
+        if self._workers is not None and self._workers.open:
+            self._watch(self._workers)
         self._publish_stored()
         while self._loading and self._loading[0][0].poll():
             self._unpin(self._loading.popleft()[1])
@@ -305,41 +337,63 @@ class TieredConnector:
             self._late.clear()
             self._unpin(late)
 
+    def _watch(self, workers: Workers) -> None:
+        """A disk that does not answer must not keep host rows, which writes hold."""
+        assert self._disk is not None
+        longest = workers.watch()
+        if longest > SLOW_SECONDS or workers.hung:
+            why = f"{workers.hung} call(s) hang" if workers.hung else f"a call takes longer than {SLOW_SECONDS:g} s"
+            self._disk.stalled(False, why)
+            self.counters.skipped += workers.drop(WRITE)
+
     def reset(self) -> None:
         self.drain()
         try:
             self._host.reset()
-            if self._disk is not None:
-                self._disk.reset()
+            self._on_disk(DiskTier.reset)
         except SegmentBusyError:
             pass  # the next one will do it
 
-    def drain(self) -> None:
+    def _on_disk(self, work: Callable[[DiskTier], None]) -> None:
+        """Let a worker remove files, and wait a while for it."""
+        if self._disk is None or self._workers is None:
+            return
+        disk = self._disk
+        try:
+            self._workers.submit(READ, lambda: work(disk)).result(DRAIN_SECONDS)
+        except TimeoutError:
+            disk.stalled(False, f"files are not removed within {DRAIN_SECONDS:g} s")
+
+    def drain(self, seconds: float | None = None) -> None:
         for ticket in [entry[0] for entry in (*self._storing, *self._loading)]:
             ticket.wait()
         self.poll()
-        if self._workers is not None:
-            self._workers.drain()
+        if self._workers is not None and not self._workers.drain(DRAIN_SECONDS if seconds is None else seconds):
+            assert self._disk is not None
+            self._disk.stalled(False, "it takes too long")
+            self.counters.skipped += self._workers.drop(WRITE)
+            self._workers.drop(READ)
         self.poll()
 
     def check_integrity(self) -> None:
         self.poll()
         idle = not (self._loads or self._storing or self._loading or self._late)
-        idle = idle and (self._workers is None or not self._workers.open)
+        idle = idle and (self._workers is None or not (self._workers.open or self._workers.hung))
         self._host.reap()
         self._directory.check_integrity("host")
         held = self._directory.held()
         if self._disk is not None:
-            self._disk.reap()
+            self._on_disk(DiskTier.reap)
             self._disk.check_integrity()
             held += self._disk.held()
         if idle and held:
             raise IntegrityError("tiers", f"{held} pages are held by this replica, but nothing is on its way")
 
     def shutdown(self) -> None:
-        self.drain()
-        if self._workers is not None:
-            self._workers.stop()
+        self.drain(CLOSE_SECONDS)
+        if self._workers is not None and not (self._workers.drain(SLOW_SECONDS) and self._workers.stop()):
+            log.warning("calls to the disk tier's files hang; its memory is given back when this process ends")
+            return  # a call that comes back may still write to a host row: nobody else may get it
         if self._disk is not None:
             self._disk.close()
         self._copier.close()
@@ -376,9 +430,13 @@ class _Load:
         self._asked = asked
         self._copying: _Copying | None = None  # once all parts are there
         self._wanted = True
+        self._end = monotonic() + LOAD_SECONDS + asked * owner._copier.page_bytes / LOAD_RATE
 
     def poll(self) -> bool:
-        if self._copying is None and all(not isinstance(p, Future) or p.done() for p in self._parts):
+        if self._copying is None and (
+            all(not isinstance(p, Future) or p.done() for p in self._parts)
+            or (self._wanted and monotonic() > self._end)
+        ):
             self._finish()
         return self._copying is not None and self._copying.poll()
 
@@ -386,8 +444,10 @@ class _Load:
         return (self._copying or self._finish()).wait()
 
     def _finish(self) -> _Copying:
-        """All parts are there (or are waited for): copy them to the device."""
-        parts = [p if isinstance(p, _Fetched) else _result(p) for p in self._parts]
+        """All parts are there, or are waited for as long as it may take: copy them to the device."""
+        late: list[Future[_Fetched]] = []
+        parts = [p if isinstance(p, _Fetched) else _result(p, self._end, late) for p in self._parts]
+        self._owner._forget(late)
         self._parts = []
         self._owner._loads -= 1
         if self._wanted:
@@ -406,8 +466,11 @@ class _Load:
             self._owner._cancelled.append(self)
 
 
-def _result(future: Future[_Fetched]) -> _Fetched:
+def _result(future: Future[_Fetched], end: float, late: list[Future[_Fetched]]) -> _Fetched:
     try:
-        return future.result()
-    except Exception:  # a busy lock, or a bug in reading: either way the page is not to be had
-        return _Fetched()
+        return future.result(max(0.0, end - monotonic()))
+    except TimeoutError:
+        late.append(future)
+    except (Exception, CancelledError):  # a busy lock, or a bug in reading: either way the page is not to be had
+        pass
+    return _Fetched()

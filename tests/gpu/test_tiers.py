@@ -39,7 +39,7 @@ def fill(inputs: Any, batch: Any) -> None:
 
 @pytest.mark.parametrize("connector", ["local", "tiered"])
 def test_pages_come_back_right_while_others_are_written(connector: str, tmp_path: Path) -> None:
-    config = KVConnectorConfig(disk_offload_dir=tmp_path, disk_offload_max_bytes=256 << 20)
+    config = KVConnectorConfig(disk_offload_dir=tmp_path, disk_offload_max_bytes=256 << 20, model_id="m")
     tiered = params(kv_connector=connector, kv_connector_config=config)
     with (
         InferenceSession("inline") as session,

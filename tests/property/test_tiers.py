@@ -61,7 +61,10 @@ class Life:
             enable_dp_cross_replica_prefix_copy=copies,
             kv_connector="tiered" if disk else "local",
             kv_connector_config=KVConnectorConfig(
-                disk_offload_dir=folder, disk_offload_max_bytes=disk * (16 + HEADER_BYTES), num_disk_workers=1
+                disk_offload_dir=folder,
+                disk_offload_max_bytes=disk * (16 + HEADER_BYTES),
+                num_disk_workers=1,
+                model_id="m",
             ),
         )
         assert params.bytes_per_page == 16

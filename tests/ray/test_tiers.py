@@ -25,7 +25,9 @@ SEED = bytes(range(32))
 @pytest.fixture
 def tiered(tmp_path: Path) -> MHAKVCacheParams:
     size = params(1).bytes_per_page + HEADER_BYTES
-    config = KVConnectorConfig(disk_offload_dir=tmp_path, disk_offload_max_bytes=DISK * size, num_disk_workers=1)
+    config = KVConnectorConfig(
+        disk_offload_dir=tmp_path, disk_offload_max_bytes=DISK * size, num_disk_workers=1, model_id="m"
+    )
     return params(
         kv_connector="tiered",
         kv_connector_config=config,

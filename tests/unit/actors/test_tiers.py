@@ -342,7 +342,7 @@ def tiered(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[
         def make(host: int = 8, disk: int = 0, replicas: int = 1, **changes: Any) -> PagedKVCacheManager:
             page_bytes = params(1, **changes).bytes_per_page
             config = KVConnectorConfig(
-                disk_offload_dir=tmp_path, disk_offload_max_bytes=disk * (page_bytes + HEADER_BYTES)
+                model_id="m", disk_offload_dir=tmp_path, disk_offload_max_bytes=disk * (page_bytes + HEADER_BYTES)
             )
             changes |= {"kv_connector": "tiered" if disk else "local", "kv_connector_config": config}
             if request.param == "actors":

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import xxhash
 
 from rayk import InsufficientBlocksError, MHAKVCacheParams, TextContext
 from rayk.errors import LineError
@@ -22,7 +24,7 @@ def core(pages: int = 8, replica: int = 0, **kwargs) -> ReplicaCore:
 
 
 def serve(at: ReplicaCore, name: str, tokens, keep: bool = False, **kwargs) -> TextContext:
-    ctx = TextContext(name, tokens, 99, **kwargs)
+    ctx = TextContext(name, tokens, 999, **kwargs)
     at.claim(name)
     at.alloc(ctx)
     inputs = at.runtime_inputs([ctx])
@@ -139,7 +141,6 @@ def test_pages_of_another_layout_or_seed_are_refused() -> None:
         core(head_dim=4),
         core(dtype="float16"),
         core(kv_hash_seed=b"s" * 32),
-        core(kv_hash_algo="xxh3_128"),
     ):
         old = serve(source, "old", PROMPT)
         export = fetched(source, target, old, 0, 3)
@@ -148,6 +149,41 @@ def test_pages_of_another_layout_or_seed_are_refused() -> None:
         target.alloc(ctx, [export])
         assert (ctx.tokens.processed, target.usage.cached) == (0, 0)
         target.release("new")
+
+
+COLLIDING = bytes.fromhex(  # of xxh3's default secret: at these places it cancels what is multiplied with
+    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248ee035"
+    "90e6813a264c3c2852bb91c300cb88d0658b532ea371644897a20df94e3819ef46a9deacd8a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcd"
+    "b45931c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031"
+    "ce45cb3a8f95160428afd7fbcabb4b407e"
+)
+
+
+def colliding(a: int, b: int) -> list[int]:
+    """128 tokens whose xxh3_128 is the same for (a, b) and (b, a), whatever 16 bytes come before them."""
+    tokens = [7] * 128
+    for n, high in ((2, a), (4, b)):
+        at = (64 * n + 8) // 4
+        tokens[at : at + 2] = int.from_bytes(COLLIDING[8 * n + 24 : 8 * n + 28], "little", signed=True), high
+    return tokens
+
+
+def test_pages_that_were_made_to_collide_are_told_apart() -> None:
+    one, other = ([*colliding(*each), 1] for each in ((1, 2), (2, 1)))
+    data = [np.array(tokens[:128], np.int32).tobytes() for tokens in (one, other)]
+    assert len({xxhash.xxh3_128_digest(bytes(16) + each) for each in data}) == 1, "the hash can be made to collide"
+    source, target = (core(pages=4, replica=r, page_size=128, kv_hash_algo="xxh3_128") for r in (0, 1))
+    export = fetched(source, target, serve(source, "old", one), 0, 1)
+    target.claim("new")
+    ctx = TextContext("new", other, 999)
+    assert target.alloc(ctx, [export]).total == 0
+
+
+@pytest.mark.parametrize("kind", ["null", "local", "tiered"])
+def test_where_a_tier_goes_by_names_nobody_can_forge_them(kind: str) -> None:
+    params = replace(core(kv_hash_algo="xxh3_128").params, kv_connector=kind)
+    assert params.page_hash_algo == ("xxh3_128" if kind == "null" else "sha256")
+    assert replace(params, kv_hash_algo="sha256").page_hash_algo == "sha256"
 
 
 def test_a_refused_alloc_with_copies_leaves_no_trace() -> None:

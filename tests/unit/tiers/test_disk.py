@@ -1,8 +1,10 @@
 """The disk tier: its budget, restarts, damage, and disks that fail."""
 
+import errno
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from rayk.tiers import disk as module
-from rayk.tiers import files
+from rayk.tiers import files, folder
 from rayk.tiers.connector import TierCounters
 from rayk.tiers.disk import DiskTier
 from rayk.tiers.files import HEADER_BYTES
@@ -40,13 +42,27 @@ def on_disk(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".kv", ".tmp"))
 
 
+class Clock:
+    """Time that passes when a test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def open_tier(tmp_path: Path) -> Iterator[Open]:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def open_tier(tmp_path: Path, clock: Clock) -> Iterator[Open]:
     tiers: list[DiskTier] = []
 
     def make(pages: int = 4, fingerprint: int = 1) -> DiskTier:
         counters = TierCounters()
-        tiers.append(DiskTier(tmp_path, fingerprint, BYTES, pages * FILE, pages * FILE // BYTES, 32, counters))
+        tiers.append(DiskTier(tmp_path, fingerprint, BYTES, pages * FILE, pages * FILE // BYTES, 32, counters, clock))
         return tiers[-1]
 
     yield make
@@ -144,9 +160,9 @@ def test_unsound_files_are_found_by_a_scan(open_tier: Open, tmp_path: Path) -> N
 
 
 def test_models_do_not_see_each_other(open_tier: Open) -> None:
-    one, two = open_tier(fingerprint=1), open_tier(fingerprint=2)
-    one.write(key(1), page(1))
-    assert not two.contains(key(1))
+    one, two = open_tier(4, fingerprint=1), open_tier(8, fingerprint=2)
+    one.write(key(1), page(1)), two.write(key(2), page(2))
+    assert not two.contains(key(1)) and two.contains(key(2))
 
 
 def test_two_processes_share_the_pages_and_the_budget(open_tier: Open, tmp_path: Path) -> None:
@@ -162,17 +178,18 @@ def test_two_processes_share_the_pages_and_the_budget(open_tier: Open, tmp_path:
 def test_another_budget_or_machine_takes_another_lane(
     open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = open_tier(4), open_tier(5)
+    one, two = open_tier(4), open_tier(9)
     assert (one.folder.name[-2:], two.folder.name[-2:]) == ("-0", "-1")
-    monkeypatch.setattr(module, "_machine", lambda: 77)
-    three = open_tier(4)
+    monkeypatch.setattr(folder, "machine", lambda: 77)
+    three = open_tier(12)
     assert three.folder.name[-2:] == "-2"
+    assert (one.slots, two.slots, three.slots) == (4, 5, 3), "what each was given includes what the others have"
     one.write(key(1), page(1)), three.write(key(1), page(1))
     assert read(one, 1) and read(three, 1) and not read(two, 1)
 
 
-def test_a_full_disk_turns_the_tier_off_with_one_warning(
-    open_tier: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_full_disk_pauses_writes_with_one_warning_until_there_is_room(
+    open_tier: Open, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tier = open_tier()
     tier.write(key(1), page(1))
@@ -186,8 +203,17 @@ def test_a_full_disk_turns_the_tier_off_with_one_warning(
         assert not tier.write(key(3), page(3))
     assert "No space left" in tier.trouble
     assert len(caplog.records) == 1
-    assert not tier.contains(key(1))
-    assert not read(tier, 1)
+    assert read(tier, 1), "what is there can be read"
+    assert not tier.writes and tier.used == 1
+    clock.now += 1
+    assert tier.writes and not tier.write(key(2), page(2))
+    clock.now += 0.15
+    assert not tier.writes, "the second pause is longer"
+    monkeypatch.undo()
+    clock.now += 1
+    assert tier.write(key(2), page(2)) and read(tier, 2)
+    assert tier.trouble == "" and len(caplog.records) == 1
+    tier.check_integrity()
 
 
 @pytest.mark.parametrize("what", ["a file", "too small"])
@@ -233,4 +259,135 @@ def test_a_writer_that_dies_leaves_nothing(
     assert read(tier, 1)
     assert tier.write(key(3), page(3))
     assert read(tier, 3)
+    tier.check_integrity()
+
+
+KINDS: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "folder": lambda path: (path / "inside").mkdir(parents=True),
+    "link": lambda path: path.symlink_to("/etc/hostname"),
+    "link to a pipe": lambda path: (os.mkfifo(path.parent / "pipe"), path.symlink_to(path.parent / "pipe")),
+}
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["before a start", "while it runs"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_costs_only_itself(open_tier: Open, kind: str, running: bool) -> None:
+    tier = open_tier(4)
+    for n in range(4):
+        tier.write(key(n), page(n))
+    path = tier._path(1)
+    if not running:
+        tier.close()
+    path.unlink()
+    KINDS[kind](path)
+    if not running:
+        tier = open_tier(4)
+    assert [read(tier, n) for n in range(4)] == [True, False, True, True]
+    for n in range(4, 12):
+        tier.write(key(n), page(n))
+    assert sum(read(tier, n) for n in range(12)) >= 3
+    assert not tier.trouble
+    assert kind != "folder" or path.is_dir(), "what is in a folder is not ours to remove"
+    tier.check_integrity()
+    assert tier.held() == 0
+
+
+@pytest.mark.parametrize("where", ["read_page", "read_head"])
+def test_a_file_that_cannot_be_read_now_is_a_miss_and_stays(
+    open_tier: Open, clock: Clock, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    tier = open_tier(8)
+    for n in range(5):
+        tier.write(key(n), page(n))
+    bad, real = tier._path(2), getattr(module, where)
+
+    def failing(path: Path, *rest: object) -> object:
+        if path == bad:
+            raise OSError(5, "Input/output error")
+        return real(path, *rest)
+
+    monkeypatch.setattr(module, where, failing)
+    if where == "read_head":
+        tier.close()
+        tier = open_tier(8)
+    assert [n for n in range(5) if read(tier, n)] == [0, 1, 3, 4]
+    assert not tier.trouble and bad.exists()
+    assert not tier.contains(key(2))
+    for n in range(10, 13):
+        assert tier.write(key(n), page(n))
+    assert bad.exists(), "there are other slots"
+    monkeypatch.undo()
+    clock.now += 10
+    if where == "read_head":
+        tier.close()
+        tier = open_tier(8)
+    assert [n for n in range(5) if read(tier, n)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+def test_errors_that_pass_remove_nothing(
+    open_tier: Open, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    tier = open_tier(8)
+    for n in range(6):
+        tier.write(key(n), page(n))
+
+    def failing(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.os, "open", failing)
+    assert not any(read(tier, n) for n in range(6))
+    assert not tier.write(key(9), page(9))
+    assert os.strerror(code) in tier.trouble
+    monkeypatch.undo()
+    assert not tier.contains(key(5)), "not before the pause is over"
+    clock.now += 10
+    assert all(read(tier, n) for n in range(6))
+    assert tier.write(key(9), page(9))
+    assert tier.trouble == ""
+
+
+def test_a_start_passes_over_files_that_do_not_answer(open_tier: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = open_tier(8)
+    for n in range(6):
+        tier.write(key(n), page(n))
+    bad, real, gate = {tier._path(1), tier._path(4)}, module.read_head, threading.Event()
+    tier.close()
+
+    def hangs(path: Path, *rest: object) -> object:
+        if path in bad:
+            gate.wait(60)
+        return real(path, *rest)  # type: ignore[arg-type]  # as they came
+
+    monkeypatch.setattr(module, "read_head", hangs)
+    monkeypatch.setattr(module, "STALL_SECONDS", 0.05)
+    again = open_tier(8)
+    assert [n for n in range(6) if again.contains(key(n))] == [0, 2, 3, 5]
+    gate.set()
+    assert all(path.exists() for path in bad)
+
+
+def test_a_folder_that_does_not_answer_is_given_up(open_tier: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(module, "OPEN_SECONDS", 0.05)
+    monkeypatch.setattr(module, "take_lane", lambda *_: gate.wait(60))
+    tier = open_tier()
+    assert "no answer" in tier.trouble and not tier.write(key(1), page(1))
+    gate.set()
+
+
+def test_a_write_that_ends_after_a_reset_leaves_nothing(
+    open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier()
+    real = module.write_page
+
+    def slow(*rest: object) -> None:
+        tier.reset()
+        real(*rest)  # type: ignore[arg-type]  # as they came
+
+    monkeypatch.setattr(module, "write_page", slow)
+    assert not tier.write(key(1), page(1))
+    assert (on_disk(tmp_path), tier.used) == (0, 0)
     tier.check_integrity()

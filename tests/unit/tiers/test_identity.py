@@ -7,8 +7,8 @@ import pytest
 
 import rayk
 from rayk.buffers import PageBuffers
-from rayk.errors import PlanError
-from rayk.tiers.identity import fingerprint, keep_seed, read_seed
+from rayk.errors import ConfigError, PlanError
+from rayk.tiers.identity import fingerprint, keep_seed, named, read_seed
 from rayk.tiers.opening import equal_buffers, open_connector
 
 BASE = rayk.MHAKVCacheParams(
@@ -50,7 +50,7 @@ def test_the_first_seed_is_kept(tmp_path: Path) -> None:
     assert read_seed(folder) is None
     assert keep_seed(folder, b"a" * 32) == b"a" * 32
     assert keep_seed(folder, b"b" * 32) == b"a" * 32
-    assert [p.name for p in folder.iterdir()] == ["seed"]
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "seed"]
     (folder / "seed").write_bytes(b"short")
     assert keep_seed(folder, b"b" * 32) == b"b" * 32
 
@@ -74,3 +74,20 @@ def test_a_pool_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     params = replace(BASE, kv_connector="local")
     with pytest.raises(PlanError, match="fewer host pages"):
         open_connector(params, PageBuffers(params, 2, ["cpu"]).all_bytes, 1 << 40, None)
+
+
+def test_a_model_without_a_name_gets_one_for_this_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = rayk.KVConnectorConfig(disk_offload_dir=tmp_path, disk_offload_max_bytes=1 << 20)
+    params = replace(BASE, kv_connector="tiered", kv_connector_config=config)
+    assert len({fingerprint(named(params)) for _ in range(3)}) == 3
+    assert len(caplog.records) == 3 and "model_id" in caplog.text
+    ours = replace(params, kv_connector_config=replace(config, model_id="m"))
+    assert named(ours) is ours and named(BASE) is BASE
+
+
+@pytest.mark.parametrize("changes", [{}, {"disk_offload_max_bytes": 1 << 20}, {"disk_offload_dir": "/tmp"}, None])
+def test_a_disk_tier_without_a_disk_is_refused(changes: dict | None) -> None:
+    config = None if changes is None else rayk.KVConnectorConfig(model_id="m", **changes)
+    params = replace(BASE, kv_connector="tiered", kv_connector_config=config)
+    with pytest.raises(ConfigError, match="disk_offload_dir"):
+        rayk.PagedKVCacheManager(params, rayk.InferenceSession("inline"), 4, 4, max_batch_size=1)

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from rayk.errors import IntegrityError
+from rayk.tiers import disk as disk_module
+from rayk.tiers import tiered as tiered_module
 from rayk.tiers.connector import Found, Landed, NullConnector, Tier, TierCounters
 from rayk.tiers.copies import make_copier, stretches
 from rayk.tiers.disk import DiskTier
@@ -288,3 +290,48 @@ def test_shards_that_hold_the_same_are_kept_once() -> None:
     assert pool.tolist() == [[2, 3, 12, 13], [0, 0, 0, 0]]
     copier.load(pool, [0], np.array([3], np.int32))
     assert [b[3].tolist() for b in buffers] == [[2, 3], [2, 3], [12, 13], [12, 13]]
+
+
+def test_a_load_that_does_not_come_in_time_is_computed_and_what_comes_is_kept(
+    replica: Callable[..., Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = replica(host=2, disk=8)
+    r.offload(1)
+    r.tiers.drain()
+    r.offload(2), r.offload(3)
+    r.tiers.drain()
+    assert r.found(1) == [Tier.DISK]
+    gate, real = threading.Event(), disk_module.read_page
+    monkeypatch.setattr(disk_module, "read_page", lambda *a: gate.wait(60) and real(*a))
+    monkeypatch.setattr(tiered_module, "LOAD_SECONDS", 0.02)
+    assert r.load(1) == 0
+    assert "too long" in r.tiers.count().trouble and r.found(1) == [], "nobody else waits for it"
+    gate.set()
+    r.tiers.drain()
+    r.tiers.check_integrity()
+    assert r.found(1) == [Tier.HOST]
+
+
+def test_writes_that_hang_do_not_keep_the_host_tier(
+    replica: Callable[..., Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = replica(host=4, disk=8)
+    gate, begun, real = threading.Event(), threading.Semaphore(0), disk_module.write_page
+
+    def hangs(*arguments: object) -> None:
+        begun.release()
+        gate.wait(60)
+        real(*arguments)  # type: ignore[arg-type]  # as they came
+
+    monkeypatch.setattr(disk_module, "write_page", hangs)
+    monkeypatch.setattr(tiered_module, "SLOW_SECONDS", 0.0)
+    r.offload(1, 2, 3, 4)
+    assert begun.acquire(timeout=60) and begun.acquire(timeout=60)  # two threads hang with a row each
+    r.tiers.poll()
+    assert r.tiers.count().trouble
+    r.offload(5, 6)
+    assert r.found(5) == [Tier.HOST] and r.found(6) == [Tier.HOST]
+    r.tiers.drain(0)
+    gate.set()
+    r.tiers.drain()
+    r.tiers.check_integrity()
