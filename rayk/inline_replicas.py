@@ -102,7 +102,7 @@ class InlineReplicas(ABC):
         if params.kv_connector != "null":
             core.connect(open_connector(params, core.buffers.all_bytes, self._host_pages, self._tiers))
         if self._reset is not None:
-            core.reset_prefix_cache(self._reset)
+            core.join_after_reset(self._reset)
         return core
 
     def _follow(self, core: ReplicaCore) -> None:

@@ -53,7 +53,7 @@ class Loads:
         self._size = core.page_size
         self._page_bytes = core.page_size * 4
         self._holds, self._digest = connector.holds, self._hasher.digest
-self._mask = core.exports.mask
+        self._mask = core.exports.mask
         self._masked = bool(self._mask.token)
         self._kept_out: set[bytes] = set()  # from before the last reset
         self._roots: dict[RootKey, PageHash] = {}
@@ -222,12 +222,16 @@ self._mask = core.exports.mask
             ctx.cached_prefix_length = good
         return True
 
+    def rename(self, mask: Mask) -> None:
+        """Mask the keys of the tiers from now on."""
+        self._mask, self._masked = mask, bool(mask.token)
+
     def reset(self, mask: Mask, held: Iterable[bytes]) -> None:
         """Forget what was to be offloaded, and all that the tiers have; from now on their keys are masked. Pages that
         are still `held` do not go there again when they are released."""
+        self.rename(mask)
         self._kept_out = set(mask.all(list(held)))
         self._new_hashes, self._new_pages, self._used = [], [], []
-        self._mask, self._masked = mask, bool(mask.token)
         try:
             self.connector.reset()
         except Exception as error:

@@ -260,9 +260,10 @@ class ResetMetrics(_Message, frozen=True):
 
 
 class ResetPrefixCache(_Message, frozen=True):
-    """See ReplicaCore.reset_prefix_cache()."""
+    """See ReplicaCore.reset_prefix_cache(), and join_after_reset() for one that `joins`."""
 
     token: bytes | None = None
+    joins: bool = False
 
 
 class ReadPages(_Message, frozen=True):

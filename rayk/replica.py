@@ -605,13 +605,19 @@ class ReplicaCore:
             rejected_files=counters.damaged + counters.foreign + counters.outdated,
         )
 
+    def join_after_reset(self, token: bytes) -> None:
+        """Before any request: the others were reset with this token, and go on sharing pages under it."""
+        self.exports.mask = Mask(token)
+        if self.loads is not None:
+            self.loads.rename(self.exports.mask)
+
     def reset_prefix_cache(self, token: bytes | None = None) -> int:
         """Forget cached pages that nobody holds, here and in the tiers; how many pages requests and exports still hold.
 
         Without a `token` those can still be hit. With one (Mask.new(), the same for all replicas) the weights may have
         changed: no request that starts after it reads what was computed before it, or by a request that has pages now.
         Such requests keep their pages, fill them and share them with each other until they end; none of these pages
-        gets to another replica or a tier any more. Replicas that start later are given the token of the last reset.
+        gets to another replica or a tier any more. Replicas that start later join_after_reset().
         """
         if self.unpublished:
             self.publish()

@@ -162,6 +162,9 @@ class ReplicaService:
             case m.ResetMetrics():
                 core.reset_metrics()
             case m.ResetPrefixCache():
+                if command.joins and command.token is not None:
+                    core.join_after_reset(command.token)
+                    return m.ResetDone(), []
                 return m.ResetDone(core.reset_prefix_cache(command.token)), []
             case m.ReadPages(page_ids):
                 return m.Done(), [t.contiguous().view(torch.uint8).numpy() for t in core.read_pages(page_ids)]

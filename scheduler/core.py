@@ -45,7 +45,7 @@ class SchedulerCore:
             carrier = self.placer.carrier
             self._offering = Offering(carrier, lambda: self.members.ready, settings.page_size, clock)
         self._left = KVCacheMetrics()  # what removed replicas had counted
-        self._reset: m.ResetPrefixCache | None = None  # the last one that replicas which join later must know of
+        self._reset: bytes | None = None  # token of the last one that replicas which join later must know of
         self._removed: dict[int, m.RemoveDone] = {}  # what became of their pages
         self.hall: Hall | None = None
         """Where requests wait, if there is an admission policy."""
@@ -145,7 +145,7 @@ class SchedulerCore:
         yet. The order to forget its pages waits at a silent replica before anything that is asked of it later.
         """
         if isinstance(command, m.ResetPrefixCache) and command.token is not None:
-            self._reset = command
+            self._reset = command.token
         asked = list(self.members.here)
         answers = yield [Ask(r, command, wanted=True) for r in asked]
         total, silent, held = self._left, dict[int, float](), dict[int, int]()
@@ -190,7 +190,7 @@ class SchedulerCore:
                 standing.give_up(replica)
             case m.Join(replica, epoch, pages):
                 follow = standing.join(replica, epoch, pages)
-                reset = [Ask(replica, self._reset)] if self._reset is not None else []
+                reset = [Ask(replica, m.ResetPrefixCache(self._reset, joins=True))] if self._reset is not None else []
             case m.ResumeReplica(replica):
                 standing.resume(replica)
         yield reset + [Ask(r, m.Follow()) for r in follow]

@@ -200,13 +200,17 @@ def test_a_replica_that_was_not_reset_yet_shares_nothing_with_one_that_was(tmp_p
     world.check_fresh(1)
 
 
-def test_a_replica_that_joins_later_shares_what_came_after_the_reset() -> None:
-    world = Weights("null", replicas=2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replica_that_joins_later_shares_what_came_after_the_reset(kind: str, tmp_path: Path) -> None:
+    world = Weights(kind, tmp_path, replicas=2)
     world.run("a")
     world.change()
     world.manager.release(world.run("b").request_id, 0)
+    world.manager.drain()
+    there = world.manager.get_num_used_host_pages(0)
     [joined] = world.manager.add_replicas(1)
     world.replicas = 3
+    assert world.manager.get_num_used_host_pages(0) == there, "nothing is emptied for it"
     ctx = world.start("c", replica=joined)
     assert ctx.cached_prefix_length == 20 and world.seen(ctx, joined) == {1}
 
