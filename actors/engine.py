@@ -72,7 +72,7 @@ class EngineActor:
             address=RayRuntime().address(),
         )
         self._host = EngineHost([engine]).start()
-        return facts_of(engine, self._device, host_name)
+        return facts_of(engine, self._device, host_name, self._source)
 
     def post(self, wire: bytes) -> None:
         """Give the engine a command. One that cannot be read ends the replica with that reason: somebody waits."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,17 @@ HOST_UTILIZATION = 0.5  # of a node's free memory: pages on the host share it wi
 TOLERANCE = 0.03  # of the planned bytes; a component that is further off is worth a warning
 
 
-class Drift(msgspec.Struct, frozen=True):
-    """A component of which notably more or less was taken than planned; bytes."""
+class Component(msgspec.Struct, frozen=True):
+    """Bytes of one part of a replica's memory, as planned and as taken."""
 
     component: str
     planned: int
     taken: int
+
+    @property
+    def is_off(self) -> bool:
+        """Whether more or less than TOLERANCE beside the plan was taken."""
+        return abs(self.taken - self.planned) > TOLERANCE * self.planned
 
     def __str__(self) -> str:
         off = f"{100 * (self.taken / self.planned - 1):+.1f} %" if self.planned else "nothing was planned"
@@ -94,12 +99,6 @@ class ClusterPlan(msgspec.Struct, frozen=True):
     nodes: tuple[NodeMemory, ...]
     refused: dict[str, str]  # node id -> reason
     max_batch_size: int
-
-
-def drifts(planned: Mapping[str, int], taken: Mapping[str, int]) -> list[Drift]:
-    """The components of which more or less than TOLERANCE beside the plan was taken; those of one side do not count."""
-    both = [Drift(name, planned[name], taken[name]) for name in planned if name in taken]
-    return [d for d in both if abs(d.taken - d.planned) > TOLERANCE * d.planned]
 
 
 def _cgroup_free() -> int | None:

@@ -23,6 +23,7 @@ from rayk.admission import AdmissionPolicy
 from rayk.errors import ConfigError, PlanError, RaykError, SchedulerLostError
 from rayk.params import KVCacheParams
 from rayk.planning import (
+    Component,
     ClusterPlan,
     NodeMemory,
     ReplicaPlan,
@@ -40,7 +41,6 @@ from rayk.tiers.identity import named, read_seed, take_seed
 log = logging.getLogger("rayk.scheduler")
 
 START_SECONDS = 180.0
-TOLERANCE = 0.03  # of the planned bytes; a replica that is further off is worth a warning
 PLACE_SECONDS = 60.0
 CLOSE_SECONDS = 30.0
 SLIVER = 0.001  # of a CPU: Ray refuses an empty bundle, and many replicas must fit a small machine
@@ -347,15 +347,9 @@ def start_replicas(
 
 def _compare(plan: ReplicaPlan, facts: ReplicaFacts) -> None:
     """Warn where a replica took notably more or less memory than its plan says."""
-    if abs(facts.allocated - plan.bytes) > TOLERANCE * plan.bytes:
-        log.warning(
-            "replica %d on %s took %d bytes for its pages, planned were %d: the plan is off by %.1f %%",
-            facts.replica,
-            plan.host_name,
-            facts.allocated,
-            plan.bytes,
-            100 * (facts.allocated / plan.bytes - 1),
-        )
+    pages = Component("pages", plan.bytes, facts.allocated)
+    if pages.is_off:
+        log.warning("replica %d on %s is not as planned: %s", facts.replica, plan.host_name, pages)
 
 
 def _start_scheduler(runtime: Runtime, cluster: Cluster, name: str | None) -> Cluster:

@@ -325,6 +325,7 @@ def report(cluster: Cluster, ids: Sequence[Any], outputs: Sequence[Output], seco
                 "device": facts.device,
                 "attention": facts.backend,
                 "pages": facts.pages,
+                "memory": {part.component: {"planned": part.planned, "taken": part.taken} for part in facts.memory},
                 "requests": sum(output.replica == facts.replica for output in outputs),
             }
             for facts in cluster.facts

@@ -82,6 +82,7 @@ class DecodeGraphs:
         self.eos_token_ids = model.eos_token_ids
         self.tokenizer = model.tokenizer
         self.backend = str(getattr(model, "backend", ""))
+        self.num_bytes = getattr(model, "num_bytes", None)
         self.replays = 0  # so far
         self._model = model
         self._null = core.num_pages

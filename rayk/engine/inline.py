@@ -71,7 +71,7 @@ class InlineReplicas:
                 more = (self.settings, replica, device, sharing[device], node, self._tiers, self._lines)
                 model = self._models[device]
                 engine = self._host.add(replica, lambda m=model, a=more: self._open(m, *a))  # type: ignore[misc]  # mypy does not infer defaults
-                added.append(facts_of(engine, device, node.host_name))
+                added.append(facts_of(engine, device, node.host_name, self._source))
                 self._pools[Peer(replica, added[-1].epoch)] = engine.core.buffers
                 self.tokenizer = engine.model.tokenizer
         except BaseException:

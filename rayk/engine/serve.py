@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,15 +19,17 @@ from rayk.engine.peers import Peers
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.tiers import NodeTiers, TierWish
 from rayk.engine.wire import Command, Report
-from rayk.errors import ConfigError
+from rayk.errors import ConfigError, RaykError
 from rayk.hashing import PageHasher
 from rayk.params import KVCacheParams, require, require_at_least
-from rayk.planning import NodeMemory, ReplicaPlan, plan_replica
+from rayk.planning import Component, NodeMemory, ReplicaPlan, plan_replica
 from rayk.replica import ReplicaCore
 from rayk.tiers.opening import open_connector
 from rayk.transport.choice import Peer, Station
 from rayk.transport.line import Line
 from rayk.transport.port import PagePort, open_lines
+
+log = logging.getLogger("rayk.engine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,17 @@ class ModelSource:
         from rayk.models import load_model
 
         return load_model(self.folder, dtype=self.dtype, device=device, attention=self.attention)
+
+    def planned_bytes(self) -> int | None:
+        """What `rayk plan` says that the weights take; None for a model that comes from no folder or is not planned."""
+        if self.folder is None:
+            return None
+        from rayk.memory.reading import read_model
+
+        try:
+            return read_model(self.folder).loaded_bytes(None if self.dtype == "auto" else self.dtype)
+        except RaykError:
+            return None
 
     def identity(self) -> str:
         """For pages that outlive this cluster. Reads all weights, where nobody named the model."""
@@ -188,6 +202,7 @@ class ReplicaFacts:
     has_tokenizer: bool
     epoch: int = 0  # of its start, for its peers
     station: Station | None = None  # what lines to it there are; None: it copies nothing
+    memory: tuple[Component, ...] = ()  # as planned and as taken
 
 
 def open_engine(
@@ -265,9 +280,17 @@ def check_engine(engine: Engine) -> None:
         core.connector.check_integrity()
 
 
-def facts_of(engine: Engine, device: str, node: str) -> ReplicaFacts:
-    """What an engine's replica is."""
+def facts_of(engine: Engine, device: str, node: str, source: ModelSource | None = None) -> ReplicaFacts:
+    """What an engine's replica is, and what it took of what was planned; a part that is off is warned of by name."""
     core = engine.core
+    allocated = sum(tensor.nbytes for tensor in core.buffers.all_buffers)
+    memory = [Component("pages", (core.num_pages + 1) * core.params.bytes_per_page, allocated)]
+    loaded, planned = getattr(engine.model, "num_bytes", None), source.planned_bytes() if source is not None else None
+    if loaded is not None and planned is not None:
+        memory.insert(0, Component("weights", planned, loaded))
+    for part in memory:
+        if part.is_off:
+            log.warning("replica %d on %s is not as planned: %s", core.replica, node, part)
     return ReplicaFacts(
         core.replica,
         node,
@@ -280,4 +303,5 @@ def facts_of(engine: Engine, device: str, node: str) -> ReplicaFacts:
         engine.limits.has_tokenizer,
         engine.peers.epoch if engine.peers is not None else 0,
         engine.peers.station if engine.peers is not None else None,
+        tuple(memory),
     )

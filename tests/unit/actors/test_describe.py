@@ -44,7 +44,7 @@ def test_a_plan_that_was_off_is_warned_of(
         pass
     assert len(caplog.records) == 2 * warned
     if warned:
-        assert f"the plan is off by {100 * (factor - 1):.1f} %" in caplog.text
+        assert "not as planned: pages: " in caplog.text and f"({100 * (factor - 1):+.1f} %)" in caplog.text
 
 
 def test_a_snapshot_shows_plan_pages_and_claims(runtime: FakeRuntime) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from rayk.cli import main
+from rayk.engine import serve
+from rayk.engine.serve import ModelSource
 
 from ..models.checkpoints import dense, write  # noqa: TID252  # tests/ is no package that has an absolute name
 from .test_text import make_tokenizer
@@ -216,3 +218,19 @@ def test_damaged_and_missing_checkpoints(generate, folder: Path, tmp_path: Path)
         (damaged / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
     code, _, err = generate("--prompt", "a", model=damaged)
     assert code == 2 and "model.safetensors" in err and "Traceback" not in err
+
+
+def test_memory_is_shown_as_planned_and_as_taken(generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = lines(tmp_path, {"tokens": [5, 6]})
+    argv = ("--prompts", prompts, "--max-new-tokens", "1", "--format", "json")
+    code, out, err = generate(*argv)
+    assert code == 0 and "planned" not in err
+    [replica] = json.loads(out)["replicas"]
+    for part in ("weights", "pages"):
+        taken = replica["memory"][part]["taken"]
+        assert taken > 0 and replica["memory"][part]["planned"] == pytest.approx(taken, rel=0.03)
+    found: list[str] = []
+    monkeypatch.setattr(ModelSource, "planned_bytes", lambda source: taken)
+    monkeypatch.setattr(serve.log, "warning", lambda text, *values: found.append(text % values))
+    assert generate(*argv)[0] == 0
+    assert len(found) == 1 and "not as planned: weights: " in found[0]

@@ -10,7 +10,7 @@ import torch
 from rayk.errors import ConfigError
 from rayk.memory.measure import CountedPeak, CudaPeak, Measurements, measure_activations
 from rayk.memory.settings import PlanSettings
-from rayk.planning import Drift, drifts
+from rayk.planning import Component
 
 
 def test_live_storages_are_counted() -> None:
@@ -61,9 +61,7 @@ def test_what_cannot_be_measured_says_so(tmp_path: Path, configs: Path, monkeypa
 
 
 def test_a_component_that_is_off_is_named() -> None:
-    assert drifts({"weights": 1000, "pages": 1000}, {"weights": 1030, "pages": 971, "other": 5}) == []
-    [found] = drifts({"weights": 1000, "pages": 1000}, {"weights": 1031, "pages": 1000})
-    assert found == Drift("weights", 1000, 1031) and str(found).startswith(
-        "weights: 1031 bytes taken, 1000 planned (+3.1"
-    )
-    assert "nothing was planned" in str(drifts({"weights": 0}, {"weights": 5})[0])
+    assert not Component("weights", 1000, 1030).is_off and not Component("pages", 1000, 971).is_off
+    found = Component("weights", 1000, 1031)
+    assert found.is_off and str(found).startswith("weights: 1031 bytes taken, 1000 planned (+3.1")
+    assert Component("pages", 1000, 960).is_off and "nothing was planned" in str(Component("weights", 0, 5))
