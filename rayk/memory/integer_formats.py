@@ -160,7 +160,10 @@ def torchao(c: Mapping[str, Any]) -> tuple[str, Bits]:
         def find(module: Module) -> float | None:
             for names, own in named:
                 if module.kind is not Kind.rest and names.share(module):
-                    return None if own is None else own(module)
+                    head = 0.0  # a tied one is written out beside the embeddings
+                    if module.kind is Kind.embedding and c.get("untie_embedding_weights"):
+                        head = 16.0 if rest is None else rest(module)
+                    return (16.0 if own is None else own(module)) + head if head or own is not None else None
             return rest(module) if rest is not None and module.kind in QUANTIZED else None
 
         return "torchao by module", find
