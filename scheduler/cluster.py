@@ -23,8 +23,8 @@ from rayk.admission import AdmissionPolicy
 from rayk.errors import ConfigError, PlanError, RaykError, SchedulerLostError
 from rayk.params import KVCacheParams
 from rayk.planning import (
-    Component,
     ClusterPlan,
+    Component,
     NodeMemory,
     ReplicaPlan,
     plan_cluster,

@@ -123,7 +123,8 @@ def quiet() -> Iterator[None]:
 
 def _build(config: Any, text: Any, named: Any) -> tuple[nn.Module, tuple[str, ...]]:
     """The model on the meta device: the class that the file names, else the one for that config."""
-    names = [named] if isinstance(named, str) else [n for n in named or () if isinstance(n, str)]
+    named = [named] if isinstance(named, str) else named
+    names = [n for n in named if isinstance(n, str)] if isinstance(named, list) else []
     own = [c for n in names if getattr(c := getattr(transformers, n, None), "config_class", None) is type(config)]
     mapped = [c for c in (_mapped(name, config) for name in MAPPINGS) if c is not None]
     problem: Exception | None = None

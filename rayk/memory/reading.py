@@ -110,7 +110,8 @@ def _whole(value: Any) -> int | None:
 def _facts(f: Fields, notes: list[str]) -> _Facts:
     """From transformers if it is there and knows the model, else from the rules."""
     named = f.values.get("architectures") or []
-    names = [named] if isinstance(named, str) else [n for n in named if isinstance(n, str)]
+    named = [named] if isinstance(named, str) else named
+    names = [n for n in named if isinstance(n, str)] if isinstance(named, list) else []
     what = ", ".join(names) or f.values.get("model_type") or "no architecture"
     if f.values.get("is_encoder_decoder"):
         raise f.error(
