@@ -40,7 +40,7 @@ app = typer.Typer(
     name="rayk",
     help="A paged, prefix-sharing KV cache for LLM serving on Ray.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

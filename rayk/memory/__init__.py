@@ -1,6 +1,6 @@
 """Memory plans: how many pages fit beside a model, what length and batch that serves, and what to change if none do.
 
-    budget.py ──> advice.py ──> estimator.py, planner.py          the reference's estimator and planners
+    budget.py ──> estimator.py                                    the reference's estimator and planners
     weights.py ──> float_formats.py, integer_formats.py ──> quantization.py      how checkpoints store weights
     fields.py, architectures.py, library.py, stand_ins.py, checkpoint.py ──> reading.py    a model (model.py) of files
     by_hand.py                                                    a model from numbers
@@ -21,8 +21,7 @@ from rayk.memory.budget import (
     spec_decode_cache_slack,
 )
 from rayk.memory.errors import CacheProtocolError, MemoryPlanError, ModelConfigError
-from rayk.memory.estimator import MemoryEstimator
-from rayk.memory.planner import MemoryPlanner, PagedMemoryPlanner
+from rayk.memory.estimator import MemoryEstimator, MemoryPlanner, PagedMemoryPlanner
 
 __all__ = [
     "SIGNAL_BUFFER_BYTES",

@@ -71,16 +71,19 @@ class Sizes:
         return cls(hidden, widest, embedding.size // hidden, expert, model.experts_per_token if expert else 0)
 
 
-def estimate(model: Model, settings: PlanSettings, memory: int) -> Overhead:
-    """The overhead of one GPU with that memory. What the settings ask for is taken as it is."""
+def estimate(model: Model, settings: PlanSettings, memory: int, measured: bool = False) -> Overhead:
+    """The overhead of one GPU with that memory; free memory that was `measured` is without what the driver keeps.
+
+    What the settings ask for is taken as it is.
+    """
     asked = settings.activation_reserve
     if asked is not None and asked != STATIC:
         return Overhead(0, asked, "as asked for")
     together = settings.gpus > 1
-    static = DRIVER + CONTEXT
+    static = CONTEXT if measured else DRIVER + CONTEXT
     if together:
         static += NVLINK_COLLECTIVES if memory >= NVLINK_MEMORY else COLLECTIVES
-    what = "driver, CUDA context" + (", NCCL" if together else "")
+    what = ("" if measured else "driver, ") + "CUDA context" + (", NCCL" if together else "")
     if asked == STATIC:
         return Overhead(static, 0, f"{what}; activations come from what is kept free")
     if settings.measured_activations is not None:

@@ -152,7 +152,7 @@ def plan_replica(
         raise ConfigError(f"a replica of {what} cannot be planned on {len(devices)} device(s)")
     model = model.expanded() if settings.mla == "expanded" else model
     parts = [part for part in shards(model, settings) for _ in range(settings.tp)]
-    extra = [estimate(model, settings, device.total) for device in devices]
+    extra = [estimate(model, settings, device.total, device.free < device.total) for device in devices]
     signals = SIGNAL_BUFFER_BYTES if settings.tp > 1 else 0
     limits = [int(device.free * settings.utilization) for device in devices]
     static = [part.weights + over.total + signals for part, over in zip(parts, extra, strict=True)]

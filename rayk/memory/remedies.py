@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayk.errors import ConfigError
-from rayk.memory.advice import last_that_fits
+from rayk.memory.budget import last_that_fits
 from rayk.memory.gpus import larger_gpus
 from rayk.memory.model import Model
 from rayk.memory.plan import plan_replica

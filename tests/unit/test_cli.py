@@ -174,3 +174,12 @@ def test_a_run_that_fails_still_writes_its_result(
     code, out, err = run(capsys, *SMALL, "--out", str(tmp_path), "--format", "json")
     assert code == 1 and words in err and json.loads(out)["verify"]["mismatches"] == mismatches
     assert (tmp_path / "result.json").exists()
+
+
+def test_a_shell_completes_flags_and_names(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("_RAYK_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "rayk plan --gpu h20")
+    monkeypatch.setenv("COMP_CWORD", "3")
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert {"h20", "h200", "h200-nvl"} <= set(capsys.readouterr().out.split())
