@@ -246,7 +246,7 @@ sys.stdin.readline()
 manager = manage(session)
 say(pids=manager.execute([[], []], pid))
 sys.stdin.readline()
-manager.shutdown()
+manager.shutdown(force=True)
 """
     drivers = [start(code, "race") for _ in range(2)]
     for driver in drivers:
