@@ -159,11 +159,17 @@ def _listening(said: list[str]) -> Iterator[None]:
     heard = logging.Handler(logging.WARNING)
     heard.emit = lambda record: said.extend(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage()).splitlines())  # type: ignore[method-assign]  # a handler is no more than this
     log = logging.getLogger("transformers.modeling_utils")
+    level, propagate = log.level, log.propagate
+    if not log.isEnabledFor(logging.WARNING):  # whoever wants to see none of it still sees none
+        log.setLevel(logging.WARNING)
+        log.propagate = False
     log.addHandler(heard)
     try:
         yield
     finally:
         log.removeHandler(heard)
+        log.setLevel(level)
+        log.propagate = propagate
 
 
 def _max_length(folder: Path, text: Any, limit: int | None, name: str) -> int:

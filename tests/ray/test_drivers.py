@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster(ray_tmpdir: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Address and environment of a cluster of one node, started as an operator would; the processes end with it."""
-    folder = ray_tmpdir / "ext"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="ext", dir=ray_tmpdir))  # test_fence.py starts one like it
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
     port = free_port()
