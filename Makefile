@@ -31,9 +31,10 @@ demo: $(STAMP)  ## serve generated chats from 2 replicas, check every page, writ
 test: $(STAMP)  ## run all tests (those that need a GPU are skipped without one)
 	TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m pytest $(if $(filter tests%,$(PYTEST_ARGS)),,tests) $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## ruff: rules and formatting
+lint: $(STAMP)  ## ruff: rules and formatting; the order of layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/layers.py
 
 format: $(STAMP)  ## let ruff repair what it can
 	$(BIN)/ruff check --fix .

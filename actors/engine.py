@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from rayk.actors.interface import Actor, ActorGoneError, ActorSpec, Node, Placement, Runtime
 from rayk.actors.replica import measure
-from rayk.actors.runtime import Actor, ActorGoneError, ActorSpec, Node, Placement, RayActor, RayRuntime, Runtime
 from rayk.errors import PlanError, RaykError, ReplicaLostError
-from rayk.planning import NodeMemory, measure_node
+from rayk.planning.node_plan import NodeMemory, measure_node
 from rayk.tiers.identity import read_seed, take_seed
 
 if TYPE_CHECKING:
-    from rayk.engine.serve import ModelSource, ReplicaFacts, ServeSettings
+    from rayk.engine.replicas import ModelSource, ReplicaFacts, ServeSettings
     from rayk.engine.settings import EngineStats
     from rayk.engine.tiers import NodeTiers
-    from rayk.engine.wire import Command, Report
+    from rayk.protocol.engine import Command, Report
 
 REPORTS_LANE = "reports"
 LOAD_SECONDS = 1800.0  # to load a model
@@ -56,8 +56,9 @@ class EngineActor:
         self, sharing: int, host_name: str, node: NodeMemory | None = None, tiers: NodeTiers | None = None
     ) -> ReplicaFacts:
         """Take pages, as one of `sharing` replicas on this node, and begin to serve. None: measure the node now."""
-        from rayk.engine.host import EngineHost
-        from rayk.engine.serve import facts_of, open_engine
+        from rayk.actors.runtime import RayRuntime
+        from rayk.engine.engine_thread import EngineHost
+        from rayk.engine.replicas import facts_of, open_engine
 
         node = node or measure_node(host_name=host_name)
         engine = open_engine(
@@ -76,7 +77,7 @@ class EngineActor:
 
     def post(self, wire: bytes) -> None:
         """Give the engine a command. One that cannot be read ends the replica with that reason: somebody waits."""
-        from rayk.engine.wire import decode_command
+        from rayk.protocol.engine import decode_command
 
         try:
             command = decode_command(wire)
@@ -87,7 +88,7 @@ class EngineActor:
 
     def reports(self) -> Iterator[bytes]:
         """The engine's reports, as it makes them."""
-        from rayk.engine.wire import encode
+        from rayk.protocol.engine import encode
 
         for report in self._host.reports(0):
             yield encode(report)
@@ -99,7 +100,7 @@ class EngineActor:
 
     def check(self) -> None:
         """IntegrityError unless its pages are where they should be."""
-        from rayk.engine.serve import check_engine
+        from rayk.engine.replicas import check_engine
 
         self._host.call(0, check_engine)
 
@@ -131,7 +132,7 @@ class _Seat(NamedTuple):
 
 
 class RayReplicas:
-    """Engine actors of one driver, which end with it. Implements rayk.engine.serve.Replicas.
+    """Engine actors of one driver, which end with it. Implements rayk.engine.replicas.Replicas.
 
     The replicas of the start have one placement group; each later one has its own, which an autoscaler sees while it
     waits. The replacement of a lost one takes its bundle, on another node if that one died.
@@ -252,16 +253,15 @@ class RayReplicas:
             raise PlanError(f"a replica could not start: {error}") from None
 
     def post(self, replica: int, command: Command) -> None:
-        from rayk.engine.wire import encode
+        from rayk.protocol.engine import encode
 
         self._sent[replica] = self._seats[replica].actor.call("post", encode(command))
 
     def reports(self, replica: int) -> Iterator[Report]:
         """ActorGoneError or CallTimeoutError when there will be no more."""
-        from rayk.engine.wire import decode_report
+        from rayk.protocol.engine import decode_report
 
         actor = self._seats[replica].actor
-        assert isinstance(actor, RayActor)
         for wire in actor.stream("reports", REPORTS_LANE, f"replica {replica}", SILENT_SECONDS):
             yield decode_report(wire)
 

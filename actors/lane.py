@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from rayk import messages as m
+from rayk.actors.chunks import LONGEST
 from rayk.actors.graph import LaneError
-from rayk.actors.pieces import LONGEST
-from rayk.actors.runtime import Actor, Lane, Runtime
-from rayk.lanes import LaneState
+from rayk.actors.interface import Actor, Lane, LaneState, Runtime
+from rayk.protocol import messages as m
 
 log = logging.getLogger("rayk.actors")
 

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psutil
 
-from rayk.actors.pieces import LONGEST, joined
+from rayk.actors.chunks import LONGEST, joined
 from rayk.actors.process import settle
-from rayk.actors.runtime import RayRuntime
 from rayk.params import KVCacheParams
-from rayk.planning import NodeMemory, measure_node
+from rayk.planning.node_plan import NodeMemory, measure_node
 
 if TYPE_CHECKING:
     from rayk.transport.line import PageData
@@ -39,7 +38,7 @@ class ReplicaFacts(msgspec.Struct, frozen=True):
 
 
 class ReplicaActor:
-    """Started by rayk.scheduler.cluster. Messages are answered one after the other, those that come by a driver's fast
+    """Started by rayk.actors.launch. Messages are answered one after the other, those that come by a driver's fast
     lane, on a thread of its own, too; ping() has a lane of its own."""
 
     def __init__(
@@ -56,8 +55,8 @@ class ReplicaActor:
     ) -> None:
         import torch
 
-        from rayk.replica import ReplicaCore
-        from rayk.service import ReplicaService
+        from rayk.kvcache.replica import ReplicaCore
+        from rayk.replica.service import ReplicaService
         from rayk.tiers.opening import open_connector
 
         self._started_at = time.time()
@@ -69,12 +68,14 @@ class ReplicaActor:
         core = ReplicaCore(params, replica, num_pages, max_batch_size, devices, runtime_checks, shared_memory=shared)
         if params.kv_connector != "null":
             core.connect(open_connector(params, core.buffers.all_bytes, host_pages, pool))
+        from rayk.actors.runtime import RayRuntime
+
         runtime = RayRuntime()
         self._service = ReplicaService(core, epoch, runtime.dumps, journal=journal, address=runtime.address())
         settle()
 
     def handle(self, wire: bytes | int, *rest: Any) -> bytes:
-        """Answer a message, see rayk.actors.pieces; what comes after it is page data from other replicas."""
+        """Answer a message, see rayk.actors.chunks; what comes after it is page data from other replicas."""
         with self._door:
             return self._service.handle(*joined(wire, rest))[0]
 

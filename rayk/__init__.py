@@ -8,25 +8,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayk.admission import AdmissionPolicy, TenantQuota
-    from rayk.async_manager import AsyncPagedKVCacheManager
-    from rayk.batch import ContextBatch
+    from rayk.actors.interface import LaneState
     from rayk.cluster import Cluster
     from rayk.context import TextContext
-    from rayk.engine.errors import (
-        ForwardError,
-        QueueFullError,
-        RequestCancelledError,
-        RequestError,
-        RequestTimeoutError,
-    )
-    from rayk.engine.output import Handle, Output, Update
-    from rayk.engine.sampling import SamplingParams
+    from rayk.dispatch.output import Handle, Output, Update
     from rayk.errors import InsufficientBlocksError, RaykError, ReplicaLostError
-    from rayk.inputs import BatchCharacteristics
-    from rayk.lanes import LaneState
-    from rayk.manager import PagedKVCacheManager
-    from rayk.memory import (
+    from rayk.kvcache.context_batch import ContextBatch
+    from rayk.kvcache.metrics import KVCacheMetrics
+    from rayk.kvcache.runtime_inputs import BatchCharacteristics
+    from rayk.kvcache.tick import Admission, HitCounts, PrefixCacheReset, Tick, TickResult
+    from rayk.manager.async_manager import AsyncPagedKVCacheManager
+    from rayk.manager.manager import PagedKVCacheManager
+    from rayk.params import (
+        KVCacheQuantizationConfig,
+        KVConnectorConfig,
+        MHAKVCacheParams,
+        MLAKVCacheParams,
+        MultiKVCacheParams,
+    )
+    from rayk.planning import (
         SIGNAL_BUFFER_BYTES,
         MemoryEstimator,
         MemoryPlanError,
@@ -38,39 +38,39 @@ if TYPE_CHECKING:
         estimated_memory_size,
         spec_decode_cache_slack,
     )
-    from rayk.metrics import KVCacheMetrics
-    from rayk.params import (
-        KVCacheQuantizationConfig,
-        KVConnectorConfig,
-        MHAKVCacheParams,
-        MLAKVCacheParams,
-        MultiKVCacheParams,
+    from rayk.protocol.admission import AdmissionPolicy, TenantQuota
+    from rayk.request_errors import (
+        ForwardError,
+        QueueFullError,
+        RequestCancelledError,
+        RequestError,
+        RequestTimeoutError,
     )
+    from rayk.sampling import SamplingParams
     from rayk.session import InferenceSession
-    from rayk.ticks import Admission, HitCounts, PrefixCacheReset, Tick, TickResult
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "admission": ["AdmissionPolicy", "TenantQuota"],
+    "scheduler.admission.queue": ["AdmissionPolicy", "TenantQuota"],
     "cluster": ["Cluster"],
-    "engine.errors": [
+    "request_errors": [
         "ForwardError",
         "QueueFullError",
         "RequestCancelledError",
         "RequestError",
         "RequestTimeoutError",
     ],
-    "engine.output": ["Handle", "Output", "Update"],
-    "engine.sampling": ["SamplingParams"],
-    "batch": ["ContextBatch"],
-    "async_manager": ["AsyncPagedKVCacheManager"],
+    "dispatch.output": ["Handle", "Output", "Update"],
+    "sampling": ["SamplingParams"],
+    "kvcache.context_batch": ["ContextBatch"],
+    "manager.async_manager": ["AsyncPagedKVCacheManager"],
     "context": ["TextContext"],
     "errors": ["InsufficientBlocksError", "RaykError", "ReplicaLostError"],
-    "inputs": ["BatchCharacteristics"],
-    "lanes": ["LaneState"],
-    "manager": ["PagedKVCacheManager"],
-    "memory": [
+    "kvcache.runtime_inputs": ["BatchCharacteristics"],
+    "actors.interface": ["LaneState"],
+    "manager.manager": ["PagedKVCacheManager"],
+    "planning": [
         "SIGNAL_BUFFER_BYTES",
         "MemoryEstimator",
         "MemoryPlanError",
@@ -82,7 +82,7 @@ _HOMES = {
         "estimated_memory_size",
         "spec_decode_cache_slack",
     ],
-    "metrics": ["KVCacheMetrics"],
+    "kvcache.metrics": ["KVCacheMetrics"],
     "params": [
         "KVCacheQuantizationConfig",
         "KVConnectorConfig",
@@ -90,9 +90,9 @@ _HOMES = {
         "MLAKVCacheParams",
         "MultiKVCacheParams",
     ],
-    "scaling": ["Drained", "Removed", "ReplicaLoad", "ScalePolicy", "desired_replicas"],
+    "scheduler.scaling": ["Drained", "Removed", "ReplicaLoad", "ScalePolicy", "desired_replicas"],
     "session": ["InferenceSession"],
-    "ticks": ["Admission", "HitCounts", "PrefixCacheReset", "Tick", "TickResult"],
+    "kvcache.tick": ["Admission", "HitCounts", "PrefixCacheReset", "Tick", "TickResult"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

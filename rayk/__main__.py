@@ -1,6 +1,6 @@
 """`python -m rayk` is `rayk`."""
 
-from rayk.cli import main
+from rayk.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

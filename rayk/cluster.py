@@ -1,7 +1,8 @@
 """Cluster: a model served from several replicas. Prompts in; answers, or tokens as they come, out.
 
-rayk.engine.prompts makes requests of prompts, rayk.engine.dispatcher places and follows them, and rayk.engine.serve is
-what replicas are. Here they meet: each replica has one thread that reads its reports, and replicas come and go.
+rayk.dispatch.prompts makes requests of prompts, rayk.dispatch.dispatcher places and follows them, and
+rayk.engine.replicas is what replicas are. Here they meet: each replica has one thread that reads its reports, and
+replicas come and go.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from rayk.engine.calls import AsyncNews, Call, News
-from rayk.engine.dispatcher import Dispatcher, Standing
-from rayk.engine.errors import RequestCancelledError
-from rayk.engine.inline import InlineReplicas
-from rayk.engine.output import Handle, Output, Update
-from rayk.engine.prompts import Prompt, Prompts, Sampling
-from rayk.engine.sampling import SamplingParams
-from rayk.engine.serve import ModelSource, ReplicaFacts, Replicas, ServeSettings
+from rayk.dispatch.calls import AsyncNews, Call, News
+from rayk.dispatch.dispatcher import Dispatcher, Standing
+from rayk.dispatch.output import Handle, Output, Update
+from rayk.dispatch.prompts import Prompt, Prompts, Sampling
+from rayk.engine.local_replicas import InlineReplicas
+from rayk.engine.replicas import ModelSource, ReplicaFacts, Replicas, ServeSettings
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.tiers import Size, TierWish
 from rayk.errors import ClosedError, NotBuiltError, ReplicaLostError, ReplicaStateError
-from rayk.hashing import Mask
+from rayk.kvcache.page_hash import Mask
+from rayk.kvcache.tick import PrefixCacheReset
 from rayk.params import require_at_least
-from rayk.scaling import Removed
+from rayk.request_errors import RequestCancelledError
+from rayk.sampling import SamplingParams
+from rayk.scheduler.scaling import Removed
 from rayk.session import InferenceSession
-from rayk.ticks import PrefixCacheReset
 
 log = logging.getLogger("rayk.engine")
 
@@ -84,8 +85,8 @@ class Cluster:
         threads: int | None = None,
         tokenizer: Any = None,
     ) -> None:
-        from rayk.scheduler.policies import wants_keys
-        from rayk.scheduler.steering import Steering
+        from rayk.scheduler.router.policies import wants_keys
+        from rayk.scheduler.router.steering import Steering
 
         keyed = wants_keys(router)  # ConfigError for one that there is not
         require_at_least(0, max_retries=max_retries)

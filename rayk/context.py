@@ -51,7 +51,7 @@ class TokenWindow:
     """The token array of a request and its window. int32, grows by appending; lengths are in tokens."""
 
     __slots__ = ("_at", "_batch", "_request_id", "data", "end", "length", "processed")
-    _at: int  # used while the window is in a ContextBatch, see rayk.batch
+    _at: int  # used while the window is in a ContextBatch, see rayk.kvcache.context_batch
     _batch: Any
 
     def __init__(self, tokens: IntArray, request_id: str = "") -> None:
@@ -126,7 +126,8 @@ class TokenWindow:
         self.length = length
 
     def changed(self) -> None:
-        """The context gained or lost drafts or placeholders. Of interest to a batch only, see rayk.batch."""
+        """The context gained or lost drafts or placeholders. Of interest to a batch only, see
+        rayk.kvcache.context_batch."""
 
     def snapshot(self) -> TokenWindow:
         """The same window over the same tokens, which later appends and moves do not change."""

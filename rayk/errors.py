@@ -399,3 +399,10 @@ def _tree(cls: type[RaykError]) -> dict[str, type[RaykError]]:
 def by_name(name: str) -> type[RaykError] | None:
     """The error class of that name, or None."""
     return _tree(RaykError).get(name)
+
+
+def cannot_be_sent(request_id: str, error: Exception) -> RaykError:
+    """Why a request has no place that says what no message can carry; a RaykError stands for itself."""
+    if isinstance(error, RaykError) and not isinstance(error, UnsendableError):
+        return error
+    return BatchError(f"request {request_id!r} cannot be sent: {error}; give it values that fit a message")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rayk.errors import ConfigError
-from rayk.transport.choice import AUTO, PAGE_TRANSPORTS, SHARED_MEMORY
 
 DTYPE_BYTES = {
     "float32": 4,
@@ -31,6 +30,11 @@ SCALE_DTYPES = ("float32", "float16", "float8_e8m0fnu")
 HASH_ALGORITHMS = ("sha256", "xxh3_128")
 CONNECTORS = ("null", "local", "tiered")
 CUSTOM_CONNECTOR = re.compile(r"[\w.]+:\w+")  # a module and a function of it, see rayk.tiers.opening
+CUDA_IPC, SHARED_MEMORY, GROUP, OBJECT_STORE = "cuda-ipc", "shared-memory", "group", "object-store"
+AUTO = "auto"
+LINES = (CUDA_IPC, SHARED_MEMORY, GROUP, OBJECT_STORE)  # what carries pages between replicas, best first
+LOCAL_LINES = (CUDA_IPC, SHARED_MEMORY)
+PAGE_TRANSPORTS = (AUTO, *LINES)
 SPECULATIVE_METHODS = (None, "eagle", "mtp", "dflash")
 
 

@@ -14,7 +14,7 @@ from weakref import WeakSet
 from rayk.errors import ClosedError, ConfigError
 
 if TYPE_CHECKING:
-    from rayk.actors.runtime import Runtime
+    from rayk.actors.interface import Runtime
 
 RUNTIMES = ("inline", "ray")
 

@@ -12,23 +12,23 @@ from typing import Any
 
 import msgspec
 
-from rayk import messages as m
 from rayk.errors import CallTimeoutError, ConfigError, RaykError, ReplicaLostError
-from rayk.metrics import KVCacheMetrics
-from rayk.scaling import Removed
-from rayk.scheduler.asks import Ask, Part, Script, Told
-from rayk.scheduler.choice import Candidate
-from rayk.scheduler.desk import DeskSettings
-from rayk.scheduler.entry import Entry
-from rayk.scheduler.hall import Hall
-from rayk.scheduler.handover import Handover
+from rayk.kvcache.metrics import KVCacheMetrics
+from rayk.protocol import messages as m
+from rayk.scheduler.admission.controller import Hall
+from rayk.scheduler.admission.script import Entry
 from rayk.scheduler.leases import Leases
-from rayk.scheduler.lines import Lines
+from rayk.scheduler.lifecycle import Standing
 from rayk.scheduler.membership import Membership
-from rayk.scheduler.offering import Offering
-from rayk.scheduler.placing import Placer
-from rayk.scheduler.routing import Placements
-from rayk.scheduler.standing import Standing
+from rayk.scheduler.placements import Placements
+from rayk.scheduler.placer import Placer
+from rayk.scheduler.router.policy import Candidate
+from rayk.scheduler.router.router import DeskSettings
+from rayk.scheduler.scaling import Removed
+from rayk.scheduler.script import Ask, Part, Script, Told
+from rayk.scheduler.transfers.evacuation import Offering
+from rayk.scheduler.transfers.handover import Handover
+from rayk.scheduler.transfers.links import Lines
 
 
 class SchedulerCore:

@@ -1,7 +1,7 @@
 """One replica's pages as attention sees them: key and value views of each layer, and writes by slot.
 
 Made from the public buffer `[pages + 1, 2, layers, page_size, heads, head_dim]`, which lies page-major in memory
-(rayk/buffers.py). Nothing is copied; the views are as long-lived as the buffer.
+(rayk/kvcache/buffers.py). Nothing is copied; the views are as long-lived as the buffer.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from rayk.bench.hf import fitted, longest, model_shape, with_room
 from rayk.bench.progress import ProgressView, progress_view, summary_table
-from rayk.bench.quantity import parse_duration
 from rayk.bench.report import write_report, write_words
 from rayk.bench.request import Workload
 from rayk.bench.result import BenchResult, read_result
@@ -26,6 +25,7 @@ from rayk.bench.settings import ARRIVING_BATCH, VERIFY_BUDGET, BenchSettings, co
 from rayk.bench.traces import read_trace
 from rayk.bench.workloads import GENERATORS
 from rayk.errors import ConfigError, RaykError
+from rayk.quantity import parse_duration
 
 DEFAULT_REQUESTS = 1000
 MODEL_REQUESTS = 200

@@ -16,20 +16,20 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from rayk.bench.feed import Feed
 from rayk.bench.loop import SAMPLE_S, LoopSettings
 from rayk.bench.lru import Event
 from rayk.bench.measure import Measured, ReplicaCounts, Sample
 from rayk.bench.request import BenchRequest, IntArray, Workload, slot_tokens
+from rayk.bench.request_source import Feed
 from rayk.bench.settings import BenchSettings
-from rayk.engine.sampling import SamplingParams
 from rayk.errors import ConfigError, ReplicaLostError
+from rayk.kvcache.tick import Admission
 from rayk.params import DTYPE_BYTES
-from rayk.ticks import Admission
+from rayk.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from rayk.cluster import Cluster
-    from rayk.engine.output import Handle, Output
+    from rayk.dispatch.output import Handle, Output
     from rayk.engine.settings import EngineStats
 
 log = logging.getLogger("rayk.bench")

@@ -22,9 +22,9 @@ import psutil
 from rayk.bench.core.ray_path import iterate, ray_params, start_lanes
 from rayk.bench.pieces import cpu_seconds
 from rayk.context import TextContext
-from rayk.manager import PagedKVCacheManager
+from rayk.kvcache.tick import Tick
+from rayk.manager.manager import PagedKVCacheManager
 from rayk.session import InferenceSession
-from rayk.ticks import Tick
 
 if TYPE_CHECKING:
     from rayk.actors.lane import FastLane
@@ -65,7 +65,7 @@ class _Bench:
     """One manager whose lanes are put in and taken out, with the same requests on both ways."""
 
     def __init__(self, manager: PagedKVCacheManager, replicas: int) -> None:
-        from rayk.scheduler.client import RayBackend
+        from rayk.manager.ray_backend import RayBackend
 
         assert isinstance(manager._backend, RayBackend)
         self.manager, self.replicas, calls = manager, replicas, manager._backend.calls

@@ -27,18 +27,18 @@ from time import sleep
 from typing import TYPE_CHECKING
 
 from rayk.bench.capacity import too_large
-from rayk.bench.feed import Feed
-from rayk.bench.flight import Flight, Lane
+from rayk.bench.clocked import Arrivals, Prefill
+from rayk.bench.in_flight import Flight, Lane
 from rayk.bench.lru import Event
 from rayk.bench.measure import Measured, ReplicaCounts, Sample
-from rayk.bench.pace import Arrivals, Prefill
 from rayk.bench.request import Workload
+from rayk.bench.request_source import Feed
 from rayk.bench.verify import forward
 from rayk.errors import InsufficientBlocksError
-from rayk.ticks import Admission, Tick, TickResult
+from rayk.kvcache.tick import Admission, Tick, TickResult
 
 if TYPE_CHECKING:
-    from rayk.manager import PagedKVCacheManager
+    from rayk.manager.manager import PagedKVCacheManager
 
 SAMPLE_S = 0.1
 IDLE_REFUSALS = 20

@@ -12,7 +12,7 @@ import numpy as np
 
 from rayk.bench.lru import Event
 from rayk.bench.verify import Verified
-from rayk.ticks import Admission, Tick, TickResult
+from rayk.kvcache.tick import Admission, Tick, TickResult
 
 
 class Latency:

@@ -19,10 +19,10 @@ from typing import Any
 import msgspec
 import psutil
 
-from rayk import messages as m
-from rayk.admission import AdmissionPolicy
 from rayk.bench.overload_driver import Load, Outcome, OverloadDriver, Phase
-from rayk.manager import PagedKVCacheManager
+from rayk.manager.manager import PagedKVCacheManager
+from rayk.protocol import messages as m
+from rayk.protocol.admission import AdmissionPolicy
 from rayk.session import InferenceSession
 
 POLITE, FLOOD = "polite", "flood"
@@ -158,7 +158,7 @@ class Overload:
     """Starts a cluster of its own name with two drivers; close() ends both."""
 
     def __init__(self, settings: OverloadSettings) -> None:
-        from rayk.actors.runtime import ActorSpec
+        from rayk.actors.interface import ActorSpec
 
         self.settings = settings
         self.load = make_load(f"overload-{uuid.uuid4().hex[:8]}", settings)

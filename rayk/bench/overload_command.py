@@ -49,7 +49,7 @@ def overload(
     import msgspec
 
     from rayk.bench.overload import Overload, OverloadSettings
-    from rayk.bench.quantity import parse_duration
+    from rayk.quantity import parse_duration
 
     settings = OverloadSettings(
         replicas=replicas,

@@ -16,13 +16,13 @@ from typing import Any
 
 import msgspec
 
-from rayk.admission import AdmissionPolicy
-from rayk.async_manager import AsyncPagedKVCacheManager
 from rayk.context import TextContext
 from rayk.errors import OverloadedError, RaykError
+from rayk.kvcache.tick import Tick, TickResult
+from rayk.manager.async_manager import AsyncPagedKVCacheManager
 from rayk.params import KVCacheParams, MHAKVCacheParams
+from rayk.protocol.admission import AdmissionPolicy
 from rayk.session import InferenceSession
-from rayk.ticks import Tick, TickResult
 
 VOCABULARY = 1 << 30
 LAST_WORDS = 0.1  # seconds in which the scheduler hears of the last releases

@@ -1,7 +1,7 @@
 """What a message costs on its way into an actor, whole and cut up: `python -m rayk.bench.pieces [ROUNDS]`.
 
 Round trips to an actor that answers with the length of what it got, whole (beyond 100 KiB through Ray's object store)
-and in pieces (see rayk.actors.pieces) in turns: medians of wall time, and of CPU time of all processes of the session.
+and in pieces (see rayk.actors.chunks) in turns: medians of wall time, and of CPU time of all processes of the session.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Taker:
 
     def handle(self, first: bytes | int, *rest: bytes) -> int:
         """The length of the message."""
-        from rayk.actors.pieces import joined
+        from rayk.actors.chunks import joined
 
         return len(joined(first, rest)[0])
 
@@ -38,8 +38,9 @@ def cpu_seconds() -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; see the module."""
-    from rayk.actors.pieces import PIECE
-    from rayk.actors.runtime import ActorSpec, RayRuntime
+    from rayk.actors.chunks import PIECE
+    from rayk.actors.interface import ActorSpec
+    from rayk.actors.runtime import RayRuntime
 
     arguments = sys.argv[1:] if argv is None else argv
     rounds = int(arguments[0]) if arguments else 5

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from rayk.bench.loop import LoopSettings
 from rayk.bench.measure import Measured
-from rayk.bench.quantity import show_seconds
 from rayk.bench.result import BenchResult
+from rayk.quantity import show_seconds
 
 LOG_EVERY_S = 5.0
 

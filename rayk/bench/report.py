@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from rayk.bench.figures import FIGURES, render
 from rayk.bench.progress import summary_rows
-from rayk.bench.quantity import show_seconds
 from rayk.bench.result import BenchResult
+from rayk.quantity import show_seconds
 
 
 def write_report(result: BenchResult, out: Path) -> list[Path]:

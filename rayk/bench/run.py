@@ -14,10 +14,10 @@ from rayk.bench.request import Workload
 from rayk.bench.result import BenchResult, TierUse, make_result
 from rayk.bench.settings import BenchSettings
 from rayk.bench.stop import StopSignals
-from rayk.manager import PagedKVCacheManager
-from rayk.metrics import KVCacheMetrics
+from rayk.kvcache.connector import TierCount
+from rayk.kvcache.metrics import KVCacheMetrics
+from rayk.manager.manager import PagedKVCacheManager
 from rayk.session import InferenceSession
-from rayk.tiers.connector import TierCount
 
 if TYPE_CHECKING:
     from rayk.cluster import Cluster

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rayk.bench.hot_path import HotPathResult
+    from rayk.bench.scheduler_cost import HotPathResult
 
 SCHEDULER_EPILOG = "Example: rayk bench scheduler --rounds 5 --check"
 LEAST_SPEEDUP, LEAST_OF_BARE = 25.0, 0.6
@@ -56,7 +56,7 @@ def scheduler(
     """
     import msgspec
 
-    from rayk.bench.hot_path import HotPath, HotPathSettings
+    from rayk.bench.scheduler_cost import HotPath, HotPathSettings
 
     path = HotPath(HotPathSettings(batch, prompt, page_size, in_flight, batches, rounds, router, address))
     try:

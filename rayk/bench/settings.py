@@ -10,12 +10,12 @@ import msgspec
 
 from rayk.bench.capacity import check_fits
 from rayk.bench.loop import LoopSettings
-from rayk.bench.quantity import parse_size, show_bytes
 from rayk.bench.request import Workload
 from rayk.engine.tiers import LEAST_HOST_PAGES
 from rayk.errors import ConfigError, NotBuiltError
 from rayk.params import KVConnectorConfig, MHAKVCacheParams
-from rayk.planning import measure_node, planned_pages
+from rayk.planning.node_plan import measure_node, planned_pages
+from rayk.quantity import parse_size, show_bytes
 
 VERIFY_BUDGET = 2048
 """Tokens of one forward on one replica with the verify model or a prefill rate, unless told otherwise."""
@@ -63,7 +63,7 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
     source: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
-        from rayk.scheduler.policies import check_router
+        from rayk.scheduler.router.policies import check_router
 
         check_router(self.router, "--")
         for name in ("replicas", "page_size", "concurrency", "max_batch_size", "layers", "kv_heads", "head_dim", "tp"):

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from rayk.params import MHAKVCacheParams
-from rayk.transport.choice import GROUP, OBJECT_STORE, SHARED_MEMORY, Peer
+from rayk.params import GROUP, OBJECT_STORE, SHARED_MEMORY, MHAKVCacheParams
+from rayk.transport.choice import Peer
 
 ROUNDS = 15
 SIZES = (1, 32)  # pages
@@ -30,7 +30,7 @@ class End:
     def __init__(self, replica: int) -> None:
         import torch
 
-        from rayk.buffers import PageBuffers
+        from rayk.kvcache.buffers import PageBuffers
         from rayk.transport.port import open_lines
 
         torch.set_num_threads(1)
@@ -90,7 +90,8 @@ class End:
 
 def measure(rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Rows: pages, line, milliseconds of the whole round and of the fetch, and both as multiples of the memcpy."""
-    from rayk.actors.runtime import ActorSpec, RayRuntime
+    from rayk.actors.interface import ActorSpec
+    from rayk.actors.runtime import RayRuntime
 
     runtime = RayRuntime.connect("local", None, num_cpus=2, object_store_memory=500_000_000, log_to_driver=False)
     try:

@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 
 from rayk.context import TextContext
-from rayk.engine.events import PagesChanged
-from rayk.engine.generation import Generation
+from rayk.engine.sequence import Generation
 from rayk.errors import InsufficientBlocksError
-from rayk.hashing import PageHash
-from rayk.inputs import LeafInputs, ShardInputs
-from rayk.pages import Pages
-from rayk.replica import ReplicaCore
-from rayk.request import NOTHING_REUSED, Reused
-from rayk.tiers.connector import TierCount
+from rayk.kvcache.connector import TierCount
+from rayk.kvcache.page_hash import PageHash
+from rayk.kvcache.page_pool import Pages
+from rayk.kvcache.replica import ReplicaCore
+from rayk.kvcache.request import NOTHING_REUSED, Reused
+from rayk.kvcache.runtime_inputs import LeafInputs, ShardInputs
+from rayk.protocol.engine_reports import PagesChanged
 
 
 class _Told:

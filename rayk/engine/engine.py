@@ -24,19 +24,19 @@ import torch
 
 from rayk.context import TextContext
 from rayk.engine.cache import Cache
-from rayk.engine.errors import ForwardError, QueueFullError, RequestCancelledError, RequestError, RequestTimeoutError
-from rayk.engine.events import MOVED, Event, Finished, Text, Tokens
+from rayk.engine.decode_batch import Rows
+from rayk.engine.detokenizer import Detokenizer, text_of
 from rayk.engine.forward import Model, forward
-from rayk.engine.generation import Generation
-from rayk.engine.peers import Peers
-from rayk.engine.request import Limits, Request
-from rayk.engine.rows import Rows
+from rayk.engine.page_sharing import Peers
 from rayk.engine.sampler import Sampler, sample
+from rayk.engine.sequence import Generation
 from rayk.engine.settings import EngineSettings, EngineStats
-from rayk.engine.text import Detokenizer, text_of
-from rayk.engine.wire import Query, Ship
 from rayk.errors import InsufficientBlocksError, RaykError
-from rayk.replica import ReplicaCore
+from rayk.kvcache.replica import ReplicaCore
+from rayk.protocol.engine import Query, Ship
+from rayk.protocol.engine_reports import MOVED, Event, Finished, Text, Tokens
+from rayk.protocol.engine_request import Limits, Request
+from rayk.request_errors import ForwardError, QueueFullError, RequestCancelledError, RequestError, RequestTimeoutError
 
 
 class Pace:

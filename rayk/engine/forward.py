@@ -9,8 +9,8 @@ import torch
 
 from rayk.context import TextContext
 from rayk.engine.cache import Cache
-from rayk.engine.rows import Column
-from rayk.inputs import ShardInputs
+from rayk.engine.decode_batch import Column
+from rayk.kvcache.runtime_inputs import ShardInputs
 
 
 class Model(Protocol):

@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 
 from rayk.engine.forward import Model
-from rayk.inputs import LeafInputs, ShardInputs
-from rayk.lookup import table_width
-from rayk.replica import ReplicaCore
+from rayk.kvcache.lookup_table import table_width
+from rayk.kvcache.replica import ReplicaCore
+from rayk.kvcache.runtime_inputs import LeafInputs, ShardInputs
 
 log = logging.getLogger("rayk.engine")
 

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from rayk.engine.engine import Engine
-from rayk.engine.generation import Generation
-from rayk.engine.request import Request
 from rayk.engine.sampler import Sampled, sample
-from rayk.engine.sampling import SamplingParams
+from rayk.engine.sequence import Generation
 from rayk.engine.settings import EngineSettings
-from rayk.engine.wire import Report, encode
-from rayk.inputs import ShardInputs
+from rayk.kvcache.replica import ReplicaCore
+from rayk.kvcache.runtime_inputs import ShardInputs
 from rayk.params import MHAKVCacheParams
-from rayk.replica import ReplicaCore
+from rayk.protocol.engine import Report, encode
+from rayk.protocol.engine_request import Request
+from rayk.sampling import SamplingParams
 
 PROMPT = 64  # tokens
 LENGTH = 4096

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rayk.engine.events import TokenLogprobs
-from rayk.engine.generation import Generation
-from rayk.engine.sampling import uniforms
+from rayk.engine.sequence import Generation
+from rayk.protocol.engine_reports import TokenLogprobs
+from rayk.sampling import uniforms
 
 NOT_FINITE = "its logits are not finite; the weights or the dtype may be damaged or unfit"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rayk.metrics import KVCacheMetrics
+from rayk.kvcache.connector import TierCount
+from rayk.kvcache.metrics import KVCacheMetrics
+from rayk.kvcache.request import Reused
 from rayk.params import require, require_at_least
-from rayk.request import Reused
-from rayk.tiers.connector import TierCount
 
 
 @dataclass(frozen=True, kw_only=True)

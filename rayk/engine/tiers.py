@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayk.bench.quantity import parse_size, show_bytes
 from rayk.errors import ConfigError
 from rayk.params import KVConnectorConfig, require
-from rayk.planning import NodeMemory
+from rayk.planning.node_plan import NodeMemory
+from rayk.quantity import parse_size, show_bytes
 
 LEAST_HOST_PAGES = 64  # of a disk tier for which no host memory was asked: pages pass through it
 

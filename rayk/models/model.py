@@ -10,7 +10,7 @@ import torch
 
 from rayk.attention import Backend, PagedPool, choose, pack
 from rayk.errors import AttentionError, BatchError, ConfigError
-from rayk.inputs import ShardInputs
+from rayk.kvcache.runtime_inputs import ShardInputs
 from rayk.models.architecture import needs
 from rayk.models.bridge import LayerShape, PagedAttention
 from rayk.params import MHAKVCacheParams, dtype_name

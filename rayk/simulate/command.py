@@ -78,7 +78,7 @@ def simulate(
     if seed < 0:
         raise ConfigError(f"--seed is {seed}, at least 0 is needed")
     _check_time(utilization, prefill_rate)
-    from rayk.scheduler.policies import check_router
+    from rayk.scheduler.router.policies import check_router
     from rayk.simulate.model import POLICIES, Case, Simulator
 
     cases = [
@@ -179,7 +179,7 @@ def _print(rows: Sequence[Any], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from rayk.bench.quantity import show_seconds
+    from rayk.quantity import show_seconds
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("replicas", "capacity", "policy", "router", "hit rate", "pooled", "infinite", "imbalance", "busy"):

@@ -74,7 +74,7 @@ def fit(
     page_size: int = 512,
 ) -> list[Fitted]:
     """All sets, the best first."""
-    from rayk.scheduler.cost import DEFAULT_WEIGHTS
+    from rayk.scheduler.router.cost import DEFAULT_WEIGHTS
 
     sets = [DEFAULT_WEIGHTS._replace(keep=k, crowd=c, churn=u) for k, c, u in product(keeps, crowds, churns)]
     losses: list[list[float]] = []

@@ -22,7 +22,7 @@ from rayk.simulate.caches import BeladyCache, Cache, Changed, LruCache, next_use
 from rayk.simulate.paths import build_paths
 
 if TYPE_CHECKING:  # the scheduler is above this package: imported where it is needed
-    from rayk.scheduler.cost import Weights
+    from rayk.scheduler.router.cost import Weights
 
 POLICIES = ("lru", "belady")
 
@@ -101,11 +101,11 @@ class Simulator:
 
     def run(self, case: Case, rate: float, weights: Weights | None = None) -> Row:
         """Serve the workload, each replica prefilling `rate` tokens a second. `weights` are for the cost router."""
-        from rayk.scheduler.choice import Wish
-        from rayk.scheduler.cost import Cost
-        from rayk.scheduler.fleet import Fleet
-        from rayk.scheduler.index import PrefixIndex
-        from rayk.scheduler.policies import make_policy, wants_keys
+        from rayk.scheduler.router.cost import Cost
+        from rayk.scheduler.router.policies import make_policy, wants_keys
+        from rayk.scheduler.router.policy import Wish
+        from rayk.scheduler.router.prefix_index import PrefixIndex
+        from rayk.scheduler.router.replica_loads import Fleet
 
         pages = self.pages(case.capacity)
         index, fleet = PrefixIndex(case.replicas), Fleet(case.replicas, rate, pages * self.page_size)

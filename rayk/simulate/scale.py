@@ -124,11 +124,11 @@ def resident_bytes() -> int:
 
 def carry(load: Load) -> Carried:
     """Fill the caches, then serve the load."""
-    from rayk.scheduler.choice import Wish
-    from rayk.scheduler.events import Event, EventBatch, Intake, decode, encode, removed, stored
-    from rayk.scheduler.fleet import Fleet
-    from rayk.scheduler.index import PrefixIndex
-    from rayk.scheduler.policies import make_policy
+    from rayk.scheduler.router.kv_events import Event, EventBatch, Intake, decode, encode, removed, stored
+    from rayk.scheduler.router.policies import make_policy
+    from rayk.scheduler.router.policy import Wish
+    from rayk.scheduler.router.prefix_index import PrefixIndex
+    from rayk.scheduler.router.replica_loads import Fleet
 
     requests = Conversations(load.seed)
     replicas = [Replica(load.pages) for _ in range(load.replicas)]

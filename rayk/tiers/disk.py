@@ -25,7 +25,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import NamedTuple, TypeVar
 
-from rayk.tiers.connector import TierCounters
+from rayk.kvcache.connector import TierCounters
 from rayk.tiers.directory import FULL, PRESENT, Directory
 from rayk.tiers.files import HEADER_BYTES, Head, PageBytes, Verdict, read_head, read_page, remove, write_page
 from rayk.tiers.folder import SHARED_MEMORY, take_lane

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from rayk.errors import ConfigError
-from rayk.hashing import WIDTHS
+from rayk.kvcache.connector import Connector, NullConnector, TierCounters
+from rayk.kvcache.page_copies import make_copier
+from rayk.kvcache.page_hash import WIDTHS
 from rayk.params import KVCacheParams
-from rayk.planning import measure_node
-from rayk.tiers.connector import Connector, NullConnector, TierCounters
-from rayk.tiers.copies import make_copier
+from rayk.planning.node_plan import measure_node
 from rayk.tiers.disk import DiskTier, within
 from rayk.tiers.identity import fingerprint, keep_seed
 from rayk.tiers.pool import HostPool

@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from rayk.tiers.copies import Rows
+from rayk.kvcache.page_copies import Rows
 from rayk.tiers.directory import Directory
 from rayk.tiers.folder import SHARED_MEMORY
 from rayk.tiers.segment import Segment, sweep

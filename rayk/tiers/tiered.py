@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rayk.errors import IntegrityError
-from rayk.tiers.connector import Found, Landed, Pages, Tier, TierCount, TierCounters, Transfer
-from rayk.tiers.copies import PageCopier, Rows, Ticket
+from rayk.kvcache.connector import Found, Landed, Pages, Tier, TierCount, TierCounters, Transfer
+from rayk.kvcache.page_copies import PageCopier, Rows, Ticket
 from rayk.tiers.directory import FULL, PRESENT
 from rayk.tiers.disk import SLOW_SECONDS, DiskTier
 from rayk.tiers.pool import HostPool

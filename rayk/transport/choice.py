@@ -16,11 +16,7 @@ from typing import NamedTuple
 
 import msgspec
 
-CUDA_IPC, SHARED_MEMORY, GROUP, OBJECT_STORE = "cuda-ipc", "shared-memory", "group", "object-store"
-AUTO = "auto"
-LINES = (CUDA_IPC, SHARED_MEMORY, GROUP, OBJECT_STORE)  # best first
-LOCAL_LINES = (CUDA_IPC, SHARED_MEMORY)
-PAGE_TRANSPORTS = (AUTO, *LINES)
+from rayk.params import AUTO, CUDA_IPC, GROUP, LINES, LOCAL_LINES, OBJECT_STORE, SHARED_MEMORY
 
 ASSUMED_RATES = {  # seconds, bytes a second: what a line is taken to do before anything was copied over it
     CUDA_IPC: (0.5e-3, 50e9),

@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 import torch
 
-from rayk.pages import Pages
-from rayk.tiers.copies import runs
-from rayk.transport.choice import CUDA_IPC
+from rayk.kvcache.page_copies import runs
+from rayk.kvcache.page_pool import Pages
+from rayk.params import CUDA_IPC
 from rayk.transport.pools import check_pages, check_widths
 
 

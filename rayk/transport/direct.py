@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import count
 
-from rayk.buffers import PageBuffers
 from rayk.errors import LineError, PagesGoneError
-from rayk.pages import Pages
-from rayk.transport.choice import SHARED_MEMORY, Peer
+from rayk.kvcache.buffers import PageBuffers
+from rayk.kvcache.page_pool import Pages
+from rayk.params import SHARED_MEMORY
+from rayk.transport.choice import Peer
 from rayk.transport.line import Parcel
 
 _numbers = count(1)

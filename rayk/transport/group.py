@@ -25,8 +25,9 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
 from rayk.errors import LineError
-from rayk.pages import Pages
-from rayk.transport.choice import GROUP, Peer
+from rayk.kvcache.page_pool import Pages
+from rayk.params import GROUP
+from rayk.transport.choice import Peer
 from rayk.transport.line import Parcel
 
 OPEN_SECONDS = 5.0  # for the other side to come

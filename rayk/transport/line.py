@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rayk.buffers import PageBuffers
 from rayk.errors import LineError
-from rayk.pages import Pages
-from rayk.transport.choice import OBJECT_STORE, Peer
+from rayk.kvcache.buffers import PageBuffers
+from rayk.kvcache.page_pool import Pages
+from rayk.params import OBJECT_STORE
+from rayk.transport.choice import Peer
 
 Clock = Callable[[], float]
 PageData = list[npt.NDArray[np.uint8]]  # one [pages, bytes per page] array per buffer

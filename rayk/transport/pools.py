@@ -8,7 +8,7 @@ a source shares with its pool, one for each export, and breaks before it unpins 
 
 `PoolLine` is the line; two kinds of memory are under it, which only know how to share, map and copy:
 
-    HostMemory    memory of rayk.transport.memory, mapped read-only
+    HostMemory    memory of rayk.kvcache.shared_memory, mapped read-only
     CudaMemory    CUDA IPC, see rayk.transport.cuda
 """
 
@@ -24,11 +24,12 @@ import numpy.typing as npt
 import torch
 
 from rayk.errors import LineError, PagesGoneError
-from rayk.pages import Pages
-from rayk.tiers.copies import runs
-from rayk.transport.choice import SHARED_MEMORY, Peer
+from rayk.kvcache.page_copies import runs
+from rayk.kvcache.page_pool import Pages
+from rayk.kvcache.shared_memory import SharedFile, map_shared, shared_zeros
+from rayk.params import SHARED_MEMORY
+from rayk.transport.choice import Peer
 from rayk.transport.line import Clock, Parcel
-from rayk.transport.memory import SharedFile, map_shared, shared_zeros
 
 SEALS = 4096  # exports that can be told apart at a time; one that finds its place taken breaks the older one
 

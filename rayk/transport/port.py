@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 
-from rayk.buffers import PageBuffers
 from rayk.context import TextContext
 from rayk.errors import LineError, PagesGoneError
-from rayk.exports import Exports, PageExport, PageImport
-from rayk.pages import Pages
+from rayk.kvcache.buffers import PageBuffers
+from rayk.kvcache.page_pins import Exports, PageExport, PageImport
+from rayk.kvcache.page_pool import Pages
+from rayk.kvcache.shared_memory import host_identity
 from rayk.transport.choice import Peer, Station
 from rayk.transport.line import Clock, Line, PageData, Parcel, StoreLine
-from rayk.transport.memory import host_identity
 from rayk.transport.pools import HostMemory, PoolLine
 
 EXPORT_SECONDS = 120  # an export that is not acknowledged by then is unpinned: its reader is gone

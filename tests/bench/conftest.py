@@ -9,7 +9,7 @@ import pytest
 from rayk.bench.loop import Driver, LoopSettings
 from rayk.bench.request import BenchRequest, TokenSpace, Workload
 from rayk.bench.settings import BenchSettings, complete
-from rayk.manager import PagedKVCacheManager
+from rayk.manager.manager import PagedKVCacheManager
 from rayk.session import InferenceSession
 
 Serve = Callable[..., Driver]

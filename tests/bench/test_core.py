@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from rayk import cli
 from rayk.bench.core import cache, command, decode
 from rayk.bench.core.cache import PAGE_SIZE, Listener, make_contexts, make_manager, random_prompts
 from rayk.bench.core.clock import REFERENCE_US, Unit, quiet
@@ -16,12 +15,13 @@ from rayk.bench.core.lookups import OWN, SHARED, Indexed, Lookups
 from rayk.bench.core.prompts import PROMPT, Prompts, SharedPrefix, filling, serve
 from rayk.bench.core.result import CoreResult, make_figure
 from rayk.bench.core.run import GROUPS, make_cases
-from rayk.bench.core.served import Served
 from rayk.bench.core.start import measure_start
 from rayk.bench.core.table import notes, result_table
 from rayk.bench.core.tiers import Copies, Miss, Offloading
-from rayk.manager import PagedKVCacheManager
-from rayk.metrics import KVCacheMetrics
+from rayk.bench.core.trace_case import Served
+from rayk.cli import main as cli
+from rayk.kvcache.metrics import KVCacheMetrics
+from rayk.manager.manager import PagedKVCacheManager
 
 
 def ran(workload: Prompts | SharedPrefix | Decode | Served) -> tuple[float, KVCacheMetrics]:

@@ -6,13 +6,13 @@ import subprocess
 
 import pytest
 
-from rayk import cli
-from rayk.bench.core import once
+from rayk.bench.core import one_off as once
+from rayk.bench.core.busy_replica import PAGES_PER_RUNNING, crowded
 from rayk.bench.core.cache import PAGE_SIZE
 from rayk.bench.core.callgrind import Callgrind
-from rayk.bench.core.crowd import PAGES_PER_RUNNING, crowded
+from rayk.bench.core.instruction_mix import kind_of
 from rayk.bench.core.instructions import Counted, CountError, Total, count_instructions, per_iteration, read_total
-from rayk.bench.core.shares import kind_of
+from rayk.cli import main as cli
 
 FILE = """# callgrind format
 version: 1

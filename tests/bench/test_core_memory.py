@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayk.bench.core import once
+from rayk.bench.core import one_off as once
 from rayk.bench.core.memory import (
     Memory,
     bytes_per_cached_page,

@@ -10,7 +10,7 @@ import pytest
 
 from rayk.bench.hf import fitted, longest, model_shape
 from rayk.bench.workloads import GENERATORS
-from rayk.cli import main
+from rayk.cli.main import main
 from rayk.errors import CheckpointError, ConfigError
 
 from ..unit.models.checkpoints import write  # noqa: TID252  # tests/ is no package that has an absolute name

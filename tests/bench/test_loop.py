@@ -12,7 +12,7 @@ from rayk.bench.loop import Driver, LoopSettings
 from rayk.bench.lru import replay, round_robin_hit_rate
 from rayk.bench.request import Workload
 from rayk.errors import ReplicaLostError
-from rayk.ticks import Admission, Tick, TickResult
+from rayk.kvcache.tick import Admission, Tick, TickResult
 
 Serve = Callable[..., Driver]
 Lengths = Callable[..., Workload]

@@ -16,11 +16,11 @@ from rayk.bench import overload_driver
 from rayk.bench.overload import FLOOD, POLITE, OverloadSettings, arrivals, make_load
 from rayk.bench.overload_driver import Load, Outcome, PacedForward, Phase, _Server
 from rayk.context import TextContext
-from rayk.messages import Traits
-from rayk.scheduler.choice import Wish
-from rayk.scheduler.desk import Desk
-from rayk.scheduler.hall import Hall, Visitor
-from rayk.ticks import Admission, Tick, TickResult
+from rayk.kvcache.tick import Admission, Tick, TickResult
+from rayk.protocol.messages import Traits
+from rayk.scheduler.admission.controller import Hall, Visitor
+from rayk.scheduler.router.policy import Wish
+from rayk.scheduler.router.router import Desk
 
 MESSAGE = 0.002  # seconds
 LOOK = 0.03

@@ -10,14 +10,14 @@ import msgspec
 import pytest
 
 from rayk import Cluster, InferenceSession, PagedKVCacheManager, TextContext
-from rayk.cli import main
+from rayk.cli.main import main
 
 from ..unit.engine.fake import PageModel  # noqa: TID252  # tests/ is no package
 
 ROUTER = '''
 """Everything goes to the last replica that takes requests."""
 import numpy as np
-from rayk.scheduler.choice import Choice
+from rayk.scheduler.router.policy import Choice
 
 chosen = []
 

@@ -12,9 +12,9 @@ import torch
 
 from rayk import Cluster
 from rayk.engine.graphs import CudaRecorder, DecodeGraphs
-from rayk.inputs import LeafInputs
+from rayk.kvcache.replica import ReplicaCore
+from rayk.kvcache.runtime_inputs import LeafInputs
 from rayk.models import PagedModel, load_model
-from rayk.replica import ReplicaCore
 
 from ..greedy.matrix import compare, dense_answers, random_prompts, scarce_pages  # noqa: TID252  # no absolute name
 from ..unit.models.checkpoints import VOCAB, dense, write  # noqa: TID252  # as above

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from rayk import InferenceSession, MHAKVCacheParams, PagedKVCacheManager, TextContext
-from rayk.tiers.copies import CudaCopier
+from rayk.kvcache.page_copies import CudaCopier
 from rayk.tiers.pool import HostPool
 
 DEVICE = "cuda:0"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rayk import MHAKVCacheParams
-from rayk.buffers import PageBuffers
+from rayk.kvcache.buffers import PageBuffers
 from rayk.transport.choice import Peer
 from rayk.transport.cuda import CudaMemory
 from rayk.transport.line import Parcel

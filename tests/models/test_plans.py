@@ -16,17 +16,17 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from rayk.buffers import PageBuffers
 from rayk.errors import ArchitectureError, ConfigError
-from rayk.memory.errors import ModelConfigError
-from rayk.memory.measure import Measurements, measure_activations
-from rayk.memory.overhead import estimate
-from rayk.memory.plan import plan_replica
-from rayk.memory.reading import read_model
-from rayk.memory.settings import PlanSettings
+from rayk.kvcache.buffers import PageBuffers
 from rayk.models import architecture, load_model
 from rayk.models.bridge import NAME, register
-from rayk.planning import Component, DeviceMemory
+from rayk.planning.errors import ModelConfigError
+from rayk.planning.measure import Measurements, measure_activations
+from rayk.planning.node_plan import Component, DeviceMemory
+from rayk.planning.overhead import estimate
+from rayk.planning.plan import plan_replica
+from rayk.planning.reading import read_model
+from rayk.planning.settings import PlanSettings
 
 from ..unit.models.checkpoints import write  # noqa: TID252  # tests/ is no package that has an absolute name
 

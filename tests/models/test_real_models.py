@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rayk.memory.reading import read_model
+from rayk.planning.reading import read_model
 
 MODELS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "real_models.json").read_text())
 

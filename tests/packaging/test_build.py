@@ -22,7 +22,7 @@ PACKAGES = [
     "rayk/bench",
     "rayk/bench/core",
     "rayk/engine",
-    "rayk/memory",
+    "rayk/planning",
     "rayk/models",
     "rayk/simulate",
     "rayk/tiers",

@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rayk.scheduler.choice import Wish
-from rayk.scheduler.cost import FEW, Cost, Weights
-from rayk.scheduler.fleet import Fleet
-from rayk.scheduler.index import PrefixIndex, Tier
+from rayk.scheduler.router.cost import FEW, Cost, Weights
+from rayk.scheduler.router.policy import Wish
+from rayk.scheduler.router.prefix_index import PrefixIndex, Tier
+from rayk.scheduler.router.replica_loads import Fleet
 
 PAGE = 16
 

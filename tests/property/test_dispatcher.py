@@ -14,12 +14,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rayk.buffers import PageBuffers
-from rayk.engine.dispatcher import Dispatcher, Standing
-from rayk.engine.output import Handle
-from rayk.engine.peers import Peers
-from rayk.engine.sampling import SamplingParams
-from rayk.engine.wire import (
+from rayk.dispatch.dispatcher import Dispatcher, Standing
+from rayk.dispatch.output import Handle
+from rayk.engine.page_sharing import Peers
+from rayk.errors import DrainError
+from rayk.kvcache.buffers import PageBuffers
+from rayk.kvcache.page_hash import PageHasher
+from rayk.kvcache.replica import ReplicaCore
+from rayk.protocol.engine import (
     Cancel,
     Command,
     Farewell,
@@ -33,10 +35,8 @@ from rayk.engine.wire import (
     decode_report,
     encode,
 )
-from rayk.errors import DrainError
-from rayk.hashing import PageHasher
-from rayk.replica import ReplicaCore
-from rayk.scheduler.steering import Steering
+from rayk.sampling import SamplingParams
+from rayk.scheduler.router.steering import Steering
 from rayk.transport.choice import Peer
 from rayk.transport.direct import DirectLine
 from rayk.transport.port import PagePort

@@ -15,14 +15,14 @@ import pytest
 from ray import cloudpickle
 
 from rayk import MHAKVCacheParams, TextContext
-from rayk import messages as m
 from rayk.errors import AlreadyClaimedError, LeaseLostError, RaykError
-from rayk.replica import ReplicaCore
-from rayk.scheduler.asks import Told
+from rayk.kvcache.replica import ReplicaCore
+from rayk.protocol import messages as m
+from rayk.protocol.context_sync import Sender
+from rayk.replica.service import ReplicaService
 from rayk.scheduler.core import SchedulerCore
-from rayk.scheduler.desk import DeskSettings
-from rayk.service import ReplicaService
-from rayk.views import Sender
+from rayk.scheduler.router.router import DeskSettings
+from rayk.scheduler.script import Told
 
 PAGE, LEASE = 2, 3.0
 PARAMS = MHAKVCacheParams(

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayk import messages as m
 from rayk.errors import LineError, ReplicaLostError
-from rayk.offers import room
-from rayk.replica import ReplicaCore
-from rayk.scheduler import offering
-from rayk.scheduler.asks import Ask
+from rayk.kvcache.evacuation import room
+from rayk.kvcache.replica import ReplicaCore
+from rayk.protocol import messages as m
 from rayk.scheduler.membership import State
+from rayk.scheduler.script import Ask
+from rayk.scheduler.transfers import evacuation as offering
 
-from ..unit.core.conftest import values  # noqa: TID252  # tests/ is no package that has an absolute name
-from ..unit.core.test_exports import serve  # noqa: TID252  # as above
-from ..unit.scheduler.test_offering import Replicas  # noqa: TID252  # as above
+from ..unit.conftest import values  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..unit.kvcache.test_page_pins import serve  # noqa: TID252  # as above
+from ..unit.scheduler.transfers.test_evacuation import Replicas  # noqa: TID252  # as above
 
 FAULTS = [m.failure(ReplicaLostError(9, 7, [], "it died")), m.failure(LineError("shared-memory", 1, "a fault"))]
 PROMPT = st.lists(st.integers(0, 2), min_size=3, max_size=17)

@@ -3,14 +3,14 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayk.memory.gpus import GPU_MIB, parse_gpu
-from rayk.memory.model import CachedLayers, Model, State
-from rayk.memory.overhead import estimate
-from rayk.memory.plan import ALLOCATION, BATCH, MEMORY, MemoryPlan
-from rayk.memory.question import PlanQuestion
-from rayk.memory.settings import STATIC, PlanSettings
-from rayk.memory.weights import Kind, Module, Weights
 from rayk.params import DTYPE_BYTES
+from rayk.planning.gpus import GPU_MIB, parse_gpu
+from rayk.planning.model import CachedLayers, Model, State
+from rayk.planning.overhead import estimate
+from rayk.planning.plan import ALLOCATION, BATCH, MEMORY, MemoryPlan
+from rayk.planning.plan_request import PlanQuestion
+from rayk.planning.settings import STATIC, PlanSettings
+from rayk.planning.weights import Kind, Module, Weights
 
 GIB = 1 << 30
 

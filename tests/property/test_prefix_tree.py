@@ -13,10 +13,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rayk import prefix
-from rayk.hashing import PageHasher
-from rayk.pages import PagePool
-from rayk.prefix import PrefixTree, Segment
+from rayk.kvcache import prefix_tree as prefix
+from rayk.kvcache.page_hash import PageHasher
+from rayk.kvcache.page_pool import PagePool
+from rayk.kvcache.prefix_tree import PrefixTree, Segment
 
 MACHINES = settings.get_profile("rayk-machines")
 

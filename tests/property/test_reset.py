@@ -26,8 +26,8 @@ from rayk import (
     TextContext,
 )
 from rayk.errors import DrainError, InsufficientBlocksError
-from rayk.exports import PageExport
-from rayk.replica import ReplicaCore
+from rayk.kvcache.page_pins import PageExport
+from rayk.kvcache.replica import ReplicaCore
 
 SIZE, PAGES, REPLICAS, STRIDE = 2, 14, 2, 100
 N = st.integers(0, 9)

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rayk import TextContext
-from rayk import messages as m
-from rayk.admission import AdmissionPolicy, TenantQuota, Ticket
-from rayk.columns import Batch
 from rayk.errors import OverloadedError
-from rayk.scheduler.asks import Ask, Told
+from rayk.protocol import messages as m
+from rayk.protocol.admission import AdmissionPolicy, TenantQuota
+from rayk.protocol.columns import Batch
+from rayk.protocol.context_sync import Sender
+from rayk.scheduler.admission.queue import Ticket
 from rayk.scheduler.core import SchedulerCore
-from rayk.scheduler.desk import DeskSettings
-from rayk.views import Sender
+from rayk.scheduler.router.router import DeskSettings
+from rayk.scheduler.script import Ask, Told
 
 PAGE, PAGES, REPLICAS, DRIVERS = 4, 20, 2, 3
 WEIGHTS = {"a": 1.0, "b": 2.0, "q": 1.0}

@@ -21,7 +21,7 @@ from .forwards import running, until
 
 ONCE = """
 import json, os, sys, time, rayk
-import rayk.scheduler.client as client
+import rayk.manager.ray_backend as client
 from rayk import *
 
 client.LEASE_SECONDS = 1.0

@@ -19,9 +19,9 @@ from ray import cloudpickle
 from rayk import InferenceSession, ReplicaLostError
 from rayk.actors.engine import RayReplicas
 from rayk.cluster import Cluster
-from rayk.engine.errors import RequestCancelledError, RequestError
-from rayk.engine.wire import Report
 from rayk.errors import NotBuiltError, PlanError
+from rayk.protocol.engine import Report
+from rayk.request_errors import RequestCancelledError, RequestError
 
 from ..greedy.matrix import dense_answers  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine import fake  # noqa: TID252  # as above

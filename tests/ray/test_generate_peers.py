@@ -12,9 +12,9 @@ from ray import cloudpickle
 
 from rayk import InferenceSession
 from rayk.cluster import Cluster
-from rayk.scheduler.fetching import Fetching
-from rayk.scheduler.lines import Lines
-from rayk.transport.choice import GROUP, OBJECT_STORE, SHARED_MEMORY
+from rayk.params import GROUP, OBJECT_STORE, SHARED_MEMORY
+from rayk.scheduler.transfers.fetching import Fetching
+from rayk.scheduler.transfers.links import Lines
 
 from ..unit.engine import fake  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine.fake import expected  # noqa: TID252  # as above

@@ -14,7 +14,7 @@ from ray import cloudpickle
 
 from rayk import InferenceSession
 from rayk.cluster import Cluster
-from rayk.request import Reused
+from rayk.kvcache.request import Reused
 
 from ..unit.engine import fake  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine.fake import PageModel, Tokenizer, expected  # noqa: TID252  # as above

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 
 from rayk import InferenceSession, PagedKVCacheManager, ReplicaLostError, TextContext, Tick
-from rayk import messages as m
 from rayk.actors import graph as life
-from rayk.actors.link import Link, new_client_id
+from rayk.actors.channel import Link, new_client_id
 from rayk.errors import RemoteError
-from rayk.scheduler.client import RayBackend
-from rayk.scheduler.roster import Roster
+from rayk.manager.cluster_view import Roster
+from rayk.manager.ray_backend import RayBackend
+from rayk.protocol import messages as m
 
 from .forwards import contents, params, pid, running, stamp, until, wait_for_file
 

@@ -16,8 +16,8 @@ import ray
 from ray.util import placement_group_table
 
 from rayk import InferenceSession, PagedKVCacheManager, ReplicaLostError, TextContext, Tick
+from rayk.actors import launch as cluster
 from rayk.errors import PlanError, RaykError, SchedulerLostError
-from rayk.scheduler import cluster
 
 from .forwards import BrokenReplica, params, pid, running, until, wait_for_file
 

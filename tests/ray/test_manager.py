@@ -19,7 +19,7 @@ from rayk.errors import (
     RemoteError,
     ReplicaIndexError,
 )
-from rayk.inputs import RuntimeInputs
+from rayk.kvcache.runtime_inputs import RuntimeInputs
 
 from .forwards import PAGE, PAGES, chain, contents, params, pid, stamp, until, wait_for_file
 

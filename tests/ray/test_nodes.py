@@ -19,7 +19,7 @@ os.environ.update(EMBEDDED_SETTINGS)
 
 import ray
 from ray.cluster_utils import Cluster as Nodes
-import rayk.scheduler.cluster as start
+import rayk.actors.launch as start
 from rayk import *
 from rayk.errors import PlanError
 

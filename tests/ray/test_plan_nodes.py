@@ -15,7 +15,7 @@ SCRIPT = """
 import json, logging, os, sys
 from ray.cluster_utils import Cluster as Nodes
 from rayk import *
-from rayk.scheduler.describe import describe
+from rayk.actors.describe import describe
 
 FOLDER, MIB = sys.argv[1], 1 << 20
 def node(name, memory):

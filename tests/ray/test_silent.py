@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rayk import InferenceSession, PagedKVCacheManager, TextContext
+from rayk.actors.replica_calls import QUESTION_SECONDS, SILENT_SECONDS
 from rayk.errors import CallTimeoutError
-from rayk.scheduler.questions import QUESTION_SECONDS, SILENT_SECONDS
 
 from .forwards import chain, contents, params, pid, stamp, until
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rayk.cli import main
+from rayk.cli.main import main
 from rayk.errors import ConfigError
 from rayk.simulate.command import parse_tokens
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 import rayk
-from rayk.backend import InlineBackend
 from rayk.context import IntArray, TextContext
-from rayk.hashing import PageHash
-from rayk.manager import PagedKVCacheManager
-from rayk.pages import Pages
+from rayk.kvcache.page_hash import PageHash
+from rayk.kvcache.page_pool import Pages
+from rayk.kvcache.replica import ReplicaCore
+from rayk.manager.local import InlineBackend
+from rayk.manager.manager import PagedKVCacheManager
 from rayk.params import MHAKVCacheParams
-from rayk.replica import ReplicaCore
 
 PAGE_SIZE = 16
 POOL = 100_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from rayk.manager import PagedKVCacheManager
+from rayk.manager.manager import PagedKVCacheManager
 
 Progress = Callable[[str], None]
 """Told what is being measured, for people who wait."""

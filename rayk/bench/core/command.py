@@ -124,14 +124,14 @@ def _measure(groups: list[str], trace: Path | None, repeat: int, smoke: bool) ->
 
     import rayk
     from rayk.bench.core.clock import Unit
-    from rayk.bench.core.once import (
+    from rayk.bench.core.one_off import (
         engine_figures,
         instruction_figures,
         memory_figures,
         ray_figures,
         start_figures,
     )
-    from rayk.bench.core.origin import cpu_model, running_commit
+    from rayk.bench.core.provenance import cpu_model, running_commit
     from rayk.bench.core.result import CoreResult
     from rayk.bench.core.run import make_cases, run_cases
     from rayk.bench.result import environment

@@ -6,12 +6,12 @@ from time import thread_time_ns
 
 import numpy as np
 
-from rayk.batch import ContextBatch
 from rayk.bench.core.cache import PAGE_SIZE, make_contexts, make_manager, random_prompts
 from rayk.bench.core.case import Sample
 from rayk.bench.core.prompts import PROMPT
 from rayk.context import TextContext
-from rayk.manager import PagedKVCacheManager
+from rayk.kvcache.context_batch import ContextBatch
+from rayk.manager.manager import PagedKVCacheManager
 
 STEPS = 512
 BATCHES = (1, 32, 256)

@@ -24,11 +24,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
-from rayk.bench.core.shares import read_shares
+from rayk.bench.core.instruction_mix import read_shares
 from rayk.errors import RaykError
 
 if TYPE_CHECKING:
-    from rayk.manager import PagedKVCacheManager
+    from rayk.manager.manager import PagedKVCacheManager
 
 N_REQUESTS, N_STEPS = 20, 16
 WARM_UP = 100
@@ -137,8 +137,8 @@ def _decode(key: str, manager: PagedKVCacheManager) -> Prepared:
 
 def _decode_many(key: str, manager: PagedKVCacheManager) -> Prepared:
     """Steps of a batch as arrays."""
-    from rayk.batch import ContextBatch
     from rayk.bench.core.decode import decode_many, start_batch
+    from rayk.kvcache.context_batch import ContextBatch
 
     batch = ContextBatch(start_batch(manager, DECODE_BATCH))
     decode_many(manager, batch, WARM_UP)
@@ -146,8 +146,8 @@ def _decode_many(key: str, manager: PagedKVCacheManager) -> Prepared:
 
 
 def _cases() -> Iterator[Callable[[], Prepared]]:
+    from rayk.bench.core.busy_replica import crowded
     from rayk.bench.core.cache import make_manager
-    from rayk.bench.core.crowd import crowded
 
     yield lambda: _requests("w1", make_manager(FEW_PAGES))
     yield lambda: _requests("w2", make_manager(FEW_PAGES), prefix=True)

@@ -15,7 +15,7 @@ import numpy as np
 from rayk.bench.core.case import Sample
 
 if TYPE_CHECKING:
-    from rayk.scheduler.index import PrefixIndex
+    from rayk.scheduler.router.prefix_index import PrefixIndex
 
 ENTRIES = 1_000_000
 SHARED, OWN = 64, 192  # pages of a request
@@ -34,7 +34,7 @@ class Indexed:
     @cached_property
     def index(self) -> PrefixIndex:
         """The index; `requests` are there once it is."""
-        from rayk.scheduler.index import PrefixIndex
+        from rayk.scheduler.router.prefix_index import PrefixIndex
 
         index, random = PrefixIndex(self._replicas), np.random.default_rng(0)
         shared = random.integers(0, 1 << 63, SHARED).tolist()

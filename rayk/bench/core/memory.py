@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from rayk.bench.core.busy_replica import crowded, start
 from rayk.bench.core.cache import PAGE_SIZE, core_params, make_contexts, make_manager, random_prompts
-from rayk.bench.core.crowd import crowded, start
 from rayk.bench.core.decode import decode_each, start_batch
 from rayk.bench.core.lookups import ENTRIES, FLEETS, Indexed
 from rayk.bench.core.prompts import PROMPT, serve
-from rayk.buffers import PageBuffers
 from rayk.context import TextContext
-from rayk.manager import PagedKVCacheManager
+from rayk.kvcache.buffers import PageBuffers
+from rayk.manager.manager import PagedKVCacheManager
 
 if TYPE_CHECKING:
-    from rayk.scheduler.index import PrefixIndex
+    from rayk.scheduler.router.prefix_index import PrefixIndex
 
 PAGES = 1_000_000
 LONG_PROMPTS, SHORT_PROMPTS, RUNNING = 512, 16_384, 1024

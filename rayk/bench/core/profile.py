@@ -23,13 +23,13 @@ from typing import NamedTuple
 import psutil
 
 from rayk.bench.core.cache import make_contexts, random_prompts
-from rayk.bench.core.origin import cpu_model, running_commit
 from rayk.bench.core.prompts import PROMPT
+from rayk.bench.core.provenance import cpu_model, running_commit
 from rayk.bench.core.ray_path import BATCH, PAGES, REPLICAS, iterate, ray_params, start_lanes
 from rayk.errors import RaykError
-from rayk.manager import PagedKVCacheManager
+from rayk.kvcache.tick import Tick
+from rayk.manager.manager import PagedKVCacheManager
 from rayk.session import InferenceSession
-from rayk.ticks import Tick
 
 SECONDS, RATE = 15, 200
 TOP = 14

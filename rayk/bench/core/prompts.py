@@ -13,7 +13,7 @@ import numpy as np
 from rayk.bench.core.cache import PAGE_SIZE, POOL, make_contexts, make_manager, random_prompts
 from rayk.bench.core.case import Sample
 from rayk.context import IntArray, TextContext
-from rayk.manager import PagedKVCacheManager
+from rayk.manager.manager import PagedKVCacheManager
 
 PROMPT = 1024
 SHARED, OWN = 4096, 128

@@ -17,13 +17,13 @@ import psutil
 from rayk.bench.core.cache import core_params, make_contexts, random_prompts
 from rayk.bench.core.prompts import PROMPT
 from rayk.context import TextContext
-from rayk.manager import PagedKVCacheManager
+from rayk.kvcache.tick import Tick
+from rayk.manager.manager import PagedKVCacheManager
 from rayk.params import MHAKVCacheParams
 from rayk.session import InferenceSession
-from rayk.ticks import Tick
 
 if TYPE_CHECKING:
-    from rayk.scheduler.client import RayBackend
+    from rayk.manager.ray_backend import RayBackend
 
 REPLICAS, BATCH = 2, 32
 ITERATIONS, WARM_UP = 300, 50
@@ -104,7 +104,7 @@ def iterate(manager: PagedKVCacheManager, lanes: Sequence[Sequence[TextContext]]
 
 
 def _backend(manager: PagedKVCacheManager) -> RayBackend:
-    from rayk.scheduler.client import RayBackend
+    from rayk.manager.ray_backend import RayBackend
 
     backend = manager._backend
     assert isinstance(backend, RayBackend)

@@ -15,9 +15,9 @@ from rayk.bench.core.limits import BOUNDS, TIER_COPIES, Bound
 from rayk.bench.core.lookups import ALL, ENTRIES, FEW, FLEETS, Indexed, Lookups
 from rayk.bench.core.prompts import FULL_REQUESTS, REQUESTS, SMALL_POOL, Prompts, SharedPrefix, filling
 from rayk.bench.core.result import Figure, make_figure
-from rayk.bench.core.served import REQUESTS as TRACE_REQUESTS
-from rayk.bench.core.served import Served
 from rayk.bench.core.tiers import Copies, Miss, Offloading
+from rayk.bench.core.trace_case import REQUESTS as TRACE_REQUESTS
+from rayk.bench.core.trace_case import Served
 
 GROUPS = ("w1", "w2", "hash", "w3", "w4", "w5", "tiers", "start", "memory", "engine")
 """What is measured when nothing is picked, in the order of the table."""

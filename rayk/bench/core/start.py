@@ -36,8 +36,8 @@ def _measure(pages: int) -> Start:
     import psutil
 
     from rayk.bench.core.cache import core_params, make_manager
-    from rayk.buffers import PageBuffers
-    from rayk.replica import ReplicaCore
+    from rayk.kvcache.buffers import PageBuffers
+    from rayk.kvcache.replica import ReplicaCore
 
     def resident() -> int:
         return int(psutil.Process(os.getpid()).memory_info().rss)

@@ -19,8 +19,8 @@ from rayk.bench.core.cache import PAGE_SIZE, random_prompts
 from rayk.bench.core.case import Sample
 from rayk.bench.core.prompts import PROMPT
 from rayk.context import TextContext
+from rayk.kvcache.replica import ReplicaCore
 from rayk.params import KVConnectorConfig, MHAKVCacheParams
-from rayk.replica import ReplicaCore
 from rayk.tiers.opening import open_connector
 
 PAGES, ALLOCS, ROUNDS = 20_000, 100, 12

@@ -21,15 +21,16 @@ import pytest
 from ray import cloudpickle
 
 from rayk import InferenceSession, MHAKVCacheParams, PagedKVCacheManager
-from rayk import messages as m
+from rayk.actors.chunks import joined
 from rayk.actors.graph import LaneError
-from rayk.actors.pieces import joined
+from rayk.actors.interface import ActorGoneError, ActorSpec, NameTakenError, Node, Placement
 from rayk.actors.replica import ReplicaActor
-from rayk.actors.runtime import ActorGoneError, ActorSpec, NameTakenError, Node, Placement, RayRuntime
+from rayk.actors.runtime import RayRuntime
+from rayk.actors.scheduler import SchedulerActor
 from rayk.errors import CallTimeoutError, PlanError
-from rayk.planning import NodeMemory
-from rayk.replica import ReplicaCore
-from rayk.scheduler.actor import SchedulerActor
+from rayk.kvcache.replica import ReplicaCore
+from rayk.planning.node_plan import NodeMemory
+from rayk.protocol import messages as m
 
 GIB = 1 << 30
 Event = tuple[Any, ...]

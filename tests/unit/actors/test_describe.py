@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from rayk import AdmissionPolicy, KVConnectorConfig, PagedKVCacheManager, TextContext
+from rayk.actors.describe import Decision, describe
 from rayk.actors.replica import ReplicaActor, ReplicaFacts
-from rayk.describe import _show, _show_decision, _tier_line
+from rayk.cli.describe import _show, _show_decision, _tier_line
 from rayk.errors import ConfigError
-from rayk.scheduler.describe import Decision, describe
 
 from .fake import FakeRuntime, manager_on, params, session_on, stamp
 

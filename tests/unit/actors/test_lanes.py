@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from rayk import TextContext
-from rayk import messages as m
-from rayk.answers import Answers
-from rayk.columns import RESULTS
+from rayk.actors.scheduler import SchedulerActor
 from rayk.errors import MessageError
-from rayk.scheduler.actor import SchedulerActor
-from rayk.scheduler.desk import DeskSettings
-from rayk.views import Sender
+from rayk.protocol import messages as m
+from rayk.protocol.columns import RESULTS
+from rayk.protocol.context_sync import Sender
+from rayk.protocol.dedup import Answers
+from rayk.scheduler.router.router import DeskSettings
 
 from .fake import FakeRuntime
 

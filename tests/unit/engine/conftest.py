@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rayk.cluster import Cluster
-from rayk.engine.inline import InlineReplicas
-from rayk.engine.wire import Command, encode
+from rayk.engine.local_replicas import InlineReplicas
+from rayk.protocol.engine import Command, encode
 
 from .fake import PageModel, Tokenizer
 

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from rayk.engine.engine import Engine
-from rayk.engine.events import Event, Finished, Text, Tokens
-from rayk.engine.request import Request
-from rayk.engine.sampling import SamplingParams
 from rayk.engine.settings import EngineSettings
+from rayk.kvcache.connector import Found, NullConnector, Tier
+from rayk.kvcache.replica import ReplicaCore
 from rayk.params import MHAKVCacheParams
-from rayk.replica import ReplicaCore
-from rayk.tiers.connector import Found, NullConnector, Tier
+from rayk.protocol.engine_reports import Event, Finished, Text, Tokens
+from rayk.protocol.engine_request import Request
+from rayk.sampling import SamplingParams
 
 VOCAB = 97
 POISON, EOS = 95, 96  # never chosen on their own

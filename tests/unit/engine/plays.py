@@ -12,9 +12,9 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from rayk.cluster import Cluster
-from rayk.engine.errors import RequestError
-from rayk.engine.output import Handle, Output
-from rayk.engine.sampling import SamplingParams
+from rayk.dispatch.output import Handle, Output
+from rayk.request_errors import RequestError
+from rayk.sampling import SamplingParams
 
 from .fake import EOS, VOCAB, expected
 

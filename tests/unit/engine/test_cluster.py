@@ -14,11 +14,11 @@ import pytest
 from rayk import InferenceSession
 from rayk.cluster import Cluster
 from rayk.engine.engine import Engine
-from rayk.engine.errors import RequestCancelledError, RequestError, RequestTimeoutError
-from rayk.engine.inline import InlineReplicas
-from rayk.engine.sampling import SamplingParams
-from rayk.engine.wire import Report, Submit
+from rayk.engine.local_replicas import InlineReplicas
 from rayk.errors import CheckpointError, ClosedError, ConfigError, ReplicaLostError
+from rayk.protocol.engine import Report, Submit
+from rayk.request_errors import RequestCancelledError, RequestError, RequestTimeoutError
+from rayk.sampling import SamplingParams
 
 from .fake import POISON, VOCAB, PageModel, Tokenizer, expected
 from .test_engine import prompts

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from rayk.cli import main
-from rayk.engine import serve
-from rayk.engine.serve import ModelSource
+from rayk.cli.main import main
+from rayk.engine import replicas as serve
+from rayk.engine.replicas import ModelSource
 
 from ..models.checkpoints import dense, write  # noqa: TID252  # tests/ is no package that has an absolute name
-from .test_text import make_tokenizer
+from .test_detokenizer import make_tokenizer
 
 FIELDS = {"id", "tokens", "text", "cached_tokens", "finish_reason"}
 

@@ -10,8 +10,6 @@ import pytest
 
 from rayk.cluster import Cluster
 from rayk.engine.engine import Engine
-from rayk.engine.errors import RequestCancelledError
-from rayk.engine.sampling import SamplingParams
 from rayk.errors import (
     ClosedError,
     ConfigError,
@@ -21,7 +19,9 @@ from rayk.errors import (
     ReplicaRemovedError,
     ReplicaStateError,
 )
-from rayk.scaling import Removed
+from rayk.request_errors import RequestCancelledError
+from rayk.sampling import SamplingParams
+from rayk.scheduler.scaling import Removed
 from rayk.transport.direct import DirectLine
 
 from .fake import PageModel, Tokenizer, expected
@@ -263,7 +263,7 @@ def test_requests_go_on_while_pages_are_offered(gate: threading.Event) -> None:
 def test_an_engine_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with Cluster(model, replicas=2, **SETTINGS) as cluster, monkeypatch.context() as patch:
         cluster.generate(prompts(4, 20), max_new_tokens=3)
-        patch.setattr("rayk.engine.dispatcher.OFFER_SECONDS", 0.05)
+        patch.setattr("rayk.dispatch.dispatcher.OFFER_SECONDS", 0.05)
         patch.setattr(Engine, "query", lambda self, query: None)
         assert cluster.remove_replica(0) == Removed() and cluster.replica_states() == ["removed", "ready"]
 

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from rayk.context import TextContext
-from rayk.engine.errors import (
+from rayk.engine.settings import EngineSettings
+from rayk.errors import ConfigError
+from rayk.request_errors import (
     ForwardError,
     QueueFullError,
     RequestCancelledError,
     RequestError,
     RequestTimeoutError,
 )
-from rayk.engine.settings import EngineSettings
-from rayk.errors import ConfigError
 
 from .fake import EOS, POISON, VOCAB, Bench, PageModel, Tokenizer, digest, expected, scores
 

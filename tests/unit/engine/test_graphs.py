@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from rayk.engine.engine import Engine
-from rayk.engine.events import Tokens
 from rayk.engine.graphs import DecodeGraphs, EagerRecorder, graph_sizes, with_graphs
-from rayk.engine.request import Request
-from rayk.engine.sampling import SamplingParams
+from rayk.kvcache.replica import ReplicaCore
 from rayk.models import PagedModel, load_model
-from rayk.replica import ReplicaCore
+from rayk.protocol.engine_reports import Tokens
+from rayk.protocol.engine_request import Request
+from rayk.sampling import SamplingParams
 
 from ..models.checkpoints import write  # noqa: TID252  # tests/ is no package that has an absolute name
 from .fake import PageModel, params

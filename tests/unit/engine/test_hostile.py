@@ -14,11 +14,11 @@ import torch
 
 from rayk.cluster import Cluster
 from rayk.engine.engine import Engine
-from rayk.engine.errors import ForwardError, RequestError
-from rayk.engine.sampling import SamplingParams
-from rayk.engine.wire import Command, Submit
 from rayk.errors import ConfigError
-from rayk.scheduler.steering import Steering
+from rayk.protocol.engine import Command, Submit
+from rayk.request_errors import ForwardError, RequestError
+from rayk.sampling import SamplingParams
+from rayk.scheduler.router.steering import Steering
 
 from .conftest import Gated
 from .fake import PageModel, Tokenizer, expected
@@ -282,5 +282,5 @@ def test_an_error_that_cannot_be_read_still_ends_its_request(monkeypatch: pytest
     def broken(self: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("rayk.engine.wire.Ended.error", property(broken))
+    monkeypatch.setattr("rayk.protocol.engine.Ended.error", property(broken))
     assert "ZeroDivisionError" in str(cluster.submit([1, 2], max_new_tokens=3).result(20).error)

@@ -12,11 +12,11 @@ import pytest
 
 import rayk.cluster
 from rayk.cluster import Cluster
-from rayk.engine.dispatcher import Dispatcher
-from rayk.engine.errors import RequestCancelledError
-from rayk.engine.output import Handle
+from rayk.dispatch.dispatcher import Dispatcher
+from rayk.dispatch.output import Handle
 from rayk.errors import ConfigError
-from rayk.scheduler.steering import Steering
+from rayk.request_errors import RequestCancelledError
+from rayk.scheduler.router.steering import Steering
 
 from .conftest import Gated, idle
 from .fake import PageModel, expected

@@ -10,8 +10,8 @@ import pytest
 
 from rayk.cluster import Cluster
 from rayk.errors import ReplicaLostError
-from rayk.hashing import Mask
-from rayk.scheduler.fetching import Fetching
+from rayk.kvcache.page_hash import Mask
+from rayk.scheduler.transfers.fetching import Fetching
 
 from .fake import PageModel, digest, scores
 

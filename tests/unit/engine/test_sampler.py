@@ -8,10 +8,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.utils import GenerationMixin
 
-from rayk.engine.generation import Generation
-from rayk.engine.request import Limits, Request
 from rayk.engine.sampler import is_plain, sample, warpers
-from rayk.engine.sampling import SamplingParams, uniforms
+from rayk.engine.sequence import Generation
+from rayk.protocol.engine_request import Limits, Request
+from rayk.sampling import SamplingParams, uniforms
 
 LIMITS = Limits(vocab_size=50, max_length=1000, num_pages=100, page_size=16, has_tokenizer=True)
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from rayk.cluster import Cluster
-from rayk.engine.errors import RequestCancelledError
 from rayk.errors import ConfigError
-from rayk.request import Reused
+from rayk.kvcache.request import Reused
+from rayk.request_errors import RequestCancelledError
 
 from .fake import Bench, PageModel, Shelf, Tokenizer, expected
 from .test_engine import prompts

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from rayk.buffers import PageBuffers
-from rayk.inputs import ShardInputs
+from rayk.kvcache.buffers import PageBuffers
+from rayk.kvcache.runtime_inputs import ShardInputs
 from rayk.models import PagedModel
 
 VOCAB, POSITIONS, WINDOW = 151, 1024, 24

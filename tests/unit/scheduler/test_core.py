@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from rayk import TextContext
-from rayk import messages as m
-from rayk.columns import Outcomes
 from rayk.errors import (
     AlreadyClaimedError,
     CallTimeoutError,
@@ -20,11 +18,13 @@ from rayk.errors import (
     ReplicaIndexError,
     ReplicaLostError,
 )
-from rayk.metrics import KVCacheMetrics
-from rayk.scheduler.asks import Ask, Told
+from rayk.kvcache.metrics import KVCacheMetrics
+from rayk.protocol import messages as m
+from rayk.protocol.columns import Outcomes
+from rayk.protocol.context_sync import Sender
 from rayk.scheduler.core import SchedulerCore
-from rayk.scheduler.desk import DeskSettings
-from rayk.views import Sender
+from rayk.scheduler.router.router import DeskSettings
+from rayk.scheduler.script import Ask, Told
 
 LOST = m.failure(ReplicaLostError(1, 11, [], "it died"))
 SILENT = m.failure(CallTimeoutError("replica 1", 4.0))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from rayk.tiers.connector import TierCounters
-from rayk.tiers.copies import CudaCopier
+from rayk.kvcache.connector import TierCounters
+from rayk.kvcache.page_copies import CudaCopier
 from rayk.tiers.pool import HostPool
 from rayk.tiers.tiered import TieredConnector
 
@@ -108,7 +108,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: [s.run(len(s.queue)) for s in Stream.made])
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    monkeypatch.setattr("rayk.tiers.copies._driver_batch", lambda: driver.batch)
+    monkeypatch.setattr("rayk.kvcache.page_copies._driver_batch", lambda: driver.batch)
     return driver
 
 

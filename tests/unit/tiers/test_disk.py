@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rayk.kvcache.connector import TierCounters
 from rayk.tiers import disk as module
 from rayk.tiers import files, folder
-from rayk.tiers.connector import TierCounters
 from rayk.tiers.disk import DiskTier
 from rayk.tiers.files import HEADER_BYTES
 
@@ -233,7 +233,7 @@ def test_a_folder_that_cannot_be_used_is_no_error(tmp_path: Path, what: str, cap
 
 DIE = """
 import numpy as np
-from rayk.tiers.connector import TierCounters
+from rayk.kvcache.connector import TierCounters
 from rayk.tiers.disk import DiskTier
 tier = DiskTier(Path({folder!r}), 1, 500, 4 * 564, 4, 32, TierCounters())
 if {where!r} == "before the rename":

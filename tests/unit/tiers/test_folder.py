@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rayk.kvcache.connector import TierCounters
 from rayk.tiers import folder as module
-from rayk.tiers.connector import TierCounters
 from rayk.tiers.disk import DiskTier
 from rayk.tiers.files import HEADER_BYTES
 from rayk.tiers.identity import keep_seed, read_seed, take_seed
@@ -79,7 +79,7 @@ def test_running_clusters_stay_within_the_budget_together(open_tier: Open, tmp_p
 
 def test_who_was_killed_holds_nothing(open_tier: Open, tmp_path: Path, killed: Callable[[str], None]) -> None:
     killed(
-        "import numpy as np\nfrom rayk.tiers.connector import TierCounters\nfrom rayk.tiers.disk import DiskTier\n"
+        "import numpy as np\nfrom rayk.kvcache.connector import TierCounters\nfrom rayk.tiers.disk import DiskTier\n"
         f"tier = DiskTier(Path({str(tmp_path)!r}), 7, {BYTES}, {6 * FILE}, 6, 32, TierCounters())\n"
         f"[tier.write(key(n), np.full({BYTES}, n, np.uint8)) for n in range(6)]\ndie()"
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import rayk
-from rayk.buffers import PageBuffers
 from rayk.errors import ConfigError, PlanError
+from rayk.kvcache.buffers import PageBuffers
 from rayk.tiers.identity import fingerprint, keep_seed, named, read_seed
 from rayk.tiers.opening import equal_buffers, open_connector
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from rayk.errors import IntegrityError
+from rayk.kvcache.connector import Found, Landed, NullConnector, Tier, TierCounters
+from rayk.kvcache.page_copies import make_copier, stretches
 from rayk.tiers import disk as disk_module
 from rayk.tiers import tiered as tiered_module
-from rayk.tiers.connector import Found, Landed, NullConnector, Tier, TierCounters
-from rayk.tiers.copies import make_copier, stretches
 from rayk.tiers.disk import DiskTier
 from rayk.tiers.files import HEADER_BYTES
 from rayk.tiers.pool import HostPool

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayk import MHAKVCacheParams
-from rayk.buffers import PageBuffers
+from rayk.kvcache.buffers import PageBuffers
 from rayk.transport.choice import Peer
 from rayk.transport.line import Line, Parcel
 

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rayk.transport.choice import (
-    ASSUMED_RATES,
-    CUDA_IPC,
-    GROUP,
-    LINES,
-    OBJECT_STORE,
-    SHARED_MEMORY,
-    Station,
-    choose_line,
-)
+from rayk.params import CUDA_IPC, GROUP, LINES, OBJECT_STORE, SHARED_MEMORY
+from rayk.transport.choice import ASSUMED_RATES, Station, choose_line
 
 
 def station(host: str = "a", *lines: str) -> Station:

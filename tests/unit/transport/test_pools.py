@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from rayk.errors import LineError, PagesGoneError
+from rayk.kvcache.shared_memory import host_identity, map_shared, shared_zeros
 from rayk.transport.choice import Peer
 from rayk.transport.direct import DirectLine
 from rayk.transport.line import Parcel
-from rayk.transport.memory import host_identity, map_shared, shared_zeros
 from rayk.transport.pools import SEALS, HostMemory, PoolLine
 
 from .ends import FOREVER, SOURCE, TARGET, blank, buffers, content, ids, parcel
@@ -161,7 +161,7 @@ def test_a_descriptor_that_became_another_file_is_noticed() -> None:
 
 OWNER = """
 from tests.unit.transport.ends import buffers, parcel
-from rayk.transport.memory import host_identity
+from rayk.kvcache.shared_memory import host_identity
 from rayk.transport.pools import HostMemory, PoolLine
 source = buffers(shared=True)
 line = PoolLine(HostMemory(source.all_bytes, source.files))

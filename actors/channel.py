@@ -1,0 +1,323 @@
+"""A numbered line to one actor: epoch, sequence numbers, deadlines, and errors that name who failed."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from threading import Lock
+from time import monotonic
+from typing import Any, NamedTuple
+
+from rayk.actors.chunks import cut
+from rayk.actors.interface import Actor, ActorGoneError, Runtime
+from rayk.actors.lane import SPOKEN, Crossing, FastLane
+from rayk.errors import CallTimeoutError, RaykError
+from rayk.protocol import messages as m
+
+CALL_SECONDS = 120.0  # an answer that takes longer means a hung process
+SLICE = 0.5  # seconds between two looks at a process that takes long to answer
+
+
+def new_client_id(kind: str) -> str:
+    """A sender's name that no other sender has."""
+    return f"{kind}-{os.getpid()}-{os.urandom(6).hex()}"
+
+
+class Answer(NamedTuple):
+    """A result, and a reference to the page data that came with it (None unless asked for)."""
+
+    result: m.Result
+    data: Any = None
+
+
+class Traffic(NamedTuple):
+    """Messages sent on a line, their bytes, and the bytes of the answers read; page data not counted."""
+
+    calls: int = 0
+    sent: int = 0
+    received: int = 0
+
+
+class Pending(NamedTuple):
+    """A sent message whose answer was not read yet."""
+
+    link: Link
+    ref: Any
+    data: Any
+
+    def wait(self) -> Answer:
+        """The answer; a Failure is raised as the error it stands for."""
+        answer = self.outcome()
+        if isinstance(answer.result, m.Failure):
+            raise m.to_error(answer.result)
+        return answer
+
+    def heard(self, waited: float = 0.0) -> Answer | RaykError:
+        """The answer, or why there is none; so many seconds of the deadline were waited for it already."""
+        try:
+            return Answer(self.link.read(self.ref, waited), self.data)
+        except RaykError as error:
+            return error
+
+    def within(self, seconds: float) -> Answer | RaykError | None:
+        """heard(), if that is known within so many seconds, else None."""
+        wire = self.link.wire_within(self.ref, seconds)
+        if wire is None or isinstance(wire, RaykError):
+            return wire
+        try:
+            return Answer(self.link.decoded(wire), self.data)
+        except RaykError as error:
+            return error
+
+    async def arrival(self) -> Any:
+        """Return when outcome() would not wait: what arrived, None when outcome() has to say why nothing did."""
+        return await self.link.arrival(self.ref)
+
+    def outcome(self) -> Answer:
+        """The answer, a Failure included. Raises only when the actor is gone or silent."""
+        return Answer(self.link.read(self.ref), self.data)
+
+
+def hear(
+    sent: Sequence[Pending | RaykError], since: float | None = None, wires: Sequence[Any] | None = None
+) -> list[Answer | RaykError]:
+    """heard() of a whole round: one wait where all goes well. Its deadlines count from `since` (monotonic) on, and
+    `wires` is what arrival() had of each, if that was waited for."""
+    on_way = [pending for pending in sent if isinstance(pending, Pending)]
+    started = monotonic() if since is None else since
+    called = not any(isinstance(pending.ref, Crossing) for pending in on_way)
+    if wires is None and called and len(on_way) == len(sent) > 1:
+        wires = on_way[0].link.fetch_all([pending.ref for pending in on_way], monotonic() - started)
+    if wires is not None and None not in wires:
+        return [Answer(p.link.decoded(wire), p.data) for wire, p in zip(wires, on_way, strict=True)]
+    waited = monotonic() - started
+    return [each.heard(waited) if isinstance(each, Pending) else each for each in sent]
+
+
+class Pulse:
+    """Whether a process lives, by its ping(), which has a lane of its own. Only time in which somebody looks counts,
+    and none in which this process stood still itself."""
+
+    def __init__(self, runtime: Runtime, actor: Actor, target: str) -> None:
+        self._runtime = runtime
+        self._actor = actor
+        self._target = target
+        self._lock = Lock()
+        self._asked: Any = None
+        self._last = 0.0
+        self.silence = 0.0
+        """Seconds for which ping() was not answered, by the last look."""
+
+    def look(self) -> float:
+        """`silence` now; ActorGoneError when the process died."""
+        with self._lock:
+            now = monotonic()
+            if self._asked is not None:
+                try:
+                    self._runtime.get(self._asked, self._target, 0.0)
+                    self._asked, self.silence = None, 0.0
+                except CallTimeoutError:
+                    self.silence += min(now - self._last, 2 * SLICE)
+            if self._asked is None:
+                self._asked = self._actor.call("ping", control=True)
+            self._last = now
+            return self.silence
+
+
+class Link:
+    """One sender's line to one actor. `gone(reason)` makes the error for an actor whose process died.
+
+    With `quiet`, an actor whose ping() is not answered for so many seconds is not waited for any longer, and is sent
+    nothing until it answers; one that does answer is waited for up to the timeout.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        actor: Actor,
+        target: str,
+        epoch: int,
+        client: str,
+        gone: Callable[[str], RaykError],
+        timeout: float = CALL_SECONDS,
+        quiet: float | None = None,
+    ) -> None:
+        self.actor = actor
+        self.quiet = quiet
+        self.epoch = epoch
+        self._runtime = runtime
+        self.target = target
+        self._client = client
+        self._gone = gone
+        self._timeout = timeout
+        self._pulse = Pulse(runtime, actor, target)
+        self._numbers = itertools.count(1)
+        self._calls = self._sent = self._received = 0
+        self.seen = self.unfilled = 0
+        """The latest change that an answer told of, and the tokens left to prefill after it."""
+        self.roster = 0
+        """The latest version of the roster that a scheduler's answer told of."""
+        self.news: Callable[[m.News], None] | None = None
+        """Told of news in answers; who sets it says in `known` from where on."""
+        self.known = m.NOT_ASKED
+        self.pages = False
+        """Whether answers have to say how many pages are in use."""
+        self.turn = self.used = 0
+        """The latest such number, and the answer it is of."""
+        self.lane: FastLane | None = None
+        """Carries what a decode loop says, if there is one."""
+        self._crossing: Crossing | None = None  # the last message that went by it
+        self._unread = 0  # messages whose answers were not read yet
+
+    @property
+    def traffic(self) -> Traffic:
+        """What went over this line so far."""
+        return Traffic(self._calls, self._sent, self._received)
+
+    def send(self, command: Any, attached: Sequence[Any] = (), with_data: bool = False) -> Pending:
+        """Send one command; `attached` are references to page data of other replicas."""
+        if self.quiet is not None and self._pulse.silence >= self.quiet and self.look() >= self.quiet:
+            raise CallTimeoutError(self.target, self.quiet)
+        seq = 0 if isinstance(command, m.READ_ONLY) else next(self._numbers)
+        if isinstance(command, m.SchedulerCommand):
+            wire = m.encode(m.SchedulerEnvelope(self._client, self.epoch, seq, command))
+        else:
+            wire = m.encode(m.ReplicaEnvelope(self._client, self.epoch, seq, command, self.known, self.pages))
+        self._calls += 1
+        self._sent += len(wire)
+        try:
+            if self.lane is not None and isinstance(command, SPOKEN):
+                crossing = self._cross(self.lane, wire)
+                if crossing is not None:
+                    return Pending(self, crossing, None)
+            if self._crossing is not None:
+                self._land(self._crossing, self._timeout)
+            self._unread += 1
+            if with_data:
+                ref, data = self.actor.call("handle_with_data", *cut(wire), returns=2)
+                return Pending(self, ref, data)
+            return Pending(self, self.actor.call("handle", *cut(wire), *attached), None)
+        except ActorGoneError as error:
+            raise self._gone(str(error)) from None
+
+    # A lane and calls are two ways, and what goes by one may overtake what goes by the other. So a message goes by the
+    # lane only when every earlier answer was read, and a call only when the lane's answer is there.
+
+    def _cross(self, lane: FastLane, wire: bytes) -> Crossing | None:
+        """Send by the lane; None when a call has to be made."""
+        if self._unread and not lane.closed:
+            lane.give_up("an earlier answer was never read")
+        crossing = lane.send(wire)
+        if crossing is not None:
+            self._crossing = crossing
+            self._unread += 1
+        return crossing
+
+    def _land(self, crossing: Crossing, timeout: float) -> None:
+        """Have the answer of what went by the lane, or send the same message again by a call. It bears its number: if
+        it was done, or is being done, the replica answers from memory; if it still comes, it is refused as late."""
+        if crossing.answer is None and crossing.call is None:
+            assert self.lane is not None
+            self.lane.receive(crossing, timeout)
+            if crossing.answer is None:
+                crossing.call = self.actor.call("handle", *cut(crossing.wire))
+        self._crossing = None
+
+    def close_lane(self) -> None:
+        """Take the lane down; later messages go by calls."""
+        if self.lane is not None:
+            self.lane.close()
+
+    def ask(self, command: Any) -> Any:
+        """Send and wait: the result, or the error it stands for."""
+        return self.send(command).wait().result
+
+    def read(self, ref: Any, waited: float = 0.0) -> m.Result:
+        """The result behind a reference."""
+        return self.decoded(self.fetch(ref, waited))
+
+    def decoded(self, wire: bytes) -> m.Result:
+        """The result in an answer that came over this line."""
+        self._received += len(wire)
+        self._unread -= 1
+        reply = m.decode_reply(wire)
+        if reply.seen > self.seen:
+            self.seen, self.unfilled = reply.seen, reply.unfilled
+        if reply.pages is not None and reply.pages[0] > self.turn:
+            self.turn, self.used = reply.pages
+        if reply.roster > self.roster:
+            self.roster = reply.roster
+        if reply.news is not None and self.news is not None:
+            self.news(reply.news)
+        return reply.result
+
+    def look(self) -> float:
+        """Have the actor's ping() called, if no call is under way; seconds for which it was not answered."""
+        try:
+            return self._pulse.look()
+        except ActorGoneError as error:
+            raise self._gone(str(error)) from None
+
+    def fetch_all(self, refs: Sequence[Any], waited: float = 0.0, within: float | None = None) -> list[Any] | None:
+        """The values behind references of any actors; None when one of them has to be asked for by itself."""
+        return self._runtime.get_all(refs, max(0.0, self._timeout - waited) if within is None else within)
+
+    def wire_within(self, ref: Any, seconds: float) -> Any:
+        """The value behind a reference, or the error of an actor that is gone; None when it is not there in time."""
+        try:
+            return self._runtime.get(ref, self.target, seconds)
+        except CallTimeoutError:
+            return None
+        except RaykError as error:
+            return error
+        except ActorGoneError as error:
+            return self._gone(str(error))
+
+    async def arrival(self, ref: Any) -> Any:
+        """The value behind a reference, once it is there; None when it will not come any more."""
+        with suppress(Exception):  # read() says what it was
+            future = asyncio.wrap_future(self._runtime.future(ref))
+            if self.quiet is None:
+                return await asyncio.wait_for(future, self._timeout)
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio says it was lost
+            started = monotonic()
+            while not (await asyncio.wait([future], timeout=SLICE))[0]:
+                if monotonic() - started > self._timeout or self.look() >= self.quiet:
+                    return None
+            return future.result()
+        return None
+
+    def fetch(self, ref: Any, waited: float = 0.0) -> Any:
+        """The value behind a reference of this actor's, or of what went by its lane."""
+        started = monotonic() - waited
+        try:
+            if isinstance(ref, Crossing):
+                self._land(ref, max(0.0, self._timeout - waited))
+                if ref.answer is not None:
+                    return ref.answer
+                waited, ref = monotonic() - started, ref.call
+            return self._wait(ref, max(0.0, self._timeout - waited))
+        except CallTimeoutError as error:
+            raise CallTimeoutError(self.target, error.seconds) from None
+        except ActorGoneError as error:
+            raise self._gone(str(error)) from None
+
+    def _wait(self, ref: Any, left: float) -> Any:
+        if self.quiet is None:
+            try:
+                return self._runtime.get(ref, self.target, left)
+            except CallTimeoutError:
+                raise CallTimeoutError(self.target, self._timeout) from None
+        while True:
+            part = 0.0 if self._pulse.silence >= self.quiet else min(left, SLICE)
+            try:
+                return self._runtime.get(ref, self.target, part)
+            except CallTimeoutError:
+                left -= part
+                if left <= 0:
+                    raise CallTimeoutError(self.target, self._timeout) from None
+                if self._pulse.look() >= self.quiet:
+                    raise CallTimeoutError(self.target, self.quiet) from None

@@ -1,0 +1,185 @@
+"""A snapshot of the managers that run under a name: plan, replicas, pages and claims."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from rayk.actors.channel import Link, new_client_id
+from rayk.actors.interface import ActorGoneError, Runtime
+from rayk.actors.launch import Cluster, Seat
+from rayk.errors import CallTimeoutError, ConfigError, RaykError, ReplicaLostError, SchedulerLostError
+from rayk.kvcache.metrics import KVCacheMetrics
+from rayk.planning.node_plan import NodeMemory, ReplicaPlan
+from rayk.protocol import messages as m
+from rayk.protocol.admission import AdmissionState
+from rayk.scheduler.membership import State
+from rayk.scheduler.scaling import Removed
+
+ASK_SECONDS = 10.0
+
+
+class TierState(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The host and disk tier of a replica's node, in pages, shared by its replicas. `trouble` says why one is off."""
+
+    host_pages: int
+    host_used: int
+    disk_pages: int = 0
+    disk_used: int = 0
+    trouble: str = ""
+
+
+class ReplicaState(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One replica. Pages and bytes; what a lost or silent replica cannot say is absent, `reason` says why."""
+
+    index: int
+    node: str
+    state: str  # "ready", "draining", "silent" or "lost"
+    epoch: int
+    devices: tuple[str, ...]
+    plan: ReplicaPlan
+    allocated_bytes: int
+    reason: str | None = None
+    pages: int | None = None
+    used_pages: int | None = None
+    cached_pages: int | None = None
+    free_bytes: int | None = None
+    peak_bytes: int | None = None
+    requests: int | None = None
+    tokens: int | None = None
+    tiers: TierState | None = None
+    promised_pages: int | None = None  # in use or promised, as the admission policy reckons
+
+
+class ManagerState(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One manager. `refused` are nodes on which no replica could be, with the reason."""
+
+    name: str
+    router: str
+    page_size: int
+    bytes_per_page: int
+    replicas: list[ReplicaState]
+    nodes: tuple[NodeMemory, ...]
+    refused: dict[str, str]
+    drivers: int
+    metrics: KVCacheMetrics | None = None
+    admission: AdmissionState | None = None
+    coming: dict[int, str] = {}  # indices that are planned or starting
+    transport: str = "auto"  # the kind of line that copies were asked to go by
+    lines: list[m.LineState] = []
+    removed: dict[int, dict[str, int]] = {}  # by index: pages that were cached there, known to others, taken by them
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Why a request went where it went: the cheapest candidates with the parts of their costs, in tokens of prefill."""
+
+    request_id: str
+    manager: str
+    router: str
+    replica: int
+    tokens: int
+    seconds_ago: float
+    candidates: list[dict[str, float]]
+
+
+def describe(runtime: Runtime, name: str) -> list[ManagerState]:
+    """All managers of the sessions called `name`, in the order they were made; ConfigError when there is none."""
+    return [_manager(runtime, each, cluster, link) for each, cluster, link in _managers(runtime, name)]
+
+
+def explain(runtime: Runtime, name: str, request_id: str) -> Decision:
+    """Why that request went where it went; ConfigError when no manager of that name remembers it."""
+    missing: RaykError | None = None
+    for manager, _, link in _managers(runtime, name):
+        try:
+            why: m.Explained = link.ask(m.Explain(request_id))
+        except ConfigError as error:
+            missing = error
+            continue
+        candidates = [dict(zip(why.names, values, strict=True)) for values in why.candidates]
+        return Decision(request_id, manager, why.router, why.replica, why.tokens, why.seconds_ago, candidates)
+    assert missing is not None
+    raise missing
+
+
+def _managers(runtime: Runtime, name: str) -> list[tuple[str, Cluster, Link]]:
+    """Name, cluster and a line to the scheduler of each manager of the sessions called `name`."""
+    found: list[tuple[str, Cluster, Link]] = []
+    while (actor := runtime.find(f"{name}/{len(found)}/scheduler")) is not None:
+        try:
+            cluster = runtime.get(actor.call("roster", control=True), "the scheduler", ASK_SECONDS)
+        except ActorGoneError as error:
+            raise SchedulerLostError(str(error)) from None
+        assert isinstance(cluster, Cluster)
+        link = Link(
+            runtime, actor, "the scheduler", cluster.scheduler_epoch, new_client_id("describe"), SchedulerLostError
+        )
+        found.append((f"{name}/{len(found)}", cluster, link))
+    if not found:
+        raise ConfigError(f"no rayk cluster of the name {name!r} runs here; only sessions with a name can be described")
+    return found
+
+
+def _manager(runtime: Runtime, name: str, cluster: Cluster, scheduler: Link) -> ManagerState:
+    known: m.Description = scheduler.ask(m.Describe())
+    replicas = [_replica(runtime, cluster, r, seat, known) for r, seat in enumerate(cluster.seats) if seat is not None]
+    metrics: KVCacheMetrics = scheduler.ask(m.EveryReplica(m.GetMetrics())).metrics
+    return ManagerState(
+        name=name,
+        router=cluster.config.router,
+        page_size=cluster.config.params.page_size,
+        bytes_per_page=cluster.config.params.bytes_per_page,
+        replicas=replicas,
+        nodes=cluster.plan.nodes,
+        refused=cluster.plan.refused,
+        drivers=known.clients,
+        metrics=metrics,
+        admission=known.admission,
+        coming={r: state for r, state in enumerate(known.states) if state in (State.planned, State.starting)},
+        transport=known.transport,
+        lines=known.lines,
+        removed={r: Removed(each.cached, each.known, each.taken)._asdict() for r, each in known.removed.items()},
+    )
+
+
+def _replica(runtime: Runtime, cluster: Cluster, r: int, seat: Seat, known: m.Description) -> ReplicaState:
+    plan, facts, actor, epoch = seat.plan, seat.facts, seat.actor, seat.epoch
+    common: dict[str, Any] = {
+        "index": r,
+        "node": plan.host_name,
+        "epoch": epoch,
+        "devices": facts.devices,
+        "plan": plan,
+        "allocated_bytes": facts.allocated,
+    }
+    lost = partial(ReplicaLostError, r, epoch, [])
+    if known.states[r] == State.silent:
+        return ReplicaState(state=State.silent, reason="its process does not answer", **common)
+    try:
+        link = Link(runtime, actor, f"replica {r}", epoch, new_client_id("describe"), lost, ASK_SECONDS)
+        usage: m.UsageDone = link.ask(m.GetUsage())
+        tiers: m.TiersDone = link.ask(m.GetTiers())
+        now = runtime.get(actor.call("facts", control=True), f"replica {r}", ASK_SECONDS)
+    except ReplicaLostError as error:
+        return ReplicaState(state=State.lost, reason=error.reason, **common)
+    except CallTimeoutError as error:
+        return ReplicaState(state=known.states[r], reason=str(error), **common)
+    except (RaykError, ActorGoneError) as error:
+        return ReplicaState(state=State.lost, reason=str(error), **common)
+    return ReplicaState(
+        state=known.states[r],
+        pages=usage.total,
+        used_pages=usage.total - usage.free,
+        cached_pages=usage.cached,
+        free_bytes=now.free,
+        peak_bytes=now.peak,
+        requests=known.requests[r],
+        tokens=known.tokens[r],
+        tiers=TierState(tiers.host_total, tiers.host_used, tiers.disk_total, tiers.disk_used, tiers.trouble)
+        if tiers.host_total
+        else None,
+        promised_pages=known.levels[r] if known.levels else None,
+        **common,
+    )

@@ -1,0 +1,234 @@
+"""The scheduler actor: runs the core's scripts by talking to the replicas. It only translates."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+from threading import Condition, Thread
+from time import monotonic, sleep
+from typing import Any
+
+from rayk.actors.channel import Pending, new_client_id
+from rayk.actors.chunks import joined
+from rayk.actors.interface import Actor, Runtime
+from rayk.actors.process import settle
+from rayk.actors.replica_calls import Questions, ReplicaLink
+from rayk.errors import MessageError, RaykError, ReplicaLostError, ReplicaRemovedError, StaleEpochError
+from rayk.protocol import messages as m
+from rayk.protocol.dedup import Answers
+from rayk.scheduler.core import SchedulerCore
+from rayk.scheduler.leases import TICK_SECONDS
+from rayk.scheduler.router.router import DeskSettings
+from rayk.scheduler.script import Ask, Told
+
+log = logging.getLogger("rayk.scheduler")
+
+LANES = 16  # batches that are under way at once; the driver that waits for each of its batches uses one
+ROSTER_SECONDS = 1.0  # that a driver which attaches waits for the latest roster
+ANSWERS = 8 * LANES  # remembered for each driver; more than its messages can overtake each other by
+
+
+class SchedulerActor:
+    """Started by rayk.actors.launch. `roster` is handed to drivers that attach by name."""
+
+    def __init__(
+        self,
+        epoch: int,
+        replicas: Sequence[Actor],
+        epochs: Sequence[int],
+        settings: DeskSettings,
+        copies: bool,
+        roster: Any,
+        runtime: Runtime | None = None,
+    ) -> None:
+        if runtime is None:
+            from rayk.actors.runtime import RayRuntime
+
+            runtime = RayRuntime()
+        self._client, self._runtime = new_client_id("scheduler"), runtime
+        self._epoch = epoch
+        self._roster = self._shown = roster
+        self._core = SchedulerCore(epochs, settings, copies, monotonic)
+        self._core_lock = Condition()  # a script's step and the sending of what it asks are one
+        self._questions = Questions(self._core_lock, self._stands, monotonic)
+        self._links: list[ReplicaLink | None] = [self._link(r, actor, epochs[r]) for r, actor in enumerate(replicas)]
+        self._answers: Answers[bytes] = Answers(ANSWERS)
+        self._working: set[tuple[str, int]] = set()  # mutations that a lane is at
+        settle()
+        if runtime is None:
+            Thread(target=self._keep_time, name="rayk-timer", daemon=True).start()
+
+    def _link(self, replica: int, actor: Actor, epoch: int) -> ReplicaLink:
+        lost = partial(self._lost, replica, epoch)
+        link = ReplicaLink(self._runtime, actor, replica, epoch, self._client, lost)
+        link.news, link.known = partial(self._hear, replica, epoch), -1
+        link.pages = self._core.hall is not None
+        return link
+
+    def handle_with_data(self, first: bytes | int, *rest: Any) -> tuple[bytes, Any]:
+        """Answer a message that asks for the roster, which comes beside the answer."""
+        answer = self.handle(first, *rest)
+        with self._core_lock:
+            return answer, self._standing()
+
+    def handle(self, first: bytes | int, *rest: Any) -> bytes:
+        """Answer a message (see rayk.actors.chunks); the seat of a replica that joins is attached. Never raises for
+        what a sender did wrong or a replica failed to do.
+
+        Several lanes call this at once: while one waits for replicas, others take the next batches.
+        """
+        seq = 0
+        try:
+            wire, attached = joined(first, rest)
+            envelope = m.decode_envelope(wire)
+            seq = envelope.seq
+            if not isinstance(envelope, m.SchedulerEnvelope):
+                raise MessageError(f"the scheduler does not take {type(envelope.command).__name__}; a replica does")
+            if envelope.epoch != self._epoch:
+                raise StaleEpochError(-1, envelope.epoch, self._epoch)
+            return self._once(envelope, attached)
+        except RaykError as error:
+            return m.encode(m.Reply(self._epoch, seq, m.failure(error)))
+
+    def _once(self, envelope: m.SchedulerEnvelope, attached: Sequence[Any]) -> bytes:
+        """Carry a command out unless that was done before, or is being done."""
+        client, seq = envelope.client, envelope.seq
+        this = (client, seq)
+        with self._core_lock:
+            self._core_lock.wait_for(lambda: this not in self._working)
+            repeated = self._answers.repeated(client, seq)
+            if repeated is not None:
+                return repeated
+            if seq:
+                self._working.add(this)
+        reply = b""
+        try:
+            reply = self._reply(envelope, attached)
+        finally:
+            with self._core_lock:
+                self._working.discard(this)
+                if reply:
+                    self._answers.keep(client, seq, reply)
+                if isinstance(envelope.command, m.Disconnect):
+                    self._answers.forget(client)
+                self._core_lock.notify_all()
+        return reply
+
+    def _reply(self, envelope: m.SchedulerEnvelope, attached: Sequence[Any]) -> bytes:
+        try:
+            result = self._run(envelope.client, envelope.command, attached)
+        except RaykError as error:
+            result = m.failure(error)
+        return m.encode(m.Reply(self._epoch, envelope.seq, result, roster=self._core.members.version))
+
+    def _run(self, client: str, command: m.SchedulerCommand, attached: Sequence[Any]) -> m.Result:
+        script = self._core.handle(client, command)
+        told: list[Told] | None = None
+        try:
+            while True:
+                with self._core_lock:
+                    if self._core.hall is not None:
+                        turns = [link.turn if link is not None else 0 for link in self._links]
+                        used = [link.used if link is not None else 0 for link in self._links]
+                        self._core.hall.gate.reports(turns, used)
+                    asks = script.send(told) if told is not None else next(script)
+                    if told is None and isinstance(command, m.Join):
+                        self._reseat(command.replica, attached)
+                    sent = [self._send(ask) for ask in asks]
+                told = self._questions.hear(asks, sent)
+        except StopIteration as end:
+            result: m.Result = end.value
+            if isinstance(command, m.RemoveReplica):
+                with self._core_lock:
+                    self._reseat(command.replica, ())
+            return result
+
+    def _reseat(self, replica: int, attached: Sequence[Any]) -> None:
+        """Somebody joined at that index, with the seat (and the nodes) that were attached, or left it."""
+        seat, nodes = attached or (None, ())
+        while len(self._links) <= replica:
+            self._links.append(None)
+        self._links[replica] = self._link(replica, seat.actor, seat.epoch) if seat is not None else None
+        self._roster = self._roster.seated(replica, seat, nodes)
+
+    def _send(self, ask: Ask) -> Pending | RaykError:
+        link = self._links[ask.replica] if ask.replica < len(self._links) else None
+        if link is None:
+            return ReplicaRemovedError(ask.replica, len(self._core.members))
+        return self._questions.send(link, ask)
+
+    def _order(self, ask: Ask) -> Told:
+        link = self._links[ask.replica] if ask.replica < len(self._links) else None
+        if link is not None:
+            self._questions.order(link, ask)
+        return Told(m.Done())
+
+    def _stands(self, link: ReplicaLink) -> None:
+        self._core.standing.answers(link.replica, link.epoch, link.aside, link.silent)
+
+    def _hear(self, replica: int, epoch: int, news: m.News) -> None:
+        with self._core_lock:
+            link = self._links[replica]
+            if link is not None and link.epoch == epoch:
+                self._core.desk.hear(replica, news)
+                link.known = self._core.desk.known[replica]
+
+    def _lost(self, replica: int, epoch: int, reason: str) -> RaykError:
+        with self._core_lock:
+            placed = self._core.standing.lose(replica, epoch)
+        return ReplicaLostError(replica, epoch, placed, reason)
+
+    def ping(self) -> int:
+        """The epoch, at once, also while the data lane is busy."""
+        return self._epoch
+
+    def owner(self) -> str:
+        """The driver that started the cluster and still uses it; '' when that has left, or its lease has ended."""
+        return self._core.owner
+
+    def pid(self) -> int:
+        """This process, on its node."""
+        return os.getpid()
+
+    def renew(self, client: str) -> bool:
+        """The driver is alive; keeps its lease. False when that has ended."""
+        return self._core.leases.renew(client)
+
+    def tick(self) -> None:
+        """Do what is due though nobody sends a message. Waits for nobody: a replica carries out what it is told when it
+        comes to it."""
+        with self._core_lock:
+            orders = self._core.expire()
+            try:
+                asks = next(orders)
+                while True:
+                    asks = orders.send([self._order(ask) for ask in asks])
+            except StopIteration:
+                pass
+            links = list(self._links)
+        self._questions.tick(links)
+
+    def _keep_time(self) -> None:
+        while True:
+            sleep(TICK_SECONDS)
+            try:
+                self.tick()
+            except Exception:  # the next tick tries again
+                log.exception("the scheduler's timer failed")
+
+    def roster(self) -> Any:
+        """What a driver needs to attach: a Cluster, as it was a moment ago if a data lane is at work for long. Renewals
+        and ping() come by the same lane as this call, and wait for it."""
+        if self._core_lock.acquire(timeout=ROSTER_SECONDS):
+            try:
+                return self._standing()
+            finally:
+                self._core_lock.release()
+        return self._shown
+
+    def _standing(self) -> Any:
+        members = self._core.members
+        self._shown = self._roster.standing(members.version, members.joined, tuple(map(str, members.states)))
+        return self._shown

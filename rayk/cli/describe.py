@@ -1,0 +1,180 @@
+"""`rayk describe`: one snapshot of a running, named cluster, for people or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from rayk.actors.describe import Decision, ManagerState, ReplicaState, TierState
+    from rayk.protocol.admission import AdmissionState
+
+FAR = 10_000  # columns: more than any table has
+DESCRIBE_EPILOG = "Example: rayk describe --name prod --format json"
+
+
+class DescribeFormat(StrEnum):
+    """How the snapshot is printed."""
+
+    table = "table"
+    json = "json"
+
+
+def describe(
+    name: Annotated[str, typer.Option(help="The name of the session: InferenceSession(runtime='ray', name=..).")],
+    address: Annotated[
+        str | None, typer.Option(help="The Ray cluster; the one that runs here or that RAY_ADDRESS names otherwise.")
+    ] = None,
+    why: Annotated[
+        str | None, typer.Option(help="Only this: why the request of that id went where it went.", metavar="ID")
+    ] = None,
+    form: Annotated[
+        DescribeFormat, typer.Option("--format", help="json: one object on stdout.")
+    ] = DescribeFormat.table,
+) -> int:
+    """One snapshot of a running cluster: plan, replicas, pages, claims."""
+    from rich.console import Console
+
+    from rayk.session import InferenceSession
+
+    with InferenceSession("ray", address or "auto", name, log_to_driver=False, logging_level="error") as session:
+        if why is not None:
+            from rayk.actors.describe import explain
+
+            decision = explain(session.ray, name, why)
+            if form is DescribeFormat.json:
+                typer.echo(msgspec.json.encode({"command": "describe", "decision": decision}).decode())
+            else:
+                _show_decision(decision, Console())
+            return 0
+        from rayk.actors.describe import describe as take
+
+        states = take(session.ray, name)
+    if form is DescribeFormat.json:
+        typer.echo(msgspec.json.encode({"command": "describe", "managers": states}).decode())
+    else:
+        for state in states:
+            _show(state, Console())
+    return 0 if all(r.state not in ("lost", "silent") for state in states for r in state.replicas) else 1
+
+
+def _show(state: ManagerState, console: Any) -> None:
+    title = f"{state.name}: router {state.router}, pages of {state.page_size} tokens"
+    headings = ("#", "node", "state", "claims", "used / pages", "cached", "planned", "taken", "free")
+    _print_table(console, title, headings, [_cells(replica) for replica in state.replicas], ("node", "state"))
+    for replica in state.replicas:
+        if replica.reason is not None:
+            console.print(f"replica {replica.index} is {replica.state}: {replica.reason}", markup=False)
+        if replica.tiers is not None:
+            console.print(_tier_line(replica.index, replica.tiers), markup=False)
+    for index, how in state.coming.items():
+        console.print(f"replica {index} is {how}", markup=False)
+    for line in state.lines:
+        text = f"copies from replica {line.source} to {line.target} by {line.kind}: {line.copies:,}"
+        text += f", {line.bandwidth / 1e9:.2f} GB/s after {line.latency * 1e3:.2f} ms"
+        text += f"; {line.failures} failed, the last: {line.trouble}" if line.failures else ""
+        console.print(text, markup=False)
+    for reason in state.refused.values():
+        console.print(f"left out: {reason}", markup=False)
+    if state.metrics is not None:
+        tokens = f"{state.metrics.input_tokens:,} tokens computed, {state.metrics.cache_tokens:,} reused"
+        console.print(f"{tokens}; {state.drivers} driver(s) attached", markup=False)
+    if state.admission is not None:
+        _show_admission(state.admission, console)
+
+
+def _show_admission(state: AdmissionState, console: Any) -> None:
+    head = f"{state.waiting:,} request(s) wait for {state.waiting_pages:,} pages; {state.admitted:,} were let in"
+    console.print(f"{head}, {state.refused:,} turned away; try again in {state.retry_after:.2f} s", markup=False)
+    rows = [
+        [
+            name or "(none)",
+            f"{tenant.waiting:,}",
+            f"{tenant.held_pages:,}",
+            f"{tenant.admitted:,}",
+            f"{tenant.refused:,}",
+            f"{tenant.longest_wait:.2f} s",
+        ]
+        for name, tenant in sorted(state.tenants.items(), key=lambda each: -each[1].held_pages)
+    ]
+    headings = ("tenant", "waiting", "held pages", "let in", "turned away", "longest wait")
+    if rows:
+        _print_table(console, "tenants", headings, rows, ("tenant",))
+
+
+def _tier_line(index: int, tiers: TierState) -> str:
+    text = f"replica {index}'s node: {tiers.host_used:,} of {tiers.host_pages:,} host pages used"
+    if tiers.disk_pages:
+        text += f", {tiers.disk_used:,} of {tiers.disk_pages:,} disk pages"
+    return f"{text}; {tiers.trouble}" if tiers.trouble else text
+
+
+def _show_decision(decision: Decision, console: Any) -> None:
+    head = f"request {decision.request_id!r}: {decision.tokens:,} tokens to replica {decision.replica}"
+    console.print(f"{head}, by router {decision.router}, {decision.seconds_ago:.1f} s ago", markup=False)
+    if not decision.candidates:
+        console.print("this router does not reckon in costs: there is nothing more to say", markup=False)
+        return
+    rows = []
+    for candidate in decision.candidates:
+        chosen = "*" if candidate["replica"] == decision.replica else " "
+        values = [f"{value:,.0f}" for value in candidate.values()]
+        rows.append([chosen + values[0], *values[1:]])
+    title = "candidates, in tokens of prefill; cost is the sum from prefill on"
+    _print_table(console, title, list(decision.candidates[0]), rows)
+
+
+def _print_table(
+    console: Any, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()
+) -> None:
+    """All columns, in as many tables below each other as the width asks for; each begins with the first column."""
+    from rich import box
+    from rich.table import Table
+
+    def table(columns: Sequence[int]) -> Table:
+        made = Table(box=box.HEAVY_HEAD if len(columns) == len(headings) else box.SIMPLE)
+        for column in columns:
+            justify: Any = "left" if headings[column] in left else "right"
+            made.add_column(headings[column], justify=justify, overflow="fold")
+        for row in rows:
+            made.add_row(*(escape(row[column]) for column in columns))
+        return made
+
+    def fits(columns: Sequence[int]) -> bool:
+        wide = console.options.update(max_width=FAR)
+        return bool(console.measure(table(columns), options=wide).maximum <= console.width)
+
+    every = list(range(len(headings)))
+    groups = [every] if fits(every) else [[0]]
+    for column in every[1:] if len(groups[0]) == 1 else ():
+        if len(groups[-1]) > 1 and not fits([*groups[-1], column]):
+            groups.append([0])
+        groups[-1].append(column)
+    console.print(title, markup=False, style="italic")
+    for columns in groups:
+        console.print(table(columns))
+
+
+def _cells(replica: ReplicaState) -> list[str]:
+    from rayk.quantity import show_bytes
+
+    def shown(value: int | None) -> str:
+        return "-" if value is None else f"{value:,}"
+
+    used = "-" if replica.used_pages is None else f"{replica.used_pages:,} / {replica.pages:,}"
+    return [
+        str(replica.index),
+        replica.node,
+        replica.state,
+        shown(replica.requests),
+        used,
+        shown(replica.cached_pages),
+        show_bytes(replica.plan.bytes),
+        show_bytes(replica.allocated_bytes),
+        "-" if replica.free_bytes is None else show_bytes(replica.free_bytes),
+    ]

@@ -1,0 +1,496 @@
+"""Requests of a Cluster between their submission and their end: they wait here, are placed on a replica, may have to
+leave it, and are over. No threads and no transport: commands go out through `post`, reports come in through hear().
+
+    waiting -> placed -> over
+       ^          |
+       +----------+    its replica was lost (a retry), or hands it over (none): prompt and answer so far are the prompt
+
+What goes wrong with one request here (it cannot be placed or sent) ends that request, never the thread that found out.
+A replica is ready, draining (it takes nothing new), lost, or removed; an index is used again for the replacement of a
+lost one only.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayk.dispatch.evacuation import Offers
+from rayk.dispatch.output import Handle
+from rayk.dispatch.pending_copies import Fetches
+from rayk.dispatch.waiting import Waiting
+from rayk.errors import (
+    DrainError,
+    RaykError,
+    ReplicaIndexError,
+    ReplicaLostError,
+    ReplicaRemovedError,
+    ReplicaStateError,
+)
+from rayk.protocol.engine import Ask, Cancel, Command, Ended, Farewell, HandOver, Report, Submit
+from rayk.protocol.engine_reports import Shipped
+from rayk.protocol.engine_request import Request
+from rayk.request_errors import RequestCancelledError, RequestError, RequestTimeoutError
+from rayk.scheduler.scaling import Removed
+from rayk.transport.choice import Station
+from rayk.values import told
+
+if TYPE_CHECKING:
+    from rayk.scheduler.router.steering import Steering
+
+log = logging.getLogger("rayk.engine")
+
+OFFER_SECONDS = 60.0  # after which a replica goes though somebody has not answered; no round begins after half of it
+MESSAGE_BYTES = 90_000  # of one message: beyond 100 KiB Ray goes through its object store, which costs twice
+
+
+class Standing(StrEnum):
+    """How a replica stands; see the module."""
+
+    ready = "ready"
+    draining = "draining"
+    lost = "lost"
+    removed = "removed"
+
+
+class Dispatcher:
+    """Safe to use from several threads. `steering` chooses replicas and is this object's alone; `post` sends a command
+    to a replica and must not block; `max_retries`: how often a request may lose its replica."""
+
+    def __init__(
+        self,
+        post: Callable[[int, Command], None],
+        steering: Steering,
+        replicas: int,
+        max_retries: int,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._post = post
+        self.steering = steering
+        self._max_retries = max_retries
+        self._clock = clock
+        self._standing = [Standing.ready] * replicas
+        self._handles: dict[int, Handle] = {}  # not over
+        self._ids: set[str] = set()
+        self._waiting = Waiting()
+        self._abandoned: deque[Sequence[Handle]] = deque()  # to be cancelled by whoever has the lock next
+        self._inside = 0  # the thread that is in a _turn()
+        self._over: list[tuple[Handle, RaykError]] = []  # to be told their end once the lock is free
+        self._lock = threading.RLock()
+        self._left = threading.Condition(self._lock)  # a request left its replica
+        self._why_lost = ""
+        self.closed = False
+        self._fetches = Fetches(post, self._send, steering, clock)
+        self._offers = Offers(post, steering, lambda: self._who(Standing.ready), lambda: self.live, self._tell, clock)
+
+    # -- requests ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the lock; afterwards tell those that are over by then, whoever ended them."""
+        over: list[tuple[Handle, RaykError]] = []
+        try:
+            with self._lock:
+                before, self._inside = self._inside, threading.get_ident()
+                try:
+                    yield
+                finally:
+                    over, self._inside = self._leave(), before
+        finally:
+            for handle, error in over:
+                handle.end(error)
+
+    def _leave(self) -> list[tuple[Handle, RaykError]]:
+        while self._abandoned:
+            self._cancel(self._abandoned.popleft())
+        over, self._over = self._over, []
+        return over
+
+    def submit(self, handles: Sequence[Handle]) -> None:
+        """Take new requests. One whose id is in use is refused: it ends with a RequestError."""
+        with self._turn():
+            for handle in handles:
+                if handle.done:
+                    continue
+                if self.closed:
+                    self._over.append((handle, RequestCancelledError(handle.id, 0)))
+                elif handle.id in self._ids:
+                    used = RequestError(handle.id, "this id is in use; wait for its end or take another")
+                    self._over.append((handle, used))
+                else:
+                    self._handles[handle.number] = handle
+                    self._ids.add(handle.id)
+                    self._waiting.add(handle)
+            self._pump()
+
+    def cancel(self, *handles: Handle) -> None:
+        """End requests; those that are over are left alone."""
+        with self._turn():
+            self._cancel(handles)
+
+    def abandon(self, handles: Sequence[Handle]) -> None:
+        """cancel(), from wherever somebody's generator is collected: waits for no lock. Who holds it now, or at the
+        latest the next one that hears of a replica, ends them."""
+        self._abandoned.append(handles)
+        if self._inside == threading.get_ident() or not self._lock.acquire(blocking=False):
+            return
+        try:
+            over = self._leave()
+        finally:
+            self._lock.release()
+        for handle, error in over:
+            handle.end(error)
+
+    def _cancel(self, handles: Sequence[Handle]) -> None:
+        told: dict[int, list[int]] = {}
+        for handle in handles:
+            if handle.number not in self._handles:
+                continue
+            if handle.replica is not None and not self._fetches.waits(handle.number):
+                handle.unwanted = True  # should it leave its replica before it hears of this
+                told.setdefault(handle.replica, []).append(handle.number)
+            else:
+                self._end(handle, RequestCancelledError(handle.id, len(handle.tokens)))
+        for replica, numbers in told.items():
+            self._post(replica, Cancel(numbers))
+
+    def _end(self, handle: Handle, error: RaykError) -> None:
+        self._forget(handle)
+        self._over.append((handle, error))
+
+    def close(self) -> list[Handle]:
+        """Take and place nothing any more; the requests that were not over, which are forgotten."""
+        with self._lock:
+            self.closed = True
+            left = list(self._handles.values())
+            self._handles.clear()
+            self._ids.clear()
+            self._waiting.clear()
+            self._left.notify_all()
+        return left
+
+    def _pump(self) -> None:
+        """Send what waits to replicas with room (the lock is held); end what cannot go on any more."""
+        asks: dict[int, list[Ask]] = {}
+        for handle in self._waiting.late(self._clock()):
+            self._end(handle, RequestTimeoutError(handle.id, handle.timeout or 0.0))
+        while not self.closed and (waits := self._waiting.first()) is not None:
+            if not self.live:
+                self._end(waits, self._lost_error(waits))
+                continue
+            try:
+                if not self._place(waits, asks):
+                    break
+            except Exception as raised:
+                self._fail(waits, raised)
+        for replica, batch in asks.items():
+            for part in _parts(batch):
+                self._submit(replica, part)
+
+    def _place(self, handle: Handle, asks: dict[int, list[Ask]]) -> bool:
+        """Find the next request a place; what is to be sent goes to `asks`. False when no replica has room."""
+        keys = self.steering.keys(handle.prompt, handle.cache_salt)
+        replica = self.steering.place(handle.number, len(handle.prompt), keys, handle.session)
+        if replica < 0:
+            return False
+        self._waiting.take(handle)
+        handle.replica = replica
+        fetch = self.steering.fetch(handle.number)
+        if fetch is None:
+            asks.setdefault(replica, []).append(self._ask(handle))
+        else:
+            self._fetches.order(handle, fetch)
+        return True
+
+    def _submit(self, replica: int, asks: list[Ask]) -> None:
+        """Where a message cannot be sent, each of its requests gets one of its own: only the one at fault ends."""
+        try:
+            self._post(replica, Submit(asks))
+        except Exception as raised:
+            if len(asks) == 1:
+                self._fail(self._handles[asks[0].number], raised)
+                return
+            for ask in asks:
+                self._submit(replica, [ask])
+
+    def _fail(self, handle: Handle, raised: Exception) -> None:
+        log.warning("request %r cannot be placed", handle.id, exc_info=raised)
+        why = f"it cannot be placed or sent: {told(raised)}"
+        self._end(handle, RequestError(handle.id, why))
+
+    def _send(self, handle: Handle, shipped: Shipped | None) -> None:
+        """A request goes to its replica, with what a peer has for it or without."""
+        assert handle.replica is not None
+        self._submit(handle.replica, [self._ask(handle, shipped)])
+
+    def _ask(self, handle: Handle, shipped: Shipped | None = None) -> Ask:
+        tokens, left = handle.prompt, handle.timeout
+        if handle.tokens:
+            tokens = np.concatenate((tokens, np.array(handle.tokens, np.int32)))
+        if left is not None:
+            left = max(1e-3, left - (self._clock() - handle.submitted_at))
+        return Ask.of(
+            Request(
+                handle.number,
+                handle.id,
+                tokens,
+                handle.sampling,
+                len(handle.tokens),
+                left,
+                handle.stream_text,
+                handle.cache_salt,
+                shipped=shipped,
+            )
+        )
+
+    def _forget(self, handle: Handle) -> None:
+        if self._handles.pop(handle.number, None) is not None:
+            self._ids.discard(handle.id)
+        self._waiting.remove(handle)
+        self._fetches.forget(handle.number)
+        self.steering.remove(handle.number)
+        self._left.notify_all()
+
+    # -- what replicas say -----------------------------------------------------------------------------
+
+    def hear(self, replica: int, report: Report) -> None:
+        """A replica's next report."""
+        first: list[int] = []
+        numbers, tokens = report.columns()
+        order = np.argsort(numbers, kind="stable")
+        numbers, tokens = numbers[order], tokens[order]
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        for number, part in zip(numbers[starts].tolist(), np.split(tokens, starts[1:]), strict=False):
+            handle = self._handles.get(number)
+            if handle is not None:
+                if not handle.tokens:
+                    first.append(number)
+                handle.add(part.tolist(), report.logprobs.get(number, []))
+        for number, piece in report.texts:
+            if (handle := self._handles.get(number)) is not None:
+                handle.add_text(piece)
+        ended: list[tuple[Handle, Ended]] = []
+        try:
+            with self._turn():
+                self.steering.hear(replica, report.pages)
+                self.steering.paces(replica, report.prefill_rate)
+                self._fetches.hear(replica, report)
+                self._offers.hear(report)
+                for number in first:
+                    self.steering.prefilled(number)
+                ended = [(self._handles[e.number], e) for e in report.ended if e.number in self._handles]
+                for handle, end in reversed(ended):  # so that those which were handed over wait in their order
+                    if end.moved:
+                        self._moved(handle, end)
+                    else:
+                        self._forget(handle)
+                if self._waiting:
+                    self._pump()
+        finally:  # they are forgotten: nobody else would tell them
+            for handle, end in ended:
+                if not end.moved:
+                    _finish(handle, end)
+
+    def _moved(self, handle: Handle, end: Ended) -> None:
+        handle.note(end)
+        if handle.unwanted:
+            self._end(handle, RequestCancelledError(handle.id, len(handle.tokens)))
+        else:
+            self._wait_again(handle)
+
+    def _wait_again(self, handle: Handle) -> None:
+        self._fetches.forget(handle.number)
+        self.steering.remove(handle.number)
+        handle.replica = None
+        self._waiting.put_back(handle)
+        self._left.notify_all()
+
+    def lose(self, replica: int, reason: str) -> None:
+        """A replica is gone: what it had goes on elsewhere, as often as was allowed."""
+        with self._turn():
+            if self.closed or self._standing[replica] is Standing.removed:
+                return
+            self._standing[replica] = Standing.lost
+            self._why_lost = reason
+            for part in (self.steering, self._fetches, self._offers):
+                try:
+                    part.lose(replica)
+                except Exception:  # the requests have to be told whatever it is
+                    log.exception("replica %d is lost, and %s did not take it well", replica, type(part).__name__)
+            for handle in reversed(self._on(replica)):
+                if handle.unwanted:
+                    self._end(handle, RequestCancelledError(handle.id, len(handle.tokens)))
+                elif handle.retries >= self._max_retries or not self.live:
+                    self._end(handle, self._lost_error(handle))
+                else:
+                    handle.retries += 1
+                    self._wait_again(handle)
+            self._pump()
+            self._farewell()
+            self._left.notify_all()
+
+    def _on(self, replica: int) -> list[Handle]:
+        return [handle for handle in self._handles.values() if handle.replica == replica]
+
+    def _lost_error(self, handle: Handle) -> RaykError:
+        return ReplicaLostError(-1 if handle.replica is None else handle.replica, 0, [handle.id], self._why_lost)
+
+    # -- replicas that come and go ---------------------------------------------------------------------
+
+    @property
+    def standing(self) -> list[Standing]:
+        """How each replica stands."""
+        with self._lock:
+            return list(self._standing)
+
+    @property
+    def live(self) -> list[int]:
+        """Replicas that answer: ready and draining ones."""
+        with self._lock:
+            return self._who(Standing.ready, Standing.draining)
+
+    def _who(self, *standing: Standing) -> list[int]:
+        return [r for r, each in enumerate(self._standing) if each in standing]
+
+    def _tell(self) -> None:
+        self._left.notify_all()
+
+    def vacant(self, count: int) -> list[int]:
+        """Indices for `count` more replicas: those of lost ones, then new ones."""
+        with self._lock:
+            lost = [r for r, each in enumerate(self._standing) if each is Standing.lost][:count]
+            return lost + list(range(len(self._standing), len(self._standing) + count - len(lost)))
+
+    def meet(self, replica: int, epoch: int, station: Station | None) -> None:
+        """Pages can be copied to and from that replica."""
+        with self._turn():
+            if self.steering.fetching is not None and station is not None:
+                self.steering.fetching.joined(replica, epoch, station)
+
+    def _farewell(self) -> None:
+        """Have lines to replicas that are gone closed at the others."""
+        if self.steering.fetching is not None:
+            for replica, gone in self.steering.fetching.lines.farewells().items():
+                self._post(replica, Farewell(gone))
+
+    def join(self, replica: int, capacity: int) -> None:
+        """A new replica, whose pages hold `capacity` tokens, takes requests from now on; `replica` is from vacant()."""
+        with self._turn():
+            if replica == len(self._standing):
+                self._standing.append(Standing.ready)
+            else:
+                assert self._standing[replica] is Standing.lost
+                self._standing[replica] = Standing.ready
+            self.steering.join(replica, capacity)
+            self._pump()
+
+    def drain(self, replica: int) -> None:
+        """Give a replica nothing new; what it has goes on there. ReplicaStateError for a lost one."""
+        with self._turn():
+            self._expect(replica, "drain")
+            self._standing[replica] = Standing.draining
+            self.steering.take_off(replica)
+
+    def resume(self, replica: int) -> None:
+        """Let a draining replica take requests again."""
+        with self._turn():
+            self._expect(replica, "take requests again")
+            self._standing[replica] = Standing.ready
+            self.steering.put_on(replica)
+            self._pump()
+
+    def _expect(self, replica: int, action: str) -> None:
+        self.check(replica)
+        if self._standing[replica] is Standing.lost:
+            raise ReplicaStateError(replica, Standing.lost, action)
+
+    def check(self, replica: int) -> None:
+        """ReplicaIndexError unless there is such a replica, ReplicaRemovedError when there is none any more."""
+        with self._lock:
+            if not 0 <= replica < len(self._standing):
+                raise ReplicaIndexError(replica, len(self._standing))
+            if self._standing[replica] is Standing.removed:
+                raise ReplicaRemovedError(replica, len(self._standing))
+
+    def check_live(self, replica: int) -> None:
+        """check(), and ReplicaLostError for one that does not answer any more."""
+        with self._lock:
+            self.check(replica)
+            if self._standing[replica] is Standing.lost:
+                raise ReplicaLostError(replica, 0, [], self._why_lost)
+
+    def hand_over(self, replica: int) -> None:
+        """Have a draining replica let go of all that it has; hear() places it elsewhere."""
+        with self._turn():
+            assert self._standing[replica] is not Standing.ready
+            there = self._on(replica)
+            if self._standing[replica] is not Standing.draining:
+                return
+            for handle in reversed(there):
+                if self._fetches.waits(handle.number):  # it has not gone there yet
+                    self._wait_again(handle)
+            numbers = [handle.number for handle in there if handle.replica == replica]
+            if numbers:
+                self._post(replica, HandOver(numbers))
+            self._pump()
+
+    def offer(self, replica: int) -> None:
+        """Begin to offer what a draining replica has cached to those that take requests."""
+        with self._turn():
+            if self._standing[replica] is Standing.draining:
+                self._offers.begin(replica)
+
+    def remove(self, replica: int, timeout: float | None, offer_seconds: float | None = None) -> Removed:
+        """Wait until nothing is on a draining or lost replica, offer others what it has cached, and forget it.
+
+        DrainError when something is still there after `timeout` seconds: it drains on. What was not taken after
+        `offer_seconds` (OFFER_SECONDS when None) goes with it.
+        """
+        with self._turn():
+            self._left.wait_for(lambda: self.closed or not self._on(replica), timeout)
+            if not (self.closed or self._on(replica) or offer_seconds == 0):
+                self.offer(replica)
+                patience = OFFER_SECONDS if offer_seconds is None else offer_seconds
+                self._left.wait_for(lambda: self.closed or not self._offers.under_way(replica), patience)
+            removed, left = self._offers.end(replica), [handle.id for handle in self._on(replica)]
+            if left:
+                raise DrainError(replica, dict.fromkeys(left, "it runs there"))
+            if self._standing[replica] is Standing.ready:  # somebody took the drain back
+                raise ReplicaStateError(replica, Standing.ready, "be removed")
+            if self._standing[replica] is not Standing.lost:
+                self.steering.lose(replica)
+                self._fetches.lose(replica)
+            self._standing[replica] = Standing.removed
+            self._offers.lose(replica)
+            self._farewell()
+            return removed
+
+
+def _parts(asks: list[Ask]) -> Iterator[list[Ask]]:
+    """Split so that a message stays small, unless one request is large."""
+    part: list[Ask] = []
+    size = 0
+    for ask in asks:
+        if part and size + len(ask.tokens) > MESSAGE_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(ask)
+        size += len(ask.tokens) + 100
+    if part:
+        yield part
+
+
+def _finish(handle: Handle, end: Ended) -> None:
+    try:
+        handle.note(end)
+        handle.finish(end.reason, end.error, end.text)
+    except Exception as raised:  # an error that nobody here knows
+        handle.end(RequestError(handle.id, f"its end cannot be read: {told(raised)}"))

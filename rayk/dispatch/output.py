@@ -1,0 +1,209 @@
+"""What a caller holds of a request: its output when it is over, and until then a handle to it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from rayk.context import IntArray
+from rayk.errors import RaykError
+from rayk.kvcache.request import NOTHING_REUSED, Reused
+from rayk.protocol.engine import Ended
+from rayk.protocol.engine_reports import TokenLogprobs
+from rayk.request_errors import RequestCancelledError, RequestTimeoutError
+from rayk.sampling import SamplingParams
+
+log = logging.getLogger("rayk.engine")
+
+
+@dataclass(frozen=True)
+class Output:
+    """The answer to one prompt. With an `error`, `tokens` and `text` are what there was by then.
+
+    `tokens` include the stop token that ended it; `text` (None without a tokenizer) leaves special tokens, stop tokens
+    and stop strings out. `finish_reason`: "stop", "length", "timeout", "cancelled" or "error". `cached_tokens` of the
+    prompt were not computed; `cached` says where they were found. `logprobs` has an entry for each token where asked
+    for. `ttft` and `seconds` are from the call to the first token and to the end, `queued` from its arrival at a
+    replica to its admission there, `gaps` are the seconds between arrivals of tokens, with how many arrived.
+    """
+
+    id: str
+    prompt_length: int
+    tokens: list[int]
+    text: str | None
+    cached_tokens: int
+    finish_reason: str
+    error: RaykError | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    replica: int | None = None
+    preemptions: int = 0
+    retries: int = 0
+    queued: float | None = None
+    ttft: float | None = None
+    seconds: float = 0.0
+    gaps: list[tuple[float, int]] = field(default_factory=list, repr=False)
+    cached: Reused = NOTHING_REUSED
+
+
+@dataclass(frozen=True)
+class Update:
+    """More of one answer: request `index` of the call. `output` comes with the last one."""
+
+    index: int
+    id: str
+    tokens: list[int]
+    text: str
+    output: Output | None = None
+
+
+class Handle:
+    """One request of a Cluster's; whoever submitted it may wait for it, read along, or cancel it.
+
+    What is not read yet is kept once, as the answer itself: a slow reader costs no more than that. A handle that is
+    dropped cancels nothing: its request goes on to its end, and nobody hears of it.
+    """
+
+    def __init__(
+        self, index: int, number: int, request_id: str, prompt: IntArray, sampling: SamplingParams, **more: Any
+    ) -> None:
+        self.index = index
+        self.number = number
+        self.id = request_id
+        self.prompt = prompt
+        self.sampling = sampling
+        self.timeout: float | None = more.get("timeout")
+        self.stream_text: bool = more.get("stream_text", False)
+        self.cache_salt: str | None = more.get("cache_salt")
+        self.submitted_at = monotonic()
+        self.call = 0  # which call it came with: those of one call wait in line, calls take turns
+        self.session: str | None = None
+        self.replica: int | None = None  # where it is placed, None while it waits
+        self.unwanted = False  # cancelled, and its replica was told
+        self.retries = 0
+        self.tokens: list[int] = []
+        self.future: Future[Output] = Future()
+        self.future.set_running_or_notify_cancel()  # whoever waits for it may be cancelled, the future is not
+        self.on_news: Callable[[Handle], None] | None = None  # called by the reader of reports, must not block
+        self.canceller: Callable[[Handle], None] | None = None
+        self._lock = threading.Lock()
+        self._pieces: list[str] = []
+        self._taken = 0
+        self._over = False
+        self._told = False  # somebody was told of what is not taken yet
+        self._logprobs: list[TokenLogprobs] = []
+        self._first_at: float | None = None
+        self._last_at = 0.0
+        self._gaps: list[tuple[float, int]] = []
+        self._preemptions = 0
+        self._queued: float | None = None
+        self._cached = NOTHING_REUSED
+
+    def result(self, timeout: float | None = None) -> Output:
+        """Wait for the end. The built-in TimeoutError after `timeout` seconds; the request goes on."""
+        return self.future.result(timeout)
+
+    def cancel(self) -> None:
+        """End the request; one that is over is left alone. result() comes soon, with what there is by then."""
+        if self.canceller is not None and not self.done:
+            self.canceller(self)
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over."""
+        return self.future.done()
+
+    def take(self) -> Update:
+        """What came since the last call."""
+        with self._lock:
+            self._told = False
+            output = self.future.result() if self.future.done() else None
+            tokens, self._taken = self.tokens[self._taken :], len(self.tokens)
+            text, self._pieces = "".join(self._pieces), []
+        return Update(self.index, self.id, tokens, text, output)
+
+    # -- for the reader of reports ----------------------------------------------------------------------
+
+    def add(self, tokens: list[int], logprobs: list[TokenLogprobs]) -> None:
+        """More tokens."""
+        now = monotonic()
+        with self._lock:
+            if self._first_at is None:
+                self._first_at = now
+                if len(tokens) > 1:
+                    self._gaps.append((0.0, len(tokens) - 1))
+            else:
+                self._gaps.append((now - self._last_at, len(tokens)))
+            self._last_at = now
+            self.tokens += tokens
+            self._logprobs += logprobs
+        self._tell()
+
+    def add_text(self, piece: str) -> None:
+        """More text."""
+        with self._lock:
+            self._pieces.append(piece)
+        self._tell()
+
+    def note(self, end: Ended) -> None:
+        """It left a replica. What it found cached, and how long it waited there, is of its first admission."""
+        self._preemptions += end.preemptions
+        if self._queued is None and end.admitted_after is not None:
+            self._queued = end.admitted_after
+            self._cached = end.cached.less(max(0, end.cached.total - len(self.prompt)))
+
+    def end(self, error: RaykError) -> None:
+        """It is over, with that error."""
+        reasons = {RequestCancelledError: "cancelled", RequestTimeoutError: "timeout"}
+        self.finish(reasons.get(type(error), "error"), error)
+
+    def finish(self, reason: str, error: RaykError | None = None, text: str | None = None) -> None:
+        """It is over."""
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+            output = Output(
+                self.id,
+                len(self.prompt),
+                list(self.tokens),
+                text,
+                self._cached.total,
+                reason,
+                error,
+                list(self._logprobs) if self.sampling.logprobs is not None else None,
+                self.replica,
+                self._preemptions,
+                self.retries,
+                self._queued,
+                None if self._first_at is None else self._first_at - self.submitted_at,
+                monotonic() - self.submitted_at,
+                self._gaps,
+                self._cached,
+            )
+        _tell(partial(self.future.set_result, output))  # its callbacks may look at the handle
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._lock:
+            told, self._told = self._told, True
+        if self.on_news is not None and not told and not _tell(partial(self.on_news, self)):
+            self.on_news = None
+
+
+def _tell(call: Callable[[], None]) -> bool:
+    """Call what somebody gave us; whether it went well. It may be of a closed event loop, and must not end the thread
+    that reads reports, whatever it raises."""
+    try:
+        call()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        log.warning("a callback of a request raised", exc_info=error)
+        return False
+    return True

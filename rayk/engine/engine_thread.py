@@ -1,0 +1,280 @@
+"""A thread that turns engines, with an inbox and an outbox: control calls are answered while it computes.
+
+One engine in a replica's process; several, one after the other, where everything is in one process and shares one
+model. Both boxes are bounded: the engines refuse requests beyond their queues, and they rest while their reader is
+`backlog` tokens behind. An engine that raises ends alone: its reports say why, the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from threading import Condition, Thread
+from time import monotonic
+from typing import Any, NamedTuple, TypeVar
+
+from rayk.engine.engine import Engine
+from rayk.engine.settings import EngineStats
+from rayk.errors import RaykError, RemoteError
+from rayk.protocol.engine import Cancel, Command, Farewell, HandOver, Query, Report, Ship, Submit, Unpin
+from rayk.protocol.engine_reports import MOVED, Event, Finished, Tokens
+from rayk.request_errors import RequestCancelledError
+
+log = logging.getLogger("rayk.engine")
+
+HEARTBEAT = 1.0  # seconds between reports when nothing happens
+HELD_UP = 0.0005  # seconds between looks at the tiers when everything waits for them
+BACKLOG = 1 << 16  # tokens
+
+T = TypeVar("T")
+
+
+class _Asked(NamedTuple):
+    """Something to be done between two steps, and who waits for it."""
+
+    what: Callable[[], Any]
+    answer: Future[Any]
+
+
+class EngineHost:
+    """Owns its engines, by number, until remove() or stop(). All methods may be called from any thread."""
+
+    def __init__(self, engines: Sequence[Engine] = (), backlog: int = BACKLOG, heartbeat: float = HEARTBEAT) -> None:
+        self._engines = dict(enumerate(engines))
+        self._backlog = backlog
+        self._heartbeat = heartbeat
+        self._inbox: deque[tuple[int, Command] | _Asked] = deque()
+        self._changed = Condition()
+        self._events: dict[int, list[Event]] = {number: [] for number in self._engines}
+        self._unread = 0  # tokens in `_events`
+        self._stopped = False
+        self._failures: dict[int, RemoteError] = {}  # of engines that raised
+        self._failure: RemoteError | None = None  # of the thread, and so of all
+        self._thread = Thread(target=self._run, name="rayk-engine", daemon=True)
+
+    def start(self) -> EngineHost:
+        """Begin to work."""
+        self._thread.start()
+        return self
+
+    @property
+    def failed(self) -> bool:
+        """Whether the thread died: nothing will come of its engines any more."""
+        return self._failure is not None
+
+    # -- engines -----------------------------------------------------------------------------------------
+
+    def add(self, number: int, make: Callable[[], Engine]) -> Engine:
+        """Serve one more engine, made between two steps: nothing else computes meanwhile."""
+
+        def made() -> Engine:
+            engine = make()
+            with self._changed:
+                self._engines[number], self._events[number] = engine, []
+                self._failures.pop(number, None)
+            return engine
+
+        return self._ask(made)
+
+    def remove(self, number: int) -> None:
+        """Serve that engine no more: its reports end, what it still had is forgotten, its tiers are left in order."""
+
+        def taken() -> Engine | None:
+            with self._changed:
+                self._changed.notify_all()
+                self._failures.pop(number, None)
+                return self._engines.pop(number, None)
+
+        engine = self._ask(taken)
+        if engine is not None:
+            _leave(engine)
+
+    def stop(self) -> None:
+        """End the thread after the step that it is in, and the reports; what goes to the tiers arrives there."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        for engine in self._engines.values():
+            _leave(engine)
+
+    # -- talking to one ----------------------------------------------------------------------------------
+
+    def post(self, engine: int, command: Command) -> None:
+        """Give engine number `engine` something to do; what comes of it is in its reports."""
+        with self._changed:
+            self._inbox.append((engine, command))
+            self._changed.notify_all()
+
+    def reports(self, engine: int) -> Iterator[Report]:
+        """What one engine has done, as it does it; empty reports now and then. Ends with it; one reader each.
+
+        RemoteError when the engine or the thread raised: then nothing more will come.
+        """
+        watched = self._engines.get(engine)
+        while watched is not None:
+            with self._changed:
+                deadline = monotonic() + self._heartbeat
+                while not (self._events[engine] or self._over(engine, watched) or self._failed(engine)):
+                    left = deadline - monotonic()
+                    if left <= 0:
+                        break
+                    self._changed.wait(left)
+                events, self._events[engine] = self._events[engine], []
+                self._unread -= _count(events)
+                over, failure = self._over(engine, watched) and not events, self._failed(engine)
+                self._changed.notify_all()
+            if failure is not None and not events:
+                raise failure
+            if over:
+                return
+            yield Report.of(events, watched.steps, watched.prefill_rate)
+
+    def _failed(self, number: int) -> RemoteError | None:
+        return self._failures.get(number) or self._failure
+
+    def fail(self, number: int, error: Exception) -> None:
+        """That engine is of no use any more: its reports end with the reason, and nothing of it goes on."""
+        with self._changed:
+            engine = self._engines.get(number)
+            if engine is not None and number not in self._failures:
+                self._failures[number] = _remote(engine, error)
+                self._changed.notify_all()
+
+    def _over(self, number: int, engine: Engine) -> bool:
+        return self._stopped or self._engines.get(number) is not engine
+
+    def stats(self, engine: int) -> EngineStats:
+        """One engine's counters."""
+        return self.call(engine, Engine.stats)
+
+    def call(self, engine: int, what: Callable[[Engine], T]) -> T:
+        """What `what` returns or raises, done to one engine between two steps. KeyError when it is not there."""
+        return self._ask(lambda: what(self._engines[engine]))
+
+    def _ask(self, what: Callable[[], T]) -> T:
+        answer: Future[T] = Future()
+        with self._changed:
+            self._inbox.append(_Asked(what, answer))
+            self._changed.notify_all()
+        while self._thread.is_alive():
+            with suppress(TimeoutError):
+                return answer.result(timeout=0.1)
+        return answer.result() if answer.done() else what()
+
+    # -- the thread ------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                for number, engine in self._sound:
+                    if engine.busy:
+                        self._try(number, lambda n=number, e=engine: self._report(n, e.step()))  # type: ignore[misc]  # mypy does not infer defaults
+        except BaseException as error:
+            with self._changed:
+                self._failure = _remote(next(iter(self._engines.values()), None), error)
+                self._changed.notify_all()
+
+    @property
+    def _sound(self) -> list[tuple[int, Engine]]:
+        return [each for each in self._engines.items() if each[0] not in self._failures]
+
+    def _try(self, number: int, what: Callable[[], None]) -> None:
+        """Do something to one engine. What it raises is nobody's request's: the engine is lost, with its reason."""
+        try:
+            what()
+        except Exception as error:
+            self.fail(number, error)
+
+    def _wait(self) -> bool:
+        """Until there is something to do; what arrived is done with. False when it is over."""
+        while True:
+            with self._changed:
+                arrived = list(self._inbox)
+                self._inbox.clear()
+                if self._stopped:
+                    return False
+                behind = self._unread >= self._backlog
+                busy = [engine for _, engine in self._sound if engine.busy]
+                held_up = all(engine.held_up for engine in busy)
+                if not arrived and (behind or held_up):
+                    self._changed.wait(HELD_UP if busy and not behind else self._heartbeat)
+                    arrived = list(self._inbox)
+                    self._inbox.clear()
+            for each in arrived:
+                if isinstance(each, _Asked):
+                    _answer(each)
+                else:
+                    self._try(each[0], lambda each=each: self._obey(*each))  # type: ignore[misc]  # as above
+            for number, engine in self._sound:
+                self._try(number, engine.rest)
+            if not behind and any(engine.busy for _, engine in self._sound):
+                return True
+
+    def _obey(self, number: int, command: Command) -> None:
+        engine = self._engines.get(number)
+        if engine is None or number in self._failures:
+            return
+        match command:
+            case Submit(asks):
+                for ask in asks:
+                    try:
+                        engine.submit(ask.request())
+                    except RaykError as error:
+                        self._report(number, [Finished(ask.number, "error", error=error)])
+                    except Exception as error:  # a request that nobody foresaw: its own end, not the engine's
+                        self._report(number, [Finished(ask.number, "error", error=_remote(engine, error))])
+            case Cancel(numbers):
+                for each in numbers:
+                    if not engine.cancel(each):  # it is over, or never came: who waits for it must hear of it
+                        unknown = RequestCancelledError("", 0)
+                        self._report(number, [Finished(each, "cancelled", error=unknown)])
+            case HandOver(numbers):
+                for each in numbers:
+                    if not engine.hand_over(each):
+                        self._report(number, [Finished(each, MOVED)])
+            case Ship():
+                engine.ship(command)
+            case Query():
+                engine.query(command)
+            case Unpin(export_ids) if engine.peers is not None:
+                engine.peers.unpin(export_ids)
+            case Farewell(replicas) if engine.peers is not None:
+                engine.peers.farewell(replicas)
+
+    def _report(self, number: int, events: list[Event]) -> None:
+        if events:
+            with self._changed:
+                self._events[number] += events
+                self._unread += _count(events)
+                self._changed.notify_all()
+
+
+def _remote(engine: Engine | None, error: BaseException) -> RemoteError:
+    trace = "".join(traceback.format_exception(error))
+    return RemoteError(engine.core.replica if engine is not None else -1, type(error).__name__, str(error), trace)
+
+
+def _answer(asked: _Asked) -> None:
+    try:
+        asked.answer.set_result(asked.what())
+    except Exception as error:
+        asked.answer.set_exception(error)
+
+
+def _leave(engine: Engine) -> None:
+    try:
+        if engine.peers is not None:
+            engine.peers.close()
+        engine.core.shutdown()
+    except Exception as error:  # its thread may have ended with anything half done
+        log.warning("replica %d did not leave its tiers in order", engine.core.replica, exc_info=error)
+
+
+def _count(events: Sequence[Event]) -> int:
+    return sum(len(event.tokens) for event in events if isinstance(event, Tokens))

@@ -1,0 +1,150 @@
+"""All replicas in this process: one model for each device, one thread for all engines."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from socket import gethostname
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+
+from rayk.engine.engine import Engine
+from rayk.engine.engine_thread import EngineHost
+from rayk.engine.replicas import ModelSource, ReplicaFacts, ServeSettings, check_engine, facts_of, open_engine
+from rayk.engine.settings import EngineStats
+from rayk.engine.threads import TorchThreads
+from rayk.engine.tiers import NodeTiers
+from rayk.errors import ConfigError, ReplicaLostError
+from rayk.kvcache.buffers import PageBuffers
+from rayk.planning.node_plan import NodeMemory, measure_node
+from rayk.protocol.engine import Command, Report
+from rayk.tiers.identity import take_seed
+from rayk.transport.choice import Peer
+from rayk.transport.direct import DirectLine
+from rayk.transport.line import Line
+
+T = TypeVar("T")
+
+
+class InlineReplicas:
+    """Implements rayk.engine.replicas.Replicas."""
+
+    def __init__(self, source: ModelSource, settings: ServeSettings) -> None:
+        folder = settings.tiers.disk_dir
+        if settings.names_pages:
+            seed = take_seed(folder) if folder is not None else secrets.token_bytes(32)
+            settings = replace(settings, hash_seed=seed)
+        self.settings = settings
+        self.facts: list[ReplicaFacts] = []
+        self.tokenizer: Any = None
+        self._source = source
+        self._models: dict[str, Any] = {}
+        self._tiers: NodeTiers | None = None
+        self._pools: dict[Peer, PageBuffers] = {}
+        self._threads = None if settings.threads is None else TorchThreads(settings.threads)
+        self._host = EngineHost().start()
+        self._hosts: list[EngineHost] = []  # by replica: a host that died takes its replicas with it
+        try:
+            self.add(range(settings.replicas), 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, replicas: Sequence[int], timeout: float) -> None:
+        devices = {replica: self._device(replica) for replica in replicas}
+        for device in devices.values():
+            if device.startswith("cuda") and not torch.cuda.is_available():
+                raise ConfigError("this process sees no CUDA device; use device='cpu'")
+            if device not in self._models:
+                self._models[device] = self._source.load(device)
+        if self._host.failed:
+            self._host = EngineHost().start()
+        node, sharing, added = self._node(), Counter(devices.values()), list[ReplicaFacts]()
+        try:
+            for replica, device in devices.items():
+                more = (self.settings, replica, device, sharing[device], node, self._tiers, self._lines)
+                model = self._models[device]
+                engine = self._host.add(replica, lambda m=model, a=more: self._open(m, *a))  # type: ignore[misc]  # mypy does not infer defaults
+                added.append(facts_of(engine, device, node.host_name, self._source))
+                self._pools[Peer(replica, added[-1].epoch)] = engine.core.buffers
+                self.tokenizer = engine.model.tokenizer
+        except BaseException:
+            for facts in added:
+                self._host.remove(facts.replica)
+                self._pools.pop(Peer(facts.replica, facts.epoch))
+            raise
+        for facts in added:
+            if facts.replica < len(self.facts):
+                self.facts[facts.replica], self._hosts[facts.replica] = facts, self._host
+            else:
+                self.facts.append(facts)
+                self._hosts.append(self._host)
+
+    def _open(self, model: Any, *more: Any) -> Engine:
+        """In the thread of the engines."""
+        if self._threads is not None:
+            self._threads.apply()
+        return open_engine(model, self._source, *more)
+
+    def _lines(self, buffers: PageBuffers) -> list[Line]:
+        return [DirectLine(buffers, self._pools)]
+
+    def _device(self, replica: int) -> str:
+        if self.settings.device != "cuda":
+            return self.settings.device
+        return f"cuda:{replica % max(1, torch.cuda.device_count())}"
+
+    def _node(self) -> NodeMemory:
+        """This machine's memory now; the first time it is decided what the tiers get of it."""
+        wish = self.settings.tiers
+        node = measure_node(host_name=gethostname(), disk_dir=str(wish.disk_dir) if wish.disk_dir is not None else None)
+        if not wish.wanted or self._tiers is not None:
+            return node
+        if wish.disk_dir is not None:
+            self._source = replace(self._source, model_id=self._source.identity())  # read once for all replicas
+        self._tiers = wish.on(node, f"engines-{os.getpid()}-{os.urandom(8).hex()}")
+        return msgspec.structs.replace(node, host_free=max(0, node.host_free - self._tiers.host_bytes))
+
+    def post(self, replica: int, command: Command) -> None:
+        self._hosts[replica].post(replica, command)
+
+    def reports(self, replica: int) -> Iterator[Report]:
+        return self._hosts[replica].reports(replica)
+
+    def stats(self, replica: int) -> EngineStats:
+        return self._call(replica, Engine.stats)
+
+    def check(self, replica: int) -> None:
+        self._call(replica, check_engine)
+
+    def reset_prefix_cache(self, replicas: Sequence[int], token: bytes) -> dict[int, int]:
+        self.settings, held = replace(self.settings, reset_token=token), dict[int, int]()
+        for replica in replicas:
+            with suppress(ReplicaLostError):
+                held[replica] = self._call(replica, lambda engine: engine.core.reset_prefix_cache(token))
+        return held
+
+    def _call(self, replica: int, what: Callable[[Engine], T]) -> T:
+        try:
+            return self._hosts[replica].call(replica, what)
+        except KeyError:
+            raise ReplicaLostError(replica, self.facts[replica].epoch, [], "its engine was ended") from None
+
+    def remove(self, replica: int) -> None:
+        self._hosts[replica].remove(replica)
+        self._pools.pop(Peer(replica, self.facts[replica].epoch), None)
+
+    def drop(self, replica: int) -> None:
+        self.remove(replica)
+
+    def close(self) -> None:
+        for host in {id(host): host for host in [*self._hosts, self._host]}.values():
+            host.stop()
+        if self._threads is not None:
+            self._threads.release()

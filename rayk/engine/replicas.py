@@ -1,0 +1,307 @@
+"""Engines of one model on several replicas: what they are made of, and what a Cluster needs of them.
+
+`Replicas` are in this process (rayk.engine.local_replicas) or in actors (rayk.actors.engine).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rayk.engine.engine import Engine
+from rayk.engine.graphs import with_graphs
+from rayk.engine.page_sharing import Peers
+from rayk.engine.settings import EngineSettings, EngineStats
+from rayk.engine.tiers import NodeTiers, TierWish
+from rayk.errors import ConfigError, RaykError
+from rayk.kvcache.buffers import PageBuffers
+from rayk.kvcache.page_hash import PageHasher
+from rayk.kvcache.replica import ReplicaCore
+from rayk.params import KVCacheParams, require, require_at_least
+from rayk.planning.node_plan import Component, NodeMemory, ReplicaPlan, plan_replica
+from rayk.protocol.engine import Command, Report
+from rayk.tiers.opening import open_connector
+from rayk.transport.choice import Peer, Station
+from rayk.transport.line import Line
+from rayk.transport.port import PagePort, open_lines
+
+log = logging.getLogger("rayk.engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a replica's model comes from: a checkpoint folder, or a function that makes one.
+
+    model_id: what tells it from other models whose pages look the same; None has the checkpoint's files decide.
+    """
+
+    folder: Path | None = None
+    make: Callable[[str], Any] | None = None
+    dtype: str = "auto"
+    attention: str | None = None
+    model_id: str | None = None
+
+    def load(self, device: str) -> Any:
+        """The model on that device."""
+        if self.make is not None:
+            return self.make(device)
+        assert self.folder is not None
+        from rayk.models import load_model
+
+        return load_model(self.folder, dtype=self.dtype, device=device, attention=self.attention)
+
+    def planned_bytes(self) -> int | None:
+        """What `rayk plan` says that the weights take; None for a model that comes from no folder or is not planned."""
+        if self.folder is None:
+            return None
+        from rayk.planning.reading import read_model
+
+        try:
+            return read_model(self.folder).loaded_bytes(None if self.dtype == "auto" else self.dtype)
+        except RaykError:
+            return None
+
+    def identity(self) -> str:
+        """For pages that outlive this cluster. Reads all weights, where nobody named the model."""
+        if self.model_id is not None:
+            return self.model_id
+        if self.folder is None:
+            raise ConfigError(f"a disk tier has to tell {self} from other models; pass model_id=, its name and version")
+        from rayk.models.checkpoint import identity
+
+        return identity(self.folder)
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.folder is not None else getattr(self.make, "__name__", "a model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """How replicas of one model are served. `pages` is per replica; None takes what fits and what can be used.
+
+    longest: tokens of the longest request that will come, for that; the model's limit when None.
+    """
+
+    replicas: int = 1
+    page_size: int = 128
+    pages: int | None = None
+    max_batch_size: int = 64
+    device: str = "auto"
+    prefix_caching: bool = True
+    utilization: float | None = None
+    longest: int | None = None
+    hash_seed: bytes | None = None  # of pages' hashes, where somebody needs them
+    reset_token: bytes | None = None  # of the last reset of the prefix cache
+    reports: bool = False  # whether engines tell what they cache and drop
+    tiers: TierWish = field(default_factory=TierWish)
+    peer_copies: bool = False  # of prefixes, between replicas
+    graphs: bool = True  # decode steps as CUDA graphs
+    threads: int | None = None  # of torch; None: one in a process of a replica's own, the caller's number inline
+    engine: EngineSettings = field(default_factory=EngineSettings)
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            1,
+            replicas=self.replicas,
+            page_size=self.page_size,
+            max_batch_size=self.max_batch_size,
+            **({} if self.threads is None else {"threads": self.threads}),
+            **({} if self.pages is None else {"pages": self.pages}),
+        )
+        require(
+            self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
+            f"device {self.device!r} is not 'auto', 'cpu' or 'cuda'",
+        )
+        require(self.prefix_caching or not self.tiers.wanted, "host and disk tiers need prefix_caching=True")
+
+    @property
+    def names_pages(self) -> bool:
+        """Whether pages have to have the same names at all replicas."""
+        return self.reports or self.peer_copies or self.tiers.wanted
+
+    @property
+    def hash_algorithm(self) -> str:
+        """Of pages. Where a tier is asked for a page by its hash alone, one that nobody can forge."""
+        return "sha256" if self.tiers.wanted else "xxh3_128"
+
+    @property
+    def hasher(self) -> PageHasher | None:
+        """What names the pages that engines report."""
+        if not self.reports:
+            return None
+        assert self.hash_seed is not None
+        return PageHasher(self.hash_algorithm, self.hash_seed, self.page_size)
+
+
+class Replicas(Protocol):
+    """Engines that take commands and report, `settings.replicas` of them at first. `facts[r]` tells what replica r is
+    or was; `tokenizer` where it is at hand; `settings` are those that were given, with the hashes' seed.
+
+    post, reports and stats may be called from any thread; the others by one at a time.
+    """
+
+    settings: ServeSettings
+    facts: list[ReplicaFacts]
+    tokenizer: Any
+
+    def add(self, replicas: Sequence[int], timeout: float) -> None:
+        """Start more, with these numbers: of replicas that were dropped, then the next ones. There is a place for them
+        within `timeout` seconds, or PlanError, and nothing is left behind."""
+        ...
+
+    def post(self, replica: int, command: Command) -> None:
+        """Give a replica a command. That it is gone, its reports will tell."""
+        ...
+
+    def reports(self, replica: int) -> Iterator[Report]:
+        """What it does, until it is removed; raises when there will be no more for another reason."""
+        ...
+
+    def stats(self, replica: int) -> EngineStats:
+        """Its counters. ReplicaLostError when it is gone."""
+        ...
+
+    def check(self, replica: int) -> None:
+        """IntegrityError unless its pages are where they should be; waits for its transfers. ReplicaLostError."""
+        ...
+
+    def reset_prefix_cache(self, replicas: Sequence[int], token: bytes) -> dict[int, int]:
+        """ReplicaCore.reset_prefix_cache() of these, and of those that are added later; pages that each still holds,
+        without those that are gone. CallTimeoutError when one does not answer."""
+        ...
+
+    def remove(self, replica: int) -> None:
+        """End a replica that has nothing to do any more, or that was dropped; its tiers are left in order."""
+        ...
+
+    def drop(self, replica: int) -> None:
+        """It counts as lost: nothing of it may go on."""
+        ...
+
+    def close(self) -> None:
+        """End all of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReplicaFacts:
+    """One replica as it was started."""
+
+    replica: int
+    node: str
+    device: str
+    backend: str
+    pages: int
+    page_bytes: int
+    max_length: int
+    vocab_size: int
+    has_tokenizer: bool
+    epoch: int = 0  # of its start, for its peers
+    station: Station | None = None  # what lines to it there are; None: it copies nothing
+    memory: tuple[Component, ...] = ()  # as planned and as taken
+
+
+def open_engine(
+    model: Any,
+    source: ModelSource,
+    settings: ServeSettings,
+    replica: int,
+    device: str,
+    sharing: int,
+    node: NodeMemory,
+    tiers: NodeTiers | None,
+    lines: Callable[[PageBuffers], list[Line]] | None = None,
+    address: str = "127.0.0.1",
+) -> Engine:
+    """One replica's engine over new pages, as one of `sharing` replicas that are being started on that node.
+
+    The model is loaded already. `lines` opens those that carry pages to and from peers (None: whatever there is between
+    processes), `address` is where these reach this replica. On CUDA its decode steps are captured. PlanError when not
+    even one page fits.
+    """
+    more = {} if tiers is None else tiers.params("" if tiers.disk_dir is None else source.identity())
+    params = model.cache_params(
+        page_size=settings.page_size,
+        devices=[device],
+        data_parallel_degree=1,
+        enable_prefix_caching=settings.prefix_caching,
+        kv_hash_algo=settings.hash_algorithm,
+        kv_hash_seed=settings.hash_seed,
+        **more,
+    )
+    assert isinstance(params, KVCacheParams)
+    pages = _plan(model, params, settings, sharing, node).pages
+    shared = settings.peer_copies and lines is None
+    core = ReplicaCore(params, replica, pages, settings.max_batch_size, [device], shared_memory=shared)
+    if settings.reset_token is not None:
+        core.reset_prefix_cache(settings.reset_token)  # before there are tiers, which have pages of the others
+    if tiers is not None:
+        core.connect(
+            open_connector(params, core.buffers.all_bytes, tiers.host_pages(params.bytes_per_page), tiers.pool)
+        )
+    try:
+        peers = None
+        if settings.peer_copies:
+            me = Peer(replica, time.time_ns() // 1000)
+            page_bytes = params.bytes_per_page
+            opened = lines(core.buffers) if lines is not None else open_lines(core.buffers, address)
+            peers = Peers(PagePort(me, core.exports, page_bytes, address, opened))
+        return Engine(
+            core,
+            with_graphs(model, core) if settings.graphs else model,
+            replace(settings.engine, report_pages=settings.reports),
+            peers=peers,
+        )
+    except BaseException:
+        core.shutdown()
+        raise
+
+
+def _plan(model: Any, params: KVCacheParams, settings: ServeSettings, sharing: int, node: NodeMemory) -> ReplicaPlan:
+    """Without a wish: what fits, and no more than a full batch of the longest requests can use."""
+    plan = plan_replica(node, params, settings.pages, sharing, settings.utilization)
+    if settings.pages is not None:
+        return plan
+    longest = min(model.max_length, settings.longest or model.max_length)
+    useful = settings.max_batch_size * -(-(longest + 1) // settings.page_size)
+    return plan_replica(node, params, min(plan.pages, useful), sharing, settings.utilization)
+
+
+def check_engine(engine: Engine) -> None:
+    """IntegrityError unless its pages are where they should be, in the tiers too; waits for what is on its way."""
+    core = engine.core
+    core.drain()
+    core.check_integrity()
+    if core.connector is not None:
+        core.connector.check_integrity()
+
+
+def facts_of(engine: Engine, device: str, node: str, source: ModelSource | None = None) -> ReplicaFacts:
+    """What an engine's replica is, and what it took of what was planned; a part that is off is warned of by name."""
+    core = engine.core
+    allocated = sum(tensor.nbytes for tensor in core.buffers.all_buffers)
+    memory = [Component("pages", (core.num_pages + 1) * core.params.bytes_per_page, allocated)]
+    loaded, planned = getattr(engine.model, "num_bytes", None), source.planned_bytes() if source is not None else None
+    if loaded is not None and planned is not None:
+        memory.insert(0, Component("weights", planned, loaded))
+    for part in memory:
+        if part.is_off:
+            log.warning("replica %d on %s is not as planned: %s", core.replica, node, part)
+    return ReplicaFacts(
+        core.replica,
+        node,
+        device,
+        str(getattr(engine.model, "backend", "")),
+        core.num_pages,
+        core.params.bytes_per_page,
+        engine.model.max_length,
+        engine.model.vocab_size,
+        engine.limits.has_tokenizer,
+        engine.peers.epoch if engine.peers is not None else 0,
+        engine.peers.station if engine.peers is not None else None,
+        tuple(memory),
+    )

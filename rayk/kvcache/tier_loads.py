@@ -1,0 +1,244 @@
+"""A replica core's dealings with its connector: what it offloads, and the loads of its requests.
+
+A load starts in alloc, which moves the request's window past it at once. The loaded pages are the request's own and
+in no tree until they have landed; whoever needs the request (runtime_inputs, step, the next alloc) lands them first.
+Pages that did not land are computed: the next call with the request's context moves its window back to them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayk.context import TextContext
+from rayk.kvcache.connector import Connector, Found, Landed, Tier, Transfer
+from rayk.kvcache.page_hash import Mask, PageHash, PageHasher, RootKey
+from rayk.kvcache.page_pool import Pages
+
+if TYPE_CHECKING:
+    from rayk.kvcache.replica import ReplicaCore
+    from rayk.kvcache.request import Request
+
+log = logging.getLogger("rayk.tiers")
+
+
+class Load:
+    """Pages `base` .. `base + pages` of a request, on their way. `reached` is where its window was moved to."""
+
+    __slots__ = ("base", "landed", "pages", "reached", "transfer")
+
+    def __init__(self, transfer: Transfer, base: int, pages: int, reached: int) -> None:
+        self.transfer = transfer
+        self.base = base
+        self.pages = pages
+        self.reached = reached
+        self.landed = -1  # leading pages that are in the tree; -1 while they are on their way
+
+
+class Loads:
+    """Listens to the core's tree and offloads what is cached; finds, starts and lands loads.
+
+    `under_way` has the requests that may not go into a batch before settle(). Errors of a connector are misses.
+    """
+
+    def __init__(self, core: ReplicaCore, connector: Connector) -> None:
+        self.connector = connector
+        self.under_way: dict[str, Load] = {}
+        self.pages = 0  # found by alloc, less what then failed to land
+        self._core = core
+        self._hasher: PageHasher = core.exports.hasher
+        self._size = core.page_size
+        self._page_bytes = core.page_size * 4
+        self._holds, self._digest = connector.holds, self._hasher.digest
+        self._mask = core.exports.mask
+        self._masked = bool(self._mask.token)
+        self._kept_out: set[bytes] = set()  # from before the last reset
+        self._roots: dict[RootKey, PageHash] = {}
+        self.due = False  # whether flush() has something to do
+        self._new_hashes: list[bytes] = []
+        self._new_pages: list[Pages] = []
+        self._used: list[Sequence[bytes]] = []  # hashes of released prefixes
+        self._landing = False
+        self._warned = False
+
+    # -- what the tree tells -----------------------------------------------------------------------
+
+    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
+        """Newly cached pages; flush() offloads them, before anybody can change them."""
+        if not self._landing:  # else a tier has them
+            self._new_hashes += self._mask.all(hashes) if self._masked else hashes
+            self._new_pages.append(pages)
+            self.due = True
+
+    def removed(self, hashes: Sequence[PageHash]) -> None:
+        """Dropped pages: the tiers have them already."""
+
+    def flush(self) -> None:
+        """Offload what was cached since the last call. The core calls it before it returns from any method."""
+        hashes, pages, used = self._new_hashes, self._new_pages, self._used
+        self.due = False
+        try:
+            if hashes:
+                self._new_hashes, self._new_pages = [], []
+                self.connector.offload(hashes, np.concatenate(pages))
+            if used:
+                self._used = []
+                for prefix in used:
+                    self.connector.touch(prefix)
+            self.connector.poll()
+        except Exception as error:
+            self._warn("offload", error)
+
+    def released(self, prefix: bytes, pages: Pages) -> None:
+        """A request lets go of a prefix: its hashes, joined, and its pages, which are still its own.
+
+        What was used last is kept longest below, too, and what lower tiers gave up meanwhile goes there again.
+        """
+        width, holds = self._hasher.width, self._holds
+        hashes = self._mask.all([prefix[at : at + width] for at in range(0, len(prefix), width)])
+        try:
+            missing = [i for i, key in enumerate(hashes) if not holds(key)]
+            if self._kept_out:
+                missing = [i for i in missing if hashes[i] not in self._kept_out]
+            if missing:
+                self.connector.offload([hashes[i] for i in missing], pages[missing])
+        except Exception as error:
+            self._warn("offload", error)
+        self._used.append(hashes)
+        self.due = True
+
+    def _warn(self, what: str, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("the connector failed to %s; its pages are computed instead", what, exc_info=error)
+
+    # -- looking -------------------------------------------------------------------------------------
+
+    def root(self, key: RootKey) -> PageHash:
+        """The hash above the first page of that salt and adapter."""
+        root = self._roots.get(key)
+        if root is None:
+            if len(self._roots) > 10_000:
+                self._roots.clear()
+            root = self._roots[key] = self._hasher.root(key)
+        return root
+
+    def find(self, parent: PageHash, tokens: bytes) -> Found:
+        """Which leading pages of `tokens`, that continue `parent`, are in a tier. A miss hashes one page."""
+        try:
+            hashes = self._chain(parent, tokens)
+            return self.connector.lookup(map(self._mask.one, hashes) if self._masked else hashes)
+        except Exception as error:
+            self._warn("look up", error)
+            return Found([], [])
+
+    def _chain(self, parent: PageHash, tokens: bytes) -> Iterator[bytes]:
+        [first] = self._hasher.chain(parent, tokens[: self._page_bytes])
+        yield first
+        yield from self._hasher.chain(first, tokens[self._page_bytes :])
+
+    # -- loading ---------------------------------------------------------------------------------------
+
+    def start(self, ctx: TextContext, request: Request, stop: int) -> tuple[int, int]:
+        """Load what a tier has of the pages between the request's committed ones and `stop`, into its own pages.
+
+        Moves the window past them; how many pages come from host and disk.
+        """
+        base, window, tip, size = request.committed, ctx.tokens, request.tip, self._size
+        core = self._core
+        if tip is not None:
+            if tip.retired:
+                return 0, 0  # it would mix what was computed before a reset with what came after
+            parent = core.path_hash(tip)
+        else:
+            parent = self._roots.get(ctx.root_key) or self.root(ctx.root_key)
+        data, start = window.data, base * size
+        try:
+            first = self._digest(parent + data[start : start + size].tobytes())
+            if not self._holds(self._mask.one(first) if self._masked else first):
+                return 0, 0
+        except Exception as error:
+            self._warn("look up", error)
+            return 0, 0
+        found = self.find(parent, data[start : stop * size].tobytes())
+        count = len(found.hashes)
+        reached = (base + count) * size
+        if not count or reached <= window.processed:
+            return 0, 0
+        active = window.end - window.processed
+        pages = core.table.rows[request.row][base : base + count].copy()
+        load = Load(self._begin(found.hashes, pages), base, count, reached)
+        window.processed = reached
+        if reached >= window.end:  # the load covers the chunk: keep its size, move it on
+            window.end = min(window.length, reached + active)
+        self.pages += count
+        if load.transfer.poll():
+            self.land(request, load)
+            self.resume(ctx, request, load)
+            count = load.landed
+        else:
+            self.under_way[ctx.request_id] = load
+            request.room = 0  # sends the next alloc to settle() first
+            if request.bound:
+                core.table.room[request.row] = 0
+        host = found.tiers[:count].count(Tier.HOST)
+        return host, count - host
+
+    def _begin(self, hashes: Sequence[bytes], pages: Pages) -> Transfer:
+        try:
+            return self.connector.load(hashes, pages)
+        except Exception as error:
+            self._warn("load", error)
+            return Landed(0)
+
+    def land(self, request: Request, load: Load) -> None:
+        """Wait for a load and put what landed into the tree."""
+        if load.landed >= 0:
+            return
+        try:
+            load.landed = min(load.transfer.wait(), load.pages)
+        except Exception as error:
+            self._warn("load", error)
+            load.landed = 0
+        self.pages -= load.pages - load.landed
+        if load.landed:
+            assert request.ctx is not None
+            self._landing = True
+            self._core.commit(request.ctx, request, load.base + load.landed)
+            self._landing = False
+
+    def resume(self, ctx: TextContext, request: Request, load: Load) -> bool:
+        """The load is over and landed: whether the window had to move back to what did not."""
+        good, window = (load.base + load.landed) * self._core.page_size, ctx.tokens
+        if load.landed == load.pages or window.processed <= good:
+            return False
+        active, chunked = window.end - window.processed, window.end < window.length
+        window.processed = good
+        window.end = min(window.length, good + active) if chunked else window.length
+        if ctx.cached_prefix_length == load.reached:
+            ctx.cached_prefix_length = good
+        return True
+
+    def rename(self, mask: Mask) -> None:
+        """Mask the keys of the tiers from now on."""
+        self._mask, self._masked = mask, bool(mask.token)
+
+    def reset(self, mask: Mask, held: Iterable[bytes]) -> None:
+        """Forget what was to be offloaded, and all that the tiers have; from now on their keys are masked. Pages that
+        are still `held` do not go there again when they are released."""
+        self.rename(mask)
+        self._kept_out = set(mask.all(list(held)))
+        self._new_hashes, self._new_pages, self._used = [], [], []
+        try:
+            self.connector.reset()
+        except Exception as error:
+            self._warn("forget its pages", error)
+
+    def cancel(self, request_id: str) -> None:
+        """The request is released."""
+        load = self.under_way.pop(request_id, None)
+        if load is not None and load.landed < 0:
+            load.transfer.cancel()

@@ -1,0 +1,1 @@
+"""PagedKVCacheManager and its asynchronous form: pages by hand, in this process or on Ray."""

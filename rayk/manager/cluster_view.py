@@ -1,0 +1,320 @@
+"""A driver's view of who is there: its lines to the replicas, and where its requests are.
+
+Replicas come, drain, go and are lost while requests run. Every answer of the scheduler says which version of the
+roster is the latest; a script that hears of a newer one fetches it before it gives its result, and with it the places
+of this driver's requests, which may have been handed over. A request that is not where the driver thought it was is
+looked for before NotClaimedError says so. A line belongs to one start of one replica: nothing that is meant for one
+reaches another.
+
+Calls are scripts of rounds, run by wait_for() or await_for().
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial, wraps
+from time import monotonic
+from typing import Any
+
+from rayk.actors.channel import Answer, Link, Pending, hear, new_client_id
+from rayk.actors.interface import LaneState, Runtime
+from rayk.actors.lane import FastLane
+from rayk.actors.launch import Cluster
+from rayk.errors import (
+    CallTimeoutError,
+    LeaseLostError,
+    NotClaimedError,
+    RaykError,
+    ReplicaLostError,
+    ReplicaRemovedError,
+    SchedulerLostError,
+)
+from rayk.protocol import messages as m
+from rayk.protocol.context_sync import Sender
+from rayk.scheduler.membership import State
+
+SCHEDULER_SECONDS = 30.0  # for which its process may not answer: longer than a pause that it comes back from
+LOST_KNOWN = 4096  # claims that were lost and can still be told from none
+
+Heard = Answer | RaykError  # an answer, or why there is none
+Round = list[Pending] | Callable[[], Any]  # messages, or work that takes long and sends none
+Call = Generator[Round, Any, Any]
+
+
+class Roster:
+    """The lines of one driver to one running Cluster. `cluster` is the latest that was heard of. `replicas` has the
+    indices at which somebody is, and stays the same object; its values are what `made(index)` gives for a newcomer."""
+
+    def __init__(self, runtime: Runtime, cluster: Cluster) -> None:
+        assert cluster.scheduler is not None
+        self.client = new_client_id("driver")
+        self.cluster = cluster
+        self.replicas: dict[int, Any] = {}
+        self.made: Callable[[int], Any] = lambda replica: None
+        self.queued = cluster.config.admission is not None
+        """Whether requests wait for their turn at the scheduler."""
+        self._runtime = runtime
+        self._sender = Sender()
+        self._placed: dict[str, int] = {}
+        self._claims: dict[str, int] = {}  # the generation of each claim; of one that was lost, until it is made anew
+        self._lost_claims: deque[str] = deque()  # those of the latter, of which the last LOST_KNOWN are remembered
+        self._released: dict[str, int] = {}  # straight on replicas; the scheduler hears of it with the next message
+        self._links: list[Link | None] = []
+        self._lanes_off = "not asked for"  # why lines have no fast lanes; empty when they have
+        self._dead: set[int] = set()  # replicas that died or were removed: the roster that is known is not the latest
+        self.scheduler = Link(
+            runtime,
+            cluster.scheduler,
+            "the scheduler",
+            cluster.scheduler_epoch,
+            self.client,
+            SchedulerLostError,
+            quiet=SCHEDULER_SECONDS,
+        )
+        self._seat(cluster)
+
+    @property
+    def indices(self) -> int:
+        """Indices at which somebody is or was."""
+        return len(self._links)
+
+    def _seat(self, cluster: Cluster) -> None:
+        """Have a line to everybody who is there."""
+        self.cluster = cluster
+        for r, seat in enumerate(cluster.seats):
+            if r == len(self._links):
+                self._links.append(None)
+            link = self._links[r]
+            if link is not None and (seat is None or link.epoch != seat.epoch):
+                link.close_lane()
+            if seat is None:
+                self._links[r] = None
+                self.replicas.pop(r, None)
+            elif link is None or link.epoch != seat.epoch:
+                lost = partial(self._lost, r, seat.epoch)
+                self._links[r] = link = Link(self._runtime, seat.actor, f"replica {r}", seat.epoch, self.client, lost)
+                link.pages = self.queued
+                self.replicas[r] = self.made(r)
+        if not self._lanes_off:
+            self.lay_lanes()
+
+    def lay_lanes(self) -> None:
+        """Have a fast lane to each replica from now on, for calls that are waited for and not awaited."""
+        self._lanes_off = ""
+        for link, seat in zip(self._links, self.cluster.seats, strict=False):
+            if link is not None and seat is not None and link.lane is None:
+                node_id = seat.placement.node_ids[seat.bundle]
+                link.lane = FastLane(self._runtime, seat.actor, node_id, link.target)
+
+    def have_no_lanes(self, reason: str) -> None:
+        """Take them down, and have no more."""
+        self._lanes_off = reason
+        for link in self._links:
+            if link is not None:
+                link.close_lane()
+
+    def lane_states(self) -> list[LaneState]:
+        """How the lane to each replica that is there stands."""
+        off = LaneState(-1, "off", self._lanes_off)
+        return [
+            link.lane.state(r) if link.lane is not None else off._replace(replica=r)
+            for r, link in enumerate(self._links)
+            if link is not None
+        ]
+
+    def link(self, replica: int) -> Link:
+        """The line to that replica; ReplicaRemovedError when nobody is there."""
+        link = self._links[replica] if replica < len(self._links) else None
+        if link is None:
+            raise ReplicaRemovedError(replica, len(self._links))
+        return link
+
+    def heard(self, what: str) -> list[int]:
+        """That number of every line, 0 where nobody is."""
+        return [getattr(link, what) if link is not None else 0 for link in self._links]
+
+    def _lost(self, replica: int, epoch: int, reason: str) -> RaykError:
+        self._dead.add(replica)
+        return ReplicaLostError(replica, epoch, self._on(replica), reason)
+
+    def _on(self, replica: int) -> list[str]:
+        return [request_id for request_id, r in self._placed.items() if r == replica]
+
+    @staticmethod
+    def _ask(link: Link, command: Any) -> Call:
+        """One message; its result, or the error it stands for."""
+        [heard] = yield [link.send(command)]
+        return result_of(heard)
+
+    def holder(self, request_id: str) -> int | None:
+        """Where this driver's request is, as far as it knows."""
+        return self._placed.get(request_id)
+
+    def _take_released(self) -> dict[str, int]:
+        released, self._released = self._released, {}
+        return released
+
+    def _claimed(self, request_id: str, replica: int, generation: int) -> None:
+        """The request is claimed there, newly."""
+        self._placed[request_id], self._claims[request_id] = replica, generation
+
+    def _lose(self, request_id: str) -> None:
+        """The claim is not there any more, though it was not released here. What is said about it names it all the
+        same, and is refused for what it is."""
+        if self._placed.pop(request_id, None) is not None and request_id in self._claims:
+            self._lost_claims.append(request_id)
+            if len(self._lost_claims) > LOST_KNOWN and (old := self._lost_claims.popleft()) not in self._placed:
+                self._claims.pop(old, None)
+
+    # -- keeping up ------------------------------------------------------------------------------
+
+    @property
+    def behind(self) -> bool:
+        """Whether a later roster was heard of."""
+        return bool(self._dead) or self.scheduler.roster > self.cluster.version
+
+    def catch_up(self) -> Call:
+        """Fetch the latest roster, and find requests whose replica drains or is not there any more."""
+        gone, self._dead = sorted(self._dead), set()
+        try:
+            [heard] = yield [self.scheduler.send(m.GetRoster(gone), with_data=True)]
+            result_of(heard)
+        except CallTimeoutError:
+            self._dead.update(gone)  # it is still to be heard what became of them
+            raise
+        cluster: Cluster = self.scheduler.fetch(heard.data)
+        if cluster.version > self.cluster.version:
+            before = self._epochs
+            started_here = self.cluster.started_here
+            self._seat(replace(cluster, scheduler=self.cluster.scheduler, started_here=started_here))
+            now = self._epochs
+            moving = {r for r, state in enumerate(cluster.states) if state in (State.draining, State.lost)}
+            moving |= {r for r, epoch in enumerate(before) if now[r] != epoch}
+            yield from self._find([request_id for request_id, r in self._placed.items() if r in moving])
+
+    @property
+    def _epochs(self) -> list[int]:
+        return [link.epoch if link is not None else 0 for link in self._links]
+
+    def _find(self, request_ids: list[str]) -> Call:
+        """Ask where those requests are, and remember it."""
+        if request_ids:
+            done: m.Located = yield from self._ask(self.scheduler, m.Locate(request_ids))
+            for request_id, replica in zip(request_ids, done.replicas, strict=True):
+                if self._placed.get(request_id) not in (None, replica):
+                    self._sender.forget(request_id)
+                    if replica < 0:
+                        self._lose(request_id)
+                    else:
+                        self._placed[request_id] = replica
+
+    def explained(self, error: RaykError) -> Call:
+        """The error as it reads once it is known who is there and where requests are."""
+        try:
+            if isinstance(error, NotClaimedError):
+                if self._placed.get(error.request_id) == error.replica:
+                    yield from self._find(self._on(error.replica))
+                if isinstance(error, LeaseLostError) and self._claims.get(error.request_id, 0) != error.generation:
+                    return error  # it was not handed over: the call was about an earlier claim
+                holder = self._placed.get(error.request_id, error.holder)
+                if holder not in (error.replica, error.holder):
+                    return NotClaimedError(error.request_id, error.replica, holder)
+            elif isinstance(error, ReplicaLostError):
+                mine = self._on(error.replica)
+                if self.behind:
+                    yield from self.catch_up()
+                if error.replica not in self.replicas:  # it did not die: it was removed
+                    moved = [(i, self._placed[i]) for i in mine if i in self._placed]
+                    if moved:
+                        return NotClaimedError(moved[0][0], error.replica, moved[0][1])
+                    return ReplicaRemovedError(error.replica, len(self._links))
+            elif self.behind:
+                yield from self.catch_up()
+        except (SchedulerLostError, CallTimeoutError):
+            pass  # what the error says is all that can be known
+        return error
+
+
+def current(script: Callable[..., Call]) -> Callable[..., Call]:
+    """Have a script of a Roster begin and end with the latest one."""
+
+    @wraps(script)
+    def run(self: Roster, *arguments: Any, **named: Any) -> Call:
+        if self.behind:
+            with suppress(SchedulerLostError, CallTimeoutError):  # what needs no scheduler goes on
+                yield from self.catch_up()
+        try:
+            result = yield from script(self, *arguments, **named)
+        except RaykError as error:
+            raise (yield from self.explained(error)) from None
+        if self.behind:
+            with suppress(SchedulerLostError, CallTimeoutError):
+                yield from self.catch_up()
+        return result
+
+    return run
+
+
+def result_of(heard: Heard) -> Any:
+    """The result of an answer; a Failure is raised as the error it stands for."""
+    if isinstance(heard, RaykError):
+        raise heard
+    if isinstance(heard.result, m.Failure):
+        raise m.to_error(heard.result)
+    return heard.result
+
+
+def apart(work: Callable[[], Any]) -> Call:
+    """Within a script: do what takes long and sends no message, off the event loop if there is one."""
+    value, error = yield work
+    if error is not None:
+        raise error
+    return value
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    try:
+        return work(), None
+    except BaseException as error:  # raised again in the script, which cleans up
+        return None, error
+
+
+def wait_for(call: Call) -> Any:
+    """Run a call to its end, waiting for each round."""
+    try:
+        round_ = next(call)
+        while True:
+            try:
+                heard = _attempt(round_) if callable(round_) else hear(round_)
+            except BaseException as error:  # the script cleans up
+                round_ = call.throw(error)
+            else:
+                round_ = call.send(heard)
+    except StopIteration as end:
+        return end.value
+
+
+async def await_for(call: Call) -> Any:
+    """Run a call to its end without blocking the event loop."""
+    try:
+        round_ = next(call)
+        while True:
+            try:
+                heard = await _awaited(round_)
+            except BaseException as error:  # the script cleans up
+                round_ = call.throw(error)
+            else:
+                round_ = call.send(heard)
+    except StopIteration as end:
+        return end.value
+
+
+async def _awaited(round_: Round) -> Any:
+    if callable(round_):
+        return await asyncio.to_thread(_attempt, round_)
+    since = monotonic()
+    return hear(round_, since, [await pending.arrival() for pending in round_])

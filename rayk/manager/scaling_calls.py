@@ -1,0 +1,104 @@
+"""What a driver says and does to change who is there: replicas that are added, drained and removed, as scripts.
+
+The driver plans, places and starts the actors, as at the start of a cluster; the scheduler keeps the books. It hears
+first that indices are wanted, then that their replicas start, and at last that they take requests.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from time import monotonic, sleep
+
+from rayk.actors.interface import Runtime
+from rayk.actors.launch import Cluster, Seat, desk_settings, start_replicas
+from rayk.actors.scale_out import Placed, give_back, place_replicas, vacate
+from rayk.errors import DrainError, SchedulerLostError
+from rayk.manager.cluster_view import Call, Roster, apart, current, result_of
+from rayk.protocol import messages as m
+from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
+
+LOOK_SECONDS = 0.02  # between two looks at a replica that drains
+
+
+class Changes(Roster):
+    """`name` is that of the cluster's detached actors, if they are that."""
+
+    def __init__(self, runtime: Runtime, cluster: Cluster, name: str | None = None) -> None:
+        super().__init__(runtime, cluster)
+        self._name = name
+
+    @current
+    def add_replicas(self, count: int, timeout: float) -> Call:
+        """Start `count` more replicas; their indices. Whatever fails, nothing is left behind."""
+        enlisted: m.Enlisted = yield from self._ask(self.scheduler, m.Enlist(count))
+        replicas, joined = enlisted.replicas, list[int]()
+        placed, seats = Placed([], [], []), list[Seat]()
+        try:
+            yield from self.catch_up()  # others may have come meanwhile
+            cluster, name = self.cluster, self._name
+            keyed = desk_settings(cluster.config, cluster.pages).wants_keys
+            placed = yield from apart(lambda: place_replicas(self._runtime, cluster, replicas, timeout))
+            for r in replicas:
+                yield from self._ask(self.scheduler, m.Starting(r))
+            seats = yield from apart(lambda: start_replicas(self._runtime, cluster, placed.places, keyed, name))
+            for r, seat in zip(replicas, seats, strict=True):
+                join = m.Join(r, seat.epoch, seat.plan.pages)
+                [heard] = yield [self.scheduler.send(join, [seat, tuple(placed.nodes)])]
+                result_of(heard)
+                joined.append(r)
+        except BaseException:
+            yield from self._undo([r for r in replicas if r not in joined], placed, seats)
+            raise
+        return replicas
+
+    def _undo(self, replicas: list[int], placed: Placed, seats: list[Seat]) -> Call:
+        """Stop what was started for those indices and let go of them."""
+        epochs = {at.epoch for at in placed.places if at.replica in replicas}
+        kept = [id(at.placement.group) for at in placed.places if at.replica not in replicas]
+        groups = [group for group in placed.groups if id(group.group) not in kept]
+
+        def stop() -> None:
+            self._runtime.stop([seat.actor for seat in seats if seat.epoch in epochs], None)
+            give_back(self._runtime, groups)
+
+        yield from apart(stop)
+        with suppress(SchedulerLostError):
+            for r in replicas:
+                yield from self._ask(self.scheduler, m.GiveUp(r))
+
+    @current
+    def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Call:
+        """Give the replica no new requests; wait up to `deadline` seconds for those it has, then hand them over."""
+        until = monotonic() + (deadline or 0.0)
+        while True:
+            late = deadline is not None and monotonic() >= until
+            command = m.DrainReplica(replica, self._take_released(), late and handover)
+            done: m.Drained = yield from self._ask(self.scheduler, command)
+            if not done.left or deadline is None:
+                return Drained(sorted(done.left), done.moved)
+            if late:
+                raise DrainError(replica, done.left)
+            yield from apart(partial(sleep, min(LOOK_SECONDS, max(0.0, until - monotonic()))))
+
+    @current
+    def resume_replica(self, replica: int) -> Call:
+        """Let it take requests again."""
+        yield from self._ask(self.scheduler, m.ResumeReplica(replica))
+
+    @current
+    def remove_replica(self, replica: int) -> Call:
+        """Forget a replica, then end its process and give its place back; what became of its pages."""
+        yield from self.catch_up()
+        cluster = self.cluster
+        done: m.RemoveDone = yield from self._ask(self.scheduler, m.RemoveReplica(replica))
+        self.link(replica).close_lane()  # while there is somebody at its other end
+        yield from apart(lambda: vacate(self._runtime, cluster, replica))
+        return Removed(done.cached, done.known, done.taken)
+
+    @current
+    def replica_loads(self) -> Call:
+        """How each index stands and what it carries."""
+        known: m.Description = yield from self._ask(self.scheduler, m.Describe(self._take_released()))
+        columns = (known.states, known.requests, known.waiting, known.held, known.capacity)
+        return [ReplicaLoad(r, *load) for r, load in enumerate(zip(*columns, strict=True))]

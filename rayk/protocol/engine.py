@@ -1,0 +1,222 @@
+"""What a driver and an engine say to each other: requests one way, reports the other, as msgpack.
+
+A report holds everything since the last one, whatever the number of steps; its tokens are columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from rayk.context import as_int32
+from rayk.errors import RaykError
+from rayk.kvcache.request import NOTHING_REUSED, Reused
+from rayk.protocol import messages as m
+from rayk.protocol.engine_reports import (
+    MOVED,
+    Answered,
+    Arrived,
+    Event,
+    Finished,
+    Numbers,
+    PagesChanged,
+    Shipped,
+    Text,
+    TokenLogprobs,
+    Tokens,
+)
+from rayk.protocol.engine_request import Request
+from rayk.sampling import SamplingParams
+from rayk.values import printable
+
+
+class Ask(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """A Request; `tokens` are raw int32."""
+
+    number: int
+    request_id: str
+    tokens: bytes
+    sampling: SamplingParams
+    generated: int = 0
+    timeout: float | None = None
+    stream_text: bool = False
+    cache_salt: str | None = None
+    adapter: str | None = None
+    shipped: Shipped | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> Ask:
+        """TokenError when the tokens are none."""
+        tokens = as_int32(request.tokens, request.request_id).tobytes()
+        rest = (request.sampling, request.generated, request.timeout, request.stream_text)
+        more = (request.cache_salt, request.adapter, request.shipped)
+        return cls(request.number, request.request_id, tokens, *rest, *more)
+
+    def request(self) -> Request:
+        """The request again."""
+        tokens = np.frombuffer(self.tokens, np.int32)
+        rest = (self.sampling, self.generated, self.timeout, self.stream_text, self.cache_salt, self.adapter)
+        return Request(self.number, self.request_id, tokens, *rest, self.shipped)
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Take these requests; what is wrong with one is reported as its end."""
+
+    asks: list[Ask]
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End these requests."""
+
+    numbers: list[int]
+
+
+class HandOver(msgspec.Struct, frozen=True, tag=True):
+    """Let go of these requests: they go on elsewhere. Each one's Ended says MOVED, after all of its tokens."""
+
+    numbers: list[int]
+
+
+class Ship(msgspec.Struct, frozen=True, tag=True):
+    """Pin the cached pages start .. stop of a prefix (`tokens`, raw int32) for a peer, on a line of that kind; the
+    answer is a Shipped with this number."""
+
+    number: int
+    tokens: bytes
+    cache_salt: str | None
+    start: int
+    stop: int
+    kind: str
+    replica: int
+    epoch: int
+
+
+class Unpin(msgspec.Struct, frozen=True, tag=True):
+    """What was shipped under these numbers has arrived, or nobody wants it any more."""
+
+    export_ids: list[int]
+
+
+class Farewell(msgspec.Struct, frozen=True, tag=True):
+    """These peers are gone: close the lines to them."""
+
+    replicas: list[int]
+
+
+class Query(msgspec.Struct, frozen=True, tag=True):
+    """A question about page copies (rayk.replica.page_exchange); the answer is an Answered with this number. `data[i]`
+    are pages of each buffer, for the imports of it that nothing else carries."""
+
+    number: int
+    command: m.ExchangeCommand
+    data: list[list[bytes]] = []
+
+
+Command = Submit | Cancel | HandOver | Ship | Unpin | Farewell | Query
+
+
+class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """A Finished."""
+
+    number: int
+    reason: str
+    cached: Reused = NOTHING_REUSED
+    text: str | None = None
+    failure: m.Failure | None = None
+    preemptions: int = 0
+    admitted_after: float | None = None
+    first_token_after: float | None = None
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, event: Finished) -> Ended:
+        error = _failure(event.error) if event.error is not None else None
+        times = (event.admitted_after, event.first_token_after, event.seconds)
+        return cls(event.number, event.reason, event.cached, event.text, error, event.preemptions, *times)
+
+    @property
+    def moved(self) -> bool:
+        """Whether it goes on elsewhere."""
+        return self.reason == MOVED
+
+    @property
+    def error(self) -> RaykError | None:
+        """What went wrong, or None."""
+        return m.to_error(self.failure) if self.failure is not None else None
+
+
+def _failure(error: RaykError) -> m.Failure:
+    """The error as a message can carry it, whatever text a model or a tokenizer put into it."""
+    made = m.failure(error)
+    return m.Failure(made.kind, [printable(each) if isinstance(each, str) else each for each in made.fields])
+
+
+class Report(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What happened since the last report. numbers[i] got tokens[i], in this order: raw int64 and int32.
+
+    `logprobs[number]` has an entry for each of its tokens here. `pages`: what was cached (True) or dropped since, in
+    order, 8 bytes of each page's hash, by engines that were asked for it. `prefill_rate`: tokens of prompts that it
+    computes in a second, 0 while that is not known. An empty report says that the engine lives.
+    """
+
+    numbers: bytes = b""
+    tokens: bytes = b""
+    logprobs: dict[int, list[TokenLogprobs]] = {}
+    texts: list[tuple[int, str]] = []
+    ended: list[Ended] = []
+    pages: list[tuple[bool, bytes]] = []
+    steps: int = 0
+    shipped: list[Shipped] = []
+    arrived: list[Arrived] = []
+    prefill_rate: float = 0.0
+    answered: list[Answered] = []
+
+    @classmethod
+    def of(cls, events: Sequence[Event], steps: int, prefill_rate: float = 0.0) -> Report:
+        """The report of these events."""
+        columns = [event for event in events if isinstance(event, Tokens)]
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        for event in columns:
+            for number, found in event.logprobs.items():
+                logprobs.setdefault(number, []).append(found)
+        return cls(
+            np.concatenate([event.numbers for event in columns]).tobytes() if columns else b"",
+            np.concatenate([event.tokens for event in columns]).astype(np.int32).tobytes() if columns else b"",
+            logprobs,
+            [(event.number, event.piece) for event in events if isinstance(event, Text)],
+            [Ended.of(event) for event in events if isinstance(event, Finished)],
+            [(event.stored, event.keys) for event in events if isinstance(event, PagesChanged)],
+            steps,
+            [event for event in events if isinstance(event, Shipped)],
+            [event for event in events if isinstance(event, Arrived)],
+            prefill_rate,
+            [event for event in events if isinstance(event, Answered)],
+        )
+
+    def columns(self) -> tuple[Numbers, Numbers]:
+        """Request numbers and their tokens, [n] each."""
+        return np.frombuffer(self.numbers, np.int64), np.frombuffer(self.tokens, np.int32).astype(np.int64)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(
+    Submit | Cancel | HandOver | Ship | Unpin | Farewell | Query
+)
+_reports = msgspec.msgpack.Decoder(Report)
+
+
+def encode(message: Command | Report) -> bytes:
+    """The message's bytes."""
+    return _encoder.encode(message)
+
+
+def decode_command(wire: bytes) -> Command:
+    """msgspec.ValidationError for what is none."""
+    return _commands.decode(wire)
+
+
+def decode_report(wire: bytes) -> Report:
+    """msgspec.ValidationError for what is none."""
+    return _reports.decode(wire)

@@ -1,0 +1,114 @@
+"""What a step of an engine reports. Tokens come as columns: one entry a step, whatever the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from rayk.errors import RaykError
+from rayk.kvcache.request import NOTHING_REUSED, Reused
+from rayk.protocol import messages as m
+
+Numbers = npt.NDArray[np.int64]
+MOVED = "moved"
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities at one position: of the chosen token, and of the most likely ones."""
+
+    chosen: float
+    top_ids: tuple[int, ...] = ()
+    top: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """Request numbers[i] got tokens[i]: [n] int64 each. `logprobs[i]` exists for those that asked."""
+
+    numbers: Numbers
+    tokens: Numbers
+    logprobs: dict[int, TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """More text of a request that streams it; stop strings never show."""
+
+    number: int
+    piece: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request is over and holds nothing any more.
+
+    `reason` is "stop" (a stop token or string), "length" (as many tokens as asked for, or the model's limit), or, with
+    the `error`, "timeout", "cancelled" or "error"; MOVED when it was handed over and goes on elsewhere. `text` is the
+    whole answer where there is a tokenizer. `cached` are tokens that were found in the cache from its first admission
+    on, until it was preempted. Times are seconds of the engine's clock since submission; None: it did not come to that.
+    """
+
+    number: int
+    reason: str
+    cached: Reused = NOTHING_REUSED
+    text: str | None = None
+    error: RaykError | None = None
+    preemptions: int = 0
+    admitted_after: float | None = None
+    first_token_after: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PagesChanged:
+    """Pages were cached (`stored`) or dropped; `keys` are 8 bytes of each one's hash, in order."""
+
+    stored: bool
+    keys: bytes
+
+
+class Shipped(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """Pages that were pinned for a peer, to be told to it with request `number`; without `hashes` there are none.
+
+    `source` and `epoch` are who pinned them, `kind` the line that they are on, `pages` their ids there (raw int32) and
+    `start` the place of the first one in its prefix. `data`: the pages of each buffer, where nothing else carries them.
+    `seconds` that took; `trouble`: why the line does not carry them.
+    """
+
+    number: int
+    source: int
+    epoch: int
+    kind: str
+    export_id: int = 0
+    start: int = 0
+    hashes: list[bytes] = []
+    pages: bytes = b""
+    offer: bytes = b""
+    expires: float = 0.0
+    data: list[bytes] = []
+    seconds: float = 0.0
+    trouble: str = ""
+
+
+class Arrived(msgspec.Struct, frozen=True, array_like=True):
+    """What was shipped for request `number` is not needed any more: so many pages were copied, in so many seconds."""
+
+    number: int
+    pages: int
+    seconds: float
+    trouble: str
+
+
+class Answered(msgspec.Struct, frozen=True, array_like=True):
+    """The answer to Query `number`; `data` are the pages of each buffer, where nothing else carries them."""
+
+    number: int
+    result: m.Result
+    data: list[bytes] = []
+
+
+Event = Tokens | Text | Finished | PagesChanged | Shipped | Arrived | Answered

@@ -1,0 +1,1 @@
+"""Which request is let in, and when: the queue, its bounds, and the watermarks of the replicas."""

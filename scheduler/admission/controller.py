@@ -1,0 +1,198 @@
+"""Where all drivers of a cluster wait for their turn: one queue, the gate to the replicas, and what became of each.
+
+A driver offers requests with a message and hears, with its answer and those that follow, what became of them. A
+request is let in by whichever message finds room for it: one that reports a release, an offer, a look. Nobody is
+called: what is settled lies here until its driver asks, and is dropped with the driver.
+
+The hall knows nothing of messages. Who uses it (the scheduler's scripts, the backend of one process) claims and
+allocates what next() lets in, and says how that went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from rayk.errors import AlreadyClaimedError, NoReplicaError, OverloadedError, RaykError
+from rayk.protocol.admission import AdmissionPolicy, AdmissionState
+from rayk.protocol.messages import Traits
+from rayk.scheduler.admission.queue import AdmissionQueue, Ticket
+from rayk.scheduler.admission.watermarks import Gate
+from rayk.scheduler.router.policy import Wish
+from rayk.scheduler.router.router import Desk
+
+
+class Fate(NamedTuple):
+    """What became of a request: placed, with whatever says how, or turned away with an error."""
+
+    request_id: str
+    replica: int
+    outcome: Any = None
+    error: RaykError | None = None
+
+
+class Visitor(NamedTuple):
+    """Who waits: a driver's request, and what it is for those who admit it."""
+
+    client: str
+    wish: Callable[[], Wish]
+    what: Any
+
+
+class Entering(NamedTuple):
+    """A request that is let in, and where; it counts there from now on."""
+
+    ticket: Ticket
+    replica: int
+    wish: Wish
+
+    @property
+    def visitor(self) -> Visitor:
+        """Whose it is."""
+        visitor: Visitor = self.ticket.payload
+        return visitor
+
+
+class Hall:
+    """`desk` chooses the replicas; `clock` in seconds."""
+
+    def __init__(self, policy: AdmissionPolicy, desk: Desk, page_size: int, clock: Callable[[], float]) -> None:
+        self.queue = AdmissionQueue(policy, clock)
+        self.gate = Gate(policy, desk.fleet, page_size)
+        self._desk = desk
+        self._page_size = page_size
+        self._tickets: dict[str, Ticket] = {}  # who waits, by id
+        self._open: dict[str, set[str]] = {}  # by driver, what it offered and is not settled
+        self._fates: dict[str, list[Fate]] = {}  # by driver, until it asks
+
+    # -- coming ------------------------------------------------------------------------------------
+
+    def offer(self, visitor: Visitor, request_id: str, tokens: int, output: int, traits: Traits) -> None:
+        """A request of so many tokens, which may generate `output` more, comes in or is turned away."""
+        pages, mine = -(-(tokens + 1) // self._page_size), self._open.setdefault(visitor.client, set())
+        try:
+            if request_id in self._tickets or request_id in mine:
+                raise AlreadyClaimedError(request_id, -1)
+            mine.add(request_id)
+            if not self._hopeful:
+                raise NoReplicaError(request_id)
+            self._tickets[request_id] = self.queue.offer(
+                request_id, pages, traits.tenant, traits.priority, traits.deadline, visitor,
+                most=self.gate.most, room=self.gate.fits(pages), output=output,
+            )  # fmt: skip
+        except AlreadyClaimedError as error:  # the other one's fate is still to come
+            self.reject(visitor.client, Fate(request_id, -1, None, error))
+        except RaykError as error:
+            self.settle(visitor.client, Fate(request_id, -1, None, error))
+
+    def give_up(self, client: str, request_ids: Iterable[str]) -> None:
+        """The driver does not want those any more. What was let in already stays its own."""
+        for request_id in request_ids:
+            ticket = self._tickets.get(request_id)
+            if ticket is not None and ticket.payload.client == client and self.queue.give_up(ticket):
+                self._turn_away(ticket, OverloadedError(request_id, "it was given up", 0.0))
+
+    def expire(self) -> None:
+        """Turn away who cannot be served in time, and everybody when there is no replica left."""
+        if self._tickets and not self._hopeful:
+            for ticket in list(self._tickets.values()):
+                self.queue.give_up(ticket)
+                self._turn_away(ticket, NoReplicaError(ticket.request_id))
+        for ticket, error in self.queue.expire():
+            self._turn_away(ticket, error)
+
+    @property
+    def _hopeful(self) -> bool:
+        """Whether a replica takes requests, or will when it answers again."""
+        fleet = self._desk.fleet
+        return bool(fleet.ready.any() or fleet.away.any())
+
+    def _turn_away(self, ticket: Ticket, error: RaykError) -> None:
+        if self._tickets.get(ticket.request_id) is ticket:
+            del self._tickets[ticket.request_id]
+            self.settle(ticket.payload.client, Fate(ticket.request_id, -1, None, error))
+
+    # -- going in ----------------------------------------------------------------------------------
+
+    def next(self) -> Entering | None:
+        """Let the next one in, if there is room. Nobody may be placed between this and Placer.add()."""
+        ticket = self.queue.take(self.gate.fits)
+        if ticket is None:
+            return None
+        del self._tickets[ticket.request_id]
+        wish: Wish = ticket.payload.wish()
+        replica = self._desk.choose(ticket.request_id, wish, self.gate.open(ticket.pages))
+        assert replica >= 0, "the gate found one"
+        self.gate.promise(replica, ticket.pages)
+        return Entering(ticket, replica, wish)
+
+    def answered(self, entering: Entering) -> None:
+        """The replica has answered, or never will; to be called once."""
+        self.gate.kept(entering.replica, entering.ticket.pages)
+
+    def placed(self, entering: Entering, outcome: Any) -> None:
+        """It is claimed and has its pages."""
+        request_id = entering.ticket.request_id
+        self.settle(entering.visitor.client, Fate(request_id, entering.replica, outcome))
+
+    def refused(self, entering: Entering, error: RaykError) -> None:
+        """Its replica had no room after all, or was lost: its turn comes again, unless it has left meanwhile."""
+        if self.queue.returned(entering.ticket):
+            self._tickets[entering.ticket.request_id] = entering.ticket
+        else:
+            self.settle(entering.visitor.client, Fate(entering.ticket.request_id, entering.replica, None, error))
+
+    def failed(self, entering: Entering, error: RaykError) -> None:
+        """It could not be placed."""
+        self.queue.forget(entering.ticket.request_id)
+        self.settle(entering.visitor.client, Fate(entering.ticket.request_id, entering.replica, None, error))
+
+    # -- hearing and leaving -----------------------------------------------------------------------
+
+    def settle(self, client: str, fate: Fate) -> None:
+        """Keep what became of a request for its driver, unless that is gone."""
+        mine = self._open.get(client)
+        if mine is not None and fate.request_id in mine:
+            mine.discard(fate.request_id)
+            self._fates.setdefault(client, []).append(fate)
+
+    def reject(self, client: str, fate: Fate) -> None:
+        """Keep why a request was not even looked at."""
+        self._fates.setdefault(client, []).append(fate)
+
+    def settled(self, client: str) -> tuple[list[Fate], int]:
+        """What became of the driver's requests since it asked last, and of how many that is not known yet."""
+        mine = self._open.get(client)
+        if mine is not None and not mine:
+            del self._open[client]
+        return self._fates.pop(client, []), len(mine or ())
+
+    def left(self, request_ids: Iterable[str]) -> None:
+        """Those have no place any more; unknown ones are ignored."""
+        for request_id in request_ids:
+            self.queue.left(request_id)
+
+    def lost(self, replica: int, request_ids: Iterable[str]) -> None:
+        """A replica is gone, with those requests."""
+        self.gate.forget(replica)
+        for request_id in request_ids:
+            self.queue.forget(request_id)
+
+    def drop(self, client: str) -> None:
+        """The driver is gone: nobody waits for it any more."""
+        for request_id, ticket in list(self._tickets.items()):
+            if ticket.payload.client == client:
+                self.queue.give_up(ticket)  # or it lost its place already
+                del self._tickets[request_id]
+        self._fates.pop(client, None)
+        self._open.pop(client, None)
+
+    def state(self) -> AdmissionState:
+        """A snapshot of the queue."""
+        return self.queue.state()
+
+    def check_integrity(self) -> None:
+        """AssertionError when the queue's books or the tickets are wrong."""
+        self.queue.check_integrity()
+        assert len(self._tickets) == len(self.queue)
+        assert all(request_id in self._open[t.payload.client] for request_id, t in self._tickets.items())

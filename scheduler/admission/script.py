@@ -1,0 +1,142 @@
+"""The scripts by which requests wait at the scheduler, and are placed when it is their turn.
+
+An Enter is answered at once with what is known by then: no script waits for room, so that waiting takes none of the
+actor's lanes. Every Enter also lets in whoever's turn it is, whoever's message it is.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from rayk.errors import (
+    AlreadyClaimedError,
+    CallTimeoutError,
+    InsufficientBlocksError,
+    OverloadedError,
+    RaykError,
+    ReplicaLostError,
+)
+from rayk.protocol import messages as m
+from rayk.protocol.columns import MAX_LENGTH, Batch, Outcomes, joined
+from rayk.scheduler.admission.controller import Entering, Fate, Hall, Visitor
+from rayk.scheduler.admission.queue import SOONEST
+from rayk.scheduler.placer import Owner, Placer
+from rayk.scheduler.router.policy import Wish
+from rayk.scheduler.script import Part, Script
+
+MOST_AT_ONCE = 256  # requests that one script lets in
+
+
+class Entry:
+    """Lets the requests of `hall` in through `placer`."""
+
+    def __init__(self, placer: Placer, hall: Hall) -> None:
+        self._placer = placer
+        self._hall = hall
+        placer.gone = hall.left
+
+    def enter(self, client: str, command: m.Enter) -> Script:
+        """Take offers and news from a driver, let in who may, and say what became of the driver's requests."""
+        placer, hall = self._placer, self._hall
+        placer.forget_released(command.released)
+        if command.contexts.ids:
+            placer.prefill_rate = command.prefill_rate
+        hall.gate.reports(command.turns, command.used)
+        hall.give_up(client, command.given_up)
+        batch = Batch(command.contexts)
+        keys = placer.sent_keys(batch, command.keys)
+        # With a queue the replicas' answers to what is let in bring all news; without one, what the driver saw counts.
+        calm = not len(hall.queue)
+        if len(batch):
+            yield from placer.verify(batch.ids)
+            if calm:
+                yield from placer.catch_up(command.seen, command.unfilled, command.joined)
+        if command.joined == placer.joined:  # else they may be of replicas that were there before
+            placer.desk.reports(command.seen, command.unfilled)
+        placed: list[tuple[Entering, Owner]] = []
+        for row in range(len(batch)):
+            self._let_in(placed)  # only what finds no room waits, and counts as waiting for those behind it
+            self._offer(client, batch, row, keys[row] if keys is not None else None)
+        hall.expire()
+        self._let_in(placed)
+        if placed:
+            yield from self._place(placed, command.peers)
+        return self._answer(client) if command.hear else m.Done()
+
+    def _offer(self, client: str, batch: Batch, row: int, keys: list[int] | None) -> None:
+        request_id, hall = batch.ids[row], self._hall
+        holder = self._placer.placements.holder(request_id)
+        if holder is not None:
+            hall.reject(client, Fate(request_id, holder, None, AlreadyClaimedError(request_id, holder)))
+        else:  # it may wait for long: without the others of its message
+            own = Batch(batch.part([row]))
+            visitor = Visitor(client, partial(self._wish, own, keys), own.contexts)
+            length = own.lengths[0]
+            hall.offer(visitor, request_id, length, own.rows[0][MAX_LENGTH] - length, own.traits(0))
+
+    def _wish(self, own: Batch, keys: list[int] | None) -> Wish:
+        """`keys` as sent; whether any are wanted may change while the request waits."""
+        placer = self._placer
+        made = keys if keys is not None and placer.desk.keyed else placer.keys(own, 0)
+        return Wish(own.lengths[0], made, own.traits(0).session_id)
+
+    def _let_in(self, placed: list[tuple[Entering, Owner]]) -> None:
+        """Choose replicas for those whose turn it is."""
+        hall, placer = self._hall, self._placer
+        while len(placed) < MOST_AT_ONCE and (entering := hall.next()) is not None:
+            owner = placer.owner(entering.visitor.client)
+            try:
+                placer.add(owner, entering.ticket.request_id, entering.replica, entering.wish)
+                placed.append((entering, owner))
+            except RaykError as error:  # claimed meanwhile, by another driver or past the queue
+                hall.answered(entering)
+                hall.failed(entering, error)
+
+    def _place(self, placed: list[tuple[Entering, Owner]], peers: bool) -> Part:
+        """Claim and allocate them; what became of each is settled when the replicas have answered."""
+        placer, desk = self._placer, self._placer.desk
+        batch = Batch(joined([entering.visitor.what for entering, _ in placed]))
+        groups: dict[int, list[int]] = {}
+        for row, (entering, _) in enumerate(placed):
+            groups.setdefault(entering.replica, []).append(row)
+        lonely = {
+            i for i, (e, _) in enumerate(placed) if peers and desk.keyed and not desk.elsewhere(e.replica, e.wish.keys)
+        }
+        outcomes = Outcomes(len(batch))
+        command = m.PlaceMany(batch.contexts, claim=True, peers=peers, prefill_rate=placer.prefill_rate)
+        try:
+            claims = [owner for _, owner in placed]
+            yield from placer.carry_out(batch, command, claims, dict(sorted(groups.items())), lonely, outcomes)
+        finally:
+            for row, (entering, owner) in enumerate(placed):
+                self._settle(entering, owner, outcomes, row)
+
+    def _settle(self, entering: Entering, owner: Owner, outcomes: Outcomes, row: int) -> None:
+        hall, ticket = self._hall, entering.ticket
+        hall.answered(entering)
+        if outcomes.numbers[row, 0] >= 0:
+            hall.placed(entering, (outcomes.numbers[row].tobytes(), outcomes.seconds[row].tobytes(), owner[1]))
+            return
+        error = m.to_error(outcomes.failures[row]) if row in outcomes.failures else None
+        full = isinstance(error, InsufficientBlocksError) and error.needed <= error.total
+        if error is None or full or isinstance(error, (ReplicaLostError, CallTimeoutError)):
+            hall.refused(entering, error or OverloadedError(ticket.request_id, "its driver is gone", SOONEST))
+        else:
+            hall.failed(entering, error)
+        self._placer.forget_of(owner, [ticket.request_id])
+
+    def _answer(self, client: str) -> m.EnterDone:
+        fates, left = self._hall.settled(client)
+        nothing = Outcomes(1)
+        refused = (nothing.numbers.tobytes(), nothing.seconds.tobytes(), 0)
+        rows = [fate.outcome if fate.outcome is not None else refused for fate in fates]
+        failures = {i: m.failure(fate.error) for i, fate in enumerate(fates) if fate.error is not None}
+        return m.EnterDone(
+            [fate.request_id for fate in fates],
+            [fate.replica for fate in fates],
+            b"".join([numbers for numbers, _, _ in rows]),
+            b"".join([seconds for _, seconds, _ in rows]),
+            failures,
+            left,
+            [generation for _, _, generation in rows],
+        )

@@ -1,0 +1,120 @@
+"""What every event of membership means for the rest of a scheduler's state, so that all of it knows at once.
+
+    members      how each replica stands                    desk         the router, its loads and its index
+    placements   which requests are where                   forget       drops requests from all books
+
+Both runtimes have one: the scheduler's core, and the replicas of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from rayk.errors import DrainError
+from rayk.scheduler.membership import HERE, KNOWN, Event, Membership
+from rayk.scheduler.placements import Placements
+from rayk.scheduler.router.router import Desk, DeskSettings
+
+
+class Standing:
+    """See the module; `settings` are those that the desk was made from."""
+
+    def __init__(
+        self,
+        members: Membership,
+        desk: Desk,
+        placements: Placements,
+        forget: Callable[[Sequence[str]], None],
+        settings: DeskSettings,
+    ) -> None:
+        self.members = members
+        self._desk = desk
+        self._placements = placements
+        self._forget = forget
+        self._settings = settings
+        self.vacated: Callable[[int, Iterable[str]], None] = lambda replica, request_ids: None
+        """Told when a replica is gone, with those requests, or another one is in its place."""
+
+    def enlist(self, count: int) -> list[int]:
+        """Take indices for `count` replicas that somebody is going to start."""
+        replicas = self.members.enlist(count)
+        while len(self._placements.loads) < len(self.members):
+            self._placements.join()
+            self._desk.join()
+        return replicas
+
+    def start(self, replica: int) -> None:
+        """It has a place, and its process comes up."""
+        self.members.apply(replica, Event.start)
+
+    def give_up(self, replica: int) -> None:
+        """It could not be started."""
+        self.members.apply(replica, Event.fail)
+
+    def join(self, replica: int, epoch: int, pages: int) -> list[int]:
+        """It takes requests from now on. The replicas that have to tell of their pages because of that, if any: there
+        is a choice now."""
+        members, desk = self.members, self._desk
+        members.apply(replica, Event.enter, epoch)
+        before = self._placements.on(replica)  # lost with the one before
+        self._forget(before)
+        self.vacated(replica, before)
+        desk.renew(replica, pages * self._settings.page_size)
+        if desk.keyed or not self._settings.wants_keys:
+            return []
+        desk.follow(self._settings.keys())
+        return [r for r in members.here if r != replica]
+
+    def drain(self, replica: int) -> None:
+        """Nothing new goes there."""
+        self.members.apply(replica, Event.drain)
+        self._desk.fleet.set_ready(replica, False)
+
+    def resume(self, replica: int) -> None:
+        """It takes requests again."""
+        self.members.apply(replica, Event.resume)
+        self._desk.fleet.set_ready(replica, not self.members.silent(replica))
+
+    def answers(self, replica: int, epoch: int, late: bool, silent: bool) -> None:
+        """The replica of that start has left something unanswered for long, or nothing any more; it is silent when its
+        process does not answer at all."""
+        members, desk = self.members, self._desk
+        if members.epochs[replica] == epoch and replica in members.here:
+            members.set_silent(replica, silent)
+            desk.set_aside(replica, late)
+            desk.fleet.set_ready(replica, replica in members.ready)
+            desk.fleet.away[replica] = silent
+
+    def lose(self, replica: int, epoch: int) -> list[str]:
+        """The replica of that start is gone: what was placed on it."""
+        members = self.members
+        if members.epochs[replica] != epoch or replica not in members.known:
+            return []  # it was replaced or removed since
+        members.apply(replica, Event.lose)
+        self._desk.lost(replica)
+        placed = self._placements.on(replica)
+        self.vacated(replica, placed)
+        return placed
+
+    def leave(self, replica: int) -> bool:
+        """It is about to be removed: nothing new goes there. DrainError, and nothing changes, while requests are there,
+        unless it is silent: they go with it. Whether anybody answers at that index; a lost one need not be asked for
+        anything."""
+        members = self.members
+        silent = members.silent(replica) if members.state(replica) in HERE else False
+        if members.state(replica) in HERE:
+            left = self._placements.on(replica)
+            if left and not silent:
+                raise DrainError(replica, dict.fromkeys(left, "it was neither released nor handed over"))
+            self.drain(replica)
+        return replica in members.here and not silent
+
+    def remove(self, replica: int) -> None:
+        """Nobody is at that index any more; DrainError while requests are. One that is ready drains first."""
+        members = self.members
+        self.leave(replica)
+        left = self._placements.on(replica) if members.state(replica) in KNOWN else []
+        members.apply(replica, Event.remove)
+        self._forget(left)
+        self._desk.lost(replica)
+        self.vacated(replica, left)

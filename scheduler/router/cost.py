@@ -1,0 +1,283 @@
+"""The cost policy: a request goes where placing it costs everybody least, reckoned in tokens of prefill.
+
+    cost(r) = (waiting(r) + missing(r)) * (1 + requests(r) / STEP)     until its first token, beside what decodes there
+            + loading(r)                                               tokens fetched from tiers and other replicas
+            + CROWD * waiting(r) * missing(r) / usual                  what those who come after it wait longer
+            + KEEP * second copies(r) - regret                         room taken from what only one replica holds
+            + CHURN * missing(r) * outflow(r) / mean inflow            what storing it pushes out before its time
+            + PRESSURE * tokens that do not fit                        it would have to wait for others to finish
+
+waiting(r) are the tokens placed there and not prefilled yet, missing(r) those of the request that nobody can lend it,
+usual the mean of missing over past choices. The first line alone is the shortest expected completion. It is selfish
+in three ways, and the next lines make up for them:
+
+* Computing what another replica holds keeps this replica from its next requests. How many these are shows in its
+  queue: waiting(r) / usual of the usual ones.
+* Pages that it stores a second time push out pages that nobody else has. A page with k holders counts 1/k of that: a
+  system prompt that a few replicas hold is worth having everywhere, a conversation's history is not.
+* Pages leave a full cache the sooner the more it takes in. inflow(r) are the missing tokens of the latest choices that
+  fell on r, each choice counting less by 1 / (LONG * replicas), outflow(r) those that came when r had taken in as
+  much as it holds: who took in much lately throws away what is still in use, and who has room nothing.
+
+A second copy costs once and serves all who come later, which one request cannot know. So what they wait for want of
+one is added up: regret are the tokens that those who asked for the same prefix stood behind at its holders, more than
+they would have on the idlest replica. When it has reached the price of a copy, the copy is free, is made where it
+helps, and the regret begins anew: all that is lost by waiting is at most what a copy costs (as one rents skis until
+the rent has reached their price). Regret fades by 1/e in SHORT * replicas choices, so that only a prefix of which a
+replica cannot serve all that comes gets there.
+
+The weights were fitted by `python -m rayk.simulate.fit` on generated workloads, see docs/simulate.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from rayk.scheduler.router.policy import Choice, Parts, Wish
+from rayk.scheduler.router.prefix_index import PrefixIndex, Reach, Span
+from rayk.scheduler.router.replica_loads import Fleet, FloatArray, Int64Array
+
+FEW = 12  # replicas that are reckoned one by one: numpy over so few numbers costs more than the numbers
+LONG = 30.0  # choices a replica that count in its inflow and outflow
+SHORT = 2.0  # choices a replica in which a regret fades
+REGRETTED = 16_384  # prefixes whose regret is known; of more, the one that was asked for longest ago is forgotten
+
+
+class Weights(NamedTuple):
+    """See the module. Prices are parts of what computing the tokens would cost; 1 or more: not worth fetching."""
+
+    crowd: float = 0.5
+    keep: float = 2.5
+    churn: float = 0.3
+    pressure: float = 4.0
+    step: float = 2048.0
+    host_price: float = 0.1
+    disk_price: float = 0.4
+    peer_price: float = 1.0
+
+
+DEFAULT_WEIGHTS = Weights()
+
+
+class _Seen(msgspec.Struct, frozen=True, gc=False):
+    """What a choice was made from, in as little room as that takes: thousands are kept, hardly any is ever asked for.
+
+    Calling it does the sums again. `loads` is Fleet.picture(), `outflow` raw float64 [replicas]. `churn` is the cost
+    of storing a token by outflow, `crowd` that of a token beside one that waits.
+    """
+
+    policy: Cost
+    tokens: int
+    reach: Reach | None
+    loads: bytes
+    outflow: bytes
+    churn: float
+    crowd: float
+    regret: float
+
+    def __call__(self) -> Parts:
+        return self.policy._reckon(self)
+
+
+class Cost:
+    """See the module. Remembers what is usual, the flows, and the regrets."""
+
+    PAST = 0.01  # weight of the latest choice in what is usual
+
+    def __init__(self, index: PrefixIndex, page_size: int, weights: Weights = DEFAULT_WEIGHTS) -> None:
+        self._index, self._page_size, self._weights = index, page_size, weights
+        self._usual = 0.0
+        self._taken: list[float] = []  # tokens that each replica ever had to store
+        self._outflow = np.zeros(0)  # in units that shrink, so that a choice changes one number
+        self._inflow = 0.0  # of all replicas
+        self._unit = 1.0
+        self._turn = 0  # choices made
+        self._regrets: OrderedDict[int, tuple[float, int]] = OrderedDict()  # last shared page: tokens, at which turn
+
+    def reprice(self, peer_price: float) -> None:
+        """Copying from other replicas costs so much now."""
+        self._weights = self._weights._replace(peer_price=peer_price)
+
+    def choose(self, wish: Wish, fleet: Fleet) -> Choice:
+        """See Policy. A few operations a replica if there are few of them; else about 25 numpy calls over the replicas
+        and a few dozen probes of the index, half of the calls and one probe for a request of which nobody has
+        anything."""
+        reach, regret = None, 0.0
+        if self._index.known(wish.keys):
+            reach = self._index.reach(wish.keys)
+            regret = self._regret(wish, reach)
+        seen = self._see(wish.tokens, fleet, reach, regret)
+        replica, cached = (self._among_few if len(fleet) <= FEW else self._among_many)(seen, fleet)
+        if replica >= 0:
+            self._learn(replica, wish, wish.tokens - cached, fleet, reach, regret)
+        return Choice(replica, cached, seen)
+
+    # -- what is remembered ------------------------------------------------------------------------
+
+    def _regret(self, wish: Wish, reach: Reach) -> float:
+        """That of the longest prefix of the request that anybody holds, in tokens."""
+        if not self._regrets or not reach.spans:
+            return 0.0
+        regret, turn = self._regrets.get(wish.keys[reach.spans[0].pages - 1], (0.0, 0))
+        return regret * math.exp((turn - self._turn) / (SHORT * len(reach.disk))) if regret else 0.0
+
+    def _see(self, tokens: int, fleet: Fleet, reach: Reach | None, regret: float) -> _Seen:
+        weights, replicas = self._weights, len(fleet.work)
+        if len(self._taken) < replicas:
+            self._taken += [0.0] * (replicas - len(self._taken))
+            self._outflow = np.append(self._outflow, np.zeros(replicas - len(self._outflow)))
+        churn = weights.churn * replicas / max(self._inflow, 1.0)
+        crowd = weights.crowd / max(self._usual or tokens, 1.0)
+        return _Seen(self, tokens, reach, fleet.picture(), self._outflow.tobytes(), churn, crowd, regret)
+
+    def _learn(
+        self, replica: int, wish: Wish, missing: float, fleet: Fleet, reach: Reach | None, regret: float
+    ) -> None:
+        """A request was placed, and `missing` tokens will be stored there."""
+        usual, unit, taken = self._usual, self._unit, self._taken[replica] + missing
+        self._usual = usual + (missing - usual) * (self.PAST if usual else 1.0)
+        self._inflow += missing * unit
+        self._taken[replica] = taken
+        if taken > fleet.limit(replica):
+            self._outflow[replica] += missing * unit
+        self._unit = unit * (1 + 1 / (LONG * len(fleet)))
+        if self._unit > 1e30:
+            self._outflow /= self._unit
+            self._inflow /= self._unit
+            self._unit = 1.0
+        self._turn += 1
+        if reach is None or not reach.spans:
+            return
+        longest, regrets = reach.spans[0].pages, self._regrets
+        key = wish.keys[longest - 1]
+        if reach.disk[replica] < longest:
+            regrets.pop(key, None)  # there is a copy more
+            return
+        idle = fleet.lowest(fleet.work, fair=False)
+        longer = float(fleet.work[replica] - fleet.work[idle])
+        if longer > 0:
+            regrets[key] = regret + longer, self._turn
+            regrets.move_to_end(key)
+            if len(regrets) > REGRETTED:
+                regrets.popitem(last=False)
+
+    # -- the sums ----------------------------------------------------------------------------------
+
+    def _among_few(self, seen: _Seen, fleet: Fleet) -> tuple[int, int]:
+        """The cheapest replica and what it need not compute: the same sums in the same order as in _reckon, one number
+        after the other."""
+        tokens, churn, crowd, step = float(seen.tokens), seen.churn, seen.crowd, self._weights.step
+        work, requests, flows, cached = fleet.work.tolist(), fleet.requests.tolist(), self._outflow.tolist(), None
+        if seen.reach is not None:
+            cached, loading, keep = self._lent(seen.reach, seen.regret)
+            costs = [
+                (w + (tokens - c)) * (1 + r / step) + f + w * (tokens - c) * crowd + k + (tokens - c) * (o * churn)
+                for w, r, c, f, k, o in zip(work, requests, cached, loading, keep, flows, strict=True)
+            ]
+        else:
+            costs = [
+                (w + tokens) * (1 + r / step) + w * tokens * crowd + tokens * (o * churn)
+                for w, r, o in zip(work, requests, flows)  # noqa: B905  # to check that costs a tenth of it
+            ]
+        if not fleet.roomy(seen.tokens):
+            held, capacity, pressure = fleet.held.tolist(), fleet.capacity.tolist(), self._weights.pressure
+            costs = [
+                cost + pressure * max(h + seen.tokens - c, 0) for cost, h, c in zip(costs, held, capacity, strict=True)
+            ]
+        replica = fleet.cheapest(costs)
+        return replica, cached[replica] if cached is not None else 0
+
+    def _lent(self, reach: Reach, regret: float) -> tuple[list[int], list[float], list[float]]:
+        """For each replica what it need not compute, and the costs of fetching that and of keeping the rest."""
+        if reach.disk is not reach.device or self._weights.peer_price < 1:
+            lent, fetching = self._loading(reach)
+            cached, loading = lent.tolist(), fetching.tolist()
+        else:
+            cached = (reach.device * self._page_size).tolist()
+            loading = [0.0] * len(cached)
+        own = reach.disk.tolist()
+        if not reach.spans or min(own) == reach.spans[0].pages:
+            return cached, loading, [0.0] * len(own)
+        knots = dict(zip(*self._knots(reach.spans, regret), strict=True))
+        return cached, loading, [knots[pages] for pages in own]
+
+    def _among_many(self, seen: _Seen, fleet: Fleet) -> tuple[int, int]:
+        """_among_few() in arrays, with what is nothing left out."""
+        weights, work, reach, cached, loading = self._weights, fleet.work, seen.reach, None, None
+        missing: Any = seen.tokens
+        if reach is not None:
+            cached, loading = self._loading(reach)
+            missing = seen.tokens - cached
+        cost: FloatArray = (work + missing) * (1 + fleet.requests / weights.step)
+        if loading is not None:
+            cost += loading
+        cost += work * missing * seen.crowd
+        if reach is not None:
+            cost += self._keep(reach, seen.regret)
+        cost += missing * (self._outflow * seen.churn)
+        short = fleet.held + seen.tokens - fleet.capacity
+        if int(short.max()) > 0:
+            cost += weights.pressure * np.maximum(short, 0)
+        replica = fleet.lowest(cost)
+        return replica, int(cached[replica]) if cached is not None else 0
+
+    def _reckon(self, seen: _Seen) -> Parts:
+        """All of the formula, from what a choice looked at."""
+        weights, tokens, reach = self._weights, seen.tokens, seen.reach
+        waiting, requests, held, capacity = Fleet.pictured(seen.loads)
+        if reach is None:
+            nothing = np.zeros(len(waiting), np.int64)
+            reach = Reach(nothing, nothing, nothing, [])
+        cached, loading = self._loading(reach)
+        missing = tokens - cached
+        return Parts(
+            cached=cached,
+            waiting=waiting,
+            prefill=(waiting + missing) * (1 + requests / weights.step),
+            loading=loading,
+            crowd=waiting * missing * seen.crowd,
+            keep=self._keep(reach, seen.regret),
+            churn=missing * (np.frombuffer(seen.outflow) * seen.churn),
+            pressure=weights.pressure * np.maximum(held + tokens - capacity, 0),
+        )
+
+    def _loading(self, reach: Reach) -> tuple[Int64Array, FloatArray]:
+        """Tokens that need not be computed, and the cost of having them fetched: [replicas] each."""
+        weights, page = self._weights, self._page_size
+        device, host, disk, spans = reach
+        cached, loading = disk * page, np.zeros(len(disk))
+        if host is not device:
+            loading += min(weights.host_price, 1.0) * page * (host - device)
+        if disk is not host:
+            loading += min(weights.disk_price, 1.0) * page * (disk - host)
+        if weights.peer_price < 1 and spans:
+            longest = np.full(len(disk), spans[0].pages * page)
+            loading += weights.peer_price * (longest - cached)
+            cached = longest
+        return cached, loading
+
+    def _keep(self, reach: Reach, regret: float) -> FloatArray:
+        """The cost of storing what others hold a second time: [replicas]."""
+        own, spans = reach.disk, reach.spans
+        if not spans or int(own.min()) == spans[0].pages:
+            return np.zeros(len(own))
+        depths, costs = self._knots(spans, regret)
+        by_pages = np.empty(depths[0] + 1)
+        by_pages[depths] = costs
+        return by_pages[own]
+
+    def _knots(self, spans: list[Span], regret: float) -> tuple[list[int], list[float]]:
+        """How many pages a replica may hold, from the most to none (nobody holds a number between them), and what
+        keeping the others would cost it: what is regretted is paid already, up to all that computing them costs."""
+        depths, costs, copies = [spans[0].pages], [0.0], 0.0
+        each = self._weights.keep * self._page_size
+        for span, deeper in zip((*spans[1:], Span(0, 0)), spans, strict=True):
+            copies += (deeper.pages - span.pages) * each / deeper.holders
+            depths.append(span.pages)
+            costs.append(max(copies - regret, (span.pages - depths[0]) * self._page_size) if regret else copies)
+        return depths, costs

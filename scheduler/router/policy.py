@@ -1,0 +1,83 @@
+"""What a routing policy is asked and what it answers, with the reasons if it reckons in costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+
+from rayk.scheduler.router.replica_loads import Fleet, FloatArray, Int64Array
+
+
+class Parts(NamedTuple):
+    """What a choice was made from: [replicas] tokens each, cost is the sum. `cached` and `waiting` are facts, not
+    costs."""
+
+    cached: Int64Array
+    waiting: FloatArray
+    prefill: FloatArray
+    loading: FloatArray
+    crowd: FloatArray
+    keep: FloatArray
+    churn: FloatArray
+    pressure: FloatArray
+
+    @property
+    def cost(self) -> FloatArray:
+        """The sum of the costs, [replicas]."""
+        return self.prefill + self.loading + self.crowd + self.keep + self.churn + self.pressure
+
+    def candidates(self, chosen: int, count: int = 8) -> list[Candidate]:
+        """The chosen replica and the cheapest others, cheapest first, at most `count` of them."""
+        cost = self.cost
+        order: list[int] = np.argsort(cost, kind="stable")[:count].tolist()
+        if chosen not in order:
+            order[-1:] = [chosen]
+        return [Candidate(r, float(cost[r]), *(float(part[r]) for part in self)) for r in order]
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """One replica's parts in a choice, in tokens; see Parts."""
+
+    replica: int
+    cost: float
+    cached: float
+    waiting: float
+    prefill: float
+    loading: float
+    crowd: float
+    keep: float
+    churn: float
+    pressure: float
+
+
+class Wish(msgspec.Struct, frozen=True, gc=False):
+    """A request to be placed. `keys`: of the full pages that it may reuse, in order, never its last token's."""
+
+    tokens: int
+    keys: Sequence[int] = ()
+    session: str | None = None
+
+
+class Choice(msgspec.Struct, frozen=True, gc=False):
+    """Where to place a request, -1 when no replica takes any. `cached` are tokens of it that need not be computed
+    there, as far as the policy looked. `why` reckons the reasons again, as they were, if there are costs."""
+
+    replica: int
+    cached: int = 0
+    why: Callable[[], Parts] | None = None
+
+    @property
+    def parts(self) -> Parts | None:
+        """What the choice was made from; None if the policy does not reckon in costs."""
+        return self.why() if self.why is not None else None
+
+
+class Policy(Protocol):
+    """Chooses; may remember what it chose, nothing else."""
+
+    def choose(self, wish: Wish, fleet: Fleet) -> Choice:
+        """The replica for `wish`, among those that are ready."""
+        ...

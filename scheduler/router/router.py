@@ -1,0 +1,310 @@
+"""Where the router's choices are made and kept account of: the policy, what it looks at, and what came of it.
+
+    fleet    how busy each replica is: what the replica reported last, and what was placed there since
+    index    which pages it holds: what it reported, and what those placed there will store
+
+A request counts from the moment it is placed, so that a burst does not herd onto one replica, until it is removed.
+Replicas report with their answers (messages.News); a report settles what it covers, so that nothing drifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import msgspec
+import numpy as np
+
+from rayk.kvcache.page_hash import PageHash, PageHasher, PageKeys
+from rayk.kvcache.page_pool import Pages
+from rayk.params import AUTO
+from rayk.protocol.admission import AdmissionPolicy
+from rayk.protocol.messages import News
+from rayk.scheduler.router.policies import make_policy, wants_keys
+from rayk.scheduler.router.policy import Choice, Parts, Wish
+from rayk.scheduler.router.prefix_index import PrefixIndex, short_keys
+from rayk.scheduler.router.replica_loads import BoolArray, Fleet
+
+REMEMBERED = 4096  # choices that can still be explained, at least
+FORGOTTEN = 256  # at once: a dict that loses its first entry again and again gets slow
+
+
+@dataclass(frozen=True)
+class DeskSettings:
+    """What a desk is made from: the policy's name, pages of each replica, and how pages are hashed. `admission`: what
+    requests wait by, if they do."""
+
+    router: str
+    pages: tuple[int, ...]
+    page_size: int
+    algorithm: str = "xxh3_128"
+    seed: bytes = b""
+    caching: bool = True
+    admission: AdmissionPolicy | None = None
+    page_transport: str = AUTO  # the kind of line that copies go by
+    offers: bool = False  # whether a replica that goes offers others what it has cached
+
+    @property
+    def wants_keys(self) -> bool:
+        """Whether the policy goes by cached pages once there are several replicas."""
+        return self.caching and wants_keys(self.router)
+
+    @property
+    def keyed(self) -> bool:
+        """Whether replicas have to tell of their cached pages from the start."""
+        return self.wants_keys and len(self.pages) > 1
+
+    @property
+    def hasher(self) -> PageHasher:
+        """What makes the keys of pages."""
+        return PageHasher(self.algorithm, self.seed, self.page_size)
+
+    def make(self, clock: Callable[[], float]) -> Desk:
+        """The desk; ConfigError for an unknown policy."""
+        keys = self.keys() if self.keyed else None
+        return Desk(self.router, [n * self.page_size for n in self.pages], self.page_size, keys, clock)
+
+    def keys(self) -> PageKeys:
+        """What makes the keys of requests' pages."""
+        return PageKeys(self.hasher, self.page_size)
+
+
+class IndexFeed:
+    """Tells an index at once what a replica of this process caches: a listener of its prefix tree."""
+
+    def __init__(self, index: PrefixIndex, replica: int) -> None:
+        self._index = index
+        self._replica = replica
+
+    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
+        """See PageListener."""
+        self._index.stored(self._replica, short_keys(hashes))
+
+    def removed(self, hashes: Sequence[PageHash]) -> None:
+        """See PageListener."""
+        self._index.removed(self._replica, short_keys(hashes))
+
+
+NO_KEYS: Sequence[int] = ()
+
+
+class Made(msgspec.Struct, frozen=True, gc=False):
+    """A choice that was made: for so many tokens, when, and why if the policy reckons in costs."""
+
+    tokens: int
+    replica: int
+    at: float
+    why: Callable[[], Parts] | None
+
+
+class _Placed(msgspec.Struct, gc=False):
+    """A request on a replica: `tokens` that its pages hold, of which it has `compute` to prefill. `promised` are keys
+    of pages that it will store."""
+
+    replica: int
+    tokens: int
+    compute: int
+    promised: Sequence[int]
+    under_way: bool = True
+
+
+class Desk:
+    """`capacities` are tokens per replica. `keys` makes the keys of pages; None where the policy needs none."""
+
+    def __init__(
+        self,
+        router: str,
+        capacities: Sequence[int],
+        page_size: int,
+        keys: PageKeys | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.router = router
+        self.index = PrefixIndex(len(capacities))
+        self.fleet = Fleet(0)
+        for capacity in capacities:
+            self.fleet.join(1, capacity)
+        self.keys = keys
+        self.known = [-1] * len(capacities)  # the last batch that each replica reported
+        self._policy = make_policy(router, self.index, page_size)
+        self._page_size = page_size
+        self._clock = clock
+        self._placed: dict[str, _Placed] = {}
+        self._under_way = [0] * len(capacities)  # tokens to compute for what was placed and not answered yet
+        self._reported = [0] * len(capacities)  # tokens that a replica said it still has to compute
+        self._told = [0] * len(capacities)  # by which batch that was
+        self._made: dict[str, Made] = {}  # the latest last
+        self._aside: set[int] = set()  # replicas that have left something unanswered for long
+
+    @property
+    def keyed(self) -> bool:
+        """Whether requests are placed by the pages that replicas have."""
+        return self.keys is not None
+
+    # -- who is there ------------------------------------------------------------------------------
+
+    def follow(self, keys: PageKeys) -> None:
+        """Go by cached pages from now on: there is a choice now."""
+        self.keys = keys
+
+    def join(self) -> None:
+        """One more index, at which nobody is yet."""
+        self.index.join()
+        self.fleet.join(1, 0)
+        self.fleet.set_ready(len(self.known), False)
+        self.known.append(-1)
+        for numbers in (self._under_way, self._reported, self._told):
+            numbers.append(0)
+
+    def renew(self, replica: int, capacity: int) -> None:
+        """A replica with pages for `capacity` tokens and nothing in them takes requests at that index."""
+        self.lost(replica)
+        self.known[replica], self._told[replica] = -1, 0
+        self.fleet.renew(replica, capacity)
+        self.fleet.set_ready(replica, True)
+
+    # -- choices -----------------------------------------------------------------------------------
+
+    def choose(self, request_id: str, wish: Wish, open_: BoolArray | None = None) -> int:
+        """The replica for a request, -1 when none takes any; one of those that are `open_`, where that is said."""
+        if open_ is not None or self._aside:
+            open_ = self._calm(open_)
+            if not open_.all():
+                with self.fleet.only(open_):
+                    return self._choose(request_id, wish)
+        return self._choose(request_id, wish)
+
+    def _calm(self, open_: BoolArray | None) -> BoolArray:
+        """Those that are open and not set aside; only if that leaves none, those that are open."""
+        fleet = self.fleet
+        calm = np.ones(len(fleet), np.bool_) if open_ is None else open_.copy()
+        if self._aside:
+            calm[list(self._aside)] = False
+            if not (calm & fleet.ready).any():
+                return np.ones(len(fleet), np.bool_) if open_ is None else open_
+        return calm
+
+    def set_aside(self, replica: int, aside: bool) -> None:
+        """It has left something unanswered for long, or not any more: it is chosen only if there is no other."""
+        (self._aside.add if aside else self._aside.discard)(replica)
+
+    def _choose(self, request_id: str, wish: Wish) -> int:
+        choice, made = self._policy.choose(wish, self.fleet), self._made
+        if choice.why is not None and choice.replica >= 0:
+            slots = self._slots(wish)
+            if not self.fleet.fits(choice.replica, slots):
+                choice = self._with_room(choice, slots)
+        made.pop(request_id, None)
+        made[request_id] = Made(wish.tokens, choice.replica, self._clock(), choice.why)
+        if len(made) >= REMEMBERED + FORGOTTEN:
+            for old in list(islice(made, FORGOTTEN)):
+                del made[old]
+        return choice.replica
+
+    def _with_room(self, choice: Choice, slots: int) -> Choice:
+        """For a choice by cost whose replica would refuse: the cheapest that would not, if there is one."""
+        fleet, why = self.fleet, choice.why
+        full = fleet.held + slots > fleet.capacity
+        if full.all() or why is None:
+            return choice
+        parts = why()
+        replica = fleet.lowest(np.where(full, np.inf, parts.cost))
+        if full[replica] or not fleet.ready[replica]:
+            return choice
+        return Choice(replica, int(parts.cached[replica]), why)
+
+    def _slots(self, wish: Wish) -> int:
+        """What its pages offer: whole ones, with room for the next token."""
+        return -(-(wish.tokens + 1) // self._page_size) * self._page_size if wish.tokens else 0
+
+    def elsewhere(self, replica: int, keys: Sequence[int]) -> bool:
+        """Whether another replica has any of these pages, or soon will."""
+        return bool(keys) and self.index.others(replica, keys[0])
+
+    def made(self, request_id: str) -> Made | None:
+        """The choice for that request, if it was made here and not long ago."""
+        return self._made.get(request_id)
+
+    # -- accounts ----------------------------------------------------------------------------------
+
+    def place(self, request_id: str, replica: int, wish: Wish) -> None:
+        """The request goes to `replica`; to be called once, before anything else is chosen."""
+        compute, slots, promised = wish.tokens, self._slots(wish), NO_KEYS
+        if wish.keys:
+            depth = self.index.depth(replica, wish.keys)
+            compute -= depth * self._page_size
+            promised = self.index.promise(replica, wish.keys, depth)
+        self.fleet.place(replica, compute, slots)
+        self._placed[request_id] = _Placed(replica, slots, compute, promised)
+        self._under_way[replica] += compute
+
+    def answered(self, replica: int, request_ids: Iterable[str]) -> None:
+        """The replica has them: from now on its reports say what is left to compute."""
+        for request_id in request_ids:
+            placed = self._placed.get(request_id)
+            if placed is not None and placed.under_way and placed.replica == replica:
+                placed.under_way = False
+                self._under_way[replica] -= placed.compute
+        self._settle(replica)
+
+    def remove(self, request_id: str) -> None:
+        """The request left, or never came; unknown ones are ignored."""
+        placed = self._placed.pop(request_id, None)
+        if placed is not None:
+            replica = placed.replica
+            self.fleet.release(replica, placed.tokens)
+            if placed.promised:
+                self.index.withdraw(replica, placed.promised)
+            if placed.under_way:
+                self._under_way[replica] -= placed.compute
+                self._settle(replica)
+
+    def _settle(self, replica: int) -> None:
+        self.fleet.waits(replica, self._reported[replica] + self._under_way[replica])
+
+    # -- reports -----------------------------------------------------------------------------------
+
+    def hear(self, replica: int, news: News) -> None:
+        """A replica's report. One that does not continue what is known changes nothing: the next is asked for again."""
+        known = self.known[replica]
+        if news.since >= 0 and not news.since <= known < news.number:
+            return
+        if news.since < 0:
+            if known >= news.number:
+                return
+            self.index.cleared(replica)
+            batches = news.batches
+        else:
+            batches = news.batches[known - news.since :]
+        for batch in batches:
+            for stored, raw in batch:
+                change = self.index.stored if stored else self.index.removed
+                change(replica, np.frombuffer(raw, "<u8").tolist())
+        self.known[replica] = news.number
+        self.report(replica, news.unfilled, news.number)
+
+    def report(self, replica: int, unfilled: int, number: int) -> None:
+        """After its batch `number` a replica had so many tokens left to compute, of what it had answered."""
+        if number >= self._told[replica]:
+            self._reported[replica], self._told[replica] = unfilled, number
+            self._settle(replica)
+
+    def reports(self, seen: Sequence[int], unfilled: Sequence[int]) -> None:
+        """report() of what a driver heard last of each replica."""
+        for replica, (number, tokens) in enumerate(zip(seen[: len(self.known)], unfilled, strict=False)):
+            self.report(replica, tokens, number)
+
+    def behind(self, seen: Sequence[int]) -> list[int]:
+        """Replicas of which a driver saw more than was reported here."""
+        return [r for r, number in enumerate(seen[: len(self.known)]) if number > max(0, self.known[r])]
+
+    def lost(self, replica: int) -> None:
+        """The replica is gone with all that it held and all that was placed there: nothing is any more."""
+        for request_id in [i for i, placed in self._placed.items() if placed.replica == replica]:
+            del self._placed[request_id]
+        self._under_way[replica] = self._reported[replica] = 0
+        self.index.cleared(replica)
+        self.fleet.set_ready(replica, False)
+        self.fleet.forget(replica)
+        self._aside.discard(replica)
