@@ -44,7 +44,7 @@ class Traffic(NamedTuple):
 class Pending(NamedTuple):
     """A sent message whose answer was not read yet."""
 
-    link: Link
+    link: ActorChannel
     ref: Any
     data: Any
 
@@ -127,7 +127,7 @@ class Pulse:
             return self.silence
 
 
-class Link:
+class ActorChannel:
     """One sender's line to one actor. `gone(reason)` makes the error for an actor whose process died.
 
     With `quiet`, an actor whose ping() is not answered for so many seconds is not waited for any longer, and is sent
@@ -160,7 +160,7 @@ class Link:
         """The latest change that an answer told of, and the tokens left to prefill after it."""
         self.roster = 0
         """The latest version of the roster that a scheduler's answer told of."""
-        self.news: Callable[[m.News], None] | None = None
+        self.news: Callable[[m.CacheDelta], None] | None = None
         """Told of news in answers; who sets it says in `known` from where on."""
         self.known = m.NOT_ASKED
         self.pages = False

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from rayk.actors.channel import Link, new_client_id
+from rayk.actors.channel import ActorChannel, new_client_id
 from rayk.actors.interface import ActorGoneError, Runtime
-from rayk.actors.launch import Cluster, Seat
+from rayk.actors.launch import Deployment, ReplicaHandle
 from rayk.errors import CallTimeoutError, ConfigError, RaykError, ReplicaLostError, SchedulerLostError
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.planning.node_plan import NodeMemory, ReplicaPlan
@@ -104,16 +104,16 @@ def explain(runtime: Runtime, name: str, request_id: str) -> Decision:
     raise missing
 
 
-def _managers(runtime: Runtime, name: str) -> list[tuple[str, Cluster, Link]]:
+def _managers(runtime: Runtime, name: str) -> list[tuple[str, Deployment, ActorChannel]]:
     """Name, cluster and a line to the scheduler of each manager of the sessions called `name`."""
-    found: list[tuple[str, Cluster, Link]] = []
+    found: list[tuple[str, Deployment, ActorChannel]] = []
     while (actor := runtime.find(f"{name}/{len(found)}/scheduler")) is not None:
         try:
             cluster = runtime.get(actor.call("roster", control=True), "the scheduler", ASK_SECONDS)
         except ActorGoneError as error:
             raise SchedulerLostError(str(error)) from None
-        assert isinstance(cluster, Cluster)
-        link = Link(
+        assert isinstance(cluster, Deployment)
+        link = ActorChannel(
             runtime, actor, "the scheduler", cluster.scheduler_epoch, new_client_id("describe"), SchedulerLostError
         )
         found.append((f"{name}/{len(found)}", cluster, link))
@@ -122,7 +122,7 @@ def _managers(runtime: Runtime, name: str) -> list[tuple[str, Cluster, Link]]:
     return found
 
 
-def _manager(runtime: Runtime, name: str, cluster: Cluster, scheduler: Link) -> ManagerState:
+def _manager(runtime: Runtime, name: str, cluster: Deployment, scheduler: ActorChannel) -> ManagerState:
     known: m.Description = scheduler.ask(m.Describe())
     replicas = [_replica(runtime, cluster, r, seat, known) for r, seat in enumerate(cluster.seats) if seat is not None]
     metrics: KVCacheMetrics = scheduler.ask(m.EveryReplica(m.GetMetrics())).metrics
@@ -144,7 +144,7 @@ def _manager(runtime: Runtime, name: str, cluster: Cluster, scheduler: Link) -> 
     )
 
 
-def _replica(runtime: Runtime, cluster: Cluster, r: int, seat: Seat, known: m.Description) -> ReplicaState:
+def _replica(runtime: Runtime, cluster: Deployment, r: int, seat: ReplicaHandle, known: m.Description) -> ReplicaState:
     plan, facts, actor, epoch = seat.plan, seat.facts, seat.actor, seat.epoch
     common: dict[str, Any] = {
         "index": r,
@@ -158,7 +158,7 @@ def _replica(runtime: Runtime, cluster: Cluster, r: int, seat: Seat, known: m.De
     if known.states[r] == State.silent:
         return ReplicaState(state=State.silent, reason="its process does not answer", **common)
     try:
-        link = Link(runtime, actor, f"replica {r}", epoch, new_client_id("describe"), lost, ASK_SECONDS)
+        link = ActorChannel(runtime, actor, f"replica {r}", epoch, new_client_id("describe"), lost, ASK_SECONDS)
         usage: m.UsageDone = link.ask(m.GetUsage())
         tiers: m.TiersDone = link.ask(m.GetTiers())
         now = runtime.get(actor.call("facts", control=True), f"replica {r}", ASK_SECONDS)

@@ -57,7 +57,7 @@ class EngineActor:
     ) -> ReplicaFacts:
         """Take pages, as one of `sharing` replicas on this node, and begin to serve. None: measure the node now."""
         from rayk.actors.runtime import RayRuntime
-        from rayk.engine.engine_thread import EngineHost
+        from rayk.engine.engine_thread import EngineThread
         from rayk.engine.replicas import facts_of, open_engine
 
         node = node or measure_node(host_name=host_name)
@@ -72,7 +72,7 @@ class EngineActor:
             tiers,
             address=RayRuntime().address(),
         )
-        self._host = EngineHost([engine]).start()
+        self._host = EngineThread([engine]).start()
         return facts_of(engine, self._device, host_name, self._source)
 
     def post(self, wire: bytes) -> None:

@@ -35,7 +35,7 @@ from rayk.planning.node_plan import (
 from rayk.protocol.admission import AdmissionPolicy
 from rayk.scheduler.membership import State
 from rayk.scheduler.router.policies import check_router
-from rayk.scheduler.router.router import DeskSettings
+from rayk.scheduler.router.router import RouterSettings
 from rayk.tiers.identity import named, read_seed, take_seed
 
 log = logging.getLogger("rayk.scheduler")
@@ -47,7 +47,7 @@ SLIVER = 0.001  # of a CPU: Ray refuses an empty bundle, and many replicas must 
 
 
 @dataclass(frozen=True)
-class ClusterConfig:
+class DeploymentConfig:
     """What a manager wants started."""
 
     params: KVCacheParams
@@ -62,7 +62,7 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
-class Seat:
+class ReplicaHandle:
     """A replica that runs: in `placement.node_ids[bundle]`, by `plan`; `facts` is what it took."""
 
     actor: Actor
@@ -74,16 +74,16 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Deployment:
     """Running actors of one manager: `seats[r]` is replica r, None where nobody is. The roster that drivers share.
 
     `plan` is that of the start, and what was measured of nodes since. `tiers` names the host pools of the nodes.
     `version`, `joined` and `states` are those of the scheduler's Membership. `started_here`: by this driver.
     """
 
-    config: ClusterConfig
+    config: DeploymentConfig
     plan: ClusterPlan
-    seats: tuple[Seat | None, ...] = ()
+    seats: tuple[ReplicaHandle | None, ...] = ()
     tiers: str = ""
     scheduler: Actor | None = None
     scheduler_epoch: int = 0
@@ -93,7 +93,7 @@ class Cluster:
     started_here: bool = False
 
     @property
-    def there(self) -> list[Seat]:
+    def there(self) -> list[ReplicaHandle]:
         """The replicas that run, by index."""
         return [seat for seat in self.seats if seat is not None]
 
@@ -121,7 +121,7 @@ class Cluster:
         """What they took."""
         return tuple(seat.facts for seat in self.there)
 
-    def seated(self, replica: int, seat: Seat | None, nodes: Sequence[NodeMemory] = ()) -> Cluster:
+    def seated(self, replica: int, seat: ReplicaHandle | None, nodes: Sequence[NodeMemory] = ()) -> Deployment:
         """The same with another replica, or nobody, at that index; `nodes` were measured for it."""
         seats = [*self.seats, *[None] * (replica + 1 - len(self.seats))]
         seats[replica] = seat
@@ -129,7 +129,7 @@ class Cluster:
         plan = msgspec.structs.replace(self.plan, nodes=tuple(measured.values()))
         return replace(self, seats=tuple(seats), plan=plan)
 
-    def standing(self, version: int, joined: int, states: tuple[str, ...]) -> Cluster:
+    def standing(self, version: int, joined: int, states: tuple[str, ...]) -> Deployment:
         """The same as of that version."""
         return replace(self, version=version, joined=joined, states=states)
 
@@ -145,7 +145,7 @@ class Cluster:
             runtime.stop((), placement)
 
 
-def close_tiers(runtime: Runtime, config: ClusterConfig, replicas: Sequence[Actor]) -> None:
+def close_tiers(runtime: Runtime, config: DeploymentConfig, replicas: Sequence[Actor]) -> None:
     """Have replicas write out what is on its way to their tiers, and let go of them."""
     if config.params.kv_connector != "null":
         closing = []
@@ -158,10 +158,10 @@ def close_tiers(runtime: Runtime, config: ClusterConfig, replicas: Sequence[Acto
                 runtime.get(ref, "a replica", max(0.0, deadline - time.monotonic()))
 
 
-def desk_settings(config: ClusterConfig, pages: tuple[int, ...]) -> DeskSettings:
+def desk_settings(config: DeploymentConfig, pages: tuple[int, ...]) -> RouterSettings:
     """What the scheduler places requests by."""
     params = config.params
-    return DeskSettings(
+    return RouterSettings(
         config.router,
         pages,
         params.page_size,
@@ -174,7 +174,7 @@ def desk_settings(config: ClusterConfig, pages: tuple[int, ...]) -> DeskSettings
     )
 
 
-def start_cluster(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster:
+def start_cluster(runtime: Runtime, config: DeploymentConfig, name: str | None) -> Deployment:
     """Start everything, or attach to what runs under `name`; PlanError or ConfigError otherwise."""
     check_router(config.router)  # a wrong name is refused before anything starts
     if name is not None:
@@ -201,14 +201,14 @@ def _await_scheduler(runtime: Runtime, name: str) -> Actor:
     )
 
 
-def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster:
+def _start(runtime: Runtime, config: DeploymentConfig, name: str | None) -> Deployment:
     config = replace(config, params=named(config.params))
     if config.params.kv_hash_seed is None:
         config = replace(config, params=replace(config.params, kv_hash_seed=_seed(runtime, config.params)))
     disk = config.params.kv_connector_config
     nodes = measure_nodes(runtime, str(disk.disk_offload_dir) if disk and disk.disk_offload_dir else None)
     placement = _place(runtime, config, nodes)
-    seats: list[Seat] = []
+    seats: list[ReplicaHandle] = []
     try:
         plan = plan_cluster(
             nodes,
@@ -220,7 +220,7 @@ def _start(runtime: Runtime, config: ClusterConfig, name: str | None) -> Cluster
             config.utilization,
         )
         epoch = time.time_ns() // 1_000
-        cluster = Cluster(config, plan, tiers=f"{epoch}-{os.urandom(8).hex()}")
+        cluster = Deployment(config, plan, tiers=f"{epoch}-{os.urandom(8).hex()}")
         places = [Place(r, epoch + r, each, placement, r) for r, each in enumerate(plan.replicas)]
         seats = start_replicas(runtime, cluster, places, desk_settings(config, plan_pages(plan)).keyed, name)
         return _start_scheduler(runtime, replace(cluster, seats=tuple(seats)), name)
@@ -276,7 +276,7 @@ def _measure(runtime: Runtime, node: Node, disk_dir: str | None, taken: int) -> 
     return runtime.run_on(node.node_id, measure, node.node_id, node.host_name, limit, disk_dir)
 
 
-def _place(runtime: Runtime, config: ClusterConfig, nodes: list[NodeMemory]) -> Placement:
+def _place(runtime: Runtime, config: DeploymentConfig, nodes: list[NodeMemory]) -> Placement:
     params = config.params
     refused = refused_nodes(nodes, params, config.wanted_pages, config.utilization)
     room = sum(replicas_that_fit(n, params) for n in nodes if n.node_id not in refused)
@@ -305,8 +305,8 @@ class Place(NamedTuple):
 
 
 def start_replicas(
-    runtime: Runtime, cluster: Cluster, places: Sequence[Place], keyed: bool, name: str | None
-) -> list[Seat]:
+    runtime: Runtime, cluster: Deployment, places: Sequence[Place], keyed: bool, name: str | None
+) -> list[ReplicaHandle]:
     """Start replicas side by side and wait for all; none is left when one fails. `keyed`: they note what they cache.
 
     A replica that is added has its epoch in its actor's name, as another may have had its index before.
@@ -337,7 +337,7 @@ def start_replicas(
         runtime.stop(started, None)
         raise
     seats = [
-        Seat(actor, at.epoch, at.plan, took, at.placement, at.bundle)
+        ReplicaHandle(actor, at.epoch, at.plan, took, at.placement, at.bundle)
         for at, actor, took in zip(places, started, facts, strict=True)
     ]
     for seat in seats:
@@ -352,7 +352,7 @@ def _compare(plan: ReplicaPlan, facts: ReplicaFacts) -> None:
         log.warning("replica %d on %s is not as planned: %s", facts.replica, plan.host_name, pages)
 
 
-def _start_scheduler(runtime: Runtime, cluster: Cluster, name: str | None) -> Cluster:
+def _start_scheduler(runtime: Runtime, cluster: Deployment, name: str | None) -> Deployment:
     params, epoch = cluster.config.params, time.time_ns() // 1_000
     cluster = replace(cluster, scheduler_epoch=epoch, states=("ready",) * len(cluster.seats))
     settings = desk_settings(cluster.config, cluster.pages)
@@ -375,24 +375,24 @@ def _ready(runtime: Runtime, actor: Actor, target: str, question: str) -> Any:
         raise PlanError(f"{target} could not start: {error}") from None
 
 
-def _attach(runtime: Runtime, scheduler: Actor, config: ClusterConfig, name: str) -> Cluster:
+def _attach(runtime: Runtime, scheduler: Actor, config: DeploymentConfig, name: str) -> Deployment:
     """The cluster that runs under `name`, if it is what was asked for."""
     try:
         cluster = runtime.get(scheduler.call("roster", control=True), "the scheduler", START_SECONDS)
     except ActorGoneError as error:
         raise SchedulerLostError(str(error)) from None
-    assert isinstance(cluster, Cluster)
+    assert isinstance(cluster, Deployment)
     differing = _differences(cluster, config)
     if differing:
         raise ConfigError(f"{name!r} runs with other settings: {differing}; use the same, or shut it down first")
     return replace(cluster, scheduler=scheduler)
 
 
-def _same_pages(wanted: int | None, cluster: Cluster) -> bool:
+def _same_pages(wanted: int | None, cluster: Deployment) -> bool:
     return wanted is None or all(seat.plan.pages == wanted for seat in cluster.there)
 
 
-def _differences(cluster: Cluster, wanted: ClusterConfig) -> str:
+def _differences(cluster: Deployment, wanted: DeploymentConfig) -> str:
     running = cluster.config
     params = wanted.params
     if params.kv_hash_seed is None:
@@ -409,4 +409,4 @@ def _differences(cluster: Cluster, wanted: ClusterConfig) -> str:
     return ", ".join(what for what, same in checks if not same())
 
 
-__all__ = ["Cluster", "ClusterConfig", "RaykError", "start_cluster"]
+__all__ = ["Deployment", "DeploymentConfig", "RaykError", "start_cluster"]

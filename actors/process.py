@@ -7,7 +7,7 @@ import gc
 YOUNG, MIDDLE, OLD = 50_000, 20, 100
 
 
-def settle() -> None:
+def freeze_startup_objects() -> None:
     """Have the garbage collector leave long-lived objects alone.
 
     A replica keeps a few objects for every request and cached segment, none of them in cycles, and by default each

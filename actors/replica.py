@@ -14,7 +14,7 @@ import msgspec
 import psutil
 
 from rayk.actors.chunks import LONGEST, joined
-from rayk.actors.process import settle
+from rayk.actors.process import freeze_startup_objects
 from rayk.params import KVCacheParams
 from rayk.planning.node_plan import NodeMemory, measure_node
 
@@ -72,7 +72,7 @@ class ReplicaActor:
 
         runtime = RayRuntime()
         self._service = ReplicaService(core, epoch, runtime.dumps, journal=journal, address=runtime.address())
-        settle()
+        freeze_startup_objects()
 
     def handle(self, wire: bytes | int, *rest: Any) -> bytes:
         """Answer a message, see rayk.actors.chunks; what comes after it is page data from other replicas."""

@@ -21,11 +21,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from rayk.actors.channel import SLICE, Answer, Link, Pending
+from rayk.actors.channel import SLICE, ActorChannel, Answer, Pending
 from rayk.actors.interface import Actor, Runtime
 from rayk.errors import CallTimeoutError, RaykError
 from rayk.protocol import messages as m
-from rayk.scheduler.script import Ask, Told
+from rayk.scheduler.script import ReplicaCall, ReplicaReply
 
 QUESTION_SECONDS = 1.0
 SILENT_SECONDS = 4.0  # after the first question went unanswered
@@ -33,7 +33,7 @@ BUSY_SECONDS = 120.0
 PATIENT = 8  # rounds at a time that are waited for longer than a question is
 
 
-class ReplicaLink(Link):
+class ReplicaChannel(ActorChannel):
     """The scheduler's line to one start of a replica, and how that answers."""
 
     def __init__(
@@ -48,20 +48,20 @@ class ReplicaLink(Link):
         super().__init__(runtime, actor, f"replica {replica}", epoch, client, gone)
         self.replica = replica
         self.aside = self.silent = False
-        self.owed: list[tuple[Ask, Pending]] = []
+        self.owed: list[tuple[ReplicaCall, Pending]] = []
         """Messages whose answers nobody waits for, in the order they were sent."""
         self.waits = 0
         """Messages that are waited for longer than a question would be."""
 
 
-class Questions:
+class ReplicaCalls:
     """Sends messages and waits for answers. Whoever sends holds `lock`; so does who tells `stands` of a replica that
     stands otherwise than before."""
 
     def __init__(
         self,
         lock: AbstractContextManager[Any],
-        stands: Callable[[ReplicaLink], None],
+        stands: Callable[[ReplicaChannel], None],
         clock: Callable[[], float],
     ) -> None:
         self._lock = lock
@@ -69,7 +69,7 @@ class Questions:
         self._clock = clock
         self._patient = 0
 
-    def send(self, link: ReplicaLink, ask: Ask) -> Pending | RaykError:
+    def send(self, link: ReplicaChannel, ask: ReplicaCall) -> Pending | RaykError:
         """Send one message; the error where nobody is to wait for an answer. With the lock held."""
         waited_for = not link.aside or (ask.patient and not link.silent and self._patient < PATIENT)
         if not waited_for and not ask.order:
@@ -83,23 +83,25 @@ class Questions:
         link.owed.append((ask, pending))
         return _timeout(link)
 
-    def order(self, link: ReplicaLink, ask: Ask) -> None:
+    def order(self, link: ReplicaChannel, ask: ReplicaCall) -> None:
         """Send one message whose answer nobody waits for. With the lock held."""
         sent = self.send(link, ask)
         if isinstance(sent, Pending):
             link.owed.append((ask, sent))
 
-    def hear(self, asks: Sequence[Ask], sent: Sequence[Pending | RaykError]) -> list[Told]:
+    def hear(self, asks: Sequence[ReplicaCall], sent: Sequence[Pending | RaykError]) -> list[ReplicaReply]:
         """The answers of a round, each waited for as long as its kind is. Without the lock."""
-        told = [Told(m.failure(each)) if isinstance(each, RaykError) else NOT_YET for each in sent]
+        told = [ReplicaReply(m.failure(each)) if isinstance(each, RaykError) else NOT_YET for each in sent]
         waiting = {i: each for i, each in enumerate(sent) if isinstance(each, Pending)}
         last = self._clock()
         if len(waiting) == len(sent) > 1:
             wires = waiting[0].link.fetch_all([pending.ref for pending in waiting.values()], within=SLICE)
             if wires is not None:
-                return [Told(p.link.decoded(wire), p.data) for wire, p in zip(wires, waiting.values(), strict=True)]
+                return [
+                    ReplicaReply(p.link.decoded(wire), p.data) for wire, p in zip(wires, waiting.values(), strict=True)
+                ]
         passed = 0.0
-        late: list[ReplicaLink] = []
+        late: list[ReplicaChannel] = []
         try:
             while waiting:
                 pause = SLICE
@@ -107,13 +109,15 @@ class Questions:
                     heard = pending.within(pause)
                     pause = 0.0
                     if heard is not None:
-                        told[i] = Told(m.failure(heard)) if isinstance(heard, RaykError) else Told(*heard)
+                        told[i] = (
+                            ReplicaReply(m.failure(heard)) if isinstance(heard, RaykError) else ReplicaReply(*heard)
+                        )
                         del waiting[i]
                 now = self._clock()
                 passed, last = passed + min(now - last, 2 * SLICE), now  # no time in which this process was stopped
                 if passed >= QUESTION_SECONDS and waiting:
                     for i in self._give_up(asks, waiting, late, passed):
-                        told[i] = Told(m.failure(_timeout(waiting.pop(i).link, passed)))
+                        told[i] = ReplicaReply(m.failure(_timeout(waiting.pop(i).link, passed)))
         finally:
             with self._lock:
                 self._patient -= bool(late)
@@ -122,7 +126,7 @@ class Questions:
         return told
 
     def _give_up(
-        self, asks: Sequence[Ask], waiting: dict[int, Pending], late: list[ReplicaLink], passed: float
+        self, asks: Sequence[ReplicaCall], waiting: dict[int, Pending], late: list[ReplicaChannel], passed: float
     ) -> list[int]:
         """Set those aside that have not answered; what is not to be waited for any longer. The links to the others are
         in `late` from then on."""
@@ -132,7 +136,7 @@ class Questions:
             patient = passed < BUSY_SECONDS and (not first or self._patient < PATIENT)
             for i, pending in waiting.items():
                 link, ask = pending.link, asks[i]
-                assert isinstance(link, ReplicaLink)
+                assert isinstance(link, ReplicaChannel)
                 self._note(link, silence[link])
                 if patient and ask.patient and not link.silent:
                     if first:
@@ -142,11 +146,11 @@ class Questions:
                 given_up.append(i)
                 link.owed.append((ask, pending))
                 if ask.undo is not None:
-                    self.order(link, Ask(ask.replica, ask.undo))
+                    self.order(link, ReplicaCall(ask.replica, ask.undo))
             self._patient += bool(first and late)
         return given_up
 
-    def _note(self, link: ReplicaLink, silence: float, aside: bool = True) -> None:
+    def _note(self, link: ReplicaChannel, silence: float, aside: bool = True) -> None:
         """How a replica stands whose ping() has not been answered for so many seconds. With the lock held."""
         before = link.aside, link.silent
         link.aside = aside
@@ -154,7 +158,7 @@ class Questions:
         if before != (link.aside, link.silent):
             self._stands(link)
 
-    def tick(self, links: Sequence[ReplicaLink | None]) -> None:
+    def tick(self, links: Sequence[ReplicaChannel | None]) -> None:
         """Look after those that are set aside: read what they answer late, and take them back. Waits for nobody.
         `links` by replica."""
         for link in links:
@@ -169,9 +173,9 @@ class Questions:
                         self._note(link, silence, aside=bool(silence or link.owed or link.waits))
 
     @staticmethod
-    def _read_late(link: ReplicaLink) -> list[Ask]:
+    def _read_late(link: ReplicaChannel) -> list[ReplicaCall]:
         """Read what is there of the answers that nobody waits for; what is to be sent because of them."""
-        more: list[Ask] = []
+        more: list[ReplicaCall] = []
         while link.owed:
             ask, pending = link.owed[0]
             heard = pending.within(0.0)
@@ -183,10 +187,10 @@ class Questions:
         return more
 
 
-NOT_YET = Told(m.Done())
+NOT_YET = ReplicaReply(m.Done())
 
 
-def _look(link: Link) -> float:
+def _look(link: ActorChannel) -> float:
     """Seconds for which its ping() was not answered; 0 where its process died, which its answers say."""
     try:
         return link.look()
@@ -194,5 +198,5 @@ def _look(link: Link) -> float:
         return 0.0
 
 
-def _timeout(link: Link, seconds: float = QUESTION_SECONDS) -> CallTimeoutError:
+def _timeout(link: ActorChannel, seconds: float = QUESTION_SECONDS) -> CallTimeoutError:
     return CallTimeoutError(link.target, seconds)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rayk.actors.interface import Placement, Runtime
-from rayk.actors.launch import Cluster, Place, Seat, bundle_of, close_tiers, measure_nodes
+from rayk.actors.launch import Deployment, Place, ReplicaHandle, bundle_of, close_tiers, measure_nodes
 from rayk.errors import PlanError
 from rayk.planning.node_plan import NodeMemory, plan_replica, refused_nodes, uses_cuda
 from rayk.scheduler.membership import State
@@ -27,7 +27,7 @@ class Placed(NamedTuple):
     nodes: list[NodeMemory]
 
 
-def place_replicas(runtime: Runtime, cluster: Cluster, replicas: Sequence[int], timeout: float) -> Placed:
+def place_replicas(runtime: Runtime, cluster: Deployment, replicas: Sequence[int], timeout: float) -> Placed:
     """Find places for those indices; PlanError, with what is missing, and nothing is held, when there is none in
     `timeout` seconds after nodes were measured.
 
@@ -64,7 +64,7 @@ def place_replicas(runtime: Runtime, cluster: Cluster, replicas: Sequence[int], 
 
 
 def _plan(
-    cluster: Cluster,
+    cluster: Deployment,
     replicas: Sequence[int],
     bundles: dict[int, tuple[Placement, int]],
     where: dict[int, str],
@@ -87,7 +87,7 @@ def _plan(
     return places
 
 
-def _measure(runtime: Runtime, cluster: Cluster) -> list[NodeMemory]:
+def _measure(runtime: Runtime, cluster: Deployment) -> list[NodeMemory]:
     """Nodes now. What Ray was told of a node's memory is less by what the replicas there were planned with."""
     taken: Counter[str] = Counter()
     for seat, state in zip(cluster.seats, cluster.states, strict=False):  # nobody is yet where it is planned
@@ -97,7 +97,7 @@ def _measure(runtime: Runtime, cluster: Cluster) -> list[NodeMemory]:
     return measure_nodes(runtime, str(disk.disk_offload_dir) if disk and disk.disk_offload_dir else None, taken)
 
 
-def _shared(cluster: Cluster, seat: Seat) -> bool:
+def _shared(cluster: Deployment, seat: ReplicaHandle) -> bool:
     """Whether other replicas that are there use the same placement group."""
     return any(other is not seat and other.placement.group is seat.placement.group for other in cluster.there)
 
@@ -108,7 +108,7 @@ def give_back(runtime: Runtime, groups: Sequence[Placement]) -> None:
         runtime.stop((), group)
 
 
-def vacate(runtime: Runtime, cluster: Cluster, replica: int) -> None:
+def vacate(runtime: Runtime, cluster: Deployment, replica: int) -> None:
     """End the process of a replica that was removed, and give its placement back unless others use it."""
     seat = cluster.seats[replica]
     if seat is not None:

@@ -13,15 +13,15 @@ from typing import Any
 from rayk.actors.channel import Pending, new_client_id
 from rayk.actors.chunks import joined
 from rayk.actors.interface import Actor, Runtime
-from rayk.actors.process import settle
-from rayk.actors.replica_calls import Questions, ReplicaLink
+from rayk.actors.process import freeze_startup_objects
+from rayk.actors.replica_calls import ReplicaCalls, ReplicaChannel
 from rayk.errors import MessageError, RaykError, ReplicaLostError, ReplicaRemovedError, StaleEpochError
 from rayk.protocol import messages as m
-from rayk.protocol.dedup import Answers
+from rayk.protocol.dedup import ReplyCache
 from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.leases import TICK_SECONDS
-from rayk.scheduler.router.router import DeskSettings
-from rayk.scheduler.script import Ask, Told
+from rayk.scheduler.router.router import RouterSettings
+from rayk.scheduler.script import ReplicaCall, ReplicaReply
 
 log = logging.getLogger("rayk.scheduler")
 
@@ -38,7 +38,7 @@ class SchedulerActor:
         epoch: int,
         replicas: Sequence[Actor],
         epochs: Sequence[int],
-        settings: DeskSettings,
+        settings: RouterSettings,
         copies: bool,
         roster: Any,
         runtime: Runtime | None = None,
@@ -52,17 +52,17 @@ class SchedulerActor:
         self._roster = self._shown = roster
         self._core = SchedulerCore(epochs, settings, copies, monotonic)
         self._core_lock = Condition()  # a script's step and the sending of what it asks are one
-        self._questions = Questions(self._core_lock, self._stands, monotonic)
-        self._links: list[ReplicaLink | None] = [self._link(r, actor, epochs[r]) for r, actor in enumerate(replicas)]
-        self._answers: Answers[bytes] = Answers(ANSWERS)
+        self._questions = ReplicaCalls(self._core_lock, self._stands, monotonic)
+        self._links: list[ReplicaChannel | None] = [self._link(r, actor, epochs[r]) for r, actor in enumerate(replicas)]
+        self._answers: ReplyCache[bytes] = ReplyCache(ANSWERS)
         self._working: set[tuple[str, int]] = set()  # mutations that a lane is at
-        settle()
+        freeze_startup_objects()
         if runtime is None:
             Thread(target=self._keep_time, name="rayk-timer", daemon=True).start()
 
-    def _link(self, replica: int, actor: Actor, epoch: int) -> ReplicaLink:
+    def _link(self, replica: int, actor: Actor, epoch: int) -> ReplicaChannel:
         lost = partial(self._lost, replica, epoch)
-        link = ReplicaLink(self._runtime, actor, replica, epoch, self._client, lost)
+        link = ReplicaChannel(self._runtime, actor, replica, epoch, self._client, lost)
         link.news, link.known = partial(self._hear, replica, epoch), -1
         link.pages = self._core.hall is not None
         return link
@@ -125,7 +125,7 @@ class SchedulerActor:
 
     def _run(self, client: str, command: m.SchedulerCommand, attached: Sequence[Any]) -> m.Result:
         script = self._core.handle(client, command)
-        told: list[Told] | None = None
+        told: list[ReplicaReply] | None = None
         try:
             while True:
                 with self._core_lock:
@@ -153,22 +153,22 @@ class SchedulerActor:
         self._links[replica] = self._link(replica, seat.actor, seat.epoch) if seat is not None else None
         self._roster = self._roster.seated(replica, seat, nodes)
 
-    def _send(self, ask: Ask) -> Pending | RaykError:
+    def _send(self, ask: ReplicaCall) -> Pending | RaykError:
         link = self._links[ask.replica] if ask.replica < len(self._links) else None
         if link is None:
             return ReplicaRemovedError(ask.replica, len(self._core.members))
         return self._questions.send(link, ask)
 
-    def _order(self, ask: Ask) -> Told:
+    def _order(self, ask: ReplicaCall) -> ReplicaReply:
         link = self._links[ask.replica] if ask.replica < len(self._links) else None
         if link is not None:
             self._questions.order(link, ask)
-        return Told(m.Done())
+        return ReplicaReply(m.Done())
 
-    def _stands(self, link: ReplicaLink) -> None:
+    def _stands(self, link: ReplicaChannel) -> None:
         self._core.standing.answers(link.replica, link.epoch, link.aside, link.silent)
 
-    def _hear(self, replica: int, epoch: int, news: m.News) -> None:
+    def _hear(self, replica: int, epoch: int, news: m.CacheDelta) -> None:
         with self._core_lock:
             link = self._links[replica]
             if link is not None and link.epoch == epoch:

@@ -23,7 +23,7 @@ from rayk.dispatch.prompts import Prompt, Prompts, Sampling
 from rayk.engine.local_replicas import InlineReplicas
 from rayk.engine.replicas import ModelSource, ReplicaFacts, Replicas, ServeSettings
 from rayk.engine.settings import EngineSettings, EngineStats
-from rayk.engine.tiers import Size, TierWish
+from rayk.engine.tiers import Size, TierConfig
 from rayk.errors import ClosedError, NotBuiltError, ReplicaLostError, ReplicaStateError
 from rayk.kvcache.page_hash import Mask
 from rayk.kvcache.tick import PrefixCacheReset
@@ -91,7 +91,7 @@ class Cluster:
         keyed = wants_keys(router)  # ConfigError for one that there is not
         require_at_least(0, max_retries=max_retries)
         folder = None if disk_dir is None else Path(disk_dir).expanduser().resolve()
-        tiers = TierWish(host_memory=host_memory, disk_dir=folder, disk_memory=disk_memory)
+        tiers = TierConfig(host_memory=host_memory, disk_dir=folder, disk_memory=disk_memory)
         settings = ServeSettings(
             replicas=replicas,
             page_size=page_size,

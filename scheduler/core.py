@@ -15,44 +15,46 @@ import msgspec
 from rayk.errors import CallTimeoutError, ConfigError, RaykError, ReplicaLostError
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.protocol import messages as m
-from rayk.scheduler.admission.controller import Hall
-from rayk.scheduler.admission.script import Entry
+from rayk.scheduler.admission.controller import AdmissionController
+from rayk.scheduler.admission.script import AdmissionScripts
 from rayk.scheduler.leases import Leases
-from rayk.scheduler.lifecycle import Standing
+from rayk.scheduler.lifecycle import ReplicaLifecycle
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.placements import Placements
 from rayk.scheduler.placer import Placer
 from rayk.scheduler.router.policy import Candidate
-from rayk.scheduler.router.router import DeskSettings
+from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.scaling import Removed
-from rayk.scheduler.script import Ask, Part, Script, Told
-from rayk.scheduler.transfers.evacuation import Offering
+from rayk.scheduler.script import Part, ReplicaCall, ReplicaReply, Script
+from rayk.scheduler.transfers.evacuation import Evacuation
 from rayk.scheduler.transfers.handover import Handover
-from rayk.scheduler.transfers.links import Lines
+from rayk.scheduler.transfers.links import LinkTable
 
 
 class SchedulerCore:
     """`epochs[r]` is replica r's start; `copies` says whether replicas copy prefixes from each other."""
 
-    def __init__(self, epochs: Sequence[int], settings: DeskSettings, copies: bool, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, epochs: Sequence[int], settings: RouterSettings, copies: bool, clock: Callable[[], float]
+    ) -> None:
         self.members = Membership(epochs)
         self.desk = settings.make(clock)
-        self.lines = Lines(clock, settings.page_transport)
+        self.lines = LinkTable(clock, settings.page_transport)
         self.placer = Placer(self.members, self.desk, copies, settings.page_size, self.lines, clock)
-        self.standing = Standing(self.members, self.desk, self.placements, self.placer.forget, settings)
-        self._offering: Offering | None = None
+        self.standing = ReplicaLifecycle(self.members, self.desk, self.placements, self.placer.forget, settings)
+        self._offering: Evacuation | None = None
         if copies and settings.offers:
             carrier = self.placer.carrier
-            self._offering = Offering(carrier, lambda: self.members.ready, settings.page_size, clock)
+            self._offering = Evacuation(carrier, lambda: self.members.ready, settings.page_size, clock)
         self._left = KVCacheMetrics()  # what removed replicas had counted
         self._reset: bytes | None = None  # token of the last one that replicas which join later must know of
         self._removed: dict[int, m.RemoveDone] = {}  # what became of their pages
-        self.hall: Hall | None = None
+        self.hall: AdmissionController | None = None
         """Where requests wait, if there is an admission policy."""
         if settings.admission is not None:
-            self.hall = Hall(settings.admission, self.desk, settings.page_size, clock)
+            self.hall = AdmissionController(settings.admission, self.desk, settings.page_size, clock)
             self.standing.vacated = self.hall.lost
-            self._entry = Entry(self.placer, self.hall)
+            self._entry = AdmissionScripts(self.placer, self.hall)
         self.leases = Leases(clock)
         self.owner = ""
         """The driver that started the cluster, until it leaves or its lease ends; '' for nobody."""
@@ -109,7 +111,7 @@ class SchedulerCore:
 
     def _look_at(self, gone: Sequence[int]) -> Script:
         """Ask replicas that did not answer somebody: of those that are gone, all hear when the answer comes."""
-        yield [Ask(r, m.GetUsage()) for r in gone if r in self.members.here]
+        yield [ReplicaCall(r, m.GetUsage()) for r in gone if r in self.members.here]
         return m.Done()
 
     @staticmethod
@@ -125,7 +127,7 @@ class SchedulerCore:
     def _hit_counts(self, view: m.ContextView) -> Script:
         """Of a replica that is lost or silent nothing can be hit now: 0."""
         asked = list(self.members.here)
-        answers = yield [Ask(r, m.Lookup([view]), wanted=True) for r in asked]
+        answers = yield [ReplicaCall(r, m.Lookup([view]), wanted=True) for r in asked]
         found = [m.Found([0], [0])] * len(self.members)
         for r, told in zip(asked, answers, strict=True):
             if isinstance(told.result, m.Found):
@@ -147,7 +149,7 @@ class SchedulerCore:
         if isinstance(command, m.ResetPrefixCache) and command.token is not None:
             self._reset = command.token
         asked = list(self.members.here)
-        answers = yield [Ask(r, command, wanted=True) for r in asked]
+        answers = yield [ReplicaCall(r, command, wanted=True) for r in asked]
         total, silent, held = self._left, dict[int, float](), dict[int, int]()
         gone = [r for r in self.members.known if r not in asked]
         for r, told in zip(asked, answers, strict=True):
@@ -179,7 +181,7 @@ class SchedulerCore:
 
     def _change(self, client: str, command: m.SchedulerCommand) -> Script:
         """An event of membership; all that has to know of it does when the script has begun."""
-        standing, follow, reset = self.standing, list[int](), list[Ask]()
+        standing, follow, reset = self.standing, list[int](), list[ReplicaCall]()
         result: m.Result = m.Done()
         match command:
             case m.Enlist(count):
@@ -190,10 +192,14 @@ class SchedulerCore:
                 standing.give_up(replica)
             case m.Join(replica, epoch, pages):
                 follow = standing.join(replica, epoch, pages)
-                reset = [Ask(replica, m.ResetPrefixCache(self._reset, joins=True))] if self._reset is not None else []
+                reset = (
+                    [ReplicaCall(replica, m.ResetPrefixCache(self._reset, joins=True))]
+                    if self._reset is not None
+                    else []
+                )
             case m.ResumeReplica(replica):
                 standing.resume(replica)
-        yield reset + [Ask(r, m.Follow()) for r in follow]
+        yield reset + [ReplicaCall(r, m.StartCacheEvents()) for r in follow]
         return result
 
     def _drain(self, replica: int, handover: bool) -> Script:
@@ -215,12 +221,12 @@ class SchedulerCore:
         it."""
         removed, counted = Removed(), None
         if replica in self.members.here:
-            yield [Ask(replica, m.GetUsage(), wanted=True)]  # whether it answers decides what is lost with it
+            yield [ReplicaCall(replica, m.GetUsage(), wanted=True)]  # whether it answers decides what is lost with it
             yield from self.placer.verify(self.placements.on(replica))  # some may have been released there directly
         if self.standing.leave(replica):
             if self._offering is not None:
                 removed = yield from self._offering.run(replica)
-            [told] = yield [Ask(replica, m.GetMetrics())]
+            [told] = yield [ReplicaCall(replica, m.GetMetrics())]
             counted = told.result
         self.standing.remove(replica)
         if isinstance(counted, m.MetricsDone):
@@ -296,7 +302,7 @@ class SchedulerCore:
         )
 
 
-def _unreached(told: Told) -> RaykError | None:
+def _unreached(told: ReplicaReply) -> RaykError | None:
     """Why a replica did not answer; None when it did, an error of its own included."""
     if isinstance(told.result, m.Failure):
         error = m.to_error(told.result)

@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterable, Sequence
 from rayk.errors import DrainError
 from rayk.scheduler.membership import HERE, KNOWN, Event, Membership
 from rayk.scheduler.placements import Placements
-from rayk.scheduler.router.router import Desk, DeskSettings
+from rayk.scheduler.router.router import Router, RouterSettings
 
 
-class Standing:
+class ReplicaLifecycle:
     """See the module; `settings` are those that the desk was made from."""
 
     def __init__(
         self,
         members: Membership,
-        desk: Desk,
+        desk: Router,
         placements: Placements,
         forget: Callable[[Sequence[str]], None],
-        settings: DeskSettings,
+        settings: RouterSettings,
     ) -> None:
         self.members = members
         self._desk = desk

@@ -29,15 +29,15 @@ from rayk.errors import (
 )
 from rayk.kvcache.page_hash import KEY_BYTES, split_keys
 from rayk.protocol import messages as m
-from rayk.protocol.columns import BASE, PENDING, SENT, Batch, Outcomes
+from rayk.protocol.columns import BASE, PENDING, SENT, AdmitResults, PackedContexts
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.placements import Placements
-from rayk.scheduler.router.policy import Wish
-from rayk.scheduler.router.router import Desk
-from rayk.scheduler.script import Ask, Part, Script
-from rayk.scheduler.transfers.links import Lines
-from rayk.scheduler.transfers.prefix_copies import Copying, Groups
-from rayk.scheduler.transfers.transfer import Carrier, Copies, Copy
+from rayk.scheduler.router.policy import RouteRequest
+from rayk.scheduler.router.router import Router
+from rayk.scheduler.script import Part, ReplicaCall, Script
+from rayk.scheduler.transfers.links import LinkTable
+from rayk.scheduler.transfers.prefix_copies import Groups, PrefixCopies
+from rayk.scheduler.transfers.transfer import Copies, ExportedSpan, PageTransfers
 
 Owner = tuple[str, int]  # a client, and the generation of its claim: which script of all that made it
 
@@ -56,10 +56,10 @@ class Placer:
     def __init__(
         self,
         members: Membership,
-        desk: Desk,
+        desk: Router,
         copies: bool,
         page_size: int,
-        lines: Lines,
+        lines: LinkTable,
         clock: Callable[[], float],
     ) -> None:
         self.placements = Placements(len(members))
@@ -71,8 +71,8 @@ class Placer:
         self._members = members
         self._copies = copies
         self._page_size = page_size
-        self.carrier = Carrier(lines, clock)
-        self.copying = Copying(members, self.carrier, page_size)
+        self.carrier = PageTransfers(lines, clock)
+        self.copying = PrefixCopies(members, self.carrier, page_size)
         self.prefill_rate: float | None = None
         """Tokens a second of a replica, as the last driver that had something placed knew it."""
         self._clock = clock
@@ -88,7 +88,7 @@ class Placer:
         """A new script's name for what it places for that client."""
         return client, next(self._scripts)
 
-    def add(self, owner: Owner, request_id: str, replica: int, wish: Wish) -> None:
+    def add(self, owner: Owner, request_id: str, replica: int, wish: RouteRequest) -> None:
         """Place a request; AlreadyClaimedError when it has a place."""
         self.placements.add(request_id, replica, wish.tokens)
         self.desk.place(request_id, replica, wish)
@@ -122,7 +122,7 @@ class Placer:
         owners = self._owners
         known = [(i, owners[i], self.placements.holder(i)) for i in request_ids if i in owners]
         if known:
-            answers = yield [Ask(r, m.Blocks(request_id)) for request_id, _, r in known if r is not None]
+            answers = yield [ReplicaCall(r, m.Blocks(request_id)) for request_id, _, r in known if r is not None]
             for (request_id, owner, _), told in zip(known, answers, strict=True):
                 result = told.result
                 if isinstance(result, m.BlocksDone):
@@ -147,7 +147,7 @@ class Placer:
             if holder is not None:
                 by_replica.setdefault(holder, {})[request_id] = generation
         if by_replica:
-            yield [Ask(r, released(claims)) for r, claims in by_replica.items()]
+            yield [ReplicaCall(r, released(claims)) for r, claims in by_replica.items()]
         self.forget([i for i, owner in mine.items() if self._owners.get(i) is owner])
 
     # -- placing ---------------------------------------------------------------------------------
@@ -158,8 +158,8 @@ class Placer:
         self._members.check_takes(command.replica)
         yield from self.verify([command.request_id])
         owner = self.owner(client)
-        self.add(owner, command.request_id, command.replica, Wish(0))
-        [told] = yield [Ask(command.replica, m.Claim(command.request_id, command.dummy, *owner))]
+        self.add(owner, command.request_id, command.replica, RouteRequest(0))
+        [told] = yield [ReplicaCall(command.replica, m.Claim(command.request_id, command.dummy, *owner))]
         if isinstance(told.result, m.Failure):
             self.forget_of(owner, [command.request_id])
             return told.result
@@ -170,7 +170,7 @@ class Placer:
         not answer goes to another, once, unless its driver named the replica."""
         self.forget_released(command.released)
         self.prefill_rate = command.prefill_rate
-        batch = Batch(command.contexts)
+        batch = PackedContexts(command.contexts)
         if command.replicas and len(command.replicas) != len(batch):
             raise MessageError(f"{len(command.replicas)} replica(s) were named for {len(batch)} request(s)")
         if len(command.generations) not in (0, len(batch)):
@@ -178,7 +178,7 @@ class Placer:
         if command.claim:
             yield from self.verify(batch.ids)
         yield from self.catch_up(command.seen, command.unfilled, command.joined)
-        outcomes, owner = Outcomes(len(batch)), self.owner(client)
+        outcomes, owner = AdmitResults(len(batch)), self.owner(client)
         claims = [owner] * len(batch)
         if not command.claim:
             claims = [(client, generation) for generation in command.generations or [0] * len(batch)]
@@ -197,7 +197,7 @@ class Placer:
                 outcomes.put(rows, m.AdmitDone(done.numbers, done.seconds, done.failures))
         return m.PlaceDone(replicas, *outcomes.columns, [g for _, g in claims] if command.claim else [])
 
-    def _unanswered(self, command: m.PlaceMany, outcomes: Outcomes) -> list[int]:
+    def _unanswered(self, command: m.PlaceMany, outcomes: AdmitResults) -> list[int]:
         """Rows whose replica did not answer, with those that were not tried because of that."""
         late = {i for i, failed in outcomes.failures.items() if failed.kind == CallTimeoutError.__name__}
         if not late or not self._members.ready or (command.stop_on_error and len(late) < len(outcomes.failures)):
@@ -206,19 +206,19 @@ class Placer:
 
     def carry_out(
         self,
-        batch: Batch,
+        batch: PackedContexts,
         command: m.PlaceMany,
         claims: Sequence[Owner],
         groups: Groups,
         lonely: set[int],
-        outcomes: Outcomes,
+        outcomes: AdmitResults,
     ) -> Part:
         """Copy, claim and allocate what was placed; what became of each row goes into `outcomes`. The claim of row i is
         `claims[i]`. Nobody has anything of the prefixes of the `lonely` rows."""
         copies: Copies = {}
         if command.peers and self._copies and len(self._members.here) > 1:
             copies = yield from self.copying.fetch(batch, groups, lonely, command.prefill_rate)
-        broken: list[Copy] = []
+        broken: list[ExportedSpan] = []
         try:
             # A source that receives no copy itself waits until its pages are unpinned: they may be all it can give.
             sources = {copy.source for parts in copies.values() for copy in parts}
@@ -238,13 +238,13 @@ class Placer:
             return  # numbers of replicas that were there before
         behind = desk.behind(seen)
         if behind and desk.keyed:
-            yield [Ask(r, m.GetNews()) for r in behind]
+            yield [ReplicaCall(r, m.GetCacheDelta()) for r in behind]
         elif len(unfilled) == len(seen):
             for r in behind:
                 desk.report(r, unfilled[r], seen[r])
 
     def _choose(
-        self, claims: Sequence[Owner], batch: Batch, command: m.PlaceMany, outcomes: Outcomes
+        self, claims: Sequence[Owner], batch: PackedContexts, command: m.PlaceMany, outcomes: AdmitResults
     ) -> tuple[list[int], Groups, set[int]]:
         """The replica of each request, which counts there from now on; -1 for what is refused. The set holds the rows
         of whose prefix no other replica has anything."""
@@ -255,7 +255,7 @@ class Placer:
         all_keys = self.sent_keys(batch, command.keys) if keyed else None
         for i, (request_id, length) in enumerate(zip(batch.ids, batch.lengths, strict=True)):
             keys = all_keys[i] if all_keys is not None else self.keys(batch, i) if keyed else ()
-            wish = Wish(length, keys, traits[i].session_id if i in traits else None)
+            wish = RouteRequest(length, keys, traits[i].session_id if i in traits else None)
             try:
                 if wanted:
                     replica = wanted[i]
@@ -290,7 +290,7 @@ class Placer:
         if holder is not None and holder != replica:
             raise NotClaimedError(request_id, replica, holder)
 
-    def sent_keys(self, batch: Batch, joined: bytes) -> list[list[int]] | None:
+    def sent_keys(self, batch: PackedContexts, joined: bytes) -> list[list[int]] | None:
         """What the router knows the pages of each request by, as its driver sent it; None if it sent nothing."""
         if not joined:
             return None
@@ -303,7 +303,7 @@ class Placer:
         keys = split_keys(joined)
         return [keys[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
-    def keys(self, batch: Batch, row: int) -> Sequence[int]:
+    def keys(self, batch: PackedContexts, row: int) -> Sequence[int]:
         """The same of one request for which nothing was sent, made here: its driver did not know yet that there is a
         choice, or a replica hands it over."""
         make, traits = self.desk.keys, batch.traits(row)
@@ -313,13 +313,13 @@ class Placer:
 
     def _admit(
         self,
-        batch: Batch,
+        batch: PackedContexts,
         command: m.PlaceMany,
         claims: Sequence[Owner],
         groups: Groups,
         copies: Copies,
-        outcomes: Outcomes,
-        broken: list[Copy],
+        outcomes: AdmitResults,
+        broken: list[ExportedSpan],
     ) -> Part:
         """Admit groups of rows, one message per replica; what became of them goes into `outcomes`, and copies whose
         line did not carry them into `broken`."""
@@ -341,12 +341,12 @@ class Placer:
     def _admission(
         self,
         replica: int,
-        batch: Batch,
+        batch: PackedContexts,
         command: m.PlaceMany,
         claims: Sequence[Owner],
         rows: Sequence[int],
         copies: Copies,
-    ) -> Ask:
+    ) -> ReplicaCall:
         heads: list[m.ImportHead] = []
         uses: dict[int, list[int]] = {}
         data: list[Any] = []
@@ -361,4 +361,4 @@ class Placer:
         whose = zip(*(mine if len(mine) == 1 else [claims[i] for i in rows]), strict=True)
         how = (command.claim, heads, uses, command.stop_on_error, command.handed)
         admit = m.Admit(part, *how, *map(list, whose))
-        return Ask(replica, admit, tuple(data))
+        return ReplicaCall(replica, admit, tuple(data))

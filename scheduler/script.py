@@ -12,16 +12,16 @@ QUESTIONS = (
     m.Export,
     m.Acknowledge,
     m.DropLines,
-    m.Follow,
+    m.StartCacheEvents,
     m.GetPrefixes,
     m.Blocks,
     m.GetUsage,
-    m.GetNews,
+    m.GetCacheDelta,
 )
-ORDERS = (m.Release, m.Acknowledge, m.DropLines, m.Follow, m.ResetMetrics, m.ResetPrefixCache)
+ORDERS = (m.Release, m.Acknowledge, m.DropLines, m.StartCacheEvents, m.ResetMetrics, m.ResetPrefixCache)
 
 
-class Ask(NamedTuple):
+class ReplicaCall(NamedTuple):
     """One message to a replica; `attached` are references to page data, `with_data` asks for one back.
 
     `late` says what to send when the answer comes after nobody waits for it any more. `wanted`: a driver asked for it,
@@ -32,7 +32,7 @@ class Ask(NamedTuple):
     command: m.ReplicaCommand
     attached: tuple[Any, ...] = ()
     with_data: bool = False
-    late: Callable[[m.Result], list[Ask]] | None = None
+    late: Callable[[m.Result], list[ReplicaCall]] | None = None
     wanted: bool = False
 
     @property
@@ -56,12 +56,12 @@ class Ask(NamedTuple):
         return None
 
 
-class Told(NamedTuple):
+class ReplicaReply(NamedTuple):
     """The answer to an Ask; a dead or silent replica answers with a Failure."""
 
     result: m.Result
     data: Any = None
 
 
-Script = Generator[list[Ask], list[Told], m.Result]
-Part = Generator[list[Ask], list[Told], None]
+Script = Generator[list[ReplicaCall], list[ReplicaReply], m.Result]
+Part = Generator[list[ReplicaCall], list[ReplicaReply], None]

@@ -22,7 +22,7 @@ from rayk.context import TextContext
 from rayk.manager.async_manager import AsyncPagedKVCacheManager
 from rayk.params import MHAKVCacheParams
 from rayk.protocol import messages as m
-from rayk.protocol.context_sync import Sender
+from rayk.protocol.context_sync import ContextSender
 from rayk.session import InferenceSession
 
 REPLICAS = 4
@@ -165,7 +165,7 @@ class HotPath:
 
     async def bare(self) -> float:
         """Requests per second when the same bytes are only forwarded and echoed."""
-        sender, batches = Sender(), [self.batch() for _ in range(self.settings.batches)]
+        sender, batches = ContextSender(), [self.batch() for _ in range(self.settings.batches)]
         wires = [
             m.encode(m.SchedulerEnvelope("driver", 1, 1, m.PlaceMany(sender.pack(batch, whole=True))))
             for batch in batches

@@ -53,9 +53,9 @@ class End:
 
     def fetch(self, kind: str, told: tuple[int, bytes], theirs: Any, data: Any) -> float:
         """As the target: the seconds of the fetch."""
-        from rayk.transport.line import Parcel
+        from rayk.transport.line import PageExportRef
 
-        parcel = Parcel(Peer(0, 1), told[0], theirs, told[1], float("inf"), data)
+        parcel = PageExportRef(Peer(0, 1), told[0], theirs, told[1], float("inf"), data)
         began = perf_counter()
         self._lines[kind].fetch(parcel, 0, self._ids[: len(theirs)])
         return perf_counter() - began

@@ -25,7 +25,7 @@ import numpy as np
 
 from rayk.dispatch.evacuation import Offers
 from rayk.dispatch.output import Handle
-from rayk.dispatch.pending_copies import Fetches
+from rayk.dispatch.pending_copies import PendingCopies
 from rayk.dispatch.waiting import Waiting
 from rayk.errors import (
     DrainError,
@@ -40,7 +40,7 @@ from rayk.protocol.engine_reports import Shipped
 from rayk.protocol.engine_request import Request
 from rayk.request_errors import RequestCancelledError, RequestError, RequestTimeoutError
 from rayk.scheduler.scaling import Removed
-from rayk.transport.choice import Station
+from rayk.transport.choice import Endpoint
 from rayk.values import told
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Dispatcher:
         self._left = threading.Condition(self._lock)  # a request left its replica
         self._why_lost = ""
         self.closed = False
-        self._fetches = Fetches(post, self._send, steering, clock)
+        self._fetches = PendingCopies(post, self._send, steering, clock)
         self._offers = Offers(post, steering, lambda: self._who(Standing.ready), lambda: self.live, self._tell, clock)
 
     # -- requests ------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ class Dispatcher:
             lost = [r for r, each in enumerate(self._standing) if each is Standing.lost][:count]
             return lost + list(range(len(self._standing), len(self._standing) + count - len(lost)))
 
-    def meet(self, replica: int, epoch: int, station: Station | None) -> None:
+    def meet(self, replica: int, epoch: int, station: Endpoint | None) -> None:
         """Pages can be copied to and from that replica."""
         with self._turn():
             if self.steering.fetching is not None and station is not None:

@@ -17,15 +17,15 @@ from rayk.scheduler.scaling import Removed
 
 if TYPE_CHECKING:
     from rayk.scheduler.router.steering import Steering
-    from rayk.scheduler.script import Ask, Told
+    from rayk.scheduler.script import ReplicaCall, ReplicaReply
 
 
 class _Talk:
     """A script under way, and what is known of the answers to its round."""
 
-    def __init__(self, script: Generator[list[Ask], list[Told], Removed]) -> None:
+    def __init__(self, script: Generator[list[ReplicaCall], list[ReplicaReply], Removed]) -> None:
         self.script = script
-        self.answers: list[Told | None] = []
+        self.answers: list[ReplicaReply | None] = []
 
 
 class Offers:
@@ -56,11 +56,11 @@ class Offers:
         fetching = self._steering.fetching
         if fetching is None or fetching.shares_tiers or source in self._talks:
             return
-        from rayk.scheduler.transfers.evacuation import Offering
-        from rayk.scheduler.transfers.transfer import Carrier
+        from rayk.scheduler.transfers.evacuation import Evacuation
+        from rayk.scheduler.transfers.transfer import PageTransfers
 
-        carrier = Carrier(fetching.lines, self._clock)
-        self._talks[source] = _Talk(Offering(carrier, self._ready, fetching.page_size, self._clock).run(source))
+        carrier = PageTransfers(fetching.lines, self._clock)
+        self._talks[source] = _Talk(Evacuation(carrier, self._ready, fetching.page_size, self._clock).run(source))
         self._go_on(source, None)
 
     def under_way(self, source: int) -> bool:
@@ -75,17 +75,17 @@ class Offers:
 
     def hear(self, report: Report) -> None:
         """Answers that came."""
-        from rayk.scheduler.script import Told
+        from rayk.scheduler.script import ReplicaReply
 
         for answered in report.answered:
-            self._answered(answered.number, Told(answered.result, answered.data))
+            self._answered(answered.number, ReplicaReply(answered.result, answered.data))
 
     def lose(self, replica: int) -> None:
         """A replica is gone: it will not answer."""
         for number in [number for number, (_, _, who) in self._asked.items() if who == replica]:
             self._answered(number, _lost(replica))
 
-    def _answered(self, number: int, told: Told) -> None:
+    def _answered(self, number: int, told: ReplicaReply) -> None:
         source, at, _ = self._asked.pop(number, (-1, 0, 0))
         talk = self._talks.get(source)
         if talk is not None:
@@ -93,7 +93,7 @@ class Offers:
             if None not in talk.answers:
                 self._go_on(source, talk.answers)
 
-    def _go_on(self, source: int, told: list[Told | None] | None) -> None:
+    def _go_on(self, source: int, told: list[ReplicaReply | None] | None) -> None:
         """The next round: those who are gone answer at once."""
         talk = self._talks[source]
         while told is None or None not in told:
@@ -114,7 +114,7 @@ class Offers:
                     self._post(ask.replica, Query(number, ask.command, attached))  # type: ignore[arg-type]  # an offer asks nothing else
 
 
-def _lost(replica: int) -> Told:
-    from rayk.scheduler.script import Told
+def _lost(replica: int) -> ReplicaReply:
+    from rayk.scheduler.script import ReplicaReply
 
-    return Told(m.failure(ReplicaLostError(replica, 0, [], "it is gone")))
+    return ReplicaReply(m.failure(ReplicaLostError(replica, 0, [], "it is gone")))

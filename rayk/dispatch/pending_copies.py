@@ -17,14 +17,14 @@ from rayk.protocol.engine_reports import Arrived, Shipped
 
 if TYPE_CHECKING:
     from rayk.scheduler.router.steering import Steering
-    from rayk.scheduler.transfers.fetching import Fetch
+    from rayk.scheduler.transfers.fetching import CopyPlan
 
 WAIT = 5.0  # seconds
 
 
 class _Order(NamedTuple):
     handle: Handle
-    fetch: Fetch
+    fetch: CopyPlan
     since: float
 
 
@@ -38,7 +38,7 @@ class _Way(NamedTuple):
     seconds: float
 
 
-class Fetches:
+class PendingCopies:
     """The dispatcher's, under its lock. `send` has a request go to its replica, with a copy or without."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Fetches:
         """Whether the request has not gone to its replica yet."""
         return number in self._orders
 
-    def order(self, handle: Handle, fetch: Fetch) -> None:
+    def order(self, handle: Handle, fetch: CopyPlan) -> None:
         """A placed request wants a copy."""
         fetching = self._steering.fetching
         assert fetching is not None and handle.replica is not None

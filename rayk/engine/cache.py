@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from rayk.context import TextContext
-from rayk.engine.sequence import Generation
+from rayk.engine.sequence import SequenceState
 from rayk.errors import InsufficientBlocksError
 from rayk.kvcache.connector import TierCount
 from rayk.kvcache.page_hash import PageHash
@@ -43,7 +43,7 @@ class Cache:
         """Call `tell` with what is cached and dropped from now on. Before any request."""
         self.core.listen(_Told(tell))
 
-    def admit(self, generation: Generation, alone: bool) -> bool:
+    def admit(self, generation: SequenceState, alone: bool) -> bool:
         """Claim and allocate; False, and nothing changed, while there is no room. `alone`: the watermark is moot."""
         core, ctx = self.core, generation.ctx
         if not alone and core.used_fraction_after(ctx) * core.num_pages > core.num_pages - self._spare + 1e-6:
@@ -55,7 +55,7 @@ class Cache:
         core.release(ctx.request_id)
         return False
 
-    def extend(self, generation: Generation) -> bool:
+    def extend(self, generation: SequenceState) -> bool:
         """Pages for a request's next window, reusing what others cached meanwhile; False when there are too few.
 
         A part of it may have to be loaded from a tier. Then the request awaits() a load: it may not be in a batch
@@ -76,16 +76,16 @@ class Cache:
             self._land(generation)
         return True
 
-    def awaits(self, generation: Generation) -> bool:
+    def awaits(self, generation: SequenceState) -> bool:
         """Whether it has a load that extend() has not ended."""
         loads = self.core.loads
         return loads is not None and generation.ctx.request_id in loads.under_way
 
-    def loading(self, generation: Generation) -> bool:
+    def loading(self, generation: SequenceState) -> bool:
         """Whether a part of its prompt is still on its way from a tier: extend() would wait for it."""
         return self.core.loading(generation.ctx)
 
-    def _land(self, generation: Generation) -> bool:
+    def _land(self, generation: SequenceState) -> bool:
         """End the request's load, waiting for it if need be; False when it has none. It keeps the pages that it has."""
         ctx = generation.ctx
         if not self.awaits(generation):
@@ -96,7 +96,7 @@ class Cache:
         self._count(generation, generation.cached.less(found - ctx.tokens.processed))
         return True
 
-    def _count(self, generation: Generation, cached: Reused) -> None:
+    def _count(self, generation: SequenceState, cached: Reused) -> None:
         if not generation.preemptions and cached != generation.cached:
             more = (new - old for new, old in zip(cached, generation.cached, strict=True))
             self.reused = self.reused.plus(Reused(*more))
@@ -128,11 +128,11 @@ class Cache:
         if len(contexts):
             self.core.step(contexts)
 
-    def release(self, generation: Generation) -> None:
+    def release(self, generation: SequenceState) -> None:
         """Give a request's pages back; published ones stay until their place is needed."""
         self.core.release(generation.request_id)
 
-    def will_be_reused(self, generation: Generation, running: Sequence[Generation]) -> bool:
+    def will_be_reused(self, generation: SequenceState, running: Sequence[SequenceState]) -> bool:
         """Whether one of `running` is computing the very page that this request would compute first.
 
         It is worth waiting for: equal prompts that arrive together are then computed once.

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayk.engine.sampler import is_plain
-from rayk.engine.sequence import Generation
+from rayk.engine.sequence import SequenceState
 from rayk.kvcache.context_batch import ContextBatch
 
 Column = npt.NDArray[np.int64]
@@ -23,11 +23,11 @@ class Advanced(NamedTuple):
     stopped: npt.NDArray[np.bool_]
 
 
-class Rows:
+class DecodeBatch:
     """`generations[i]` and `contexts[i]` are row i of every column. `last`: the token that is to be processed next."""
 
     def __init__(self) -> None:
-        self.generations: list[Generation] = []
+        self.generations: list[SequenceState] = []
         self.contexts = ContextBatch()
         self.numbers = self.last = self._limits = np.empty(0, np.int64)
         self._stops = np.empty((0, 0), np.int64)
@@ -38,7 +38,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.generations)
 
-    def add(self, generations: Iterable[Generation]) -> None:
+    def add(self, generations: Iterable[SequenceState]) -> None:
         """Append rows for requests that have processed all, or all but the last, of their tokens."""
         new = list(generations)
         if not new:

@@ -24,12 +24,12 @@ import torch
 
 from rayk.context import TextContext
 from rayk.engine.cache import Cache
-from rayk.engine.decode_batch import Rows
+from rayk.engine.decode_batch import DecodeBatch
 from rayk.engine.detokenizer import Detokenizer, text_of
 from rayk.engine.forward import Model, forward
-from rayk.engine.page_sharing import Peers
+from rayk.engine.page_sharing import PageSharing
 from rayk.engine.sampler import Sampler, sample
-from rayk.engine.sequence import Generation
+from rayk.engine.sequence import SequenceState
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.errors import InsufficientBlocksError, RaykError
 from rayk.kvcache.replica import ReplicaCore
@@ -69,7 +69,7 @@ class Engine:
         settings: EngineSettings | None = None,
         clock: Callable[[], float] = monotonic,
         sampler: Sampler = sample,
-        peers: Peers | None = None,
+        peers: PageSharing | None = None,
     ) -> None:
         self.peers = peers
         self._sampler = sampler
@@ -84,12 +84,12 @@ class Engine:
         if self.settings.report_pages:
             self._cache.report_pages(lambda change: self._events.append(change))
         self._eos = tuple(model.eos_token_ids)
-        self._all: dict[int, Generation] = {}
+        self._all: dict[int, SequenceState] = {}
         self._ids: set[str] = set()
-        self._waiting: list[tuple[int, Generation]] = []  # a heap by order
-        self._prefill: list[Generation] = []  # by order
-        self._rows = Rows()
-        self._parked: list[Generation] = []  # paused while they decoded; they keep their pages
+        self._waiting: list[tuple[int, SequenceState]] = []  # a heap by order
+        self._prefill: list[SequenceState] = []  # by order
+        self._rows = DecodeBatch()
+        self._parked: list[SequenceState] = []  # paused while they decoded; they keep their pages
         self._paused: set[int] = set()
         self._ended: dict[int, str | Exception] = {}  # rows that end with this step, and why
         self._deadlines: list[tuple[float, int]] = []  # a heap; may hold finished ones
@@ -111,7 +111,7 @@ class Engine:
         if len(self._all) >= self.settings.max_queue:
             raise QueueFullError(request.request_id, self.settings.max_queue)
         seed = request.sampling.seed
-        generation = Generation(
+        generation = SequenceState(
             request, tokens, self.limits, self._orders, secrets.randbits(63) if seed is None else seed, self._clock()
         )
         self._orders += 1
@@ -289,7 +289,7 @@ class Engine:
         heapq.heappush(self._waiting, (newest.order, newest))
         return newest.ctx
 
-    def _no_room(self, generation: Generation) -> None:
+    def _no_room(self, generation: SequenceState) -> None:
         """A request that fits an empty replica was refused while nothing else ran: others hold the pages."""
         usage = self.core.usage
         pages = -(-generation.limit // self.limits.page_size)
@@ -298,10 +298,10 @@ class Engine:
 
     # -- prompts -------------------------------------------------------------------------------------
 
-    def _next_chunks(self, admit: bool) -> list[Generation]:
+    def _next_chunks(self, admit: bool) -> list[SequenceState]:
         """Requests whose prompts go on in this step, windows cut to the token budget (at least one token of one)."""
         left = max(1, self.settings.chunk_size - len(self._rows))
-        chunks: list[Generation] = []
+        chunks: list[SequenceState] = []
         for generation in [each for each in self._prefill if not each.paused]:
             if not left:
                 break
@@ -315,8 +315,8 @@ class Engine:
             self._admit(chunks, left)
         return chunks
 
-    def _admit(self, chunks: list[Generation], left: int) -> None:
-        passed_over: list[tuple[int, Generation]] = []
+    def _admit(self, chunks: list[SequenceState], left: int) -> None:
+        passed_over: list[tuple[int, SequenceState]] = []
         computing = [each for each in self._prefill if not each.paused]
         while left and self._waiting and self._running < self.core.max_batch_size:
             order, generation = heapq.heappop(self._waiting)
@@ -347,7 +347,7 @@ class Engine:
             heapq.heappush(self._waiting, entry)
 
     @staticmethod
-    def _cut(generation: Generation, left: int) -> int:
+    def _cut(generation: SequenceState, left: int) -> int:
         window = generation.ctx.tokens
         if window.end - window.processed > left:
             window.chunk(left)
@@ -355,7 +355,7 @@ class Engine:
 
     # -- the forward -----------------------------------------------------------------------------------
 
-    def _forward(self, chunks: list[Generation]) -> None:
+    def _forward(self, chunks: list[SequenceState]) -> None:
         """Forward the rows and the chunks, and give each its token."""
         rows = self._rows
         if chunks:
@@ -380,13 +380,13 @@ class Engine:
         elif done.logits is not None:
             self._take(chunks, done.logits)
 
-    def _broken(self, generation: Generation, error: Exception) -> None:
+    def _broken(self, generation: SequenceState, error: Exception) -> None:
         self._abort(generation, "error", self._forward_error(generation, error))
 
-    def _forward_error(self, generation: Generation, error: Exception) -> ForwardError:
+    def _forward_error(self, generation: SequenceState, error: Exception) -> ForwardError:
         return ForwardError(generation.request_id, self.core.replica, type(error).__name__, str(error))
 
-    def _take(self, chunks: list[Generation], logits: torch.Tensor) -> None:
+    def _take(self, chunks: list[SequenceState], logits: torch.Tensor) -> None:
         """Sample where a prompt or a row is complete, and move everything on."""
         rows, started = self._rows, [each for each in chunks if each.ctx.tokens.end == each.ctx.tokens.length]
         before = len(rows)
@@ -446,7 +446,7 @@ class Engine:
         if row not in self._ended:
             self._send_text(generation, detokenizer)
 
-    def _send_text(self, generation: Generation, detokenizer: Detokenizer) -> None:
+    def _send_text(self, generation: SequenceState, detokenizer: Detokenizer) -> None:
         if generation.request.stream_text and (piece := detokenizer.piece()):
             self._events.append(Text(generation.number, piece))
 
@@ -465,11 +465,11 @@ class Engine:
             else:
                 self._finish(generation, reason, None)
 
-    def _abort(self, generation: Generation, reason: str, error: RaykError) -> None:
+    def _abort(self, generation: SequenceState, reason: str, error: RaykError) -> None:
         self._withdraw(generation)
         self._finish(generation, reason, error)
 
-    def _withdraw(self, generation: Generation) -> None:
+    def _withdraw(self, generation: SequenceState) -> None:
         """Take a request from where it is, with its pages."""
         for place in (self._prefill, self._parked):
             if generation in place:
@@ -483,7 +483,7 @@ class Engine:
         self._waiting = [entry for entry in self._waiting if entry[1] is not generation]
         heapq.heapify(self._waiting)
 
-    def _finish(self, generation: Generation, reason: str, error: RaykError | None) -> None:
+    def _finish(self, generation: SequenceState, reason: str, error: RaykError | None) -> None:
         self._forget(generation)
         text = None
         try:
@@ -496,7 +496,7 @@ class Engine:
         cached, preemptions, times = generation.cached, generation.preemptions, self._times(generation)
         self._events.append(Finished(generation.number, reason, cached, text, error, preemptions, *times))
 
-    def _whole_text(self, generation: Generation, reason: str) -> str | None:
+    def _whole_text(self, generation: SequenceState, reason: str) -> str | None:
         """The answer's text, None without a tokenizer; what was not streamed of it is. Raises what that one does."""
         detokenizer = generation.detokenizer
         if detokenizer is not None:
@@ -508,12 +508,12 @@ class Engine:
         answer = generation.answer.tolist()
         return text_of(self.model.tokenizer, answer[:-1] if reason == "stop" else answer)
 
-    def _forget(self, generation: Generation) -> None:
+    def _forget(self, generation: SequenceState) -> None:
         del self._all[generation.number]
         self._ids.discard(generation.request_id)
         self._paused.discard(generation.number)
 
-    def _times(self, generation: Generation) -> tuple[float | None, float | None, float]:
+    def _times(self, generation: SequenceState) -> tuple[float | None, float | None, float]:
         """Seconds from its submission to its admission, its first token and now."""
 
         def after(moment: float | None) -> float | None:

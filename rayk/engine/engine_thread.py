@@ -40,7 +40,7 @@ class _Asked(NamedTuple):
     answer: Future[Any]
 
 
-class EngineHost:
+class EngineThread:
     """Owns its engines, by number, until remove() or stop(). All methods may be called from any thread."""
 
     def __init__(self, engines: Sequence[Engine] = (), backlog: int = BACKLOG, heartbeat: float = HEARTBEAT) -> None:
@@ -56,7 +56,7 @@ class EngineHost:
         self._failure: RemoteError | None = None  # of the thread, and so of all
         self._thread = Thread(target=self._run, name="rayk-engine", daemon=True)
 
-    def start(self) -> EngineHost:
+    def start(self) -> EngineThread:
         """Begin to work."""
         self._thread.start()
         return self

@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from rayk.engine.engine import Engine
-from rayk.engine.engine_thread import EngineHost
+from rayk.engine.engine_thread import EngineThread
 from rayk.engine.replicas import ModelSource, ReplicaFacts, ServeSettings, check_engine, facts_of, open_engine
 from rayk.engine.settings import EngineStats
 from rayk.engine.threads import TorchThreads
@@ -48,8 +48,8 @@ class InlineReplicas:
         self._tiers: NodeTiers | None = None
         self._pools: dict[Peer, PageBuffers] = {}
         self._threads = None if settings.threads is None else TorchThreads(settings.threads)
-        self._host = EngineHost().start()
-        self._hosts: list[EngineHost] = []  # by replica: a host that died takes its replicas with it
+        self._host = EngineThread().start()
+        self._hosts: list[EngineThread] = []  # by replica: a host that died takes its replicas with it
         try:
             self.add(range(settings.replicas), 0)
         except BaseException:
@@ -64,7 +64,7 @@ class InlineReplicas:
             if device not in self._models:
                 self._models[device] = self._source.load(device)
         if self._host.failed:
-            self._host = EngineHost().start()
+            self._host = EngineThread().start()
         node, sharing, added = self._node(), Counter(devices.values()), list[ReplicaFacts]()
         try:
             for replica, device in devices.items():

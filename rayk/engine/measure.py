@@ -11,7 +11,7 @@ import torch
 
 from rayk.engine.engine import Engine
 from rayk.engine.sampler import Sampled, sample
-from rayk.engine.sequence import Generation
+from rayk.engine.sequence import SequenceState
 from rayk.engine.settings import EngineSettings
 from rayk.kvcache.replica import ReplicaCore
 from rayk.kvcache.runtime_inputs import ShardInputs
@@ -67,7 +67,7 @@ def loop_cost(batch: int = 256, steps: int = 300, page_size: int = 16) -> LoopCo
     )
     left_out = 0.0
 
-    def timed(logits: torch.Tensor, generations: Sequence[Generation], plain: bool) -> Sampled:
+    def timed(logits: torch.Tensor, generations: Sequence[SequenceState], plain: bool) -> Sampled:
         nonlocal left_out
         began = thread_time()
         found = sample(logits, generations, plain)

@@ -15,24 +15,24 @@ from rayk.kvcache.page_pins import PageImport
 from rayk.kvcache.replica import ReplicaCore
 from rayk.params import OBJECT_STORE
 from rayk.protocol import messages as m
-from rayk.protocol.context_sync import Mirrors
+from rayk.protocol.context_sync import ContextMirrors
 from rayk.protocol.engine import Query, Ship
 from rayk.protocol.engine_reports import Answered, Arrived, Shipped
-from rayk.replica.page_exchange import Exchange
+from rayk.replica.page_exchange import PageExchange
 from rayk.transport.choice import Peer
-from rayk.transport.line import PageData, Parcel
+from rayk.transport.line import PageData, PageExportRef
 from rayk.transport.port import Arrival, PagePort
 from rayk.values import printable
 
 
-class Coming:
+class IncomingPages:
     """What a peer has pinned for a request: alloc() copies it."""
 
     def __init__(self, number: int, kind: str, port: PagePort, shipped: Shipped) -> None:
         pages = np.frombuffer(shipped.pages, np.int32)
         source = Peer(shipped.source, shipped.epoch)
         data = [np.frombuffer(part, np.uint8).reshape(len(pages), -1) for part in shipped.data]
-        parcel = Parcel(source, shipped.export_id, pages, shipped.offer, shipped.expires, data)
+        parcel = PageExportRef(source, shipped.export_id, pages, shipped.offer, shipped.expires, data)
         part, self._arrival = port.incoming(kind, parcel, shipped.start, shipped.hashes)
         self.imports: Sequence[PageImport] = [part]
         self._number = number
@@ -44,7 +44,7 @@ class Coming:
         return Arrived(self._number, arrival.pages, arrival.seconds, arrival.trouble)
 
 
-class Peers:
+class PageSharing:
     """One engine's port, which this object owns. What goes wrong on a line is told, and costs a recompute."""
 
     def __init__(self, port: PagePort) -> None:
@@ -83,7 +83,7 @@ class Peers:
 
     def answer(self, core: ReplicaCore, query: Query) -> Answered:
         """What a question comes to; what goes wrong is an answer, too."""
-        exchange = Exchange(core, self._port, partial(Mirrors(core.replica).context, keep=False))
+        exchange = PageExchange(core, self._port, partial(ContextMirrors(core.replica).context, keep=False))
         try:
             result, data = exchange.answer(query.command, _attached(query))
         except RaykError as error:
@@ -93,9 +93,9 @@ class Peers:
             return Answered(query.number, m.failure(RemoteError(core.replica, type(error).__name__, str(error), trace)))
         return Answered(query.number, result, [part.tobytes() for part in data])
 
-    def coming(self, number: int, shipped: Shipped) -> Coming:
+    def coming(self, number: int, shipped: Shipped) -> IncomingPages:
         """Pages that a peer has pinned, for request `number`."""
-        return Coming(number, shipped.kind, self._port, shipped)
+        return IncomingPages(number, shipped.kind, self._port, shipped)
 
     def unpin(self, export_ids: Sequence[int]) -> None:
         """Take pages back; unknown numbers are ignored."""

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from rayk.engine.engine import Engine
 from rayk.engine.graphs import with_graphs
-from rayk.engine.page_sharing import Peers
+from rayk.engine.page_sharing import PageSharing
 from rayk.engine.settings import EngineSettings, EngineStats
-from rayk.engine.tiers import NodeTiers, TierWish
+from rayk.engine.tiers import NodeTiers, TierConfig
 from rayk.errors import ConfigError, RaykError
 from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.page_hash import PageHasher
@@ -25,7 +25,7 @@ from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning.node_plan import Component, NodeMemory, ReplicaPlan, plan_replica
 from rayk.protocol.engine import Command, Report
 from rayk.tiers.opening import open_connector
-from rayk.transport.choice import Peer, Station
+from rayk.transport.choice import Endpoint, Peer
 from rayk.transport.line import Line
 from rayk.transport.port import PagePort, open_lines
 
@@ -97,7 +97,7 @@ class ServeSettings:
     hash_seed: bytes | None = None  # of pages' hashes, where somebody needs them
     reset_token: bytes | None = None  # of the last reset of the prefix cache
     reports: bool = False  # whether engines tell what they cache and drop
-    tiers: TierWish = field(default_factory=TierWish)
+    tiers: TierConfig = field(default_factory=TierConfig)
     peer_copies: bool = False  # of prefixes, between replicas
     graphs: bool = True  # decode steps as CUDA graphs
     threads: int | None = None  # of torch; None: one in a process of a replica's own, the caller's number inline
@@ -201,7 +201,7 @@ class ReplicaFacts:
     vocab_size: int
     has_tokenizer: bool
     epoch: int = 0  # of its start, for its peers
-    station: Station | None = None  # what lines to it there are; None: it copies nothing
+    station: Endpoint | None = None  # what lines to it there are; None: it copies nothing
     memory: tuple[Component, ...] = ()  # as planned and as taken
 
 
@@ -249,7 +249,7 @@ def open_engine(
             me = Peer(replica, time.time_ns() // 1000)
             page_bytes = params.bytes_per_page
             opened = lines(core.buffers) if lines is not None else open_lines(core.buffers, address)
-            peers = Peers(PagePort(me, core.exports, page_bytes, address, opened))
+            peers = PageSharing(PagePort(me, core.exports, page_bytes, address, opened))
         return Engine(
             core,
             with_graphs(model, core) if settings.graphs else model,

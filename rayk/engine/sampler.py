@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rayk.engine.sequence import Generation
+from rayk.engine.sequence import SequenceState
 from rayk.protocol.engine_reports import TokenLogprobs
 from rayk.sampling import uniforms
 
@@ -26,10 +26,10 @@ class Sampled(NamedTuple):
     logprobs: dict[int, TokenLogprobs]
 
 
-Sampler = Callable[[torch.Tensor, Sequence[Generation], bool], Sampled]
+Sampler = Callable[[torch.Tensor, Sequence[SequenceState], bool], Sampled]
 
 
-def sample(logits: torch.Tensor, generations: Sequence[Generation], plain: bool) -> Sampled:
+def sample(logits: torch.Tensor, generations: Sequence[SequenceState], plain: bool) -> Sampled:
     """One token for each row of `logits` ([n, vocab] float32, not changed). `plain`: all rows are plain."""
     best, tokens = logits.max(dim=-1)
     chosen = torch.stack((tokens, torch.isfinite(best).to(torch.int64))).cpu().numpy()  # one copy off the device
@@ -50,16 +50,16 @@ def sample(logits: torch.Tensor, generations: Sequence[Generation], plain: bool)
     return Sampled(found, failed, {row: _logprobs(logits[row], int(found[row]), generations[row]) for row in asked})
 
 
-def is_plain(generation: Generation) -> bool:
+def is_plain(generation: SequenceState) -> bool:
     """Whether its token is the most likely one, and nothing else is wanted."""
     return _takes_best(generation) and generation.sampling.logprobs is None
 
 
-def _takes_best(generation: Generation) -> bool:
+def _takes_best(generation: SequenceState) -> bool:
     return generation.sampling.greedy and generation.sampling.repetition_penalty == 1
 
 
-def _alike(rows: Sequence[int], generations: Sequence[Generation]) -> list[list[int]]:
+def _alike(rows: Sequence[int], generations: Sequence[SequenceState]) -> list[list[int]]:
     """Rows grouped by what shapes their distributions."""
     groups: dict[tuple[float, ...], list[int]] = {}
     for row in rows:
@@ -67,7 +67,7 @@ def _alike(rows: Sequence[int], generations: Sequence[Generation]) -> list[list[
     return list(groups.values())
 
 
-def _draw(scores: torch.Tensor, generations: Sequence[Generation]) -> npt.NDArray[np.int64]:
+def _draw(scores: torch.Tensor, generations: Sequence[SequenceState]) -> npt.NDArray[np.int64]:
     """Tokens of rows whose distributions are shaped alike, [n] int64."""
     scores = _penalised(scores, generations)
     sampling = generations[0].sampling
@@ -92,7 +92,7 @@ def _last_possible(scores: torch.Tensor) -> torch.Tensor:
     return scores.shape[-1] - 1 - torch.isfinite(scores).flip(-1).to(torch.int8).argmax(dim=-1)
 
 
-def _penalised(scores: torch.Tensor, generations: Sequence[Generation]) -> torch.Tensor:
+def _penalised(scores: torch.Tensor, generations: Sequence[SequenceState]) -> torch.Tensor:
     """Repetition penalties, row by row: each has its own tokens."""
     if all(each.sampling.repetition_penalty == 1 for each in generations):
         return scores
@@ -125,7 +125,7 @@ def warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> list[
     return found
 
 
-def _logprobs(row: torch.Tensor, token: int, generation: Generation) -> TokenLogprobs:
+def _logprobs(row: torch.Tensor, token: int, generation: SequenceState) -> TokenLogprobs:
     scores = torch.log_softmax(row.float(), dim=-1)
     count = min(generation.sampling.logprobs or 0, len(row))
     top = torch.topk(scores, count)

@@ -6,12 +6,12 @@ from typing import Any
 
 from rayk.context import IntArray, TextContext
 from rayk.engine.detokenizer import Detokenizer
-from rayk.engine.page_sharing import Coming
+from rayk.engine.page_sharing import IncomingPages
 from rayk.kvcache.request import NOTHING_REUSED, Reused
 from rayk.protocol.engine_request import Limits, Request
 
 
-class Generation:
+class SequenceState:
     """The engine owns it and its context. `order` is its place in the queue, kept through preemptions."""
 
     __slots__ = (
@@ -62,7 +62,7 @@ class Generation:
         self.paused = False
         self.preemptions = 0
         self.cached: Reused = NOTHING_REUSED
-        self.coming: Coming | None = None  # from a peer, until it is admitted
+        self.coming: IncomingPages | None = None  # from a peer, until it is admitted
         self.computes = False  # a load failed: the rest of its prompt is not looked for any more
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None

@@ -18,7 +18,7 @@ Size = str | int | float
 
 
 @dataclass(frozen=True, kw_only=True)
-class TierWish:
+class TierConfig:
     """What each node's replicas may take together. A disk tier has a folder and a size; without a host size its host
     tier gets an eighth of that."""
 

@@ -47,7 +47,7 @@ class PageImport:
         return self.start + len(self.hashes)
 
 
-class Exports:
+class PagePins:
     """A replica's side of page copies, in both directions. It holds tree paths for copies under way."""
 
     def __init__(self, params: KVCacheParams, tree: PrefixTree, buffers: PageBuffers) -> None:

@@ -29,12 +29,12 @@ from rayk.kvcache.context_batch import ContextBatch
 from rayk.kvcache.lookup_table import fill_batch, refuse_twice
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.kvcache.page_hash import Mask, PageHash
-from rayk.kvcache.page_pins import Exports, PageImport
+from rayk.kvcache.page_pins import PageImport, PagePins
 from rayk.kvcache.page_pool import PagePool, Pages
 from rayk.kvcache.prefix_tree import Match, PageListener, PrefixTree, Segment
 from rayk.kvcache.request import FEW, NEVER, NOTHING_REUSED, Request, Reused, Usage
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, BatchShape, InputStage, ReplicaInputs
-from rayk.kvcache.tier_loads import Loads
+from rayk.kvcache.tier_loads import TierLoads
 from rayk.params import KVCacheParams
 
 
@@ -72,7 +72,7 @@ class ReplicaCore:
         self.pool = PagePool(num_pages)
         self.tree = PrefixTree(params.page_size, self.pool)
         self.caching = params.enable_prefix_caching
-        self.exports = Exports(params, self.tree, self.buffers)
+        self.exports = PagePins(params, self.tree, self.buffers)
         self._bytes_per_page = params.bytes_per_page
         self._claims = 0  # claims and releases so far
         self._last: tuple[int, list[TextContext], list[Request]] = (0, [], [])  # see requests_of()
@@ -80,7 +80,7 @@ class ReplicaCore:
         self._eager = False  # somebody listens: publish at once
         self.input_tokens = self.device_hits = self.peer_hits = self._evicted_before = 0
         self.kept = 0  # pages of replicas that went, see rayk.kvcache.evacuation
-        self.loads: Loads | None = None
+        self.loads: TierLoads | None = None
         self._loads_before = KVCacheMetrics()
 
     def connect(self, connector: Connector) -> None:
@@ -88,7 +88,7 @@ class ReplicaCore:
 
         The core owns it: shutdown() shuts it down.
         """
-        self.loads = Loads(self, connector)
+        self.loads = TierLoads(self, connector)
         self.listen(self.loads)
 
     def listen(self, listener: PageListener) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("rayk.tiers")
 
 
-class Load:
+class TierLoad:
     """Pages `base` .. `base + pages` of a request, on their way. `reached` is where its window was moved to."""
 
     __slots__ = ("base", "landed", "pages", "reached", "transfer")
@@ -38,7 +38,7 @@ class Load:
         self.landed = -1  # leading pages that are in the tree; -1 while they are on their way
 
 
-class Loads:
+class TierLoads:
     """Listens to the core's tree and offloads what is cached; finds, starts and lands loads.
 
     `under_way` has the requests that may not go into a batch before settle(). Errors of a connector are misses.
@@ -46,7 +46,7 @@ class Loads:
 
     def __init__(self, core: ReplicaCore, connector: Connector) -> None:
         self.connector = connector
-        self.under_way: dict[str, Load] = {}
+        self.under_way: dict[str, TierLoad] = {}
         self.pages = 0  # found by alloc, less what then failed to land
         self._core = core
         self._hasher: PageHasher = core.exports.hasher
@@ -170,7 +170,7 @@ class Loads:
             return 0, 0
         active = window.end - window.processed
         pages = core.table.rows[request.row][base : base + count].copy()
-        load = Load(self._begin(found.hashes, pages), base, count, reached)
+        load = TierLoad(self._begin(found.hashes, pages), base, count, reached)
         window.processed = reached
         if reached >= window.end:  # the load covers the chunk: keep its size, move it on
             window.end = min(window.length, reached + active)
@@ -194,7 +194,7 @@ class Loads:
             self._warn("load", error)
             return Landed(0)
 
-    def land(self, request: Request, load: Load) -> None:
+    def land(self, request: Request, load: TierLoad) -> None:
         """Wait for a load and put what landed into the tree."""
         if load.landed >= 0:
             return
@@ -210,7 +210,7 @@ class Loads:
             self._core.commit(request.ctx, request, load.base + load.landed)
             self._landing = False
 
-    def resume(self, ctx: TextContext, request: Request, load: Load) -> bool:
+    def resume(self, ctx: TextContext, request: Request, load: TierLoad) -> bool:
         """The load is over and landed: whether the window had to move back to what did not."""
         good, window = (load.base + load.landed) * self._core.page_size, ctx.tokens
         if load.landed == load.pages or window.processed <= good:

@@ -25,7 +25,7 @@ from rayk.kvcache.page_hash import Mask
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, RuntimeInputs
 from rayk.kvcache.tick import Admission, HitCounts, PrefixCacheReset, Tick, TickResult
 from rayk.manager.manager import DeviceBuffer, PagedKVCacheManager, check_size, page_numbers
-from rayk.manager.waiting import Door
+from rayk.manager.waiting import AsyncAdmission
 from rayk.params import KVCacheParams, require_at_least
 from rayk.protocol.admission import AdmissionPolicy
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
@@ -115,7 +115,7 @@ class AsyncPagedKVCacheManager:
         self._steps = _Together(self._step_together)
         self._under_way: set[asyncio.Future[Any]] = set()
         self._undoing: dict[str, asyncio.Task[None]] = {}  # requests of cancelled calls, until they are released
-        self._door = Door(partial(self._run, "enter"), self.release) if admission is not None else None
+        self._door = AsyncAdmission(partial(self._run, "enter"), self.release) if admission is not None else None
 
     async def _run(self, name: str, *arguments: Any) -> Any:
         """Carry a call of the backend out; on Ray without blocking the event loop."""
@@ -276,7 +276,7 @@ class AsyncPagedKVCacheManager:
                 self._door.give_up(ctxs)
             raise
 
-    def _enter(self, door: Door, ctxs: Sequence[TextContext]) -> asyncio.Future[Any]:
+    def _enter(self, door: AsyncAdmission, ctxs: Sequence[TextContext]) -> asyncio.Future[Any]:
         return self._keep(asyncio.get_running_loop().create_task(door.enter(ctxs)))
 
     async def _admit_together(self, groups: list[Sequence[TextContext]]) -> list[list[Admission]]:

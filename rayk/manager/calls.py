@@ -21,7 +21,7 @@ import torch
 
 from rayk.actors.channel import Answer, Pending, Traffic
 from rayk.actors.interface import Runtime
-from rayk.actors.launch import Cluster, desk_settings
+from rayk.actors.launch import Deployment, desk_settings
 from rayk.context import TextContext
 from rayk.errors import (
     AlreadyClaimedError,
@@ -45,9 +45,9 @@ from rayk.kvcache.request import Usage
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, BatchShape, no_inputs, table_only
 from rayk.kvcache.tick import Admission, HitCounts, Tick, TickResult
 from rayk.manager.cluster_view import Call, current, result_of
-from rayk.manager.scaling_calls import Changes
+from rayk.manager.scaling_calls import ScalingCalls
 from rayk.protocol import messages as m
-from rayk.protocol.columns import Outcomes
+from rayk.protocol.columns import AdmitResults
 from rayk.protocol.context_sync import apply_move
 from rayk.scheduler.admission.queue import SOONEST
 from rayk.values import checked_request_id
@@ -66,10 +66,10 @@ class _Abandoned(NamedTuple):
     replica: int = -1  # of a claim
 
 
-class Calls(Changes):
+class Calls(ScalingCalls):
     """The messages of one driver to one running Cluster; `name` is that of its detached actors, if they are that."""
 
-    def __init__(self, runtime: Runtime, cluster: Cluster, name: str | None = None) -> None:
+    def __init__(self, runtime: Runtime, cluster: Deployment, name: str | None = None) -> None:
         super().__init__(runtime, cluster, name)
         params = cluster.config.params
         self._params = params
@@ -370,7 +370,7 @@ class Calls(Changes):
         if isinstance(done, m.EnterDone):
             self._became += self._entered(done)
         elif isinstance(done, m.PlaceDone):
-            refused = set(Outcomes.received(done.numbers, done.seconds, done.failures, len(ids)).refused)
+            refused = set(AdmitResults.received(done.numbers, done.seconds, done.failures, len(ids)).refused)
             where = {i: r for at, (i, r) in enumerate(zip(ids, done.replicas, strict=True)) if at not in refused}
             made = dict(zip(ids, done.generations, strict=True))
         else:
@@ -400,7 +400,7 @@ class Calls(Changes):
 
     def _landed(self, ctxs: Sequence[TextContext], done: m.PlaceDone | m.EnterDone) -> list[Admission]:
         """Move windows to where the replicas' alloc left them, and remember who has what."""
-        outcomes = Outcomes.received(done.numbers, done.seconds, done.failures, len(ctxs))
+        outcomes = AdmitResults.received(done.numbers, done.seconds, done.failures, len(ctxs))
         admissions: list[Admission] = []
         arrived = self._sender.arrived
         generations = done.generations or [0] * len(ctxs)

@@ -20,10 +20,10 @@ from functools import partial, wraps
 from time import monotonic
 from typing import Any
 
-from rayk.actors.channel import Answer, Link, Pending, hear, new_client_id
+from rayk.actors.channel import ActorChannel, Answer, Pending, hear, new_client_id
 from rayk.actors.interface import LaneState, Runtime
 from rayk.actors.lane import FastLane
-from rayk.actors.launch import Cluster
+from rayk.actors.launch import Deployment
 from rayk.errors import (
     CallTimeoutError,
     LeaseLostError,
@@ -34,7 +34,7 @@ from rayk.errors import (
     SchedulerLostError,
 )
 from rayk.protocol import messages as m
-from rayk.protocol.context_sync import Sender
+from rayk.protocol.context_sync import ContextSender
 from rayk.scheduler.membership import State
 
 SCHEDULER_SECONDS = 30.0  # for which its process may not answer: longer than a pause that it comes back from
@@ -45,11 +45,11 @@ Round = list[Pending] | Callable[[], Any]  # messages, or work that takes long a
 Call = Generator[Round, Any, Any]
 
 
-class Roster:
+class ClusterView:
     """The lines of one driver to one running Cluster. `cluster` is the latest that was heard of. `replicas` has the
     indices at which somebody is, and stays the same object; its values are what `made(index)` gives for a newcomer."""
 
-    def __init__(self, runtime: Runtime, cluster: Cluster) -> None:
+    def __init__(self, runtime: Runtime, cluster: Deployment) -> None:
         assert cluster.scheduler is not None
         self.client = new_client_id("driver")
         self.cluster = cluster
@@ -58,15 +58,15 @@ class Roster:
         self.queued = cluster.config.admission is not None
         """Whether requests wait for their turn at the scheduler."""
         self._runtime = runtime
-        self._sender = Sender()
+        self._sender = ContextSender()
         self._placed: dict[str, int] = {}
         self._claims: dict[str, int] = {}  # the generation of each claim; of one that was lost, until it is made anew
         self._lost_claims: deque[str] = deque()  # those of the latter, of which the last LOST_KNOWN are remembered
         self._released: dict[str, int] = {}  # straight on replicas; the scheduler hears of it with the next message
-        self._links: list[Link | None] = []
+        self._links: list[ActorChannel | None] = []
         self._lanes_off = "not asked for"  # why lines have no fast lanes; empty when they have
         self._dead: set[int] = set()  # replicas that died or were removed: the roster that is known is not the latest
-        self.scheduler = Link(
+        self.scheduler = ActorChannel(
             runtime,
             cluster.scheduler,
             "the scheduler",
@@ -82,7 +82,7 @@ class Roster:
         """Indices at which somebody is or was."""
         return len(self._links)
 
-    def _seat(self, cluster: Cluster) -> None:
+    def _seat(self, cluster: Deployment) -> None:
         """Have a line to everybody who is there."""
         self.cluster = cluster
         for r, seat in enumerate(cluster.seats):
@@ -96,7 +96,9 @@ class Roster:
                 self.replicas.pop(r, None)
             elif link is None or link.epoch != seat.epoch:
                 lost = partial(self._lost, r, seat.epoch)
-                self._links[r] = link = Link(self._runtime, seat.actor, f"replica {r}", seat.epoch, self.client, lost)
+                self._links[r] = link = ActorChannel(
+                    self._runtime, seat.actor, f"replica {r}", seat.epoch, self.client, lost
+                )
                 link.pages = self.queued
                 self.replicas[r] = self.made(r)
         if not self._lanes_off:
@@ -126,7 +128,7 @@ class Roster:
             if link is not None
         ]
 
-    def link(self, replica: int) -> Link:
+    def link(self, replica: int) -> ActorChannel:
         """The line to that replica; ReplicaRemovedError when nobody is there."""
         link = self._links[replica] if replica < len(self._links) else None
         if link is None:
@@ -145,7 +147,7 @@ class Roster:
         return [request_id for request_id, r in self._placed.items() if r == replica]
 
     @staticmethod
-    def _ask(link: Link, command: Any) -> Call:
+    def _ask(link: ActorChannel, command: Any) -> Call:
         """One message; its result, or the error it stands for."""
         [heard] = yield [link.send(command)]
         return result_of(heard)
@@ -186,7 +188,7 @@ class Roster:
         except CallTimeoutError:
             self._dead.update(gone)  # it is still to be heard what became of them
             raise
-        cluster: Cluster = self.scheduler.fetch(heard.data)
+        cluster: Deployment = self.scheduler.fetch(heard.data)
         if cluster.version > self.cluster.version:
             before = self._epochs
             started_here = self.cluster.started_here
@@ -240,10 +242,10 @@ class Roster:
 
 
 def current(script: Callable[..., Call]) -> Callable[..., Call]:
-    """Have a script of a Roster begin and end with the latest one."""
+    """Have a script of a ClusterView begin and end with the latest one."""
 
     @wraps(script)
-    def run(self: Roster, *arguments: Any, **named: Any) -> Call:
+    def run(self: ClusterView, *arguments: Any, **named: Any) -> Call:
         if self.behind:
             with suppress(SchedulerLostError, CallTimeoutError):  # what needs no scheduler goes on
                 yield from self.catch_up()

@@ -37,12 +37,12 @@ from rayk.kvcache.tick import Admission, HitCounts, Tick, TickResult
 from rayk.manager.local_replicas import InlineReplicas
 from rayk.protocol.messages import Traits
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
-from rayk.scheduler.transfers.copy_cost import copy_spans, worthwhile
+from rayk.scheduler.transfers.copy_cost import copy_spans, profitable_spans
 from rayk.values import checked_request_id
 
 if TYPE_CHECKING:
-    from rayk.scheduler.admission.controller import Hall
-    from rayk.scheduler.router.policy import Wish
+    from rayk.scheduler.admission.controller import AdmissionController
+    from rayk.scheduler.router.policy import RouteRequest
 
 _ME = ""  # the one driver of the inline runtime
 Work = TypeVar("Work", bound=Sequence[Any])
@@ -175,7 +175,7 @@ class InlineBackend(InlineReplicas):
         if max(resident) <= have + host + disk:  # what the others have is in this node's tiers
             return alloc(ctx)
         page_bytes, exports = core.params.bytes_per_page, list[tuple[ReplicaCore, PageExport]]()
-        spans = worthwhile(
+        spans = profitable_spans(
             copy_spans(have, resident, stop),
             lambda span: self._copy_rate.seconds((span.stop - span.start) * page_bytes),
             core.page_size,
@@ -218,7 +218,7 @@ class InlineBackend(InlineReplicas):
         return admissions
 
     def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> list[tuple[TextContext, Admission]]:
-        from rayk.scheduler.admission.controller import Visitor
+        from rayk.scheduler.admission.controller import QueuedRequest
 
         hall, offered = self._hall, self._offered
         assert hall is not None, "the manager has a policy"
@@ -234,14 +234,14 @@ class InlineBackend(InlineReplicas):
                 offered[ctx.request_id] = ctx
                 traits = Traits(tenant=ctx.tenant, priority=ctx.priority, deadline=ctx.deadline)
                 length = ctx.tokens.length
-                visitor = Visitor(_ME, partial(self._wish, ctx), ctx)
+                visitor = QueuedRequest(_ME, partial(self._wish, ctx), ctx)
                 hall.offer(visitor, ctx.request_id, length, ctx.max_length - length, traits)
         hall.expire()
         self._let_in(hall)
         fates, _ = hall.settled(_ME)
         return became + [(offered.pop(f.request_id), f.outcome or Admission(f.replica, f.error)) for f in fates]
 
-    def _let_in(self, hall: Hall) -> None:
+    def _let_in(self, hall: AdmissionController) -> None:
         while (entering := hall.next()) is not None:
             admission = self._admit(entering.visitor.what, entering.wish, entering.replica)
             error = admission.error
@@ -263,18 +263,18 @@ class InlineBackend(InlineReplicas):
         for core in self._there:
             self._hall.gate.report(core.replica, self._turn, core.usage.used)
 
-    def _route(self, request_id: str, wish: Wish) -> int:
+    def _route(self, request_id: str, wish: RouteRequest) -> int:
         self._report()
         return self._desk.choose(request_id, wish)
 
-    def _wish(self, ctx: TextContext) -> Wish:
-        from rayk.scheduler.router.policy import Wish
+    def _wish(self, ctx: TextContext) -> RouteRequest:
+        from rayk.scheduler.router.policy import RouteRequest
 
         window = ctx.tokens
         keys: Sequence[int] = ()
         if self._desk.keys is not None:
             keys = self._desk.keys.of(window.data[: window.length].tobytes(), ctx.root_key, ctx.pending_future_count)
-        return Wish(window.length, keys, ctx.session_id)
+        return RouteRequest(window.length, keys, ctx.session_id)
 
     def _report(self) -> None:
         """Tell the desk what the replicas still have to prefill; contexts say themselves how far they are."""
@@ -289,7 +289,7 @@ class InlineBackend(InlineReplicas):
             core.publish()
             self._desk.report(core.replica, waiting[core.replica], 0)
 
-    def _admit(self, ctx: TextContext, wish: Wish, replica: int) -> Admission:
+    def _admit(self, ctx: TextContext, wish: RouteRequest, replica: int) -> Admission:
         start = perf_counter()
         try:
             if replica < 0:

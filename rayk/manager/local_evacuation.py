@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from rayk.errors import RaykError
 from rayk.kvcache.replica import ReplicaCore
 from rayk.protocol import messages as m
-from rayk.protocol.context_sync import Mirrors
-from rayk.replica.page_exchange import Exchange
+from rayk.protocol.context_sync import ContextMirrors
+from rayk.replica.page_exchange import PageExchange
 from rayk.scheduler.scaling import Removed
 from rayk.transport.choice import Peer
 from rayk.transport.direct import DirectLine
@@ -19,14 +19,14 @@ from rayk.transport.port import PagePort
 
 if TYPE_CHECKING:
     from rayk.scheduler.membership import Membership
-    from rayk.scheduler.script import Ask, Told
+    from rayk.scheduler.script import ReplicaCall, ReplicaReply
 
 
 def offer_here(cores: Sequence[ReplicaCore], source: int, members: Membership) -> Removed:
     """Offer what `source` has to those of `cores` that take requests."""
-    from rayk.scheduler.transfers.evacuation import Offering
-    from rayk.scheduler.transfers.links import Lines
-    from rayk.scheduler.transfers.transfer import Carrier
+    from rayk.scheduler.transfers.evacuation import Evacuation
+    from rayk.scheduler.transfers.links import LinkTable
+    from rayk.scheduler.transfers.transfer import PageTransfers
 
     epochs = members.epochs
     pools = {Peer(core.replica, epochs[core.replica]): core.buffers for core in cores}
@@ -34,9 +34,9 @@ def offer_here(cores: Sequence[ReplicaCore], source: int, members: Membership) -
     for core in cores:
         me, page_bytes = Peer(core.replica, epochs[core.replica]), core.params.bytes_per_page
         port = PagePort(me, core.exports, page_bytes, "", [DirectLine(core.buffers, pools)])
-        exchanges[core.replica] = Exchange(core, port, partial(Mirrors(core.replica).context, keep=False))
-    carrier = Carrier(Lines(monotonic), monotonic)
-    script = Offering(carrier, lambda: members.ready, cores[0].page_size, monotonic).run(source)
+        exchanges[core.replica] = PageExchange(core, port, partial(ContextMirrors(core.replica).context, keep=False))
+    carrier = PageTransfers(LinkTable(monotonic), monotonic)
+    script = Evacuation(carrier, lambda: members.ready, cores[0].page_size, monotonic).run(source)
     try:
         asks = next(script)
         while True:
@@ -46,10 +46,10 @@ def offer_here(cores: Sequence[ReplicaCore], source: int, members: Membership) -
         return removed
 
 
-def _told(exchange: Exchange, ask: Ask) -> Told:
-    from rayk.scheduler.script import Told
+def _told(exchange: PageExchange, ask: ReplicaCall) -> ReplicaReply:
+    from rayk.scheduler.script import ReplicaReply
 
     try:
-        return Told(*exchange.answer(ask.command, ask.attached))  # type: ignore[arg-type]  # an offer asks nothing else
+        return ReplicaReply(*exchange.answer(ask.command, ask.attached))  # type: ignore[arg-type]  # an offer asks nothing else
     except RaykError as error:
-        return Told(m.failure(error))
+        return ReplicaReply(m.failure(error))

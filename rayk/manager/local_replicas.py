@@ -22,12 +22,12 @@ from rayk.params import KVCacheParams
 from rayk.planning.node_plan import measure_node, plan_replica
 from rayk.protocol.admission import AdmissionPolicy
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
-from rayk.scheduler.transfers.copy_cost import LineRate
+from rayk.scheduler.transfers.copy_cost import LinkEstimate
 from rayk.tiers.identity import find_seed, named
 from rayk.tiers.opening import open_connector
 
 if TYPE_CHECKING:
-    from rayk.scheduler.router.policy import Wish
+    from rayk.scheduler.router.policy import RouteRequest
 
 DIRECT_LATENCY, DIRECT_BANDWIDTH = 50e-6, 4e9  # of copies within this process, until some were made
 
@@ -46,11 +46,11 @@ class InlineReplicas(ABC):
         host_pages: int = 0,
         admission: AdmissionPolicy | None = None,
     ) -> None:
-        from rayk.scheduler.admission.controller import Hall
-        from rayk.scheduler.lifecycle import Standing
+        from rayk.scheduler.admission.controller import AdmissionController
+        from rayk.scheduler.lifecycle import ReplicaLifecycle
         from rayk.scheduler.membership import Membership
         from rayk.scheduler.placements import Placements
-        from rayk.scheduler.router.router import DeskSettings
+        from rayk.scheduler.router.router import RouterSettings
 
         replicas = params.data_parallel_degree
         params = named(params)
@@ -66,7 +66,7 @@ class InlineReplicas(ABC):
         self._generations = count(1)  # of claims
         self._filling: dict[str, tuple[TextContext, int]] = {}  # requests that may still have tokens to prefill
         self.prefill_rate: float | None = None
-        self._copy_rate = LineRate(DIRECT_LATENCY, DIRECT_BANDWIDTH)
+        self._copy_rate = LinkEstimate(DIRECT_LATENCY, DIRECT_BANDWIDTH)
         self._reset: bytes | None = None  # token of the last reset that replicas which join later must know of
         self._left = KVCacheMetrics()  # what removed replicas had counted
         self.allocators: dict[int, Callable[[TextContext], Any]] = {}
@@ -77,7 +77,7 @@ class InlineReplicas(ABC):
         except BaseException:
             self.close()
             raise
-        settings = DeskSettings(
+        settings = RouterSettings(
             router,
             (num_pages,) * replicas,
             params.page_size,
@@ -86,10 +86,14 @@ class InlineReplicas(ABC):
             params.enable_prefix_caching,
         )
         self._desk = settings.make(monotonic)
-        self._hall = Hall(admission, self._desk, params.page_size, monotonic) if admission is not None else None
+        self._hall = (
+            AdmissionController(admission, self._desk, params.page_size, monotonic) if admission is not None else None
+        )
         self._turn = 0  # looks at the replicas
         self._offered: dict[str, TextContext] = {}  # requests that wait
-        self._standing = Standing(Membership([1] * replicas), self._desk, self._placements, self._forget_all, settings)
+        self._standing = ReplicaLifecycle(
+            Membership([1] * replicas), self._desk, self._placements, self._forget_all, settings
+        )
         if self._hall is not None:
             self._standing.vacated = self._hall.lost
         for core in self._there if self._desk.keyed else ():
@@ -129,7 +133,7 @@ class InlineReplicas(ABC):
         """core.receive() with copies from the others."""
 
     @abstractmethod
-    def _wish(self, ctx: TextContext) -> Wish:
+    def _wish(self, ctx: TextContext) -> RouteRequest:
         """What the router goes by."""
 
     @property
@@ -229,9 +233,9 @@ class InlineReplicas(ABC):
         request, desk = source.requests[request_id], self._desk
         source.publish()
         ctx = request.ctx.snapshot() if request.ctx is not None and request.pages else None
-        from rayk.scheduler.router.policy import Wish
+        from rayk.scheduler.router.policy import RouteRequest
 
-        wish, tried = self._wish(ctx) if ctx is not None else Wish(0), list[int]()
+        wish, tried = self._wish(ctx) if ctx is not None else RouteRequest(0), list[int]()
         failed: RaykError = NoReplicaError(request_id)
         while len(tried) < len(self._there) - 1:
             open_ = desk.fleet.ready.copy()

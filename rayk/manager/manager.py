@@ -38,7 +38,7 @@ from rayk.kvcache.page_hash import Mask
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, RuntimeInputs
 from rayk.kvcache.tick import Admission, HitCounts, PrefixCacheReset, Tick, TickResult
 from rayk.manager.local import Backend, InlineBackend
-from rayk.manager.waiting import Line
+from rayk.manager.waiting import BlockingAdmission
 from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning.budget import compute_num_host_blocks
 from rayk.planning.node_plan import plan_here
@@ -140,7 +140,7 @@ class PagedKVCacheManager:
             admission,
         )
         self._fast_lane = fast_lane
-        self._line = Line(self._enter, self.release) if admission is not None else None
+        self._line = BlockingAdmission(self._enter, self.release) if admission is not None else None
         self._backend = self._start(session, wanted)
         if prefill_rate is not None:
             self.prefill_rate = prefill_rate
@@ -174,11 +174,11 @@ class PagedKVCacheManager:
                 wanted.host_pages,
                 wanted.admission,
             )
-        from rayk.actors.launch import ClusterConfig, start_cluster
+        from rayk.actors.launch import DeploymentConfig, start_cluster
         from rayk.manager.ray_backend import RayBackend
 
         name = f"{session.name}/{session.managers_made}" if session.name is not None else None
-        config = ClusterConfig(self.params, *wanted)
+        config = DeploymentConfig(self.params, *wanted)
         return RayBackend(session.ray, start_cluster(session.ray, config, name), name, self._fast_lane)
 
     # -- checks ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 
 from rayk.actors.channel import Traffic
 from rayk.actors.interface import ActorGoneError, LaneState, Runtime
-from rayk.actors.launch import Cluster
+from rayk.actors.launch import Deployment
 from rayk.context import TextContext
 from rayk.errors import CallTimeoutError, InsufficientBlocksError, NotOwnerError, RaykError, SchedulerLostError
 from rayk.kvcache.connector import TierCount
@@ -41,7 +41,7 @@ class RayBackend:
     for each driver, and it would stay when its driver is killed.
     """
 
-    def __init__(self, runtime: Runtime, cluster: Cluster, name: str | None, fast_lane: bool = False) -> None:
+    def __init__(self, runtime: Runtime, cluster: Deployment, name: str | None, fast_lane: bool = False) -> None:
         self.calls = Calls(runtime, cluster, name)
         self.calls.made = lambda replica: partial(self.alloc, replica=replica)
         self.allocators = self.calls.replicas
@@ -179,7 +179,7 @@ class RayBackend:
         return self.calls.buffers(replica)
 
     @property
-    def _cluster(self) -> Cluster:
+    def _cluster(self) -> Deployment:
         return self.calls.cluster
 
     def node_names(self) -> list[str]:

@@ -11,20 +11,20 @@ from functools import partial
 from time import monotonic, sleep
 
 from rayk.actors.interface import Runtime
-from rayk.actors.launch import Cluster, Seat, desk_settings, start_replicas
+from rayk.actors.launch import Deployment, ReplicaHandle, desk_settings, start_replicas
 from rayk.actors.scale_out import Placed, give_back, place_replicas, vacate
 from rayk.errors import DrainError, SchedulerLostError
-from rayk.manager.cluster_view import Call, Roster, apart, current, result_of
+from rayk.manager.cluster_view import Call, ClusterView, apart, current, result_of
 from rayk.protocol import messages as m
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
 
 LOOK_SECONDS = 0.02  # between two looks at a replica that drains
 
 
-class Changes(Roster):
+class ScalingCalls(ClusterView):
     """`name` is that of the cluster's detached actors, if they are that."""
 
-    def __init__(self, runtime: Runtime, cluster: Cluster, name: str | None = None) -> None:
+    def __init__(self, runtime: Runtime, cluster: Deployment, name: str | None = None) -> None:
         super().__init__(runtime, cluster)
         self._name = name
 
@@ -33,7 +33,7 @@ class Changes(Roster):
         """Start `count` more replicas; their indices. Whatever fails, nothing is left behind."""
         enlisted: m.Enlisted = yield from self._ask(self.scheduler, m.Enlist(count))
         replicas, joined = enlisted.replicas, list[int]()
-        placed, seats = Placed([], [], []), list[Seat]()
+        placed, seats = Placed([], [], []), list[ReplicaHandle]()
         try:
             yield from self.catch_up()  # others may have come meanwhile
             cluster, name = self.cluster, self._name
@@ -52,7 +52,7 @@ class Changes(Roster):
             raise
         return replicas
 
-    def _undo(self, replicas: list[int], placed: Placed, seats: list[Seat]) -> Call:
+    def _undo(self, replicas: list[int], placed: Placed, seats: list[ReplicaHandle]) -> Call:
         """Stop what was started for those indices and let go of them."""
         epochs = {at.epoch for at in placed.places if at.replica in replicas}
         kept = [id(at.placement.group) for at in placed.places if at.replica not in replicas]

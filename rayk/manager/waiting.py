@@ -31,7 +31,7 @@ def _twice(ctxs: Sequence[TextContext], waiting: Iterable[str] = ()) -> dict[int
     return twice
 
 
-class Line:
+class BlockingAdmission:
     """`enter` offers requests, gives others up, and says what is settled; `release` gives back what was placed for a
     caller that was interrupted."""
 
@@ -101,12 +101,12 @@ class Line:
         return [results[at] for at in range(len(ctxs))]
 
 
-class _Guest(NamedTuple):
+class _Waiter(NamedTuple):
     ctx: TextContext
     future: asyncio.Future[Admission]
 
 
-class Door:
+class AsyncAdmission:
     """The same for an event loop, with one message under way at a time. `release` gives back what was placed for
     nobody."""
 
@@ -117,7 +117,7 @@ class Door:
     ) -> None:
         self._enter = enter
         self._release = release
-        self._guests: dict[int, _Guest] = {}  # who waits, by the identity of the context
+        self._guests: dict[int, _Waiter] = {}  # who waits, by the identity of the context
         self._offers: list[TextContext] = []
         self._given_up: list[str] = []
         self._news = False  # something was released and not told of yet
@@ -133,7 +133,7 @@ class Door:
             raise ClosedError("this AsyncPagedKVCacheManager")
         twice = _twice(ctxs, (guest.ctx.request_id for guest in self._guests.values()))
         loop = asyncio.get_running_loop()
-        guests = {at: _Guest(ctx, loop.create_future()) for at, ctx in enumerate(ctxs) if at not in twice}
+        guests = {at: _Waiter(ctx, loop.create_future()) for at, ctx in enumerate(ctxs) if at not in twice}
         for guest in guests.values():
             self._guests[id(guest.ctx)] = guest
             self._offers.append(guest.ctx)

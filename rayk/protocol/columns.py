@@ -33,7 +33,7 @@ def matrix(raw: bytes, rows: int, columns: int) -> Int64:
     return np.frombuffer(raw, np.int64).reshape(rows, columns)
 
 
-class Batch:
+class PackedContexts:
     """Received Contexts: readable by row, and divisible by replica without looking at tokens."""
 
     def __init__(self, contexts: Contexts) -> None:
@@ -112,7 +112,7 @@ def joined(parts: Sequence[Contexts]) -> Contexts:
     return Contexts(ids, b"".join([p.numbers for p in parts]), b"".join([p.tokens for p in parts]), traits)
 
 
-class Outcome(NamedTuple):
+class AdmitResult(NamedTuple):
     """One row of Outcomes. `processed` is -1 for a context that was refused or not tried."""
 
     processed: int
@@ -124,7 +124,7 @@ class Outcome(NamedTuple):
     disk_tokens: int = 0
 
 
-class Outcomes:
+class AdmitResults:
     """What became of each context of a batch; nothing yet when made."""
 
     def __init__(self, rows: int) -> None:
@@ -133,7 +133,7 @@ class Outcomes:
         self.failures: dict[int, Failure] = {}
 
     @classmethod
-    def received(cls, numbers: bytes, seconds: bytes, failures: dict[int, Failure], rows: int) -> Outcomes:
+    def received(cls, numbers: bytes, seconds: bytes, failures: dict[int, Failure], rows: int) -> AdmitResults:
         """Those of an AdmitDone or a PlaceDone; read-only."""
         outcomes = cls.__new__(cls)
         outcomes.numbers = matrix(numbers, rows, RESULTS)
@@ -165,6 +165,6 @@ class Outcomes:
         rows: list[int] = np.flatnonzero(self.numbers[:, 0] < 0).tolist()
         return rows
 
-    def __getitem__(self, row: int) -> Outcome:
+    def __getitem__(self, row: int) -> AdmitResult:
         processed, end, cached, *reused = self.numbers[row].tolist()
-        return Outcome(processed, end, None if cached < 0 else cached, *reused)
+        return AdmitResult(processed, end, None if cached < 0 else cached, *reused)

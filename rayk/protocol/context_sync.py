@@ -11,7 +11,7 @@ import numpy as np
 
 from rayk.context import PLAIN_ROOT, IntArray, TextContext, as_int32
 from rayk.errors import MessageError, StaleContextError, TokenError
-from rayk.protocol.columns import PLAIN, Batch, Outcome
+from rayk.protocol.columns import PLAIN, AdmitResult, PackedContexts
 from rayk.protocol.messages import Contexts, ContextView, Moved, Origin, Traits
 from rayk.values import checked_integer
 
@@ -41,7 +41,7 @@ def _int64(numbers: Sequence[int], ctxs: Sequence[TextContext]) -> bytes:
         raise
 
 
-class Sender:
+class ContextSender:
     """What each replica has been sent of each context. A different context under the same id starts anew."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def _usual(ctx: TextContext) -> bool:
 _USUAL = (None, None, None, None, 0, None, b"", b"")
 
 
-def apply_move(ctx: TextContext, moved: Moved | Outcome) -> None:
+def apply_move(ctx: TextContext, moved: Moved | AdmitResult) -> None:
     """Move the driver's window to where the replica's alloc left it."""
     ctx.tokens.processed, ctx.tokens.end = moved.processed, moved.end
     ctx.cached_prefix_length = moved.cached_prefix
@@ -141,7 +141,7 @@ def moved(ctx: TextContext) -> Moved:
     return Moved(ctx.tokens.processed, ctx.tokens.end, ctx.cached_prefix_length)
 
 
-class Mirrors:
+class ContextMirrors:
     """A replica's copies of the contexts it serves, by request id."""
 
     def __init__(self, replica: int) -> None:
@@ -174,7 +174,7 @@ class Mirrors:
         ctx.maybe_accepted_draft_tokens = _tokens(view.accepted)
         return ctx
 
-    def row(self, batch: Batch, row: int, keep: bool = True) -> TextContext:
+    def row(self, batch: PackedContexts, row: int, keep: bool = True) -> TextContext:
         """The same for one row of a batch."""
         request_id, tokens = batch.ids[row], batch.int32[row]
         base, sent, processed, end, max_length, pending, cached = batch.rows[row]

@@ -21,7 +21,7 @@ class _Sender(Generic[T]):
         self.answers: dict[int, T] = {}
 
 
-class Answers(Generic[T]):
+class ReplyCache(Generic[T]):
     """Numbers grow from 1 for each sender; 0 is a question, which changes nothing and is not remembered.
 
     A receiver that works on several messages of one sender at once needs a `window` of as many answers at least;

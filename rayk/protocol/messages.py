@@ -20,7 +20,7 @@ from rayk.errors import MessageError, RaykError, UnsendableError
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.params import OBJECT_STORE
 from rayk.protocol.admission import AdmissionState
-from rayk.transport.choice import Station
+from rayk.transport.choice import Endpoint
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
@@ -244,7 +244,7 @@ class GetUsage(_Message, frozen=True):
     pass
 
 
-class GetNews(_Message, frozen=True):
+class GetCacheDelta(_Message, frozen=True):
     """For the news that come with the answer."""
 
 
@@ -294,7 +294,7 @@ class GetContexts(_Message, frozen=True):
     generations: list[int] = []
 
 
-class Follow(_Message, frozen=True):
+class StartCacheEvents(_Message, frozen=True):
     """Note from now on which pages are cached, for a router that goes by that; what is cached already counts."""
 
 
@@ -315,7 +315,7 @@ ReplicaCommand = (
     | Step
     | Blocks
     | GetUsage
-    | GetNews
+    | GetCacheDelta
     | UsedFraction
     | GetMetrics
     | ResetMetrics
@@ -326,7 +326,7 @@ ReplicaCommand = (
     | PollTransfers
     | Drain
     | GetContexts
-    | Follow
+    | StartCacheEvents
 )
 
 
@@ -509,7 +509,7 @@ READ_ONLY = (
     Inputs,
     Blocks,
     GetUsage,
-    GetNews,
+    GetCacheDelta,
     UsedFraction,
     GetMetrics,
     ReadPages,
@@ -524,7 +524,7 @@ READ_ONLY = (
 NOT_ASKED = -2  # for ReplicaEnvelope.known; -1 knows nothing
 
 
-class News(_Part, frozen=True):
+class CacheDelta(_Part, frozen=True):
     """What changed in a replica's cache in batches since + 1 .. number, in order; since -1: all that it holds.
 
     A change is (stored or removed, page keys of 8 bytes). `unfilled` are tokens that the replica still has to prefill
@@ -611,7 +611,7 @@ class Found(_Message, frozen=True):
     disk: list[int] = []
     room: int = 0
     epoch: int = 0
-    station: Station | None = None
+    station: Endpoint | None = None
 
 
 class Exported(_Message, frozen=True):
@@ -919,7 +919,7 @@ class Reply(_Message, frozen=True):
     result: Result
     seen: int = 0
     unfilled: int = 0
-    news: News | None = None
+    news: CacheDelta | None = None
     pages: tuple[int, int] | None = None
     roster: int = 0
 

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from rayk.context import TextContext
 from rayk.kvcache.page_hash import KEY_BYTES, PageHash
 from rayk.kvcache.page_pool import Pages
-from rayk.protocol.messages import NOT_ASKED, News
+from rayk.protocol.messages import NOT_ASKED, CacheDelta
 
 KEPT = 1 << 18  # pages in batches that can still be asked for
 BEHIND = 1 << 16  # batches that one answer tells of
 Change = tuple[bool, bytes]  # stored or removed, keys of the pages
 
 
-class Journal:
+class CacheEventLog:
     """A listener of one replica's prefix tree. `everything` yields the hashes of all cached pages."""
 
     def __init__(self, everything: Callable[[], Iterator[bytes]]) -> None:
@@ -60,26 +60,26 @@ class Journal:
             self._since, dropped = self._closed.popleft()
             self._kept -= sum(len(keys) for _, keys in dropped)
 
-    def news(self, known: int, free: int) -> News | None:
+    def news(self, known: int, free: int) -> CacheDelta | None:
         """What came after batch `known`; None when that is nothing, or was not asked for."""
         if known == NOT_ASKED or known == self.number:
             return None
         if not max(self._since, self.number - BEHIND) <= known <= self.number:
             whole = b"".join(_keys([page]) for page in self._everything())
-            return News(self.number, -1, [[(True, whole)]], self._unfilled, free)
+            return CacheDelta(self.number, -1, [[(True, whole)]], self._unfilled, free)
         batches: list[list[Change]] = [[] for _ in range(self.number - known)]
         for number, changes in reversed(self._closed):
             if number <= known:
                 break
             batches[number - known - 1] = changes
-        return News(self.number, known, batches, self._unfilled, free)
+        return CacheDelta(self.number, known, batches, self._unfilled, free)
 
 
 def _keys(hashes: Iterable[bytes]) -> bytes:
     return b"".join([each[:KEY_BYTES] for each in hashes])
 
 
-class Unfilled:
+class PrefillBacklog:
     """Tokens of claimed requests that no forward has processed yet: what a replica still has to prefill."""
 
     def __init__(self) -> None:

@@ -19,11 +19,11 @@ from rayk.kvcache.replica import ReplicaCore
 from rayk.params import OBJECT_STORE
 from rayk.protocol import messages as m
 from rayk.transport.choice import Peer
-from rayk.transport.line import PageData, Parcel
+from rayk.transport.line import PageData, PageExportRef
 from rayk.transport.port import Arrival, PagePort
 
 
-class Exchange:
+class PageExchange:
     """Between `core` and the others, through `port`. `context` makes the context of a view, which is not kept."""
 
     def __init__(self, core: ReplicaCore, port: PagePort, context: Callable[[m.ContextView], TextContext]) -> None:
@@ -86,7 +86,7 @@ class Exchange:
             if len(pages) != len(head.hashes):
                 raise MessageError(f"an import of {len(pages)} page(s) came with {len(head.hashes)} hash(es)")
             source = Peer(head.source, head.epoch)
-            parcel = Parcel(source, head.export_id, pages, head.offer, head.expires, data)
+            parcel = PageExportRef(source, head.export_id, pages, head.offer, head.expires, data)
             imported, arrival = self._port.incoming(head.line, parcel, head.start, head.hashes)
             imports.append(imported)
             arrivals.append(arrival)

@@ -33,11 +33,11 @@ from rayk.kvcache.replica import ReplicaCore
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, ReplicaInputs
 from rayk.kvcache.tick import Tick
 from rayk.protocol import messages as m
-from rayk.protocol.columns import RESULTS, Batch
-from rayk.protocol.context_sync import Mirrors, Sender, moved
-from rayk.protocol.dedup import Answers
-from rayk.replica.cache_events import Journal, Unfilled
-from rayk.replica.page_exchange import Exchange, reported
+from rayk.protocol.columns import RESULTS, PackedContexts
+from rayk.protocol.context_sync import ContextMirrors, ContextSender, moved
+from rayk.protocol.dedup import ReplyCache
+from rayk.replica.cache_events import CacheEventLog, PrefillBacklog
+from rayk.replica.page_exchange import PageExchange, reported
 from rayk.transport.choice import Peer
 from rayk.transport.line import PageData
 from rayk.transport.port import PagePort, open_lines
@@ -65,19 +65,19 @@ class ReplicaService:
         self.core = core
         me, bytes_per_page = Peer(core.replica, epoch), core.params.bytes_per_page
         self.port = PagePort(me, core.exports, bytes_per_page, address, open_lines(core.buffers, address), clock)
-        self._journal = Journal(core.page_hashes)
+        self._journal = CacheEventLog(core.page_hashes)
         self._noted = journal
         if journal:
             core.listen(self._journal)
-        self._unfilled = Unfilled()
+        self._unfilled = PrefillBacklog()
         self.epoch = epoch
         self._turn = epoch  # microseconds when it started: higher than any number of the replica before it
         self._dumps = dumps
         self._clock = clock
-        self._mirrors = Mirrors(core.replica)
+        self._mirrors = ContextMirrors(core.replica)
         self._sender = ""  # of the message that is being answered
-        self._exchange = Exchange(core, self.port, partial(self._mirrors.context, keep=False))
-        self._answers: Answers[tuple[bytes, PageData]] = Answers()
+        self._exchange = PageExchange(core, self.port, partial(self._mirrors.context, keep=False))
+        self._answers: ReplyCache[tuple[bytes, PageData]] = ReplyCache()
 
     def handle(self, wire: bytes, attached: Sequence[PageData] = ()) -> tuple[bytes, PageData]:
         """Answer one envelope. `attached` holds page data for its imports; the second result goes with Exported
@@ -151,7 +151,7 @@ class ReplicaService:
                 if request is None:
                     return m.BlocksDone(False, []), []
                 return m.BlocksDone(True, core.blocks(request_id), request.generation, request.client), []
-            case m.GetNews():
+            case m.GetCacheDelta():
                 pass
             case m.GetUsage():
                 return m.UsageDone(*core.usage), []
@@ -177,7 +177,7 @@ class ReplicaService:
                 core.poll_transfers()
             case m.Drain():
                 core.drain()
-            case m.Follow():
+            case m.StartCacheEvents():
                 if not self._noted:
                     self._noted = True
                     core.listen(self._journal)
@@ -229,7 +229,7 @@ class ReplicaService:
                 ctxs.append(ctx)
             elif request is not None:
                 bare.append(request_id)
-        return m.ContextsDone(Sender().pack(ctxs, whole=True), bare, dummies)
+        return m.ContextsDone(ContextSender().pack(ctxs, whole=True), bare, dummies)
 
     def _released(self, command: m.Release) -> m.Result:
         """Release all of the claims that are meant; or none, when one is not there and none may be missing."""
@@ -269,7 +269,7 @@ class ReplicaService:
     def _admit(self, command: m.Admit, attached: Sequence[PageData]) -> m.AdmitDone:
         imports, arrivals = self._exchange.imports(command.imports, attached)
         uses = {row: [imports[i] for i in of] for row, of in command.uses.items()}
-        batch = Batch(command.contexts)
+        batch = PackedContexts(command.contexts)
         claims = list(
             zip(of_each(batch.ids, command.clients, ""), of_each(batch.ids, command.generations, 0), strict=True)
         )
@@ -293,7 +293,7 @@ class ReplicaService:
 
     def _admit_one(
         self,
-        batch: Batch,
+        batch: PackedContexts,
         row: int,
         command: m.Admit,
         imports: Sequence[PageImport],

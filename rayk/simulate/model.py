@@ -103,12 +103,12 @@ class Simulator:
         """Serve the workload, each replica prefilling `rate` tokens a second. `weights` are for the cost router."""
         from rayk.scheduler.router.cost import Cost
         from rayk.scheduler.router.policies import make_policy, wants_keys
-        from rayk.scheduler.router.policy import Wish
+        from rayk.scheduler.router.policy import RouteRequest
         from rayk.scheduler.router.prefix_index import PrefixIndex
-        from rayk.scheduler.router.replica_loads import Fleet
+        from rayk.scheduler.router.replica_loads import ReplicaLoads
 
         pages = self.pages(case.capacity)
-        index, fleet = PrefixIndex(case.replicas), Fleet(case.replicas, rate, pages * self.page_size)
+        index, fleet = PrefixIndex(case.replicas), ReplicaLoads(case.replicas, rate, pages * self.page_size)
         router = Cost(index, self.page_size, weights) if weights else make_policy(case.router, index, self.page_size)
         keyed = wants_keys(case.router)
 
@@ -125,7 +125,7 @@ class Simulator:
         for place, (request, now) in enumerate(zip(self.order, self.times, strict=True)):
             fleet.advance(now)
             tokens = self.tokens[request]
-            wish = Wish(tokens, self.paths.keys(request) if keyed else (), self.sessions[request])
+            wish = RouteRequest(tokens, self.paths.keys(request) if keyed else (), self.sessions[request])
             replica = router.choose(wish, fleet).replica
             found = caches[replica].serve(request) * self.page_size
             fleet.place(replica, tokens - found, tokens)

@@ -126,9 +126,9 @@ def carry(load: Load) -> Carried:
     """Fill the caches, then serve the load."""
     from rayk.scheduler.router.kv_events import Event, EventBatch, Intake, decode, encode, removed, stored
     from rayk.scheduler.router.policies import make_policy
-    from rayk.scheduler.router.policy import Wish
+    from rayk.scheduler.router.policy import RouteRequest
     from rayk.scheduler.router.prefix_index import PrefixIndex
-    from rayk.scheduler.router.replica_loads import Fleet
+    from rayk.scheduler.router.replica_loads import ReplicaLoads
 
     requests = Conversations(load.seed)
     replicas = [Replica(load.pages) for _ in range(load.replicas)]
@@ -144,7 +144,7 @@ def carry(load: Load) -> Carried:
             replica.serve(-1 - number, keys)
             events.append(stored(keys, None, PAGE))
         intake.take(r, 1, 0, events)
-    fleet = Fleet(load.replicas, PREFILL_RATE)
+    fleet = ReplicaLoads(load.replicas, PREFILL_RATE)
     policy = make_policy(load.router, index, PAGE)
     arrivals = np.cumsum(np.random.default_rng(load.seed + 2).exponential(1 / load.rate, load.requests)).tolist()
     gc.collect()
@@ -157,7 +157,7 @@ def carry(load: Load) -> Carried:
         tokens = len(keys) * PAGE + 1
         began = thread_time_ns()
         fleet.advance(now)
-        choice = policy.choose(Wish(tokens, keys, str(conversation)), fleet)
+        choice = policy.choose(RouteRequest(tokens, keys, str(conversation)), fleet)
         promised = index.promise(choice.replica, keys)
         fleet.place(choice.replica, tokens - PAGE * (len(keys) - len(promised)), tokens)
         spent.append(thread_time_ns() - began)

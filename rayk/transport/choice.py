@@ -33,7 +33,7 @@ class Peer(NamedTuple):
     epoch: int
 
 
-class Station(msgspec.Struct, frozen=True, array_like=True):
+class Endpoint(msgspec.Struct, frozen=True, array_like=True):
     """A replica as an end of lines. `host` is the same for processes that can open each other's memory, `address` where
     others reach it, `lines` the kinds that it has, `page_bytes` what a page of all its buffers weighs."""
 
@@ -43,7 +43,7 @@ class Station(msgspec.Struct, frozen=True, array_like=True):
     page_bytes: int
 
 
-def choose_line(source: Station, target: Station, wanted: str = AUTO, broken: Collection[str] = ()) -> str:
+def choose_line(source: Endpoint, target: Endpoint, wanted: str = AUTO, broken: Collection[str] = ()) -> str:
     """The best kind that both have, that reaches from one to the other and is not `broken`.
 
     `wanted` is preferred to better ones, where it can be used. The object store is left over when nothing else is.

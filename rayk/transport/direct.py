@@ -9,7 +9,7 @@ from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.page_pool import Pages
 from rayk.params import SHARED_MEMORY
 from rayk.transport.choice import Peer
-from rayk.transport.line import Parcel
+from rayk.transport.line import PageExportRef
 
 _numbers = count(1)
 _pinned: set[bytes] = set()  # of all lines of this process: what their offers said, as long as it holds
@@ -34,7 +34,7 @@ class DirectLine:
     def end(self, export_id: int) -> None:
         _pinned.discard(self._seals.pop(export_id, b""))
 
-    def fetch(self, parcel: Parcel, first: int, pages: Pages) -> None:
+    def fetch(self, parcel: PageExportRef, first: int, pages: Pages) -> None:
         source = self._pools.get(parcel.source)
         if source is None:
             raise LineError(self.kind, parcel.source.replica, "it is gone")

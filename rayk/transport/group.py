@@ -28,7 +28,7 @@ from rayk.errors import LineError
 from rayk.kvcache.page_pool import Pages
 from rayk.params import GROUP
 from rayk.transport.choice import Peer
-from rayk.transport.line import Parcel
+from rayk.transport.line import PageExportRef
 
 OPEN_SECONDS = 5.0  # for the other side to come
 MESSAGE_BYTES = 2 << 20  # pages that are smaller travel several to a message
@@ -99,7 +99,7 @@ class GroupLine:
 
     # -- the target's end ----------------------------------------------------------------------------
 
-    def fetch(self, parcel: Parcel, first: int, pages: Pages) -> None:
+    def fetch(self, parcel: PageExportRef, first: int, pages: Pages) -> None:
         source = parcel.source
         try:
             group = self._joined(parcel)
@@ -108,7 +108,7 @@ class GroupLine:
             self._close_incoming(source.replica)
             raise LineError(self.kind, source.replica, str(error).splitlines()[0][:300]) from None
 
-    def _joined(self, parcel: Parcel) -> Group:
+    def _joined(self, parcel: PageExportRef) -> Group:
         told = msgspec.msgpack.decode(parcel.offer, type=_Offer)
         if told.widths != self._widths:
             raise ValueError(f"its pages have buffers of {told.widths} bytes, here they have {self._widths}")
@@ -119,7 +119,7 @@ class GroupLine:
             self._in[parcel.source.replica] = known = parcel.source, told, group
         return known[2]
 
-    def _receive(self, group: Group, parcel: Parcel, first: int, pages: Pages) -> None:
+    def _receive(self, group: Group, parcel: PageExportRef, first: int, pages: Pages) -> None:
         """All of the parcel's messages, in their order; what is not wanted of them lands nowhere."""
         waiting: list[Any] = []
         scattered: list[tuple[torch.Tensor, Pages, torch.Tensor]] = []
@@ -134,7 +134,7 @@ class GroupLine:
             buffer[torch.from_numpy(mine.astype(np.int64)).to(buffer.device)] = rows.to(buffer.device)
 
     def _post_receives(
-        self, group: Group, parcel: Parcel, first: int, pages: Pages, waiting: list[Any], scattered: list[Any]
+        self, group: Group, parcel: PageExportRef, first: int, pages: Pages, waiting: list[Any], scattered: list[Any]
     ) -> None:
         at = 0
         for chunk in _chunks(self._widths, parcel.pages):

@@ -28,7 +28,7 @@ Clock = Callable[[], float]
 PageData = list[npt.NDArray[np.uint8]]  # one [pages, bytes per page] array per buffer
 
 
-class Parcel(NamedTuple):
+class PageExportRef(NamedTuple):
     """Pages that a source has pinned for a target.
 
     `pages` are its page ids, `offer` what its line said to be told to the target, `expires` when it unpins them
@@ -58,7 +58,7 @@ class Line(Protocol):
         that reads them, then or later, is a LineError. Ignores unknown ids."""
         ...
 
-    def fetch(self, parcel: Parcel, first: int, pages: Pages) -> None:
+    def fetch(self, parcel: PageExportRef, first: int, pages: Pages) -> None:
         """As the target: fill `pages` with the parcel's pages from number `first` on. LineError, after a bounded wait.
 
         When this returns nothing writes to the pages any more, whatever came of it.
@@ -94,7 +94,7 @@ class StoreLine:
     def end(self, export_id: int) -> None:
         self.made.pop(export_id, None)
 
-    def fetch(self, parcel: Parcel, first: int, pages: Pages) -> None:
+    def fetch(self, parcel: PageExportRef, first: int, pages: Pages) -> None:
         problem = self._buffers.check_layout(parcel.data, len(parcel.pages))
         if problem is not None:
             raise LineError(self.kind, parcel.source.replica, problem)

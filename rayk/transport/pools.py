@@ -29,7 +29,7 @@ from rayk.kvcache.page_pool import Pages
 from rayk.kvcache.shared_memory import SharedFile, map_shared, shared_zeros
 from rayk.params import SHARED_MEMORY
 from rayk.transport.choice import Peer
-from rayk.transport.line import Clock, Parcel
+from rayk.transport.line import Clock, PageExportRef
 
 SEALS = 4096  # exports that can be told apart at a time; one that finds its place taken breaks the older one
 
@@ -99,7 +99,7 @@ class PoolLine:
         if self._seals[export_id % SEALS] == export_id:
             self._seals[export_id % SEALS] = 0
 
-    def fetch(self, parcel: Parcel, first: int, pages: Pages) -> None:
+    def fetch(self, parcel: PageExportRef, first: int, pages: Pages) -> None:
         source = parcel.source
         known = self._open.get(source.replica)
         try:
@@ -123,7 +123,7 @@ class PoolLine:
         self.drop(source.replica)
         return LineError(self.kind, source.replica, f"its pool cannot be read: {error}")
 
-    def _check_seal(self, opened: _Opened, parcel: Parcel) -> None:
+    def _check_seal(self, opened: _Opened, parcel: PageExportRef) -> None:
         if opened.seals[parcel.export_id % SEALS] != parcel.export_id:
             raise PagesGoneError(self.kind, opened.source.replica, "its source needed the pages")
 

@@ -19,18 +19,19 @@ import torch.distributed
 from rayk.context import TextContext
 from rayk.errors import LineError, PagesGoneError
 from rayk.kvcache.buffers import PageBuffers
-from rayk.kvcache.page_pins import Exports, PageExport, PageImport
+from rayk.kvcache.page_pins import PageExport, PageImport, PagePins
 from rayk.kvcache.page_pool import Pages
 from rayk.kvcache.shared_memory import host_identity
-from rayk.transport.choice import Peer, Station
-from rayk.transport.line import Clock, Line, PageData, Parcel, StoreLine
+from rayk.transport.choice import Endpoint, Peer
+from rayk.transport.line import Clock, Line, PageData, PageExportRef, StoreLine
 from rayk.transport.pools import HostMemory, PoolLine
 
 EXPORT_SECONDS = 120  # an export that is not acknowledged by then is unpinned: its reader is gone
 
 
 class Shipment(NamedTuple):
-    """Pinned pages on their way. `offer` and `expires` are for a Parcel, `data` is what the object store carries."""
+    """Pinned pages on their way. `offer` and `expires` are for a PageExportRef, `data` is what the object store
+    carries."""
 
     export: PageExport
     offer: bytes
@@ -51,7 +52,13 @@ class PagePort:
     """The lines of one replica. `me` names it to others; `lines` of one kind each, the object store among them."""
 
     def __init__(
-        self, me: Peer, exports: Exports, page_bytes: int, address: str, lines: Sequence[Line], clock: Clock = monotonic
+        self,
+        me: Peer,
+        exports: PagePins,
+        page_bytes: int,
+        address: str,
+        lines: Sequence[Line],
+        clock: Clock = monotonic,
     ) -> None:
         self.me = me
         self._exports = exports
@@ -59,7 +66,7 @@ class PagePort:
         self._clock = clock
         self._lines = {line.kind: line for line in lines}
         self._used: dict[int, Line] = {}  # export -> its line
-        self.station = Station(host_identity(), address, list(self._lines), page_bytes)
+        self.station = Endpoint(host_identity(), address, list(self._lines), page_bytes)
 
     # -- the source's side -------------------------------------------------------------------------
 
@@ -98,7 +105,7 @@ class PagePort:
 
     # -- the target's side ---------------------------------------------------------------------------
 
-    def incoming(self, kind: str, parcel: Parcel, start: int, hashes: list[bytes]) -> tuple[PageImport, Arrival]:
+    def incoming(self, kind: str, parcel: PageExportRef, start: int, hashes: list[bytes]) -> tuple[PageImport, Arrival]:
         """What alloc() needs of a shipment of pages `start` .. of a prefix; the arrival is filled in by it."""
         arrival, line = Arrival(), self._lines.get(kind)
 

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from rayk.errors import AlreadyClaimedError, NoReplicaError, OverloadedError, RaykError
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
 from rayk.protocol.messages import Traits
-from rayk.scheduler.admission.queue import AdmissionQueue, Ticket
-from rayk.scheduler.admission.watermarks import Gate
-from rayk.scheduler.router.policy import Wish
-from rayk.scheduler.router.router import Desk
+from rayk.scheduler.admission.queue import AdmissionQueue, QueueEntry
+from rayk.scheduler.admission.watermarks import Watermarks
+from rayk.scheduler.router.policy import RouteRequest
+from rayk.scheduler.router.router import Router
 
 
-class Fate(NamedTuple):
+class AdmissionOutcome(NamedTuple):
     """What became of a request: placed, with whatever says how, or turned away with an error."""
 
     request_id: str
@@ -31,43 +31,43 @@ class Fate(NamedTuple):
     error: RaykError | None = None
 
 
-class Visitor(NamedTuple):
+class QueuedRequest(NamedTuple):
     """Who waits: a driver's request, and what it is for those who admit it."""
 
     client: str
-    wish: Callable[[], Wish]
+    wish: Callable[[], RouteRequest]
     what: Any
 
 
-class Entering(NamedTuple):
+class Admitted(NamedTuple):
     """A request that is let in, and where; it counts there from now on."""
 
-    ticket: Ticket
+    ticket: QueueEntry
     replica: int
-    wish: Wish
+    wish: RouteRequest
 
     @property
-    def visitor(self) -> Visitor:
+    def visitor(self) -> QueuedRequest:
         """Whose it is."""
-        visitor: Visitor = self.ticket.payload
+        visitor: QueuedRequest = self.ticket.payload
         return visitor
 
 
-class Hall:
+class AdmissionController:
     """`desk` chooses the replicas; `clock` in seconds."""
 
-    def __init__(self, policy: AdmissionPolicy, desk: Desk, page_size: int, clock: Callable[[], float]) -> None:
+    def __init__(self, policy: AdmissionPolicy, desk: Router, page_size: int, clock: Callable[[], float]) -> None:
         self.queue = AdmissionQueue(policy, clock)
-        self.gate = Gate(policy, desk.fleet, page_size)
+        self.gate = Watermarks(policy, desk.fleet, page_size)
         self._desk = desk
         self._page_size = page_size
-        self._tickets: dict[str, Ticket] = {}  # who waits, by id
+        self._tickets: dict[str, QueueEntry] = {}  # who waits, by id
         self._open: dict[str, set[str]] = {}  # by driver, what it offered and is not settled
-        self._fates: dict[str, list[Fate]] = {}  # by driver, until it asks
+        self._fates: dict[str, list[AdmissionOutcome]] = {}  # by driver, until it asks
 
     # -- coming ------------------------------------------------------------------------------------
 
-    def offer(self, visitor: Visitor, request_id: str, tokens: int, output: int, traits: Traits) -> None:
+    def offer(self, visitor: QueuedRequest, request_id: str, tokens: int, output: int, traits: Traits) -> None:
         """A request of so many tokens, which may generate `output` more, comes in or is turned away."""
         pages, mine = -(-(tokens + 1) // self._page_size), self._open.setdefault(visitor.client, set())
         try:
@@ -81,9 +81,9 @@ class Hall:
                 most=self.gate.most, room=self.gate.fits(pages), output=output,
             )  # fmt: skip
         except AlreadyClaimedError as error:  # the other one's fate is still to come
-            self.reject(visitor.client, Fate(request_id, -1, None, error))
+            self.reject(visitor.client, AdmissionOutcome(request_id, -1, None, error))
         except RaykError as error:
-            self.settle(visitor.client, Fate(request_id, -1, None, error))
+            self.settle(visitor.client, AdmissionOutcome(request_id, -1, None, error))
 
     def give_up(self, client: str, request_ids: Iterable[str]) -> None:
         """The driver does not want those any more. What was let in already stays its own."""
@@ -107,60 +107,64 @@ class Hall:
         fleet = self._desk.fleet
         return bool(fleet.ready.any() or fleet.away.any())
 
-    def _turn_away(self, ticket: Ticket, error: RaykError) -> None:
+    def _turn_away(self, ticket: QueueEntry, error: RaykError) -> None:
         if self._tickets.get(ticket.request_id) is ticket:
             del self._tickets[ticket.request_id]
-            self.settle(ticket.payload.client, Fate(ticket.request_id, -1, None, error))
+            self.settle(ticket.payload.client, AdmissionOutcome(ticket.request_id, -1, None, error))
 
     # -- going in ----------------------------------------------------------------------------------
 
-    def next(self) -> Entering | None:
+    def next(self) -> Admitted | None:
         """Let the next one in, if there is room. Nobody may be placed between this and Placer.add()."""
         ticket = self.queue.take(self.gate.fits)
         if ticket is None:
             return None
         del self._tickets[ticket.request_id]
-        wish: Wish = ticket.payload.wish()
+        wish: RouteRequest = ticket.payload.wish()
         replica = self._desk.choose(ticket.request_id, wish, self.gate.open(ticket.pages))
         assert replica >= 0, "the gate found one"
         self.gate.promise(replica, ticket.pages)
-        return Entering(ticket, replica, wish)
+        return Admitted(ticket, replica, wish)
 
-    def answered(self, entering: Entering) -> None:
+    def answered(self, entering: Admitted) -> None:
         """The replica has answered, or never will; to be called once."""
         self.gate.kept(entering.replica, entering.ticket.pages)
 
-    def placed(self, entering: Entering, outcome: Any) -> None:
+    def placed(self, entering: Admitted, outcome: Any) -> None:
         """It is claimed and has its pages."""
         request_id = entering.ticket.request_id
-        self.settle(entering.visitor.client, Fate(request_id, entering.replica, outcome))
+        self.settle(entering.visitor.client, AdmissionOutcome(request_id, entering.replica, outcome))
 
-    def refused(self, entering: Entering, error: RaykError) -> None:
+    def refused(self, entering: Admitted, error: RaykError) -> None:
         """Its replica had no room after all, or was lost: its turn comes again, unless it has left meanwhile."""
         if self.queue.returned(entering.ticket):
             self._tickets[entering.ticket.request_id] = entering.ticket
         else:
-            self.settle(entering.visitor.client, Fate(entering.ticket.request_id, entering.replica, None, error))
+            self.settle(
+                entering.visitor.client, AdmissionOutcome(entering.ticket.request_id, entering.replica, None, error)
+            )
 
-    def failed(self, entering: Entering, error: RaykError) -> None:
+    def failed(self, entering: Admitted, error: RaykError) -> None:
         """It could not be placed."""
         self.queue.forget(entering.ticket.request_id)
-        self.settle(entering.visitor.client, Fate(entering.ticket.request_id, entering.replica, None, error))
+        self.settle(
+            entering.visitor.client, AdmissionOutcome(entering.ticket.request_id, entering.replica, None, error)
+        )
 
     # -- hearing and leaving -----------------------------------------------------------------------
 
-    def settle(self, client: str, fate: Fate) -> None:
+    def settle(self, client: str, fate: AdmissionOutcome) -> None:
         """Keep what became of a request for its driver, unless that is gone."""
         mine = self._open.get(client)
         if mine is not None and fate.request_id in mine:
             mine.discard(fate.request_id)
             self._fates.setdefault(client, []).append(fate)
 
-    def reject(self, client: str, fate: Fate) -> None:
+    def reject(self, client: str, fate: AdmissionOutcome) -> None:
         """Keep why a request was not even looked at."""
         self._fates.setdefault(client, []).append(fate)
 
-    def settled(self, client: str) -> tuple[list[Fate], int]:
+    def settled(self, client: str) -> tuple[list[AdmissionOutcome], int]:
         """What became of the driver's requests since it asked last, and of how many that is not known yet."""
         mine = self._open.get(client)
         if mine is not None and not mine:

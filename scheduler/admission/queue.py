@@ -37,7 +37,7 @@ from typing import Any
 
 from rayk.errors import OverloadedError
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState, TenantQuota, TenantState
-from rayk.scheduler.admission.service_time import Stay
+from rayk.scheduler.admission.service_time import ServiceTimeEstimator
 
 MEMORY = 5.0  # seconds of a full cluster that its pace is reckoned over
 SOONEST, LATEST = 0.05, 60.0  # bounds of a retry_after, seconds
@@ -47,7 +47,7 @@ TENANTS_COUNTED = 1024  # beyond that the one that was heard of longest ago is c
 
 
 @dataclass(order=True)
-class Ticket:
+class QueueEntry:
     """A request that waits; ordered by when it is due. `pages` it will hold, `finish` when it has to be done."""
 
     due: float
@@ -66,7 +66,7 @@ class _Tenant:
     __slots__ = ("finish", "heap", "held", "pages")
 
     def __init__(self) -> None:
-        self.heap: list[Ticket] = []
+        self.heap: list[QueueEntry] = []
         self.pages = 0  # of those in the heap
         self.held = 0
         self.finish = 0.0  # virtual time at which its last request was paid for
@@ -119,12 +119,12 @@ class AdmissionQueue:
         self.held = 0
         self._clock = clock
         self._tenants: dict[str, _Tenant] = {}
-        self._admitted: dict[str, tuple[Ticket, float, int]] = {}  # id -> which, when, and what was held then
-        self._turned_away: list[tuple[Ticket, OverloadedError]] = []
+        self._admitted: dict[str, tuple[QueueEntry, float, int]] = {}  # id -> which, when, and what was held then
+        self._turned_away: list[tuple[QueueEntry, OverloadedError]] = []
         self._numbers = itertools.count()
         self._waiting = self._waiting_pages = 0
         self._virtual = 0.0
-        self.stay = Stay()
+        self.stay = ServiceTimeEstimator()
         self._entered_at = clock()  # the last one
         self._pace = _Pace()
         self._counts: OrderedDict[str, _Count] = OrderedDict()
@@ -151,7 +151,7 @@ class AdmissionQueue:
         most: int,
         room: bool = False,
         output: int = 0,
-    ) -> Ticket:
+    ) -> QueueEntry:
         """A request wants to be admitted, and to be done `deadline` seconds from now. OverloadedError turns it away.
 
         `most`: pages that a replica may ever give to one; `room`: whether one would take this request now.
@@ -175,7 +175,7 @@ class AdmissionQueue:
                 raise self._refusal(request_id, name, why, late)
         if self.full and not (room and not self._waiting) and not self._push_out(name, quota):
             raise self._refusal(request_id, name, f"{self._waiting} requests wait already", self.retry_after())
-        ticket = Ticket(due, next(self._numbers), request_id, name, pages, now, finish, payload, output, trial)
+        ticket = QueueEntry(due, next(self._numbers), request_id, name, pages, now, finish, payload, output, trial)
         self._put(ticket)
         return ticket
 
@@ -204,7 +204,7 @@ class AdmissionQueue:
         self._turned_away.append((last, self._refusal(last.request_id, largest, why, self.retry_after())))
         return True
 
-    def _put(self, ticket: Ticket) -> None:
+    def _put(self, ticket: QueueEntry) -> None:
         if ticket.tenant not in self._tenants and len(self._tenants) > 2 * TENANTS_COUNTED:
             self._tenants = {name: t for name, t in self._tenants.items() if t.heap or t.held}
         tenant = self._tenants.setdefault(ticket.tenant, _Tenant())
@@ -215,12 +215,12 @@ class AdmissionQueue:
         self._waiting += 1
         self._waiting_pages += ticket.pages
 
-    def _unput(self, ticket: Ticket) -> None:
+    def _unput(self, ticket: QueueEntry) -> None:
         self._tenants[ticket.tenant].pages -= ticket.pages
         self._waiting -= 1
         self._waiting_pages -= ticket.pages
 
-    def take(self, fits: Callable[[int], bool]) -> Ticket | None:
+    def take(self, fits: Callable[[int], bool]) -> QueueEntry | None:
         """The next request to be admitted, which holds its pages from now on; None when all have to wait. `fits` says
         whether there is room for a request of so many pages."""
         now, first = self._clock(), self._first()
@@ -253,7 +253,7 @@ class AdmissionQueue:
                 first = tenant
         return first
 
-    def expire(self) -> list[tuple[Ticket, OverloadedError]]:
+    def expire(self) -> list[tuple[QueueEntry, OverloadedError]]:
         """Those that are turned away: they waited longer than `patience`, could not meet their deadline any more, or
         lost their place."""
         now, policy = self._clock(), self.policy
@@ -279,7 +279,7 @@ class AdmissionQueue:
         out, self._turned_away = self._turned_away, []
         return out
 
-    def give_up(self, ticket: Ticket) -> bool:
+    def give_up(self, ticket: QueueEntry) -> bool:
         """Its owner does not want it any more; whether it still waited."""
         tenant = self._tenants.get(ticket.tenant)
         if tenant is None or not any(each is ticket for each in tenant.heap):
@@ -305,7 +305,7 @@ class AdmissionQueue:
         self._pace.freed(ticket.pages, now)
         self._drop(ticket)
 
-    def returned(self, ticket: Ticket) -> bool:
+    def returned(self, ticket: QueueEntry) -> bool:
         """A replica had no room for it after all: it waits on, where it was; unless it left in between."""
         if self._admitted.get(ticket.request_id, (None,))[0] is not ticket:
             return False
@@ -327,7 +327,7 @@ class AdmissionQueue:
         if admitted is not None:
             self._drop(admitted[0])
 
-    def _drop(self, ticket: Ticket) -> None:
+    def _drop(self, ticket: QueueEntry) -> None:
         self._tenants[ticket.tenant].held -= ticket.pages
         self.held -= ticket.pages
         self._tidy(ticket.tenant)

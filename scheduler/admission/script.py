@@ -17,20 +17,20 @@ from rayk.errors import (
     ReplicaLostError,
 )
 from rayk.protocol import messages as m
-from rayk.protocol.columns import MAX_LENGTH, Batch, Outcomes, joined
-from rayk.scheduler.admission.controller import Entering, Fate, Hall, Visitor
+from rayk.protocol.columns import MAX_LENGTH, AdmitResults, PackedContexts, joined
+from rayk.scheduler.admission.controller import AdmissionController, AdmissionOutcome, Admitted, QueuedRequest
 from rayk.scheduler.admission.queue import SOONEST
 from rayk.scheduler.placer import Owner, Placer
-from rayk.scheduler.router.policy import Wish
+from rayk.scheduler.router.policy import RouteRequest
 from rayk.scheduler.script import Part, Script
 
 MOST_AT_ONCE = 256  # requests that one script lets in
 
 
-class Entry:
+class AdmissionScripts:
     """Lets the requests of `hall` in through `placer`."""
 
-    def __init__(self, placer: Placer, hall: Hall) -> None:
+    def __init__(self, placer: Placer, hall: AdmissionController) -> None:
         self._placer = placer
         self._hall = hall
         placer.gone = hall.left
@@ -43,7 +43,7 @@ class Entry:
             placer.prefill_rate = command.prefill_rate
         hall.gate.reports(command.turns, command.used)
         hall.give_up(client, command.given_up)
-        batch = Batch(command.contexts)
+        batch = PackedContexts(command.contexts)
         keys = placer.sent_keys(batch, command.keys)
         # With a queue the replicas' answers to what is let in bring all news; without one, what the driver saw counts.
         calm = not len(hall.queue)
@@ -53,7 +53,7 @@ class Entry:
                 yield from placer.catch_up(command.seen, command.unfilled, command.joined)
         if command.joined == placer.joined:  # else they may be of replicas that were there before
             placer.desk.reports(command.seen, command.unfilled)
-        placed: list[tuple[Entering, Owner]] = []
+        placed: list[tuple[Admitted, Owner]] = []
         for row in range(len(batch)):
             self._let_in(placed)  # only what finds no room waits, and counts as waiting for those behind it
             self._offer(client, batch, row, keys[row] if keys is not None else None)
@@ -63,24 +63,24 @@ class Entry:
             yield from self._place(placed, command.peers)
         return self._answer(client) if command.hear else m.Done()
 
-    def _offer(self, client: str, batch: Batch, row: int, keys: list[int] | None) -> None:
+    def _offer(self, client: str, batch: PackedContexts, row: int, keys: list[int] | None) -> None:
         request_id, hall = batch.ids[row], self._hall
         holder = self._placer.placements.holder(request_id)
         if holder is not None:
-            hall.reject(client, Fate(request_id, holder, None, AlreadyClaimedError(request_id, holder)))
+            hall.reject(client, AdmissionOutcome(request_id, holder, None, AlreadyClaimedError(request_id, holder)))
         else:  # it may wait for long: without the others of its message
-            own = Batch(batch.part([row]))
-            visitor = Visitor(client, partial(self._wish, own, keys), own.contexts)
+            own = PackedContexts(batch.part([row]))
+            visitor = QueuedRequest(client, partial(self._wish, own, keys), own.contexts)
             length = own.lengths[0]
             hall.offer(visitor, request_id, length, own.rows[0][MAX_LENGTH] - length, own.traits(0))
 
-    def _wish(self, own: Batch, keys: list[int] | None) -> Wish:
+    def _wish(self, own: PackedContexts, keys: list[int] | None) -> RouteRequest:
         """`keys` as sent; whether any are wanted may change while the request waits."""
         placer = self._placer
         made = keys if keys is not None and placer.desk.keyed else placer.keys(own, 0)
-        return Wish(own.lengths[0], made, own.traits(0).session_id)
+        return RouteRequest(own.lengths[0], made, own.traits(0).session_id)
 
-    def _let_in(self, placed: list[tuple[Entering, Owner]]) -> None:
+    def _let_in(self, placed: list[tuple[Admitted, Owner]]) -> None:
         """Choose replicas for those whose turn it is."""
         hall, placer = self._hall, self._placer
         while len(placed) < MOST_AT_ONCE and (entering := hall.next()) is not None:
@@ -92,17 +92,17 @@ class Entry:
                 hall.answered(entering)
                 hall.failed(entering, error)
 
-    def _place(self, placed: list[tuple[Entering, Owner]], peers: bool) -> Part:
+    def _place(self, placed: list[tuple[Admitted, Owner]], peers: bool) -> Part:
         """Claim and allocate them; what became of each is settled when the replicas have answered."""
         placer, desk = self._placer, self._placer.desk
-        batch = Batch(joined([entering.visitor.what for entering, _ in placed]))
+        batch = PackedContexts(joined([entering.visitor.what for entering, _ in placed]))
         groups: dict[int, list[int]] = {}
         for row, (entering, _) in enumerate(placed):
             groups.setdefault(entering.replica, []).append(row)
         lonely = {
             i for i, (e, _) in enumerate(placed) if peers and desk.keyed and not desk.elsewhere(e.replica, e.wish.keys)
         }
-        outcomes = Outcomes(len(batch))
+        outcomes = AdmitResults(len(batch))
         command = m.PlaceMany(batch.contexts, claim=True, peers=peers, prefill_rate=placer.prefill_rate)
         try:
             claims = [owner for _, owner in placed]
@@ -111,7 +111,7 @@ class Entry:
             for row, (entering, owner) in enumerate(placed):
                 self._settle(entering, owner, outcomes, row)
 
-    def _settle(self, entering: Entering, owner: Owner, outcomes: Outcomes, row: int) -> None:
+    def _settle(self, entering: Admitted, owner: Owner, outcomes: AdmitResults, row: int) -> None:
         hall, ticket = self._hall, entering.ticket
         hall.answered(entering)
         if outcomes.numbers[row, 0] >= 0:
@@ -127,7 +127,7 @@ class Entry:
 
     def _answer(self, client: str) -> m.EnterDone:
         fates, left = self._hall.settled(client)
-        nothing = Outcomes(1)
+        nothing = AdmitResults(1)
         refused = (nothing.numbers.tobytes(), nothing.seconds.tobytes(), 0)
         rows = [fate.outcome if fate.outcome is not None else refused for fate in fates]
         failures = {i: m.failure(fate.error) for i, fate in enumerate(fates) if fate.error is not None}

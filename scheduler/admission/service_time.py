@@ -21,7 +21,7 @@ MISSED, MET = 0.5, 0.0025  # by which that grows with a deadline that was missed
 SIZES, LONG = 256, 0.95  # requests that came last, and the part of them that a long one is longer than
 
 
-class Stay:
+class ServiceTimeEstimator:
     """Seconds; all 0 while nobody left."""
 
     def __init__(self) -> None:

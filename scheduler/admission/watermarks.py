@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayk.protocol.admission import AdmissionPolicy
-from rayk.scheduler.router.replica_loads import BoolArray, Fleet, Int64Array
+from rayk.scheduler.router.replica_loads import BoolArray, Int64Array, ReplicaLoads
 
 
-class Gate:
+class Watermarks:
     """`fleet` says which replicas there are, how many tokens their pages hold, and how busy they are."""
 
-    def __init__(self, policy: AdmissionPolicy, fleet: Fleet, page_size: int) -> None:
+    def __init__(self, policy: AdmissionPolicy, fleet: ReplicaLoads, page_size: int) -> None:
         self._policy = policy
         self._fleet = fleet
         self._page_size = page_size

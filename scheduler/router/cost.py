@@ -38,9 +38,9 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from rayk.scheduler.router.policy import Choice, Parts, Wish
+from rayk.scheduler.router.policy import CostTerms, Decision, RouteRequest
 from rayk.scheduler.router.prefix_index import PrefixIndex, Reach, Span
-from rayk.scheduler.router.replica_loads import Fleet, FloatArray, Int64Array
+from rayk.scheduler.router.replica_loads import FloatArray, Int64Array, ReplicaLoads
 
 FEW = 12  # replicas that are reckoned one by one: numpy over so few numbers costs more than the numbers
 LONG = 30.0  # choices a replica that count in its inflow and outflow
@@ -67,8 +67,8 @@ DEFAULT_WEIGHTS = Weights()
 class _Seen(msgspec.Struct, frozen=True, gc=False):
     """What a choice was made from, in as little room as that takes: thousands are kept, hardly any is ever asked for.
 
-    Calling it does the sums again. `loads` is Fleet.picture(), `outflow` raw float64 [replicas]. `churn` is the cost
-    of storing a token by outflow, `crowd` that of a token beside one that waits.
+    Calling it does the sums again. `loads` is ReplicaLoads.picture(), `outflow` raw float64 [replicas]. `churn` is the
+    cost of storing a token by outflow, `crowd` that of a token beside one that waits.
     """
 
     policy: Cost
@@ -80,7 +80,7 @@ class _Seen(msgspec.Struct, frozen=True, gc=False):
     crowd: float
     regret: float
 
-    def __call__(self) -> Parts:
+    def __call__(self) -> CostTerms:
         return self.policy._reckon(self)
 
 
@@ -103,7 +103,7 @@ class Cost:
         """Copying from other replicas costs so much now."""
         self._weights = self._weights._replace(peer_price=peer_price)
 
-    def choose(self, wish: Wish, fleet: Fleet) -> Choice:
+    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
         """See Policy. A few operations a replica if there are few of them; else about 25 numpy calls over the replicas
         and a few dozen probes of the index, half of the calls and one probe for a request of which nobody has
         anything."""
@@ -115,18 +115,18 @@ class Cost:
         replica, cached = (self._among_few if len(fleet) <= FEW else self._among_many)(seen, fleet)
         if replica >= 0:
             self._learn(replica, wish, wish.tokens - cached, fleet, reach, regret)
-        return Choice(replica, cached, seen)
+        return Decision(replica, cached, seen)
 
     # -- what is remembered ------------------------------------------------------------------------
 
-    def _regret(self, wish: Wish, reach: Reach) -> float:
+    def _regret(self, wish: RouteRequest, reach: Reach) -> float:
         """That of the longest prefix of the request that anybody holds, in tokens."""
         if not self._regrets or not reach.spans:
             return 0.0
         regret, turn = self._regrets.get(wish.keys[reach.spans[0].pages - 1], (0.0, 0))
         return regret * math.exp((turn - self._turn) / (SHORT * len(reach.disk))) if regret else 0.0
 
-    def _see(self, tokens: int, fleet: Fleet, reach: Reach | None, regret: float) -> _Seen:
+    def _see(self, tokens: int, fleet: ReplicaLoads, reach: Reach | None, regret: float) -> _Seen:
         weights, replicas = self._weights, len(fleet.work)
         if len(self._taken) < replicas:
             self._taken += [0.0] * (replicas - len(self._taken))
@@ -136,7 +136,7 @@ class Cost:
         return _Seen(self, tokens, reach, fleet.picture(), self._outflow.tobytes(), churn, crowd, regret)
 
     def _learn(
-        self, replica: int, wish: Wish, missing: float, fleet: Fleet, reach: Reach | None, regret: float
+        self, replica: int, wish: RouteRequest, missing: float, fleet: ReplicaLoads, reach: Reach | None, regret: float
     ) -> None:
         """A request was placed, and `missing` tokens will be stored there."""
         usual, unit, taken = self._usual, self._unit, self._taken[replica] + missing
@@ -168,7 +168,7 @@ class Cost:
 
     # -- the sums ----------------------------------------------------------------------------------
 
-    def _among_few(self, seen: _Seen, fleet: Fleet) -> tuple[int, int]:
+    def _among_few(self, seen: _Seen, fleet: ReplicaLoads) -> tuple[int, int]:
         """The cheapest replica and what it need not compute: the same sums in the same order as in _reckon, one number
         after the other."""
         tokens, churn, crowd, step = float(seen.tokens), seen.churn, seen.crowd, self._weights.step
@@ -206,7 +206,7 @@ class Cost:
         knots = dict(zip(*self._knots(reach.spans, regret), strict=True))
         return cached, loading, [knots[pages] for pages in own]
 
-    def _among_many(self, seen: _Seen, fleet: Fleet) -> tuple[int, int]:
+    def _among_many(self, seen: _Seen, fleet: ReplicaLoads) -> tuple[int, int]:
         """_among_few() in arrays, with what is nothing left out."""
         weights, work, reach, cached, loading = self._weights, fleet.work, seen.reach, None, None
         missing: Any = seen.tokens
@@ -226,16 +226,16 @@ class Cost:
         replica = fleet.lowest(cost)
         return replica, int(cached[replica]) if cached is not None else 0
 
-    def _reckon(self, seen: _Seen) -> Parts:
+    def _reckon(self, seen: _Seen) -> CostTerms:
         """All of the formula, from what a choice looked at."""
         weights, tokens, reach = self._weights, seen.tokens, seen.reach
-        waiting, requests, held, capacity = Fleet.pictured(seen.loads)
+        waiting, requests, held, capacity = ReplicaLoads.pictured(seen.loads)
         if reach is None:
             nothing = np.zeros(len(waiting), np.int64)
             reach = Reach(nothing, nothing, nothing, [])
         cached, loading = self._loading(reach)
         missing = tokens - cached
-        return Parts(
+        return CostTerms(
             cached=cached,
             waiting=waiting,
             prefill=(waiting + missing) * (1 + requests / weights.step),

@@ -6,8 +6,8 @@
     session        where the session was last, unless that replica carries much more than its share
     cost           the least it costs everybody, see cost.py
 
-All see the same: the request as a Wish, the loads as a Fleet, the caches as a PrefixIndex. They change none of them;
-whoever places the request tells fleet and index afterwards.
+All see the same: the request as a Wish, the loads as a ReplicaLoads, the caches as a PrefixIndex. They change none of
+them; whoever places the request tells fleet and index afterwards.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import xxhash
 
 from rayk.errors import ConfigError
 from rayk.scheduler.router.cost import Cost
-from rayk.scheduler.router.policy import Choice, Policy, Wish
+from rayk.scheduler.router.policy import Decision, Policy, RouteRequest
 from rayk.scheduler.router.prefix_index import PrefixIndex
-from rayk.scheduler.router.replica_loads import Fleet
+from rayk.scheduler.router.replica_loads import ReplicaLoads
 
 
 class RoundRobin:
@@ -34,22 +34,22 @@ class RoundRobin:
     def __init__(self) -> None:
         self._next = 0
 
-    def choose(self, wish: Wish, fleet: Fleet) -> Choice:
+    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
         """See Policy."""
         for _ in range(len(fleet)):
             replica, self._next = self._next % len(fleet), (self._next + 1) % len(fleet)
             if fleet.ready[replica]:
-                return Choice(replica)
-        return Choice(-1)
+                return Decision(replica)
+        return Decision(-1)
 
 
 class LeastLoaded:
     """The replica with the fewest tokens, still to be prefilled or held by what runs there, caches ignored; of equals
     the lowest index."""
 
-    def choose(self, wish: Wish, fleet: Fleet) -> Choice:
+    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
         """See Policy."""
-        return Choice(fleet.lowest(fleet.work + fleet.held, fair=False))
+        return Decision(fleet.lowest(fleet.work + fleet.held, fair=False))
 
 
 class LongestPrefix:
@@ -59,11 +59,11 @@ class LongestPrefix:
     def __init__(self, index: PrefixIndex) -> None:
         self._index = index
 
-    def choose(self, wish: Wish, fleet: Fleet) -> Choice:
+    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
         """See Policy."""
         pages = self._index.reach(wish.keys).disk
         longest = pages[fleet.ready].max(initial=0)
-        return Choice(fleet.lowest(np.where(pages == longest, fleet.work, np.inf), fair=False))
+        return Decision(fleet.lowest(np.where(pages == longest, fleet.work, np.inf), fair=False))
 
 
 class Session:
@@ -76,10 +76,10 @@ class Session:
         self._bound = bound
         self._home: OrderedDict[str, int] = OrderedDict()
 
-    def choose(self, wish: Wish, fleet: Fleet) -> Choice:
+    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
         """See Policy. A request without a session goes to the least loaded."""
         if wish.session is None:
-            return Choice(fleet.lowest(fleet.work))
+            return Decision(fleet.lowest(fleet.work))
         replica = self._home.get(wish.session)
         if replica is None:
             replica = self._hashed(wish.session, len(fleet))
@@ -91,7 +91,7 @@ class Session:
             self._home.move_to_end(wish.session)
             if len(self._home) > self.REMEMBERED:
                 self._home.popitem(last=False)
-        return Choice(replica)
+        return Decision(replica)
 
     @staticmethod
     def _hashed(session: str, replicas: int) -> int:

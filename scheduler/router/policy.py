@@ -8,10 +8,10 @@ from typing import NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from rayk.scheduler.router.replica_loads import Fleet, FloatArray, Int64Array
+from rayk.scheduler.router.replica_loads import FloatArray, Int64Array, ReplicaLoads
 
 
-class Parts(NamedTuple):
+class CostTerms(NamedTuple):
     """What a choice was made from: [replicas] tokens each, cost is the sum. `cached` and `waiting` are facts, not
     costs."""
 
@@ -53,7 +53,7 @@ class Candidate(msgspec.Struct, frozen=True):
     pressure: float
 
 
-class Wish(msgspec.Struct, frozen=True, gc=False):
+class RouteRequest(msgspec.Struct, frozen=True, gc=False):
     """A request to be placed. `keys`: of the full pages that it may reuse, in order, never its last token's."""
 
     tokens: int
@@ -61,16 +61,16 @@ class Wish(msgspec.Struct, frozen=True, gc=False):
     session: str | None = None
 
 
-class Choice(msgspec.Struct, frozen=True, gc=False):
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """Where to place a request, -1 when no replica takes any. `cached` are tokens of it that need not be computed
     there, as far as the policy looked. `why` reckons the reasons again, as they were, if there are costs."""
 
     replica: int
     cached: int = 0
-    why: Callable[[], Parts] | None = None
+    why: Callable[[], CostTerms] | None = None
 
     @property
-    def parts(self) -> Parts | None:
+    def parts(self) -> CostTerms | None:
         """What the choice was made from; None if the policy does not reckon in costs."""
         return self.why() if self.why is not None else None
 
@@ -78,6 +78,6 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
 class Policy(Protocol):
     """Chooses; may remember what it chose, nothing else."""
 
-    def choose(self, wish: Wish, fleet: Fleet) -> Choice:
+    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
         """The replica for `wish`, among those that are ready."""
         ...

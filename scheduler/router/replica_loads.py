@@ -22,7 +22,7 @@ BoolArray = npt.NDArray[np.bool_]
 _COLUMNS, _CAPACITY, _COMPUTED = 5, 3, 4
 
 
-class Fleet:
+class ReplicaLoads:
     """Loads of `replicas` replicas, all [replicas]; read them, change them by the methods only.
 
     `rate`: tokens a second that each replica prefills, None where that is not known. `capacity`: tokens that a

@@ -20,18 +20,18 @@ from rayk.kvcache.page_hash import PageHash, PageHasher, PageKeys
 from rayk.kvcache.page_pool import Pages
 from rayk.params import AUTO
 from rayk.protocol.admission import AdmissionPolicy
-from rayk.protocol.messages import News
+from rayk.protocol.messages import CacheDelta
 from rayk.scheduler.router.policies import make_policy, wants_keys
-from rayk.scheduler.router.policy import Choice, Parts, Wish
+from rayk.scheduler.router.policy import CostTerms, Decision, RouteRequest
 from rayk.scheduler.router.prefix_index import PrefixIndex, short_keys
-from rayk.scheduler.router.replica_loads import BoolArray, Fleet
+from rayk.scheduler.router.replica_loads import BoolArray, ReplicaLoads
 
 REMEMBERED = 4096  # choices that can still be explained, at least
 FORGOTTEN = 256  # at once: a dict that loses its first entry again and again gets slow
 
 
 @dataclass(frozen=True)
-class DeskSettings:
+class RouterSettings:
     """What a desk is made from: the policy's name, pages of each replica, and how pages are hashed. `admission`: what
     requests wait by, if they do."""
 
@@ -60,10 +60,10 @@ class DeskSettings:
         """What makes the keys of pages."""
         return PageHasher(self.algorithm, self.seed, self.page_size)
 
-    def make(self, clock: Callable[[], float]) -> Desk:
+    def make(self, clock: Callable[[], float]) -> Router:
         """The desk; ConfigError for an unknown policy."""
         keys = self.keys() if self.keyed else None
-        return Desk(self.router, [n * self.page_size for n in self.pages], self.page_size, keys, clock)
+        return Router(self.router, [n * self.page_size for n in self.pages], self.page_size, keys, clock)
 
     def keys(self) -> PageKeys:
         """What makes the keys of requests' pages."""
@@ -89,13 +89,13 @@ class IndexFeed:
 NO_KEYS: Sequence[int] = ()
 
 
-class Made(msgspec.Struct, frozen=True, gc=False):
+class PastDecision(msgspec.Struct, frozen=True, gc=False):
     """A choice that was made: for so many tokens, when, and why if the policy reckons in costs."""
 
     tokens: int
     replica: int
     at: float
-    why: Callable[[], Parts] | None
+    why: Callable[[], CostTerms] | None
 
 
 class _Placed(msgspec.Struct, gc=False):
@@ -109,7 +109,7 @@ class _Placed(msgspec.Struct, gc=False):
     under_way: bool = True
 
 
-class Desk:
+class Router:
     """`capacities` are tokens per replica. `keys` makes the keys of pages; None where the policy needs none."""
 
     def __init__(
@@ -122,7 +122,7 @@ class Desk:
     ) -> None:
         self.router = router
         self.index = PrefixIndex(len(capacities))
-        self.fleet = Fleet(0)
+        self.fleet = ReplicaLoads(0)
         for capacity in capacities:
             self.fleet.join(1, capacity)
         self.keys = keys
@@ -134,7 +134,7 @@ class Desk:
         self._under_way = [0] * len(capacities)  # tokens to compute for what was placed and not answered yet
         self._reported = [0] * len(capacities)  # tokens that a replica said it still has to compute
         self._told = [0] * len(capacities)  # by which batch that was
-        self._made: dict[str, Made] = {}  # the latest last
+        self._made: dict[str, PastDecision] = {}  # the latest last
         self._aside: set[int] = set()  # replicas that have left something unanswered for long
 
     @property
@@ -166,7 +166,7 @@ class Desk:
 
     # -- choices -----------------------------------------------------------------------------------
 
-    def choose(self, request_id: str, wish: Wish, open_: BoolArray | None = None) -> int:
+    def choose(self, request_id: str, wish: RouteRequest, open_: BoolArray | None = None) -> int:
         """The replica for a request, -1 when none takes any; one of those that are `open_`, where that is said."""
         if open_ is not None or self._aside:
             open_ = self._calm(open_)
@@ -189,20 +189,20 @@ class Desk:
         """It has left something unanswered for long, or not any more: it is chosen only if there is no other."""
         (self._aside.add if aside else self._aside.discard)(replica)
 
-    def _choose(self, request_id: str, wish: Wish) -> int:
+    def _choose(self, request_id: str, wish: RouteRequest) -> int:
         choice, made = self._policy.choose(wish, self.fleet), self._made
         if choice.why is not None and choice.replica >= 0:
             slots = self._slots(wish)
             if not self.fleet.fits(choice.replica, slots):
                 choice = self._with_room(choice, slots)
         made.pop(request_id, None)
-        made[request_id] = Made(wish.tokens, choice.replica, self._clock(), choice.why)
+        made[request_id] = PastDecision(wish.tokens, choice.replica, self._clock(), choice.why)
         if len(made) >= REMEMBERED + FORGOTTEN:
             for old in list(islice(made, FORGOTTEN)):
                 del made[old]
         return choice.replica
 
-    def _with_room(self, choice: Choice, slots: int) -> Choice:
+    def _with_room(self, choice: Decision, slots: int) -> Decision:
         """For a choice by cost whose replica would refuse: the cheapest that would not, if there is one."""
         fleet, why = self.fleet, choice.why
         full = fleet.held + slots > fleet.capacity
@@ -212,9 +212,9 @@ class Desk:
         replica = fleet.lowest(np.where(full, np.inf, parts.cost))
         if full[replica] or not fleet.ready[replica]:
             return choice
-        return Choice(replica, int(parts.cached[replica]), why)
+        return Decision(replica, int(parts.cached[replica]), why)
 
-    def _slots(self, wish: Wish) -> int:
+    def _slots(self, wish: RouteRequest) -> int:
         """What its pages offer: whole ones, with room for the next token."""
         return -(-(wish.tokens + 1) // self._page_size) * self._page_size if wish.tokens else 0
 
@@ -222,13 +222,13 @@ class Desk:
         """Whether another replica has any of these pages, or soon will."""
         return bool(keys) and self.index.others(replica, keys[0])
 
-    def made(self, request_id: str) -> Made | None:
+    def made(self, request_id: str) -> PastDecision | None:
         """The choice for that request, if it was made here and not long ago."""
         return self._made.get(request_id)
 
     # -- accounts ----------------------------------------------------------------------------------
 
-    def place(self, request_id: str, replica: int, wish: Wish) -> None:
+    def place(self, request_id: str, replica: int, wish: RouteRequest) -> None:
         """The request goes to `replica`; to be called once, before anything else is chosen."""
         compute, slots, promised = wish.tokens, self._slots(wish), NO_KEYS
         if wish.keys:
@@ -265,7 +265,7 @@ class Desk:
 
     # -- reports -----------------------------------------------------------------------------------
 
-    def hear(self, replica: int, news: News) -> None:
+    def hear(self, replica: int, news: CacheDelta) -> None:
         """A replica's report. One that does not continue what is known changes nothing: the next is asked for again."""
         known = self.known[replica]
         if news.since >= 0 and not news.since <= known < news.number:

@@ -12,11 +12,11 @@ from rayk.context import IntArray
 from rayk.kvcache.page_hash import PageHasher
 from rayk.scheduler.router.cost import Cost
 from rayk.scheduler.router.policies import make_policy
-from rayk.scheduler.router.policy import Wish
+from rayk.scheduler.router.policy import RouteRequest
 from rayk.scheduler.router.prefix_index import PrefixIndex
-from rayk.scheduler.router.replica_loads import Fleet
-from rayk.scheduler.transfers.fetching import Fetch, Fetching
-from rayk.scheduler.transfers.links import Lines
+from rayk.scheduler.router.replica_loads import ReplicaLoads
+from rayk.scheduler.transfers.fetching import CopyPlan, CopyPlanner
+from rayk.scheduler.transfers.links import LinkTable
 
 
 class Placed(NamedTuple):
@@ -26,7 +26,7 @@ class Placed(NamedTuple):
     tokens: int
     compute: int
     promised: Sequence[int]
-    fetch: Fetch | None = None
+    fetch: CopyPlan | None = None
 
 
 class Steering:
@@ -37,7 +37,7 @@ class Steering:
         self, router: str, page_size: int, capacities: Sequence[int], limit: int, hasher: PageHasher | None
     ) -> None:
         replicas = len(capacities)
-        self._index, self._fleet = PrefixIndex(replicas), Fleet(0)
+        self._index, self._fleet = PrefixIndex(replicas), ReplicaLoads(0)
         for capacity in capacities:
             self._fleet.join(1, capacity)
         self._policy = make_policy(router, self._index, page_size)
@@ -50,14 +50,14 @@ class Steering:
         self._off: set[int] = set()  # draining, lost, removed: nothing new goes there
         self._lost: set[int] = set()
         self._placed: dict[int, Placed] = {}
-        self.fetching: Fetching | None = None
+        self.fetching: CopyPlanner | None = None
 
-    def copy_between(self, shares_tiers: bool, clock: Callable[[], float]) -> Fetching:
+    def copy_between(self, shares_tiers: bool, clock: Callable[[], float]) -> CopyPlanner:
         """From now on see what a request had better get from another replica than compute. Replicas have to join it."""
-        self.fetching = Fetching(self._index, Lines(clock), self._page_size, shares_tiers)
+        self.fetching = CopyPlanner(self._index, LinkTable(clock), self._page_size, shares_tiers)
         return self.fetching
 
-    def fetch(self, number: int) -> Fetch | None:
+    def fetch(self, number: int) -> CopyPlan | None:
         """What a placed request had better get from another replica."""
         return self._placed[number].fetch
 
@@ -83,7 +83,7 @@ class Steering:
                 fleet.set_ready(replica, bool(room))
         if not fleet.ready.any():
             return -1
-        choice = self._policy.choose(Wish(tokens, keys, session), fleet)
+        choice = self._policy.choose(RouteRequest(tokens, keys, session), fleet)
         replica = choice.replica
         compute = max(0, tokens - choice.cached)
         fleet.place(replica, compute, tokens)

@@ -36,7 +36,7 @@ def copy_spans(have: int, resident: Sequence[int], stop: int, order: Sequence[in
     return spans
 
 
-def worthwhile(
+def profitable_spans(
     spans: Sequence[Span], copy_seconds: Callable[[Span], float], page_size: int, prefill_rate: float | None
 ) -> list[Span]:
     """The leading spans that are worth copying: as many as save the most time, none if each way costs time.
@@ -54,7 +54,7 @@ def worthwhile(
     return list(spans[:best])
 
 
-class LineRate:
+class LinkEstimate:
     """A moving estimate of what copies over one line take: latency + bytes / bandwidth.
 
     A least-squares line through past copies, in which each new one lets the old ones count a tenth less. Errors count

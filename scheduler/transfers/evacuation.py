@@ -21,9 +21,9 @@ from rayk.context import IntArray
 from rayk.params import OBJECT_STORE
 from rayk.protocol import messages as m
 from rayk.scheduler.scaling import Removed
-from rayk.scheduler.script import Ask, Part, Told
+from rayk.scheduler.script import Part, ReplicaCall, ReplicaReply
 from rayk.scheduler.transfers.copy_cost import Span
-from rayk.scheduler.transfers.transfer import Carrier, Copy, Order
+from rayk.scheduler.transfers.transfer import CopyOrder, ExportedSpan, PageTransfers
 
 SECONDS = 30.0  # after which no further round begins
 PREFIXES = 64  # looked at together
@@ -32,7 +32,7 @@ ROUND_BYTES = 64 << 20  # of pages that a target takes between two of its steps
 REMEMBERED = 64 << 20  # bytes of tokens of kept prefixes, for their order at the end
 
 
-class Piece(NamedTuple):
+class SpanAssignment(NamedTuple):
     """Pages start .. stop of prefix `row` that `target` should get."""
 
     row: int
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-def share_out(prefixes: Sequence[m.CachedPrefix], found: Mapping[int, m.Found], page_size: int) -> list[Piece]:
+def share_out(prefixes: Sequence[m.CachedPrefix], found: Mapping[int, m.Found], page_size: int) -> list[SpanAssignment]:
     """Who gets what of the prefixes, hottest first; `found` is what each target has of them, and its room."""
     room = {target: each.room for target, each in found.items()}
     coming: dict[int, list[tuple[m.CachedPrefix, int]]] = {target: [] for target in found}  # and how much of it
@@ -55,7 +55,7 @@ def share_out(prefixes: Sequence[m.CachedPrefix], found: Mapping[int, m.Found], 
             best = max(best, (min(pages, have + room[target]), have, room[target], -target))
         stop, start, _, minus = best
         if stop > start:
-            pieces.append(Piece(row, -minus, start, stop))
+            pieces.append(SpanAssignment(row, -minus, start, stop))
             room[-minus] -= stop - start
             coming[-minus].append((prefix, stop))
     return pieces
@@ -82,11 +82,11 @@ def view_of(prefix: m.CachedPrefix) -> m.ContextView:
     return m.ContextView("prefix", 0, tokens, 0, length, origin=m.Origin(length + 1, prefix.cache_salt, prefix.adapter))
 
 
-class Offering:
+class Evacuation:
     """`ready()` are the replicas that take requests at that moment."""
 
     def __init__(
-        self, carrier: Carrier, ready: Callable[[], Sequence[int]], page_size: int, clock: Callable[[], float]
+        self, carrier: PageTransfers, ready: Callable[[], Sequence[int]], page_size: int, clock: Callable[[], float]
     ) -> None:
         self._carrier = carrier
         self._lines = carrier.lines
@@ -94,13 +94,13 @@ class Offering:
         self._page_size = page_size
         self._clock = clock
 
-    def run(self, source: int) -> Generator[list[Ask], list[Told], Removed]:
+    def run(self, source: int) -> Generator[list[ReplicaCall], list[ReplicaReply], Removed]:
         """Offer what `source` has. It must not get anything new meanwhile."""
         until, failed, skip = self._clock() + SECONDS, set[int](), 0
         cached = known = taken = 0
         kept = _Kept()
         while targets := [r for r in self._ready() if r != source and r not in failed]:
-            [told] = yield [Ask(source, m.GetPrefixes(skip, PREFIXES, TOKEN_BYTES))]
+            [told] = yield [ReplicaCall(source, m.GetPrefixes(skip, PREFIXES, TOKEN_BYTES))]
             if not isinstance(told.result, m.PrefixesDone):
                 break
             prefixes, cached = told.result.prefixes, max(cached, told.result.cached)
@@ -122,11 +122,11 @@ class Offering:
 
     def _look(
         self, source: int, targets: Sequence[int], views: list[m.ContextView], failed: set[int]
-    ) -> Generator[list[Ask], list[Told], dict[int, m.Found]]:
+    ) -> Generator[list[ReplicaCall], list[ReplicaReply], dict[int, m.Found]]:
         """What the targets have of the prefixes."""
-        asks = [Ask(r, m.Lookup(views, self._lines.unknown(r))) for r in targets]
+        asks = [ReplicaCall(r, m.Lookup(views, self._lines.unknown(r))) for r in targets]
         if self._lines.unknown(source):
-            asks.append(Ask(source, m.Lookup([], True)))
+            asks.append(ReplicaCall(source, m.Lookup([], True)))
         found = {}
         answers = yield asks
         for ask, told in zip(asks, answers, strict=True):
@@ -144,19 +144,19 @@ class Offering:
         self,
         source: int,
         views: Sequence[m.ContextView],
-        pieces: Sequence[Piece],
+        pieces: Sequence[SpanAssignment],
         kept: _Kept,
         failed: set[int],
         until: float,
-    ) -> Generator[list[Ask], list[Told], int]:
+    ) -> Generator[list[ReplicaCall], list[ReplicaReply], int]:
         """Have the pieces copied, round by round; how many pages were taken."""
-        due: dict[int, deque[Piece]] = {}
+        due: dict[int, deque[SpanAssignment]] = {}
         for piece in pieces:
             due.setdefault(piece.target, deque()).append(piece)
         taken = 0
         while any(due.values()) and self._clock() < until:
             now = [piece for target, queue in due.items() for piece in self._next(target, queue)]
-            orders = [Order(i, p.target, views[p.row], Span(source, p.start, p.stop)) for i, p in enumerate(now)]
+            orders = [CopyOrder(i, p.target, views[p.row], Span(source, p.start, p.stop)) for i, p in enumerate(now)]
             copies = yield from self._carrier.export(orders)
             if not copies:
                 break
@@ -166,7 +166,7 @@ class Offering:
                     going.setdefault(now[i].target, []).append(i)
             began = self._clock()
             answers = yield [self._keep(r, [(views[now[i].row], copies[i]) for i in each]) for r, each in going.items()]
-            took, broken = self._clock() - began, list[Copy]()
+            took, broken = self._clock() - began, list[ExportedSpan]()
             for (target, each), told in zip(going.items(), answers, strict=True):
                 if not isinstance(told.result, m.KeepDone):
                     failed.add(target)
@@ -184,7 +184,7 @@ class Offering:
             yield from self._carrier.acknowledge(copies, broken)
         return taken
 
-    def _next(self, target: int, queue: deque[Piece]) -> list[Piece]:
+    def _next(self, target: int, queue: deque[SpanAssignment]) -> list[SpanAssignment]:
         """What a target gets next of what it is to get."""
         now, left = [], max(1, ROUND_BYTES // max(1, self._lines.page_bytes(target)))
         while queue and left > 0:
@@ -196,19 +196,19 @@ class Offering:
             left -= stop - piece.start
         return now
 
-    def _keep(self, target: int, what: Sequence[tuple[m.ContextView, list[Copy]]]) -> Ask:
+    def _keep(self, target: int, what: Sequence[tuple[m.ContextView, list[ExportedSpan]]]) -> ReplicaCall:
         heads, data = self._carrier.heads(copy for _, parts in what for copy in parts)
         uses, at = dict[int, list[int]](), 0
         for row, (_, parts) in enumerate(what):
             uses[row] = list(range(at, at + len(parts)))
             at += len(parts)
-        return Ask(target, m.Keep([view for view, _ in what], heads, uses), tuple(data))
+        return ReplicaCall(target, m.Keep([view for view, _ in what], heads, uses), tuple(data))
 
     def _order(self, kept: _Kept, failed: set[int]) -> Part:
         """What came last is the coldest: have targets reckon the hottest as released last."""
         targets = {r: deque(parts) for r, parts in kept.parts().items() if r not in failed}
         while any(targets.values()):
-            yield [Ask(r, m.Keep(parts.popleft())) for r, parts in targets.items() if parts]
+            yield [ReplicaCall(r, m.Keep(parts.popleft())) for r, parts in targets.items() if parts]
 
 
 class _Kept:

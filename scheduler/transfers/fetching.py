@@ -8,15 +8,15 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from rayk.scheduler.router.prefix_index import PrefixIndex
-from rayk.scheduler.transfers.copy_cost import Span, worthwhile
-from rayk.scheduler.transfers.links import Lines
-from rayk.transport.choice import Station
+from rayk.scheduler.transfers.copy_cost import Span, profitable_spans
+from rayk.scheduler.transfers.links import LinkTable
+from rayk.transport.choice import Endpoint
 
 USUAL = 16  # pages of a copy by which a price is reckoned
 NEWS = 0.1  # part by which a rate has to change
 
 
-class Fetch(NamedTuple):
+class CopyPlan(NamedTuple):
     """Pages start .. stop of a request's prefix are to come from `source` over a line of that kind."""
 
     source: int
@@ -25,18 +25,18 @@ class Fetch(NamedTuple):
     kind: str
 
 
-class Fetching:
+class CopyPlanner:
     """`shares_tiers`: replicas of one machine have a host tier in common, in which each finds what others cached."""
 
-    def __init__(self, index: PrefixIndex, lines: Lines, page_size: int, shares_tiers: bool) -> None:
+    def __init__(self, index: PrefixIndex, lines: LinkTable, page_size: int, shares_tiers: bool) -> None:
         self.lines = lines
         self._index = index
         self.page_size = page_size
         self.shares_tiers = shares_tiers
-        self._stations: dict[int, Station] = {}
+        self._stations: dict[int, Endpoint] = {}
         self._rates: dict[int, float] = {}
 
-    def joined(self, replica: int, epoch: int, station: Station) -> None:
+    def joined(self, replica: int, epoch: int, station: Endpoint) -> None:
         """A replica from which and to which pages can be copied."""
         self._stations[replica] = station
         self.lines.joined(replica, epoch, station)
@@ -55,7 +55,7 @@ class Fetching:
         self._rates[replica] = rate
         return True
 
-    def plan(self, target: int, keys: Sequence[int], without: Collection[int] = ()) -> Fetch | None:
+    def plan(self, target: int, keys: Sequence[int], without: Collection[int] = ()) -> CopyPlan | None:
         """What the request with these pages had better get from another replica than compute on `target`, if anything.
 
         Before the target's index has promises for it. While it is not known how fast the target computes, all that
@@ -74,14 +74,14 @@ class Fetching:
                 continue
             span = Span(source, have, held[source])
             seconds = self.lines.seconds(source, target, span.stop - have)
-            if not worthwhile([span], lambda _, s=seconds: s, self.page_size, rate):  # type: ignore[misc]  # mypy does not infer defaults
+            if not profitable_spans([span], lambda _, s=seconds: s, self.page_size, rate):  # type: ignore[misc]  # mypy does not infer defaults
                 continue
             gain = (span.stop - have) * self.page_size / (rate or 1.0) - (seconds if rate else 0.0)
             if gain > saved:
                 best, saved = span, gain
         if best is None:
             return None
-        return Fetch(best.replica, best.start, best.stop, self.lines.use(best.replica, target))
+        return CopyPlan(best.replica, best.start, best.stop, self.lines.use(best.replica, target))
 
     @property
     def price(self) -> float:

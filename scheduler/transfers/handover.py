@@ -14,11 +14,11 @@ from functools import partial
 import numpy as np
 
 from rayk.protocol import messages as m
-from rayk.protocol.columns import Batch, Outcomes
+from rayk.protocol.columns import AdmitResults, PackedContexts
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.placer import Owner, Placer, released
-from rayk.scheduler.router.policy import Wish
-from rayk.scheduler.script import Ask, Told
+from rayk.scheduler.router.policy import RouteRequest
+from rayk.scheduler.script import ReplicaCall, ReplicaReply
 
 ATTEMPTS = 4  # replicas that are tried for a request
 Claims = Mapping[str, Owner]  # request -> whose claim is moved
@@ -32,7 +32,7 @@ class Handover:
         self._placer = placer
         self._members = members
 
-    def run(self, replica: int) -> Generator[list[Ask], list[Told], tuple[dict[str, int], Left]]:
+    def run(self, replica: int) -> Generator[list[ReplicaCall], list[ReplicaReply], tuple[dict[str, int], Left]]:
         """Where each request of the replica went, and why the others could not go."""
         placer = self._placer
         ids = placer.placements.on(replica)
@@ -41,7 +41,7 @@ class Handover:
             return moved, {}
         claims = dict(zip(ids, placer.owners_of(ids), strict=True))
         generations = [generation for _, generation in claims.values()]
-        [told] = yield [Ask(replica, m.GetContexts(ids, generations))]
+        [told] = yield [ReplicaCall(replica, m.GetContexts(ids, generations))]
         if not isinstance(told.result, m.ContextsDone):
             why = str(m.to_error(told.result)) if isinstance(told.result, m.Failure) else "it cannot be read"
             return moved, dict.fromkeys(ids, why)
@@ -49,12 +49,12 @@ class Handover:
         left: Left = {}
         for request_ids, dummy in ((found.bare, False), (found.dummies, True)):
             yield from self._move_claims(replica, {i: claims[i] for i in request_ids}, dummy, moved, left)
-        yield from self._move(replica, Batch(found.contexts), claims, moved, left)
+        yield from self._move(replica, PackedContexts(found.contexts), claims, moved, left)
         if moved:
             self._members.touch()
         return moved, left
 
-    def _choose(self, request_id: str, wish: Wish, tried: set[int]) -> int:
+    def _choose(self, request_id: str, wish: RouteRequest, tried: set[int]) -> int:
         """Count the request at another ready replica that was not tried; -1 when there is none."""
         placer, ready = self._placer, [r for r in self._members.ready if r not in tried]
         if not ready:
@@ -67,7 +67,7 @@ class Handover:
         tried.add(target)
         return target
 
-    def _stay(self, replica: int, request_id: str, wish: Wish) -> None:
+    def _stay(self, replica: int, request_id: str, wish: RouteRequest) -> None:
         """Count it where it is again."""
         desk = self._placer.desk
         desk.remove(request_id)
@@ -77,12 +77,12 @@ class Handover:
 
     def _move_claims(
         self, replica: int, claims: Claims, dummy: bool, moved: dict[str, int], left: Left
-    ) -> Generator[list[Ask], list[Told], None]:
+    ) -> Generator[list[ReplicaCall], list[ReplicaReply], None]:
         """Requests that have no pages."""
-        wish = Wish(0)
+        wish = RouteRequest(0)
         targets = {i: self._choose(i, wish, set()) for i in claims}
         going = {i: target for i, target in targets.items() if target >= 0}
-        answers = yield [Ask(target, m.Claim(i, dummy, *claims[i])) for i, target in going.items()]
+        answers = yield [ReplicaCall(target, m.Claim(i, dummy, *claims[i])) for i, target in going.items()]
         gone = {}
         for (request_id, target), told in zip(going.items(), answers, strict=True):
             self._placer.desk.answered(target, (request_id,))
@@ -95,8 +95,8 @@ class Handover:
         yield from self._let_go(replica, gone, claims, moved)
 
     def _move(
-        self, replica: int, batch: Batch, claims: Claims, moved: dict[str, int], left: Left
-    ) -> Generator[list[Ask], list[Told], None]:
+        self, replica: int, batch: PackedContexts, claims: Claims, moved: dict[str, int], left: Left
+    ) -> Generator[list[ReplicaCall], list[ReplicaReply], None]:
         """Requests that have pages: other replicas are tried until one has room."""
         placer, due = self._placer, list(range(len(batch)))
         tried: dict[int, set[int]] = {row: set() for row in due}
@@ -111,7 +111,7 @@ class Handover:
                     groups.setdefault(target, []).append(row)
                 else:
                     left.setdefault(batch.ids[row], "no other replica takes requests")
-            outcomes = Outcomes(len(batch))
+            outcomes = AdmitResults(len(batch))
             if groups:
                 yield from placer.carry_out(batch, command, owners, dict(sorted(groups.items())), set(), outcomes)
             gone: dict[str, tuple[int, int]] = {}
@@ -133,12 +133,12 @@ class Handover:
             if request_id in batch.ids:
                 self._stay(replica, request_id, self._wish(batch, batch.ids.index(request_id)))
 
-    def _wish(self, batch: Batch, row: int) -> Wish:
-        return Wish(batch.lengths[row], self._placer.keys(batch, row), batch.traits(row).session_id)
+    def _wish(self, batch: PackedContexts, row: int) -> RouteRequest:
+        return RouteRequest(batch.lengths[row], self._placer.keys(batch, row), batch.traits(row).session_id)
 
     def _let_go(
         self, replica: int, gone: dict[str, tuple[int, int]], claims: Claims, moved: dict[str, int]
-    ) -> Generator[list[Ask], list[Told], None]:
+    ) -> Generator[list[ReplicaCall], list[ReplicaReply], None]:
         """Those are at other replicas now: from here on they are there, unless they were released meanwhile. Only the
         claims that were moved are let go of: by now an id may be claimed again."""
         if not gone:
@@ -152,24 +152,24 @@ class Handover:
             placements.add(request_id, target, tokens)
         orders = released({i: claims[i][1] for i in gone})
         targets = {i: target for i, (target, _) in gone.items()}
-        [told] = yield [Ask(replica, orders, late=partial(self._orphaned, targets, claims))]
+        [told] = yield [ReplicaCall(replica, orders, late=partial(self._orphaned, targets, claims))]
         missing = set(told.result.request_ids) if isinstance(told.result, m.Missing) else set()
         missing |= set(gone) - set(known)
         orphans: dict[int, dict[str, int]] = {}
         for request_id in missing:
             orphans.setdefault(gone[request_id][0], {})[request_id] = claims[request_id][1]
         if orphans:
-            yield [Ask(target, released(lost)) for target, lost in orphans.items()]
+            yield [ReplicaCall(target, released(lost)) for target, lost in orphans.items()]
             for request_id in missing:
                 if placements.holder(request_id) in (None, gone[request_id][0]):
                     placer.forget_of(claims[request_id], [request_id])
         moved.update((i, target) for i, (target, _) in gone.items() if i not in missing)
 
-    def _orphaned(self, targets: dict[str, int], claims: Claims, result: m.Result) -> list[Ask]:
+    def _orphaned(self, targets: dict[str, int], claims: Claims, result: m.Result) -> list[ReplicaCall]:
         """A silent source answers at last: what its drivers had released there is at others."""
         orphans: dict[int, dict[str, int]] = {}
         for request_id in result.request_ids if isinstance(result, m.Missing) else ():
             if self._placer.placements.holder(request_id) in (None, targets[request_id]):
                 self._placer.forget_of(claims[request_id], [request_id])
                 orphans.setdefault(targets[request_id], {})[request_id] = claims[request_id][1]
-        return [Ask(target, released(lost)) for target, lost in orphans.items()]
+        return [ReplicaCall(target, released(lost)) for target, lost in orphans.items()]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from rayk.params import AUTO, OBJECT_STORE
 from rayk.protocol.messages import LineState
-from rayk.scheduler.transfers.copy_cost import LineRate
-from rayk.transport.choice import ASSUMED_RATES, Peer, Station, choose_line
+from rayk.scheduler.transfers.copy_cost import LinkEstimate
+from rayk.transport.choice import ASSUMED_RATES, Endpoint, Peer, choose_line
 
 log = logging.getLogger("rayk.scheduler")
 
@@ -33,19 +33,19 @@ class _Record:
     """What is known of a line."""
 
     def __init__(self, kind: str) -> None:
-        self.rate = LineRate(*ASSUMED_RATES[kind])
+        self.rate = LinkEstimate(*ASSUMED_RATES[kind])
         self.failures = 0
         self.rests_until = 0.0
         self.trouble = ""
 
 
-class Lines:
+class LinkTable:
     """`wanted` is a kind of line, or "auto"."""
 
     def __init__(self, clock: Callable[[], float], wanted: str = AUTO) -> None:
         self.wanted = wanted
         self._clock = clock
-        self._ends: dict[int, tuple[Peer, Station]] = {}
+        self._ends: dict[int, tuple[Peer, Endpoint]] = {}
         self._records: dict[_Wire, _Record] = {}
         self._gone: dict[int, set[int]] = {}  # replica -> those that it may have lines to, and that have left
 
@@ -55,7 +55,7 @@ class Lines:
         """Whether the replica has to be asked who it is."""
         return replica not in self._ends
 
-    def joined(self, replica: int, epoch: int, station: Station) -> None:
+    def joined(self, replica: int, epoch: int, station: Endpoint) -> None:
         """A replica introduced itself."""
         known = self._ends.get(replica)
         if known is not None and known[0].epoch != epoch:

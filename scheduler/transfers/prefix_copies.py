@@ -11,19 +11,19 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from rayk.protocol import messages as m
-from rayk.protocol.columns import Batch
+from rayk.protocol.columns import PackedContexts
 from rayk.scheduler.membership import Membership
-from rayk.scheduler.script import Ask, Part, Told
-from rayk.scheduler.transfers.copy_cost import Span, copy_spans, worthwhile
-from rayk.scheduler.transfers.transfer import Carrier, Copies, Order
+from rayk.scheduler.script import Part, ReplicaCall, ReplicaReply
+from rayk.scheduler.transfers.copy_cost import Span, copy_spans, profitable_spans
+from rayk.scheduler.transfers.transfer import Copies, CopyOrder, PageTransfers
 
 Groups = dict[int, list[int]]  # replica -> rows of a batch
 
 
-class Copying:
+class PrefixCopies:
     """The copies of all batches of a scheduler, between its `members`."""
 
-    def __init__(self, members: Membership, carrier: Carrier, page_size: int) -> None:
+    def __init__(self, members: Membership, carrier: PageTransfers, page_size: int) -> None:
         self.carrier = carrier
         self.lines = carrier.lines
         self._members = members
@@ -31,8 +31,8 @@ class Copying:
         self._page_size = page_size
 
     def fetch(
-        self, batch: Batch, groups: Groups, lonely: set[int], prefill_rate: float | None
-    ) -> Generator[list[Ask], list[Told], Copies]:
+        self, batch: PackedContexts, groups: Groups, lonely: set[int], prefill_rate: float | None
+    ) -> Generator[list[ReplicaCall], list[ReplicaReply], Copies]:
         """Have the prefixes that a chosen replica misses exported by others; nobody has any of the `lonely` ones."""
         replicas = {i: r for r, rows in groups.items() for i in rows if i not in lonely}
         wanted = sorted(replicas)
@@ -40,7 +40,7 @@ class Copying:
             return {}
         views = [batch.view(i) for i in wanted]
         here = list(self._members.here)
-        answers = yield [Ask(r, m.Lookup(views, self.lines.unknown(r))) for r in here]
+        answers = yield [ReplicaCall(r, m.Lookup(views, self.lines.unknown(r))) for r in here]
         found: list[m.Found | None] = [None] * len(self._members)
         for replica, told in zip(here, answers, strict=True):
             each = told.result
@@ -48,7 +48,7 @@ class Copying:
                 found[replica] = each
                 if each.station is not None:
                     self.lines.joined(replica, each.epoch, each.station)
-        orders: list[Order] = []
+        orders: list[CopyOrder] = []
         known: set[tuple[Any, ...]] = set()
         for at, i in enumerate(wanted):
             target = replicas[i]
@@ -56,7 +56,7 @@ class Copying:
                 coming = (target, span, self._prefix(views[at], span.stop))
                 if coming not in known:  # else an earlier request of this batch brings these pages
                     known.add(coming)
-                    orders.append(Order(i, target, views[at], span))
+                    orders.append(CopyOrder(i, target, views[at], span))
         return (yield from self.carrier.export(orders))
 
     def _spans(self, found: Sequence[m.Found | None], at: int, target: int, prefill_rate: float | None) -> list[Span]:
@@ -76,7 +76,7 @@ class Copying:
         def seconds(span: Span) -> float:
             return self.lines.seconds(span.replica, target, span.stop - span.start)
 
-        return worthwhile(copy_spans(have, resident, stop, order), seconds, self._page_size, prefill_rate)
+        return profitable_spans(copy_spans(have, resident, stop, order), seconds, self._page_size, prefill_rate)
 
     def _prefix(self, view: m.ContextView, pages: int) -> tuple[Any, ...]:
         """What makes the first pages of a request what they are."""
@@ -92,4 +92,4 @@ class Copying:
             self.lines.keep({r: epochs[r] for r in members.here})
         farewells = self.lines.farewells()
         if farewells:
-            yield [Ask(replica, m.DropLines(gone)) for replica, gone in farewells.items()]
+            yield [ReplicaCall(replica, m.DropLines(gone)) for replica, gone in farewells.items()]

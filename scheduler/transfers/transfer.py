@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from rayk.errors import LineError
 from rayk.params import OBJECT_STORE
 from rayk.protocol import messages as m
-from rayk.scheduler.script import Ask, Part, Told
+from rayk.scheduler.script import Part, ReplicaCall, ReplicaReply
 from rayk.scheduler.transfers.copy_cost import Span
-from rayk.scheduler.transfers.links import Lines
+from rayk.scheduler.transfers.links import LinkTable
 
 
-class Order(NamedTuple):
+class CopyOrder(NamedTuple):
     """Pages of the prefix `view` that go to `target`; `row` is the orderer's number for it."""
 
     row: int
@@ -27,7 +27,7 @@ class Order(NamedTuple):
     span: Span
 
 
-class Copy(NamedTuple):
+class ExportedSpan(NamedTuple):
     """Exported pages on their way to a place. `seconds` is what the export took."""
 
     source: int
@@ -38,17 +38,17 @@ class Copy(NamedTuple):
     seconds: float
 
 
-Copies = dict[int, list[Copy]]  # row -> what there is for it, in order
+Copies = dict[int, list[ExportedSpan]]  # row -> what there is for it, in order
 
 
-class Carrier:
+class PageTransfers:
     """Has pages carried over `lines`, and remembers in them how that went."""
 
-    def __init__(self, lines: Lines, clock: Callable[[], float]) -> None:
+    def __init__(self, lines: LinkTable, clock: Callable[[], float]) -> None:
         self.lines = lines
         self._clock = clock
 
-    def export(self, orders: Sequence[Order]) -> Generator[list[Ask], list[Told], Copies]:
+    def export(self, orders: Sequence[CopyOrder]) -> Generator[list[ReplicaCall], list[ReplicaReply], Copies]:
         """Ask for the exports; one whose line is refused is asked for again over the next best."""
         copies: Copies = {}
         while orders:
@@ -56,11 +56,11 @@ class Carrier:
             began = self._clock()
             answers = yield [self._ask(order, kind) for order, kind in zip(orders, kinds, strict=True)]
             took = self._clock() - began
-            again: list[Order] = []
+            again: list[CopyOrder] = []
             for order, kind, told in zip(orders, kinds, answers, strict=True):
                 source = order.span.replica
                 if isinstance(told.result, m.Exported):
-                    copy = Copy(source, order.target, kind, told.result, told.data, took)
+                    copy = ExportedSpan(source, order.target, kind, told.result, told.data, took)
                     copies.setdefault(order.row, []).append(copy)
                 elif kind != OBJECT_STORE and isinstance(told.result, m.Failure):
                     error = m.to_error(told.result)
@@ -72,12 +72,12 @@ class Carrier:
             parts.sort(key=lambda copy: copy.export.start)
         return copies
 
-    def _ask(self, order: Order, kind: str) -> Ask:
+    def _ask(self, order: CopyOrder, kind: str) -> ReplicaCall:
         span, to = order.span, self.lines.peer(order.target)
         export = m.Export(order.view, span.start, span.stop, kind, to.replica, to.epoch)
-        return Ask(span.replica, export, (), kind == OBJECT_STORE, lambda result: _unpin(span.replica, result))
+        return ReplicaCall(span.replica, export, (), kind == OBJECT_STORE, lambda result: _unpin(span.replica, result))
 
-    def heads(self, parts: Iterable[Copy]) -> tuple[list[m.ImportHead], list[Any]]:
+    def heads(self, parts: Iterable[ExportedSpan]) -> tuple[list[m.ImportHead], list[Any]]:
         """What the target is told of the copies, and the page data that goes along."""
         heads, data = [], []
         for copy in parts:
@@ -96,7 +96,7 @@ class Carrier:
                 data.append(copy.data)
         return heads, data
 
-    def arrived(self, parts: Sequence[Copy], arrivals: Sequence[m.Arrival], away: float) -> list[Copy]:
+    def arrived(self, parts: Sequence[ExportedSpan], arrivals: Sequence[m.Arrival], away: float) -> list[ExportedSpan]:
         """What became of the copies of one message, which with its answer was under way for `away` seconds, the
         target's work not counted; those whose line broke."""
         broken, pages = [], sum(arrival.pages for arrival in arrivals)
@@ -111,18 +111,18 @@ class Carrier:
                 self.lines.carried(copy.source, copy.target, copy.line, arrival.pages, seconds)
         return broken
 
-    def acknowledge(self, copies: Copies, broken: Iterable[Copy]) -> Part:
+    def acknowledge(self, copies: Copies, broken: Iterable[ExportedSpan]) -> Part:
         """Have the exports unpinned, and lines that broke closed at the source; the target's end is closed already."""
         exported: dict[int, list[int]] = {}
         for copy in (copy for parts in copies.values() for copy in parts):
             exported.setdefault(copy.source, []).append(copy.export.export_id)
-        asks = [Ask(source, m.Acknowledge(ids)) for source, ids in exported.items()]
+        asks = [ReplicaCall(source, m.Acknowledge(ids)) for source, ids in exported.items()]
         pairs = dict.fromkeys((copy.source, copy.target) for copy in broken)
-        asks += [Ask(source, m.DropLines([target])) for source, target in pairs]
+        asks += [ReplicaCall(source, m.DropLines([target])) for source, target in pairs]
         if asks:
             yield asks
 
 
-def _unpin(source: int, result: m.Result) -> list[Ask]:
+def _unpin(source: int, result: m.Result) -> list[ReplicaCall]:
     """What to say to a source whose export came too late to be used."""
-    return [Ask(source, m.Acknowledge([result.export_id]))] if isinstance(result, m.Exported) else []
+    return [ReplicaCall(source, m.Acknowledge([result.export_id]))] if isinstance(result, m.Exported) else []

@@ -18,9 +18,9 @@ from rayk.bench.overload_driver import Load, Outcome, PacedForward, Phase, _Serv
 from rayk.context import TextContext
 from rayk.kvcache.tick import Admission, Tick, TickResult
 from rayk.protocol.messages import Traits
-from rayk.scheduler.admission.controller import Hall, Visitor
-from rayk.scheduler.router.policy import Wish
-from rayk.scheduler.router.router import Desk
+from rayk.scheduler.admission.controller import AdmissionController, QueuedRequest
+from rayk.scheduler.router.policy import RouteRequest
+from rayk.scheduler.router.router import Router
 
 MESSAGE = 0.002  # seconds
 LOOK = 0.03
@@ -61,8 +61,8 @@ class House:
     """What a scheduler and its replicas are to drivers that want to be let in."""
 
     def __init__(self, load: Load, clock: Callable[[], float]) -> None:
-        self.desk = Desk("cost", [load.pages * load.page_size] * load.replicas, load.page_size, None, clock)
-        self.hall = Hall(load.policy, self.desk, load.page_size, clock)
+        self.desk = Router("cost", [load.pages * load.page_size] * load.replicas, load.page_size, None, clock)
+        self.hall = AdmissionController(load.policy, self.desk, load.page_size, clock)
         self.replicas = [Replica() for _ in range(load.replicas)]
         self.waiting: dict[str, asyncio.Future[Admission]] = {}
 
@@ -105,7 +105,7 @@ class Guest:
         await asyncio.sleep(MESSAGE)
         house, length = self.house, ctx.tokens.length
         future = house.waiting[ctx.request_id] = asyncio.get_running_loop().create_future()
-        visitor = Visitor(self.tenant, lambda: Wish(length), ctx)
+        visitor = QueuedRequest(self.tenant, lambda: RouteRequest(length), ctx)
         traits = Traits(tenant=ctx.tenant, deadline=ctx.deadline)
         house.hall.offer(visitor, ctx.request_id, length, ctx.max_length - length, traits)
         house.let_in()

@@ -16,7 +16,7 @@ from rayk import MHAKVCacheParams
 from rayk.kvcache.buffers import PageBuffers
 from rayk.transport.choice import Peer
 from rayk.transport.cuda import CudaMemory
-from rayk.transport.line import Parcel
+from rayk.transport.line import PageExportRef
 from rayk.transport.pools import PoolLine
 
 PAGES = 64
@@ -77,7 +77,7 @@ def test_pages_of_another_process(source, capsys: pytest.CaptureFixture[str]) ->
     theirs = np.random.default_rng(0).permutation(PAGES)[:32].astype(np.int32)
     mine = np.random.default_rng(1).permutation(PAGES)[:32].astype(np.int32)
     pipe.send(theirs.tolist())
-    parcel = Parcel(Peer(0, 1), 1, theirs, pipe.recv(), FOREVER)
+    parcel = PageExportRef(Peer(0, 1), 1, theirs, pipe.recv(), FOREVER)
     line.fetch(parcel, 0, mine)
     [raw] = target.all_bytes
     for to, of in zip(mine.tolist(), theirs.tolist(), strict=True):

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rayk.cluster import Cluster
-from rayk.scheduler.transfers.fetching import Fetching
+from rayk.scheduler.transfers.fetching import CopyPlanner
 
 from ..unit.engine.conftest import idle  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine.fake import PageModel, Tokenizer  # noqa: TID252  # as above
@@ -69,7 +69,7 @@ acts: st.SearchStrategy[Act] = st.one_of(
 def copies() -> Iterator[None]:
     """The model is quick: as if nobody knew, all that another replica has is copied."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Fetching, "prefills", lambda self, replica, rate: False)
+        patch.setattr(CopyPlanner, "prefills", lambda self, replica, rate: False)
         yield
 
 

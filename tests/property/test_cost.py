@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from rayk.scheduler.router.cost import FEW, Cost, Weights
-from rayk.scheduler.router.policy import Wish
+from rayk.scheduler.router.policy import RouteRequest
 from rayk.scheduler.router.prefix_index import PrefixIndex, Tier
-from rayk.scheduler.router.replica_loads import Fleet
+from rayk.scheduler.router.replica_loads import ReplicaLoads
 
 PAGE = 16
 
 
-def random_fleet(random: np.random.Generator) -> tuple[Fleet, PrefixIndex]:
+def random_fleet(random: np.random.Generator) -> tuple[ReplicaLoads, PrefixIndex]:
     """Replicas of many loads, some full, some not ready, that hold leading parts of prompts 0 .. 9."""
     replicas = int(random.integers(1, 2 * FEW))
-    fleet, index = Fleet(replicas, None, int(random.choice([500, 5000, 1 << 40]))), PrefixIndex(replicas)
+    fleet, index = ReplicaLoads(replicas, None, int(random.choice([500, 5000, 1 << 40]))), PrefixIndex(replicas)
     for replica in range(replicas):
         for _ in range(int(random.integers(0, 6))):
             compute = int(random.integers(0, 400))
@@ -46,7 +46,7 @@ def test_the_choice_is_the_cheapest_by_the_formula(seed: int) -> None:
     made = []
     for _ in range(60):
         prompt, tokens = int(random.integers(0, 20)), int(random.integers(1, 400))
-        wish = Wish(tokens, keys_of(prompt, (tokens - 1) // PAGE))
+        wish = RouteRequest(tokens, keys_of(prompt, (tokens - 1) // PAGE))
         chosen = short.choose(wish, fleet)
         reach = index.reach(wish.keys)
         regret = long._regret(wish, reach)

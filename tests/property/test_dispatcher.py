@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from rayk.dispatch.dispatcher import Dispatcher, Standing
 from rayk.dispatch.output import Handle
-from rayk.engine.page_sharing import Peers
+from rayk.engine.page_sharing import PageSharing
 from rayk.errors import DrainError
 from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.page_hash import PageHasher
@@ -63,10 +63,10 @@ class Replica:
             own = Shelf()
             own.pages = shelf.pages
 
-        def peers(core: ReplicaCore) -> Peers:
+        def peers(core: ReplicaCore) -> PageSharing:
             pools[me] = core.buffers
             lines = [DirectLine(core.buffers, pools)]
-            return Peers(PagePort(me, core.exports, core.params.bytes_per_page, "", lines))
+            return PageSharing(PagePort(me, core.exports, core.params.bytes_per_page, "", lines))
 
         more = {"report_pages": True, "hash_seed": SEED, "shelf": own, "peers": peers}
         self.bench = Bench(PAGES, PAGE, rows=3, chunk_size=12, model=PageModel(tokenizer=Tokenizer()), **more)

@@ -18,11 +18,11 @@ from rayk import MHAKVCacheParams, TextContext
 from rayk.errors import AlreadyClaimedError, LeaseLostError, RaykError
 from rayk.kvcache.replica import ReplicaCore
 from rayk.protocol import messages as m
-from rayk.protocol.context_sync import Sender
+from rayk.protocol.context_sync import ContextSender
 from rayk.replica.service import ReplicaService
 from rayk.scheduler.core import SchedulerCore
-from rayk.scheduler.router.router import DeskSettings
-from rayk.scheduler.script import Told
+from rayk.scheduler.router.router import RouterSettings
+from rayk.scheduler.script import ReplicaReply
 
 PAGE, LEASE = 2, 3.0
 PARAMS = MHAKVCacheParams(
@@ -50,7 +50,7 @@ class World:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.scheduler = SchedulerCore([1], DeskSettings("round-robin", (8,), PAGE), False, lambda: self.now)
+        self.scheduler = SchedulerCore([1], RouterSettings("round-robin", (8,), PAGE), False, lambda: self.now)
         self.core = ReplicaCore(PARAMS, 0, 8, 4)
         self.service = ReplicaService(self.core, 1, cloudpickle.dumps)
         self.numbers = itertools.count(1)
@@ -70,7 +70,7 @@ class World:
         try:
             asks = next(script)
             while True:
-                asks = script.send([Told(self.replica("scheduler", ask.command)) for ask in asks])
+                asks = script.send([ReplicaReply(self.replica("scheduler", ask.command)) for ask in asks])
         except StopIteration as end:
             result: m.Result = end.value
             return result
@@ -97,7 +97,7 @@ class World:
             return self.replica(client, m.Release(["r"], generations=[generation]))
         ctx = self.context(client, what)
         if what in ("admit", "alloc"):
-            contexts = Sender().pack([ctx], whole=True)
+            contexts = ContextSender().pack([ctx], whole=True)
             if what == "alloc":
                 return self.run(client, m.PlaceMany(contexts, [0], False, generations=[generation]))
             done = self.run(client, m.PlaceMany(contexts, [0]))
@@ -105,7 +105,7 @@ class World:
             if not done.failures:
                 [self.generation[client]] = done.generations
             return done
-        views = [Sender().view(ctx, whole=True, generation=generation)]
+        views = [ContextSender().view(ctx, whole=True, generation=generation)]
         fn = cloudpickle.dumps(mark)
         if what == "tick":
             return self.replica(client, m.RunTick(views, step=[0], alloc=[0], execute=[0], fn=fn))

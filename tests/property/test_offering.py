@@ -12,7 +12,7 @@ from rayk.kvcache.evacuation import room
 from rayk.kvcache.replica import ReplicaCore
 from rayk.protocol import messages as m
 from rayk.scheduler.membership import State
-from rayk.scheduler.script import Ask
+from rayk.scheduler.script import ReplicaCall
 from rayk.scheduler.transfers import evacuation as offering
 
 from ..unit.conftest import values  # noqa: TID252  # tests/ is no package that has an absolute name
@@ -73,7 +73,7 @@ def test_any_offering(
     before, spaces = [cached(at) for at in replicas.cores], {at.replica: room(at) for at in replicas.cores}
     asked = 0
 
-    def fault(ask: Ask) -> m.Result | None:
+    def fault(ask: ReplicaCall) -> m.Result | None:
         nonlocal asked
         asked += 1
         failure = faults.get(asked)

@@ -16,12 +16,12 @@ from rayk import TextContext
 from rayk.errors import OverloadedError
 from rayk.protocol import messages as m
 from rayk.protocol.admission import AdmissionPolicy, TenantQuota
-from rayk.protocol.columns import Batch
-from rayk.protocol.context_sync import Sender
-from rayk.scheduler.admission.queue import Ticket
+from rayk.protocol.columns import PackedContexts
+from rayk.protocol.context_sync import ContextSender
+from rayk.scheduler.admission.queue import QueueEntry
 from rayk.scheduler.core import SchedulerCore
-from rayk.scheduler.router.router import DeskSettings
-from rayk.scheduler.script import Ask, Told
+from rayk.scheduler.router.router import RouterSettings
+from rayk.scheduler.script import ReplicaCall, ReplicaReply
 
 PAGE, PAGES, REPLICAS, DRIVERS = 4, 20, 2, 3
 WEIGHTS = {"a": 1.0, "b": 2.0, "q": 1.0}
@@ -45,8 +45,8 @@ def pages_of(tokens: int) -> int:
 class _OnWay:
     """A message to a replica, and its answer."""
 
-    ask: Ask
-    told: Told | None = None
+    ask: ReplicaCall
+    told: ReplicaReply | None = None
 
 
 class Cluster(RuleBasedStateMachine):
@@ -55,7 +55,7 @@ class Cluster(RuleBasedStateMachine):
     @initialize(router=st.sampled_from(["least-loaded", "round-robin", "cost"]))
     def start(self, router: str) -> None:
         self.now = 100.0
-        settings = DeskSettings(router, (PAGES,) * REPLICAS, PAGE, caching=False, admission=POLICY)
+        settings = RouterSettings(router, (PAGES,) * REPLICAS, PAGE, caching=False, admission=POLICY)
         self.core = SchedulerCore(list(range(REPLICAS)), settings, False, lambda: self.now)
         assert self.core.hall is not None
         self.hall = self.core.hall
@@ -74,13 +74,13 @@ class Cluster(RuleBasedStateMachine):
         self.number = 0
         queue, take, offer = self.hall.queue, self.hall.queue.take, self.hall.queue.offer
 
-        def logged(fits: Any) -> Ticket | None:
+        def logged(fits: Any) -> QueueEntry | None:
             ticket = take(fits)
             if ticket is not None:
                 self.log.append((ticket.tenant, ticket.pages, ticket.request_id))
             return ticket
 
-        def noted(request_id: str, *traits: Any, **more: Any) -> Ticket:
+        def noted(request_id: str, *traits: Any, **more: Any) -> QueueEntry:
             self.came_at[request_id] = len(self.log)
             return offer(request_id, *traits, **more)
 
@@ -88,11 +88,11 @@ class Cluster(RuleBasedStateMachine):
 
     # -- messages ----------------------------------------------------------------------------------
 
-    def _answer(self, ask: Ask) -> m.Result:
+    def _answer(self, ask: ReplicaCall) -> m.Result:
         held, result = self.held[ask.replica], m.Done()
         match ask.command:
             case m.Admit(contexts):
-                batch = Batch(contexts)
+                batch = PackedContexts(contexts)
                 for request_id, tokens in zip(batch.ids, batch.lengths, strict=True):
                     held[request_id] = pages_of(tokens)
                 rows = np.zeros((len(batch), 7), np.int64)
@@ -110,7 +110,7 @@ class Cluster(RuleBasedStateMachine):
         script = self.core.handle(driver, command)
         self._go_on(script, driver, None)
 
-    def _go_on(self, script: Any, driver: str, told: list[Told] | None) -> None:
+    def _go_on(self, script: Any, driver: str, told: list[ReplicaReply] | None) -> None:
         try:
             sent = [_OnWay(ask) for ask in (next(script) if told is None else script.send(told))]
             for each in sent:
@@ -136,7 +136,7 @@ class Cluster(RuleBasedStateMachine):
 
     def _enter(self, driver: str, ctxs: list[TextContext], **more: Any) -> None:
         released, self.untold[driver] = self.untold[driver], {}
-        self._send(driver, m.Enter(Sender().pack(ctxs, whole=True), released=released, **more))
+        self._send(driver, m.Enter(ContextSender().pack(ctxs, whole=True), released=released, **more))
 
     # -- what drivers do -----------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class Cluster(RuleBasedStateMachine):
             lane = self.lanes[each.ask.replica]
             while each.told is None:
                 first = lane.pop(0)
-                first.told = Told(self._answer(first.ask))
+                first.told = ReplicaReply(self._answer(first.ask))
         self._go_on(script, driver, [each.told for each in sent if each.told is not None])
 
     @precondition(lambda self: self.where)
@@ -186,7 +186,7 @@ class Cluster(RuleBasedStateMachine):
     def release(self, which: int, told: bool) -> None:
         request_id = sorted(self.where)[which % len(self.where)]
         driver, replica = self.where.pop(request_id)
-        self._answer(Ask(replica, m.Release([request_id])))
+        self._answer(ReplicaCall(replica, m.Release([request_id])))
         self.untold[driver][request_id] = self.claims[request_id]
         if told:
             self._enter(driver, [])
@@ -241,7 +241,7 @@ class Cluster(RuleBasedStateMachine):
                 self.work(0)
             for request_id in sorted(self.where):
                 driver, replica = self.where.pop(request_id)
-                self._answer(Ask(replica, m.Release([request_id])))
+                self._answer(ReplicaCall(replica, m.Release([request_id])))
                 self.untold[driver][request_id] = self.claims[request_id]
             for driver in range(DRIVERS):
                 self.look(driver, True)

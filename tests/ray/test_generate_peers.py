@@ -13,8 +13,8 @@ from ray import cloudpickle
 from rayk import InferenceSession
 from rayk.cluster import Cluster
 from rayk.params import GROUP, OBJECT_STORE, SHARED_MEMORY
-from rayk.scheduler.transfers.fetching import Fetching
-from rayk.scheduler.transfers.links import Lines
+from rayk.scheduler.transfers.fetching import CopyPlanner
+from rayk.scheduler.transfers.links import LinkTable
 
 from ..unit.engine import fake  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine.fake import expected  # noqa: TID252  # as above
@@ -31,18 +31,18 @@ SETTINGS = {"replicas": 2, "page_size": 4, "pages": 200, "max_batch_size": 8, "r
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model of these tests is quick; as if nobody knew that, all is copied."""
-    monkeypatch.setattr(Fetching, "prefills", lambda self, replica, rate: False)
+    monkeypatch.setattr(CopyPlanner, "prefills", lambda self, replica, rate: False)
 
 
 def test_every_line_carries_pages(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
-    carried = Lines.carried
+    carried = LinkTable.carried
 
-    def watch(self: Lines, source: int, target: int, kind: str, pages: int, seconds: float) -> None:
+    def watch(self: LinkTable, source: int, target: int, kind: str, pages: int, seconds: float) -> None:
         used.append(kind)
         carried(self, source, target, kind, pages, seconds)
 
-    monkeypatch.setattr(Lines, "carried", watch)
+    monkeypatch.setattr(LinkTable, "carried", watch)
     with Cluster(model, session, **SETTINGS) as cluster:
         for at, line in enumerate((SHARED_MEMORY, GROUP, OBJECT_STORE)):
             monkeypatch.setattr(cluster._dispatcher.steering.fetching.lines, "wanted", line)

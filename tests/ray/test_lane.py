@@ -20,9 +20,9 @@ import pytest
 
 from rayk import InferenceSession, PagedKVCacheManager, ReplicaLostError, TextContext, Tick
 from rayk.actors import graph as life
-from rayk.actors.channel import Link, new_client_id
+from rayk.actors.channel import ActorChannel, new_client_id
 from rayk.errors import RemoteError
-from rayk.manager.cluster_view import Roster
+from rayk.manager.cluster_view import ClusterView
 from rayk.manager.ray_backend import RayBackend
 from rayk.protocol import messages as m
 
@@ -53,7 +53,7 @@ def shared_lanes(session: InferenceSession) -> Iterator[PagedKVCacheManager]:
         yield manager
 
 
-def roster(manager: PagedKVCacheManager) -> Roster:
+def roster(manager: PagedKVCacheManager) -> ClusterView:
     assert isinstance(manager._backend, RayBackend)
     return manager._backend.calls
 
@@ -157,7 +157,7 @@ def test_calls_of_others_meanwhile(shared_lanes: PagedKVCacheManager) -> None:
         seat = lines.cluster.seats[replica]
         assert seat is not None
         name, runtime = new_client_id("other"), manager._session.ray
-        link = Link(runtime, seat.actor, "it", seat.epoch, name, lambda reason: RuntimeError(reason))  # type: ignore[arg-type,return-value]
+        link = ActorChannel(runtime, seat.actor, "it", seat.epoch, name, lambda reason: RuntimeError(reason))  # type: ignore[arg-type,return-value]
         try:
             while not ended.is_set():
                 link.ask(m.CheckIntegrity())

@@ -13,9 +13,9 @@ from rayk.actors.scheduler import SchedulerActor
 from rayk.errors import MessageError
 from rayk.protocol import messages as m
 from rayk.protocol.columns import RESULTS
-from rayk.protocol.context_sync import Sender
-from rayk.protocol.dedup import Answers
-from rayk.scheduler.router.router import DeskSettings
+from rayk.protocol.context_sync import ContextSender
+from rayk.protocol.dedup import ReplyCache
+from rayk.scheduler.router.router import RouterSettings
 
 from .fake import FakeRuntime
 
@@ -58,11 +58,11 @@ def replicas() -> list[SlowReplica]:
 
 @pytest.fixture
 def scheduler(replicas: list[SlowReplica]) -> SchedulerActor:
-    return SchedulerActor(EPOCH, replicas, [1, 2], DeskSettings("round-robin", (9, 9), 4), False, None, Patient())
+    return SchedulerActor(EPOCH, replicas, [1, 2], RouterSettings("round-robin", (9, 9), 4), False, None, Patient())
 
 
 def place(request_id: str, seq: int, replica: int, client: str = "driver") -> bytes:
-    contexts = Sender().pack([TextContext(request_id, [1, 2, 3], 9)])
+    contexts = ContextSender().pack([TextContext(request_id, [1, 2, 3], 9)])
     return m.encode(m.SchedulerEnvelope(client, EPOCH, seq, m.PlaceMany(contexts, [replica])))
 
 
@@ -124,7 +124,7 @@ def test_many_lanes_number_their_messages_in_order(scheduler: SchedulerActor, re
 
 
 def test_answers_within_the_window_may_overtake() -> None:
-    answers: Answers[str] = Answers(window=3)
+    answers: ReplyCache[str] = ReplyCache(window=3)
     answers.keep("d", 5, "five")
     assert answers.repeated("d", 4) is None, "not seen yet"
     answers.keep("d", 4, "four")

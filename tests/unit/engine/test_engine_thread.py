@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rayk.engine.engine import Engine
-from rayk.engine.engine_thread import EngineHost
+from rayk.engine.engine_thread import EngineThread
 from rayk.engine.measure import loop_cost
 from rayk.errors import RemoteError
 from rayk.kvcache.request import Reused
@@ -26,8 +26,8 @@ def ask(number: int, count: int = 8, **more: Any) -> Ask:
     return Ask.of(Request(number, f"r{number}", [number, 1, 2], SamplingParams(max_new_tokens=count), **more))
 
 
-def host(*benches: Bench, **settings: Any) -> EngineHost:
-    return EngineHost([bench.engine for bench in benches], **settings).start()
+def host(*benches: Bench, **settings: Any) -> EngineThread:
+    return EngineThread([bench.engine for bench in benches], **settings).start()
 
 
 def collect(reports, count: int) -> tuple[dict[int, list[int]], dict[int, str]]:

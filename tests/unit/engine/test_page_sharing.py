@@ -12,9 +12,9 @@ from rayk.errors import LineError
 from rayk.kvcache.request import Reused
 from rayk.params import GROUP, SHARED_MEMORY
 from rayk.scheduler.router.prefix_index import PrefixIndex
-from rayk.scheduler.transfers.fetching import Fetch, Fetching
-from rayk.scheduler.transfers.links import Lines
-from rayk.transport.choice import Station
+from rayk.scheduler.transfers.fetching import CopyPlan, CopyPlanner
+from rayk.scheduler.transfers.links import LinkTable
+from rayk.transport.choice import Endpoint
 from rayk.transport.direct import DirectLine
 
 from .fake import PageModel, Tokenizer, expected
@@ -42,7 +42,7 @@ def twice(cluster: Cluster, asked: list[list[int]]) -> tuple[Reused, int]:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model of these tests is quick; as if nobody knew that, all is copied."""
-    monkeypatch.setattr(Fetching, "prefills", lambda self, replica, rate: False)
+    monkeypatch.setattr(CopyPlanner, "prefills", lambda self, replica, rate: False)
 
 
 def test_what_the_other_one_holds_is_copied(always: None) -> None:
@@ -100,20 +100,20 @@ def test_a_source_that_does_not_answer_is_not_waited_for(always: None, monkeypat
 PAGE, BYTES = 128, 2 << 20
 
 
-def fetching(shares_tiers: bool = False, lines: list[str] | None = None) -> Fetching:
+def fetching(shares_tiers: bool = False, lines: list[str] | None = None) -> CopyPlanner:
     index = PrefixIndex(3)
-    found = Fetching(index, Lines(lambda: 0.0), PAGE, shares_tiers)
+    found = CopyPlanner(index, LinkTable(lambda: 0.0), PAGE, shares_tiers)
     for replica in range(3):
         host = "a" if replica < 2 else "b"
-        found.joined(replica, 7, Station(host, "here", lines or [SHARED_MEMORY, GROUP], BYTES))
+        found.joined(replica, 7, Endpoint(host, "here", lines or [SHARED_MEMORY, GROUP], BYTES))
     index.stored(0, range(100, 140))
     index.stored(2, range(100, 150))
     return found
 
 
 def test_all_is_copied_while_no_rate_is_known() -> None:
-    assert fetching().plan(1, range(100, 160)) == Fetch(2, 0, 50, GROUP), "the longest"
-    assert fetching().plan(1, range(100, 160), without={2}) == Fetch(0, 0, 40, SHARED_MEMORY)
+    assert fetching().plan(1, range(100, 160)) == CopyPlan(2, 0, 50, GROUP), "the longest"
+    assert fetching().plan(1, range(100, 160), without={2}) == CopyPlan(0, 0, 40, SHARED_MEMORY)
     assert fetching().plan(2, range(100, 160)) is None, "nobody has more"
     assert fetching().plan(1, range(10)) is None and fetching().plan(1, []) is None
     assert fetching().price == 1.0
@@ -122,24 +122,24 @@ def test_all_is_copied_while_no_rate_is_known() -> None:
 def test_a_copy_is_weighed_against_computing() -> None:
     slow, quick = fetching(), fetching()
     assert slow.prefills(1, 10_000.0) and not slow.prefills(1, 10_100.0)
-    assert slow.plan(1, range(100, 160)) == Fetch(2, 0, 50, GROUP)
+    assert slow.plan(1, range(100, 160)) == CopyPlan(2, 0, 50, GROUP)
     assert quick.prefills(1, 10_000_000.0)
     assert quick.plan(1, range(100, 160)) is None, "5,120 tokens take half a millisecond"
     assert 0 < slow.price < 0.5 < quick.price == 1.0
     between = fetching()  # 50 pages over the network: .1 s; the 10 more that replica 2 has take longer than the rest
     between.prefills(1, 100_000.0)
-    assert between.plan(1, range(100, 160)) == Fetch(0, 0, 40, SHARED_MEMORY)
+    assert between.plan(1, range(100, 160)) == CopyPlan(0, 0, 40, SHARED_MEMORY)
 
 
 def test_replicas_that_share_a_tier_do_not_copy() -> None:
-    assert fetching(shares_tiers=True).plan(1, range(100, 160)) == Fetch(2, 0, 50, GROUP)
+    assert fetching(shares_tiers=True).plan(1, range(100, 160)) == CopyPlan(2, 0, 50, GROUP)
     assert fetching(shares_tiers=True).plan(1, range(100, 160), without={2}) is None
 
 
 def test_who_left_is_not_asked() -> None:
     found = fetching()
     found.left(2)
-    assert found.plan(1, range(100, 160)) == Fetch(0, 0, 40, SHARED_MEMORY)
+    assert found.plan(1, range(100, 160)) == CopyPlan(0, 0, 40, SHARED_MEMORY)
     found.left(1)
     assert found.plan(1, range(100, 160)) is None
     assert found.lines.farewells() == {0: [1]}

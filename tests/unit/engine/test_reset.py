@@ -11,7 +11,7 @@ import pytest
 from rayk.cluster import Cluster
 from rayk.errors import ReplicaLostError
 from rayk.kvcache.page_hash import Mask
-from rayk.scheduler.transfers.fetching import Fetching
+from rayk.scheduler.transfers.fetching import CopyPlanner
 
 from .fake import PageModel, digest, scores
 
@@ -40,7 +40,7 @@ def expected(prompt: Sequence[int], count: int, version: int) -> list[int]:
 @pytest.fixture(autouse=True)
 def first_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Versioned, "version", 0)
-    monkeypatch.setattr(Fetching, "prefills", lambda self, replica, rate: False)  # all that can be copied is
+    monkeypatch.setattr(CopyPlanner, "prefills", lambda self, replica, rate: False)  # all that can be copied is
     Versioned.gate.set()
     yield
     Versioned.gate.set()

@@ -9,16 +9,16 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.utils import GenerationMixin
 
 from rayk.engine.sampler import is_plain, sample, warpers
-from rayk.engine.sequence import Generation
+from rayk.engine.sequence import SequenceState
 from rayk.protocol.engine_request import Limits, Request
 from rayk.sampling import SamplingParams, uniforms
 
 LIMITS = Limits(vocab_size=50, max_length=1000, num_pages=100, page_size=16, has_tokenizer=True)
 
 
-def generation(tokens=(1, 2, 3), seed: int = 0, **sampling) -> Generation:
+def generation(tokens=(1, 2, 3), seed: int = 0, **sampling) -> SequenceState:
     request = Request(0, "r", list(tokens), SamplingParams(**sampling))
-    return Generation(request, LIMITS.check(request), LIMITS, 0, seed, 0.0)
+    return SequenceState(request, LIMITS.check(request), LIMITS, 0, seed, 0.0)
 
 
 def logits(rows: int, seed: int = 0, vocab: int = 50) -> torch.Tensor:

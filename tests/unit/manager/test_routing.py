@@ -15,9 +15,9 @@ from rayk.actors.describe import explain
 from rayk.errors import ConfigError, InsufficientBlocksError, MessageError, NoReplicaError, ReplicaLostError
 from rayk.protocol import messages as m
 from rayk.protocol.admission import AdmissionPolicy
-from rayk.replica.cache_events import Journal, Unfilled
-from rayk.scheduler.router.policy import Wish
-from rayk.scheduler.router.router import Desk, DeskSettings
+from rayk.replica.cache_events import CacheEventLog, PrefillBacklog
+from rayk.scheduler.router.policy import RouteRequest
+from rayk.scheduler.router.router import Router, RouterSettings
 
 from ..actors.fake import FakeRuntime, params, session_on  # noqa: TID252  # tests/ is no package that has an absolute name
 
@@ -39,8 +39,8 @@ def manager_of(
         manager.shutdown()
 
 
-def desk_of(manager: PagedKVCacheManager, runtime: FakeRuntime | None) -> Desk:
-    desk: Desk = manager._backend._desk if runtime is None else runtime.actor("scheduler").instance._core.desk  # type: ignore[attr-defined]
+def desk_of(manager: PagedKVCacheManager, runtime: FakeRuntime | None) -> Router:
+    desk: Router = manager._backend._desk if runtime is None else runtime.actor("scheduler").instance._core.desk  # type: ignore[attr-defined]
     return desk
 
 
@@ -118,7 +118,7 @@ def test_what_a_driver_was_told_is_done_counts() -> None:
         manager.step([[ctx] if r == replica else [] for r in range(3)])
         with runtime.watch() as sent:
             assert manager.admit([TextContext("b", range(17), 100)]) == [replica]
-        assert sent == [("scheduler", "PlaceMany"), (f"replica-{replica}", "GetNews"), (f"replica-{replica}", "Admit")]
+        assert sent == [("scheduler", "PlaceMany"), (f"replica-{replica}", "GetCacheDelta"), (f"replica-{replica}", "Admit")]
 
 
 def test_a_decision_is_explained() -> None:
@@ -139,7 +139,7 @@ def keys(*numbers: int) -> list[Any]:
     return [number.to_bytes(8, "little") + b"rest" for number in numbers]
 
 
-def told(desk: Desk, journal: Journal) -> bool:
+def told(desk: Router, journal: CacheEventLog) -> bool:
     news = journal.news(desk.known[0], free=5)
     if news is not None:
         desk.hear(0, news)
@@ -147,8 +147,8 @@ def told(desk: Desk, journal: Journal) -> bool:
 
 
 def test_news_continue_where_the_reader_is() -> None:
-    journal = Journal(lambda: iter(()))
-    desk = DeskSettings("cost", (9, 9), 4).make(lambda: 0.0)
+    journal = CacheEventLog(lambda: iter(()))
+    desk = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
     assert told(desk, journal) and not told(desk, journal)
     journal.stored(b"", keys(1, 2, 3), None, b"")  # type: ignore[arg-type]
     assert journal.close(7) == 1
@@ -161,7 +161,7 @@ def test_news_continue_where_the_reader_is() -> None:
     assert desk.index.pages(0) == 2, "heard before"
     journal.stored(b"", keys(5), None, b"")  # type: ignore[arg-type]
     journal.close(7)
-    skipped = m.News(5, 4, [[(True, b"12345678")]], 0, 0)
+    skipped = m.CacheDelta(5, 4, [[(True, b"12345678")]], 0, 0)
     desk.hear(0, skipped)
     assert desk.known[0] == 2, "a gap: asked for again"
     assert told(desk, journal) and desk.index.pages(0) == 3
@@ -169,8 +169,8 @@ def test_news_continue_where_the_reader_is() -> None:
 
 def test_who_is_too_far_behind_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayk.replica.cache_events.KEPT", 2)
-    journal = Journal(lambda: iter(keys(7, 8)))
-    desk = DeskSettings("cost", (9, 9), 4).make(lambda: 0.0)
+    journal = CacheEventLog(lambda: iter(keys(7, 8)))
+    desk = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
     assert told(desk, journal)
     for i in range(5):
         journal.stored(b"", keys(i, 100 + i), None, b"")  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ def test_who_is_too_far_behind_gets_everything(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_batches_without_pages_take_no_place_however_many_nobody_asks_about() -> None:
-    journal = Journal(lambda: iter(keys(7, 8)))
+    journal = CacheEventLog(lambda: iter(keys(7, 8)))
     journal.stored(b"", keys(1, 2), None, b"")  # type: ignore[arg-type]
     journal.close(0)
     for i in range(100_000):
@@ -193,8 +193,8 @@ def test_batches_without_pages_take_no_place_however_many_nobody_asks_about() ->
 
 
 def test_a_reader_hears_of_batches_with_pages_among_many_without() -> None:
-    journal = Journal(lambda: iter(()))
-    desk = DeskSettings("cost", (9, 9), 4).make(lambda: 0.0)
+    journal = CacheEventLog(lambda: iter(()))
+    desk = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
     assert told(desk, journal)
     for i in range(40):
         if i % 9 == 0:
@@ -211,8 +211,8 @@ def test_a_reader_hears_of_batches_with_pages_among_many_without() -> None:
 
 def test_who_is_very_many_batches_behind_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayk.replica.cache_events.BEHIND", 10)
-    journal = Journal(lambda: iter(keys(7, 8)))
-    desk = DeskSettings("cost", (9, 9), 4).make(lambda: 0.0)
+    journal = CacheEventLog(lambda: iter(keys(7, 8)))
+    desk = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
     assert told(desk, journal)
     for i in range(11):
         journal.close(1 + i % 2)
@@ -224,7 +224,7 @@ def test_who_is_very_many_batches_behind_gets_everything(monkeypatch: pytest.Mon
 
 
 def test_unfilled_is_what_is_left_of_prompts() -> None:
-    unfilled, ctx = Unfilled(), TextContext("r", range(10), 20)
+    unfilled, ctx = PrefillBacklog(), TextContext("r", range(10), 20)
     unfilled.now("r", 10)
     unfilled.now("s", 5)
     ctx.tokens.chunk(4)
@@ -278,7 +278,7 @@ def test_a_request_without_any_replica_left_is_refused_by_name() -> None:
 WAITING = AdmissionPolicy(high=1.0, low=1.0)
 
 
-def no_hashing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_hashing(desk: Router, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on it goes wrong when the scheduler hashes; the driver has a hasher of its own."""
     assert desk.keys is not None
     monkeypatch.setattr(desk.keys._hasher, "chain", None)
@@ -308,11 +308,11 @@ def test_the_scheduler_gets_keys_and_hashes_nothing(
         assert {request_id: list(wish.keys) for request_id, wish in wishes.items()} == expected
 
 
-def placed_for(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> dict[str, Wish]:
+def placed_for(desk: Router, monkeypatch: pytest.MonkeyPatch) -> dict[str, RouteRequest]:
     """What is placed from now on, by request."""
-    place, wishes = desk.place, dict[str, Wish]()
+    place, wishes = desk.place, dict[str, RouteRequest]()
 
-    def noting(request_id: str, replica: int, wish: Wish) -> None:
+    def noting(request_id: str, replica: int, wish: RouteRequest) -> None:
         wishes[request_id] = wish
         place(request_id, replica, wish)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rayk import TextContext
 from rayk.errors import MessageError, StaleContextError, TokenError, UnsendableError
 from rayk.protocol import messages as m
-from rayk.protocol.context_sync import Mirrors, Sender, apply_move, moved
+from rayk.protocol.context_sync import ContextMirrors, ContextSender, apply_move, moved
 
 TOKEN = st.integers(-(2**31), 2**31 - 1)
 REPLICAS = 2
@@ -56,8 +56,8 @@ class Wire:
     """One sender, a few mirrors, and one context that changes."""
 
     def __init__(self, tokens: list[int]) -> None:
-        self.sender = Sender()
-        self.mirrors = [Mirrors(r) for r in range(REPLICAS)]
+        self.sender = ContextSender()
+        self.mirrors = [ContextMirrors(r) for r in range(REPLICAS)]
         self.kept: set[int] = set()  # replicas that have a mirror
         self.made = 0
         self.another(tokens)
@@ -132,7 +132,7 @@ def test_a_mirror_is_the_original(tokens: list[int], steps: list[tuple[Any, ...]
 
 
 def test_only_new_tokens_travel() -> None:
-    ctx, sender = TextContext("r", range(1000), 2000), Sender()
+    ctx, sender = TextContext("r", range(1000), 2000), ContextSender()
     first = sender.view(ctx, 0)
     assert (first.base, len(first.tokens)) == (0, 4000) and first.origin is not None
     sender.arrived(ctx, 0)
@@ -147,7 +147,7 @@ def test_only_new_tokens_travel() -> None:
 
 
 def test_placeholders_travel_again_once_they_are_filled_in() -> None:
-    ctx, sender, mirrors = TextContext("r", [1, 2, 3], 100), Sender(), Mirrors(0)
+    ctx, sender, mirrors = TextContext("r", [1, 2, 3], 100), ContextSender(), ContextMirrors(0)
     ctx.update_with_future_token()
     ctx.update_with_future_token()
     mirrors.context(sender.view(ctx, 0))
@@ -159,7 +159,7 @@ def test_placeholders_travel_again_once_they_are_filled_in() -> None:
 
 
 def test_moves_come_back() -> None:
-    ctx, sender, mirrors = TextContext("r", range(9), 100), Sender(), Mirrors(0)
+    ctx, sender, mirrors = TextContext("r", range(9), 100), ContextSender(), ContextMirrors(0)
     mirror = mirrors.context(sender.view(ctx, 0))
     mirror.tokens.processed, mirror.cached_prefix_length = 8, 8
     apply_move(ctx, moved(mirror))
@@ -167,8 +167,8 @@ def test_moves_come_back() -> None:
 
 
 def test_a_context_that_is_not_kept_leaves_no_trace() -> None:
-    ctx, mirrors = TextContext("r", range(9), 100), Mirrors(0)
-    mirrors.context(Sender().view(ctx), keep=False)
+    ctx, mirrors = TextContext("r", range(9), 100), ContextMirrors(0)
+    mirrors.context(ContextSender().view(ctx), keep=False)
     assert len(mirrors) == 0
     mirrors.drop("r")
 
@@ -184,11 +184,11 @@ def test_a_context_that_is_not_kept_leaves_no_trace() -> None:
 )
 def test_a_view_that_contradicts_itself_is_refused(view: m.ContextView, problem: str) -> None:
     with pytest.raises(MessageError, match=problem):
-        Mirrors(0).context(view)
+        ContextMirrors(0).context(view)
 
 
 def test_missing_tokens_are_noticed() -> None:
-    mirrors = Mirrors(3)
+    mirrors = ContextMirrors(3)
     with pytest.raises(StaleContextError, match="replica 3 does not have the earlier tokens of request 'r'"):
         mirrors.context(m.ContextView("r", 2, b"\x01\0\0\0", 0, 1))
     mirrors.context(m.ContextView("r", 0, b"\x01\0\0\0", 0, 1, origin=m.Origin(9)))
@@ -205,7 +205,7 @@ def test_drafts_that_are_no_tokens_are_refused_with_the_request(name: str, draft
     ctx, filled = TextContext("r", [1, 2], 9), list[Any]()
     setattr(ctx, name, filled)
     filled += drafts
-    for send in (lambda: Sender().view(ctx), lambda: Sender().pack([TextContext("other", [1], 9), ctx])):
+    for send in (lambda: ContextSender().view(ctx), lambda: ContextSender().pack([TextContext("other", [1], 9), ctx])):
         with pytest.raises(TokenError, match="'r'"):
             send()
 
@@ -215,7 +215,7 @@ def test_numbers_that_no_message_carries_are_refused_with_the_request(value: Any
     ctx = TextContext("r", [1, 2], 9)
     ctx.max_length = value
     with pytest.raises(TokenError, match=r"'r'.*must be an integer"):
-        Sender().pack([TextContext("other", [1], 9), ctx])
+        ContextSender().pack([TextContext("other", [1], 9), ctx])
 
 
 @pytest.mark.parametrize(

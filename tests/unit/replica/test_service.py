@@ -21,8 +21,8 @@ from rayk.errors import (
 )
 from rayk.kvcache.replica import ReplicaCore
 from rayk.protocol import messages as m
-from rayk.protocol.columns import Outcomes
-from rayk.protocol.context_sync import Sender
+from rayk.protocol.columns import AdmitResults
+from rayk.protocol.context_sync import ContextSender
 from rayk.protocol.dedup import SENDERS_REMEMBERED
 from rayk.replica.service import ReplicaService
 from rayk.transport.port import EXPORT_SECONDS
@@ -83,7 +83,7 @@ def context(request_id: str, tokens: Sequence[int] = (1, 2, 3, 4, 5)) -> TextCon
 
 
 def view(ctx: TextContext) -> m.ContextView:
-    return Sender().view(ctx, whole=True)
+    return ContextSender().view(ctx, whole=True)
 
 
 class Done:
@@ -92,7 +92,7 @@ class Done:
     def __init__(self, done: Any, rows: int) -> None:
         assert isinstance(done, m.AdmitDone)
         self.message = done
-        self.outcomes = Outcomes.received(done.numbers, done.seconds, done.failures, rows)
+        self.outcomes = AdmitResults.received(done.numbers, done.seconds, done.failures, rows)
         self.landed = [row[0] >= 0 for row in self.outcomes.rows]
 
     def error(self, row: int) -> RaykError:
@@ -100,7 +100,7 @@ class Done:
 
 
 def admit(client: Client, *ctxs: TextContext, claim: bool = True, **options: Any) -> Done:
-    return Done(client.send(m.Admit(Sender().pack(ctxs, whole=True), claim, **options)), len(ctxs))
+    return Done(client.send(m.Admit(ContextSender().pack(ctxs, whole=True), claim, **options)), len(ctxs))
 
 
 # -- once and only once ----------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_malformed_bytes_are_answered(client: Client, service: ReplicaService, w
 
 
 def test_missing_tokens_are_asked_for(client: Client) -> None:
-    ctx, sender = context("r"), Sender()
+    ctx, sender = context("r"), ContextSender()
     sender.arrived(ctx, 0)
     client.send(m.Claim("r"))
     error = client.error(m.Step([sender.view(ctx, 0)]))
@@ -358,7 +358,7 @@ def test_an_exception_in_fn_is_reported_with_its_traceback(client: Client, servi
     assert client.send(m.Claim("alive")) == m.Done()
 
 
-ONE = Sender().pack([context("r")])
+ONE = ContextSender().pack([context("r")])
 
 
 def numbers(base: int, sent: int) -> bytes:

@@ -20,18 +20,18 @@ from rayk.errors import (
 )
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.protocol import messages as m
-from rayk.protocol.columns import Outcomes
-from rayk.protocol.context_sync import Sender
+from rayk.protocol.columns import AdmitResults
+from rayk.protocol.context_sync import ContextSender
 from rayk.scheduler.core import SchedulerCore
-from rayk.scheduler.router.router import DeskSettings
-from rayk.scheduler.script import Ask, Told
+from rayk.scheduler.router.router import RouterSettings
+from rayk.scheduler.script import ReplicaCall, ReplicaReply
 
 LOST = m.failure(ReplicaLostError(1, 11, [], "it died"))
 SILENT = m.failure(CallTimeoutError("replica 1", 4.0))
 FULL = m.failure(InsufficientBlocksError("r", 0, 9, 1, 8))
 OK = (0, 4, 0, 0, 0, 0, 0)
 REFUSED = (-1,) * 7
-Answer = Callable[[Ask], m.Result]
+Answer = Callable[[ReplicaCall], m.Result]
 
 
 def admit_done(*rows: tuple[int, ...], **failures: m.Failure) -> m.AdmitDone:
@@ -40,7 +40,7 @@ def admit_done(*rows: tuple[int, ...], **failures: m.Failure) -> m.AdmitDone:
     return m.AdmitDone(numbers, bytes(16 * len(rows)), {int(name[1:]): f for name, f in failures.items()})
 
 
-def usual(ask: Ask) -> m.Result:
+def usual(ask: ReplicaCall) -> m.Result:
     """What a replica with nothing cached and room for everything says."""
     match ask.command:
         case m.Admit(contexts):
@@ -81,10 +81,10 @@ class Scheduler:
 
     def __init__(self, replicas: int = 2, copies: bool = False, router: str = "least-loaded") -> None:
         self.now = 100.0
-        settings = DeskSettings(router, (1000,) * replicas, 4)
+        settings = RouterSettings(router, (1000,) * replicas, 4)
         self.core = SchedulerCore([10 + r for r in range(replicas)], settings, copies, lambda: self.now)
         self.rounds: list[list[tuple[int, str]]] = []
-        self.asked: list[Ask] = []
+        self.asked: list[ReplicaCall] = []
 
     def run(self, command: Any, answer: Answer = usual, client: str = "driver") -> Any:
         self.rounds, self.asked = [], []
@@ -95,13 +95,13 @@ class Scheduler:
                 if asks:
                     self.rounds.append([(ask.replica, type(ask.command).__name__) for ask in asks])
                 self.asked += asks
-                asks = script.send([Told(answer(ask), f"data of replica {ask.replica}") for ask in asks])
+                asks = script.send([ReplicaReply(answer(ask), f"data of replica {ask.replica}") for ask in asks])
         except StopIteration as end:
             return end.value
 
-    def passes(self, seconds: int) -> list[list[Ask]]:
+    def passes(self, seconds: int) -> list[list[ReplicaCall]]:
         """Time goes by, and the scheduler runs; what it orders by itself."""
-        orders: list[list[Ask]] = []
+        orders: list[list[ReplicaCall]] = []
         for _ in range(seconds):
             self.now += 1.0
             orders += self.core.expire()
@@ -110,9 +110,9 @@ class Scheduler:
     def place(self, *places: Place, answer: Answer = usual, **options: Any) -> Placed:
         ctxs = [TextContext(p.request_id, [1] * p.length, 99) for p in places]
         replicas = [p.replica for p in places] if any(p.replica >= 0 for p in places) else []
-        done = self.run(m.PlaceMany(Sender().pack(ctxs, whole=True), replicas, **options), answer)
+        done = self.run(m.PlaceMany(ContextSender().pack(ctxs, whole=True), replicas, **options), answer)
         assert isinstance(done, m.PlaceDone) and len(done.replicas) == len(places)
-        outcomes = Outcomes.received(done.numbers, done.seconds, done.failures, len(places))
+        outcomes = AdmitResults.received(done.numbers, done.seconds, done.failures, len(places))
         assert set(done.failures) <= set(outcomes.refused)
         return Placed(done.replicas, [tuple(row) for row in outcomes.rows], done.failures)
 
@@ -197,7 +197,7 @@ def test_one_message_to_each_replica_with_work() -> None:
 
 
 def test_answers_are_put_back_in_the_order_of_the_requests() -> None:
-    def number(ask: Ask) -> m.Result:
+    def number(ask: ReplicaCall) -> m.Result:
         return admit_done(*[(0, 4, int(request_id[1:]), 0, 0, 0, 0) for request_id in ask.command.contexts.ids])
 
     done = Scheduler(3).place(*(place(f"r{i}", (2 * i) % 3) for i in range(7)), answer=number)
@@ -274,7 +274,7 @@ def test_stop_on_error_counts_what_the_scheduler_refuses() -> None:
 def found(**residents: list[int]) -> Answer:
     """Replica i holds residents['ri'][k] leading pages of request k; exports give what was asked for."""
 
-    def answer(ask: Ask) -> m.Result:
+    def answer(ask: ReplicaCall) -> m.Result:
         match ask.command:
             case m.Lookup(views):
                 return m.Found(residents.get(f"r{ask.replica}", [0] * len(views)), [9] * len(views))
@@ -380,7 +380,7 @@ def test_one_failure_is_the_answer_but_all_are_asked(command: Any) -> None:
 
 
 def test_hit_counts() -> None:
-    view = Sender().view(TextContext("a", [1, 1, 1, 1], 99))
+    view = ContextSender().view(TextContext("a", [1, 1, 1, 1], 99))
     scheduler = Scheduler(3)
     assert scheduler.run(m.HitCountsOf(view), found(r1=[4])) == m.Counts([0, 4, 0])
     broken = m.failure(IntegrityError("replica 1", "page 3 is in 2 places"))
@@ -389,7 +389,7 @@ def test_hit_counts() -> None:
 
 @pytest.mark.parametrize("why", [LOST, SILENT])
 def test_who_does_not_answer_does_not_keep_the_others_from_it(why: m.Failure) -> None:
-    view, scheduler = Sender().view(TextContext("a", [1, 1, 1, 1], 99)), Scheduler(3)
+    view, scheduler = ContextSender().view(TextContext("a", [1, 1, 1, 1], 99)), Scheduler(3)
     known = found(r0=[3], r1=[4])
     counts = scheduler.run(m.HitCountsOf(view), lambda ask: why if ask.replica == 1 else known(ask))
     assert counts == m.Counts([3, 0, 0])
@@ -434,7 +434,7 @@ def test_leases_end_when_they_are_not_renewed() -> None:
     scheduler.run(m.ClaimOne("mine", 0))
     scheduler.run(m.ClaimOne("unleased", 1), client="owner")
     assert scheduler.passes(5) == [], "it is still in time"
-    assert scheduler.passes(1) == [[Ask(0, m.Release(["mine"], True, [1]))]]
+    assert scheduler.passes(1) == [[ReplicaCall(0, m.Release(["mine"], True, [1]))]]
     assert scheduler.placed == {"unleased": 1}
     assert scheduler.passes(9) == []
 

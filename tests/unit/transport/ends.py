@@ -9,7 +9,7 @@ import numpy as np
 from rayk import MHAKVCacheParams
 from rayk.kvcache.buffers import PageBuffers
 from rayk.transport.choice import Peer
-from rayk.transport.line import Line, Parcel
+from rayk.transport.line import Line, PageExportRef
 
 SOURCE, TARGET = Peer(0, 100), Peer(1, 101)
 FOREVER = float("inf")
@@ -53,7 +53,7 @@ def ids(pages: Sequence[int]) -> np.ndarray:
     return np.array(pages, np.int32)
 
 
-def parcel(line: Line, pages: Sequence[int], export_id: int = 1, expires: float = FOREVER) -> Parcel:
+def parcel(line: Line, pages: Sequence[int], export_id: int = 1, expires: float = FOREVER) -> PageExportRef:
     """What `line`, an end of SOURCE, offers of its pages."""
     offer = line.offer(TARGET, export_id, ids(pages))
-    return Parcel(SOURCE, export_id, ids(pages), offer, expires)
+    return PageExportRef(SOURCE, export_id, ids(pages), offer, expires)

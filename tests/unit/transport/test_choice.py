@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from rayk.params import CUDA_IPC, GROUP, LINES, OBJECT_STORE, SHARED_MEMORY
-from rayk.transport.choice import ASSUMED_RATES, Station, choose_line
+from rayk.transport.choice import ASSUMED_RATES, Endpoint, choose_line
 
 
-def station(host: str = "a", *lines: str) -> Station:
-    return Station(host, "127.0.0.1", list(lines or (SHARED_MEMORY, GROUP, OBJECT_STORE)), 1 << 20)
+def station(host: str = "a", *lines: str) -> Endpoint:
+    return Endpoint(host, "127.0.0.1", list(lines or (SHARED_MEMORY, GROUP, OBJECT_STORE)), 1 << 20)
 
 
 GPU = (CUDA_IPC, GROUP, OBJECT_STORE)
@@ -26,7 +26,7 @@ GPU = (CUDA_IPC, GROUP, OBJECT_STORE)
         (station("a", OBJECT_STORE), station("a"), OBJECT_STORE),
     ],
 )
-def test_the_best_line_that_reaches(source: Station, target: Station, kind: str) -> None:
+def test_the_best_line_that_reaches(source: Endpoint, target: Endpoint, kind: str) -> None:
     assert choose_line(source, target) == kind
 
 

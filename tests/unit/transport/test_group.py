@@ -12,7 +12,7 @@ from rayk.errors import LineError
 from rayk.transport import group
 from rayk.transport.choice import Peer
 from rayk.transport.group import GroupLine
-from rayk.transport.line import Parcel
+from rayk.transport.line import PageExportRef
 
 from .ends import FOREVER, SOURCE, TARGET, blank, buffers, content, ids, parcel
 
@@ -76,7 +76,7 @@ def test_both_directions_at_once(ends) -> None:
     """Each end posts before either fetches, as two replicas do that answer one round each."""
     _, target, out, into = ends
     sent = parcel(out, [1, 2], 1)
-    back = Parcel(TARGET, 1, ids([6, 7]), into.offer(SOURCE, 1, ids([6, 7])), FOREVER)
+    back = PageExportRef(TARGET, 1, ids([6, 7]), into.offer(SOURCE, 1, ids([6, 7])), FOREVER)
     for raw in target.all_bytes:
         raw[6:8] = 42
     failures = []
@@ -134,7 +134,7 @@ def test_a_replica_that_was_replaced_gets_a_line_of_its_own(ends) -> None:
     offer = out.offer(Peer(1, 999), 2, ids([2]))
     [second] = out._out.values()
     assert first is not second and first.broken
-    into.fetch(Parcel(SOURCE, 2, ids([2]), offer, FOREVER), 0, ids([1]))
+    into.fetch(PageExportRef(SOURCE, 2, ids([2]), offer, FOREVER), 0, ids([1]))
     assert content(target)[:2] == [2, 3]
 
 
@@ -144,7 +144,7 @@ def test_other_layouts_and_offers_are_refused(ends) -> None:
     with pytest.raises(LineError, match="buffers of"):
         other.fetch(parcel(out, [1], 1), 0, ids([0]))
     with pytest.raises(LineError):
-        other.fetch(Parcel(SOURCE, 1, ids([1]), b"nonsense", FOREVER), 0, ids([0]))
+        other.fetch(PageExportRef(SOURCE, 1, ids([1]), b"nonsense", FOREVER), 0, ids([0]))
     with pytest.raises(LineError, match="no port"):
         GroupLine(blank().all_bytes, "192.0.2.1").offer(TARGET, 1, ids([0]))
 

@@ -15,7 +15,7 @@ from rayk.errors import LineError, PagesGoneError
 from rayk.kvcache.shared_memory import host_identity, map_shared, shared_zeros
 from rayk.transport.choice import Peer
 from rayk.transport.direct import DirectLine
-from rayk.transport.line import Parcel
+from rayk.transport.line import PageExportRef
 from rayk.transport.pools import SEALS, HostMemory, PoolLine
 
 from .ends import FOREVER, SOURCE, TARGET, blank, buffers, content, ids, parcel
@@ -182,7 +182,7 @@ def test_pages_of_another_process_that_is_killed(repo) -> None:
             assert host == host_identity()
             target = blank(shared=True)
             into, late = line_of(target), line_of(blank(shared=True))
-            sent = Parcel(SOURCE, 1, ids([4, 5]), bytes.fromhex(offer), FOREVER)
+            sent = PageExportRef(SOURCE, 1, ids([4, 5]), bytes.fromhex(offer), FOREVER)
             into.fetch(sent, 0, ids([0, 1]))
             assert content(target)[:2] == [5, 6]
         finally:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rayk.errors import ConfigError, OverloadedError
 from rayk.protocol.admission import AdmissionPolicy, TenantQuota
-from rayk.scheduler.admission.queue import AdmissionQueue, Ticket
+from rayk.scheduler.admission.queue import AdmissionQueue, QueueEntry
 
 
 class Clock:
@@ -35,10 +35,10 @@ class House(AdmissionQueue):
     def fits(self, pages: int) -> bool:
         return self.held + pages <= self.pages
 
-    def come(self, request_id: str, pages: int, *traits: Any, **more: Any) -> Ticket:
+    def come(self, request_id: str, pages: int, *traits: Any, **more: Any) -> QueueEntry:
         return self.offer(request_id, pages, *traits, **more, most=self.pages, room=self.fits(pages))
 
-    def let_in(self) -> Ticket | None:
+    def let_in(self) -> QueueEntry | None:
         return self.take(self.fits)
 
 
@@ -281,7 +281,7 @@ ARRIVALS = st.lists(
 @given(ARRIVALS)
 def test_nobody_of_a_tenant_is_overtaken_from_further_behind_than_promised(arrivals: list[Any]) -> None:
     waiting, clock = queue(20, patience=4.0, boost=2.0, max_waiting=1000)
-    tickets: dict[str, tuple[Ticket, int]] = {}
+    tickets: dict[str, tuple[QueueEntry, int]] = {}
     for i, (tenant, pages, priority, later) in enumerate(arrivals):
         clock.now += later
         tickets[f"r{i}"] = (waiting.come(f"r{i}", pages, tenant, priority), priority)
@@ -322,7 +322,7 @@ def test_tenants_that_wait_share_by_weight(of_a: list[int], of_b: list[int], wei
 @given(st.lists(st.tuples(st.sampled_from(["offer", "take", "leave", "return", "expire", "wait"]), st.integers(0, 99))))
 def test_counts_agree_whatever_happens(steps: list[tuple[str, int]]) -> None:
     waiting, clock = queue(50, high=0.9, low=0.7, max_waiting=8, tenants={"t1": TenantQuota(2.0, 20)})
-    admitted: list[Ticket] = []
+    admitted: list[QueueEntry] = []
     for number, (step, n) in enumerate(steps):
         if step == "offer":
             with suppress(OverloadedError):
@@ -349,7 +349,7 @@ class Served:
         self.finished: list[float] = []  # seconds from arrival to end, of those that were let in
         self.refused = self.longest = 0
         self.by_tenant = {"gold": 0, "tin": 0}
-        self._leave: list[tuple[float, Ticket]] = []
+        self._leave: list[tuple[float, QueueEntry]] = []
         self._draw = random.Random(seed)
         number, end = 0, self.clock.now + seconds
         while self.clock.now < end:

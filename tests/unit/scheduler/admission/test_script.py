@@ -10,11 +10,11 @@ from rayk import TextContext
 from rayk.errors import ConfigError, InsufficientBlocksError
 from rayk.protocol import messages as m
 from rayk.protocol.admission import AdmissionPolicy, TenantQuota
-from rayk.protocol.columns import Batch
-from rayk.protocol.context_sync import Sender
+from rayk.protocol.columns import PackedContexts
+from rayk.protocol.context_sync import ContextSender
 from rayk.scheduler.core import SchedulerCore
-from rayk.scheduler.router.router import DeskSettings
-from rayk.scheduler.script import Ask, Told
+from rayk.scheduler.router.router import RouterSettings
+from rayk.scheduler.script import ReplicaCall, ReplicaReply
 
 from ..test_core import LOST, REFUSED, Answer, Scheduler, admit_done, but, found, usual  # noqa: TID252  # tests/ is no package that has an absolute name
 
@@ -26,7 +26,7 @@ class Waiting(Scheduler):
 
     def __init__(self, router: str = "least-loaded", **policy: Any) -> None:
         super().__init__()
-        settings = DeskSettings(
+        settings = RouterSettings(
             router, (10, 10), 4, caching=False, admission=AdmissionPolicy(**{"high": 1.0, "low": 1.0} | policy)
         )
         self.core = SchedulerCore([10, 11], settings, False, lambda: self.now)
@@ -37,14 +37,16 @@ class Waiting(Scheduler):
         """What is settled: the replica, or the name of the error."""
         assert self.core.hall is not None
 
-        def counted(ask: Ask) -> m.Result:
+        def counted(ask: ReplicaCall) -> m.Result:
             result = answer(ask)
             if isinstance(ask.command, m.Admit) and isinstance(result, m.AdmitDone) and not result.failures:
-                self.used[ask.replica] += sum(-(-length // 4) for length in Batch(ask.command.contexts).lengths)
+                self.used[ask.replica] += sum(
+                    -(-length // 4) for length in PackedContexts(ask.command.contexts).lengths
+                )
             self.report(ask.replica)
             return result
 
-        done = self.run(m.Enter(Sender().pack(ctxs, whole=True), **more), counted, client)
+        done = self.run(m.Enter(ContextSender().pack(ctxs, whole=True), **more), counted, client)
         if not isinstance(done, m.EnterDone):
             return {}
         self.open = done.open
@@ -115,7 +117,7 @@ def test_a_refused_request_waits_on_and_a_lost_replicas_is_placed_elsewhere() ->
     assert scheduler.enter(ctx("a"), answer=no_room) == {} and scheduler.open == 1
     assert scheduler.placed == {}
 
-    def lost(ask: Ask) -> m.Result:
+    def lost(ask: ReplicaCall) -> m.Result:
         if isinstance(ask.command, m.Admit) and ask.replica == 0:
             scheduler.core.desk.lost(0)
             return LOST
@@ -209,13 +211,13 @@ def test_a_driver_that_goes_takes_its_requests_along(how: str) -> None:
 
 def test_a_driver_that_goes_while_it_is_let_in_leaves_nothing_behind() -> None:
     scheduler = Waiting()
-    script = scheduler.core.handle("one", m.Enter(Sender().pack([ctx("a")], whole=True)))
+    script = scheduler.core.handle("one", m.Enter(ContextSender().pack([ctx("a")], whole=True)))
     [ask] = next(script)
     assert isinstance(ask.command, m.Admit)
     scheduler.run(m.Disconnect(), client="one")
     assert scheduler.rounds == [[(0, "Release")]], "after the Admit on its way"
     with pytest.raises(StopIteration):
-        script.send([Told(usual(ask))])
+        script.send([ReplicaReply(usual(ask))])
     hall = scheduler.core.hall
     assert hall is not None and not hall._fates and not hall._open and not len(hall.queue)
     hall.check_integrity()
@@ -231,7 +233,7 @@ def test_a_crowd_is_let_in_before_it_is_turned_away() -> None:
 
 def test_a_cluster_without_a_policy_refuses() -> None:
     with pytest.raises(ConfigError, match="no admission policy"):
-        Scheduler().run(m.Enter(Sender().pack([ctx("a")], whole=True)))
+        Scheduler().run(m.Enter(ContextSender().pack([ctx("a")], whole=True)))
 
 
 def test_a_snapshot_shows_who_waits() -> None:
@@ -250,7 +252,7 @@ def test_what_is_quicker_to_compute_is_not_copied_for_one_that_waited_either() -
         scheduler = Waiting()
         scheduler.core = SchedulerCore(
             [10, 11],
-            DeskSettings("least-loaded", (10, 10), 4, admission=AdmissionPolicy()),
+            RouterSettings("least-loaded", (10, 10), 4, admission=AdmissionPolicy()),
             True,
             lambda: scheduler.now,
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from rayk.protocol.admission import AdmissionPolicy
-from rayk.scheduler.admission.watermarks import Gate
-from rayk.scheduler.router.replica_loads import Fleet
+from rayk.scheduler.admission.watermarks import Watermarks
+from rayk.scheduler.router.replica_loads import ReplicaLoads
 
 
-def gate(replicas: int = 2, pages: int = 100, **policy: float) -> tuple[Gate, Fleet]:
-    fleet = Fleet(replicas, capacity=pages * 4)
-    return Gate(AdmissionPolicy(**{"high": 0.9, "low": 0.5} | policy), fleet, 4), fleet  # type: ignore[arg-type]
+def gate(replicas: int = 2, pages: int = 100, **policy: float) -> tuple[Watermarks, ReplicaLoads]:
+    fleet = ReplicaLoads(replicas, capacity=pages * 4)
+    return Watermarks(AdmissionPolicy(**{"high": 0.9, "low": 0.5} | policy), fleet, 4), fleet  # type: ignore[arg-type]
 
 
 def test_each_replica_has_its_own_mark() -> None:

@@ -12,16 +12,16 @@ from rayk.errors import ConfigError
 from rayk.scheduler.router import policies
 from rayk.scheduler.router.cost import Cost, Weights
 from rayk.scheduler.router.policies import POLICIES, Session, check_router, make_policy, wants_keys
-from rayk.scheduler.router.policy import Choice, Wish
+from rayk.scheduler.router.policy import Decision, RouteRequest
 from rayk.scheduler.router.prefix_index import PrefixIndex, Tier
-from rayk.scheduler.router.replica_loads import Fleet
-from rayk.scheduler.router.router import DeskSettings
+from rayk.scheduler.router.replica_loads import ReplicaLoads
+from rayk.scheduler.router.router import RouterSettings
 
 PAGE = 10
 KEYS = list(range(1000, 1010))
 
 
-def placed(policy: str | Cost, fleet: Fleet, index: PrefixIndex, wish: Wish) -> int:
+def placed(policy: str | Cost, fleet: ReplicaLoads, index: PrefixIndex, wish: RouteRequest) -> int:
     """Choose, and place as a scheduler does."""
     router = make_policy(policy, index, PAGE) if isinstance(policy, str) else policy
     replica = router.choose(wish, fleet).replica
@@ -32,52 +32,52 @@ def placed(policy: str | Cost, fleet: Fleet, index: PrefixIndex, wish: Wish) -> 
 
 
 def test_round_robin_skips_who_is_not_ready() -> None:
-    fleet, router = Fleet(4), make_policy("round-robin", PrefixIndex(4), PAGE)
+    fleet, router = ReplicaLoads(4), make_policy("round-robin", PrefixIndex(4), PAGE)
     fleet.set_ready(2, False)
-    assert [router.choose(Wish(5), fleet).replica for _ in range(7)] == [0, 1, 3, 0, 1, 3, 0]
+    assert [router.choose(RouteRequest(5), fleet).replica for _ in range(7)] == [0, 1, 3, 0, 1, 3, 0]
 
 
 def test_least_loaded_looks_at_what_waits_and_then_the_index() -> None:
-    fleet, index = Fleet(3), PrefixIndex(3)
+    fleet, index = ReplicaLoads(3), PrefixIndex(3)
     index.stored(2, KEYS)
-    assert [placed("least-loaded", fleet, index, Wish(n, KEYS)) for n in (150, 120, 200)] == [0, 1, 2]
+    assert [placed("least-loaded", fleet, index, RouteRequest(n, KEYS)) for n in (150, 120, 200)] == [0, 1, 2]
     assert fleet.work.tolist() == [150, 120, 100]
     fleet.prefilled(0, 60)
     fleet.prefilled(2, 500)  # more than it had: it has nothing
     assert fleet.work.tolist() == [90, 120, 0]
-    assert placed("least-loaded", fleet, index, Wish(10)) == 2
+    assert placed("least-loaded", fleet, index, RouteRequest(10)) == 2
     fleet.set_ready(2, False)
-    assert placed("least-loaded", fleet, index, Wish(10)) == 0
+    assert placed("least-loaded", fleet, index, RouteRequest(10)) == 0
 
 
 def test_prefix_looks_at_the_longest_prefix_only() -> None:
-    fleet, index = Fleet(3), PrefixIndex(3)
+    fleet, index = ReplicaLoads(3), PrefixIndex(3)
     index.stored(1, KEYS[:5])
     index.stored(2, KEYS[:5], Tier.host)
     fleet.place(1, 10_000, 10_000)
     fleet.place(2, 20_000, 20_000)
-    assert placed("prefix", fleet, index, Wish(101, KEYS)) == 1
+    assert placed("prefix", fleet, index, RouteRequest(101, KEYS)) == 1
     fleet.set_ready(1, False)
     fleet.set_ready(2, False)
-    assert placed("prefix", fleet, index, Wish(101, KEYS)) == 0
+    assert placed("prefix", fleet, index, RouteRequest(101, KEYS)) == 0
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_nobody_ready_is_nobody_chosen(name: str) -> None:
-    fleet, index = Fleet(2), PrefixIndex(2)
+    fleet, index = ReplicaLoads(2), PrefixIndex(2)
     router = make_policy(name, index, PAGE)
     for replica in range(2):
         fleet.set_ready(replica, False)
-    assert router.choose(Wish(50, KEYS, "s"), fleet).replica == -1
+    assert router.choose(RouteRequest(50, KEYS, "s"), fleet).replica == -1
     fleet.set_ready(1, True)
-    assert router.choose(Wish(50, KEYS, "s"), fleet).replica == 1
+    assert router.choose(RouteRequest(50, KEYS, "s"), fleet).replica == 1
     fleet.join()
     index.join()
-    assert len(fleet) == index.replicas == 3 and router.choose(Wish(50, KEYS, "s"), fleet).replica >= 1
+    assert len(fleet) == index.replicas == 3 and router.choose(RouteRequest(50, KEYS, "s"), fleet).replica >= 1
 
 
 def test_a_fleet_that_grows_keeps_its_numbers_and_a_picture_shows_them_as_they_were() -> None:
-    fleet = Fleet(2, capacity=100)
+    fleet = ReplicaLoads(2, capacity=100)
     fleet.place(1, 7, 20)
     fleet.work[0] = 2.5
     picture = fleet.picture()
@@ -87,12 +87,12 @@ def test_a_fleet_that_grows_keeps_its_numbers_and_a_picture_shows_them_as_they_w
     fleet.release(1, 20)
     columns = (fleet.work, fleet.requests, fleet.held, fleet.capacity, fleet.computed)
     assert [c.tolist() for c in columns] == [[2.5, 8, 4], [0, 1, 1], [0, 2, 9], [100, 100, 50], [0, 8, 4]]
-    assert [c.tolist() for c in Fleet.pictured(picture)] == [[2.5, 7], [0, 1], [0, 20], [100, 100]]
+    assert [c.tolist() for c in ReplicaLoads.pictured(picture)] == [[2.5, 7], [0, 1], [0, 20], [100, 100]]
     assert [fleet.fits(2, 41), fleet.fits(2, 42), fleet.limit(2)] == [True, False, 50]
 
 
 def test_a_fleet_is_roomy_while_its_fullest_replica_has_room() -> None:
-    random, fleet = np.random.default_rng(5), Fleet(3, capacity=500)
+    random, fleet = np.random.default_rng(5), ReplicaLoads(3, capacity=500)
     for _ in range(400):
         replica, tokens = int(random.integers(len(fleet))), int(random.integers(1, 60))
         change = random.random()
@@ -114,9 +114,9 @@ def test_a_fleet_is_roomy_while_its_fullest_replica_has_room() -> None:
 def test_the_latest_choices_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayk.scheduler.router.router.REMEMBERED", 8)
     monkeypatch.setattr("rayk.scheduler.router.router.FORGOTTEN", 4)
-    desk = DeskSettings("cost", (1000, 1000), PAGE).make(iter(range(100)).__next__)
+    desk = RouterSettings("cost", (1000, 1000), PAGE).make(iter(range(100)).__next__)
     for i in range(30):
-        desk.choose(f"r{i % 17}", Wish(i))
+        desk.choose(f"r{i % 17}", RouteRequest(i))
         kept = {f"r{j % 17}": j for j in range(i + 1)}
         remembered = [request_id for request_id in kept if desk.made(request_id) is not None]
         for request_id in remembered:
@@ -132,20 +132,22 @@ def test_unknown_routers_are_refused_with_the_names() -> None:
 
 
 def test_a_session_stays_until_its_replica_carries_too_much() -> None:
-    fleet, router = Fleet(4), Session(bound=1.5)
-    home = router.choose(Wish(100, session="a"), fleet).replica
-    assert Session().choose(Wish(1, session="a"), Fleet(4)).replica == home  # in any process
+    fleet, router = ReplicaLoads(4), Session(bound=1.5)
+    home = router.choose(RouteRequest(100, session="a"), fleet).replica
+    assert Session().choose(RouteRequest(1, session="a"), ReplicaLoads(4)).replica == home  # in any process
     fleet.place(home, 120, 120)
-    assert router.choose(Wish(100, session="a"), fleet).replica == home
+    assert router.choose(RouteRequest(100, session="a"), fleet).replica == home
     fleet.place(home, 400, 400)
-    moved = router.choose(Wish(100, session="a"), fleet).replica
+    moved = router.choose(RouteRequest(100, session="a"), fleet).replica
     assert moved != home
     fleet.forget(home)
-    assert router.choose(Wish(100, session="a"), fleet).replica == moved
-    spread = {Session().choose(Wish(1, session=str(i)), Fleet(4)).replica for i in range(50)}
+    assert router.choose(RouteRequest(100, session="a"), fleet).replica == moved
+    spread = {Session().choose(RouteRequest(1, session=str(i)), ReplicaLoads(4)).replica for i in range(50)}
     assert spread == {0, 1, 2, 3}
     fleet.place(0, 9, 9)
-    assert router.choose(Wish(9), fleet).replica == 1  # without a session: the least that waits, the least computed
+    assert (
+        router.choose(RouteRequest(9), fleet).replica == 1
+    )  # without a session: the least that waits, the least computed
 
 
 def test_most_sessions_stay_where_they_hash_to_when_a_replica_joins() -> None:
@@ -156,42 +158,44 @@ def test_most_sessions_stay_where_they_hash_to_when_a_replica_joins() -> None:
 
 
 def test_cost_prefers_the_cache_until_the_wait_is_longer() -> None:
-    fleet, index = Fleet(2), PrefixIndex(2)
+    fleet, index = ReplicaLoads(2), PrefixIndex(2)
     index.stored(1, KEYS)
-    assert placed("cost", fleet, index, Wish(105, KEYS)) == 1
+    assert placed("cost", fleet, index, RouteRequest(105, KEYS)) == 1
     fleet.place(1, 200, 200)
-    assert placed("cost", fleet, index, Wish(105, KEYS)) == 1  # a second copy would cost more than the wait
+    assert placed("cost", fleet, index, RouteRequest(105, KEYS)) == 1  # a second copy would cost more than the wait
     fleet.place(1, 400, 400)
-    assert placed("cost", fleet, index, Wish(105, KEYS)) == 0
+    assert placed("cost", fleet, index, RouteRequest(105, KEYS)) == 0
 
 
 def test_those_who_share_a_prefix_and_arrive_together_stay_together() -> None:
-    fleet, index = Fleet(4), PrefixIndex(4)
+    fleet, index = ReplicaLoads(4), PrefixIndex(4)
     router = Cost(index, PAGE)
-    first = [placed(router, fleet, index, Wish(101, KEYS)) for _ in range(3)]
-    other = [placed(router, fleet, index, Wish(101, list(range(2000, 2010)))) for _ in range(3)]
+    first = [placed(router, fleet, index, RouteRequest(101, KEYS)) for _ in range(3)]
+    other = [placed(router, fleet, index, RouteRequest(101, list(range(2000, 2010)))) for _ in range(3)]
     assert len(set(first)) == len(set(other)) == 1 and first[0] != other[0]
 
 
 def test_a_hot_prefix_is_not_sent_to_one_replica_only() -> None:
-    fleet, index = Fleet(4), PrefixIndex(4)
+    fleet, index = ReplicaLoads(4), PrefixIndex(4)
     router = Cost(index, PAGE)
-    chosen = [placed(router, fleet, index, Wish(130, KEYS)) for _ in range(400)]
+    chosen = [placed(router, fleet, index, RouteRequest(130, KEYS)) for _ in range(400)]
     assert min(chosen.count(r) for r in range(4)) > 60
 
 
 def held_back(between: int) -> float:
     """The longest queue behind the one replica that holds a long prefix, before another one gets it, when so many
     requests for other things come between two that share it."""
-    fleet, index = Fleet(4), PrefixIndex(4)
+    fleet, index = ReplicaLoads(4), PrefixIndex(4)
     long = list(range(1000))
     index.stored(0, long)
     router, longest = Cost(index, PAGE), 0.0
     for turn in range(400):
         for other in range(between):
-            placed(router, fleet, index, Wish(900, [10_000 * (turn + 1) + 10 * other + page for page in range(9)]))
+            placed(
+                router, fleet, index, RouteRequest(900, [10_000 * (turn + 1) + 10 * other + page for page in range(9)])
+            )
         fleet.work[1:] = 0
-        if placed(router, fleet, index, Wish(10_900, long)):
+        if placed(router, fleet, index, RouteRequest(10_900, long)):
             break
         longest = float(fleet.work[0])
     return longest
@@ -206,34 +210,34 @@ def test_a_copy_is_made_when_the_wait_for_want_of_one_has_cost_as_much() -> None
 
 def test_a_full_cache_that_takes_in_more_than_its_share_is_spared() -> None:
     def first_after(taken: int, capacity: int) -> int:
-        fleet, index = Fleet(2, capacity=capacity), PrefixIndex(2)
+        fleet, index = ReplicaLoads(2, capacity=capacity), PrefixIndex(2)
         router = Cost(index, PAGE)
         fleet.work[1] = 1e9
         for turn in range(taken):
-            placed(router, fleet, index, Wish(100, [1000 * turn + page for page in range(9)]))
+            placed(router, fleet, index, RouteRequest(100, [1000 * turn + page for page in range(9)]))
             fleet.release(0, 100)
         fleet.work[:] = 0, 10
-        return placed(router, fleet, index, Wish(100))
+        return placed(router, fleet, index, RouteRequest(100))
 
     assert first_after(20, capacity=10_000) == 0  # less waits there, and it has room
     assert first_after(20, capacity=1_000) == 1
-    parts = Cost(PrefixIndex(2), PAGE).choose(Wish(50), Fleet(2)).parts
+    parts = Cost(PrefixIndex(2), PAGE).choose(RouteRequest(50), ReplicaLoads(2)).parts
     assert parts is not None and parts.churn.tolist() == [0, 0]
 
 
 def test_idle_replicas_share_what_has_nothing_in_common() -> None:
-    fleet, index = Fleet(8, rate=1000.0), PrefixIndex(8)
+    fleet, index = ReplicaLoads(8, rate=1000.0), PrefixIndex(8)
     router = Cost(index, PAGE)
     chosen = []
     for i in range(80):
         fleet.advance(float(i))  # each is done before the next arrives
-        chosen.append(placed(router, fleet, index, Wish(100, range(10_000 * (i + 1), 10_000 * (i + 1) + 9))))
+        chosen.append(placed(router, fleet, index, RouteRequest(100, range(10_000 * (i + 1), 10_000 * (i + 1) + 9))))
     assert {chosen.count(r) for r in range(8)} == {10}
     assert fleet.work.sum() == 100 and fleet.requests.sum() == 80 and fleet.held.sum() == 8000
 
 
 def test_a_replica_that_joins_does_not_win_every_tie() -> None:
-    fleet = Fleet(2, rate=1e9)
+    fleet = ReplicaLoads(2, rate=1e9)
     for now in range(10):
         fleet.advance(float(now))
         fleet.place(now % 2, 100, 100)
@@ -248,13 +252,13 @@ def test_tiers_and_copies_have_their_price() -> None:
     index.stored(2, KEYS[:9], Tier.disk)
     index.stored(3, KEYS[:2])
     index.stored(3, KEYS[:9], Tier.host)
-    wish = Wish(100, KEYS[:9])
-    parts = Cost(index, PAGE, Weights(host_price=0.1, disk_price=0.5)).choose(wish, Fleet(4)).parts
+    wish = RouteRequest(100, KEYS[:9])
+    parts = Cost(index, PAGE, Weights(host_price=0.1, disk_price=0.5)).choose(wish, ReplicaLoads(4)).parts
     assert parts is not None
     assert parts.prefill.tolist() == [100, 10, 10, 10]
     assert parts.loading.tolist() == pytest.approx([0, 9, 45, 7])
     assert parts.keep.tolist() == pytest.approx([Weights().keep * 90 / 3, 0, 0, 0])
-    lent = Cost(index, PAGE, Weights(peer_price=0.2)).choose(wish, Fleet(4)).parts
+    lent = Cost(index, PAGE, Weights(peer_price=0.2)).choose(wish, ReplicaLoads(4)).parts
     assert lent is not None and lent.prefill[0] == 10 and lent.loading[0] == pytest.approx(18)
 
 
@@ -263,18 +267,18 @@ def test_a_page_with_many_holders_is_cheap_to_store_again() -> None:
     for replica in range(3):
         index.stored(replica, KEYS[:4])
     index.stored(0, KEYS[:6])
-    parts = Cost(index, PAGE).choose(Wish(100, KEYS), Fleet(5)).parts
+    parts = Cost(index, PAGE).choose(RouteRequest(100, KEYS), ReplicaLoads(5)).parts
     assert parts is not None
     two, four = 2 * PAGE * Weights().keep, 4 * PAGE * Weights().keep / 3
     assert parts.keep.tolist() == pytest.approx([0, two, two, two + four, two + four])
 
 
 def test_pages_that_cannot_be_had_and_rows_that_decode_count() -> None:
-    fleet, index = Fleet(2, capacity=1000), PrefixIndex(2)
+    fleet, index = ReplicaLoads(2, capacity=1000), PrefixIndex(2)
     for _ in range(4):
         fleet.place(0, 0, 240)
     router = Cost(index, PAGE)
-    parts = router.choose(Wish(100), fleet).parts
+    parts = router.choose(RouteRequest(100), fleet).parts
     assert parts is not None
     assert parts.pressure.tolist() == [4.0 * 60, 0]
     assert parts.prefill.tolist() == pytest.approx([100 * (1 + 4 / 2048), 100])
@@ -283,10 +287,10 @@ def test_pages_that_cannot_be_had_and_rows_that_decode_count() -> None:
 
 
 def test_a_choice_is_explained() -> None:
-    fleet, index = Fleet(30), PrefixIndex(30)
+    fleet, index = ReplicaLoads(30), PrefixIndex(30)
     index.stored(17, KEYS)
     fleet.place(17, 50, 50)
-    choice = Cost(index, PAGE).choose(Wish(101, KEYS), fleet)
+    choice = Cost(index, PAGE).choose(RouteRequest(101, KEYS), fleet)
     assert choice.replica == 17 and choice.parts is not None
     best, *others = choice.parts.candidates(17, 5)
     assert (best.replica, best.cached, best.waiting) == (17, 100, 50) and len(others) == 4
@@ -303,8 +307,8 @@ class Highest:
     def __init__(self, index: PrefixIndex, page_size: int) -> None:
         pass
 
-    def choose(self, wish: Wish, fleet: Fleet) -> Choice:
-        return Choice(int(np.flatnonzero(fleet.ready)[-1]))
+    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
+        return Decision(int(np.flatnonzero(fleet.ready)[-1]))
 
 
 class Silent(Highest):
@@ -326,8 +330,10 @@ def test_a_policy_of_somebody_else_is_found_by_its_module_or_its_entry_point(mon
     monkeypatch.setattr(policies, "entry_points", lambda group, name: [Point(name, Silent)] if name == "silent" else [])
     with pytest.raises(ConfigError, match="router 'best' is not one of cost, round-robin"):
         wants_keys("best")
-    assert make_policy("their_routers:Highest", PrefixIndex(3), PAGE).choose(Wish(1), Fleet(3)).replica == 2
-    assert make_policy("silent", PrefixIndex(3), PAGE).choose(Wish(1), Fleet(3)).replica == 2
+    assert (
+        make_policy("their_routers:Highest", PrefixIndex(3), PAGE).choose(RouteRequest(1), ReplicaLoads(3)).replica == 2
+    )
+    assert make_policy("silent", PrefixIndex(3), PAGE).choose(RouteRequest(1), ReplicaLoads(3)).replica == 2
     assert [wants_keys(name) for name in ("their_routers:Highest", "silent", "cost", "session")] == [
         True, False, True, False,
     ]  # fmt: skip

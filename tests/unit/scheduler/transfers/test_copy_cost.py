@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayk.scheduler.transfers.copy_cost import LineRate, Span, copy_spans, worthwhile
+from rayk.scheduler.transfers.copy_cost import LinkEstimate, Span, copy_spans, profitable_spans
 
 
 def test_spans_follow_the_order_that_is_given() -> None:
@@ -21,21 +21,21 @@ def test_spans_follow_the_order_that_is_given() -> None:
 
 def test_without_a_prefill_rate_all_is_copied() -> None:
     spans = [Span(0, 0, 4), Span(1, 4, 5)]
-    assert worthwhile(spans, lambda _: 1e9, 16, None) == spans
+    assert profitable_spans(spans, lambda _: 1e9, 16, None) == spans
 
 
 @pytest.mark.parametrize(("seconds", "copied"), [(0.9, True), (1.1, False)])
 def test_bytes_over_bandwidth_against_tokens_over_prefill_rate(seconds: float, copied: bool) -> None:
     span = Span(1, 2, 12)  # 10 pages of 16 tokens at 160 tokens/s: a second
-    assert bool(worthwhile([span], lambda _: seconds, 16, 160.0)) is copied
+    assert bool(profitable_spans([span], lambda _: seconds, 16, 160.0)) is copied
 
 
 def test_a_slow_span_is_carried_by_a_fast_one_behind_it() -> None:
     slow, fast = Span(0, 0, 1), Span(1, 1, 10)
     cost = {slow: 2.0, fast: 1.0}
-    assert worthwhile([slow, fast], cost.__getitem__, 1, 1.0) == [slow, fast]
-    assert worthwhile([slow], cost.__getitem__, 1, 1.0) == []
-    assert worthwhile([fast, slow], {slow: 2.0, fast: 1.0}.__getitem__, 1, 1.0) == [fast]
+    assert profitable_spans([slow, fast], cost.__getitem__, 1, 1.0) == [slow, fast]
+    assert profitable_spans([slow], cost.__getitem__, 1, 1.0) == []
+    assert profitable_spans([fast, slow], {slow: 2.0, fast: 1.0}.__getitem__, 1, 1.0) == [fast]
 
 
 @given(
@@ -47,7 +47,7 @@ def test_no_other_number_of_leading_spans_saves_more(pages: list[int], costs: li
     for replica, count in enumerate(pages):
         spans.append(Span(replica, at, at + count))
         at += count
-    chosen = worthwhile(spans, lambda s: costs[s.replica], 1, 1.0)
+    chosen = profitable_spans(spans, lambda s: costs[s.replica], 1, 1.0)
 
     def saved(count: int) -> float:
         return sum(s.stop - s.start - costs[s.replica] for s in spans[:count])
@@ -57,7 +57,7 @@ def test_no_other_number_of_leading_spans_saves_more(pages: list[int], costs: li
 
 
 def test_a_line_is_what_was_assumed_until_something_was_copied() -> None:
-    line = LineRate(0.002, 1e9)
+    line = LinkEstimate(0.002, 1e9)
     assert line.seconds(10_000_000) == pytest.approx(0.012)
     line.seen(0, 1.0)
     line.seen(100, 0.0)
@@ -66,7 +66,7 @@ def test_a_line_is_what_was_assumed_until_something_was_copied() -> None:
 
 @pytest.mark.parametrize(("latency", "bandwidth"), [(50e-6, 200e9), (0.03, 100e6), (1e-3, 2.5e9)])
 def test_an_estimate_comes_near_the_truth_from_copies_of_many_sizes(latency: float, bandwidth: float) -> None:
-    line, rng = LineRate(2e-3, 1e9), random.Random(3)
+    line, rng = LinkEstimate(2e-3, 1e9), random.Random(3)
     for _ in range(60):
         size = rng.choice([1 << 16, 1 << 21, 1 << 24, 1 << 28])
         line.seen(size, (latency + size / bandwidth) * rng.uniform(0.9, 1.1))
@@ -75,7 +75,7 @@ def test_an_estimate_comes_near_the_truth_from_copies_of_many_sizes(latency: flo
 
 
 def test_copies_of_one_size_tell_what_that_size_takes() -> None:
-    line = LineRate(2e-3, 1e9)
+    line = LinkEstimate(2e-3, 1e9)
     for _ in range(30):
         line.seen(1 << 24, 0.5)
     assert line.seconds(1 << 24) == pytest.approx(0.5, rel=0.05)
@@ -83,7 +83,7 @@ def test_copies_of_one_size_tell_what_that_size_takes() -> None:
 
 
 def test_a_line_that_gets_slower_is_noticed() -> None:
-    line = LineRate(1e-3, 1e9)
+    line = LinkEstimate(1e-3, 1e9)
     for seconds in [0.02] * 30 + [0.2] * 30:
         line.seen(16 << 20, seconds)
     assert line.seconds(16 << 20) == pytest.approx(0.2, rel=0.1)
@@ -91,7 +91,7 @@ def test_a_line_that_gets_slower_is_noticed() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 1 << 32), st.floats(1e-6, 100)), min_size=1, max_size=40))
 def test_whatever_was_seen_an_estimate_makes_sense(copies: list[tuple[int, float]]) -> None:
-    line = LineRate(1e-3, 1e9)
+    line = LinkEstimate(1e-3, 1e9)
     for size, seconds in copies:
         line.seen(size, seconds)
         assert line.latency >= 0 and line.bandwidth > 0

@@ -13,14 +13,14 @@ from rayk import TextContext
 from rayk.errors import LineError, ReplicaLostError
 from rayk.kvcache.replica import ReplicaCore
 from rayk.protocol import messages as m
-from rayk.protocol.context_sync import Mirrors
-from rayk.replica.page_exchange import Exchange
+from rayk.protocol.context_sync import ContextMirrors
+from rayk.replica.page_exchange import PageExchange
 from rayk.scheduler.scaling import Removed
-from rayk.scheduler.script import Ask, Told
+from rayk.scheduler.script import ReplicaCall, ReplicaReply
 from rayk.scheduler.transfers import evacuation as offering
-from rayk.scheduler.transfers.evacuation import Offering, Piece, share_out
-from rayk.scheduler.transfers.links import Lines
-from rayk.scheduler.transfers.transfer import Carrier
+from rayk.scheduler.transfers.evacuation import Evacuation, SpanAssignment, share_out
+from rayk.scheduler.transfers.links import LinkTable
+from rayk.scheduler.transfers.transfer import PageTransfers
 from rayk.transport.choice import Peer
 from rayk.transport.direct import DirectLine
 from rayk.transport.line import StoreLine
@@ -45,38 +45,47 @@ def pages(name: int, count: int) -> list[int]:
 
 
 def test_a_prefix_goes_where_the_longest_part_is() -> None:
-    assert share_out([prefix(pages(1, 4))], {0: found(9, 0), 1: found(5, 2), 2: found(5, 3)}, 2) == [Piece(0, 2, 3, 4)]
+    assert share_out([prefix(pages(1, 4))], {0: found(9, 0), 1: found(5, 2), 2: found(5, 3)}, 2) == [
+        SpanAssignment(0, 2, 3, 4)
+    ]
 
 
 def test_else_where_the_most_room_is() -> None:
     each = [prefix(pages(name, 3)) for name in (1, 2, 3)]
     have = {0: found(5, 0, 0, 0), 1: found(7, 0, 0, 0)}
-    assert share_out(each, have, 2) == [Piece(0, 1, 0, 3), Piece(1, 0, 0, 3), Piece(2, 1, 0, 3)]
+    assert share_out(each, have, 2) == [
+        SpanAssignment(0, 1, 0, 3),
+        SpanAssignment(1, 0, 0, 3),
+        SpanAssignment(2, 1, 0, 3),
+    ]
 
 
 def test_whole_prefixes_go_before_what_is_there() -> None:
     """A replica that has a part and no room for the rest does not get a piece of it while another takes all."""
-    assert share_out([prefix(pages(1, 4))], {0: found(1, 2), 1: found(4, 0)}, 2) == [Piece(0, 1, 0, 4)]
+    assert share_out([prefix(pages(1, 4))], {0: found(1, 2), 1: found(4, 0)}, 2) == [SpanAssignment(0, 1, 0, 4)]
 
 
 def test_what_fits_nowhere_is_cut_and_the_hottest_comes_first() -> None:
     each = [prefix(pages(1, 5)), prefix(pages(2, 3))]
-    assert share_out(each, {0: found(4, 0, 0), 1: found(1, 0, 0)}, 2) == [Piece(0, 0, 0, 4), Piece(1, 1, 0, 1)]
+    assert share_out(each, {0: found(4, 0, 0), 1: found(1, 0, 0)}, 2) == [
+        SpanAssignment(0, 0, 0, 4),
+        SpanAssignment(1, 1, 0, 1),
+    ]
     assert share_out(each, {0: found(0, 0, 0), 1: found(0, 4, 0)}, 2) == []
 
 
 def test_a_shared_part_is_sent_to_a_replica_once() -> None:
     each = [prefix(pages(1, 3) + pages(2, 1)), prefix(pages(1, 3) + pages(3, 2)), prefix(pages(1, 3) + pages(2, 3))]
     assert share_out(each, {0: found(20, 0, 0, 0), 1: found(20, 0, 0, 0)}, 2) == [
-        Piece(0, 0, 0, 4),
-        Piece(1, 0, 3, 5),
-        Piece(2, 0, 4, 6),
+        SpanAssignment(0, 0, 0, 4),
+        SpanAssignment(1, 0, 3, 5),
+        SpanAssignment(2, 0, 4, 6),
     ]
 
 
 def test_other_salts_share_nothing() -> None:
     each = [prefix(pages(1, 3)), prefix(pages(1, 3), "s")]
-    assert share_out(each, {0: found(9, 0, 0)}, 2) == [Piece(0, 0, 0, 3), Piece(1, 0, 0, 3)]
+    assert share_out(each, {0: found(9, 0, 0)}, 2) == [SpanAssignment(0, 0, 0, 3), SpanAssignment(1, 0, 0, 3)]
 
 
 def test_what_somebody_has_goes_nowhere() -> None:
@@ -85,7 +94,7 @@ def test_what_somebody_has_goes_nowhere() -> None:
 
 # -- the rounds ------------------------------------------------------------------------------------------
 
-Change = Callable[[Ask], m.Result | None]
+Change = Callable[[ReplicaCall], m.Result | None]
 
 
 class Replicas:
@@ -95,18 +104,20 @@ class Replicas:
         self.cores = [core(size, replica=r) for r, size in enumerate(sizes)]
         pools = {Peer(r, 7): each.buffers for r, each in enumerate(self.cores)}
         self.exchanges = [self._exchange(each, pools) for each in self.cores]
-        self.lines = Lines(lambda: self.now)
+        self.lines = LinkTable(lambda: self.now)
         self.ready = list(range(len(sizes)))
         self.now = 0.0
-        self.asked: list[Ask] = []
+        self.asked: list[ReplicaCall] = []
 
-    def _exchange(self, at: ReplicaCore, pools: Any) -> Exchange:
+    def _exchange(self, at: ReplicaCore, pools: Any) -> PageExchange:
         lines = [DirectLine(at.buffers, pools), StoreLine(at.buffers)]
         port = PagePort(Peer(at.replica, 7), at.exports, at.params.bytes_per_page, "", lines)
-        return Exchange(at, port, partial(Mirrors(at.replica).context, keep=False))
+        return PageExchange(at, port, partial(ContextMirrors(at.replica).context, keep=False))
 
     def go(self, source: int = 0, change: Change = lambda ask: None) -> Removed:
-        script = Offering(Carrier(self.lines, lambda: self.now), lambda: self.ready, 2, lambda: self.now).run(source)
+        script = Evacuation(PageTransfers(self.lines, lambda: self.now), lambda: self.ready, 2, lambda: self.now).run(
+            source
+        )
         self.asked = []
         try:
             asks = next(script)
@@ -120,14 +131,14 @@ class Replicas:
             removed: Removed = end.value
             return removed
 
-    def answer(self, ask: Ask, change: Change) -> Told:
+    def answer(self, ask: ReplicaCall, change: Change) -> ReplicaReply:
         instead = change(ask)
         if instead is not None:
-            return Told(instead)
+            return ReplicaReply(instead)
         try:
-            return Told(*self.exchanges[ask.replica].answer(ask.command, ask.attached))  # type: ignore[arg-type]  # those
+            return ReplicaReply(*self.exchanges[ask.replica].answer(ask.command, ask.attached))  # type: ignore[arg-type]  # those
         except LineError as error:
-            return Told(m.failure(error))
+            return ReplicaReply(m.failure(error))
 
     def have(self, replica: int, *names: int) -> list[int]:
         """Pages that a replica has of those prefixes."""
@@ -192,7 +203,7 @@ def test_without_room_it_ends_at_once() -> None:
 def test_time_is_up() -> None:
     replicas = filled(3, 16, 8)
 
-    def slow(ask: Ask) -> None:
+    def slow(ask: ReplicaCall) -> None:
         replicas.now += 20.0
 
     assert replicas.go(change=slow).taken == 0
@@ -209,7 +220,7 @@ def test_a_target_that_fails_is_passed_over(what: type, after: int, monkeypatch:
     replicas = filled(4, 16, 20, 8)
     seen = []
 
-    def fails(ask: Ask) -> m.Result | None:
+    def fails(ask: ReplicaCall) -> m.Result | None:
         if ask.replica == 1 and isinstance(ask.command, what):
             seen.append(ask)
             return LOST if len(seen) > after else None
@@ -228,7 +239,7 @@ def test_a_source_that_fails_ends_it(what: type, after: int, monkeypatch: pytest
     replicas = filled(4, 16, 20)
     seen = []
 
-    def fails(ask: Ask) -> m.Result | None:
+    def fails(ask: ReplicaCall) -> m.Result | None:
         if seen or (ask.replica == 0 and isinstance(ask.command, what)):
             seen.append(ask)
         if ask.replica == 0 and len(seen) > after:
@@ -264,7 +275,7 @@ def test_when_no_line_works_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_a_target_cannot_verify_it_does_not_take() -> None:
     replicas = filled(2, 16, 8)
 
-    def forged(ask: Ask) -> m.Result | None:
+    def forged(ask: ReplicaCall) -> m.Result | None:
         if isinstance(ask.command, m.Export):
             done, _ = replicas.exchanges[0].answer(ask.command)
             assert isinstance(done, m.Exported)

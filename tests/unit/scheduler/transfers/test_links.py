@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from rayk.params import GROUP, OBJECT_STORE, SHARED_MEMORY
-from rayk.scheduler.transfers.links import REST_SECONDS, Lines
-from rayk.transport.choice import Station
+from rayk.scheduler.transfers.links import REST_SECONDS, LinkTable
+from rayk.transport.choice import Endpoint
 
 
 @pytest.fixture
@@ -17,16 +17,16 @@ def now() -> list[float]:
 
 
 @pytest.fixture
-def lines(now: list[float]) -> Lines:
-    made = Lines(lambda: now[0])
+def lines(now: list[float]) -> LinkTable:
+    made = LinkTable(lambda: now[0])
     for replica in range(3):
         host = "a" if replica < 2 else "b"
-        made.joined(replica, 10 + replica, Station(host, "", [SHARED_MEMORY, GROUP, OBJECT_STORE], 1 << 20))
+        made.joined(replica, 10 + replica, Endpoint(host, "", [SHARED_MEMORY, GROUP, OBJECT_STORE], 1 << 20))
     return made
 
 
 def test_a_line_that_fails_rests_with_one_warning(
-    lines: Lines, now: list[float], caplog: pytest.LogCaptureFixture
+    lines: LinkTable, now: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert [lines.kind(0, 1), lines.kind(0, 2), lines.kind(0, 7)] == [SHARED_MEMORY, GROUP, OBJECT_STORE]
     with caplog.at_level(logging.WARNING):
@@ -40,7 +40,7 @@ def test_a_line_that_fails_rests_with_one_warning(
     assert len(caplog.records) == 1 and "using group" in caplog.text
 
 
-def test_the_quickest_source_is_that_of_the_measured_line(lines: Lines) -> None:
+def test_the_quickest_source_is_that_of_the_measured_line(lines: LinkTable) -> None:
     assert lines.quickest([1, 2], 0, 16) == [1, 2]
     for _ in range(20):
         lines.carried(1, 0, SHARED_MEMORY, 16, 5.0)
@@ -49,7 +49,7 @@ def test_the_quickest_source_is_that_of_the_measured_line(lines: Lines) -> None:
     assert (state.source, state.target, state.copies, state.bytes) == (1, 0, 20, 20 * 16 << 20)
 
 
-def test_who_had_a_line_to_a_replica_that_left_is_told_once(lines: Lines) -> None:
+def test_who_had_a_line_to_a_replica_that_left_is_told_once(lines: LinkTable) -> None:
     lines.use(0, 1)
     lines.use(2, 1)
     lines.keep({0: 10, 1: 99, 2: 12})  # replica 1 was replaced
