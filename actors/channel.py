@@ -11,11 +11,11 @@ from threading import Lock
 from time import monotonic
 from typing import Any, NamedTuple
 
+from rayk import protocol as m
 from rayk.actors.chunks import cut
 from rayk.actors.interface import Actor, ActorGoneError, Runtime
 from rayk.actors.lane import SPOKEN, Crossing, FastLane
 from rayk.errors import CallTimeoutError, RaykError
-from rayk.protocol import messages as m
 
 CALL_SECONDS = 120.0  # an answer that takes longer means a hung process
 SLICE = 0.5  # seconds between two looks at a process that takes long to answer

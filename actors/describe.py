@@ -7,13 +7,13 @@ from typing import Any
 
 import msgspec
 
+from rayk import protocol as m
 from rayk.actors.channel import ActorChannel, new_client_id
 from rayk.actors.interface import ActorGoneError, Runtime
 from rayk.actors.launch import Deployment, ReplicaHandle
 from rayk.errors import CallTimeoutError, ConfigError, RaykError, ReplicaLostError, SchedulerLostError
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.planning.node_plan import NodeMemory, ReplicaPlan
-from rayk.protocol import messages as m
 from rayk.protocol.admission import AdmissionState
 from rayk.scheduler.membership import State
 from rayk.scheduler.scaling import Removed

@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from rayk import protocol as m
 from rayk.actors.chunks import LONGEST
 from rayk.actors.graph import LaneError
 from rayk.actors.interface import Actor, Lane, LaneState, Runtime
-from rayk.protocol import messages as m
 
 log = logging.getLogger("rayk.actors")
 

@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from rayk import protocol as m
 from rayk.actors.channel import SLICE, ActorChannel, Answer, Pending
 from rayk.actors.interface import Actor, Runtime
 from rayk.errors import CallTimeoutError, RaykError
-from rayk.protocol import messages as m
 from rayk.scheduler.script import ReplicaCall, ReplicaReply
 
 QUESTION_SECONDS = 1.0

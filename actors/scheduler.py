@@ -10,13 +10,13 @@ from threading import Condition, Thread
 from time import monotonic, sleep
 from typing import Any
 
+from rayk import protocol as m
 from rayk.actors.channel import Pending, new_client_id
 from rayk.actors.chunks import joined
 from rayk.actors.interface import Actor, Runtime
 from rayk.actors.process import freeze_startup_objects
 from rayk.actors.replica_calls import ReplicaCalls, ReplicaChannel
 from rayk.errors import MessageError, RaykError, ReplicaLostError, ReplicaRemovedError, StaleEpochError
-from rayk.protocol import messages as m
 from rayk.protocol.dedup import ReplyCache
 from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.leases import TICK_SECONDS

@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
+from rayk import protocol as m
 from rayk.errors import CallTimeoutError, ConfigError, RaykError, ReplicaLostError
 from rayk.kvcache.metrics import KVCacheMetrics
-from rayk.protocol import messages as m
 from rayk.scheduler.admission.controller import AdmissionController
 from rayk.scheduler.admission.script import AdmissionScripts
 from rayk.scheduler.leases import Leases

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
+from rayk import protocol as m
 from rayk.errors import (
     AlreadyClaimedError,
     CallTimeoutError,
@@ -28,7 +29,6 @@ from rayk.errors import (
     ReplicaLostError,
 )
 from rayk.kvcache.page_hash import KEY_BYTES, split_keys
-from rayk.protocol import messages as m
 from rayk.protocol.columns import BASE, PENDING, SENT, AdmitResults, PackedContexts
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.placements import Placements

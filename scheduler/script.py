@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
-from rayk.protocol import messages as m
+from rayk import protocol as m
 
 QUESTIONS = (
     m.Lookup,

@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 import psutil
 
+from rayk import protocol as m
 from rayk.bench.overload_driver import Load, Outcome, OverloadDriver, Phase
 from rayk.manager.manager import PagedKVCacheManager
-from rayk.protocol import messages as m
 from rayk.protocol.admission import AdmissionPolicy
 from rayk.session import InferenceSession
 

@@ -18,10 +18,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from rayk import protocol as m
 from rayk.context import TextContext
 from rayk.manager.async_manager import AsyncPagedKVCacheManager
 from rayk.params import MHAKVCacheParams
-from rayk.protocol import messages as m
 from rayk.protocol.context_sync import ContextSender
 from rayk.session import InferenceSession
 

@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Callable, Collection, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rayk import protocol as m
 from rayk.errors import ReplicaLostError
-from rayk.protocol import messages as m
 from rayk.protocol.engine import Command, Query, Report
 from rayk.scheduler.scaling import Removed
 

@@ -9,12 +9,12 @@ from time import perf_counter
 
 import numpy as np
 
+from rayk import protocol as m
 from rayk.context import TextContext
 from rayk.errors import LineError, RaykError, RemoteError
 from rayk.kvcache.page_pins import PageImport
 from rayk.kvcache.replica import ReplicaCore
 from rayk.params import OBJECT_STORE
-from rayk.protocol import messages as m
 from rayk.protocol.context_sync import ContextMirrors
 from rayk.protocol.engine import Query, Ship
 from rayk.protocol.engine_reports import Answered, Arrived, Shipped

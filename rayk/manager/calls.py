@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from rayk import protocol as m
 from rayk.actors.channel import Answer, Pending, Traffic
 from rayk.actors.interface import Runtime
 from rayk.actors.launch import Deployment, desk_settings
@@ -46,7 +47,6 @@ from rayk.kvcache.runtime_inputs import BatchCharacteristics, BatchShape, no_inp
 from rayk.kvcache.tick import Admission, HitCounts, Tick, TickResult
 from rayk.manager.cluster_view import Call, current, result_of
 from rayk.manager.scaling_calls import ScalingCalls
-from rayk.protocol import messages as m
 from rayk.protocol.columns import AdmitResults
 from rayk.protocol.context_sync import apply_move
 from rayk.scheduler.admission.queue import SOONEST

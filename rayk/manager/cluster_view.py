@@ -20,6 +20,7 @@ from functools import partial, wraps
 from time import monotonic
 from typing import Any
 
+from rayk import protocol as m
 from rayk.actors.channel import ActorChannel, Answer, Pending, hear, new_client_id
 from rayk.actors.interface import LaneState, Runtime
 from rayk.actors.lane import FastLane
@@ -33,7 +34,6 @@ from rayk.errors import (
     ReplicaRemovedError,
     SchedulerLostError,
 )
-from rayk.protocol import messages as m
 from rayk.protocol.context_sync import ContextSender
 from rayk.scheduler.membership import State
 

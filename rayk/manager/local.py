@@ -35,7 +35,7 @@ from rayk.kvcache.request import Reused, Usage
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, ReplicaInputs, no_inputs
 from rayk.kvcache.tick import Admission, HitCounts, Tick, TickResult
 from rayk.manager.local_replicas import InlineReplicas
-from rayk.protocol.messages import Traits
+from rayk.protocol.contexts import Traits
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
 from rayk.scheduler.transfers.copy_cost import copy_spans, profitable_spans
 from rayk.values import checked_request_id

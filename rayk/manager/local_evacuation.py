@@ -7,9 +7,9 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from rayk import protocol as m
 from rayk.errors import RaykError
 from rayk.kvcache.replica import ReplicaCore
-from rayk.protocol import messages as m
 from rayk.protocol.context_sync import ContextMirrors
 from rayk.replica.page_exchange import PageExchange
 from rayk.scheduler.scaling import Removed

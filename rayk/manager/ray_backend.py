@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rayk import protocol as m
 from rayk.actors.channel import Traffic
 from rayk.actors.interface import ActorGoneError, LaneState, Runtime
 from rayk.actors.launch import Deployment
@@ -24,7 +25,6 @@ from rayk.kvcache.runtime_inputs import BatchCharacteristics, ReplicaInputs
 from rayk.kvcache.tick import Admission, HitCounts, Tick, TickResult
 from rayk.manager.calls import Calls
 from rayk.manager.cluster_view import wait_for
-from rayk.protocol import messages as m
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
 
 log = logging.getLogger("rayk.scheduler")

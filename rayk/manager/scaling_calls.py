@@ -10,12 +10,12 @@ from contextlib import suppress
 from functools import partial
 from time import monotonic, sleep
 
+from rayk import protocol as m
 from rayk.actors.interface import Runtime
 from rayk.actors.launch import Deployment, ReplicaHandle, desk_settings, start_replicas
 from rayk.actors.scale_out import Placed, give_back, place_replicas, vacate
 from rayk.errors import DrainError, SchedulerLostError
 from rayk.manager.cluster_view import Call, ClusterView, apart, current, result_of
-from rayk.protocol import messages as m
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
 
 LOOK_SECONDS = 0.02  # between two looks at a replica that drains

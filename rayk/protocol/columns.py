@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rayk.errors import MessageError
-from rayk.protocol.messages import AdmitDone, Contexts, ContextView, Failure, Origin, Traits
+from rayk.protocol.base import Failure
+from rayk.protocol.contexts import Contexts, ContextView, Origin, Traits
+from rayk.protocol.from_replica import AdmitDone
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from rayk import protocol as m
 from rayk.context import as_int32
 from rayk.errors import RaykError
 from rayk.kvcache.request import NOTHING_REUSED, Reused
-from rayk.protocol import messages as m
 from rayk.protocol.engine_reports import (
     MOVED,
     Answered,

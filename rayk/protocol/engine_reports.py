@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rayk import protocol as m
 from rayk.errors import RaykError
 from rayk.kvcache.request import NOTHING_REUSED, Reused
-from rayk.protocol import messages as m
 
 Numbers = npt.NDArray[np.int64]
 MOVED = "moved"

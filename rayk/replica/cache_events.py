@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from rayk.context import TextContext
 from rayk.kvcache.page_hash import KEY_BYTES, PageHash
 from rayk.kvcache.page_pool import Pages
-from rayk.protocol.messages import NOT_ASKED, CacheDelta
+from rayk.protocol.from_replica import NOT_ASKED, CacheDelta
 
 KEPT = 1 << 18  # pages in batches that can still be asked for
 BEHIND = 1 << 16  # batches that one answer tells of

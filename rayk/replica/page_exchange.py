@@ -11,13 +11,13 @@ from time import perf_counter
 import msgspec
 import numpy as np
 
+from rayk import protocol as m
 from rayk.context import TextContext
 from rayk.errors import MessageError
 from rayk.kvcache.evacuation import keep, prefixes, room
 from rayk.kvcache.page_pins import PageImport
 from rayk.kvcache.replica import ReplicaCore
 from rayk.params import OBJECT_STORE
-from rayk.protocol import messages as m
 from rayk.transport.choice import Peer
 from rayk.transport.line import PageData, PageExportRef
 from rayk.transport.port import Arrival, PagePort

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from rayk import protocol as m
 from rayk.context import TextContext
 from rayk.errors import (
     MessageError,
@@ -32,7 +33,6 @@ from rayk.kvcache.page_pins import PageImport
 from rayk.kvcache.replica import ReplicaCore
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, ReplicaInputs
 from rayk.kvcache.tick import Tick
-from rayk.protocol import messages as m
 from rayk.protocol.columns import RESULTS, PackedContexts
 from rayk.protocol.context_sync import ContextMirrors, ContextSender, moved
 from rayk.protocol.dedup import ReplyCache

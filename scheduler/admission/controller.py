@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rayk.errors import AlreadyClaimedError, NoReplicaError, OverloadedError, RaykError
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
-from rayk.protocol.messages import Traits
+from rayk.protocol.contexts import Traits
 from rayk.scheduler.admission.queue import AdmissionQueue, QueueEntry
 from rayk.scheduler.admission.watermarks import Watermarks
 from rayk.scheduler.router.policy import RouteRequest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from rayk import protocol as m
 from rayk.errors import (
     AlreadyClaimedError,
     CallTimeoutError,
@@ -16,7 +17,6 @@ from rayk.errors import (
     RaykError,
     ReplicaLostError,
 )
-from rayk.protocol import messages as m
 from rayk.protocol.columns import MAX_LENGTH, AdmitResults, PackedContexts, joined
 from rayk.scheduler.admission.controller import AdmissionController, AdmissionOutcome, Admitted, QueuedRequest
 from rayk.scheduler.admission.queue import SOONEST

@@ -20,7 +20,7 @@ from rayk.kvcache.page_hash import PageHash, PageHasher, PageKeys
 from rayk.kvcache.page_pool import Pages
 from rayk.params import AUTO
 from rayk.protocol.admission import AdmissionPolicy
-from rayk.protocol.messages import CacheDelta
+from rayk.protocol.from_replica import CacheDelta
 from rayk.scheduler.router.policies import make_policy, wants_keys
 from rayk.scheduler.router.policy import CostTerms, Decision, RouteRequest
 from rayk.scheduler.router.prefix_index import PrefixIndex, short_keys

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rayk import protocol as m
 from rayk.context import IntArray
 from rayk.params import OBJECT_STORE
-from rayk.protocol import messages as m
 from rayk.scheduler.scaling import Removed
 from rayk.scheduler.script import Part, ReplicaCall, ReplicaReply
 from rayk.scheduler.transfers.copy_cost import Span

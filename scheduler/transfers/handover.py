@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from rayk.protocol import messages as m
+from rayk import protocol as m
 from rayk.protocol.columns import AdmitResults, PackedContexts
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.placer import Owner, Placer, released

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from rayk.params import AUTO, OBJECT_STORE
-from rayk.protocol.messages import LineState
+from rayk.protocol.from_replica import LineState
 from rayk.scheduler.transfers.copy_cost import LinkEstimate
 from rayk.transport.choice import ASSUMED_RATES, Endpoint, Peer, choose_line
 

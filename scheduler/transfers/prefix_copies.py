@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from rayk.protocol import messages as m
+from rayk import protocol as m
 from rayk.protocol.columns import PackedContexts
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.script import Part, ReplicaCall, ReplicaReply

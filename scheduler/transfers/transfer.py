@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from rayk import protocol as m
 from rayk.errors import LineError
 from rayk.params import OBJECT_STORE
-from rayk.protocol import messages as m
 from rayk.scheduler.script import Part, ReplicaCall, ReplicaReply
 from rayk.scheduler.transfers.copy_cost import Span
 from rayk.scheduler.transfers.links import LinkTable

@@ -17,7 +17,7 @@ from rayk.bench.overload import FLOOD, POLITE, OverloadSettings, arrivals, make_
 from rayk.bench.overload_driver import Load, Outcome, PacedForward, Phase, _Server
 from rayk.context import TextContext
 from rayk.kvcache.tick import Admission, Tick, TickResult
-from rayk.protocol.messages import Traits
+from rayk.protocol.contexts import Traits
 from rayk.scheduler.admission.controller import AdmissionController, QueuedRequest
 from rayk.scheduler.router.policy import RouteRequest
 from rayk.scheduler.router.router import Router

@@ -15,9 +15,9 @@ import pytest
 from ray import cloudpickle
 
 from rayk import MHAKVCacheParams, TextContext
+from rayk import protocol as m
 from rayk.errors import AlreadyClaimedError, LeaseLostError, RaykError
 from rayk.kvcache.replica import ReplicaCore
-from rayk.protocol import messages as m
 from rayk.protocol.context_sync import ContextSender
 from rayk.replica.service import ReplicaService
 from rayk.scheduler.core import SchedulerCore

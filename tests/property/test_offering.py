@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayk import protocol as m
 from rayk.errors import LineError, ReplicaLostError
 from rayk.kvcache.evacuation import room
 from rayk.kvcache.replica import ReplicaCore
-from rayk.protocol import messages as m
 from rayk.scheduler.membership import State
 from rayk.scheduler.script import ReplicaCall
 from rayk.scheduler.transfers import evacuation as offering

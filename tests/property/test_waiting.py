@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rayk import TextContext
+from rayk import protocol as m
 from rayk.errors import OverloadedError
-from rayk.protocol import messages as m
 from rayk.protocol.admission import AdmissionPolicy, TenantQuota
 from rayk.protocol.columns import PackedContexts
 from rayk.protocol.context_sync import ContextSender

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 
 from rayk import InferenceSession, PagedKVCacheManager, ReplicaLostError, TextContext, Tick
+from rayk import protocol as m
 from rayk.actors import graph as life
 from rayk.actors.channel import ActorChannel, new_client_id
 from rayk.errors import RemoteError
 from rayk.manager.cluster_view import ClusterView
 from rayk.manager.ray_backend import RayBackend
-from rayk.protocol import messages as m
 
 from .forwards import contents, params, pid, running, stamp, until, wait_for_file
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from rayk import InferenceSession, KVConnectorConfig, MHAKVCacheParams, PagedKVCacheManager, TextContext
+from rayk import protocol as m
 from rayk.errors import ReplicaLostError
 from rayk.kvcache.connector import TierCounters
-from rayk.protocol import messages as m
 from rayk.tiers.disk import DiskTier
 from rayk.tiers.files import HEADER_BYTES
 from rayk.tiers.identity import fingerprint

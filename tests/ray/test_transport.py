@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from rayk import InferenceSession, PagedKVCacheManager, ReplicaLostError, TextContext
+from rayk import protocol as m
 from rayk.errors import RaykError
-from rayk.protocol import messages as m
 
 from .forwards import PAGE, chain, contents, params, stamp, until
 

@@ -21,6 +21,7 @@ import pytest
 from ray import cloudpickle
 
 from rayk import InferenceSession, MHAKVCacheParams, PagedKVCacheManager
+from rayk import protocol as m
 from rayk.actors.chunks import joined
 from rayk.actors.graph import LaneError
 from rayk.actors.interface import ActorGoneError, ActorSpec, NameTakenError, Node, Placement
@@ -30,7 +31,6 @@ from rayk.actors.scheduler import SchedulerActor
 from rayk.errors import CallTimeoutError, PlanError
 from rayk.kvcache.replica import ReplicaCore
 from rayk.planning.node_plan import NodeMemory
-from rayk.protocol import messages as m
 
 GIB = 1 << 30
 Event = tuple[Any, ...]

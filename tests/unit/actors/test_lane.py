@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from rayk import AsyncPagedKVCacheManager, InferenceSession, PagedKVCacheManager, ReplicaLostError, TextContext, Tick
+from rayk import protocol as m
 from rayk.actors import lane as lanes
 from rayk.actors.graph import LaneError
 from rayk.actors.replica import ReplicaActor
 from rayk.bench.core.ray_path import ray_params
 from rayk.bench.lane import ITERATIONS, _Bench
-from rayk.protocol import messages as m
 
 from .fake import Event, FakeRuntime, contents, manager_on, params, session_on, stamp
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from rayk import TextContext
+from rayk import protocol as m
 from rayk.actors.scheduler import SchedulerActor
 from rayk.errors import MessageError
-from rayk.protocol import messages as m
 from rayk.protocol.columns import RESULTS
 from rayk.protocol.context_sync import ContextSender
 from rayk.protocol.dedup import ReplyCache

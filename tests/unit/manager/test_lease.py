@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from rayk import PagedKVCacheManager, TextContext
+from rayk import protocol as m
 from rayk.actors import scheduler as scheduler_actor
 from rayk.errors import ClosedError
 from rayk.manager.ray_backend import LEASE_SECONDS
-from rayk.protocol import messages as m
 from rayk.scheduler.leases import TICK_SECONDS
 
 from ..actors.fake import FakeRuntime, manager_on, params, session_on  # noqa: TID252  # tests/ is no package that has an absolute name

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from rayk import InferenceSession, PagedKVCacheManager, TextContext
+from rayk import protocol as m
 from rayk.actors.describe import explain
 from rayk.errors import ConfigError, InsufficientBlocksError, MessageError, NoReplicaError, ReplicaLostError
-from rayk.protocol import messages as m
 from rayk.protocol.admission import AdmissionPolicy
 from rayk.replica.cache_events import CacheEventLog, PrefillBacklog
 from rayk.scheduler.router.policy import RouteRequest
@@ -118,7 +118,11 @@ def test_what_a_driver_was_told_is_done_counts() -> None:
         manager.step([[ctx] if r == replica else [] for r in range(3)])
         with runtime.watch() as sent:
             assert manager.admit([TextContext("b", range(17), 100)]) == [replica]
-        assert sent == [("scheduler", "PlaceMany"), (f"replica-{replica}", "GetCacheDelta"), (f"replica-{replica}", "Admit")]
+        assert sent == [
+            ("scheduler", "PlaceMany"),
+            (f"replica-{replica}", "GetCacheDelta"),
+            (f"replica-{replica}", "Admit"),
+        ]
 
 
 def test_a_decision_is_explained() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rayk import AsyncPagedKVCacheManager, PagedKVCacheManager, TextContext, Tick
+from rayk import protocol as m
 from rayk.actors import channel as link_module
 from rayk.actors import scheduler as scheduler_actor
 from rayk.actors.channel import CALL_SECONDS
@@ -27,7 +28,6 @@ from rayk.errors import (
 from rayk.manager import scaling_calls as changes
 from rayk.manager.cluster_view import SCHEDULER_SECONDS
 from rayk.manager.ray_backend import CLOSING_SECONDS
-from rayk.protocol import messages as m
 from rayk.protocol.admission import AdmissionPolicy
 
 from ..actors.fake import FakeActor, FakeRuntime, chain, contents, manager_on, params, session_on, stamp  # noqa: TID252  # tests/ is no package that has an absolute name

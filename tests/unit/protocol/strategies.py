@@ -8,7 +8,7 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import inspect as shape
 
-from rayk.protocol import messages as m
+from rayk import protocol as m
 
 MESSAGES: list[type[msgspec.Struct]] = [*get_args(m.ReplicaCommand), *get_args(m.SchedulerCommand), *get_args(m.Result)]
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayk import TextContext
+from rayk import protocol as m
 from rayk.errors import MessageError, StaleContextError, TokenError, UnsendableError
-from rayk.protocol import messages as m
 from rayk.protocol.context_sync import ContextMirrors, ContextSender, apply_move, moved
 
 TOKEN = st.integers(-(2**31), 2**31 - 1)

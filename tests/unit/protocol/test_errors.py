@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayk import errors
+from rayk import protocol as m
 from rayk.errors import InsufficientBlocksError, MessageError, RaykError
-from rayk.protocol import messages as m
 
 KINDS: list[type[RaykError]] = [
     cls for cls in vars(errors).values() if inspect.isclass(cls) and issubclass(cls, RaykError)

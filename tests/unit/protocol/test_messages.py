@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayk import protocol as m
 from rayk.errors import MessageError
-from rayk.protocol import messages as m
 
 from .strategies import MESSAGES, enveloped, messages
 
@@ -57,9 +57,7 @@ def example(cls: type[msgspec.Struct]) -> Any:
 
 def test_all_messages_are_tried() -> None:
     declared = {
-        cls
-        for cls in vars(m).values()
-        if inspect.isclass(cls) and issubclass(cls, m._Message) and not cls.__name__.startswith("_")
+        cls for cls in vars(m).values() if inspect.isclass(cls) and issubclass(cls, m.Message) and cls is not m.Message
     }
     assert declared == {*MESSAGES, m.ReplicaEnvelope, m.SchedulerEnvelope, m.Reply}
     assert len({cls.__name__ for cls in declared}) == len(declared), "a tag names one message"

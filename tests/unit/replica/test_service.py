@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rayk import TextContext
+from rayk import protocol as m
 from rayk.errors import (
     AlreadyClaimedError,
     BatchError,
@@ -20,7 +21,6 @@ from rayk.errors import (
     StaleEpochError,
 )
 from rayk.kvcache.replica import ReplicaCore
-from rayk.protocol import messages as m
 from rayk.protocol.columns import AdmitResults
 from rayk.protocol.context_sync import ContextSender
 from rayk.protocol.dedup import SENDERS_REMEMBERED

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rayk import TextContext
+from rayk import protocol as m
 from rayk.errors import (
     AlreadyClaimedError,
     CallTimeoutError,
@@ -19,7 +20,6 @@ from rayk.errors import (
     ReplicaLostError,
 )
 from rayk.kvcache.metrics import KVCacheMetrics
-from rayk.protocol import messages as m
 from rayk.protocol.columns import AdmitResults
 from rayk.protocol.context_sync import ContextSender
 from rayk.scheduler.core import SchedulerCore

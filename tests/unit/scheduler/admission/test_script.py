@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from rayk import TextContext
+from rayk import protocol as m
 from rayk.errors import ConfigError, InsufficientBlocksError
-from rayk.protocol import messages as m
 from rayk.protocol.admission import AdmissionPolicy, TenantQuota
 from rayk.protocol.columns import PackedContexts
 from rayk.protocol.context_sync import ContextSender

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from rayk import TextContext
+from rayk import protocol as m
 from rayk.errors import LineError, ReplicaLostError
 from rayk.kvcache.replica import ReplicaCore
-from rayk.protocol import messages as m
 from rayk.protocol.context_sync import ContextMirrors
 from rayk.replica.page_exchange import PageExchange
 from rayk.scheduler.scaling import Removed
