@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from typing import Any
 
@@ -58,7 +58,7 @@ class PagedModel:
     @property
     def num_bytes(self) -> int:
         """Bytes of its parameters and buffers on the device; what is shared counts once."""
-        tensors = [*self._model.parameters(), *self._model.buffers()]
+        tensors = (part for t in (*self._model.parameters(), *self._model.buffers()) for part in _stored(t))
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def _backend(self, cache_dtype: torch.dtype, page_size: int) -> Backend:
@@ -163,3 +163,12 @@ class PagedModel:
                 f"{self.architecture} needs {want}; make the cache with its cache_params()"
             )
         return pool
+
+
+def _stored(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that hold its bytes: itself, or the parts of one that wraps others (quantised weights, torchao's)."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _stored(getattr(tensor, name))
+    else:
+        yield tensor

@@ -12,10 +12,13 @@ LARGEST = 1 << 40  # no field of a model is that large
 
 
 class Fields:
-    """The fields of one config, null like absent. `notes` collects what was assumed."""
+    """The fields of one config, null like absent; `given` has the nulls, which a class may tell from its default.
+    `notes` collects what was assumed.
+    """
 
     def __init__(self, path: str, values: Mapping[str, Any], notes: list[str] | None = None) -> None:
         self.path = path
+        self.given = dict(values)
         self.values = {name: value for name, value in values.items() if value is not None}
         self.notes: list[str] = [] if notes is None else notes
 

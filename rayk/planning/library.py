@@ -80,8 +80,18 @@ def knows(model_type: object) -> bool:
 
 def known_model(raw: Mapping[str, Any]) -> KnownModel:
     """The model that a config.json of a known model type describes. Unbuildable where transformers refuses it."""
-    fields = {name: value for name, value in raw.items() if name not in ("quantization_config", "quantization")}
-    return _known(json.dumps(fields, sort_keys=True, default=str))
+    return _known(json.dumps(_described(raw), sort_keys=True, default=str))
+
+
+RUNNING = ("quantization_config", "quantization", "_attn_implementation", "attn_implementation")
+
+
+def _described(value: Any) -> Any:
+    """The fields that describe a model, without those of a way to run it; RoPE's old names as they are called now."""
+    if isinstance(value, Mapping):
+        found = {name: _described(v) for name, v in value.items() if name not in RUNNING}
+        return {**found, "type": "longrope"} if found.get("type") == "su" else found
+    return [_described(v) for v in value] if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=256)
@@ -159,9 +169,8 @@ def small_model(raw: Mapping[str, Any], layers: int, device: torch.device) -> An
     """The first layers of the text model, with random weights, on a device. Unbuildable where that cannot be made."""
     if not knows(raw.get("model_type")):
         raise Unbuildable(f"model_type {raw.get('model_type')!r} is not known to transformers")
-    fields = {n: v for n, v in raw.items() if n not in ("quantization_config", "quantization")}
     try:
-        text = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(fields).get_text_config(decoder=True)
+        text = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(_described(raw)).get_text_config(decoder=True)
         dense = _get(text, "first_k_dense_replace", 0)
         kept = min(int(text.num_hidden_layers), max(layers, dense + 1))
         if isinstance(kinds := _get(text, "layer_types"), list):

@@ -11,10 +11,10 @@ from typing import Any
 from rayk.planning.architectures import ARCHITECTURES, MODEL_TYPES, vision_tower
 from rayk.planning.checkpoint import Folder, read_folder
 from rayk.planning.config_fields import LARGEST, Fields
-from rayk.planning.errors import ModelConfigError
+from rayk.planning.encoders import named_encoder, with_encoder
 from rayk.planning.model import CachedLayers, Model, State, dtype_or_none
 from rayk.planning.quantization import Storage, UnknownQuantization, storage
-from rayk.planning.stand_ins import TEXT_ONLY, stand_in, text_part
+from rayk.planning.stand_ins import TEXT_ONLY, misnamed, stand_in, text_part
 from rayk.planning.weights import WEIGHT_BITS, Weights, plain_bits
 from rayk.quantity import show_bytes
 
@@ -141,7 +141,7 @@ def _library() -> Any:
 def _known_fields(f: Fields, library: Any) -> tuple[dict[str, Any] | None, str | None]:
     """The fields of a model that transformers knows: this one, its stand-in, or its text part by name."""
     raw = dict(f.values)
-    if not library.knows(raw.get("model_type")):
+    if misnamed(raw) or not library.knows(raw.get("model_type")):
         named = raw.get("architectures")
         by_class = MODEL_TYPES_OF.get(named[0] if isinstance(named, list) and named else "")
         if by_class is not None and "model_type" not in raw:
@@ -153,9 +153,10 @@ def _known_fields(f: Fields, library: Any) -> tuple[dict[str, Any] | None, str |
         if part is None:
             return None, None
         name, nested = part
-        nested = nested if library.knows(nested.get("model_type")) else (_stand_in(f, nested) or {})
+        known = library.knows(nested.get("model_type")) and not misnamed(nested)
+        nested = nested if known else (_stand_in(f, nested) or {})
         return (nested, name) if nested else (None, None)
-    return raw, None
+    return dict(f.given), None
 
 
 MODEL_TYPES_OF = {name: kind for kind, name in MODEL_TYPES.items()}
@@ -183,32 +184,47 @@ def _from_library(f: Fields, library: Any, raw: dict[str, Any], part: str | None
     if nested is not None:
         _check(Fields(f"{f.path}: text_config", nested), required=False)
     try:
-        known = library.known_model(raw)
+        known = _made(library, raw)
     except library.Unbuildable as error:
         raise f.error(str(error)) from None
+    if nested is None:
+        _compare(f, raw, library, known)
     for name in POSITIVE:
         value = library.field(known.text, name)
         if _first(text, name) is None and _whole(value):
             notes.append(f"{name} is not in {place}; transformers assumes {value}")
     notes += known.notes
-    if f.values.get("model_type") in TEXT_ONLY:
+    hidden = _whole(library.field(known.text, "hidden_size")) or 1
+    encoder = named_encoder(f, hidden)
+    if f.values.get("model_type") in TEXT_ONLY and encoder is None:
         notes.append("only the text model's weights are counted; an encoder beside it is not")
     facts = _Facts(known.class_name, lambda name: library.field(known.text, name), known.weights, known.layers)
+    if f.values.get("model_type") in TEXT_ONLY and encoder is not None:
+        facts.weights = Weights.of([*facts.weights.modules, encoder])
     if part is not None:
-        facts.weights = _with_encoder(f, facts, notes)
+        facts.weights = with_encoder(f, facts.weights, hidden, notes)
         notes.append(f"{f.values.get('model_type')} is planned by its {part}, a {known.class_name}")
     facts.state, facts.refused = known.state, known.refused
     return facts
 
 
-def _with_encoder(f: Fields, facts: _Facts, notes: list[str]) -> Weights:
-    """The text model's weights and those of the vision encoder, if its fields are the usual ones."""
-    hidden = _whole(facts.text("hidden_size")) or 1
+def _made(library: Any, raw: Mapping[str, Any]) -> Any:
+    """The model of these fields; without those that are null where the class takes no null."""
     try:
-        return Weights.of([*facts.weights.modules, vision_tower(f.part("vision_config"), hidden)])
-    except ModelConfigError:
-        notes.append("only the text model's weights are counted; an encoder beside it is not")
-        return facts.weights
+        return library.known_model(raw)
+    except library.Unbuildable:
+        return library.known_model({name: value for name, value in raw.items() if value is not None})
+
+
+def _compare(f: Fields, raw: Mapping[str, Any], library: Any, known: Any) -> None:
+    """Refuse what a class of several parts did not read, because it looks for it in a part of its own."""
+    for name in COMPARED:
+        given, made = _first(raw, name), library.field(known.text, name)
+        if isinstance(given, int) and isinstance(made, int) and given != made:
+            raise f.error(f"{name} is {given}, but transformers makes a {known.class_name} of it with {made}")
+
+
+COMPARED = ("num_hidden_layers", "hidden_size", "vocab_size", "num_experts", "num_local_experts", "n_routed_experts")
 
 
 def _first(fields: Mapping[str, Any], name: str) -> Any:

@@ -80,26 +80,68 @@ def _text_of(model_type: str, architecture: str) -> Callable[[Raw], dict[str, An
 
 def _phi3_small(raw: Raw) -> dict[str, Any]:
     names = {"intermediate_size": "ff_intermediate_size"}
-    return _renamed(
-        raw, "llama", "LlamaForCausalLM", names, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
-    )
+    more = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "hidden_act": "silu"}
+    return _renamed(raw, "llama", "LlamaForCausalLM", names, **more)
+
+
+def _phi_first(raw: Raw) -> dict[str, Any]:
+    """Phi-1.5 and Phi-2 as first published, with GPT-2's names."""
+    names = {
+        "num_hidden_layers": "n_layer",
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "num_key_value_heads": "n_head_kv",
+        "max_position_embeddings": "n_positions",
+    }
+    width = raw.get("n_inner") or 4 * raw["n_embd"]
+    return _renamed(raw, "phi", "PhiForCausalLM", names, intermediate_size=width)
+
+
+def _minicpm(raw: Raw) -> dict[str, Any]:
+    if has_experts(raw):
+        return _renamed(raw, "mixtral", "MixtralForCausalLM", {"num_local_experts": "num_experts"})
+    return _llama(raw)
+
+
+FLAT_LLAVA = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral", "LlavaQwenForCausalLM": "qwen2"}
+
+
+def _flat_llava(raw: Raw) -> dict[str, Any]:
+    """LLaVA as first published: the text model's fields stand at the top, the encoder is CLIP's large one."""
+    text = {n: v for n, v in raw.items() if n not in ("architectures", "auto_map") and not n.startswith("mm_")}
+    whole = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    return {**whole, "text_config": {**text, "model_type": FLAT_LLAVA[_named(raw)]}}
+
+
+def _named(raw: Raw) -> str:
+    named = raw.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
+def has_experts(raw: Raw) -> bool:
+    """Whether the fields speak of several experts."""
+    counts = (raw.get(n) for n in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
+    return any(isinstance(n, int) and n > 1 for n in counts)
 
 
 STAND_INS: dict[str, Callable[[Raw], dict[str, Any]]] = {
     "aquila": _llama,
     "bailing_moe": _bailing,
+    "bailing_moe_v2": _bailing,
     "baichuan": _baichuan,
     "chatglm": _chatglm,
     "deepseek": _deepseek,
     "exaone": _llama,
+    "flat llava": _flat_llava,
     "internlm": lambda raw: _llama(raw, attention_bias=bool(raw.get("bias", True))),
     "internlm2": lambda raw: _llama(raw, attention_bias=bool(raw.get("bias", False))),
     "kimi_k2": _deepseek_v3,
     "mimo": lambda raw: _renamed(raw, "qwen2", "Qwen2ForCausalLM", {}),
-    "minicpm": _llama,
+    "minicpm": _minicpm,
     "minimax_m1": _minimax,
     "minimax_text_01": _minimax,
     "orion": _llama,
+    "phi-msft": _phi_first,
     "phi3_v": _text_of("phi3", "Phi3ForCausalLM"),
     "phi3small": _phi3_small,
     "phi4mm": _text_of("phi3", "Phi3ForCausalLM"),
@@ -118,11 +160,27 @@ TEXT_ONLY = ("phi3_v", "phi4mm", "llava_llama", "llava_mistral", "llava_qwen")
 
 def stand_in(raw: Raw) -> dict[str, Any] | None:
     """The fields of the stand-in; None for a model that has none. KeyError or TypeError where a field is missing."""
-    kind = str(raw.get("model_type"))
+    kind = _kind(raw)
     if kind == "hunyuan" and raw.get("num_experts", 1) == 1:
         return _renamed(raw, "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", {})
     make = STAND_INS.get(kind)
-    return None if make is None else make(raw)
+    found = None if make is None else make(raw)
+    dense = found is not None and found["model_type"] == "llama"
+    return None if dense and has_experts(raw) else found
+
+
+def misnamed(raw: Raw) -> bool:
+    """Whether its model type names another model than the fields describe, which its stand-in is then."""
+    return _kind(raw) != str(raw.get("model_type"))
+
+
+def _kind(raw: Raw) -> str:
+    kind = str(raw.get("model_type"))
+    if kind == "deepseek_v2" and raw.get("use_mla") is False:
+        return "deepseek"
+    if kind == "llava" and not isinstance(raw.get("text_config"), Mapping) and _named(raw) in FLAT_LLAVA:
+        return "flat llava"
+    return kind
 
 
 def text_part(raw: Raw) -> tuple[str, dict[str, Any]] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,17 +26,6 @@ from .checkpoints import Rows, dense, prompts, write
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EH = "model.layers.2.eh_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("llama"), "llama")
-
-
-@pytest.fixture
-def copy(llama: Path, tmp_path: Path) -> Path:
-    """A checkpoint to change."""
-    return Path(shutil.copytree(llama, tmp_path / "copy"))
 
 
 def save(folder: Path, tensors: Mapping[str, torch.Tensor], name: str = WEIGHTS) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,24 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayk import RaykError
+from rayk import Cluster, RaykError
 from rayk.attention.pool import PagedPool
 from rayk.errors import ArchitectureError, AttentionError, BatchError, CheckpointError, ConfigError
 from rayk.models import load_model
 from rayk.models.checkpoint import identity
 
 from .checkpoints import VOCAB, Rows, common, dense, prompts, write
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("llama"), "llama")
-
-
-@pytest.fixture
-def copy(llama: Path, tmp_path: Path) -> Path:
-    """A checkpoint to damage."""
-    return Path(shutil.copytree(llama, tmp_path / "copy"))
 
 
 def edit(folder: Path, name: str = "config.json", **changes: Any) -> None:
@@ -45,6 +33,40 @@ def test_what_an_engine_reads(llama: Path) -> None:
     assert model.dtype == torch.float32 and model.device == torch.device("cpu")
     stored = sum(t.nbytes for t in load_file(llama / "model.safetensors").values())
     assert stored <= model.num_bytes < 1.1 * stored + 1000
+
+
+class Wrapped(torch.Tensor):
+    """A weight without bytes of its own around the tensor that has them, as quantised weights of torchao are."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapped:
+        made: Wrapped = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Wrapped(args[0].inner)
+        bare = [arg.inner if isinstance(arg, Wrapped) else arg for arg in args]
+        return func(*bare, **(kwargs or {}))
+
+
+def test_weights_that_wrap_others_are_counted_and_served(llama: Path) -> None:
+    model = load_model(llama)
+    before = model.num_bytes
+    with Cluster(lambda device: model, page_size=4, pages=16) as cluster:
+        want = cluster.generate([[5, 6, 7]], max_new_tokens=3)[0].tokens
+    projection = model._model.model.layers[0].self_attn.q_proj
+    projection.weight = torch.nn.Parameter(Wrapped(projection.weight.detach()), requires_grad=False)
+    assert model.num_bytes == before
+    with Cluster(lambda device: model, page_size=4, pages=16) as cluster:
+        assert cluster.generate([[5, 6, 7]], max_new_tokens=3)[0].tokens == want
 
 
 def test_cache_params(llama: Path) -> None:
