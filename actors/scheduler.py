@@ -43,11 +43,7 @@ class SchedulerActor:
         roster: Any,
         runtime: Runtime | None = None,
     ) -> None:
-        if runtime is None:
-            from rayk.actors.runtime import RayRuntime
-
-            runtime = RayRuntime()
-        self._client, self._runtime = new_client_id("scheduler"), runtime
+        self._client, self._runtime = new_client_id("scheduler"), runtime or _own_runtime()
         self._epoch = epoch
         self._roster = self._shown = roster
         self._core = SchedulerCore(epochs, settings, copies, monotonic)
@@ -232,3 +228,9 @@ class SchedulerActor:
         members = self._core.members
         self._shown = self._roster.standing(members.version, members.joined, tuple(map(str, members.states)))
         return self._shown
+
+
+def _own_runtime() -> Runtime:
+    from rayk.actors.runtime import RayRuntime  # here, so that only a scheduler's process imports Ray for it
+
+    return RayRuntime()

@@ -55,13 +55,14 @@ def _bailing(raw: Raw) -> dict[str, Any]:
     """Ling and Ring: experts beside a shared one, some dense layers first."""
     names = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
     more = {"attention_bias": bool(raw.get("use_qkv_bias", raw.get("use_bias"))), "use_qk_norm": True}
-    return _renamed(raw, "glm4_moe", "Glm4MoeForCausalLM", names, **more)
+    further = raw.get("num_nextn_predict_layers") or 0  # where the stand-in's class has one
+    return _renamed(raw, "glm4_moe", "Glm4MoeForCausalLM", names, **more, num_nextn_predict_layers=further)
 
 
 def _deepseek(raw: Raw) -> dict[str, Any]:
     """The first DeepSeek MoE: no latent; the stand-in has norms of heads more."""
     more = {"use_qk_norm": False, "head_dim": raw["hidden_size"] // raw["num_attention_heads"]}
-    return _renamed(raw, "glm4_moe", "Glm4MoeForCausalLM", {}, **more)
+    return _renamed(raw, "glm4_moe", "Glm4MoeForCausalLM", {}, **more, num_nextn_predict_layers=0)
 
 
 def _minimax(raw: Raw) -> dict[str, Any]:

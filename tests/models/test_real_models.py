@@ -67,3 +67,8 @@ def test_how_a_model_was_run_does_not_matter(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
     config = {"model_type": "llama", "intermediate_size": 64, "_attn_implementation": "flash_attention_2", **sizes}
     assert read_model(written(tmp_path, config)).cached_layers == 2
+
+
+@pytest.mark.parametrize("name", ["DeepSeek-VL2-tiny", "Ling-mini-2.0"])
+def test_a_stand_in_adds_no_layers(tmp_path: Path, name: str) -> None:
+    assert not any("predict further" in note for note in read_model(written(tmp_path, MODELS[name]["config"])).notes)

@@ -1,8 +1,10 @@
-"""One embedded cluster for all tests of this folder, and a look at what runs on it from outside."""
+"""One embedded cluster for all tests of this folder, and one that somebody else started."""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from rayk import InferenceSession, PagedKVCacheManager
 
 from .forwards import PAGES, params
+from .heads import ONCE, Driver, Head, Start, ray_head
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +51,42 @@ def manager(shared: PagedKVCacheManager) -> Iterator[PagedKVCacheManager]:
     assert [shared.get_num_used_pages(r) for r in range(2)] == before, "the test left something claimed"
     shared.reset_prefix_cache()
     shared.reset_metrics()
+
+
+@pytest.fixture(scope="session")
+def operated(ray_tmpdir: Path) -> Iterator[Head]:
+    """A cluster of one node, started as an operator would."""
+    folder = ray_tmpdir / "op"
+    folder.mkdir()
+    with ray_head(folder, 2, 100_000_000, RAY_AUTH_MODE="disabled") as (address, environment):
+        yield address, environment | {"RAY_AUTH_MODE": "disabled"}
+
+
+@pytest.fixture
+def start(operated: Head, tmp_path: Path) -> Iterator[Start]:
+    """Start a driver of that cluster; all are ended with the test."""
+    address, environment = operated
+    drivers: list[Driver] = []
+
+    def run(code: str, name: str = "") -> Driver:
+        script = tmp_path / f"driver_{len(drivers)}.py"
+        script.write_text(ONCE + code)
+        command = [sys.executable, str(script), address, name]
+        with (tmp_path / f"driver_{len(drivers)}.err").open("w") as errors:
+            drivers.append(
+                subprocess.Popen(
+                    command,
+                    cwd=tmp_path,
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+            )
+        return drivers[-1]
+
+    yield run
+    for driver in drivers:
+        driver.kill()
+        driver.communicate(timeout=30)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from .test_drivers import Start, cluster, said, start, stderr, tell  # noqa: F401  # fixtures
+from .heads import Start, said, stderr, tell
 
 SHARED = """
 def stamp(inputs, batch):
@@ -84,7 +84,7 @@ sys.stdin.readline()
 """
 
 
-def test_a_frozen_driver_cannot_touch_what_another_one_has_now(start: Start) -> None:  # noqa: F811
+def test_a_frozen_driver_cannot_touch_what_another_one_has_now(start: Start) -> None:
     frozen = start(SHARED + FROZEN, "fenced")
     mine = said(frozen)
     os.kill(mine["pid"], signal.SIGSTOP)
