@@ -168,8 +168,8 @@ class SchedulerActor:
         with self._core_lock:
             link = self._links[replica]
             if link is not None and link.epoch == epoch:
-                self._core.desk.hear(replica, news)
-                link.known = self._core.desk.known[replica]
+                self._core.router.apply_cache_delta(replica, news)
+                link.known = self._core.router.known[replica]
 
     def _lost(self, replica: int, epoch: int, reason: str) -> RaykError:
         with self._core_lock:

@@ -38,10 +38,10 @@ class SchedulerCore:
         self, epochs: Sequence[int], settings: RouterSettings, copies: bool, clock: Callable[[], float]
     ) -> None:
         self.members = Membership(epochs)
-        self.desk = settings.make(clock)
+        self.router = settings.make(clock)
         self.lines = LinkTable(clock, settings.page_transport)
-        self.placer = Placer(self.members, self.desk, copies, settings.page_size, self.lines, clock)
-        self.standing = ReplicaLifecycle(self.members, self.desk, self.placements, self.placer.forget, settings)
+        self.placer = Placer(self.members, self.router, copies, settings.page_size, self.lines, clock)
+        self.standing = ReplicaLifecycle(self.members, self.router, self.placements, self.placer.forget, settings)
         self._offering: Evacuation | None = None
         if copies and settings.offers:
             carrier = self.placer.carrier
@@ -52,7 +52,7 @@ class SchedulerCore:
         self.hall: AdmissionController | None = None
         """Where requests wait, if there is an admission policy."""
         if settings.admission is not None:
-            self.hall = AdmissionController(settings.admission, self.desk, settings.page_size, clock)
+            self.hall = AdmissionController(settings.admission, self.router, settings.page_size, clock)
             self.standing.vacated = self.hall.lost
             self._entry = AdmissionScripts(self.placer, self.hall)
         self.leases = Leases(clock)
@@ -265,17 +265,17 @@ class SchedulerCore:
             self.owner = ""
 
     def _describe(self) -> Script:
-        loads, fleet, hall = self.placements.loads, self.desk.fleet, self.hall
+        placed, loads, hall = self.placements.loads, self.router.loads, self.hall
         yield []
         return m.Description(
             self.members.epochs,
-            [x.requests for x in loads],
-            [x.tokens for x in loads],
+            [x.requests for x in placed],
+            [x.tokens for x in placed],
             len(self.leases),
             [str(state) for state in self.members.states],
-            fleet.work.astype(int).tolist(),
-            fleet.held.tolist(),
-            fleet.capacity.tolist(),
+            loads.prefill_backlog.astype(int).tolist(),
+            loads.held.tolist(),
+            loads.capacity.tolist(),
             admission=hall.state() if hall is not None else None,
             levels=hall.gate.levels if hall is not None else [],
             transport=self.lines.wanted,
@@ -284,7 +284,7 @@ class SchedulerCore:
         )
 
     def _explain(self, request_id: str) -> Script:
-        made = self.desk.made(request_id)
+        made = self.router.decision_of(request_id)
         yield []
         if made is None:
             raise ConfigError(
@@ -293,7 +293,7 @@ class SchedulerCore:
             )
         candidates = made.why().candidates(made.replica) if made.why is not None else []
         return m.Explained(
-            self.desk.router,
+            self.router.policy,
             made.replica,
             made.tokens,
             self._clock() - made.at,

@@ -1,6 +1,6 @@
 """What every event of membership means for the rest of a scheduler's state, so that all of it knows at once.
 
-    members      how each replica stands                    desk         the router, its loads and its index
+    members      how each replica stands                    router         the router, its loads and its index
     placements   which requests are where                   forget       drops requests from all books
 
 Both runtimes have one: the scheduler's core, and the replicas of this process.
@@ -17,18 +17,18 @@ from rayk.scheduler.router.router import Router, RouterSettings
 
 
 class ReplicaLifecycle:
-    """See the module; `settings` are those that the desk was made from."""
+    """See the module; `settings` are those that the router was made from."""
 
     def __init__(
         self,
         members: Membership,
-        desk: Router,
+        router: Router,
         placements: Placements,
         forget: Callable[[Sequence[str]], None],
         settings: RouterSettings,
     ) -> None:
         self.members = members
-        self._desk = desk
+        self._router = router
         self._placements = placements
         self._forget = forget
         self._settings = settings
@@ -40,7 +40,7 @@ class ReplicaLifecycle:
         replicas = self.members.enlist(count)
         while len(self._placements.loads) < len(self.members):
             self._placements.join()
-            self._desk.join()
+            self._router.join()
         return replicas
 
     def start(self, replica: int) -> None:
@@ -54,36 +54,36 @@ class ReplicaLifecycle:
     def join(self, replica: int, epoch: int, pages: int) -> list[int]:
         """It takes requests from now on. The replicas that have to tell of their pages because of that, if any: there
         is a choice now."""
-        members, desk = self.members, self._desk
+        members, router = self.members, self._router
         members.apply(replica, Event.enter, epoch)
         before = self._placements.on(replica)  # lost with the one before
         self._forget(before)
         self.vacated(replica, before)
-        desk.renew(replica, pages * self._settings.page_size)
-        if desk.keyed or not self._settings.wants_keys:
+        router.renew(replica, pages * self._settings.page_size)
+        if router.keyed or not self._settings.wants_keys:
             return []
-        desk.follow(self._settings.keys())
+        router.follow(self._settings.keys())
         return [r for r in members.here if r != replica]
 
     def drain(self, replica: int) -> None:
         """Nothing new goes there."""
         self.members.apply(replica, Event.drain)
-        self._desk.fleet.set_ready(replica, False)
+        self._router.loads.set_ready(replica, False)
 
     def resume(self, replica: int) -> None:
         """It takes requests again."""
         self.members.apply(replica, Event.resume)
-        self._desk.fleet.set_ready(replica, not self.members.silent(replica))
+        self._router.loads.set_ready(replica, not self.members.silent(replica))
 
     def answers(self, replica: int, epoch: int, late: bool, silent: bool) -> None:
         """The replica of that start has left something unanswered for long, or nothing any more; it is silent when its
         process does not answer at all."""
-        members, desk = self.members, self._desk
+        members, router = self.members, self._router
         if members.epochs[replica] == epoch and replica in members.here:
             members.set_silent(replica, silent)
-            desk.set_aside(replica, late)
-            desk.fleet.set_ready(replica, replica in members.ready)
-            desk.fleet.away[replica] = silent
+            router.set_aside(replica, late)
+            router.loads.set_ready(replica, replica in members.ready)
+            router.loads.away[replica] = silent
 
     def lose(self, replica: int, epoch: int) -> list[str]:
         """The replica of that start is gone: what was placed on it."""
@@ -91,7 +91,7 @@ class ReplicaLifecycle:
         if members.epochs[replica] != epoch or replica not in members.known:
             return []  # it was replaced or removed since
         members.apply(replica, Event.lose)
-        self._desk.lost(replica)
+        self._router.lost(replica)
         placed = self._placements.on(replica)
         self.vacated(replica, placed)
         return placed
@@ -116,5 +116,5 @@ class ReplicaLifecycle:
         left = self._placements.on(replica) if members.state(replica) in KNOWN else []
         members.apply(replica, Event.remove)
         self._forget(left)
-        self._desk.lost(replica)
+        self._router.lost(replica)
         self.vacated(replica, left)

@@ -56,14 +56,14 @@ class Placer:
     def __init__(
         self,
         members: Membership,
-        desk: Router,
+        router: Router,
         copies: bool,
         page_size: int,
         lines: LinkTable,
         clock: Callable[[], float],
     ) -> None:
         self.placements = Placements(len(members))
-        self.desk = desk
+        self.router = router
         self._owners: dict[str, Owner] = {}  # request -> who placed it
         self._scripts = itertools.count(1)
         self.gone: Callable[[Sequence[str]], None] | None = None
@@ -91,7 +91,7 @@ class Placer:
     def add(self, owner: Owner, request_id: str, replica: int, wish: RouteRequest) -> None:
         """Place a request; AlreadyClaimedError when it has a place."""
         self.placements.add(request_id, replica, wish.tokens)
-        self.desk.place(request_id, replica, wish)
+        self.router.place(request_id, replica, wish)
         self._owners[request_id] = owner
 
     def forget(self, request_ids: Sequence[str]) -> None:
@@ -100,7 +100,7 @@ class Placer:
             self.gone(request_ids)
         for request_id in request_ids:
             self.placements.remove(request_id)
-            self.desk.remove(request_id)
+            self.router.remove(request_id)
             self._owners.pop(request_id, None)
 
     def forget_of(self, owner: Owner, request_ids: Iterable[str]) -> None:
@@ -233,15 +233,15 @@ class Placer:
     def catch_up(self, seen: Sequence[int], unfilled: Sequence[int], joined: int) -> Part:
         """What a driver was told is done counts in the choice, so it has to be known here: which pages are cached is
         asked for, and only where the router goes by it."""
-        desk = self.desk
+        router = self.router
         if joined != self._members.joined:
             return  # numbers of replicas that were there before
-        behind = desk.behind(seen)
-        if behind and desk.keyed:
+        behind = router.stale_replicas(seen)
+        if behind and router.keyed:
             yield [ReplicaCall(r, m.GetCacheDelta()) for r in behind]
         elif len(unfilled) == len(seen):
             for r in behind:
-                desk.report(r, unfilled[r], seen[r])
+                router.report(r, unfilled[r], seen[r])
 
     def _choose(
         self, claims: Sequence[Owner], batch: PackedContexts, command: m.PlaceMany, outcomes: AdmitResults
@@ -249,9 +249,9 @@ class Placer:
         """The replica of each request, which counts there from now on; -1 for what is refused. The set holds the rows
         of whose prefix no other replica has anything."""
         wanted, replicas, groups, lonely = command.replicas, [-1] * len(batch), Groups(), set[int]()
-        desk, traits = self.desk, command.contexts.traits
+        router, traits = self.router, command.contexts.traits
         copies = command.peers and self._copies
-        keyed = desk.keyed and (command.claim or copies or not wanted)
+        keyed = router.keyed and (command.claim or copies or not wanted)
         all_keys = self.sent_keys(batch, command.keys) if keyed else None
         for i, (request_id, length) in enumerate(zip(batch.ids, batch.lengths, strict=True)):
             keys = all_keys[i] if all_keys is not None else self.keys(batch, i) if keyed else ()
@@ -261,10 +261,10 @@ class Placer:
                     replica = wanted[i]
                     self._check(request_id, replica, None if command.claim else claims[i])
                 else:
-                    replica = desk.choose(request_id, wish)
+                    replica = router.choose(request_id, wish)
                     if replica < 0:
                         raise NoReplicaError(request_id)
-                if copies and keyed and not desk.elsewhere(replica, keys):
+                if copies and keyed and not router.held_elsewhere(replica, keys):
                     lonely.add(i)
                 if command.claim:
                     self.add(claims[i], request_id, replica, wish)
@@ -306,7 +306,7 @@ class Placer:
     def keys(self, batch: PackedContexts, row: int) -> Sequence[int]:
         """The same of one request for which nothing was sent, made here: its driver did not know yet that there is a
         choice, or a replica hands it over."""
-        make, traits = self.desk.keys, batch.traits(row)
+        make, traits = self.router.keys, batch.traits(row)
         if make is None or batch.rows[row][BASE]:  # there is no choice, or it was made: only its replica has the start
             return []
         return make.of(batch.tokens(row), (traits.cache_salt, traits.adapter), batch.rows[row][PENDING])
@@ -328,7 +328,7 @@ class Placer:
             answers = yield [self._admission(r, batch, command, claims, rows, copies) for r, rows in groups.items()]
             took = self._clock() - began if copies else 0.0
             for (replica, rows), told in zip(groups.items(), answers, strict=True):
-                self.desk.answered(replica, [batch.ids[i] for i in rows])
+                self.router.answered(replica, [batch.ids[i] for i in rows])
                 if isinstance(told.result, m.AdmitDone):
                     outcomes.put(rows, told.result)
                     if told.result.arrivals:

@@ -109,7 +109,7 @@ class InlineBackend(InlineReplicas):
         assert core is not None
         if type(request_id) is not str or not request_id or not request_id.isascii():
             request_id = checked_request_id(request_id)
-        if not self._desk.fleet.ready[replica]:
+        if not self._router.loads.ready[replica]:
             self._standing.members.check_takes(replica)
         self._placements.add(request_id, replica)
         core.claim(request_id, dummy, _ME, next(self._generations))
@@ -265,19 +265,19 @@ class InlineBackend(InlineReplicas):
 
     def _route(self, request_id: str, wish: RouteRequest) -> int:
         self._report()
-        return self._desk.choose(request_id, wish)
+        return self._router.choose(request_id, wish)
 
     def _wish(self, ctx: TextContext) -> RouteRequest:
         from rayk.scheduler.router.policy import RouteRequest
 
         window = ctx.tokens
         keys: Sequence[int] = ()
-        if self._desk.keys is not None:
-            keys = self._desk.keys.of(window.data[: window.length].tobytes(), ctx.root_key, ctx.pending_future_count)
+        if self._router.keys is not None:
+            keys = self._router.keys.of(window.data[: window.length].tobytes(), ctx.root_key, ctx.pending_future_count)
         return RouteRequest(window.length, keys, ctx.session_id)
 
     def _report(self) -> None:
-        """Tell the desk what the replicas still have to prefill; contexts say themselves how far they are."""
+        """Tell the router what the replicas still have to prefill; contexts say themselves how far they are."""
         waiting = [0] * len(self.cores)
         for request_id, (ctx, replica) in list(self._filling.items()):
             left = ctx.tokens.length - ctx.tokens.processed
@@ -287,7 +287,7 @@ class InlineBackend(InlineReplicas):
                 del self._filling[request_id]
         for core in self._there:
             core.publish()
-            self._desk.report(core.replica, waiting[core.replica], 0)
+            self._router.report(core.replica, waiting[core.replica], 0)
 
     def _admit(self, ctx: TextContext, wish: RouteRequest, replica: int) -> Admission:
         start = perf_counter()
@@ -299,7 +299,7 @@ class InlineBackend(InlineReplicas):
             self._placements.add(ctx.request_id, replica, ctx.tokens.length)
         except RaykError as error:
             return Admission(replica, error)
-        self._desk.place(ctx.request_id, replica, wish)
+        self._router.place(ctx.request_id, replica, wish)
         core.claim(ctx.request_id, False, _ME, next(self._generations))
         claimed = perf_counter()
         try:
@@ -310,7 +310,7 @@ class InlineBackend(InlineReplicas):
             if not isinstance(error, RaykError):
                 raise
             return Admission(replica, error)
-        self._desk.answered(replica, (ctx.request_id,))
+        self._router.answered(replica, (ctx.request_id,))
         self._filling[ctx.request_id] = (ctx, replica)
         return Admission(replica, None, *reused, claim_seconds=claimed - start, alloc_seconds=perf_counter() - claimed)
 

@@ -85,18 +85,18 @@ class InlineReplicas(ABC):
             params.kv_hash_seed or b"",
             params.enable_prefix_caching,
         )
-        self._desk = settings.make(monotonic)
+        self._router = settings.make(monotonic)
         self._hall = (
-            AdmissionController(admission, self._desk, params.page_size, monotonic) if admission is not None else None
+            AdmissionController(admission, self._router, params.page_size, monotonic) if admission is not None else None
         )
         self._turn = 0  # looks at the replicas
         self._offered: dict[str, TextContext] = {}  # requests that wait
         self._standing = ReplicaLifecycle(
-            Membership([1] * replicas), self._desk, self._placements, self._forget_all, settings
+            Membership([1] * replicas), self._router, self._placements, self._forget_all, settings
         )
         if self._hall is not None:
             self._standing.vacated = self._hall.lost
-        for core in self._there if self._desk.keyed else ():
+        for core in self._there if self._router.keyed else ():
             self._follow(core)
         self._seat()
 
@@ -113,7 +113,7 @@ class InlineReplicas(ABC):
         """Have the index told of what the replica caches."""
         from rayk.scheduler.router.router import IndexFeed
 
-        core.listen(IndexFeed(self._desk.index, core.replica))
+        core.listen(IndexFeed(self._router.index, core.replica))
 
     def _seat(self) -> None:
         """Derive what depends on who is there."""
@@ -175,7 +175,7 @@ class InlineReplicas(ABC):
 
     def _forget(self, request_id: str) -> None:
         self._placements.remove(request_id)
-        self._desk.remove(request_id)
+        self._router.remove(request_id)
         self._filling.pop(request_id, None)
 
     def _forget_all(self, request_ids: Iterable[str]) -> None:
@@ -208,7 +208,7 @@ class InlineReplicas(ABC):
             self.cores[r] = core
             for other in standing.join(r, standing.members.version, self._num_pages):
                 self._follow(self.core(other))
-            if self._desk.keyed:
+            if self._router.keyed:
                 self._follow(core)
         self._seat()
         return replicas
@@ -230,7 +230,7 @@ class InlineReplicas(ABC):
 
     def _hand_over(self, source: ReplicaCore, request_id: str) -> int:
         """Have another replica take a request over, with what is cached of it; which one. It stays if none has room."""
-        request, desk = source.requests[request_id], self._desk
+        request, router = source.requests[request_id], self._router
         source.publish()
         ctx = request.ctx.snapshot() if request.ctx is not None and request.pages else None
         from rayk.scheduler.router.policy import RouteRequest
@@ -238,11 +238,11 @@ class InlineReplicas(ABC):
         wish, tried = self._wish(ctx) if ctx is not None else RouteRequest(0), list[int]()
         failed: RaykError = NoReplicaError(request_id)
         while len(tried) < len(self._there) - 1:
-            open_ = desk.fleet.ready.copy()
+            open_ = router.loads.ready.copy()
             open_[tried] = False
             if not open_.any():
                 break
-            target = desk.choose(request_id, wish, open_)
+            target = router.choose(request_id, wish, open_)
             core = self.core(target)
             tried.append(target)
             core.claim(request_id, request.dummy, request.client, request.generation)
@@ -256,9 +256,9 @@ class InlineReplicas(ABC):
             source.release(request_id)
             self._placements.remove(request_id)
             self._placements.add(request_id, target, wish.tokens)
-            desk.remove(request_id)
-            desk.place(request_id, target, wish)
-            desk.answered(target, (request_id,))
+            router.remove(request_id)
+            router.place(request_id, target, wish)
+            router.answered(target, (request_id,))
             if request_id in self._filling:
                 self._filling[request_id] = (self._filling[request_id][0], target)
             return target
@@ -286,10 +286,15 @@ class InlineReplicas(ABC):
 
     def replica_loads(self) -> list[ReplicaLoad]:
         """See PagedKVCacheManager.replica_loads()."""
-        loads, fleet, states = self._placements.loads, self._desk.fleet, self._standing.members.states
+        placed, loads, states = self._placements.loads, self._router.loads, self._standing.members.states
         return [
             ReplicaLoad(
-                r, str(state), loads[r].requests, int(fleet.work[r]), int(fleet.held[r]), int(fleet.capacity[r])
+                r,
+                str(state),
+                placed[r].requests,
+                int(loads.prefill_backlog[r]),
+                int(loads.held[r]),
+                int(loads.capacity[r]),
             )
             for r, state in enumerate(states)
         ]

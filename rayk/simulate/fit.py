@@ -36,9 +36,9 @@ CAPACITY = 900_000
 class Fitted(msgspec.Struct, frozen=True, kw_only=True):
     """A set of weights and its losses, 1 being the best of all sets; `hit_rate` is the lowest part of pooled."""
 
-    keep: float
-    crowd: float
-    churn: float
+    duplication: float
+    queueing: float
+    eviction: float
     loss: float
     worst: float
     hit_rate: float
@@ -68,15 +68,18 @@ def retimed(workload: Workload, times: Sequence[float]) -> Workload:
 
 def fit(
     workloads: Sequence[Workload],
-    keeps: Sequence[float],
-    crowds: Sequence[float],
-    churns: Sequence[float],
+    duplications: Sequence[float],
+    queueings: Sequence[float],
+    evictions: Sequence[float],
     page_size: int = 512,
 ) -> list[Fitted]:
     """All sets, the best first."""
     from rayk.scheduler.router.cost import DEFAULT_WEIGHTS
 
-    sets = [DEFAULT_WEIGHTS._replace(keep=k, crowd=c, churn=u) for k, c, u in product(keeps, crowds, churns)]
+    sets = [
+        DEFAULT_WEIGHTS._replace(duplication=k, queueing=c, eviction=u)
+        for k, c, u in product(duplications, queueings, evictions)
+    ]
     losses: list[list[float]] = []
     hit_rates: list[list[float]] = []
     for workload in workloads:
@@ -93,9 +96,9 @@ def fit(
     means, worst, lowest = np.exp(np.log(table).mean(0)), table.max(0), np.array(hit_rates).min(0)
     found = [
         Fitted(
-            keep=weights.keep,
-            crowd=weights.crowd,
-            churn=weights.churn,
+            duplication=weights.duplication,
+            queueing=weights.queueing,
+            eviction=weights.eviction,
             loss=float(means[i]),
             worst=float(worst[i]),
             hit_rate=float(lowest[i]),
@@ -110,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rayk.simulate.fit", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0, 1, 2, 2.5, 3, 4])
-    parser.add_argument("--crowd", type=float, nargs="+", default=[0, 0.25, 0.5, 1])
-    parser.add_argument("--churn", type=float, nargs="+", default=[0, 0.3, 0.6])
+    parser.add_argument("--duplication", type=float, nargs="+", default=[0, 1, 2, 2.5, 3, 4])
+    parser.add_argument("--queueing", type=float, nargs="+", default=[0, 0.25, 0.5, 1])
+    parser.add_argument("--eviction", type=float, nargs="+", default=[0, 0.3, 0.6])
     parser.add_argument("--hits", type=float, default=0.93, help="part of the pooled hit rate to be reached everywhere")
     parser.add_argument("--azure", nargs="*", default=[], help="recorded requests whose arrivals are used, too")
     asked = parser.parse_args(argv)
@@ -120,14 +123,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in asked.azure:
         times = [request.arrival_s for request in read_trace(path).requests]
         workloads += [retimed(workload, times) for workload in generated(asked.requests, asked.seed + 1)]
-    found = fit(workloads, asked.keep, asked.crowd, asked.churn)
+    found = fit(workloads, asked.duplication, asked.queueing, asked.eviction)
     best = next((each for each in found if each.hit_rate >= asked.hits), None)
-    print(f"{'keep':>6} {'crowd':>6} {'churn':>6} {'loss':>7} {'worst':>7} {'hits/pooled, lowest':>20}")
+    print(f"{'duplication':>11} {'queueing':>8} {'eviction':>8} {'loss':>7} {'worst':>7} {'hits/pooled, lowest':>20}")
     for each in found:
-        line = (
-            f"{each.keep:6g} {each.crowd:6g} {each.churn:6g} {each.loss:7.3f} {each.worst:7.3f} {each.hit_rate:20.3f}"
-        )
-        print(line + ("  <- best" if each is best else ""))
+        sets = f"{each.duplication:11g} {each.queueing:8g} {each.eviction:8g}"
+        figures = f"{each.loss:7.3f} {each.worst:7.3f} {each.hit_rate:20.3f}"
+        print(f"{sets} {figures}" + ("  <- best" if each is best else ""))
     return 0
 
 

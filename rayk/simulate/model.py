@@ -108,7 +108,7 @@ class Simulator:
         from rayk.scheduler.router.replica_loads import ReplicaLoads
 
         pages = self.pages(case.capacity)
-        index, fleet = PrefixIndex(case.replicas), ReplicaLoads(case.replicas, rate, pages * self.page_size)
+        index, loads = PrefixIndex(case.replicas), ReplicaLoads(case.replicas, rate, pages * self.page_size)
         router = Cost(index, self.page_size, weights) if weights else make_policy(case.router, index, self.page_size)
         keyed = wants_keys(case.router)
 
@@ -123,16 +123,16 @@ class Simulator:
         hits = 0
         waits = np.empty(len(self.order))
         for place, (request, now) in enumerate(zip(self.order, self.times, strict=True)):
-            fleet.advance(now)
+            loads.advance(now)
             tokens = self.tokens[request]
             wish = RouteRequest(tokens, self.paths.keys(request) if keyed else (), self.sessions[request])
-            replica = router.choose(wish, fleet).replica
+            replica = router.choose(wish, loads).replica
             found = caches[replica].serve(request) * self.page_size
-            fleet.place(replica, tokens - found, tokens)
-            fleet.release(replica, tokens)  # what waits holds no pages, and answers take no time
-            waits[place] = fleet.work[replica] / rate
+            loads.place(replica, tokens - found, tokens)
+            loads.release(replica, tokens)  # what waits holds no pages, and answers take no time
+            waits[place] = loads.prefill_backlog[replica] / rate
             hits += found
-        computed = fleet.computed
+        computed = loads.computed
         return Row(
             replicas=case.replicas,
             capacity=case.capacity,

@@ -1,10 +1,10 @@
-"""How far one scheduler carries: the real policy, fleet, index and event intake under a simulated load.
+"""How far one scheduler carries: the real policy, loads, index and event intake under a simulated load.
 
     python -m rayk.simulate.scale --replicas 1000 --rate 10000
 
 Replicas are queues of cached conversations, filled to the brim before the clock starts, and hold no pages. Requests
 arrive at random; each continues a conversation that some replica holds, or starts one after a system prompt that all
-share. A decision is all that a scheduler does for one: the clock moves on, the policy chooses, index and fleet are
+share. A decision is all that a scheduler does for one: the clock moves on, the policy chooses, index and loads are
 told. What the replica then stores and evicts comes back as an encoded batch of events, which is decoded and taken in.
 
 Times are CPU time of this thread, so that they mean something on a busy machine.
@@ -144,7 +144,7 @@ def carry(load: Load) -> Carried:
             replica.serve(-1 - number, keys)
             events.append(stored(keys, None, PAGE))
         intake.take(r, 1, 0, events)
-    fleet = ReplicaLoads(load.replicas, PREFILL_RATE)
+    loads = ReplicaLoads(load.replicas, PREFILL_RATE)
     policy = make_policy(load.router, index, PAGE)
     arrivals = np.cumsum(np.random.default_rng(load.seed + 2).exponential(1 / load.rate, load.requests)).tolist()
     gc.collect()
@@ -156,10 +156,10 @@ def carry(load: Load) -> Carried:
         conversation, keys = requests.next()
         tokens = len(keys) * PAGE + 1
         began = thread_time_ns()
-        fleet.advance(now)
-        choice = policy.choose(RouteRequest(tokens, keys, str(conversation)), fleet)
+        loads.advance(now)
+        choice = policy.choose(RouteRequest(tokens, keys, str(conversation)), loads)
         promised = index.promise(choice.replica, keys)
-        fleet.place(choice.replica, tokens - PAGE * (len(keys) - len(promised)), tokens)
+        loads.place(choice.replica, tokens - PAGE * (len(keys) - len(promised)), tokens)
         spent.append(thread_time_ns() - began)
         chosen = choice.replica
         served[chosen] += 1
@@ -174,7 +174,7 @@ def carry(load: Load) -> Carried:
         ingested += len(new) + len(gone)
         numbers[chosen] += 1
         index.withdraw(chosen, promised)  # the pages are there: nothing is left to take back
-        fleet.release(chosen, tokens)
+        loads.release(chosen, tokens)
     resident = resident_bytes()
     index.check_integrity()
     micros = np.array(spent) / 1000

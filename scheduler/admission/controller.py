@@ -54,12 +54,12 @@ class Admitted(NamedTuple):
 
 
 class AdmissionController:
-    """`desk` chooses the replicas; `clock` in seconds."""
+    """`router` chooses the replicas; `clock` in seconds."""
 
-    def __init__(self, policy: AdmissionPolicy, desk: Router, page_size: int, clock: Callable[[], float]) -> None:
+    def __init__(self, policy: AdmissionPolicy, router: Router, page_size: int, clock: Callable[[], float]) -> None:
         self.queue = AdmissionQueue(policy, clock)
-        self.gate = Watermarks(policy, desk.fleet, page_size)
-        self._desk = desk
+        self.gate = Watermarks(policy, router.loads, page_size)
+        self._router = router
         self._page_size = page_size
         self._tickets: dict[str, QueueEntry] = {}  # who waits, by id
         self._open: dict[str, set[str]] = {}  # by driver, what it offered and is not settled
@@ -104,8 +104,8 @@ class AdmissionController:
     @property
     def _hopeful(self) -> bool:
         """Whether a replica takes requests, or will when it answers again."""
-        fleet = self._desk.fleet
-        return bool(fleet.ready.any() or fleet.away.any())
+        loads = self._router.loads
+        return bool(loads.ready.any() or loads.away.any())
 
     def _turn_away(self, ticket: QueueEntry, error: RaykError) -> None:
         if self._tickets.get(ticket.request_id) is ticket:
@@ -121,7 +121,7 @@ class AdmissionController:
             return None
         del self._tickets[ticket.request_id]
         wish: RouteRequest = ticket.payload.wish()
-        replica = self._desk.choose(ticket.request_id, wish, self.gate.open(ticket.pages))
+        replica = self._router.choose(ticket.request_id, wish, self.gate.open(ticket.pages))
         assert replica >= 0, "the gate found one"
         self.gate.promise(replica, ticket.pages)
         return Admitted(ticket, replica, wish)

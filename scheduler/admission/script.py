@@ -52,7 +52,7 @@ class AdmissionScripts:
             if calm:
                 yield from placer.catch_up(command.seen, command.unfilled, command.joined)
         if command.joined == placer.joined:  # else they may be of replicas that were there before
-            placer.desk.reports(command.seen, command.unfilled)
+            placer.router.reports(command.seen, command.unfilled)
         placed: list[tuple[Admitted, Owner]] = []
         for row in range(len(batch)):
             self._let_in(placed)  # only what finds no room waits, and counts as waiting for those behind it
@@ -77,7 +77,7 @@ class AdmissionScripts:
     def _wish(self, own: PackedContexts, keys: list[int] | None) -> RouteRequest:
         """`keys` as sent; whether any are wanted may change while the request waits."""
         placer = self._placer
-        made = keys if keys is not None and placer.desk.keyed else placer.keys(own, 0)
+        made = keys if keys is not None and placer.router.keyed else placer.keys(own, 0)
         return RouteRequest(own.lengths[0], made, own.traits(0).session_id)
 
     def _let_in(self, placed: list[tuple[Admitted, Owner]]) -> None:
@@ -94,13 +94,15 @@ class AdmissionScripts:
 
     def _place(self, placed: list[tuple[Admitted, Owner]], peers: bool) -> Part:
         """Claim and allocate them; what became of each is settled when the replicas have answered."""
-        placer, desk = self._placer, self._placer.desk
+        placer, router = self._placer, self._placer.router
         batch = PackedContexts(joined([entering.visitor.what for entering, _ in placed]))
         groups: dict[int, list[int]] = {}
         for row, (entering, _) in enumerate(placed):
             groups.setdefault(entering.replica, []).append(row)
         lonely = {
-            i for i, (e, _) in enumerate(placed) if peers and desk.keyed and not desk.elsewhere(e.replica, e.wish.keys)
+            i
+            for i, (e, _) in enumerate(placed)
+            if peers and router.keyed and not router.held_elsewhere(e.replica, e.wish.keys)
         }
         outcomes = AdmitResults(len(batch))
         command = m.PlaceMany(batch.contexts, claim=True, peers=peers, prefill_rate=placer.prefill_rate)

@@ -16,11 +16,11 @@ from rayk.scheduler.router.replica_loads import BoolArray, Int64Array, ReplicaLo
 
 
 class Watermarks:
-    """`fleet` says which replicas there are, how many tokens their pages hold, and how busy they are."""
+    """`loads` says which replicas there are, how many tokens their pages hold, and how busy they are."""
 
-    def __init__(self, policy: AdmissionPolicy, fleet: ReplicaLoads, page_size: int) -> None:
+    def __init__(self, policy: AdmissionPolicy, loads: ReplicaLoads, page_size: int) -> None:
         self._policy = policy
-        self._fleet = fleet
+        self._loads = loads
         self._page_size = page_size
         self._used: Int64Array = np.zeros(0, np.int64)
         self._promised: Int64Array = np.zeros(0, np.int64)
@@ -29,8 +29,8 @@ class Watermarks:
         self._grow()
 
     def _grow(self) -> None:
-        """Replicas that joined the fleet have nothing in use."""
-        new = len(self._fleet) - len(self._used)
+        """Replicas that joined the loads have nothing in use."""
+        new = len(self._loads) - len(self._used)
         if new:
             self._used, self._promised, self._turns = (
                 np.append(array, np.zeros(new, np.int64)) for array in (self._used, self._promised, self._turns)
@@ -66,22 +66,22 @@ class Watermarks:
     @property
     def most(self) -> int:
         """Pages that one request may have, on the replica that has most of them."""
-        fleet = self._fleet
-        here = fleet.ready | fleet.away
-        return int(self._policy.high * (fleet.capacity[here] // self._page_size).max(initial=0))
+        loads = self._loads
+        here = loads.ready | loads.away
+        return int(self._policy.high * (loads.capacity[here] // self._page_size).max(initial=0))
 
     def open(self, pages: int) -> BoolArray:
         """Whether each replica would take a request of so many pages now, [replicas]."""
         self._grow()
-        policy, fleet = self._policy, self._fleet
-        capacity, level = fleet.capacity // self._page_size, self._used + self._promised
+        policy, loads = self._policy, self._loads
+        capacity, level = loads.capacity // self._page_size, self._used + self._promised
         over = level + pages > policy.high * capacity
         self._closed = (self._closed | over) & (level > policy.low * capacity)
-        open_ = fleet.ready & ~over & ~self._closed
+        open_ = loads.ready & ~over & ~self._closed
         if policy.max_running is not None:
-            open_ &= fleet.requests < policy.max_running
+            open_ &= loads.requests < policy.max_running
         if policy.max_unfilled is not None:
-            open_ &= fleet.work < policy.max_unfilled
+            open_ &= loads.prefill_backlog < policy.max_unfilled
         return open_
 
     def fits(self, pages: int) -> bool:

@@ -1,10 +1,10 @@
-"""The cost policy: a request goes where placing it costs everybody least, reckoned in tokens of prefill.
+"""The cost policy: a request goes where placing it costs everybody least, in tokens of prefill.
 
     cost(r) = (waiting(r) + missing(r)) * (1 + requests(r) / STEP)     until its first token, beside what decodes there
-            + loading(r)                                               tokens fetched from tiers and other replicas
-            + CROWD * waiting(r) * missing(r) / usual                  what those who come after it wait longer
-            + KEEP * second copies(r) - regret                         room taken from what only one replica holds
-            + CHURN * missing(r) * outflow(r) / mean inflow            what storing it pushes out before its time
+            + fetch(r)                                                 tokens fetched from tiers and other replicas
+            + QUEUEING * waiting(r) * missing(r) / usual               what those who come after it wait longer
+            + DUPLICATION * second copies(r) - regret                  room taken from what only one replica holds
+            + EVICTION * missing(r) * outflow(r) / mean inflow         what storing it pushes out before its time
             + PRESSURE * tokens that do not fit                        it would have to wait for others to finish
 
 waiting(r) are the tokens placed there and not prefilled yet, missing(r) those of the request that nobody can lend it,
@@ -42,7 +42,7 @@ from rayk.scheduler.router.policy import CostTerms, Decision, RouteRequest
 from rayk.scheduler.router.prefix_index import PrefixIndex, Reach, Span
 from rayk.scheduler.router.replica_loads import FloatArray, Int64Array, ReplicaLoads
 
-FEW = 12  # replicas that are reckoned one by one: numpy over so few numbers costs more than the numbers
+FEW = 12  # replicas that are computed one by one: numpy over so few numbers costs more than the numbers
 LONG = 30.0  # choices a replica that count in its inflow and outflow
 SHORT = 2.0  # choices a replica in which a regret fades
 REGRETTED = 16_384  # prefixes whose regret is known; of more, the one that was asked for longest ago is forgotten
@@ -51,9 +51,9 @@ REGRETTED = 16_384  # prefixes whose regret is known; of more, the one that was 
 class Weights(NamedTuple):
     """See the module. Prices are parts of what computing the tokens would cost; 1 or more: not worth fetching."""
 
-    crowd: float = 0.5
-    keep: float = 2.5
-    churn: float = 0.3
+    queueing: float = 0.5
+    duplication: float = 2.5
+    eviction: float = 0.3
     pressure: float = 4.0
     step: float = 2048.0
     host_price: float = 0.1
@@ -67,8 +67,8 @@ DEFAULT_WEIGHTS = Weights()
 class _Seen(msgspec.Struct, frozen=True, gc=False):
     """What a choice was made from, in as little room as that takes: thousands are kept, hardly any is ever asked for.
 
-    Calling it does the sums again. `loads` is ReplicaLoads.picture(), `outflow` raw float64 [replicas]. `churn` is the
-    cost of storing a token by outflow, `crowd` that of a token beside one that waits.
+    Calling it does the sums again. `loads` is ReplicaLoads.snapshot(), `outflow` raw float64 [replicas]. `eviction`
+    is the cost of storing a token by outflow, `queueing` that of a token beside one that waits.
     """
 
     policy: Cost
@@ -76,17 +76,18 @@ class _Seen(msgspec.Struct, frozen=True, gc=False):
     reach: Reach | None
     loads: bytes
     outflow: bytes
-    churn: float
-    crowd: float
+    eviction: float
+    queueing: float
     regret: float
 
     def __call__(self) -> CostTerms:
-        return self.policy._reckon(self)
+        return self.policy._terms(self)
 
 
 class Cost:
     """See the module. Remembers what is usual, the flows, and the regrets."""
 
+    wants_keys = True
     PAST = 0.01  # weight of the latest choice in what is usual
 
     def __init__(self, index: PrefixIndex, page_size: int, weights: Weights = DEFAULT_WEIGHTS) -> None:
@@ -103,49 +104,55 @@ class Cost:
         """Copying from other replicas costs so much now."""
         self._weights = self._weights._replace(peer_price=peer_price)
 
-    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
+    def choose(self, request: RouteRequest, loads: ReplicaLoads) -> Decision:
         """See Policy. A few operations a replica if there are few of them; else about 25 numpy calls over the replicas
         and a few dozen probes of the index, half of the calls and one probe for a request of which nobody has
         anything."""
         reach, regret = None, 0.0
-        if self._index.known(wish.keys):
-            reach = self._index.reach(wish.keys)
-            regret = self._regret(wish, reach)
-        seen = self._see(wish.tokens, fleet, reach, regret)
-        replica, cached = (self._among_few if len(fleet) <= FEW else self._among_many)(seen, fleet)
+        if self._index.known(request.keys):
+            reach = self._index.reach(request.keys)
+            regret = self._regret(request, reach)
+        seen = self._see(request.tokens, loads, reach, regret)
+        replica, cached = (self._among_few if len(loads) <= FEW else self._among_many)(seen, loads)
         if replica >= 0:
-            self._learn(replica, wish, wish.tokens - cached, fleet, reach, regret)
+            self._learn(replica, request, request.tokens - cached, loads, reach, regret)
         return Decision(replica, cached, seen)
 
     # -- what is remembered ------------------------------------------------------------------------
 
-    def _regret(self, wish: RouteRequest, reach: Reach) -> float:
+    def _regret(self, request: RouteRequest, reach: Reach) -> float:
         """That of the longest prefix of the request that anybody holds, in tokens."""
         if not self._regrets or not reach.spans:
             return 0.0
-        regret, turn = self._regrets.get(wish.keys[reach.spans[0].pages - 1], (0.0, 0))
+        regret, turn = self._regrets.get(request.keys[reach.spans[0].pages - 1], (0.0, 0))
         return regret * math.exp((turn - self._turn) / (SHORT * len(reach.disk))) if regret else 0.0
 
-    def _see(self, tokens: int, fleet: ReplicaLoads, reach: Reach | None, regret: float) -> _Seen:
-        weights, replicas = self._weights, len(fleet.work)
+    def _see(self, tokens: int, loads: ReplicaLoads, reach: Reach | None, regret: float) -> _Seen:
+        weights, replicas = self._weights, len(loads.prefill_backlog)
         if len(self._taken) < replicas:
             self._taken += [0.0] * (replicas - len(self._taken))
             self._outflow = np.append(self._outflow, np.zeros(replicas - len(self._outflow)))
-        churn = weights.churn * replicas / max(self._inflow, 1.0)
-        crowd = weights.crowd / max(self._usual or tokens, 1.0)
-        return _Seen(self, tokens, reach, fleet.picture(), self._outflow.tobytes(), churn, crowd, regret)
+        eviction = weights.eviction * replicas / max(self._inflow, 1.0)
+        queueing = weights.queueing / max(self._usual or tokens, 1.0)
+        return _Seen(self, tokens, reach, loads.snapshot(), self._outflow.tobytes(), eviction, queueing, regret)
 
     def _learn(
-        self, replica: int, wish: RouteRequest, missing: float, fleet: ReplicaLoads, reach: Reach | None, regret: float
+        self,
+        replica: int,
+        request: RouteRequest,
+        missing: float,
+        loads: ReplicaLoads,
+        reach: Reach | None,
+        regret: float,
     ) -> None:
         """A request was placed, and `missing` tokens will be stored there."""
         usual, unit, taken = self._usual, self._unit, self._taken[replica] + missing
         self._usual = usual + (missing - usual) * (self.PAST if usual else 1.0)
         self._inflow += missing * unit
         self._taken[replica] = taken
-        if taken > fleet.limit(replica):
+        if taken > loads.limit(replica):
             self._outflow[replica] += missing * unit
-        self._unit = unit * (1 + 1 / (LONG * len(fleet)))
+        self._unit = unit * (1 + 1 / (LONG * len(loads)))
         if self._unit > 1e30:
             self._outflow /= self._unit
             self._inflow /= self._unit
@@ -154,12 +161,12 @@ class Cost:
         if reach is None or not reach.spans:
             return
         longest, regrets = reach.spans[0].pages, self._regrets
-        key = wish.keys[longest - 1]
+        key = request.keys[longest - 1]
         if reach.disk[replica] < longest:
             regrets.pop(key, None)  # there is a copy more
             return
-        idle = fleet.lowest(fleet.work, fair=False)
-        longer = float(fleet.work[replica] - fleet.work[idle])
+        idle = loads.lowest(loads.prefill_backlog, fair=False)
+        longer = float(loads.prefill_backlog[replica] - loads.prefill_backlog[idle])
         if longer > 0:
             regrets[key] = regret + longer, self._turn
             regrets.move_to_end(key)
@@ -168,100 +175,109 @@ class Cost:
 
     # -- the sums ----------------------------------------------------------------------------------
 
-    def _among_few(self, seen: _Seen, fleet: ReplicaLoads) -> tuple[int, int]:
-        """The cheapest replica and what it need not compute: the same sums in the same order as in _reckon, one number
+    def _among_few(self, seen: _Seen, loads: ReplicaLoads) -> tuple[int, int]:
+        """The cheapest replica and what it need not compute: the same sums in the same order as in _terms, one number
         after the other."""
-        tokens, churn, crowd, step = float(seen.tokens), seen.churn, seen.crowd, self._weights.step
-        work, requests, flows, cached = fleet.work.tolist(), fleet.requests.tolist(), self._outflow.tolist(), None
+        tokens, eviction, queueing, step = float(seen.tokens), seen.eviction, seen.queueing, self._weights.step
+        backlog, requests, flows, cached = (
+            loads.prefill_backlog.tolist(),
+            loads.requests.tolist(),
+            self._outflow.tolist(),
+            None,
+        )
         if seen.reach is not None:
-            cached, loading, keep = self._lent(seen.reach, seen.regret)
+            cached, fetch, duplication = self._lent(seen.reach, seen.regret)
             costs = [
-                (w + (tokens - c)) * (1 + r / step) + f + w * (tokens - c) * crowd + k + (tokens - c) * (o * churn)
-                for w, r, c, f, k, o in zip(work, requests, cached, loading, keep, flows, strict=True)
+                (w + (tokens - c)) * (1 + r / step)
+                + f
+                + w * (tokens - c) * queueing
+                + k
+                + (tokens - c) * (o * eviction)
+                for w, r, c, f, k, o in zip(backlog, requests, cached, fetch, duplication, flows, strict=True)
             ]
         else:
             costs = [
-                (w + tokens) * (1 + r / step) + w * tokens * crowd + tokens * (o * churn)
-                for w, r, o in zip(work, requests, flows)  # noqa: B905  # to check that costs a tenth of it
+                (w + tokens) * (1 + r / step) + w * tokens * queueing + tokens * (o * eviction)
+                for w, r, o in zip(backlog, requests, flows)  # noqa: B905  # to check that costs a tenth of it
             ]
-        if not fleet.roomy(seen.tokens):
-            held, capacity, pressure = fleet.held.tolist(), fleet.capacity.tolist(), self._weights.pressure
+        if not loads.fits_everywhere(seen.tokens):
+            held, capacity, pressure = loads.held.tolist(), loads.capacity.tolist(), self._weights.pressure
             costs = [
                 cost + pressure * max(h + seen.tokens - c, 0) for cost, h, c in zip(costs, held, capacity, strict=True)
             ]
-        replica = fleet.cheapest(costs)
+        replica = loads.cheapest(costs)
         return replica, cached[replica] if cached is not None else 0
 
     def _lent(self, reach: Reach, regret: float) -> tuple[list[int], list[float], list[float]]:
         """For each replica what it need not compute, and the costs of fetching that and of keeping the rest."""
         if reach.disk is not reach.device or self._weights.peer_price < 1:
-            lent, fetching = self._loading(reach)
-            cached, loading = lent.tolist(), fetching.tolist()
+            lent, fetching = self._fetch(reach)
+            cached, fetch = lent.tolist(), fetching.tolist()
         else:
             cached = (reach.device * self._page_size).tolist()
-            loading = [0.0] * len(cached)
+            fetch = [0.0] * len(cached)
         own = reach.disk.tolist()
         if not reach.spans or min(own) == reach.spans[0].pages:
-            return cached, loading, [0.0] * len(own)
+            return cached, fetch, [0.0] * len(own)
         knots = dict(zip(*self._knots(reach.spans, regret), strict=True))
-        return cached, loading, [knots[pages] for pages in own]
+        return cached, fetch, [knots[pages] for pages in own]
 
-    def _among_many(self, seen: _Seen, fleet: ReplicaLoads) -> tuple[int, int]:
+    def _among_many(self, seen: _Seen, loads: ReplicaLoads) -> tuple[int, int]:
         """_among_few() in arrays, with what is nothing left out."""
-        weights, work, reach, cached, loading = self._weights, fleet.work, seen.reach, None, None
+        weights, backlog, reach, cached, fetch = self._weights, loads.prefill_backlog, seen.reach, None, None
         missing: Any = seen.tokens
         if reach is not None:
-            cached, loading = self._loading(reach)
+            cached, fetch = self._fetch(reach)
             missing = seen.tokens - cached
-        cost: FloatArray = (work + missing) * (1 + fleet.requests / weights.step)
-        if loading is not None:
-            cost += loading
-        cost += work * missing * seen.crowd
+        cost: FloatArray = (backlog + missing) * (1 + loads.requests / weights.step)
+        if fetch is not None:
+            cost += fetch
+        cost += backlog * missing * seen.queueing
         if reach is not None:
-            cost += self._keep(reach, seen.regret)
-        cost += missing * (self._outflow * seen.churn)
-        short = fleet.held + seen.tokens - fleet.capacity
+            cost += self._duplication(reach, seen.regret)
+        cost += missing * (self._outflow * seen.eviction)
+        short = loads.held + seen.tokens - loads.capacity
         if int(short.max()) > 0:
             cost += weights.pressure * np.maximum(short, 0)
-        replica = fleet.lowest(cost)
+        replica = loads.lowest(cost)
         return replica, int(cached[replica]) if cached is not None else 0
 
-    def _reckon(self, seen: _Seen) -> CostTerms:
+    def _terms(self, seen: _Seen) -> CostTerms:
         """All of the formula, from what a choice looked at."""
         weights, tokens, reach = self._weights, seen.tokens, seen.reach
-        waiting, requests, held, capacity = ReplicaLoads.pictured(seen.loads)
+        waiting, requests, held, capacity = ReplicaLoads.from_snapshot(seen.loads)
         if reach is None:
             nothing = np.zeros(len(waiting), np.int64)
             reach = Reach(nothing, nothing, nothing, [])
-        cached, loading = self._loading(reach)
+        cached, fetch = self._fetch(reach)
         missing = tokens - cached
         return CostTerms(
             cached=cached,
             waiting=waiting,
             prefill=(waiting + missing) * (1 + requests / weights.step),
-            loading=loading,
-            crowd=waiting * missing * seen.crowd,
-            keep=self._keep(reach, seen.regret),
-            churn=missing * (np.frombuffer(seen.outflow) * seen.churn),
+            fetch=fetch,
+            queueing=waiting * missing * seen.queueing,
+            duplication=self._duplication(reach, seen.regret),
+            eviction=missing * (np.frombuffer(seen.outflow) * seen.eviction),
             pressure=weights.pressure * np.maximum(held + tokens - capacity, 0),
         )
 
-    def _loading(self, reach: Reach) -> tuple[Int64Array, FloatArray]:
+    def _fetch(self, reach: Reach) -> tuple[Int64Array, FloatArray]:
         """Tokens that need not be computed, and the cost of having them fetched: [replicas] each."""
         weights, page = self._weights, self._page_size
         device, host, disk, spans = reach
-        cached, loading = disk * page, np.zeros(len(disk))
+        cached, fetch = disk * page, np.zeros(len(disk))
         if host is not device:
-            loading += min(weights.host_price, 1.0) * page * (host - device)
+            fetch += min(weights.host_price, 1.0) * page * (host - device)
         if disk is not host:
-            loading += min(weights.disk_price, 1.0) * page * (disk - host)
+            fetch += min(weights.disk_price, 1.0) * page * (disk - host)
         if weights.peer_price < 1 and spans:
             longest = np.full(len(disk), spans[0].pages * page)
-            loading += weights.peer_price * (longest - cached)
+            fetch += weights.peer_price * (longest - cached)
             cached = longest
-        return cached, loading
+        return cached, fetch
 
-    def _keep(self, reach: Reach, regret: float) -> FloatArray:
+    def _duplication(self, reach: Reach, regret: float) -> FloatArray:
         """The cost of storing what others hold a second time: [replicas]."""
         own, spans = reach.disk, reach.spans
         if not spans or int(own.min()) == spans[0].pages:
@@ -275,7 +291,7 @@ class Cost:
         """How many pages a replica may hold, from the most to none (nobody holds a number between them), and what
         keeping the others would cost it: what is regretted is paid already, up to all that computing them costs."""
         depths, costs, copies = [spans[0].pages], [0.0], 0.0
-        each = self._weights.keep * self._page_size
+        each = self._weights.duplication * self._page_size
         for span, deeper in zip((*spans[1:], Span(0, 0)), spans, strict=True):
             copies += (deeper.pages - span.pages) * each / deeper.holders
             depths.append(span.pages)

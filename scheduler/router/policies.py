@@ -6,8 +6,8 @@
     session        where the session was last, unless that replica carries much more than its share
     cost           the least it costs everybody, see cost.py
 
-All see the same: the request as a Wish, the loads as a ReplicaLoads, the caches as a PrefixIndex. They change none of
-them; whoever places the request tells fleet and index afterwards.
+All see the same: a RouteRequest, the ReplicaLoads, and the caches as a PrefixIndex. They change none of them: the
+Router counts a request that is placed.
 """
 
 from __future__ import annotations
@@ -28,67 +28,73 @@ from rayk.scheduler.router.prefix_index import PrefixIndex
 from rayk.scheduler.router.replica_loads import ReplicaLoads
 
 
-class RoundRobin:
+class _Policy:
+    wants_keys = False
+
+    def __init__(self, index: PrefixIndex, page_size: int) -> None:
+        self._index = index
+
+
+class RoundRobin(_Policy):
     """One replica after the other, whatever they carry."""
 
-    def __init__(self) -> None:
-        self._next = 0
+    _next = 0
 
-    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
+    def choose(self, request: RouteRequest, loads: ReplicaLoads) -> Decision:
         """See Policy."""
-        for _ in range(len(fleet)):
-            replica, self._next = self._next % len(fleet), (self._next + 1) % len(fleet)
-            if fleet.ready[replica]:
+        for _ in range(len(loads)):
+            replica, self._next = self._next % len(loads), (self._next + 1) % len(loads)
+            if loads.ready[replica]:
                 return Decision(replica)
         return Decision(-1)
 
 
-class LeastLoaded:
+class LeastLoaded(_Policy):
     """The replica with the fewest tokens, still to be prefilled or held by what runs there, caches ignored; of equals
     the lowest index."""
 
-    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
+    def choose(self, request: RouteRequest, loads: ReplicaLoads) -> Decision:
         """See Policy."""
-        return Decision(fleet.lowest(fleet.work + fleet.held, fair=False))
+        return Decision(loads.lowest(loads.prefill_backlog + loads.held, fair=False))
 
 
-class LongestPrefix:
+class LongestPrefix(_Policy):
     """The replica with the longest cached prefix, of equals the least loaded. What all prompts share sends all of
     them to one replica: this is here to compare with."""
 
-    def __init__(self, index: PrefixIndex) -> None:
-        self._index = index
+    wants_keys = True
 
-    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
+    def choose(self, request: RouteRequest, loads: ReplicaLoads) -> Decision:
         """See Policy."""
-        pages = self._index.reach(wish.keys).disk
-        longest = pages[fleet.ready].max(initial=0)
-        return Decision(fleet.lowest(np.where(pages == longest, fleet.work, np.inf), fair=False))
+        pages = self._index.reach(request.keys).disk
+        longest = pages[loads.ready].max(initial=0)
+        return Decision(loads.lowest(np.where(pages == longest, loads.prefill_backlog, np.inf), fair=False))
 
 
-class Session:
+class Session(_Policy):
     """Where the session was last, or, for a new one, where its id hashes to. When that replica would carry more than
     `bound` times its share of the waiting tokens, the least loaded, which is then where the session is."""
 
     REMEMBERED = 1_000_000  # sessions; beyond that the one seen longest ago is forgotten
 
-    def __init__(self, bound: float = 1.25) -> None:
+    def __init__(self, index: PrefixIndex, page_size: int, bound: float = 1.25) -> None:
+        super().__init__(index, page_size)
         self._bound = bound
         self._home: OrderedDict[str, int] = OrderedDict()
 
-    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
+    def choose(self, request: RouteRequest, loads: ReplicaLoads) -> Decision:
         """See Policy. A request without a session goes to the least loaded."""
-        if wish.session is None:
-            return Decision(fleet.lowest(fleet.work))
-        replica = self._home.get(wish.session)
+        if request.session is None:
+            return Decision(loads.lowest(loads.prefill_backlog))
+        replica = self._home.get(request.session)
         if replica is None:
-            replica = self._hashed(wish.session, len(fleet))
-        share = (float(fleet.work.sum()) + wish.tokens) / max(1, int(fleet.ready.sum()))
-        if not fleet.ready[replica] or fleet.work[replica] > self._bound * share + wish.tokens:
-            replica = fleet.lowest(fleet.work)
+            replica = self._hashed(request.session, len(loads))
+        share = (float(loads.prefill_backlog.sum()) + request.tokens) / max(1, int(loads.ready.sum()))
+        if not loads.ready[replica] or loads.prefill_backlog[replica] > self._bound * share + request.tokens:
+            replica = loads.lowest(loads.prefill_backlog)
         if replica >= 0:
-            self._home[wish.session] = replica
-            self._home.move_to_end(wish.session)
+            self._home[request.session] = replica
+            self._home.move_to_end(request.session)
             if len(self._home) > self.REMEMBERED:
                 self._home.popitem(last=False)
         return Decision(replica)
@@ -103,10 +109,10 @@ class Session:
 
 POLICIES: dict[str, Callable[[PrefixIndex, int], Policy]] = {
     "cost": Cost,
-    "round-robin": lambda index, page_size: RoundRobin(),
-    "least-loaded": lambda index, page_size: LeastLoaded(),
-    "prefix": lambda index, page_size: LongestPrefix(index),
-    "session": lambda index, page_size: Session(),
+    "round-robin": RoundRobin,
+    "least-loaded": LeastLoaded,
+    "prefix": LongestPrefix,
+    "session": Session,
 }
 
 ENTRY_POINTS = "rayk.routers"
@@ -121,8 +127,8 @@ def find_policy(name: str) -> Callable[[PrefixIndex, int], Policy]:
     """What makes the policy of that name: one of POLICIES, an entry point of the group "rayk.routers" in an installed
     package, or "package.module:Name", which every process that routes has to find. ConfigError lists the names.
 
-    A class with __init__(index, page_size) and choose(wish, fleet) will do. With `wants_keys = True` requests come with
-    the keys of their pages, and `index` is kept up to date; without, nobody hashes pages for it.
+    A class with __init__(index, page_size) and choose(request, loads) will do. With `wants_keys = True` requests come
+    with the keys of their pages, and `index` is kept up to date; without, nobody hashes pages for it.
     """
     if name in POLICIES:
         return POLICIES[name]
@@ -143,10 +149,7 @@ def find_policy(name: str) -> Callable[[PrefixIndex, int], Policy]:
 
 def wants_keys(name: str) -> bool:
     """Whether the policy of that name looks into the index: else nobody needs to hash pages or to feed it."""
-    return name in _WANT_KEYS or bool(getattr(find_policy(name), "wants_keys", False))
-
-
-_WANT_KEYS = ("cost", "prefix")
+    return bool(getattr(find_policy(name), "wants_keys", False))
 
 
 def check_router(name: str, flag: str = "") -> None:

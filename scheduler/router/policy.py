@@ -1,4 +1,4 @@
-"""What a routing policy is asked and what it answers, with the reasons if it reckons in costs."""
+"""What a routing policy is asked and what it answers, with the reasons if it goes by costs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class CostTerms(NamedTuple):
     cached: Int64Array
     waiting: FloatArray
     prefill: FloatArray
-    loading: FloatArray
-    crowd: FloatArray
-    keep: FloatArray
-    churn: FloatArray
+    fetch: FloatArray
+    queueing: FloatArray
+    duplication: FloatArray
+    eviction: FloatArray
     pressure: FloatArray
 
     @property
     def cost(self) -> FloatArray:
         """The sum of the costs, [replicas]."""
-        return self.prefill + self.loading + self.crowd + self.keep + self.churn + self.pressure
+        return self.prefill + self.fetch + self.queueing + self.duplication + self.eviction + self.pressure
 
     def candidates(self, chosen: int, count: int = 8) -> list[Candidate]:
         """The chosen replica and the cheapest others, cheapest first, at most `count` of them."""
@@ -39,17 +39,17 @@ class CostTerms(NamedTuple):
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One replica's parts in a choice, in tokens; see Parts."""
+    """One replica's parts in a choice, in tokens; see CostTerms."""
 
     replica: int
     cost: float
     cached: float
     waiting: float
     prefill: float
-    loading: float
-    crowd: float
-    keep: float
-    churn: float
+    fetch: float
+    queueing: float
+    duplication: float
+    eviction: float
     pressure: float
 
 
@@ -63,7 +63,7 @@ class RouteRequest(msgspec.Struct, frozen=True, gc=False):
 
 class Decision(msgspec.Struct, frozen=True, gc=False):
     """Where to place a request, -1 when no replica takes any. `cached` are tokens of it that need not be computed
-    there, as far as the policy looked. `why` reckons the reasons again, as they were, if there are costs."""
+    there, as far as the policy looked. `why` computes the reasons again, as they were, if there are costs."""
 
     replica: int
     cached: int = 0
@@ -71,13 +71,13 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def parts(self) -> CostTerms | None:
-        """What the choice was made from; None if the policy does not reckon in costs."""
+        """What the choice was made from; None if the policy does not go by costs."""
         return self.why() if self.why is not None else None
 
 
 class Policy(Protocol):
     """Chooses; may remember what it chose, nothing else."""
 
-    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
-        """The replica for `wish`, among those that are ready."""
+    def choose(self, request: RouteRequest, loads: ReplicaLoads) -> Decision:
+        """The replica for `request`, among those that are ready."""
         ...

@@ -31,7 +31,7 @@ class ReplicaLoads:
 
     def __init__(self, replicas: int, rate: float | None = None, capacity: int | None = None) -> None:
         self.rate = rate
-        self.work: FloatArray
+        self.prefill_backlog: FloatArray
         """Tokens of placed requests that are still to be prefilled."""
         self.requests: Int64Array
         """Requests that are placed."""
@@ -51,7 +51,7 @@ class ReplicaLoads:
         self.join(replicas, capacity)
 
     def __len__(self) -> int:
-        return len(self.work)
+        return len(self.prefill_backlog)
 
     def join(self, replicas: int = 1, capacity: int | None = None) -> None:
         """Add idle replicas; they get the next indices."""
@@ -65,11 +65,12 @@ class ReplicaLoads:
         self._hold(block)
 
     def _hold(self, block: Int64Array) -> None:
-        """Have the columns in one block: [columns, replicas] int64, the work float64."""
+        """Have the columns in one block: [columns, replicas] int64, the backlog float64."""
         self._block, self._spare = block, -1
-        self.work, (self.requests, self.held, self.capacity, self.computed) = block[0].view(np.float64), block[1:]
+        self.prefill_backlog = block[0].view(np.float64)
+        self.requests, self.held, self.capacity, self.computed = block[1:]
         # The same numbers, quicker to get at one by one.
-        self._work, self._requests, self._held = self.work.data, self.requests.data, self.held.data
+        self._backlog, self._requests, self._held = self.prefill_backlog.data, self.requests.data, self.held.data
         self._capacity, self._computed = self.capacity.data, self.computed.data
 
     def set_ready(self, replica: int, ready: bool) -> None:
@@ -100,38 +101,38 @@ class ReplicaLoads:
 
     def forget(self, replica: int) -> None:
         """Nothing is placed on the replica any more: it was lost, or started anew."""
-        self.work[replica] = self.requests[replica] = self.held[replica] = 0
+        self.prefill_backlog[replica] = self.requests[replica] = self.held[replica] = 0
         self.away[replica] = False
 
     def advance(self, now: float) -> None:
         """It is `now` (seconds, never less than before): what was prefilled meanwhile is done."""
         if self.rate is not None and now > self._now:
-            self.work -= self.rate * (now - self._now)
-            np.maximum(self.work, 0.0, out=self.work)
+            self.prefill_backlog -= self.rate * (now - self._now)
+            np.maximum(self.prefill_backlog, 0.0, out=self.prefill_backlog)
         self._now = max(now, self._now)
 
     def place(self, replica: int, compute: int, tokens: int) -> None:
         """A request of `tokens` tokens was placed, `compute` of which have to be prefilled."""
-        self._work[replica] += compute
+        self._backlog[replica] += compute
         self._computed[replica] += compute
         self._requests[replica] += 1
         self._held[replica] += tokens
         self._spare -= tokens
 
-    def waits(self, replica: int, tokens: int) -> None:
+    def set_backlog(self, replica: int, tokens: int) -> None:
         """So many tokens are still to be prefilled there, by the replica's own account."""
-        self.work[replica] = tokens
+        self.prefill_backlog[replica] = tokens
 
     def prefilled(self, replica: int, compute: int) -> None:
         """`compute` tokens of what was placed are done, or will never be."""
-        self.work[replica] = max(0.0, self.work[replica] - compute)
+        self.prefill_backlog[replica] = max(0.0, self.prefill_backlog[replica] - compute)
 
     def release(self, replica: int, tokens: int) -> None:
         """A request of `tokens` tokens left."""
         self._requests[replica] -= 1
         self._held[replica] -= tokens
 
-    def roomy(self, tokens: int) -> bool:
+    def fits_everywhere(self, tokens: int) -> bool:
         """Whether every replica has room for `tokens` tokens, the ready ones and the others."""
         if tokens > self._spare:  # at most what the fullest has left; exact again when that does not do any more
             self._spare = int((self.capacity - self.held).min())
@@ -145,14 +146,14 @@ class ReplicaLoads:
         """`capacity` of one replica."""
         return self._capacity[replica]
 
-    def picture(self) -> bytes:
-        """How work, requests, held and capacity are now, for pictured()."""
+    def snapshot(self) -> bytes:
+        """How backlog, requests, held and capacity are now, for from_snapshot()."""
         return self._block[:_COMPUTED].tobytes()
 
     @staticmethod
-    def pictured(picture: bytes) -> tuple[FloatArray, Int64Array, Int64Array, Int64Array]:
-        """Work, requests, held and capacity as they were, [replicas] each, read-only."""
-        columns = np.frombuffer(picture, np.int64).reshape(_COMPUTED, -1)
+    def from_snapshot(snapshot: bytes) -> tuple[FloatArray, Int64Array, Int64Array, Int64Array]:
+        """Backlog, requests, held and capacity as they were, [replicas] each, read-only."""
+        columns = np.frombuffer(snapshot, np.int64).reshape(_COMPUTED, -1)
         return columns[0].view(np.float64), columns[1], columns[2], columns[3]
 
     def lowest(self, costs: FloatArray, fair: bool = True) -> int:

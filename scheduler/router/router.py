@@ -1,6 +1,6 @@
 """Where the router's choices are made and kept account of: the policy, what it looks at, and what came of it.
 
-    fleet    how busy each replica is: what the replica reported last, and what was placed there since
+    loads    how busy each replica is: what the replica reported last, and what was placed there since
     index    which pages it holds: what it reported, and what those placed there will store
 
 A request counts from the moment it is placed, so that a burst does not herd onto one replica, until it is removed.
@@ -32,7 +32,7 @@ FORGOTTEN = 256  # at once: a dict that loses its first entry again and again ge
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """What a desk is made from: the policy's name, pages of each replica, and how pages are hashed. `admission`: what
+    """What a router is made from: the policy's name, pages of each replica, and how pages are hashed. `admission`: what
     requests wait by, if they do."""
 
     router: str
@@ -61,7 +61,7 @@ class RouterSettings:
         return PageHasher(self.algorithm, self.seed, self.page_size)
 
     def make(self, clock: Callable[[], float]) -> Router:
-        """The desk; ConfigError for an unknown policy."""
+        """The router; ConfigError for an unknown policy."""
         keys = self.keys() if self.keyed else None
         return Router(self.router, [n * self.page_size for n in self.pages], self.page_size, keys, clock)
 
@@ -114,27 +114,27 @@ class Router:
 
     def __init__(
         self,
-        router: str,
+        policy: str,
         capacities: Sequence[int],
         page_size: int,
         keys: PageKeys | None,
         clock: Callable[[], float],
     ) -> None:
-        self.router = router
+        self.policy = policy
         self.index = PrefixIndex(len(capacities))
-        self.fleet = ReplicaLoads(0)
+        self.loads = ReplicaLoads(0)
         for capacity in capacities:
-            self.fleet.join(1, capacity)
+            self.loads.join(1, capacity)
         self.keys = keys
         self.known = [-1] * len(capacities)  # the last batch that each replica reported
-        self._policy = make_policy(router, self.index, page_size)
+        self._policy = make_policy(policy, self.index, page_size)
         self._page_size = page_size
         self._clock = clock
         self._placed: dict[str, _Placed] = {}
         self._under_way = [0] * len(capacities)  # tokens to compute for what was placed and not answered yet
         self._reported = [0] * len(capacities)  # tokens that a replica said it still has to compute
         self._told = [0] * len(capacities)  # by which batch that was
-        self._made: dict[str, PastDecision] = {}  # the latest last
+        self._decisions: dict[str, PastDecision] = {}  # the latest last
         self._aside: set[int] = set()  # replicas that have left something unanswered for long
 
     @property
@@ -151,8 +151,8 @@ class Router:
     def join(self) -> None:
         """One more index, at which nobody is yet."""
         self.index.join()
-        self.fleet.join(1, 0)
-        self.fleet.set_ready(len(self.known), False)
+        self.loads.join(1, 0)
+        self.loads.set_ready(len(self.known), False)
         self.known.append(-1)
         for numbers in (self._under_way, self._reported, self._told):
             numbers.append(0)
@@ -161,42 +161,42 @@ class Router:
         """A replica with pages for `capacity` tokens and nothing in them takes requests at that index."""
         self.lost(replica)
         self.known[replica], self._told[replica] = -1, 0
-        self.fleet.renew(replica, capacity)
-        self.fleet.set_ready(replica, True)
+        self.loads.renew(replica, capacity)
+        self.loads.set_ready(replica, True)
 
     # -- choices -----------------------------------------------------------------------------------
 
-    def choose(self, request_id: str, wish: RouteRequest, open_: BoolArray | None = None) -> int:
+    def choose(self, request_id: str, request: RouteRequest, open_: BoolArray | None = None) -> int:
         """The replica for a request, -1 when none takes any; one of those that are `open_`, where that is said."""
         if open_ is not None or self._aside:
             open_ = self._calm(open_)
             if not open_.all():
-                with self.fleet.only(open_):
-                    return self._choose(request_id, wish)
-        return self._choose(request_id, wish)
+                with self.loads.only(open_):
+                    return self._choose(request_id, request)
+        return self._choose(request_id, request)
 
     def _calm(self, open_: BoolArray | None) -> BoolArray:
         """Those that are open and not set aside; only if that leaves none, those that are open."""
-        fleet = self.fleet
-        calm = np.ones(len(fleet), np.bool_) if open_ is None else open_.copy()
+        loads = self.loads
+        calm = np.ones(len(loads), np.bool_) if open_ is None else open_.copy()
         if self._aside:
             calm[list(self._aside)] = False
-            if not (calm & fleet.ready).any():
-                return np.ones(len(fleet), np.bool_) if open_ is None else open_
+            if not (calm & loads.ready).any():
+                return np.ones(len(loads), np.bool_) if open_ is None else open_
         return calm
 
     def set_aside(self, replica: int, aside: bool) -> None:
         """It has left something unanswered for long, or not any more: it is chosen only if there is no other."""
         (self._aside.add if aside else self._aside.discard)(replica)
 
-    def _choose(self, request_id: str, wish: RouteRequest) -> int:
-        choice, made = self._policy.choose(wish, self.fleet), self._made
+    def _choose(self, request_id: str, request: RouteRequest) -> int:
+        choice, made = self._policy.choose(request, self.loads), self._decisions
         if choice.why is not None and choice.replica >= 0:
-            slots = self._slots(wish)
-            if not self.fleet.fits(choice.replica, slots):
+            slots = self._slots(request)
+            if not self.loads.fits(choice.replica, slots):
                 choice = self._with_room(choice, slots)
         made.pop(request_id, None)
-        made[request_id] = PastDecision(wish.tokens, choice.replica, self._clock(), choice.why)
+        made[request_id] = PastDecision(request.tokens, choice.replica, self._clock(), choice.why)
         if len(made) >= REMEMBERED + FORGOTTEN:
             for old in list(islice(made, FORGOTTEN)):
                 del made[old]
@@ -204,38 +204,38 @@ class Router:
 
     def _with_room(self, choice: Decision, slots: int) -> Decision:
         """For a choice by cost whose replica would refuse: the cheapest that would not, if there is one."""
-        fleet, why = self.fleet, choice.why
-        full = fleet.held + slots > fleet.capacity
+        loads, why = self.loads, choice.why
+        full = loads.held + slots > loads.capacity
         if full.all() or why is None:
             return choice
         parts = why()
-        replica = fleet.lowest(np.where(full, np.inf, parts.cost))
-        if full[replica] or not fleet.ready[replica]:
+        replica = loads.lowest(np.where(full, np.inf, parts.cost))
+        if full[replica] or not loads.ready[replica]:
             return choice
         return Decision(replica, int(parts.cached[replica]), why)
 
-    def _slots(self, wish: RouteRequest) -> int:
+    def _slots(self, request: RouteRequest) -> int:
         """What its pages offer: whole ones, with room for the next token."""
-        return -(-(wish.tokens + 1) // self._page_size) * self._page_size if wish.tokens else 0
+        return -(-(request.tokens + 1) // self._page_size) * self._page_size if request.tokens else 0
 
-    def elsewhere(self, replica: int, keys: Sequence[int]) -> bool:
+    def held_elsewhere(self, replica: int, keys: Sequence[int]) -> bool:
         """Whether another replica has any of these pages, or soon will."""
         return bool(keys) and self.index.others(replica, keys[0])
 
-    def made(self, request_id: str) -> PastDecision | None:
+    def decision_of(self, request_id: str) -> PastDecision | None:
         """The choice for that request, if it was made here and not long ago."""
-        return self._made.get(request_id)
+        return self._decisions.get(request_id)
 
     # -- accounts ----------------------------------------------------------------------------------
 
-    def place(self, request_id: str, replica: int, wish: RouteRequest) -> None:
+    def place(self, request_id: str, replica: int, request: RouteRequest) -> None:
         """The request goes to `replica`; to be called once, before anything else is chosen."""
-        compute, slots, promised = wish.tokens, self._slots(wish), NO_KEYS
-        if wish.keys:
-            depth = self.index.depth(replica, wish.keys)
+        compute, slots, promised = request.tokens, self._slots(request), NO_KEYS
+        if request.keys:
+            depth = self.index.depth(replica, request.keys)
             compute -= depth * self._page_size
-            promised = self.index.promise(replica, wish.keys, depth)
-        self.fleet.place(replica, compute, slots)
+            promised = self.index.promise(replica, request.keys, depth)
+        self.loads.place(replica, compute, slots)
         self._placed[request_id] = _Placed(replica, slots, compute, promised)
         self._under_way[replica] += compute
 
@@ -253,7 +253,7 @@ class Router:
         placed = self._placed.pop(request_id, None)
         if placed is not None:
             replica = placed.replica
-            self.fleet.release(replica, placed.tokens)
+            self.loads.release(replica, placed.tokens)
             if placed.promised:
                 self.index.withdraw(replica, placed.promised)
             if placed.under_way:
@@ -261,11 +261,11 @@ class Router:
                 self._settle(replica)
 
     def _settle(self, replica: int) -> None:
-        self.fleet.waits(replica, self._reported[replica] + self._under_way[replica])
+        self.loads.set_backlog(replica, self._reported[replica] + self._under_way[replica])
 
     # -- reports -----------------------------------------------------------------------------------
 
-    def hear(self, replica: int, news: CacheDelta) -> None:
+    def apply_cache_delta(self, replica: int, news: CacheDelta) -> None:
         """A replica's report. One that does not continue what is known changes nothing: the next is asked for again."""
         known = self.known[replica]
         if news.since >= 0 and not news.since <= known < news.number:
@@ -295,7 +295,7 @@ class Router:
         for replica, (number, tokens) in enumerate(zip(seen[: len(self.known)], unfilled, strict=False)):
             self.report(replica, tokens, number)
 
-    def behind(self, seen: Sequence[int]) -> list[int]:
+    def stale_replicas(self, seen: Sequence[int]) -> list[int]:
         """Replicas of which a driver saw more than was reported here."""
         return [r for r, number in enumerate(seen[: len(self.known)]) if number > max(0, self.known[r])]
 
@@ -305,6 +305,6 @@ class Router:
             del self._placed[request_id]
         self._under_way[replica] = self._reported[replica] = 0
         self.index.cleared(replica)
-        self.fleet.set_ready(replica, False)
-        self.fleet.forget(replica)
+        self.loads.set_ready(replica, False)
+        self.loads.forget(replica)
         self._aside.discard(replica)

@@ -61,19 +61,19 @@ class Handover:
             return -1
         open_ = np.zeros(len(self._members), np.bool_)
         open_[ready] = True
-        placer.desk.remove(request_id)
-        target = placer.desk.choose(request_id, wish, open_)
-        placer.desk.place(request_id, target, wish)
+        placer.router.remove(request_id)
+        target = placer.router.choose(request_id, wish, open_)
+        placer.router.place(request_id, target, wish)
         tried.add(target)
         return target
 
     def _stay(self, replica: int, request_id: str, wish: RouteRequest) -> None:
         """Count it where it is again."""
-        desk = self._placer.desk
-        desk.remove(request_id)
+        router = self._placer.router
+        router.remove(request_id)
         if self._placer.placements.holder(request_id) == replica:
-            desk.place(request_id, replica, wish)
-            desk.answered(replica, (request_id,))
+            router.place(request_id, replica, wish)
+            router.answered(replica, (request_id,))
 
     def _move_claims(
         self, replica: int, claims: Claims, dummy: bool, moved: dict[str, int], left: Left
@@ -85,7 +85,7 @@ class Handover:
         answers = yield [ReplicaCall(target, m.Claim(i, dummy, *claims[i])) for i, target in going.items()]
         gone = {}
         for (request_id, target), told in zip(going.items(), answers, strict=True):
-            self._placer.desk.answered(target, (request_id,))
+            self._placer.router.answered(target, (request_id,))
             if isinstance(told.result, m.Failure):
                 left[request_id] = str(m.to_error(told.result))
                 self._stay(replica, request_id, wish)

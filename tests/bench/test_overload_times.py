@@ -61,8 +61,8 @@ class House:
     """What a scheduler and its replicas are to drivers that want to be let in."""
 
     def __init__(self, load: Load, clock: Callable[[], float]) -> None:
-        self.desk = Router("cost", [load.pages * load.page_size] * load.replicas, load.page_size, None, clock)
-        self.hall = AdmissionController(load.policy, self.desk, load.page_size, clock)
+        self.router = Router("cost", [load.pages * load.page_size] * load.replicas, load.page_size, None, clock)
+        self.hall = AdmissionController(load.policy, self.router, load.page_size, clock)
         self.replicas = [Replica() for _ in range(load.replicas)]
         self.waiting: dict[str, asyncio.Future[Admission]] = {}
 
@@ -75,7 +75,7 @@ class House:
         self.hall.expire()
         while (entering := self.hall.next()) is not None:
             request_id, replica = entering.ticket.request_id, self.replicas[entering.replica]
-            self.desk.place(request_id, entering.replica, entering.wish)
+            self.router.place(request_id, entering.replica, entering.wish)
             replica.unfilled[request_id] = entering.wish.tokens
             replica.pages[request_id] = entering.ticket.pages
             self.hall.answered(entering)
@@ -88,8 +88,8 @@ class House:
     def report(self, number: int, answered: Sequence[str] = ()) -> None:
         replica = self.replicas[number]
         replica.turn += 1
-        self.desk.report(number, sum(replica.unfilled.values()), replica.turn)
-        self.desk.answered(number, answered)
+        self.router.report(number, sum(replica.unfilled.values()), replica.turn)
+        self.router.answered(number, answered)
         self.hall.gate.report(number, replica.turn, sum(replica.pages.values()))
 
 
@@ -117,7 +117,7 @@ class Guest:
         await asyncio.gather(*(self._tick(r, tick, forward) for r, tick in enumerate(ticks)))
         for number, tick in enumerate(ticks):
             for request_id in tick.release:
-                self.house.desk.remove(request_id)
+                self.house.router.remove(request_id)
                 self.house.hall.left([request_id])
             self.house.report(number)
         self.house.let_in()

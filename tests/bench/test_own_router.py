@@ -17,7 +17,7 @@ from ..unit.engine.fake import PageModel  # noqa: TID252  # tests/ is no package
 ROUTER = '''
 """Everything goes to the last replica that takes requests."""
 import numpy as np
-from rayk.scheduler.router.policy import Choice
+from rayk.scheduler.router.policy import Decision
 
 chosen = []
 
@@ -27,9 +27,9 @@ class Last:
     def __init__(self, index, page_size):
         self.index = index
 
-    def choose(self, wish, fleet):
-        chosen.append(len(wish.keys))
-        return Choice(int(np.flatnonzero(fleet.ready)[-1]))
+    def choose(self, request, loads):
+        chosen.append(len(request.keys))
+        return Decision(int(np.flatnonzero(loads.ready)[-1]))
 '''
 
 

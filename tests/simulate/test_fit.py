@@ -9,8 +9,14 @@ from rayk.simulate.fit import fit, main, retimed
 
 
 def test_pairs_are_ranked() -> None:
-    found = fit([chat(300, seed=1, scale=0.2, rate=3.4)], keeps=[0.0, 2.5], crowds=[0.5], churns=[0.3], page_size=128)
-    assert {(each.keep, each.crowd, each.churn) for each in found} == {(0.0, 0.5, 0.3), (2.5, 0.5, 0.3)}
+    found = fit(
+        [chat(300, seed=1, scale=0.2, rate=3.4)],
+        duplications=[0.0, 2.5],
+        queueings=[0.5],
+        evictions=[0.3],
+        page_size=128,
+    )
+    assert {(each.duplication, each.queueing, each.eviction) for each in found} == {(0.0, 0.5, 0.3), (2.5, 0.5, 0.3)}
     assert 1 <= found[0].loss <= found[1].loss and all(each.loss <= each.worst for each in found)
     assert all(0 < each.hit_rate <= 1.05 for each in found)
 
@@ -26,9 +32,8 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arrivals = tmp_path / "azure.csv"
     rows = "\n".join(f"2023-11-16 18:15:{i:02d}.0000000,100,10" for i in range(30))
     arrivals.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}\n")
-    assert (
-        main(["--requests", "30", "--keep", "2.5", "--crowd", "0.5", "--churn", "0.3", "--azure", str(arrivals)]) == 0
-    )
+    flags = ["--requests", "30", "--duplication", "2.5", "--queueing", "0.5", "--eviction", "0.3", "--azure"]
+    assert main([*flags, str(arrivals)]) == 0
     head, row = capsys.readouterr().out.splitlines()
-    assert head.split()[:4] == ["keep", "crowd", "churn", "loss"]
+    assert head.split()[:4] == ["duplication", "queueing", "eviction", "loss"]
     assert row.split()[:5] == ["2.5", "0.5", "0.3", "1.000", "1.000"]

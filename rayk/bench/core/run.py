@@ -56,11 +56,11 @@ def make_cases(groups: Iterable[str], trace: Path | None, smoke: bool) -> list[C
         cases.append(Case(f"w3-{batch}-batch", "w3", f"{decode}, batch API", "us", batched))
     cases.append(Case("w4", "w4", f"{TRACE_REQUESTS // part:,} requests of {served.name}", "ms", served))
     for replicas in FLEETS:
-        indexed, fleet = Indexed(replicas, ENTRIES // part), f"{replicas} replicas"
+        indexed, loads = Indexed(replicas, ENTRIES // part), f"{replicas} replicas"
         cases += [
-            Case(f"w5-{replicas}", "w5", f"best of {fleet}", "us", Lookups(indexed, False, FEW)),
-            Case(f"w5-{replicas}-cold", "w5", f"best of {fleet}, seldom asked", "us", Lookups(indexed, False, ALL)),
-            Case(f"w5-{replicas}-all", "w5", f"pages of each of {fleet}", "us", Lookups(indexed, True, FEW)),
+            Case(f"w5-{replicas}", "w5", f"best of {loads}", "us", Lookups(indexed, False, FEW)),
+            Case(f"w5-{replicas}-cold", "w5", f"best of {loads}, seldom asked", "us", Lookups(indexed, False, ALL)),
+            Case(f"w5-{replicas}-all", "w5", f"pages of each of {loads}", "us", Lookups(indexed, True, FEW)),
         ]
     cases += [
         Case(

@@ -167,9 +167,9 @@ class History:
         scheduler = None if self.runtime is None else self.runtime.actor("scheduler").instance._core
         standing = manager._backend._standing if scheduler is None else scheduler.standing  # type: ignore[attr-defined]
         standing.members.check_integrity()
-        desk = manager._backend._desk if scheduler is None else scheduler.desk  # type: ignore[attr-defined]
-        desk.index.check_integrity()
-        assert desk.fleet.ready.tolist() == [state == "ready" for state in map(str, standing.members.states)]
+        router = manager._backend._router if scheduler is None else scheduler.router  # type: ignore[attr-defined]
+        router.index.check_integrity()
+        assert router.loads.ready.tolist() == [state == "ready" for state in map(str, standing.members.states)]
 
 
 @pytest.mark.parametrize("kind", ["inline", "eager", "lazy"])

@@ -28,7 +28,7 @@ RUNTIMES = ["inline", "eager", "lazy"]
 def manager_of(
     kind: str, replicas: int = 3, pages: int = 24, copies: bool = False, admission: AdmissionPolicy | None = None
 ) -> Iterator[Any]:
-    """A manager that routes by cost, its desk, and its runtime (None inline)."""
+    """A manager that routes by cost, its router, and its runtime (None inline)."""
     runtime = None if kind == "inline" else FakeRuntime(lazy=kind == "lazy")
     with InferenceSession() if runtime is None else session_on(runtime, "n") as session:
         settings = params(replicas, enable_dp_cross_replica_prefix_copy=copies)
@@ -40,8 +40,8 @@ def manager_of(
 
 
 def desk_of(manager: PagedKVCacheManager, runtime: FakeRuntime | None) -> Router:
-    desk: Router = manager._backend._desk if runtime is None else runtime.actor("scheduler").instance._core.desk  # type: ignore[attr-defined]
-    return desk
+    router: Router = manager._backend._router if runtime is None else runtime.actor("scheduler").instance._core.router  # type: ignore[attr-defined]
+    return router
 
 
 def serve(manager: PagedKVCacheManager, ctx: TextContext, keep: bool = False) -> int:
@@ -55,14 +55,14 @@ def serve(manager: PagedKVCacheManager, ctx: TextContext, keep: bool = False) ->
 
 @pytest.mark.parametrize("kind", RUNTIMES)
 def test_a_prefix_is_found_again(kind: str) -> None:
-    with manager_of(kind) as (manager, desk, _):
+    with manager_of(kind) as (manager, router, _):
         first = serve(manager, TextContext("a", range(17), 100))
         others = [TextContext(f"other-{i}", range(100 * i, 100 * i + 9), 100) for i in range(1, 5)]
         for ctx in others:
             serve(manager, ctx)
         again = TextContext("b", [*range(16), 7, 7, 7], 100)
         assert serve(manager, again) == first and again.cached_prefix_length == 16
-        parts = desk.made("b").why()
+        parts = router.decision_of("b").why()
         assert parts.cached.tolist() == [16 if r == first else 0 for r in range(3)]
 
 
@@ -80,7 +80,7 @@ def test_requests_of_one_batch_that_share_a_prefix_go_together(kind: str) -> Non
 def test_the_index_is_what_replicas_hold(kind: str, copies: bool, seed: int) -> None:
     """Under eviction, resets, refusals and releases; promises left out, since nothing runs at the end."""
     draw = random.Random(seed)
-    with manager_of(kind, copies=copies) as (manager, desk, _):
+    with manager_of(kind, copies=copies) as (manager, router, _):
         held: dict[str, tuple[TextContext, int]] = {}
         for i in range(60):
             length = draw.randint(1, 30)
@@ -92,14 +92,14 @@ def test_the_index_is_what_replicas_hold(kind: str, copies: bool, seed: int) -> 
                 manager.release(request_id, held.pop(request_id)[1])
             if draw.random() < 0.05:
                 manager.reset_prefix_cache()
-            desk.index.check_integrity()
+            router.index.check_integrity()
         for request_id, (_, replica) in held.items():
             manager.release(request_id, replica)
         manager.admit([TextContext("last", [9999], 100)])  # brings the news of all that was seen
         manager.release("last", next(r for r in range(3) if manager.contains("last", r)))
-        assert [desk.index.pages(r) for r in range(3)] == [manager._backend.usage(r).cached for r in range(3)]
-        assert sum(desk.fleet.held.tolist()) <= 4, "the last release is told with the next message"
-        assert sum(desk.fleet.work.tolist()) <= 1
+        assert [router.index.pages(r) for r in range(3)] == [manager._backend.usage(r).cached for r in range(3)]
+        assert sum(router.loads.held.tolist()) <= 4, "the last release is told with the next message"
+        assert sum(router.loads.prefill_backlog.tolist()) <= 1
 
 
 def test_nobody_is_asked_for_what_is_known() -> None:
@@ -143,46 +143,46 @@ def keys(*numbers: int) -> list[Any]:
     return [number.to_bytes(8, "little") + b"rest" for number in numbers]
 
 
-def told(desk: Router, journal: CacheEventLog) -> bool:
-    news = journal.news(desk.known[0], free=5)
+def told(router: Router, journal: CacheEventLog) -> bool:
+    news = journal.news(router.known[0], free=5)
     if news is not None:
-        desk.hear(0, news)
+        router.apply_cache_delta(0, news)
     return news is not None
 
 
 def test_news_continue_where_the_reader_is() -> None:
     journal = CacheEventLog(lambda: iter(()))
-    desk = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
-    assert told(desk, journal) and not told(desk, journal)
+    router = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
+    assert told(router, journal) and not told(router, journal)
     journal.stored(b"", keys(1, 2, 3), None, b"")  # type: ignore[arg-type]
     assert journal.close(7) == 1
     journal.removed(keys(3))
     assert journal.close(7) == 2 and journal.close(7) == 2, "nothing changed"
     late = journal.news(0, free=5)
-    assert told(desk, journal) and desk.index.pages(0) == 2 and desk.fleet.work[0] == 7
+    assert told(router, journal) and router.index.pages(0) == 2 and router.loads.prefill_backlog[0] == 7
     assert late is not None
-    desk.hear(0, late)
-    assert desk.index.pages(0) == 2, "heard before"
+    router.apply_cache_delta(0, late)
+    assert router.index.pages(0) == 2, "heard before"
     journal.stored(b"", keys(5), None, b"")  # type: ignore[arg-type]
     journal.close(7)
     skipped = m.CacheDelta(5, 4, [[(True, b"12345678")]], 0, 0)
-    desk.hear(0, skipped)
-    assert desk.known[0] == 2, "a gap: asked for again"
-    assert told(desk, journal) and desk.index.pages(0) == 3
+    router.apply_cache_delta(0, skipped)
+    assert router.known[0] == 2, "a gap: asked for again"
+    assert told(router, journal) and router.index.pages(0) == 3
 
 
 def test_who_is_too_far_behind_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayk.replica.cache_events.KEPT", 2)
     journal = CacheEventLog(lambda: iter(keys(7, 8)))
-    desk = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
-    assert told(desk, journal)
+    router = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
+    assert told(router, journal)
     for i in range(5):
         journal.stored(b"", keys(i, 100 + i), None, b"")  # type: ignore[arg-type]
         journal.close(0)
     news = journal.news(0, 0)
     assert news is not None and news.since == -1
-    desk.hear(0, news)
-    assert desk.index.pages(0) == 2 and desk.known[0] == 5
+    router.apply_cache_delta(0, news)
+    assert router.index.pages(0) == 2 and router.known[0] == 5
 
 
 def test_batches_without_pages_take_no_place_however_many_nobody_asks_about() -> None:
@@ -198,33 +198,33 @@ def test_batches_without_pages_take_no_place_however_many_nobody_asks_about() ->
 
 def test_a_reader_hears_of_batches_with_pages_among_many_without() -> None:
     journal = CacheEventLog(lambda: iter(()))
-    desk = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
-    assert told(desk, journal)
+    router = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
+    assert told(router, journal)
     for i in range(40):
         if i % 9 == 0:
             journal.stored(b"", keys(i), None, b"")  # type: ignore[arg-type]
         journal.close(1 + i % 2)
     early = journal.news(3, 0)
-    assert told(desk, journal) and desk.index.pages(0) == 5 and desk.known[0] == 40
+    assert told(router, journal) and router.index.pages(0) == 5 and router.known[0] == 40
     journal.removed(keys(0, 9))
     journal.close(9)
     assert early is not None
-    desk.hear(0, early)
-    assert told(desk, journal) and desk.index.pages(0) == 3 and desk.known[0] == 41
+    router.apply_cache_delta(0, early)
+    assert told(router, journal) and router.index.pages(0) == 3 and router.known[0] == 41
 
 
 def test_who_is_very_many_batches_behind_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayk.replica.cache_events.BEHIND", 10)
     journal = CacheEventLog(lambda: iter(keys(7, 8)))
-    desk = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
-    assert told(desk, journal)
+    router = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
+    assert told(router, journal)
     for i in range(11):
         journal.close(1 + i % 2)
     near, far = journal.news(1, 0), journal.news(0, 0)
     assert near is not None and far is not None
     assert (near.since, len(near.batches), far.since, far.number) == (1, 10, -1, 11)
-    desk.hear(0, far)
-    assert desk.index.pages(0) == 2 and desk.known[0] == 11
+    router.apply_cache_delta(0, far)
+    assert router.index.pages(0) == 2 and router.known[0] == 11
 
 
 def test_unfilled_is_what_is_left_of_prompts() -> None:
@@ -241,14 +241,14 @@ def test_unfilled_is_what_is_left_of_prompts() -> None:
     assert unfilled.total == 0
 
 
-@pytest.mark.parametrize("router", ["cost", "round-robin", "least-loaded", "prefix", "session"])
+@pytest.mark.parametrize("policy", ["cost", "round-robin", "least-loaded", "prefix", "session"])
 @pytest.mark.parametrize("lazy", [False, True])
-def test_a_lost_replica_is_not_chosen_again(router: str, lazy: bool) -> None:
+def test_a_lost_replica_is_not_chosen_again(policy: str, lazy: bool) -> None:
     runtime = FakeRuntime(lazy=lazy)
     with session_on(runtime, "n") as session:
         settings = params(3, enable_dp_cross_replica_prefix_copy=False)
-        manager = PagedKVCacheManager(settings, session, 100, max_batch_size=32, router=router)
-        desk = desk_of(manager, runtime)
+        manager = PagedKVCacheManager(settings, session, 100, max_batch_size=32, router=policy)
+        router = desk_of(manager, runtime)
         manager.try_admit([TextContext(f"r{i}", range(17), 100) for i in range(3)], [0, 1, 2])
         lost = 1
         runtime.kill(f"replica-{lost}")
@@ -261,9 +261,9 @@ def test_a_lost_replica_is_not_chosen_again(router: str, lazy: bool) -> None:
         assert {a.replica for a in admissions} <= {0, 2} and not any(a.error for a in admissions)
         [again] = manager.try_admit([TextContext("r1", range(17), 100)])  # what was lost with it can be placed anew
         assert again.error is None and again.replica != lost
-        assert desk.fleet.requests[lost] == desk.fleet.held[lost] == desk.fleet.work[lost] == 0
-        assert not desk.fleet.ready[lost] and not desk.index.pages(lost)
-        desk.index.check_integrity()
+        assert router.loads.requests[lost] == router.loads.held[lost] == router.loads.prefill_backlog[lost] == 0
+        assert not router.loads.ready[lost] and not router.index.pages(lost)
+        router.index.check_integrity()
 
 
 def test_a_request_without_any_replica_left_is_refused_by_name() -> None:
@@ -282,11 +282,11 @@ def test_a_request_without_any_replica_left_is_refused_by_name() -> None:
 WAITING = AdmissionPolicy(high=1.0, low=1.0)
 
 
-def no_hashing(desk: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_hashing(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on it goes wrong when the scheduler hashes; the driver has a hasher of its own."""
-    assert desk.keys is not None
-    monkeypatch.setattr(desk.keys._hasher, "chain", None)
-    monkeypatch.setattr(desk.keys._hasher, "root", None)
+    assert router.keys is not None
+    monkeypatch.setattr(router.keys._hasher, "chain", None)
+    monkeypatch.setattr(router.keys._hasher, "root", None)
 
 
 def lengths_of_all_kinds() -> list[TextContext]:
@@ -299,28 +299,28 @@ def lengths_of_all_kinds() -> list[TextContext]:
 def test_the_scheduler_gets_keys_and_hashes_nothing(
     policy: AdmissionPolicy | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with manager_of("eager", admission=policy) as (manager, desk, runtime):
-        assert runtime is not None and desk.keys is not None
+    with manager_of("eager", admission=policy) as (manager, router, runtime):
+        assert runtime is not None and router.keys is not None
         ctxs, expected = lengths_of_all_kinds(), {}
         for ctx in ctxs:
             raw = ctx.tokens.data[: ctx.tokens.length].tobytes()
-            expected[ctx.request_id] = desk.keys.of(raw, ctx.root_key, ctx.pending_future_count)
+            expected[ctx.request_id] = router.keys.of(raw, ctx.root_key, ctx.pending_future_count)
         assert [len(keys) for keys in expected.values()] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
-        no_hashing(desk, monkeypatch)
-        wishes = placed_for(desk, monkeypatch)
+        no_hashing(router, monkeypatch)
+        wishes = placed_for(router, monkeypatch)
         manager.admit(ctxs)
         assert {request_id: list(wish.keys) for request_id, wish in wishes.items()} == expected
 
 
-def placed_for(desk: Router, monkeypatch: pytest.MonkeyPatch) -> dict[str, RouteRequest]:
+def placed_for(router: Router, monkeypatch: pytest.MonkeyPatch) -> dict[str, RouteRequest]:
     """What is placed from now on, by request."""
-    place, wishes = desk.place, dict[str, RouteRequest]()
+    place, wishes = router.place, dict[str, RouteRequest]()
 
     def noting(request_id: str, replica: int, wish: RouteRequest) -> None:
         wishes[request_id] = wish
         place(request_id, replica, wish)
 
-    monkeypatch.setattr(desk, "place", noting)
+    monkeypatch.setattr(router, "place", noting)
     return wishes
 
 
@@ -333,13 +333,13 @@ def test_keys_that_are_not_those_of_the_requests_are_refused() -> None:
 
 
 def test_the_scheduler_makes_the_keys_of_who_came_before_there_was_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    with manager_of("eager", 1, 3, admission=WAITING) as (manager, desk, _):
+    with manager_of("eager", 1, 3, admission=WAITING) as (manager, router, _):
         assert len(manager.enter([TextContext("a", range(9), 100)])) == 1
-        assert manager.enter([TextContext("b", range(9), 100)]) == [] and desk.keys is None, "it waits for room"
+        assert manager.enter([TextContext("b", range(9), 100)]) == [] and router.keys is None, "it waits for room"
         manager.add_replicas()
-        assert desk.keys is not None
-        wishes = placed_for(desk, monkeypatch)
+        assert router.keys is not None
+        wishes = placed_for(router, monkeypatch)
         [(_, admission)] = manager.enter()
         assert admission.replica == 1
         raw = np.arange(9, dtype=np.int32).tobytes()
-        assert list(wishes["b"].keys) == desk.keys.of(raw, (None, None)) and len(wishes["b"].keys) == 2
+        assert list(wishes["b"].keys) == router.keys.of(raw, (None, None)) and len(wishes["b"].keys) == 2

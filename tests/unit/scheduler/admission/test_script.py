@@ -119,7 +119,7 @@ def test_a_refused_request_waits_on_and_a_lost_replicas_is_placed_elsewhere() ->
 
     def lost(ask: ReplicaCall) -> m.Result:
         if isinstance(ask.command, m.Admit) and ask.replica == 0:
-            scheduler.core.desk.lost(0)
+            scheduler.core.router.lost(0)
             return LOST
         return usual(ask)
 
@@ -133,7 +133,7 @@ def test_without_any_replica_nobody_waits() -> None:
     scheduler.enter(ctx("a", 10), ctx("b", 10), ctx("c", 10))
     assert scheduler.core.hall is not None
     for replica in range(2):
-        scheduler.core.desk.lost(replica)
+        scheduler.core.router.lost(replica)
         scheduler.core.hall.lost(replica, scheduler.core.placements.on(replica))
     assert scheduler.enter(ctx("d")) == {"c": "NoReplicaError", "d": "NoReplicaError"}
     assert scheduler.core.hall.queue.held == 0

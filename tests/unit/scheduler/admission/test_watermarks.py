@@ -8,8 +8,8 @@ from rayk.scheduler.router.replica_loads import ReplicaLoads
 
 
 def gate(replicas: int = 2, pages: int = 100, **policy: float) -> tuple[Watermarks, ReplicaLoads]:
-    fleet = ReplicaLoads(replicas, capacity=pages * 4)
-    return Watermarks(AdmissionPolicy(**{"high": 0.9, "low": 0.5} | policy), fleet, 4), fleet  # type: ignore[arg-type]
+    loads = ReplicaLoads(replicas, capacity=pages * 4)
+    return Watermarks(AdmissionPolicy(**{"high": 0.9, "low": 0.5} | policy), loads, 4), loads  # type: ignore[arg-type]
 
 
 def test_each_replica_has_its_own_mark() -> None:
@@ -54,27 +54,27 @@ def test_what_is_promised_counts_until_the_replica_has_answered() -> None:
 
 
 def test_a_replica_that_is_not_ready_or_full_of_requests_or_of_prefill_is_closed() -> None:
-    marks, fleet = gate(4, max_running=2, max_unfilled=100)
-    fleet.set_ready(0, False)
+    marks, loads = gate(4, max_running=2, max_unfilled=100)
+    loads.set_ready(0, False)
     for _ in range(2):
-        fleet.place(1, 0, 4)
-    fleet.waits(2, 100)
+        loads.place(1, 0, 4)
+    loads.set_backlog(2, 100)
     assert marks.open(1).tolist() == [False, False, False, True]
-    fleet.release(1, 4)
-    fleet.waits(2, 99)
+    loads.release(1, 4)
+    loads.set_backlog(2, 99)
     assert marks.open(1).tolist() == [False, True, True, True]
 
 
 def test_replicas_come_and_go() -> None:
-    marks, fleet = gate(1, 10)
+    marks, loads = gate(1, 10)
     assert marks.most == 9
     marks.report(0, 1, 9)
-    fleet.join(1, 80)
+    loads.join(1, 80)
     assert marks.open(5).tolist() == [False, True] and marks.most == 18
     marks.report(1, 1, 14)
     marks.promise(1, 2)
     marks.forget(1)
-    fleet.set_ready(1, False)
+    loads.set_ready(1, False)
     assert marks.levels == [9, 0] and marks.most == 9
     marks.kept(1, 2)
     assert marks.levels == [9, 0], "an answer that comes after the end"

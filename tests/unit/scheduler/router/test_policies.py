@@ -21,106 +21,106 @@ PAGE = 10
 KEYS = list(range(1000, 1010))
 
 
-def placed(policy: str | Cost, fleet: ReplicaLoads, index: PrefixIndex, wish: RouteRequest) -> int:
+def placed(policy: str | Cost, loads: ReplicaLoads, index: PrefixIndex, wish: RouteRequest) -> int:
     """Choose, and place as a scheduler does."""
     router = make_policy(policy, index, PAGE) if isinstance(policy, str) else policy
-    replica = router.choose(wish, fleet).replica
+    replica = router.choose(wish, loads).replica
     cached = int(index.reach(wish.keys).disk[replica]) * PAGE
     index.promise(replica, wish.keys)
-    fleet.place(replica, wish.tokens - cached, wish.tokens)
+    loads.place(replica, wish.tokens - cached, wish.tokens)
     return replica
 
 
 def test_round_robin_skips_who_is_not_ready() -> None:
-    fleet, router = ReplicaLoads(4), make_policy("round-robin", PrefixIndex(4), PAGE)
-    fleet.set_ready(2, False)
-    assert [router.choose(RouteRequest(5), fleet).replica for _ in range(7)] == [0, 1, 3, 0, 1, 3, 0]
+    loads, router = ReplicaLoads(4), make_policy("round-robin", PrefixIndex(4), PAGE)
+    loads.set_ready(2, False)
+    assert [router.choose(RouteRequest(5), loads).replica for _ in range(7)] == [0, 1, 3, 0, 1, 3, 0]
 
 
 def test_least_loaded_looks_at_what_waits_and_then_the_index() -> None:
-    fleet, index = ReplicaLoads(3), PrefixIndex(3)
+    loads, index = ReplicaLoads(3), PrefixIndex(3)
     index.stored(2, KEYS)
-    assert [placed("least-loaded", fleet, index, RouteRequest(n, KEYS)) for n in (150, 120, 200)] == [0, 1, 2]
-    assert fleet.work.tolist() == [150, 120, 100]
-    fleet.prefilled(0, 60)
-    fleet.prefilled(2, 500)  # more than it had: it has nothing
-    assert fleet.work.tolist() == [90, 120, 0]
-    assert placed("least-loaded", fleet, index, RouteRequest(10)) == 2
-    fleet.set_ready(2, False)
-    assert placed("least-loaded", fleet, index, RouteRequest(10)) == 0
+    assert [placed("least-loaded", loads, index, RouteRequest(n, KEYS)) for n in (150, 120, 200)] == [0, 1, 2]
+    assert loads.prefill_backlog.tolist() == [150, 120, 100]
+    loads.prefilled(0, 60)
+    loads.prefilled(2, 500)  # more than it had: it has nothing
+    assert loads.prefill_backlog.tolist() == [90, 120, 0]
+    assert placed("least-loaded", loads, index, RouteRequest(10)) == 2
+    loads.set_ready(2, False)
+    assert placed("least-loaded", loads, index, RouteRequest(10)) == 0
 
 
 def test_prefix_looks_at_the_longest_prefix_only() -> None:
-    fleet, index = ReplicaLoads(3), PrefixIndex(3)
+    loads, index = ReplicaLoads(3), PrefixIndex(3)
     index.stored(1, KEYS[:5])
     index.stored(2, KEYS[:5], Tier.host)
-    fleet.place(1, 10_000, 10_000)
-    fleet.place(2, 20_000, 20_000)
-    assert placed("prefix", fleet, index, RouteRequest(101, KEYS)) == 1
-    fleet.set_ready(1, False)
-    fleet.set_ready(2, False)
-    assert placed("prefix", fleet, index, RouteRequest(101, KEYS)) == 0
+    loads.place(1, 10_000, 10_000)
+    loads.place(2, 20_000, 20_000)
+    assert placed("prefix", loads, index, RouteRequest(101, KEYS)) == 1
+    loads.set_ready(1, False)
+    loads.set_ready(2, False)
+    assert placed("prefix", loads, index, RouteRequest(101, KEYS)) == 0
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_nobody_ready_is_nobody_chosen(name: str) -> None:
-    fleet, index = ReplicaLoads(2), PrefixIndex(2)
+    loads, index = ReplicaLoads(2), PrefixIndex(2)
     router = make_policy(name, index, PAGE)
     for replica in range(2):
-        fleet.set_ready(replica, False)
-    assert router.choose(RouteRequest(50, KEYS, "s"), fleet).replica == -1
-    fleet.set_ready(1, True)
-    assert router.choose(RouteRequest(50, KEYS, "s"), fleet).replica == 1
-    fleet.join()
+        loads.set_ready(replica, False)
+    assert router.choose(RouteRequest(50, KEYS, "s"), loads).replica == -1
+    loads.set_ready(1, True)
+    assert router.choose(RouteRequest(50, KEYS, "s"), loads).replica == 1
+    loads.join()
     index.join()
-    assert len(fleet) == index.replicas == 3 and router.choose(RouteRequest(50, KEYS, "s"), fleet).replica >= 1
+    assert len(loads) == index.replicas == 3 and router.choose(RouteRequest(50, KEYS, "s"), loads).replica >= 1
 
 
-def test_a_fleet_that_grows_keeps_its_numbers_and_a_picture_shows_them_as_they_were() -> None:
-    fleet = ReplicaLoads(2, capacity=100)
-    fleet.place(1, 7, 20)
-    fleet.work[0] = 2.5
-    picture = fleet.picture()
-    fleet.join(1, 50)
-    fleet.place(2, 4, 9)
-    fleet.place(1, 1, 2)
-    fleet.release(1, 20)
-    columns = (fleet.work, fleet.requests, fleet.held, fleet.capacity, fleet.computed)
+def test_loads_that_grow_keep_their_numbers_and_a_snapshot_shows_them_as_they_were() -> None:
+    loads = ReplicaLoads(2, capacity=100)
+    loads.place(1, 7, 20)
+    loads.prefill_backlog[0] = 2.5
+    snapshot = loads.snapshot()
+    loads.join(1, 50)
+    loads.place(2, 4, 9)
+    loads.place(1, 1, 2)
+    loads.release(1, 20)
+    columns = (loads.prefill_backlog, loads.requests, loads.held, loads.capacity, loads.computed)
     assert [c.tolist() for c in columns] == [[2.5, 8, 4], [0, 1, 1], [0, 2, 9], [100, 100, 50], [0, 8, 4]]
-    assert [c.tolist() for c in ReplicaLoads.pictured(picture)] == [[2.5, 7], [0, 1], [0, 20], [100, 100]]
-    assert [fleet.fits(2, 41), fleet.fits(2, 42), fleet.limit(2)] == [True, False, 50]
+    assert [c.tolist() for c in ReplicaLoads.from_snapshot(snapshot)] == [[2.5, 7], [0, 1], [0, 20], [100, 100]]
+    assert [loads.fits(2, 41), loads.fits(2, 42), loads.limit(2)] == [True, False, 50]
 
 
-def test_a_fleet_is_roomy_while_its_fullest_replica_has_room() -> None:
-    random, fleet = np.random.default_rng(5), ReplicaLoads(3, capacity=500)
+def test_a_request_fits_everywhere_while_the_fullest_replica_has_room() -> None:
+    random, loads = np.random.default_rng(5), ReplicaLoads(3, capacity=500)
     for _ in range(400):
-        replica, tokens = int(random.integers(len(fleet))), int(random.integers(1, 60))
+        replica, tokens = int(random.integers(len(loads))), int(random.integers(1, 60))
         change = random.random()
         if change < 0.6:
-            fleet.place(replica, tokens, tokens)
+            loads.place(replica, tokens, tokens)
         elif change < 0.9:
-            fleet.release(replica, min(tokens, int(fleet.held[replica])))
+            loads.release(replica, min(tokens, int(loads.held[replica])))
         elif change < 0.96:
-            fleet.resize(replica, int(random.integers(100, 900)))
+            loads.resize(replica, int(random.integers(100, 900)))
         elif change < 0.98:
-            fleet.renew(replica, 300)
-        elif len(fleet) < 6:
-            fleet.join(1, 400)
-        left = int((fleet.capacity - fleet.held).min())
+            loads.renew(replica, 300)
+        elif len(loads) < 6:
+            loads.join(1, 400)
+        left = int((loads.capacity - loads.held).min())
         for asked in random.permutation([max(left + more, 0) for more in (-1, 0, 1, 500)]).tolist():
-            assert fleet.roomy(asked) == (asked <= left)
+            assert loads.fits_everywhere(asked) == (asked <= left)
 
 
 def test_the_latest_choices_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayk.scheduler.router.router.REMEMBERED", 8)
     monkeypatch.setattr("rayk.scheduler.router.router.FORGOTTEN", 4)
-    desk = RouterSettings("cost", (1000, 1000), PAGE).make(iter(range(100)).__next__)
+    router = RouterSettings("cost", (1000, 1000), PAGE).make(iter(range(100)).__next__)
     for i in range(30):
-        desk.choose(f"r{i % 17}", RouteRequest(i))
+        router.choose(f"r{i % 17}", RouteRequest(i))
         kept = {f"r{j % 17}": j for j in range(i + 1)}
-        remembered = [request_id for request_id in kept if desk.made(request_id) is not None]
+        remembered = [request_id for request_id in kept if router.decision_of(request_id) is not None]
         for request_id in remembered:
-            made = desk.made(request_id)
+            made = router.decision_of(request_id)
             assert made is not None and (made.tokens, made.at) == (kept[request_id],) * 2
         latest = sorted(kept, key=kept.__getitem__)[-8:]
         assert set(latest) <= set(remembered) and len(remembered) < 12
@@ -132,21 +132,26 @@ def test_unknown_routers_are_refused_with_the_names() -> None:
 
 
 def test_a_session_stays_until_its_replica_carries_too_much() -> None:
-    fleet, router = ReplicaLoads(4), Session(bound=1.5)
-    home = router.choose(RouteRequest(100, session="a"), fleet).replica
-    assert Session().choose(RouteRequest(1, session="a"), ReplicaLoads(4)).replica == home  # in any process
-    fleet.place(home, 120, 120)
-    assert router.choose(RouteRequest(100, session="a"), fleet).replica == home
-    fleet.place(home, 400, 400)
-    moved = router.choose(RouteRequest(100, session="a"), fleet).replica
-    assert moved != home
-    fleet.forget(home)
-    assert router.choose(RouteRequest(100, session="a"), fleet).replica == moved
-    spread = {Session().choose(RouteRequest(1, session=str(i)), ReplicaLoads(4)).replica for i in range(50)}
-    assert spread == {0, 1, 2, 3}
-    fleet.place(0, 9, 9)
+    loads, router = ReplicaLoads(4), Session(PrefixIndex(4), PAGE, bound=1.5)
+    home = router.choose(RouteRequest(100, session="a"), loads).replica
     assert (
-        router.choose(RouteRequest(9), fleet).replica == 1
+        Session(PrefixIndex(4), PAGE).choose(RouteRequest(1, session="a"), ReplicaLoads(4)).replica == home
+    )  # in any process
+    loads.place(home, 120, 120)
+    assert router.choose(RouteRequest(100, session="a"), loads).replica == home
+    loads.place(home, 400, 400)
+    moved = router.choose(RouteRequest(100, session="a"), loads).replica
+    assert moved != home
+    loads.forget(home)
+    assert router.choose(RouteRequest(100, session="a"), loads).replica == moved
+    spread = {
+        Session(PrefixIndex(4), PAGE).choose(RouteRequest(1, session=str(i)), ReplicaLoads(4)).replica
+        for i in range(50)
+    }
+    assert spread == {0, 1, 2, 3}
+    loads.place(0, 9, 9)
+    assert (
+        router.choose(RouteRequest(9), loads).replica == 1
     )  # without a session: the least that waits, the least computed
 
 
@@ -158,51 +163,51 @@ def test_most_sessions_stay_where_they_hash_to_when_a_replica_joins() -> None:
 
 
 def test_cost_prefers_the_cache_until_the_wait_is_longer() -> None:
-    fleet, index = ReplicaLoads(2), PrefixIndex(2)
+    loads, index = ReplicaLoads(2), PrefixIndex(2)
     index.stored(1, KEYS)
-    assert placed("cost", fleet, index, RouteRequest(105, KEYS)) == 1
-    fleet.place(1, 200, 200)
-    assert placed("cost", fleet, index, RouteRequest(105, KEYS)) == 1  # a second copy would cost more than the wait
-    fleet.place(1, 400, 400)
-    assert placed("cost", fleet, index, RouteRequest(105, KEYS)) == 0
+    assert placed("cost", loads, index, RouteRequest(105, KEYS)) == 1
+    loads.place(1, 200, 200)
+    assert placed("cost", loads, index, RouteRequest(105, KEYS)) == 1  # a second copy would cost more than the wait
+    loads.place(1, 400, 400)
+    assert placed("cost", loads, index, RouteRequest(105, KEYS)) == 0
 
 
 def test_those_who_share_a_prefix_and_arrive_together_stay_together() -> None:
-    fleet, index = ReplicaLoads(4), PrefixIndex(4)
+    loads, index = ReplicaLoads(4), PrefixIndex(4)
     router = Cost(index, PAGE)
-    first = [placed(router, fleet, index, RouteRequest(101, KEYS)) for _ in range(3)]
-    other = [placed(router, fleet, index, RouteRequest(101, list(range(2000, 2010)))) for _ in range(3)]
+    first = [placed(router, loads, index, RouteRequest(101, KEYS)) for _ in range(3)]
+    other = [placed(router, loads, index, RouteRequest(101, list(range(2000, 2010)))) for _ in range(3)]
     assert len(set(first)) == len(set(other)) == 1 and first[0] != other[0]
 
 
 def test_a_hot_prefix_is_not_sent_to_one_replica_only() -> None:
-    fleet, index = ReplicaLoads(4), PrefixIndex(4)
+    loads, index = ReplicaLoads(4), PrefixIndex(4)
     router = Cost(index, PAGE)
-    chosen = [placed(router, fleet, index, RouteRequest(130, KEYS)) for _ in range(400)]
+    chosen = [placed(router, loads, index, RouteRequest(130, KEYS)) for _ in range(400)]
     assert min(chosen.count(r) for r in range(4)) > 60
 
 
 def held_back(between: int) -> float:
     """The longest queue behind the one replica that holds a long prefix, before another one gets it, when so many
     requests for other things come between two that share it."""
-    fleet, index = ReplicaLoads(4), PrefixIndex(4)
+    loads, index = ReplicaLoads(4), PrefixIndex(4)
     long = list(range(1000))
     index.stored(0, long)
     router, longest = Cost(index, PAGE), 0.0
     for turn in range(400):
         for other in range(between):
             placed(
-                router, fleet, index, RouteRequest(900, [10_000 * (turn + 1) + 10 * other + page for page in range(9)])
+                router, loads, index, RouteRequest(900, [10_000 * (turn + 1) + 10 * other + page for page in range(9)])
             )
-        fleet.work[1:] = 0
-        if placed(router, fleet, index, RouteRequest(10_900, long)):
+        loads.prefill_backlog[1:] = 0
+        if placed(router, loads, index, RouteRequest(10_900, long)):
             break
-        longest = float(fleet.work[0])
+        longest = float(loads.prefill_backlog[0])
     return longest
 
 
 def test_a_copy_is_made_when_the_wait_for_want_of_one_has_cost_as_much() -> None:
-    copy = 10_000 * (1 + Weights().keep)  # computing it, and the room
+    copy = 10_000 * (1 + Weights().duplication)  # computing it, and the room
     hot, rare = held_back(between=0), held_back(between=40)
     assert hot < copy / 3 and hot < rare / 2  # it is the sum that counts, not the wait of one
     assert rare > copy / 2  # who comes rarely is forgotten in between: then the wait itself decides
@@ -210,40 +215,40 @@ def test_a_copy_is_made_when_the_wait_for_want_of_one_has_cost_as_much() -> None
 
 def test_a_full_cache_that_takes_in_more_than_its_share_is_spared() -> None:
     def first_after(taken: int, capacity: int) -> int:
-        fleet, index = ReplicaLoads(2, capacity=capacity), PrefixIndex(2)
+        loads, index = ReplicaLoads(2, capacity=capacity), PrefixIndex(2)
         router = Cost(index, PAGE)
-        fleet.work[1] = 1e9
+        loads.prefill_backlog[1] = 1e9
         for turn in range(taken):
-            placed(router, fleet, index, RouteRequest(100, [1000 * turn + page for page in range(9)]))
-            fleet.release(0, 100)
-        fleet.work[:] = 0, 10
-        return placed(router, fleet, index, RouteRequest(100))
+            placed(router, loads, index, RouteRequest(100, [1000 * turn + page for page in range(9)]))
+            loads.release(0, 100)
+        loads.prefill_backlog[:] = 0, 10
+        return placed(router, loads, index, RouteRequest(100))
 
     assert first_after(20, capacity=10_000) == 0  # less waits there, and it has room
     assert first_after(20, capacity=1_000) == 1
     parts = Cost(PrefixIndex(2), PAGE).choose(RouteRequest(50), ReplicaLoads(2)).parts
-    assert parts is not None and parts.churn.tolist() == [0, 0]
+    assert parts is not None and parts.eviction.tolist() == [0, 0]
 
 
 def test_idle_replicas_share_what_has_nothing_in_common() -> None:
-    fleet, index = ReplicaLoads(8, rate=1000.0), PrefixIndex(8)
+    loads, index = ReplicaLoads(8, rate=1000.0), PrefixIndex(8)
     router = Cost(index, PAGE)
     chosen = []
     for i in range(80):
-        fleet.advance(float(i))  # each is done before the next arrives
-        chosen.append(placed(router, fleet, index, RouteRequest(100, range(10_000 * (i + 1), 10_000 * (i + 1) + 9))))
+        loads.advance(float(i))  # each is done before the next arrives
+        chosen.append(placed(router, loads, index, RouteRequest(100, range(10_000 * (i + 1), 10_000 * (i + 1) + 9))))
     assert {chosen.count(r) for r in range(8)} == {10}
-    assert fleet.work.sum() == 100 and fleet.requests.sum() == 80 and fleet.held.sum() == 8000
+    assert loads.prefill_backlog.sum() == 100 and loads.requests.sum() == 80 and loads.held.sum() == 8000
 
 
 def test_a_replica_that_joins_does_not_win_every_tie() -> None:
-    fleet = ReplicaLoads(2, rate=1e9)
+    loads = ReplicaLoads(2, rate=1e9)
     for now in range(10):
-        fleet.advance(float(now))
-        fleet.place(now % 2, 100, 100)
-    fleet.join(2)
-    fleet.advance(100.0)
-    assert fleet.computed.tolist() == [500] * 4 and fleet.work.tolist() == [0.0] * 4 and fleet.ready.all()
+        loads.advance(float(now))
+        loads.place(now % 2, 100, 100)
+    loads.join(2)
+    loads.advance(100.0)
+    assert loads.computed.tolist() == [500] * 4 and loads.prefill_backlog.tolist() == [0.0] * 4 and loads.ready.all()
 
 
 def test_tiers_and_copies_have_their_price() -> None:
@@ -256,10 +261,10 @@ def test_tiers_and_copies_have_their_price() -> None:
     parts = Cost(index, PAGE, Weights(host_price=0.1, disk_price=0.5)).choose(wish, ReplicaLoads(4)).parts
     assert parts is not None
     assert parts.prefill.tolist() == [100, 10, 10, 10]
-    assert parts.loading.tolist() == pytest.approx([0, 9, 45, 7])
-    assert parts.keep.tolist() == pytest.approx([Weights().keep * 90 / 3, 0, 0, 0])
+    assert parts.fetch.tolist() == pytest.approx([0, 9, 45, 7])
+    assert parts.duplication.tolist() == pytest.approx([Weights().duplication * 90 / 3, 0, 0, 0])
     lent = Cost(index, PAGE, Weights(peer_price=0.2)).choose(wish, ReplicaLoads(4)).parts
-    assert lent is not None and lent.prefill[0] == 10 and lent.loading[0] == pytest.approx(18)
+    assert lent is not None and lent.prefill[0] == 10 and lent.fetch[0] == pytest.approx(18)
 
 
 def test_a_page_with_many_holders_is_cheap_to_store_again() -> None:
@@ -269,32 +274,34 @@ def test_a_page_with_many_holders_is_cheap_to_store_again() -> None:
     index.stored(0, KEYS[:6])
     parts = Cost(index, PAGE).choose(RouteRequest(100, KEYS), ReplicaLoads(5)).parts
     assert parts is not None
-    two, four = 2 * PAGE * Weights().keep, 4 * PAGE * Weights().keep / 3
-    assert parts.keep.tolist() == pytest.approx([0, two, two, two + four, two + four])
+    two, four = 2 * PAGE * Weights().duplication, 4 * PAGE * Weights().duplication / 3
+    assert parts.duplication.tolist() == pytest.approx([0, two, two, two + four, two + four])
 
 
 def test_pages_that_cannot_be_had_and_rows_that_decode_count() -> None:
-    fleet, index = ReplicaLoads(2, capacity=1000), PrefixIndex(2)
+    loads, index = ReplicaLoads(2, capacity=1000), PrefixIndex(2)
     for _ in range(4):
-        fleet.place(0, 0, 240)
+        loads.place(0, 0, 240)
     router = Cost(index, PAGE)
-    parts = router.choose(RouteRequest(100), fleet).parts
+    parts = router.choose(RouteRequest(100), loads).parts
     assert parts is not None
     assert parts.pressure.tolist() == [4.0 * 60, 0]
     assert parts.prefill.tolist() == pytest.approx([100 * (1 + 4 / 2048), 100])
-    fleet.release(0, 240)
-    assert fleet.held.tolist() == [720, 0] and fleet.requests.tolist() == [3, 0]
+    loads.release(0, 240)
+    assert loads.held.tolist() == [720, 0] and loads.requests.tolist() == [3, 0]
 
 
 def test_a_choice_is_explained() -> None:
-    fleet, index = ReplicaLoads(30), PrefixIndex(30)
+    loads, index = ReplicaLoads(30), PrefixIndex(30)
     index.stored(17, KEYS)
-    fleet.place(17, 50, 50)
-    choice = Cost(index, PAGE).choose(RouteRequest(101, KEYS), fleet)
+    loads.place(17, 50, 50)
+    choice = Cost(index, PAGE).choose(RouteRequest(101, KEYS), loads)
     assert choice.replica == 17 and choice.parts is not None
     best, *others = choice.parts.candidates(17, 5)
     assert (best.replica, best.cached, best.waiting) == (17, 100, 50) and len(others) == 4
-    assert best.cost == pytest.approx(best.prefill + best.loading + best.crowd + best.keep + best.churn + best.pressure)
+    assert best.cost == pytest.approx(
+        best.prefill + best.fetch + best.queueing + best.duplication + best.eviction + best.pressure
+    )
     assert [c.cost for c in others] == sorted(c.cost for c in others) and others[0].cost > best.cost
     assert 29 in [c.replica for c in choice.parts.candidates(29, 5)]
 
@@ -307,8 +314,8 @@ class Highest:
     def __init__(self, index: PrefixIndex, page_size: int) -> None:
         pass
 
-    def choose(self, wish: RouteRequest, fleet: ReplicaLoads) -> Decision:
-        return Decision(int(np.flatnonzero(fleet.ready)[-1]))
+    def choose(self, wish: RouteRequest, loads: ReplicaLoads) -> Decision:
+        return Decision(int(np.flatnonzero(loads.ready)[-1]))
 
 
 class Silent(Highest):

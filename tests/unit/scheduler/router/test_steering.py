@@ -47,7 +47,7 @@ def test_what_was_only_promised_is_forgotten() -> None:
     assert steer._index.reach(keys).device[home] == len(keys)
     steer.hear(home, [(False, keys[-1].to_bytes(8, "little"))])
     assert steer._index.reach(keys).device[home] == len(keys) - 1
-    assert not steer._fleet.requests.any() and not steer._fleet.work.any() and not steer._fleet.held.any()
+    assert not steer._fleet.requests.any() and not steer._fleet.prefill_backlog.any() and not steer._fleet.held.any()
 
 
 def test_replicas_that_are_full_or_lost_get_nothing() -> None:
@@ -68,7 +68,7 @@ def test_prefilled_tokens_do_not_count_as_work() -> None:
     assert [steer.place(i, 100 + i, [], None) for i in range(2)] == [0, 1]
     for number in (1, 1, 77):
         steer.prefilled(number)
-    assert steer._fleet.work.tolist() == [100, 0] and steer.place(2, 10, [], None) == 1
+    assert steer._fleet.prefill_backlog.tolist() == [100, 0] and steer.place(2, 10, [], None) == 1
 
 
 def test_least_loaded_counts_what_is_placed() -> None:
