@@ -51,7 +51,7 @@ bench-instructions: $(STAMP) valgrind  ## count instructions under valgrind; fai
 	$(BIN)/rayk bench core --only instructions --check --baseline $(BASELINE) --tolerance 0.05
 
 profile: $(STAMP)  ## sample driver, scheduler and replica on Ray with py-spy, write profile-out/
-	$(BIN)/python -m rayk.bench.core.profile profile-out
+	$(BIN)/python tests/measure/ray_profile.py profile-out
 
 gpu-report: $(STAMP)  ## run the GPU tests and show what they print
 	@$(BIN)/python -c 'import torch; n = torch.cuda.device_count(); \

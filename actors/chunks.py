@@ -1,8 +1,8 @@
 """A message on its way into an actor, in pieces that Ray sends along with the call.
 
 Ray puts an argument of more than 100 KiB into its object store, which takes a message of 140 to 260 kB twice the time
-and twice to three times the CPU time of all processes together (`python -m rayk.bench.pieces`). Cut up it goes with the
-call; from half a MB on copying it about costs as much, and it goes whole.
+and twice to three times the CPU time of all processes together (tests/measure/message_pieces.py). Cut up it goes with
+the call; from half a MB on copying it about costs as much, and it goes whole.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It opens beside the first messages, which go by calls until it has, rests when nothing is said, and is given up for
 good, with one warning, whenever anything is wrong with it; whoever uses it goes on with calls. It carries one message
-at a time. `python -m rayk.bench.lane` measures what it gains and costs.
+at a time. `python tests/measure/fast_lane.py` measures what it gains and costs.
 """
 
 from __future__ import annotations

@@ -18,11 +18,16 @@ from typing import Any
 
 import msgspec
 import psutil
+from rich.console import Console
 
 from rayk import protocol as m
+from rayk.bench.flags import OverloadFlags
 from rayk.bench.overload_driver import Load, Outcome, OverloadDriver, Phase
+from rayk.bench.table import make_table
+from rayk.cli.flags import Format
 from rayk.manager.manager import PagedKVCacheManager
 from rayk.protocol.admission import AdmissionPolicy
+from rayk.quantity import parse_duration
 from rayk.session import InferenceSession
 
 POLITE, FLOOD = "polite", "flood"
@@ -266,3 +271,48 @@ def judge(settings: OverloadSettings, result: OverloadResult, over: dict[str, Ou
         Verdict("growth of any process, MiB", f"{grown:.1f}", f"<= {MOST_GROWTH}", grown <= MOST_GROWTH),
         Verdict("and in its last third, MiB", f"{drift:.1f}", f"<= {MOST_DRIFT}", drift <= MOST_DRIFT),
     ]
+
+
+def overload(flags: OverloadFlags) -> int:
+    """Measure, judge and print; 1 when the cluster takes it badly."""
+    settings = OverloadSettings(
+        seconds=parse_duration(flags.duration),
+        patience=flags.deadline,
+        **{name: getattr(flags, name) for name in ("replicas", "factor", "max_waiting", "address", "seed")},
+    )
+    if flags.smoke:
+        settings = msgspec.structs.replace(settings, seconds=6.0, alone=3.0, capacity=4.0, once=4.0)
+    measured = Overload(settings)
+    try:
+        result = measured.measure()
+    finally:
+        measured.close()
+    if flags.form is Format.json:
+        print(msgspec.json.encode({"command": "bench overload", **msgspec.structs.asdict(result)}).decode())
+    else:
+        _show(result)
+    return 0 if result.ok else 1
+
+
+def _show(result: OverloadResult) -> None:
+    console = Console()
+    head = f"unloaded {result.unloaded_p50:.3f} s (median), deadline {result.deadline:.2f} s"
+    console.print(f"{head}, capacity {result.capacity:.1f} requests/s", highlight=False)
+    columns = ("", "tenant", "offered", "let in", "in time", "refused", "goodput", "p50", "waited")
+    rows = [
+        (
+            *(phase, tenant, f"{r.offered:,}", f"{r.done:,}", f"{100 * r.share:.2f} %", f"{r.refused:,}"),
+            *(f"{r.goodput:.1f}", f"{r.p50:.2f} s", f"{r.longest_wait:.2f} s"),
+        )
+        for phase, tenants in result.phases.items()
+        for tenant, r in tenants.items()
+    ]
+    console.print(make_table("arrivals", columns, rows, left=("", "tenant")))
+    memory = [
+        (name, *(f"{size / MIB:.1f}" for size in (growth.start, growth.most, growth.middle, growth.last)))
+        for name, growth in result.memory.items()
+    ]
+    thirds = ("process", "start", "most", "middle third", "last third")
+    console.print(make_table("resident memory in the overload, MiB", thirds, memory, left=("process",)))
+    verdicts = [(line.what, line.found, line.wanted, "ok" if line.ok else "NO") for line in result.verdicts]
+    console.print(make_table("verdicts", ("", "found", "wanted", ""), verdicts, left=("", "wanted")))

@@ -11,14 +11,17 @@ import asyncio
 import gc
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import msgspec
 import numpy as np
+from rich.console import Console
 
 from rayk import protocol as m
+from rayk.bench.flags import LEAST_OF_BARE, LEAST_SPEEDUP, SchedulerFlags
+from rayk.bench.table import make_table
+from rayk.cli.flags import Format
 from rayk.context import TextContext
 from rayk.manager.async_manager import AsyncPagedKVCacheManager
 from rayk.params import MHAKVCacheParams
@@ -29,24 +32,7 @@ REPLICAS = 4
 SINGLES = 150  # requests of a measurement one by one
 
 
-@dataclass(frozen=True)
-class HotPathSettings:
-    """`batch` requests of `prompt` tokens each, `in_flight` batches at once, `batches` a measurement.
-
-    Requests are claimed where the driver says, in batches as one by one; with a `router` it chooses for the batches.
-    """
-
-    batch: int = 256
-    prompt: int = 256
-    page_size: int = 128
-    in_flight: int = 4
-    batches: int = 40
-    rounds: int = 5
-    router: str | None = None
-    address: str = "local"
-
-
-class HotPathResult(msgspec.Struct, frozen=True):
+class SchedulerRates(msgspec.Struct, frozen=True):
     """Medians over rounds; rates are requests per second, each of them claimed and allocated."""
 
     batched: float
@@ -69,7 +55,7 @@ class Echo:
         return 0
 
 
-class Forwarder:
+class Forwarder(Echo):
     """An actor that sends a part of each message to each of its echoes, and returns their answers as one."""
 
     def __init__(self, echoes: Sequence[Any]) -> None:
@@ -84,23 +70,13 @@ class Forwarder:
         sent = [echo.call("handle", wire[i * size : (i + 1) * size]) for i, echo in enumerate(self._echoes)]
         return b"".join(self._runtime.get(ref, "an echo", 60.0) for ref in sent)
 
-    def ping(self) -> int:
-        """That it runs."""
-        return 0
 
+class SchedulerCost:
+    """Requests are claimed where the driver says, in batches as one by one; with a `router` it chooses for the batches.
 
-def requests(settings: HotPathSettings, number: int) -> list[TextContext]:
-    """Batch `number`, its prompts different from each other and from those of other batches."""
-    first = number * settings.batch
-    prompts = np.arange(settings.prompt, dtype=np.int32)
-    limit = settings.prompt + 128
-    return [TextContext(f"request-{first + i}", prompts + (first + i), limit) for i in range(settings.batch)]
+    One session with a manager and, beside it, the bare actors."""
 
-
-class HotPath:
-    """One session with a manager and, beside it, the bare actors."""
-
-    def __init__(self, settings: HotPathSettings) -> None:
+    def __init__(self, settings: SchedulerFlags) -> None:
         self.settings = settings
         self._made = 0
         params = MHAKVCacheParams(
@@ -128,9 +104,12 @@ class HotPath:
         runtime.get(self._forwarder.call("ping", control=True), "the forwarder", 60.0)
 
     def batch(self) -> list[TextContext]:
-        """A fresh batch."""
+        """A fresh batch, its prompts different from each other and from those of other batches."""
+        settings, first = self.settings, self._made * self.settings.batch
         self._made += 1
-        return requests(self.settings, self._made)
+        prompts = np.arange(settings.prompt, dtype=np.int32)
+        limit = settings.prompt + 128
+        return [TextContext(f"request-{first + i}", prompts + (first + i), limit) for i in range(settings.batch)]
 
     async def _in_flight(self, batches: Sequence[Any], work: Any) -> float:
         """Seconds to do `work` for each batch, for so many at once as the settings say."""
@@ -184,7 +163,7 @@ class HotPath:
         await self._release([ctxs])
         return len(ctxs) / seconds
 
-    async def measure(self) -> HotPathResult:
+    async def measure(self) -> SchedulerRates:
         """All three in turns, after one round that nobody counts."""
         rounds: list[dict[str, float]] = []
         gc.collect()
@@ -194,7 +173,7 @@ class HotPath:
             if number:
                 rounds.append(found)
         median = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
-        return HotPathResult(
+        return SchedulerRates(
             **median,
             speedup=statistics.median(r["batched"] / r["one_by_one"] for r in rounds),
             of_bare=statistics.median(r["batched"] / r["bare"] for r in rounds),
@@ -204,3 +183,24 @@ class HotPath:
     def close(self) -> None:
         """End everything."""
         self.session.close()
+
+
+def scheduler(flags: SchedulerFlags) -> int:
+    """Measure and print; 1 when a ratio is to be checked and too low."""
+    cost = SchedulerCost(flags)
+    try:
+        result = asyncio.run(cost.measure())
+    finally:
+        cost.close()
+    if flags.form is Format.json:
+        print(msgspec.json.encode({"command": "bench scheduler", **msgspec.structs.asdict(result)}).decode())
+    else:
+        title = "claims + allocs through one scheduler actor, medians"
+        speedup, of_bare = f"{result.speedup:.1f} x", f"{result.of_bare:.2f}"
+        rows = [
+            (f"batches, {flags.in_flight} in flight", f"{result.batched:,.0f}", "", ""),
+            ("one by one", f"{result.one_by_one:,.0f}", speedup, f">= {LEAST_SPEEDUP:.0f} x"),
+            ("bare Ray", f"{result.bare:,.0f}", of_bare, f">= {LEAST_OF_BARE}"),
+        ]
+        Console().print(make_table(title, ("", "requests/s", "ratio", "wanted"), rows, left=("",)))
+    return int(flags.check and (result.speedup < LEAST_SPEEDUP or result.of_bare < LEAST_OF_BARE))

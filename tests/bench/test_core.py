@@ -12,10 +12,10 @@ from rayk.bench.core.clock import REFERENCE_US, Unit, quiet
 from rayk.bench.core.decode import Decode
 from rayk.bench.core.limits import BOUNDS, Bound
 from rayk.bench.core.lookups import OWN, SHARED, Indexed, Lookups
+from rayk.bench.core.memory import measure_start
 from rayk.bench.core.prompts import PROMPT, Prompts, SharedPrefix, filling, serve
 from rayk.bench.core.result import CoreResult, make_figure
 from rayk.bench.core.run import GROUPS, make_cases
-from rayk.bench.core.start import measure_start
 from rayk.bench.core.table import notes, result_table
 from rayk.bench.core.tiers import Copies, Miss, Offloading
 from rayk.bench.core.trace_case import Served
@@ -133,13 +133,13 @@ def test_the_unit_is_positive_and_garbage_waits() -> None:
 
 
 def test_limits_scale_with_the_machine() -> None:
-    slow = make_figure("w1", "t", "us", [20.0], 20.0, 2.0, Bound(13.0, 65.0, "x"))
+    slow = make_figure("w1", "t", "us", [20.0], 2.0, bound=Bound(13.0, 65.0, "x"))
     assert (slow.limit_here, slow.at_reference, slow.ok, slow.times_faster) == (26.0, 10.0, True, 6.5)
-    fast = make_figure("w1", "t", "us", [8.0], 8.0, 0.5, Bound(13.0))
+    fast = make_figure("w1", "t", "us", [8.0], 0.5, bound=Bound(13.0))
     assert (fast.limit_here, fast.at_reference, fast.ok, fast.times_faster) == (6.5, 16.0, False, None)
-    memory = make_figure("m", "t", "MB", [300.0], 300.0, 0.5, Bound(400.0, scaled=False))
+    memory = make_figure("m", "t", "MB", [300.0], 0.5, bound=Bound(400.0, scaled=False))
     assert (memory.limit_here, memory.at_reference, memory.ok) == (400.0, 300.0, True)
-    assert make_figure("n", "t", "us", [1.0], 1.0, 1.0, Bound()).ok is None
+    assert make_figure("n", "t", "us", [1.0], bound=Bound()).ok is None
 
 
 def test_tiers_cost_something_and_leave_nothing() -> None:
@@ -166,7 +166,7 @@ def test_a_core_starts_in_a_process_of_its_own() -> None:
 
 
 def result(value: float) -> CoreResult:
-    figure = make_figure("w1", "cold", "us", [value], value, 1.0, BOUNDS["w1"], {"hit_rate": 0.5})
+    figure = make_figure("w1", "cold", "us", [value], details={"hit_rate": 0.5})
     return CoreResult(command="bench core", version="0", environment={}, unit_us=REFERENCE_US, figures=[figure])
 
 

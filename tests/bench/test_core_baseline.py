@@ -28,8 +28,8 @@ def result(
         environment={"python": python, "cpu": cpu},
         unit_us=27.6 * speed,
         figures=[
-            make_figure("w1", "t", "us", [w1], w1, speed, Bound()),
-            make_figure("w2", "t", "us", [20.0], 20.0, 1.0, Bound()),
+            make_figure("w1", "t", "us", [w1], speed, bound=Bound()),
+            make_figure("w2", "t", "us", [20.0], bound=Bound()),
         ],
     )
 

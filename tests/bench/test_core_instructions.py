@@ -6,10 +6,11 @@ import subprocess
 
 import pytest
 
-from rayk.bench.core import one_off as once
+from rayk.bench.core import one_off
 from rayk.bench.core.busy_replica import PAGES_PER_RUNNING, crowded
 from rayk.bench.core.cache import PAGE_SIZE
 from rayk.bench.core.callgrind import Callgrind
+from rayk.bench.core.clock import Unit
 from rayk.bench.core.instruction_mix import kind_of
 from rayk.bench.core.instructions import Counted, CountError, Total, count_instructions, per_iteration, read_total
 from rayk.cli import main as cli
@@ -96,8 +97,8 @@ def test_figures_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = {"w1": 5.0, "w2": 6.0, "w3": 7.0, "w1-10k": 10.0, "w1-1m": 11.0, "w3-10k": 10.0, "w3-1m": 13.0}
     numbers |= {"w3-batch": 8.0, "w3-batch-10k": 10.0, "w3-batch-1m": 9.0}
     counted = {key: Counted(value, {"work": 0.5}) for key, value in numbers.items()}
-    monkeypatch.setattr(once, "count_instructions", lambda: counted)
-    figures = {figure.key: figure for figure in once.instruction_figures(lambda _: None)}
+    monkeypatch.setattr(one_off, "count_instructions", lambda: counted)
+    figures = {figure.key: figure for figure in one_off.instruction_figures(Unit(), 1, lambda _: None)}
     assert (figures["i-w1"].value, figures["i-w1"].ok, figures["i-w1"].details) == (5.0, None, {"work": 0.5})
     assert (figures["flat-w1"].value, figures["flat-w1"].ok) == (1.1, True)
     assert (figures["flat-w3"].value, figures["flat-w3"].ok) == (1.3, False)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from rayk.bench.core import one_off as once
+from rayk.bench.core import one_off
+from rayk.bench.core.clock import Unit
 from rayk.bench.core.memory import (
     Memory,
     bytes_per_cached_page,
@@ -55,7 +56,7 @@ def test_figures_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         request_slowdown=1.1,
         step_slowdown=1.2,
     )
-    monkeypatch.setattr(once, "measure_memory", lambda: found)
-    figures = {figure.key: figure for figure in once.memory_figures(lambda _: None)}
+    monkeypatch.setattr(one_off, "measure_memory", lambda: found)
+    figures = {figure.key: figure for figure in one_off.memory_figures(Unit(), 1, lambda _: None)}
     assert figures["page-bytes"].ok and not figures["lone-page-bytes"].ok and figures["full-memory"].value == 92.0
     assert "16M tokens, 10,000 running" in figures["full-memory"].title

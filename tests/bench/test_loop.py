@@ -9,10 +9,12 @@ import pytest
 from rayk.bench import workloads
 from rayk.bench.capacity import RequestTooLargeError, check_fits
 from rayk.bench.loop import Driver, LoopSettings
-from rayk.bench.lru import replay, round_robin_hit_rate
+from rayk.bench.lru import replay
 from rayk.bench.request import Workload
 from rayk.errors import ReplicaLostError
 from rayk.kvcache.tick import Admission, Tick, TickResult
+
+from .round_robin import round_robin_hit_rate
 
 Serve = Callable[..., Driver]
 Lengths = Callable[..., Workload]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rayk.bench.tier_soak import Budget, damage, main
 from rayk.tiers import files
+
+from ..measure.tier_soak import Budget, damage, main  # noqa: TID252  # tests/ is no package with an absolute name
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ Times are kept as they come to on the reference machine (clock.py), instructions
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,11 +65,11 @@ def read_baseline(path: Path) -> list[Entry]:
         raise ConfigError(f"{path} is not a baseline of rayk bench core: {error}") from None
 
 
-def save_baseline(path: Path, result: CoreResult, today: date) -> Entry:
+def save_baseline(path: Path, result: CoreResult, today: date | None = None) -> Entry:
     """Add the result to a file, in place of what the same commit had there for the same Python and processor."""
     entry = Entry(
         commit=result.commit or "unknown",
-        date=today.isoformat(),
+        date=(today or datetime.now(UTC).date()).isoformat(),
         python=result.environment["python"],
         cpu=result.environment["cpu"],
         unit_us=round(result.unit_us, 3),

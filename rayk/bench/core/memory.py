@@ -1,8 +1,9 @@
-"""What a replica keeps beside its page tensors, and whether its size slows it down; in a process of its own.
+"""What a replica keeps beside its page tensors, whether its size slows it down, and how it starts; each in a process of
+its own.
 
 Bytes are what Python and numpy allocate (tracemalloc), tables, stacks and their slack included. Page tensors are
-torch's and contexts are the caller's: neither counts. `python -m rayk.bench.core.memory PAGES` prints one line of
-JSON: see Memory.
+torch's and contexts are the caller's: neither counts. `python -m rayk.bench.core.memory memory|start PAGES` prints one
+line of JSON: see Memory, Start.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Sequence
 from statistics import median
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,6 +27,7 @@ from rayk.bench.core.lookups import ENTRIES, FLEETS, Indexed
 from rayk.bench.core.prompts import PROMPT, serve
 from rayk.context import TextContext
 from rayk.kvcache.buffers import PageBuffers
+from rayk.kvcache.replica import ReplicaCore
 from rayk.manager.manager import PagedKVCacheManager
 
 if TYPE_CHECKING:
@@ -54,11 +57,27 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     step_slowdown: float
 
 
+class Start(msgspec.Struct, frozen=True):
+    """CPU seconds of the starting thread, wall seconds, and bytes of resident memory beside the page tensors."""
+
+    cpu_s: float
+    wall_s: float
+    beyond_bytes: int
+
+
 def measure_memory(pages: int = PAGES) -> Memory:
     """Measure in a fresh process."""
-    command = [sys.executable, "-m", "rayk.bench.core.memory", str(pages)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return msgspec.json.decode(done.stdout, type=Memory)
+    return msgspec.json.decode(_in_process("memory", pages), type=Memory)
+
+
+def measure_start(pages: int = PAGES) -> Start:
+    """Start a core of `pages` pages in a fresh process."""
+    return msgspec.json.decode(_in_process("start", pages), type=Start)
+
+
+def _in_process(what: str, pages: int) -> str:
+    command = [sys.executable, "-m", "rayk.bench.core.memory", what, str(pages)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 # -- inside the process ----------------------------------------------------------------------------------------------
@@ -148,6 +167,17 @@ def _page_bytes(pages: int) -> int:
     return grown
 
 
+def _start(pages: int) -> Start:
+    make_manager(1000)  # imports and first calls are not the core's
+    page_bytes = _page_bytes(pages)
+    before, cpu, wall = _resident(), thread_time(), perf_counter()
+    core = ReplicaCore(core_params(), 0, pages, 256)
+    cpu, wall = thread_time() - cpu, perf_counter() - wall
+    beyond = _resident() - before - page_bytes
+    assert core.usage.free == pages
+    return Start(cpu, wall, beyond)
+
+
 def _measure(pages: int) -> Memory:
     import torch
 
@@ -193,4 +223,5 @@ def _steps(manager: PagedKVCacheManager) -> Callable[[], float]:
 
 
 if __name__ == "__main__":
-    print(msgspec.json.encode(_measure(int(sys.argv[1]))).decode())
+    measure: Any = {"memory": _measure, "start": _start}[sys.argv[1]]
+    print(msgspec.json.encode(measure(int(sys.argv[2]))).decode())

@@ -6,7 +6,8 @@ forward that returns one token a request. It is measured on an embedded Ray of i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from time import perf_counter, thread_time_ns
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,12 +68,12 @@ def decode_cost(manager: PagedKVCacheManager, replicas: int, batch: int, iterati
     for _ in range(warm_up):
         iterate(manager, lanes)
     pids = backend.replica_pids()
-    before, cpu_before = backend.traffic(), _replica_cpu(pids)
+    before, cpu_before = backend.traffic(), cpu_seconds(pids)
     start, wall = thread_time_ns(), perf_counter()
     for _ in range(iterations):
         iterate(manager, lanes)
     spent, wall = thread_time_ns() - start, perf_counter() - wall
-    cpu = _replica_cpu(pids) - cpu_before
+    cpu = cpu_seconds(pids) - cpu_before
     after = backend.traffic()
     rows = replicas * batch * iterations
     return PathCost(
@@ -111,7 +112,12 @@ def _backend(manager: PagedKVCacheManager) -> RayBackend:
     return backend
 
 
-def _replica_cpu(pids: Sequence[int]) -> float:
+def cpu_seconds(pids: Iterable[int]) -> float:
     """CPU seconds of those processes so far."""
     times = [psutil.Process(pid).cpu_times() for pid in pids]
     return sum(float(t.user + t.system) for t in times)
+
+
+def session_cpu() -> float:
+    """CPU seconds of this process and all that it started so far."""
+    return cpu_seconds([os.getpid(), *(each.pid for each in psutil.Process().children(recursive=True))])

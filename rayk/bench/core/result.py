@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 import msgspec
 
 from rayk.bench.core.clock import REFERENCE_US
-from rayk.bench.core.limits import Bound
+from rayk.bench.core.limits import BOUNDS, Bound
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -67,12 +68,13 @@ def make_figure(
     title: str,
     unit: str,
     samples: list[float],
-    value: float,
-    speed: float,
-    bound: Bound,
+    speed: float = 1.0,
     details: dict[str, Any] | None = None,
+    bound: Bound | None = None,
 ) -> Figure:
-    """A figure held against `bound`; `speed` is this machine's unit over the reference's."""
+    """The median of `samples`, held against `bound`, that of the key unless given; `speed` is this machine's unit over
+    the reference's."""
+    bound, value = bound or BOUNDS[key], median(samples)
     factor = speed if bound.scaled else 1.0
     return Figure(
         key=key,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rayk.bench.core.cache import POOL
@@ -18,6 +17,7 @@ from rayk.bench.core.result import Figure, make_figure
 from rayk.bench.core.tiers import Copies, Miss, Offloading
 from rayk.bench.core.trace_case import REQUESTS as TRACE_REQUESTS
 from rayk.bench.core.trace_case import Served
+from rayk.errors import ConfigError
 
 GROUPS = ("w1", "w2", "hash", "w3", "w4", "w5", "tiers", "start", "memory", "engine")
 """What is measured when nothing is picked, in the order of the table."""
@@ -26,6 +26,15 @@ EXTRA_GROUPS = ("ray", "instructions")
 """What `--only` takes as well: they start a cluster, or need valgrind."""
 
 HASHES = {"xxh3": "xxh3_128", "sha256": "sha256"}
+
+
+def picked_groups(only: str | None) -> list[str]:
+    """The groups that `--only` names; ConfigError for one that there is not."""
+    wanted = [name.strip() for name in only.split(",")] if only is not None else list(GROUPS)
+    for name in wanted:
+        if name not in GROUPS + EXTRA_GROUPS:
+            raise ConfigError(f"--only {name!r} is not one of {', '.join(GROUPS + EXTRA_GROUPS)}")
+    return wanted
 
 
 def make_cases(groups: Iterable[str], trace: Path | None, smoke: bool) -> list[Case]:
@@ -62,14 +71,9 @@ def make_cases(groups: Iterable[str], trace: Path | None, smoke: bool) -> list[C
             Case(f"w5-{replicas}-cold", "w5", f"best of {loads}, seldom asked", "us", Lookups(indexed, False, ALL)),
             Case(f"w5-{replicas}-all", "w5", f"pages of each of {loads}", "us", Lookups(indexed, True, FEW)),
         ]
-    cases += [
-        Case(
-            "tier-miss", "tiers", "what a miss in host and disk tier adds to a cold alloc", "us", Miss(12 // part + 1)
-        ),
-        Case(
-            "tier-decode", "tiers", "decode while pages go to host and disk, over without", "x", Offloading(128 // part)
-        ),
-    ]
+    miss, decode = "what a miss in host and disk tier adds to a cold alloc", "decode while pages go to host and disk"
+    cases.append(Case("tier-miss", "tiers", miss, "us", Miss(12 // part + 1)))
+    cases.append(Case("tier-decode", "tiers", f"{decode}, over without", "x", Offloading(128 // part)))
     for kib, at_once in TIER_COPIES:
         shape = f"{kib} KiB pages by {at_once}"
         out, back = Copies(kib, at_once, out=True), Copies(kib, at_once, out=False)
@@ -101,21 +105,13 @@ def run_cases(cases: Sequence[Case], unit: Unit, repeat: int, report: Progress) 
             del prepared
     figures = []
     for case in cases:
-        found, bound = samples[case.key], BOUNDS[case.key]
-        if isinstance(case.workload, Served) and case.workload.workload.kind != "mooncake":
+        found, bound, served = details[case.key], BOUNDS[case.key], case.workload
+        if isinstance(served, Served) and served.workload.kind != "mooncake":
             bound = Bound()  # the limit and the peers are those of that trace
-        value = median(found)
-        figures.append(make_figure(case.key, case.title, case.unit, found, value, unit.speed, bound, details[case.key]))
-        if isinstance(case.workload, Served):
+        figures.append(make_figure(case.key, case.title, case.unit, samples[case.key], unit.speed, found, bound))
+        if isinstance(served, Served):
             report("simulating an LRU of the same size")
-            figures.append(_misses(case.workload, details[case.key]["hit_rate"]))
+            lru, hit_rate = served.lru_hit_rate(), found["hit_rate"]
+            rates, title = {"hit_rate": hit_rate, "lru_hit_rate": lru}, "tokens missed, over those that an LRU misses"
+            figures.append(make_figure("w4-misses", title, "x", [(1 - hit_rate) / (1 - lru)], details=rates))
     return figures
-
-
-def _misses(served: Served, hit_rate: float) -> Figure:
-    """How much more a run misses than an LRU of as many pages, which it must not."""
-    lru = served.lru_hit_rate()
-    value = (1 - hit_rate) / (1 - lru)
-    title = "tokens missed, over those that an LRU misses"
-    details = {"hit_rate": hit_rate, "lru_hit_rate": lru}
-    return make_figure("w4-misses", title, "x", [value], value, 1.0, BOUNDS["w4-misses"], details)

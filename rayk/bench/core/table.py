@@ -6,12 +6,9 @@ from rich.table import Table
 
 from rayk.bench.core.baseline import Comparison
 from rayk.bench.core.result import CoreResult, Figure
+from rayk.bench.table import make_table
 
-_COLUMNS = {"": "left", "workload": "left", "here": "right", "limit here": "right", " ": "left"} | {
-    "on the reference": "right",
-    "best peer there": "left",
-    "times": "right",
-}
+COLUMNS = ("", "workload", "here", "limit here", " ", "on the reference", "best peer there", "times")
 
 
 def number(value: float) -> str:
@@ -24,11 +21,10 @@ def number(value: float) -> str:
 def result_table(result: CoreResult) -> Table:
     """One row a figure; `times` is the best peer's figure over ours, both on the reference machine."""
     speed = f"{result.unit_us:.2f} us, {result.unit_us / result.reference_us:.2f} of the reference machine's"
-    table = Table(title=f"rayk bench core: unit {speed} {result.reference_us} us", title_justify="left")
-    for name, justify in _COLUMNS.items():
-        table.add_column(name, justify=justify, no_wrap=name in ("", "here", " "))  # type: ignore[arg-type]
-    for figure in result.figures:
-        table.add_row(*_row(figure))
+    title = f"rayk bench core: unit {speed} {result.reference_us} us"
+    table = make_table(title, COLUMNS, map(_row, result.figures), left=("", "workload", " ", "best peer there"))
+    for column in table.columns:
+        column.no_wrap = column.header in ("", "here", " ")
     return table
 
 

@@ -14,8 +14,8 @@ from rayk.actors import lane as lanes
 from rayk.actors.graph import LaneError
 from rayk.actors.replica import ReplicaActor
 from rayk.bench.core.ray_path import ray_params
-from rayk.bench.lane import ITERATIONS, _Bench
 
+from ...measure.fast_lane import ITERATIONS, _Bench  # noqa: TID252  # tests/ is no package with an absolute name
 from .fake import Event, FakeRuntime, contents, manager_on, params, session_on, stamp
 
 Batch = list[list[TextContext]]

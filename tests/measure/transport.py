@@ -1,4 +1,4 @@
-"""What a copy of pages from one actor to another takes over each line: `python -m rayk.bench.transport`.
+"""What a copy of pages from one actor to another takes over each line: `python tests/measure/transport.py`.
 
 Two actors on an embedded Ray, pages of 2 MiB in host memory. A round is a message to the source (pin, offer) and one to
 the target (fetch), as the scheduler sends them; `fetch` is what the target says of it. Lines and a memcpy of the same

@@ -1,4 +1,4 @@
-"""What a message costs on its way into an actor, whole and cut up: `python -m rayk.bench.pieces [ROUNDS]`.
+"""What a message costs on its way into an actor, whole and cut up: `python tests/measure/message_pieces.py [ROUNDS]`.
 
 Round trips to an actor that answers with the length of what it got, whole (beyond 100 KiB through Ray's object store)
 and in pieces (see rayk.actors.chunks) in turns: medians of wall time, and of CPU time of all processes of the session.
@@ -14,7 +14,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-import psutil
+from rayk.bench.core.ray_path import session_cpu
 
 SIZES = (60_000, 140_000, 264_000, 512_000, 1_000_000, 2_000_000)
 CALLS = 40  # of a round and way
@@ -28,12 +28,6 @@ class Taker:
         from rayk.actors.chunks import joined
 
         return len(joined(first, rest)[0])
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process and all that it started."""
-    me = psutil.Process()
-    return sum(sum(each.cpu_times()[:2]) for each in (me, *me.children(recursive=True)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,12 +53,12 @@ def main(argv: list[str] | None = None) -> int:
             cpu: dict[str, list[float]] = {name: [] for name in ways}
             for number in range(rounds + 1):
                 for name, call in ways.items():
-                    before, start = cpu_seconds(), perf_counter()
+                    before, start = session_cpu(), perf_counter()
                     for _ in range(CALLS):
                         assert runtime.get(call(), "the taker", 60.0) == size
                     if number:
                         wall[name].append((perf_counter() - start) / CALLS * 1e3)
-                        cpu[name].append((cpu_seconds() - before) / CALLS * 1e3)
+                        cpu[name].append((session_cpu() - before) / CALLS * 1e3)
             found = [statistics.median(each[name]) for each in (wall, cpu) for name in ways]
             print(f"{size:>10,} " + " ".join(f"{value:9.2f}" for value in found), flush=True)
     finally:

@@ -1,8 +1,8 @@
 """Proofs of the tiers that take minutes: restarts, damaged files, processes killed at any moment, one folder for two.
 
-    python -m rayk.bench.tier_soak restart --trace FILE --dir DIR     500 requests cold, warm, restarted, over bad files
-    python -m rayk.bench.tier_soak kill --trace FILE --dir DIR        20 runs on one folder, a replica of each killed
-    python -m rayk.bench.tier_soak shared --trace FILE --dir DIR      two clusters on one folder at once
+    python tests/measure/tier_soak.py restart --trace FILE --dir DIR  500 requests cold, warm, restarted, over bad files
+    python tests/measure/tier_soak.py kill --trace FILE --dir DIR     20 runs on one folder, a replica of each killed
+    python tests/measure/tier_soak.py shared --trace FILE --dir DIR   two clusters on one folder at once
 
 Each prints what it saw and ends with 1 when a byte was wrong, a page leaked, or a budget was exceeded. Every run
 checks every slot that it relies on. DIR must be new or empty, and is left for a look.
@@ -254,7 +254,7 @@ def shared(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one proof; an AssertionError says which part of it failed."""
-    parser = argparse.ArgumentParser(prog="python -m rayk.bench.tier_soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python tests/measure/tier_soak.py", description=__doc__)
     parser.add_argument("proof", choices=["restart", "kill", "shared"])
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--dir", type=Path, required=True)

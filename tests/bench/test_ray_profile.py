@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from rayk.bench.core.profile import RATE, ProfileError, Sampler, describe, read_stacks
+from ..measure.ray_profile import (  # noqa: TID252  # tests/ is no package with an absolute name
+    RATE,
+    ProfileError,
+    Sampler,
+    describe,
+    read_stacks,
+)
 
 STACKS = """<module> (a.py:1);main (a.py:2);work (a.py:9) 30
 <module> (a.py:1);main (a.py:2);work (a.py:9);work (a.py:9) 10

@@ -1,4 +1,4 @@
-"""What fast lanes gain and cost: `python -m rayk.bench.lane [ROUNDS]`.
+"""What fast lanes gain and cost: `python tests/measure/fast_lane.py [ROUNDS]`.
 
 Decode iterations (one tick over all replicas, see rayk.bench.core.ray_path) of one manager by calls and by lanes, in
 turns: milliseconds at the median and at the quickest quarter, and how many times as fast lanes were. Then the CPU time
@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from rayk.bench.core.ray_path import iterate, ray_params, start_lanes
-from rayk.bench.pieces import cpu_seconds
+from rayk.bench.core.ray_path import iterate, ray_params, session_cpu, start_lanes
 from rayk.context import TextContext
 from rayk.kvcache.tick import Tick
 from rayk.manager.manager import PagedKVCacheManager
@@ -130,9 +129,9 @@ def _load() -> str:
 def _idle() -> float:
     """Cores in use by this process and all that it started, while it waits."""
     time.sleep(1.0)  # what came before has settled
-    before, start = cpu_seconds(), time.monotonic()
+    before, start = session_cpu(), time.monotonic()
     time.sleep(IDLE_SECONDS)
-    return (cpu_seconds() - before) / (time.monotonic() - start)
+    return (session_cpu() - before) / (time.monotonic() - start)
 
 
 if __name__ == "__main__":

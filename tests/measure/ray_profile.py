@@ -1,4 +1,4 @@
-"""Where the time goes on Ray, by py-spy: `python -m rayk.bench.core.profile OUT [SECONDS]`.
+"""Where the time goes on Ray, by py-spy: `python tests/measure/ray_profile.py OUT [SECONDS]`.
 
 Two loads, one after the other, on an embedded Ray with two replicas: *admissions* (requests of 1,024 tokens in batches
 of 64 through the scheduler, released at once) and *decode* (ticks of 32 requests a replica). py-spy samples the driver,
@@ -25,7 +25,7 @@ import psutil
 from rayk.bench.core.cache import make_contexts, random_prompts
 from rayk.bench.core.prompts import PROMPT
 from rayk.bench.core.provenance import cpu_model, running_commit
-from rayk.bench.core.ray_path import BATCH, PAGES, REPLICAS, iterate, ray_params, start_lanes
+from rayk.bench.core.ray_path import BATCH, PAGES, REPLICAS, cpu_seconds, iterate, ray_params, start_lanes
 from rayk.errors import RaykError
 from rayk.kvcache.tick import Tick
 from rayk.manager.manager import PagedKVCacheManager
@@ -113,13 +113,13 @@ class Sampler:
         files = {process: self._out / f"{load}-{process}.stacks" for process in pids}
         spies = [self._start(files[process], pid) for process, pid in pids.items()]
         processes = {process: psutil.Process(pid) for process, pid in pids.items()}
-        before, began = {name: _cpu_seconds(each) for name, each in processes.items()}, perf_counter()
+        before, began = {name: cpu_seconds([each.pid]) for name, each in processes.items()}, perf_counter()
         while any(spy.poll() is None for spy in spies):
             work()
             if perf_counter() > began + self._seconds + GIVE_UP_S:
                 raise ProfileError(f"it is still at work {GIVE_UP_S:.0f} s after its time")
         passed = perf_counter() - began
-        cpu = {name: (_cpu_seconds(each) - before[name]) / passed for name, each in processes.items()}
+        cpu = {name: (cpu_seconds([each.pid]) - before[name]) / passed for name, each in processes.items()}
         for spy in spies:
             _, error = spy.communicate()
             if spy.returncode:
@@ -130,11 +130,6 @@ class Sampler:
         command = [self._command, "record", "--function", "--format", "raw", "--output", str(file)]
         command += ["--gil", "--rate", str(RATE), "--duration", f"{self._seconds:.0f}", "--pid", str(pid)]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 def _actors() -> dict[str, int]:
@@ -199,7 +194,7 @@ def _decode(manager: PagedKVCacheManager) -> Callable[[], object]:
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python -m rayk.bench.core.profile OUT [SECONDS]")
+        sys.exit("usage: python tests/measure/ray_profile.py OUT [SECONDS]")
     try:
         print(profile(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else SECONDS))
     except RaykError as error:
