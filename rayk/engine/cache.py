@@ -91,7 +91,7 @@ class Cache:
         if not self.awaits(generation):
             return False
         found = ctx.tokens.processed
-        self.core.settle([ctx])  # a load that failed moves the window back
+        self.core.wait_for_loads([ctx])  # a load that failed moves the window back
         generation.computes = ctx.tokens.processed < found
         self._count(generation, generation.cached.less(found - ctx.tokens.processed))
         return True
@@ -138,7 +138,7 @@ class Cache:
         It is worth waiting for: equal prompts that arrive together are then computed once.
         """
         ctx = generation.ctx
-        have = self.core.resident(ctx)
+        have = self.core.cached_pages(ctx)
         if have >= self.core.may_reuse(ctx):
             return False
         need = (have + 1) * self.page_size

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
+Column = npt.NDArray[np.int64]
 
 
 class BlockTable:
@@ -30,7 +31,8 @@ class BlockTable:
         self._bound = 0
 
     def _name_columns(self) -> None:
-        self.room, self.due, self.serial = self._columns  # of each row: Request.room, Request.due, Request.bound
+        # Of each row what its Request has: slot_capacity, next_commit_at, bound.
+        self.slot_capacity, self.next_commit_at, self.serial = self._columns
 
     def _set(self, cells: Int32Array) -> None:
         self.cells = cells
@@ -47,10 +49,15 @@ class BlockTable:
             self._name_columns()
         return self._free.pop()
 
-    def bind(self) -> int:
-        """A number that no other bound row has or had, never 0."""
-        self._bound += 1
+    def bind(self, row: int, slot_capacity: int, next_commit_at: int) -> int:
+        """Keep the columns of that row from now on: a number that no other bound row has or had, never 0."""
+        self._bound = self.serial[row] = self._bound + 1
+        self.slot_capacity[row], self.next_commit_at[row] = slot_capacity, next_commit_at
         return self._bound
+
+    def changed(self) -> None:
+        """Cells of a bound row were replaced."""
+        self.version += 1
 
     def unbind(self, row: int) -> None:
         """The row is not that request's any more, or shows another context of it."""

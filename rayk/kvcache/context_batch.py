@@ -7,20 +7,16 @@ then work on the columns. The contexts stay what they are: each reads and writes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from rayk.context import IntArray, TextContext, TokenWindow, as_int32
 from rayk.errors import BatchError, TokenError
-
-if TYPE_CHECKING:
-    from rayk.kvcache.replica import ReplicaCore
-    from rayk.kvcache.request import Request
-
-Column = npt.NDArray[np.int64]
+from rayk.kvcache.block_table import BlockTable, Column
+from rayk.kvcache.request import Request
 
 _OFFSET, _SPACE, _LIMIT, _ROW, _SERIAL, _STEPPED, _LENGTH, _PROCESSED, _END = range(9)
 _FIRST_ARENA = 1 << 14  # tokens
@@ -39,12 +35,12 @@ class ContextBatch(Sequence[TextContext]):  # told apart by `type(..) is`: isins
         self._used = 0  # of the arena; what lies before and belongs to nobody is found again by _repack()
         self._columns: Column = np.zeros((9, 64), np.int64)
         self._take_views()
-        # What the replica keeps here about the batch, see rayk.kvcache.decode.
-        self.bound_to: ReplicaCore | None = None
+        # What the batch knows of its requests at a replica, see rayk.kvcache.decode.
+        self.bound_to: object = None
         self.bound_epoch = -1
         self.requests: list[Request | None] = []
-        self.unpublished: ReplicaCore | None = None
-        self.allocated = -1  # `moves` when all had room for their tokens
+        self._publish: Callable[[], None] | None = None  # commits what the replica noted at the last step
+        self.allocated = -1  # `moves` when all had slots for their tokens
         # Facts that hold until `stale`: whether all are plain decodes, the longest, and how far update() may go.
         self.stale = True
         self.moves = 0  # changes of any window
@@ -62,7 +58,7 @@ class ContextBatch(Sequence[TextContext]):  # told apart by `type(..) is`: isins
         self.length, self.done, self.end = columns[_LENGTH, :n], columns[_PROCESSED, :n], columns[_END, :n]
         self._window = columns[_LENGTH:, :n]
         # Scratch of rayk.kvcache.decode, kept so that a step allocates nothing of the batch's size.
-        self.need, self.room, self.short = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.bool_)
+        self.need, self.capacity, self.short = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.bool_)
         self._places = np.empty(n, np.int64)
 
     # -- who is in it ------------------------------------------------------------------------------
@@ -116,8 +112,8 @@ class ContextBatch(Sequence[TextContext]):  # told apart by `type(..) is`: isins
     def remove(self, request_id: str) -> TextContext:
         """Take a context out; its tokens are its own again. The last context of the batch takes its place."""
         at = self.position(request_id)
-        if self.unpublished is not None:
-            self.unpublished.publish()
+        if self._publish is not None:
+            self._publish()
         ctx, last = self._contexts[at], len(self._contexts) - 1
         window = ctx.tokens
         tokens, scalars = window.data.copy(), (window.length, window.processed, window.end)
@@ -136,6 +132,40 @@ class ContextBatch(Sequence[TextContext]):  # told apart by `type(..) is`: isins
         self.order += 1
         self.changed()
         return ctx
+
+    # -- at a replica ------------------------------------------------------------------------------
+
+    def bind(self, to: object, table: BlockTable, request_of: Callable[[TextContext], Request | None]) -> bool:
+        """Find each context's request and remember its row of `table`. False when `request_of` has none for one."""
+        if self.bound_to is to:
+            missing = np.flatnonzero(table.serial[self.row] != self.serial).tolist()
+        else:
+            self.bound_to, missing = to, list(range(len(self)))
+            self.serial[:] = -1
+        self.allocated = -1
+        for at in missing:
+            request = request_of(self._contexts[at])
+            if request is None:
+                return False
+            self.row[at], self.serial[at], self.requests[at] = request.row, request.bound, request
+        self.bound_epoch = table.epoch
+        return True
+
+    def note_allocated(self) -> None:
+        """All contexts have slots for their tokens, until a window moves."""
+        self.allocated = self.moves
+
+    def note_stepped(self, publish: Callable[[], None] | None) -> bool:
+        """Remember what is processed. Whether that is news to `publish`, which commits it before a context leaves."""
+        self.stepped[:] = self.done
+        news = publish is not None and self._publish is None
+        if news:
+            self._publish = publish
+        return news
+
+    def published(self) -> None:
+        """What was noted is committed."""
+        self._publish = None
 
     # -- the arena ---------------------------------------------------------------------------------
 

@@ -2,26 +2,24 @@
 
 Each function does what its namesake of ReplicaCore does for the contexts one by one, and only when that is
 possible (`ready`): every context is bound to its request here and decodes exactly one token. What a batch has
-processed is put into the prefix tree only when somebody could notice, see ReplicaCore.publish().
+processed is put into the prefix tree only when a reader could notice, see CacheState.publish().
 
-The lookup table of the last batch stays where it is. While nobody joins or leaves and no row is changed from
-outside, a step writes only the cells of new pages.
+The lookup table of the last batch stays where it is. While the batch keeps its contexts and their rows are changed
+only here, a step writes only the cells of new pages.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from rayk.kvcache.block_table import BlockTable, Int32Array
+from rayk.kvcache.block_table import BlockTable, Column, Int32Array
 from rayk.kvcache.context_batch import ContextBatch
 from rayk.kvcache.lookup_table import bounded, table_width
 from rayk.kvcache.runtime_inputs import BatchShape
-
-if TYPE_CHECKING:
-    from rayk.kvcache.replica import ReplicaCore
+from rayk.kvcache.state import CacheState
 
 
 class Shown(NamedTuple):
@@ -38,100 +36,78 @@ class Shown(NamedTuple):
         return self.batch is batch and self.order == batch.order and self.version == table.version
 
 
-def ready(core: ReplicaCore, batch: ContextBatch) -> bool:
-    """Whether the functions below may be used for the batch now."""
-    return batch.decoding and ((batch.bound_to is core and batch.bound_epoch == core.table.epoch) or _bind(core, batch))
+def ready(state: CacheState, batch: ContextBatch) -> bool:
+    """Whether the functions below may be used for the batch now: every context is bound to its request here."""
+    return batch.decoding and (
+        (batch.bound_to is state and batch.bound_epoch == state.table.epoch)
+        or batch.bind(state, state.table, state.decoding_request)
+    )
 
 
-def _bind(core: ReplicaCore, batch: ContextBatch) -> bool:
-    """Find each context's request and remember its row. False when one has none, no page, or another context."""
-    table = core.table
-    if batch.bound_to is core:
-        missing = np.flatnonzero(table.serial[batch.row] != batch.serial).tolist()
-    else:
-        batch.bound_to, missing = core, list(range(len(batch)))
-        batch.serial[:] = -1
-    batch.allocated = -1
-    for at in missing:
-        ctx = batch[at]
-        request = core.requests.get(ctx.request_id)
-        if request is None or request.ctx is not ctx or not request.pages or request.dummy:
-            return False
-        if not request.bound:
-            core.bind(request)
-        batch.row[at], batch.serial[at], batch.requests[at] = request.row, request.bound, request
-    batch.bound_epoch = table.epoch
-    return True
-
-
-def alloc(core: ReplicaCore, batch: ContextBatch) -> bool:
+def alloc(state: CacheState, batch: ContextBatch) -> bool:
     """A page more for each context whose pages are full. False, and nothing is changed, when there are too few."""
-    need, room = batch.need, batch.room
-    np.add(batch.length, core.extra_slots, out=need)
-    core.table.room.take(batch.row, out=room, mode="clip")  # rows are in range; "raise" would go through a copy
-    at = np.less(room, need, out=batch.short).nonzero()[0]
-    if at.size and not _grow(core, batch, at, room[at], need[at]):
+    need, capacity = batch.need, batch.capacity
+    np.add(batch.length, state.extra_slots, out=need)
+    # Rows are in range; "raise" would go through a copy.
+    state.table.slot_capacity.take(batch.row, out=capacity, mode="clip")
+    at = np.less(capacity, need, out=batch.short).nonzero()[0]
+    if at.size and not _grow(state, batch, at, capacity[at], need[at]):
         return False
-    core.input_tokens += len(batch)
-    batch.allocated = batch.moves
+    state.count(len(batch))
+    batch.note_allocated()
     return True
 
 
-def _grow(
-    core: ReplicaCore,
-    batch: ContextBatch,
-    at: npt.NDArray[np.intp],
-    room: npt.NDArray[np.int64],
-    need: npt.NDArray[np.int64],
-) -> bool:
-    size, table = core.page_size, core.table
-    if (need - room).max() > size or not core.make_room(len(at)):
+def _grow(state: CacheState, batch: ContextBatch, at: npt.NDArray[np.intp], capacity: Column, need: Column) -> bool:
+    size, table = state.page_size, state.table
+    if (need - capacity).max() > size:
         return False
-    columns = room // size
-    if columns.max() >= table.width:
-        table.widen(int(columns.max()) + 1)
-    pages, rows = core.take(len(at)), batch.row[at]
-    table.cells[rows, columns] = pages
-    table.room[rows] = room + size
-    shown = core.stage.shown
-    if type(shown) is Shown and shown.by(batch, table) and columns.max() < shown.cells.shape[1]:
+    if len(at) > state.pool.empty:
+        if len(at) > state.free:
+            return False
+        state.tree.make_room(len(at))
+    columns = capacity // size
+    last = int(columns.max())
+    if last >= table.width:
+        table.widen(last + 1)
+    requests = [request for i in at.tolist() if (request := batch.requests[i]) is not None]
+    pages = state.add_pages(requests, batch.row[at], columns)
+    shown = state.stage.shown
+    if type(shown) is Shown and shown.by(batch, table) and last < shown.cells.shape[1]:
         shown.cells[at, columns] = pages
-    for i in at.tolist():
-        request = batch.requests[i]
-        assert request is not None
-        request.pages += 1
-        request.room += size
     return True
 
 
-def fill(core: ReplicaCore, batch: ContextBatch) -> tuple[int, int, BatchShape] | None:
-    """fill_batch() for a batch whose pages just suffice; None when the other one has to look at each context."""
-    table, rows = core.table, len(batch)
-    shape = BatchShape(rows, 1, batch.longest + core.params.num_draft_tokens)
-    longest, shape = bounded(core, -(-(batch.longest + core.extra_slots) // core.page_size), shape, None, None)
+def fill(state: CacheState, batch: ContextBatch) -> tuple[int, int, BatchShape] | None:
+    """fill_batch() for a batch whose pages just suffice; None when that one has to look at each context."""
+    table, rows, extra = state.table, len(batch), state.extra_slots
+    shape = BatchShape(rows, 1, batch.longest + state.params.num_draft_tokens)
+    longest, shape = bounded(state, -(-(batch.longest + extra) // state.page_size), shape, None, None)
     width = table_width(longest)
-    shown = core.stage.shown
+    shown = state.stage.shown
     if not (
         type(shown) is Shown
         and shown.by(batch, table)
         and shown.cells.shape == (rows, width)
         and batch.allocated == batch.moves
     ):
-        spare = (table.room[batch.row] - core.extra_slots) - batch.length
-        if spare.min() < 0 or spare.max() >= core.page_size:
+        spare = (table.slot_capacity[batch.row] - extra) - batch.length
+        if spare.min() < 0 or spare.max() >= state.page_size:
             return None
-        cells, lengths = core.stage.host_views(rows, width)
+        cells, lengths = state.stage.host_views(rows, width)
         filled = min(width, table.width)
         cells[:, :filled] = table.cells[batch.row, :filled]
-        cells[:, filled:] = core.num_pages
-        core.stage.shown = shown = Shown(batch, batch.order, table.version, cells, lengths)
+        cells[:, filled:] = state.num_pages
+        shown = Shown(batch, batch.order, table.version, cells, lengths)
+        state.stage.show(shown)
     shown.lengths[:] = batch.done
     return rows, width, shape
 
 
-def step(core: ReplicaCore, batch: ContextBatch) -> bool:
+def step(state: CacheState, batch: ContextBatch) -> bool:
     """Note what the batch has processed. False when a context has processed more than its pages hold."""
-    if batch.allocated != batch.moves - 1 and (batch.done > core.table.room[batch.row]).any():
+    if batch.allocated != batch.moves - 1 and (batch.done > state.table.slot_capacity[batch.row]).any():
         return False
-    batch.stepped[:] = batch.done
+    if batch.note_stepped(state.publish if state.caching else None):
+        state.unpublished.append(batch)
     return True

@@ -1,25 +1,22 @@
-"""What a replica that is about to go has cached, and what another one keeps of it.
+"""What a replica that is about to leave has cached, and what another one keeps of it.
 
 A release stamps the segments that it frees with one tick (rayk.kvcache.prefix_tree). The deepest of them, its tip,
-stands for the prefix that was in use; prefixes() lists them, last released first. Every cached page belongs to one of
-them only as a
-*fresh* one: the segments above with a later tick belong to prefixes that were listed before.
+stands for the prefix that was in use; prefixes() lists them, last released first. Every cached page is a *fresh* page
+of exactly one of them: the segments above with a later tick belong to prefixes that were listed before.
 
-keep() puts pages where nothing is: it evicts nothing, so nobody's cache pays for what comes from elsewhere.
+keep() fills empty pages only: it evicts nothing, so no cache pays for what comes from elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rayk.context import TextContext
 from rayk.kvcache.page_hash import RootKey
 from rayk.kvcache.page_pins import PageImport
 from rayk.kvcache.prefix_tree import Root, Segment
-
-if TYPE_CHECKING:
-    from rayk.kvcache.replica import ReplicaCore
+from rayk.kvcache.replica import ReplicaCore
 
 SPARE = 32  # one page of so many stays empty, for requests that run here
 
@@ -86,7 +83,7 @@ def keep(core: ReplicaCore, ctx: TextContext, imports: Sequence[PageImport]) -> 
                 tip, _ = tree.commit(tip, ctx.tokens.data[have * size : (have + landed) * size], pages[:landed])
     finally:
         tree.release(tip)
-    core.kept += landed
+    core.count(adopted=landed)
     if core.loads is not None:
         core.loads.flush()
     core.check()

@@ -11,8 +11,8 @@ from rayk.context import TextContext
 from rayk.errors import InsufficientBlocksError
 from rayk.kvcache import decode
 from rayk.kvcache.context_batch import ContextBatch
-from rayk.kvcache.lookup_table import refuse_twice
 from rayk.kvcache.replica import ReplicaCore
+from rayk.kvcache.request import refuse_twice
 from rayk.kvcache.runtime_inputs import ReplicaInputs
 from rayk.kvcache.tick import Tick, TickResult
 

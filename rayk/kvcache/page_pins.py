@@ -62,6 +62,11 @@ class PagePins:
         self.take_back: Callable[[int], None] = self.acknowledge  # whose line has to know of it replaces this
         self._made = 0
 
+    def change_mask(self, token: bytes) -> Mask:
+        """Mask hashes with this token from now on, as all replicas do after a reset."""
+        self.mask = Mask(token)
+        return self.mask
+
     @property
     def tips(self) -> list[Segment]:
         """The held paths, for check_integrity."""

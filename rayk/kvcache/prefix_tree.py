@@ -117,13 +117,13 @@ class PrefixTree:
             for key, root in self._roots.items():
                 root.hashes = hasher.root(key)
             for node in self.segments():
-                node.hashes = b"".join(hasher.chain(self._last_hash(node.parent), node.tokens))
+                node.hashes = b"".join(hasher.chain(self.last_hash(node.parent), node.tokens))
         self._listeners.append(listener)
         for node in self.segments():
             hashes = PageHashes(node.hashes, self._hasher.width)
-            listener.stored(self._last_hash(node.parent), hashes, node.pages.copy(), node.tokens)
+            listener.stored(self.last_hash(node.parent), hashes, node.pages.copy(), node.tokens)
 
-    def _last_hash(self, node: Segment | None) -> PageHash:
+    def last_hash(self, node: Segment | None) -> PageHash:
         """The hash of a segment's last page, or a root's own."""
         assert node is not None and self._hasher is not None
         return PageHash(node.hashes[-self._hasher.width :] if node.parent is not None else node.hashes)

@@ -1,105 +1,52 @@
-"""One replica's cache: requests, their pages, the prefix tree over them, and the tensors behind them.
+"""One replica's cache: the calls that claim, allocate, step, read and release.
 
 No Ray, no threads, no clock: a plain object that changes only through its methods. `alloc` is a
-transaction. A request is claimed -> allocated -> .. -> released; its pages are, in sequence order, first
-*committed* ones (in the prefix tree, maybe shared) and then its own.
+transaction. A request is claimed -> allocated -> .. -> released.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
 from rayk.context import TextContext
-from rayk.errors import (
-    AlreadyClaimedError,
-    BatchError,
-    InsufficientBlocksError,
-    LeaseLostError,
-    NotClaimedError,
-)
+from rayk.errors import AlreadyClaimedError, BatchError, InsufficientBlocksError
 from rayk.kvcache import decode, integrity
-from rayk.kvcache.allocation import allocate, reusable_pages, slots_needed
-from rayk.kvcache.block_table import BlockTable
-from rayk.kvcache.buffers import PageBuffers
+from rayk.kvcache.allocation import allocate
 from rayk.kvcache.connector import Connector, Tier
 from rayk.kvcache.context_batch import ContextBatch
-from rayk.kvcache.lookup_table import fill_batch, refuse_twice
+from rayk.kvcache.lookup_table import fill_batch
 from rayk.kvcache.metrics import KVCacheMetrics
-from rayk.kvcache.page_hash import Mask, PageHash
-from rayk.kvcache.page_pins import PageImport, PagePins
-from rayk.kvcache.page_pool import PagePool, Pages
-from rayk.kvcache.prefix_tree import Match, PageListener, PrefixTree, Segment
-from rayk.kvcache.request import FEW, NEVER, NOTHING_REUSED, Request, Reused, Usage
-from rayk.kvcache.runtime_inputs import BatchCharacteristics, BatchShape, InputStage, ReplicaInputs
+from rayk.kvcache.page_pins import PageImport
+from rayk.kvcache.page_pool import Pages
+from rayk.kvcache.prefix_tree import Match, PageListener, Segment
+from rayk.kvcache.request import NEVER, NOTHING_REUSED, Request, Reused, Usage
+from rayk.kvcache.runtime_inputs import BatchCharacteristics, BatchShape, ReplicaInputs
+from rayk.kvcache.state import CacheState
 from rayk.kvcache.tier_loads import TierLoads
-from rayk.params import KVCacheParams
 
 
-class ReplicaCore:
-    """`replica` is its index and `holder_of` finds the replica of a request (-1: none): both are for messages.
-
-    `shared_memory`: pages in host memory are where other processes of the machine can read them.
-    """
-
-    def __init__(
-        self,
-        params: KVCacheParams,
-        replica: int,
-        num_pages: int,
-        max_batch_size: int,
-        devices: Sequence[str] | None = None,
-        runtime_checks: bool = False,
-        holder_of: Callable[[str], int] = lambda _: -1,
-        shared_memory: bool = False,
-    ) -> None:
-        devices = tuple(devices or params.replica_devices(replica))
-        self.replica = replica
-        self.holder_of = holder_of
-        self.params = params
-        self.num_pages = num_pages
-        self.max_batch_size = max_batch_size
-        self.runtime_checks = runtime_checks
-        self.buffers = PageBuffers(params, num_pages, devices, shared_memory)
-        self.stage = InputStage(self.buffers, devices, max_batch_size)
-        self.requests: dict[str, Request] = {}
-        self.table = BlockTable(num_pages, min(max_batch_size, 256))
-        self.page_size = params.page_size
-        # S = L + accepted drafts + 2 D + 1 + B - max(1, placeholders), as in MAX 26.5; here without the L
-        self.extra_slots = 2 * params.num_draft_tokens + params.block_draft_slots
-        self.pool = PagePool(num_pages)
-        self.tree = PrefixTree(params.page_size, self.pool)
-        self.caching = params.enable_prefix_caching
-        self.exports = PagePins(params, self.tree, self.buffers)
-        self._bytes_per_page = params.bytes_per_page
-        self._claims = 0  # claims and releases so far
-        self._last: tuple[int, list[TextContext], list[Request]] = (0, [], [])  # see requests_of()
-        self.unpublished: list[ContextBatch] = []  # stepped, and not yet looked at for full pages
-        self._eager = False  # somebody listens: publish at once
-        self.input_tokens = self.device_hits = self.peer_hits = self._evicted_before = 0
-        self.kept = 0  # pages of replicas that went, see rayk.kvcache.evacuation
-        self.loads: TierLoads | None = None
-        self._loads_before = KVCacheMetrics()
+class ReplicaCore(CacheState):
+    """The calls of one replica's cache, on its state."""
 
     def connect(self, connector: Connector) -> None:
         """Offload what is cached from now on to `connector`, and load from it. Before any request; once.
 
         The core owns it: shutdown() shuts it down.
         """
-        self.loads = TierLoads(self, connector)
+        self.loads = TierLoads(connector, self.tree, self.exports, self.page_size, self.commit)
         self.listen(self.loads)
 
     def listen(self, listener: PageListener) -> None:
-        """Hash every page that is cached, now and from now on, and tell `listener`, and what is dropped."""
+        """Hash every page that is cached, now and from now on, and tell `listener` of it and of what is dropped."""
         if self.unpublished:
             self.publish()
         self.tree.listen(listener, self.exports.hasher)
-        self._eager = True
+        self._listened = True
 
     def page_hashes(self) -> Iterator[bytes]:
-        """The hash of every cached page, once somebody listens."""
+        """The hash of every cached page; nothing before listen()."""
         return self.tree.hashes()
 
     # -- claims ----------------------------------------------------------------------------------
@@ -111,15 +58,9 @@ class ReplicaCore:
         """
         if request_id in self.requests:
             raise AlreadyClaimedError(request_id, self.replica)
-        due = NEVER if dummy or not self.caching else self.page_size
-        self.requests[request_id] = Request(self.table.acquire(), dummy, due, client, generation)
+        commit_at = NEVER if dummy or not self.caching else self.page_size
+        self.requests[request_id] = Request(self.table.acquire(), dummy, commit_at, client, generation)
         self._claims += 1
-
-    def bind(self, request: Request) -> None:
-        """Keep the table's columns for this request from now on, see rayk.kvcache.block_table."""
-        table, row = self.table, request.row
-        request.bound = table.serial[row] = table.bind()
-        table.room[row], table.due[row] = request.room, request.due
 
     def release(self, request_id: str) -> None:
         """Forget the request. Its committed pages become evictable, deepest first; the others are empty."""
@@ -142,7 +83,8 @@ class ReplicaCore:
             request.bound = 0
             self.table.unbind(request.row)
         self.table.drop(request.row, pages)
-        self.check()
+        if self.runtime_checks:
+            self.check_integrity()
 
     def blocks(self, request_id: str) -> list[int]:
         """Page ids in sequence order; empty for an unknown request."""
@@ -150,86 +92,6 @@ class ReplicaCore:
             self.publish()
         request = self.requests.get(request_id)
         return [] if request is None else self.table.rows[request.row][: request.pages].tolist()
-
-    def not_claimed(self, request_id: str) -> NotClaimedError:
-        """The error for a request that is not claimed here."""
-        return NotClaimedError(request_id, self.replica, self.holder_of(request_id))
-
-    def lease_lost(self, request_id: str, client: str, generation: int) -> LeaseLostError:
-        """The error for a claim of `client` that is not the present one."""
-        request = self.requests.get(request_id)
-        owner, now = (request.client, request.generation) if request is not None else ("", 0)
-        holder = self.replica if request is not None else self.holder_of(request_id)
-        return LeaseLostError(request_id, self.replica, holder, client, generation, owner, now)
-
-    def requests_of(self, batch: Sequence[TextContext]) -> list[Request]:
-        """The request of each context; KeyError (a request id) unless all are claimed.
-
-        BatchError when a context is not that of its request, or is there twice; see fence(). Nothing is changed then.
-
-        The contexts of a running batch are mostly those of the last call, and comparing two lists is the faster way
-        to find that out than one lookup for each.
-        """
-        if len(batch) < FEW:
-            requests = self.requests
-            found = [requests[ctx.request_id] for ctx in batch]
-            if len(set(found)) < len(batch):
-                refuse_twice([ctx.request_id for ctx in batch], self.replica)
-            for ctx, request in zip(batch, found, strict=True):
-                if request.ctx is not ctx:
-                    self._fence(batch, found)
-                    break
-            return found
-        claims, contexts, found = self._last
-        if claims != self._claims or batch != contexts:
-            requests = self.requests
-            found = [requests[ctx.request_id] for ctx in batch]
-            if len(set(found)) < len(batch):
-                refuse_twice([ctx.request_id for ctx in batch], self.replica)
-            self._fence(batch, found)
-            self._last = (self._claims, list(batch), found)
-        return found
-
-    def _fence(self, batch: Sequence[TextContext], found: Sequence[Request]) -> None:
-        """Go on with these contexts, or with none of them."""
-        for ctx, request in zip(batch, found, strict=True):
-            self.fence(request, ctx)
-        for ctx, request in zip(batch, found, strict=True):
-            if request.ctx is not ctx:
-                self.adopt(request, ctx)
-
-    def fence(self, request: Request, ctx: TextContext) -> None:
-        """BatchError unless the context may stand for the request: it is the one that it was used with last, or says
-        the same about the tokens that its pages hold or were being filled with. LeaseLostError for a context that was
-        last used under an earlier claim of the id.
-
-        Placeholders of either may have been filled in since. A request without pages may go on with any context.
-        """
-        old = request.ctx
-        if old is ctx or old is None or not request.pages or request.dummy:
-            return
-        if ctx.generation and ctx.generation != request.generation:
-            raise self.lease_lost(ctx.request_id, request.client, ctx.generation)
-        was, window = old.tokens, ctx.tokens
-        known = min(was.length - old.pending_future_count, window.length - ctx.pending_future_count)
-        count = min(known, max(request.committed * self.page_size, was.processed, window.processed))
-        if old.root_key != ctx.root_key or not np.array_equal(was.data[:count], window.data[:count]):
-            raise BatchError(
-                f"request {ctx.request_id!r} on replica {self.replica} has pages for other tokens or another salt "
-                "than this context; release it before you use its id for a new request"
-            )
-
-    def adopt(self, request: Request, ctx: TextContext) -> None:
-        """Go on with another context object for a claimed request; see fence()."""
-        self.fence(request, ctx)
-        self._claims += 1  # what requests_of() remembers is not looked at again
-        if request.bound:
-            if self.unpublished:
-                self.publish()
-            request.bound = 0
-            self.table.unbind(request.row)
-        request.ctx = ctx
-        ctx.generation = request.generation
 
     # -- allocation ------------------------------------------------------------------------------
 
@@ -245,7 +107,7 @@ class ReplicaCore:
             raise self.not_claimed(ctx.request_id) from None
         window = ctx.tokens
         if (  # a decode step within the pages that it has, which is what nearly every alloc is
-            window.length + self.extra_slots <= request.room
+            window.length + self.extra_slots <= request.slot_capacity
             and window.end - window.processed == 1
             and ctx.plain
             and request.ctx is ctx
@@ -254,27 +116,35 @@ class ReplicaCore:
             return NOTHING_REUSED
         if request.dummy:
             return NOTHING_REUSED
-        return allocate(self, request, ctx, imports)
+        reused = allocate(self, request, ctx, imports)
+        self.input_tokens += window.end - window.processed
+        if reused is not NOTHING_REUSED:
+            self.device_hits += reused.device_tokens // self.page_size
+            self.peer_hits += reused.peer_tokens // self.page_size
+        if self.runtime_checks:
+            self.check_integrity()
+        return reused
 
-    def receive(self, ctx: TextContext, imports: Sequence[PageImport] = ()) -> Reused:
+    def accept_handover(self, ctx: TextContext, imports: Sequence[PageImport] = ()) -> Reused:
         """alloc() of a claimed request that runs on another replica: it gets its pages here, with what is cached of it.
 
-        Nobody computes into them before the next alloc() with the request's own context, which moves its window back to
-        what is cached; step() passes it over until then. `ctx` says how it was last, and is not kept in step.
+        The next alloc() with the request's own context moves its window back to what is cached; until then nothing is
+        computed into the pages, and step() passes the request over. `ctx` is a copy of its context as it was last.
         """
         computed = self.input_tokens
         reused = self.alloc(ctx, imports)
-        self.settle([ctx])
+        self.wait_for_loads([ctx])
         self.input_tokens = computed  # counted by the next alloc
         request = self.requests[ctx.request_id]
-        request.handed, request.room, request.due = True, 0, NEVER
+        request.handed_over, request.next_commit_at = True, NEVER
+        self.suspend(request)
         self.check()
         return reused
 
     def alloc_many(self, batch: Sequence[TextContext]) -> dict[str, InsufficientBlocksError]:
         """alloc() for each context; what was refused, by request id. The refused ones keep what they had."""
         if self.loads is not None and self.loads.under_way:
-            self.settle(batch)
+            self.wait_for_loads(batch)
         if type(batch) is ContextBatch and decode.ready(self, batch) and decode.alloc(self, batch):
             self.check()
             return {}
@@ -294,68 +164,38 @@ class ReplicaCore:
         except KeyError as missing:
             raise self.not_claimed(missing.args[0]) from None
 
-    def make_room(self, pages: int) -> bool:
-        """For rayk.kvcache.decode: have so many empty pages, by evicting if need be. False when there are too few."""
-        if pages > self.pool.empty:
-            if pages > self.free:
-                return False
-            self.tree.make_room(pages)
-        return True
-
-    def take(self, pages: int) -> Pages:
-        """Empty pages, a view as in PagePool.take(); also for rayk.kvcache.decode."""
-        taken = self.pool.take(pages)
-        if self.loads is not None:
-            self.loads.connector.reuse(taken)
-        return taken
-
     # -- commit --------------------------------------------------------------------------------
 
     def step(self, batch: Sequence[TextContext]) -> None:
         """Commit the pages of each request that are full and processed; equal pages collapse into one."""
         if self.loads is not None and self.loads.under_way:
-            self.settle(batch)
+            self.wait_for_loads(batch)
         if type(batch) is ContextBatch and decode.ready(self, batch) and decode.step(self, batch):
-            if self.caching and batch.unpublished is None:
-                batch.unpublished = self
-                self.unpublished.append(batch)
-            if self._eager or self.runtime_checks:
+            if self._listened or self.runtime_checks:
                 self.publish()
                 self.check()
             return
         if self.unpublished:
             self.publish()
-        due = []
+        full = []
         if len(batch) == 1:
             ctx = batch[0]
             alone = self.requests.get(ctx.request_id)
             if alone is None or alone.ctx is not ctx:
                 [alone] = self.claimed(batch)
-            if ctx.tokens.processed >= alone.due:
-                due.append((ctx, alone, self._full_pages(ctx, alone)))
+            if ctx.tokens.processed >= alone.next_commit_at:
+                full.append((ctx, alone, self._full_pages(ctx, alone)))
         else:
             for ctx, request in zip(batch, self.claimed(batch), strict=True):
-                if ctx.tokens.processed >= request.due:
-                    due.append((ctx, request, self._full_pages(ctx, request)))
-        for ctx, request, pages in due:
+                if ctx.tokens.processed >= request.next_commit_at:
+                    full.append((ctx, request, self._full_pages(ctx, request)))
+        for ctx, request, pages in full:
             if pages > request.committed:
                 self.commit(ctx, request, pages)
         if self.loads is not None:
             self.loads.flush()
         if self.runtime_checks:
             self.check_integrity()
-
-    def publish(self) -> None:
-        """Commit what stepped batches have processed. Everything that could tell the difference calls this first."""
-        batches, self.unpublished = self.unpublished, []
-        for batch in batches:
-            batch.unpublished = None
-            for at in np.flatnonzero(batch.stepped >= self.table.due[batch.row]).tolist():
-                request = batch.requests[at]
-                if request is not None and request.bound and request.bound == batch.serial[at]:
-                    self.commit(batch[at], request, int(batch.stepped[at]) // self.page_size)
-        if self.loads is not None:
-            self.loads.flush()
 
     def _full_pages(self, ctx: TextContext, request: Request) -> int:
         """Leading pages that are full and processed. BatchError when the request does not have them."""
@@ -369,88 +209,38 @@ class ReplicaCore:
             )
         return full
 
-    def commit(self, ctx: TextContext, request: Request, full: int) -> None:
-        """Put the request's pages up to `full` into the tree; for step() and landed loads."""
-        start, size, tree = request.committed, self.page_size, self.tree
-        tip = request.tip
-        if tip is None:
-            tip = tree.hold_root(ctx.root_key)
-        row = self.table.rows[request.row]
-        tokens = ctx.tokens.data[start * size : full * size]
-        request.tip, instead = tree.commit(tip, tokens, row[start:full])
-        if instead is not None:
-            row[start : start + len(instead)] = instead
-            self.table.version += 1
-        request.committed = full
-        request.due = (full + 1) * size
-        if request.bound:
-            self.table.due[request.row] = request.due
-
     # -- tiers -----------------------------------------------------------------------------------
-
-    def settle(self, batch: Sequence[TextContext]) -> list[TextContext]:
-        """Wait for the loads that these requests need; the contexts whose window moved back, because a load failed."""
-        moved: list[TextContext] = []
-        loads = self.loads
-        if loads is None or not loads.under_way:
-            return moved
-        requests = [self.requests.get(ctx.request_id) for ctx in batch]
-        for ctx, request in zip(batch, requests, strict=True):
-            if request is not None:
-                self.fence(request, ctx)
-        for ctx, request in zip(batch, requests, strict=True):
-            load = loads.under_way.get(ctx.request_id)
-            if load is None or request is None:
-                continue
-            if request.ctx is not ctx:
-                self.adopt(request, ctx)
-            loads.land(request, load)
-            del loads.under_way[ctx.request_id]
-            request.room = request.pages * self.page_size
-            if request.bound:
-                self.table.room[request.row] = request.room
-            self.input_tokens += (load.pages - load.landed) * self.page_size
-            if loads.resume(ctx, request, load):
-                moved.append(ctx)
-        return moved
 
     @property
     def loads_under_way(self) -> bool:
-        """Whether any request has a load that was not settled."""
+        """Whether any request has a load that wait_for_loads() has not ended."""
         return self.loads is not None and bool(self.loads.under_way)
 
     def loading(self, ctx: TextContext) -> bool:
         """Whether the request waits for a load, so that a batch with it would, too."""
-        load = self.loads.under_way.get(ctx.request_id) if self.loads is not None else None
-        return load is not None and load.landed < 0 and not load.transfer.poll()
+        return self.loads is not None and self.loads.waiting(ctx.request_id)
 
     def poll_transfers(self) -> None:
         """Take note of finished transfers: what has landed can be reused by others."""
         if self.loads is not None:
-            for request_id, load in self.loads.under_way.items():
-                if load.landed < 0 and load.transfer.poll():
-                    self.loads.land(self.requests[request_id], load)
-            self.loads.flush()
+            self.loads.poll()
 
     def drain(self) -> None:
         """Wait until nothing is on its way to or from a tier."""
         if self.loads is not None:
-            for request_id, load in self.loads.under_way.items():
-                self.loads.land(self.requests[request_id], load)
-            self.loads.flush()
+            self.loads.land_all()
             self.loads.connector.drain()
 
     def read_pages(self, page_ids: Sequence[int]) -> list[torch.Tensor]:
         """Host copies of those pages, one tensor per buffer; waits for loads."""
         if self.loads is not None:
-            for request_id, load in self.loads.under_way.items():
-                self.loads.land(self.requests[request_id], load)
+            self.loads.land_all()
         return self.buffers.read(page_ids)
 
     def tier_hits(self, ctx: TextContext) -> tuple[int, int, int]:
         """Leading pages of the request that are cached here, and after them in the host and the disk tier."""
-        match = self._resident(ctx)
-        have, stop, loads = match.pages if match is not None else 0, reusable_pages(self, ctx), self.loads
+        match = self._match(ctx)
+        have, stop, loads = match.pages if match is not None else 0, self.reusable_pages(ctx), self.loads
         if loads is None or stop <= have or not self.caching:
             return have, 0, 0
         parent = self.tree.page_hash(match) if match is not None else loads.root(ctx.root_key)
@@ -458,10 +248,6 @@ class ReplicaCore:
         tiers = loads.find(parent, ctx.tokens.data[have * size : stop * size].tobytes()).tiers
         host = tiers.count(Tier.HOST)
         return have, host, len(tiers) - host
-
-    def path_hash(self, tip: Segment) -> PageHash:
-        """The hash of the last page of a held path."""
-        return self.tree.page_hash(Match(tip, 0, None, 0))
 
     @property
     def connector(self) -> Connector | None:
@@ -471,9 +257,7 @@ class ReplicaCore:
     def shutdown(self) -> None:
         """Finish transfers and let go of the tiers. The core is of no use afterwards."""
         if self.loads is not None:
-            for request_id, load in self.loads.under_way.items():
-                self.loads.land(self.requests[request_id], load)
-            self.loads.flush()
+            self.loads.land_all()
             self.loads.connector.shutdown()
             self.loads = None
 
@@ -490,7 +274,7 @@ class ReplicaCore:
         Waits for the loads of the batch; when one failed, its window moves back first.
         """
         if self.loads is not None and self.loads.under_way:
-            self.settle(batch)
+            self.wait_for_loads(batch)
         filled = None
         if type(batch) is ContextBatch and max_cache_length is None and characteristics is None:
             filled = decode.fill(self, batch) if decode.ready(self, batch) else None
@@ -505,7 +289,7 @@ class ReplicaCore:
     ) -> tuple[Pages, Pages, BatchShape]:
         """The same without tensors: lookup table, cache lengths, scalars (views, as in rayk.kvcache.runtime_inputs)."""
         if self.loads is not None and self.loads.under_way:
-            self.settle(batch)
+            self.wait_for_loads(batch)
         rows, width, shape = fill_batch(self, batch, max_cache_length, characteristics)
         return (*self.stage.host_views(rows, width), shape)
 
@@ -516,29 +300,22 @@ class ReplicaCore:
         window = ctx.tokens
         request = self.requests.get(ctx.request_id)
         processed = window.processed if request is not None and request.pages else 0
-        return reusable_pages(self, ctx) if self.caching and window.end - processed != 1 else 0
+        return self.reusable_pages(ctx) if self.caching and window.end - processed != 1 else 0
 
-    def resident(self, ctx: TextContext) -> int:
+    def cached_pages(self, ctx: TextContext) -> int:
         """Leading pages of the request that are cached here. Changes nothing."""
-        match = self._resident(ctx)
+        match = self._match(ctx)
         return match.pages if match is not None else 0
 
-    def _resident(self, ctx: TextContext) -> Match | None:
+    def _match(self, ctx: TextContext) -> Match | None:
         if self.unpublished:
             self.publish()
-        root, stop = self.tree.find_root(ctx.root_key), reusable_pages(self, ctx)
+        root, stop = self.tree.find_root(ctx.root_key), self.reusable_pages(ctx)
         if root is None or not self.caching or stop < 1:
             return None
         return self.tree.match(root, ctx.tokens.data[: stop * self.page_size])
 
     # -- queries -----------------------------------------------------------------------------------
-
-    @property
-    def free(self) -> int:
-        """Pages that can be handed out."""
-        if self.unpublished:
-            self.publish()
-        return self.pool.empty + self.tree.evictable
 
     @property
     def usage(self) -> Usage:
@@ -554,8 +331,8 @@ class ReplicaCore:
         if request is not None:
             self.fence(request, ctx)
         committed, held = (request.committed, request.pages) if request is not None else (0, 0)
-        used, wanted = self.num_pages - self.free, -(-slots_needed(self, ctx) // self.page_size)
-        match = self._resident(ctx) if self.may_reuse(ctx) > committed else None
+        used, wanted = self.num_pages - self.free, -(-self.slots_needed(ctx) // self.page_size)
+        match = self._match(ctx) if self.may_reuse(ctx) > committed else None
         if match is None or match.pages <= committed:
             used += max(0, wanted - held)
         else:
@@ -570,46 +347,30 @@ class ReplicaCore:
     @property
     def metrics(self) -> KVCacheMetrics:
         """Counters since reset_metrics()."""
-        return (
-            self._tier_metrics()
-            - self._loads_before
-            + KVCacheMetrics(
-                input_tokens=self.input_tokens,
-                cache_tokens=(self.device_hits + self.peer_hits) * self.page_size,
-                device_blocks_served=self.device_hits,
-                cross_replica_blocks_copied=self.peer_hits + self.kept,
-                cross_replica_bytes_copied=(self.peer_hits + self.kept) * self._bytes_per_page,
-                evicted_blocks=self.tree.evicted - self._evicted_before,
-            )
-        )
+        return self._counters() - self._counted_before
 
     def reset_metrics(self) -> None:
         """Counters to zero."""
-        self.input_tokens = self.device_hits = self.peer_hits = self.kept = 0
-        self._evicted_before = self.tree.evicted
-        self._loads_before = self._tier_metrics()
+        self._counted_before = self._counters()
 
-    def _tier_metrics(self) -> KVCacheMetrics:
-        """What came from tiers and went there since the start."""
-        if self.loads is None:
-            return KVCacheMetrics()
-        self.loads.connector.poll()
-        counters = self.loads.connector.counters
-        return KVCacheMetrics(
-            cache_tokens=self.loads.pages * self.page_size,
-            h2d_blocks_copied=counters.h2d,
-            d2h_blocks_copied=counters.d2h,
-            disk_blocks_written=counters.disk_written,
-            disk_blocks_read=counters.disk_read,
-            failed_loads=counters.loads_failed,
-            rejected_files=counters.damaged + counters.foreign + counters.outdated,
+    def _counters(self) -> KVCacheMetrics:
+        """Counters since the start."""
+        copied = self.peer_hits + self.pages_adopted
+        counters = KVCacheMetrics(
+            input_tokens=self.input_tokens,
+            cache_tokens=(self.device_hits + self.peer_hits) * self.page_size,
+            device_blocks_served=self.device_hits,
+            cross_replica_blocks_copied=copied,
+            cross_replica_bytes_copied=copied * self.params.bytes_per_page,
+            evicted_blocks=self.tree.evicted,
         )
+        return counters if self.loads is None else counters + self.loads.metrics()
 
     def join_after_reset(self, token: bytes) -> None:
-        """Before any request: the others were reset with this token, and go on sharing pages under it."""
-        self.exports.mask = Mask(token)
+        """Before any request: the other replicas were reset with this token, and go on sharing pages under it."""
+        mask = self.exports.change_mask(token)
         if self.loads is not None:
-            self.loads.rename(self.exports.mask)
+            self.loads.rename(mask)
 
     def reset_prefix_cache(self, token: bytes | None = None) -> int:
         """Forget cached pages that nobody holds, here and in the tiers; how many pages requests and exports still hold.
@@ -626,7 +387,7 @@ class ReplicaCore:
                 if request.tip is None and request.pages and not request.dummy:
                     assert request.ctx is not None
                     request.tip = self.tree.retired_root(request.ctx.root_key)
-            self.exports.mask = Mask(token)
+            self.exports.change_mask(token)
         self.tree.reset(retire=token is not None)
         if self.loads is not None:
             self.loads.reset(self.exports.mask, self.tree.hashes())
@@ -637,8 +398,6 @@ class ReplicaCore:
         """check_integrity() if the manager was asked to do so all the time."""
         if self.runtime_checks:
             self.check_integrity()
-
-    # -- integrity ---------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
         """IntegrityError unless every page is in exactly one place and all counts agree with what they count."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rayk.context import TextContext
+from rayk.errors import BatchError
 from rayk.kvcache.prefix_tree import Segment
 
 
@@ -12,19 +14,20 @@ class Request:
     """A claimed request. Its row holds `pages` page ids, of which the first `committed` are in the prefix tree."""
 
     __slots__ = (
-        "bound", "client", "committed", "ctx", "due", "dummy", "generation", "handed", "pages", "room", "row", "tip"
+        "bound", "client", "committed", "ctx", "dummy", "generation", "handed_over", "next_commit_at", "pages", "row",
+        "slot_capacity", "tip"
     )  # fmt: skip
 
-    def __init__(self, row: int, dummy: bool, due: int, client: str = "", generation: int = 0) -> None:
+    def __init__(self, row: int, dummy: bool, next_commit_at: int, client: str = "", generation: int = 0) -> None:
         self.row = row
         self.client = client  # the driver whose claim it is, and which one
         self.generation = generation
-        self.due = due  # processed tokens at which its next page is full, and so to be committed; NEVER for a dummy
+        self.next_commit_at = next_commit_at  # processed tokens at which its next page is full; NEVER for a dummy
         self.bound = 0  # its number in the table's columns once it was in a ContextBatch, see rayk.kvcache.block_table
         self.dummy = dummy
-        self.handed = False  # came from another replica; what was computed after its committed pages stayed there
+        self.handed_over = False  # came from another replica; what was computed after its committed pages stayed there
         self.pages = 1 if dummy else 0
-        self.room = 0  # slots that its own and shared pages offer: pages x page size, none for a dummy
+        self.slot_capacity = 0  # of its own and shared pages: pages x page size, none for a dummy
         self.committed = 0
         self.ctx: TextContext | None = None  # the context it was used with last
         self.tip: Segment | None = None  # end of the held path in the prefix tree, None before the first hit or commit
@@ -55,7 +58,7 @@ class Reused(NamedTuple):
 
     @property
     def total(self) -> int:
-        """From wherever."""
+        """From all sources."""
         return sum(self)
 
     def plus(self, more: Reused) -> Reused:
@@ -75,3 +78,12 @@ class Reused(NamedTuple):
 NOTHING_REUSED = Reused(0, 0)
 NEVER = 1 << 62
 FEW = 8  # contexts that are looked up one by one
+
+
+def refuse_twice(request_ids: Sequence[str], replica: int) -> None:
+    """BatchError that names the first request that is in a batch twice."""
+    seen: set[str] = set()
+    for request_id in request_ids:
+        if request_id in seen:
+            raise BatchError(f"request {request_id!r} is twice in one batch for replica {replica}; name it once")
+        seen.add(request_id)

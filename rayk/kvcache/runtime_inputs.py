@@ -127,7 +127,7 @@ class InputStage:
         self._buffers = buffers
         self._devices = devices
         self._max_rows = max_rows
-        self.shown: object = None  # what the table shows, if rayk.kvcache.decode filled it and nobody else since
+        self.shown: object = None  # what the table shows, see show()
         self._made: dict[tuple[int, int], tuple[ReplicaInputs, list[_Scalars]]] = {}
         self._resize(64)
 
@@ -136,7 +136,6 @@ class InputStage:
         self._lengths = torch.zeros(self._max_rows, dtype=torch.int32)
         self._capacity = width
         self._made.clear()
-        self.shown = None
         self.table: Int32Array = self._table.numpy()
         self.lengths: Int32Array = self._lengths.numpy()
         self._copies = {
@@ -144,10 +143,15 @@ class InputStage:
         }
 
     def host_views(self, rows: int, width: int) -> tuple[Int32Array, Int32Array]:
-        """Host arrays to fill: table [rows, width] and lengths [rows]."""
+        """Host arrays to fill: table [rows, width] and lengths [rows]. They are anybody's until the next call."""
+        self.shown = None
         if width > self._capacity:
             self._resize(max(width, 2 * self._capacity))
         return self.table[: rows * width].reshape(rows, width), self.lengths[:rows]
+
+    def show(self, what: object) -> None:
+        """Remember what the host arrays were filled with, until they are given out again."""
+        self.shown = what
 
     def build(self, rows: int, width: int, shape: BatchShape) -> ReplicaInputs:
         """The inputs over the filled host views, copied to each CUDA device of the replica.

@@ -1,26 +1,27 @@
-"""A replica core's dealings with its connector: what it offloads, and the loads of its requests.
+"""A replica's dealings with its connector: what it offloads, and the loads of its requests.
 
 A load starts in alloc, which moves the request's window past it at once. The loaded pages are the request's own and
-in no tree until they have landed; whoever needs the request (runtime_inputs, step, the next alloc) lands them first.
-Pages that did not land are computed: the next call with the request's context moves its window back to them.
+in no tree until they have landed; each call that needs the request (runtime_inputs, step, the next alloc) lands them
+first. Pages that did not land are computed: the next call with the request's context moves its window back to them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from rayk.context import TextContext
 from rayk.kvcache.connector import Connector, Found, Landed, Tier, Transfer
-from rayk.kvcache.page_hash import Mask, PageHash, PageHasher, RootKey
+from rayk.kvcache.metrics import KVCacheMetrics
+from rayk.kvcache.page_hash import Mask, PageHash, RootKey
+from rayk.kvcache.page_pins import PagePins
 from rayk.kvcache.page_pool import Pages
+from rayk.kvcache.prefix_tree import PrefixTree
+from rayk.kvcache.request import Request
 
-if TYPE_CHECKING:
-    from rayk.kvcache.replica import ReplicaCore
-    from rayk.kvcache.request import Request
+Commit = Callable[[TextContext, Request, int], None]
 
 log = logging.getLogger("rayk.tiers")
 
@@ -28,9 +29,10 @@ log = logging.getLogger("rayk.tiers")
 class TierLoad:
     """Pages `base` .. `base + pages` of a request, on their way. `reached` is where its window was moved to."""
 
-    __slots__ = ("base", "landed", "pages", "reached", "transfer")
+    __slots__ = ("base", "landed", "pages", "reached", "request", "transfer")
 
-    def __init__(self, transfer: Transfer, base: int, pages: int, reached: int) -> None:
+    def __init__(self, request: Request, transfer: Transfer, base: int, pages: int, reached: int) -> None:
+        self.request = request
         self.transfer = transfer
         self.base = base
         self.pages = pages
@@ -39,25 +41,26 @@ class TierLoad:
 
 
 class TierLoads:
-    """Listens to the core's tree and offloads what is cached; finds, starts and lands loads.
+    """Listens to the replica's tree and offloads what is cached; finds, starts and lands loads.
 
-    `under_way` has the requests that may not go into a batch before settle(). Errors of a connector are misses.
+    `commit` puts a request's pages up to a number into the tree. `under_way` has the loads that end() has not ended:
+    their requests may not go into a batch. Errors of a connector are misses.
     """
 
-    def __init__(self, core: ReplicaCore, connector: Connector) -> None:
+    def __init__(self, connector: Connector, tree: PrefixTree, pins: PagePins, page_size: int, commit: Commit) -> None:
         self.connector = connector
         self.under_way: dict[str, TierLoad] = {}
-        self.pages = 0  # found by alloc, less what then failed to land
-        self._core = core
-        self._hasher: PageHasher = core.exports.hasher
-        self._size = core.page_size
-        self._page_bytes = core.page_size * 4
+        self._found = 0  # pages that alloc found, less what then failed to land
+        self._tree = tree
+        self._commit = commit
+        self._hasher = pins.hasher
+        self._size = page_size
+        self._page_bytes = page_size * 4
         self._holds, self._digest = connector.holds, self._hasher.digest
-        self._mask = core.exports.mask
+        self._mask = pins.mask
         self._masked = bool(self._mask.token)
         self._kept_out: set[bytes] = set()  # from before the last reset
         self._roots: dict[RootKey, PageHash] = {}
-        self.due = False  # whether flush() has something to do
         self._new_hashes: list[bytes] = []
         self._new_pages: list[Pages] = []
         self._used: list[Sequence[bytes]] = []  # hashes of released prefixes
@@ -71,7 +74,6 @@ class TierLoads:
         if not self._landing:  # else a tier has them
             self._new_hashes += self._mask.all(hashes) if self._masked else hashes
             self._new_pages.append(pages)
-            self.due = True
 
     def removed(self, hashes: Sequence[PageHash]) -> None:
         """Dropped pages: the tiers have them already."""
@@ -79,7 +81,6 @@ class TierLoads:
     def flush(self) -> None:
         """Offload what was cached since the last call. The core calls it before it returns from any method."""
         hashes, pages, used = self._new_hashes, self._new_pages, self._used
-        self.due = False
         try:
             if hashes:
                 self._new_hashes, self._new_pages = [], []
@@ -108,7 +109,6 @@ class TierLoads:
         except Exception as error:
             self._warn("offload", error)
         self._used.append(hashes)
-        self.due = True
 
     def _warn(self, what: str, error: Exception) -> None:
         if not self._warned:
@@ -142,17 +142,17 @@ class TierLoads:
 
     # -- loading ---------------------------------------------------------------------------------------
 
-    def start(self, ctx: TextContext, request: Request, stop: int) -> tuple[int, int]:
-        """Load what a tier has of the pages between the request's committed ones and `stop`, into its own pages.
+    def start(self, ctx: TextContext, request: Request, row: Pages) -> tuple[int, int]:
+        """Load what a tier has of the request's first pages into those of `row` that it has not committed.
 
-        Moves the window past them; how many pages come from host and disk.
+        Moves the window past them; how many pages come from host and disk. Unless it has landed already, the load is
+        under way then.
         """
         base, window, tip, size = request.committed, ctx.tokens, request.tip, self._size
-        core = self._core
         if tip is not None:
             if tip.retired:
                 return 0, 0  # it would mix what was computed before a reset with what came after
-            parent = core.path_hash(tip)
+            parent = self._tree.last_hash(tip)
         else:
             parent = self._roots.get(ctx.root_key) or self.root(ctx.root_key)
         data, start = window.data, base * size
@@ -163,27 +163,24 @@ class TierLoads:
         except Exception as error:
             self._warn("look up", error)
             return 0, 0
-        found = self.find(parent, data[start : stop * size].tobytes())
+        found = self.find(parent, data[start : len(row) * size].tobytes())
         count = len(found.hashes)
         reached = (base + count) * size
         if not count or reached <= window.processed:
             return 0, 0
         active = window.end - window.processed
-        pages = core.table.rows[request.row][base : base + count].copy()
-        load = TierLoad(self._begin(found.hashes, pages), base, count, reached)
+        transfer = self._begin(found.hashes, row[base : base + count].copy())
+        load = TierLoad(request, transfer, base, count, reached)
         window.processed = reached
         if reached >= window.end:  # the load covers the chunk: keep its size, move it on
             window.end = min(window.length, reached + active)
-        self.pages += count
-        if load.transfer.poll():
-            self.land(request, load)
-            self.resume(ctx, request, load)
+        self._found += count
+        if transfer.poll():
+            self._land(load)
+            self._move_back(ctx, load)
             count = load.landed
         else:
             self.under_way[ctx.request_id] = load
-            request.room = 0  # sends the next alloc to settle() first
-            if request.bound:
-                core.table.room[request.row] = 0
         host = found.tiers[:count].count(Tier.HOST)
         return host, count - host
 
@@ -194,7 +191,33 @@ class TierLoads:
             self._warn("load", error)
             return Landed(0)
 
-    def land(self, request: Request, load: TierLoad) -> None:
+    def waiting(self, request_id: str) -> bool:
+        """Whether the request's load is still on its way, so that end() would wait for it."""
+        load = self.under_way.get(request_id)
+        return load is not None and load.landed < 0 and not load.transfer.poll()
+
+    def poll(self) -> None:
+        """Land the loads that have arrived: others can reuse their pages."""
+        for load in self.under_way.values():
+            if load.landed < 0 and load.transfer.poll():
+                self._land(load)
+        self.flush()
+
+    def land_all(self) -> None:
+        """Wait for all loads; they stay under way, for end() to move their windows."""
+        for load in self.under_way.values():
+            self._land(load)
+        self.flush()
+
+    def end(self, ctx: TextContext) -> tuple[int, bool]:
+        """Wait for the context's load, which is under way no more: pages that did not land, and whether the window
+        moved back to them."""
+        load = self.under_way[ctx.request_id]
+        self._land(load)
+        del self.under_way[ctx.request_id]
+        return load.pages - load.landed, self._move_back(ctx, load)
+
+    def _land(self, load: TierLoad) -> None:
         """Wait for a load and put what landed into the tree."""
         if load.landed >= 0:
             return
@@ -203,16 +226,16 @@ class TierLoads:
         except Exception as error:
             self._warn("load", error)
             load.landed = 0
-        self.pages -= load.pages - load.landed
+        self._found -= load.pages - load.landed
         if load.landed:
-            assert request.ctx is not None
+            assert load.request.ctx is not None
             self._landing = True
-            self._core.commit(request.ctx, request, load.base + load.landed)
+            self._commit(load.request.ctx, load.request, load.base + load.landed)
             self._landing = False
 
-    def resume(self, ctx: TextContext, request: Request, load: TierLoad) -> bool:
-        """The load is over and landed: whether the window had to move back to what did not."""
-        good, window = (load.base + load.landed) * self._core.page_size, ctx.tokens
+    def _move_back(self, ctx: TextContext, load: TierLoad) -> bool:
+        """The load has ended: whether the window had to move back to what did not land."""
+        good, window = (load.base + load.landed) * self._size, ctx.tokens
         if load.landed == load.pages or window.processed <= good:
             return False
         active, chunked = window.end - window.processed, window.end < window.length
@@ -236,6 +259,20 @@ class TierLoads:
             self.connector.reset()
         except Exception as error:
             self._warn("forget its pages", error)
+
+    def metrics(self) -> KVCacheMetrics:
+        """What came from tiers and went there since the start."""
+        self.connector.poll()
+        counters = self.connector.counters
+        return KVCacheMetrics(
+            cache_tokens=self._found * self._size,
+            h2d_blocks_copied=counters.h2d,
+            d2h_blocks_copied=counters.d2h,
+            disk_blocks_written=counters.disk_written,
+            disk_blocks_read=counters.disk_read,
+            failed_loads=counters.loads_failed,
+            rejected_files=counters.damaged + counters.foreign + counters.outdated,
+        )
 
     def cancel(self, request_id: str) -> None:
         """The request is released."""

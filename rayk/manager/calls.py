@@ -41,8 +41,7 @@ from rayk.errors import (
 from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.connector import TierCount
 from rayk.kvcache.iteration import Batches, Forward
-from rayk.kvcache.lookup_table import refuse_twice
-from rayk.kvcache.request import Usage
+from rayk.kvcache.request import Usage, refuse_twice
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, BatchShape, no_inputs, table_only
 from rayk.kvcache.tick import Admission, HitCounts, Tick, TickResult
 from rayk.manager.cluster_view import Call, current, result_of

@@ -164,14 +164,14 @@ class InlineBackend(InlineReplicas):
         return self._with_copies(core, ctx, core.alloc)
 
     def _receive(self, core: ReplicaCore, ctx: TextContext) -> Reused:
-        return self._with_copies(core, ctx, core.receive) if self._copies else core.receive(ctx)
+        return self._with_copies(core, ctx, core.accept_handover) if self._copies else core.accept_handover(ctx)
 
     def _with_copies(self, core: ReplicaCore, ctx: TextContext, alloc: Callable[..., Reused]) -> Reused:
         stop = core.may_reuse(ctx)
         have, host, disk = core.tier_hits(ctx) if stop else (0, 0, 0)
         if have + host + disk >= stop:
             return alloc(ctx)
-        resident = [c.resident(ctx) if c is not None and c is not core else 0 for c in self.cores]
+        resident = [c.cached_pages(ctx) if c is not None and c is not core else 0 for c in self.cores]
         if max(resident) <= have + host + disk:  # what the others have is in this node's tiers
             return alloc(ctx)
         page_bytes, exports = core.params.bytes_per_page, list[tuple[ReplicaCore, PageExport]]()

@@ -130,7 +130,7 @@ class InlineReplicas(ABC):
 
     @abstractmethod
     def _receive(self, core: ReplicaCore, ctx: TextContext) -> Any:
-        """core.receive() with copies from the others."""
+        """core.accept_handover() with copies from the others."""
 
     @abstractmethod
     def _wish(self, ctx: TextContext) -> RouteRequest:

@@ -49,8 +49,8 @@ class Admit(Message, frozen=True):
     """Allocate requests in order, after claiming them if `claim`. With `stop_on_error` none is tried after a refusal.
 
     `uses[i]` are the imports, in order, that context i may continue its prefix with. `handed`: they are running
-    requests of another replica, see ReplicaCore.receive(). `clients` and `generations` are those of the claims that are
-    to be made, or are there: one for each context, or one for all.
+    requests of another replica, see ReplicaCore.accept_handover(). `clients` and `generations` are those of the claims
+    that are to be made, or are there: one for each context, or one for all.
     """
 
     contexts: Contexts

@@ -28,9 +28,9 @@ from rayk.errors import (
 )
 from rayk.kvcache.connector import TierCount
 from rayk.kvcache.iteration import Forward, run_forward, run_tick
-from rayk.kvcache.lookup_table import refuse_twice
 from rayk.kvcache.page_pins import PageImport
 from rayk.kvcache.replica import ReplicaCore
+from rayk.kvcache.request import refuse_twice
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, ReplicaInputs
 from rayk.kvcache.tick import Tick
 from rayk.protocol.columns import RESULTS, PackedContexts
@@ -125,17 +125,17 @@ class ReplicaService:
                 return self._admit(command, attached), []
             case m.Step(views):
                 batch = self._contexts(views)
-                if back := core.settle(batch):
+                if back := core.wait_for_loads(batch):
                     return self._moved_back(back), []
                 core.step(batch)
             case m.Inputs(views, max_cache_length, bounds):
                 batch = self._contexts(views)
-                if back := core.settle(batch):
+                if back := core.wait_for_loads(batch):
                     return self._moved_back(back), []
                 return self._inputs(batch, max_cache_length, bounds), []
             case m.Execute(views, fn):
                 batch = self._contexts(views)
-                if back := core.settle(batch):
+                if back := core.wait_for_loads(batch):
                     return self._moved_back(back), []
                 return m.Value(self._dumps(run_forward(core, batch, self._shipped(fn)))), []
             case m.Claim(request_id, dummy, client, generation):
@@ -313,7 +313,7 @@ class ReplicaService:
             if request is not None:
                 core.fence(request, ctx)
                 self._mirrors.keep(ctx)
-            reused = core.receive(ctx, imports) if command.handed else core.alloc(ctx, imports)
+            reused = core.accept_handover(ctx, imports) if command.handed else core.alloc(ctx, imports)
         except BaseException:
             if claim:
                 self._release(request_id)
@@ -329,7 +329,7 @@ class ReplicaService:
             if generation != (request.generation if request is not None else 0):
                 raise self._not_claimed(request_id, generation)
         ctxs = self._contexts(command.views)
-        if back := self.core.settle([ctx for ctx in ctxs if not self.core.loading(ctx)]):
+        if back := self.core.wait_for_loads([ctx for ctx in ctxs if not self.core.loading(ctx)]):
             return self._moved_back(back)
         tick = Tick(
             step=[ctxs[i] for i in command.step],

@@ -118,7 +118,7 @@ class World:
 
     def pages(self) -> Any:
         """What the request's slots hold, who it is, and what is cached."""
-        cached = [self.core.resident(self.context(client, "admit")) for client in "AB"]
+        cached = [self.core.cached_pages(self.context(client, "admit")) for client in "AB"]
         blocks = self.core.blocks("r")
         held = self.core.read_pages(blocks)[0][:, 0].flatten().tolist() if blocks else []
         return self.owner, blocks, held, cached, self.core.usage

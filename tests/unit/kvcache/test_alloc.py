@@ -256,6 +256,25 @@ def test_a_hit_behind_the_window_moves_it_back(make) -> None:
     assert cache.wrong_slots(ctx) == 0
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_chunk_that_a_hit_moves_back_keeps_its_end(make, gone: bool) -> None:
+    """Its own pages are gone, or were never stepped and make way. As in the reference, only the start moves."""
+    cache = make(12)
+    ctx = cache.start("a", range(14))
+    ctx.tokens.chunk(8)
+    cache.manager.execute([[ctx]], lambda inputs, batch: None)
+    ctx.update(0)
+    ctx.tokens.chunk(2)
+    if gone:
+        cache.manager.release("a", 0)
+        cache.manager.claim("a", 0)
+    cache.serve("b", range(5))
+    cache.manager.alloc(ctx, 0)
+    assert (ctx.tokens.processed, ctx.tokens.end) == (4, 10)
+    cache.turn(ctx)
+    assert cache.wrong_slots(ctx) == 0
+
+
 # -- sharing on commit ---------------------------------------------------------------------------------------
 
 

@@ -115,7 +115,7 @@ def test_what_is_there_is_not_evicted() -> None:
     own = serve(target, "own", [9] * 7)
     assert room(target) == 5
     assert give(source, target) == [2, 2, 1], "the hottest comes last here, and its first page finds room"
-    assert (room(target), target.metrics.evicted_blocks, target.resident(own)) == (0, 0, 3)
+    assert (room(target), target.metrics.evicted_blocks, target.cached_pages(own)) == (0, 0, 3)
     assert give(source, target) == [0, 0, 0]
 
 
@@ -134,7 +134,7 @@ def test_the_last_one_kept_is_evicted_last() -> None:
     assert give(source, target) == [2, 2]
     target.claim("eater")
     target.alloc(TextContext("eater", [8] * 8, 99))
-    assert (target.resident(old), target.resident(new)) == (0, 2)
+    assert (target.cached_pages(old), target.cached_pages(new)) == (0, 2)
     target.release("eater")
 
 
@@ -165,7 +165,7 @@ def test_a_wrong_hash_ends_it(wrong: int) -> None:
     [part] = whole(source, target, prefix)
     hashes = [b"x" * 32 if i == wrong else h for i, h in enumerate(part.hashes)]
     assert keep(target, context(prefix), [replace(part, hashes=hashes)]) == wrong
-    assert target.resident(old) == target.usage.cached == wrong
+    assert target.cached_pages(old) == target.usage.cached == wrong
 
 
 def test_pages_of_another_seed_or_layout_are_refused() -> None:

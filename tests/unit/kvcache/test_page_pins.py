@@ -72,7 +72,7 @@ def test_copied_pages_hold_the_right_content_and_are_counted() -> None:
     assert target.metrics.cross_replica_blocks_copied == 3
     assert target.metrics.cross_replica_bytes_copied == 3 * target.params.bytes_per_page
     assert (target.metrics.cache_tokens, target.metrics.device_blocks_served) == (6, 0)
-    assert target.resident(ctx) == 3  # cached here now
+    assert target.cached_pages(ctx) == 3  # cached here now
 
 
 @pytest.mark.parametrize("start", [0, 1])
@@ -119,7 +119,7 @@ def test_pages_from_a_wrong_hash_on_are_refused(wrong: int) -> None:
     target.claim("new")
     target.alloc(ctx, [replace(export, hashes=hashes)])
     assert target.metrics.cross_replica_blocks_copied == wrong
-    assert target.resident(ctx) == wrong
+    assert target.cached_pages(ctx) == wrong
 
 
 @pytest.mark.parametrize(
@@ -205,11 +205,11 @@ def test_pins_survive_pressure_and_are_not_free() -> None:
     export = source.exports.export(old, 0, 2, 0)
     assert source.usage.free == 6
     evict_all(source)
-    assert source.resident(old) == 2
+    assert source.cached_pages(old) == 2
     source.exports.acknowledge(export.export_id)
     assert source.usage.free == 8
     evict_all(source)
-    assert source.resident(old) == 0
+    assert source.cached_pages(old) == 0
 
 
 def test_pins_are_given_up_for_a_request_that_fits_without_them() -> None:
@@ -221,7 +221,7 @@ def test_pins_are_given_up_for_a_request_that_fits_without_them() -> None:
     source.exports.take_back = lambda export_id: (told.append(export_id), acknowledge(export_id))[1]
     source.claim("small")
     source.alloc(TextContext("small", [8] * 10, 99))
-    assert source.resident(old) == 3 and not told, "five of eight were free"
+    assert source.cached_pages(old) == 3 and not told, "five of eight were free"
     source.release("small")
     source.claim("large")
     source.alloc(TextContext("large", [7] * 16, 99))
@@ -239,7 +239,7 @@ def test_pins_are_kept_where_giving_them_up_would_not_do() -> None:
     source.claim("large")
     with pytest.raises(InsufficientBlocksError, match=r"needs 5 more page.*1 of 8 are free"):
         source.alloc(TextContext("large", [7] * 10, 99))
-    assert len(source.exports.tips) == 2 and source.resident(old) == 3
+    assert len(source.exports.tips) == 2 and source.cached_pages(old) == 3
     source.alloc(TextContext("large", [7] * 8, 99))
     assert not source.exports.tips
     for export_id in (export.export_id, held.export_id):
@@ -304,7 +304,7 @@ def test_an_export_does_not_change_the_eviction_order() -> None:
         for pages in range(1, 7):
             at.claim("eater")
             at.alloc(TextContext("eater", [8] * 2 * pages, 99))
-            order.append((at.resident(old), at.resident(new)))
+            order.append((at.cached_pages(old), at.cached_pages(new)))
             at.release("eater")
         orders.append(order)
     assert orders[0] == orders[1]
@@ -322,8 +322,8 @@ def test_a_request_that_ends_while_its_prefix_is_being_copied() -> None:
     source.alloc(TextContext("one page", [8, 8], 99))  # takes the empty page
     source.claim("another")
     source.alloc(TextContext("another", [8, 8], 99))  # evicts the deepest
-    assert source.resident(TextContext("q", PROMPT, 99)) == 2
-    assert source.resident(TextContext("q", [1, 2, 5, 6, 0], 99)) == 1
+    assert source.cached_pages(TextContext("q", PROMPT, 99)) == 2
+    assert source.cached_pages(TextContext("q", [1, 2, 5, 6, 0], 99)) == 1
     source.check_integrity()
 
 
@@ -372,7 +372,7 @@ def test_pages_of_a_broken_line_are_the_requests_own_and_computed(local: int) ->
     ctx = TextContext("new", PROMPT, 99)
     target.claim("new")
     target.alloc(ctx, [broken(fetched(source, target, ctx, local, 3), 1)])
-    assert (ctx.tokens.processed, ctx.tokens.end, target.resident(ctx)) == (2 * local, 7, local)
+    assert (ctx.tokens.processed, ctx.tokens.end, target.cached_pages(ctx)) == (2 * local, 7, local)
     assert target.metrics.cross_replica_blocks_copied == 0
     assert len(target.blocks("new")) == 4
     inputs = target.runtime_inputs([ctx])
@@ -414,3 +414,20 @@ def test_a_chunk_whose_pages_made_way_for_copies_starts_where_they_end(landed: b
     target.check_integrity()
     target.release("new")
     assert target.usage.free == 8
+
+
+def test_a_request_that_was_handed_over_moves_back_once_and_commits() -> None:
+    """Its first alloc with its own context computes what was not cached here; later ones go on, page by page."""
+    target = core(pages=16)
+    ctx = TextContext("moved", PROMPT, 99)
+    ctx.tokens.processed = 6
+    target.claim("moved")
+    target.accept_handover(TextContext("moved", PROMPT, 99))
+    windows = []
+    for step in range(5):
+        target.alloc(ctx)
+        windows.append((ctx.tokens.processed, ctx.tokens.end))
+        ctx.update(50 + step)
+        target.step([ctx])
+    assert windows == [(0, 7), (7, 8), (8, 9), (9, 10), (10, 11)]
+    assert target.requests["moved"].committed == 5 == target.usage.cached

@@ -120,7 +120,7 @@ class Cache:
         self.serve("first")
         self.manager.release("first", 0)
         self.core.tree.reset()
-        assert self.core.resident(TextContext("q", PROMPT, 99)) == 0
+        assert self.core.cached_pages(TextContext("q", PROMPT, 99)) == 0
 
 
 @pytest.fixture(params=["inline", "actors"])

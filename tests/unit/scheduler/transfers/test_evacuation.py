@@ -142,7 +142,7 @@ class Replicas:
 
     def have(self, replica: int, *names: int) -> list[int]:
         """Pages that a replica has of those prefixes."""
-        return [self.cores[replica].resident(TextContext("q", [*pages(n, 50)], 999)) for n in names]
+        return [self.cores[replica].cached_pages(TextContext("q", [*pages(n, 50)], 999)) for n in names]
 
 
 def filled(count: int, *sizes: int, length: int = 2) -> Replicas:
