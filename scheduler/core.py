@@ -39,13 +39,12 @@ class SchedulerCore:
     ) -> None:
         self.members = Membership(epochs)
         self.router = settings.make(clock)
-        self.lines = LinkTable(clock, settings.page_transport)
-        self.placer = Placer(self.members, self.router, copies, settings.page_size, self.lines, clock)
+        self.links = LinkTable(clock, settings.page_transport)
+        self.placer = Placer(self.members, self.router, copies, settings.page_size, self.links, clock)
         self.standing = ReplicaLifecycle(self.members, self.router, self.placements, self.placer.forget, settings)
         self._offering: Evacuation | None = None
         if copies and settings.offers:
-            carrier = self.placer.carrier
-            self._offering = Evacuation(carrier, lambda: self.members.ready, settings.page_size, clock)
+            self._offering = Evacuation(self.placer.transfers, lambda: self.members.ready, clock)
         self._left = KVCacheMetrics()  # what removed replicas had counted
         self._reset: bytes | None = None  # token of the last one that replicas which join later must know of
         self._removed: dict[int, m.RemoveDone] = {}  # what became of their pages
@@ -68,7 +67,7 @@ class SchedulerCore:
     def handle(self, client: str, command: m.SchedulerCommand) -> Script:
         """The script that carries out `command` for `client`."""
         self.leases.heard(client)
-        yield from self.placer.copying.say_farewell()
+        yield from self.placer.prefix_copies.disconnect()
         return (yield from self._script(client, command))
 
     def _script(self, client: str, command: m.SchedulerCommand) -> Script:
@@ -278,8 +277,8 @@ class SchedulerCore:
             loads.capacity.tolist(),
             admission=hall.state() if hall is not None else None,
             levels=hall.gate.levels if hall is not None else [],
-            transport=self.lines.wanted,
-            lines=self.lines.table(),
+            transport=self.links.wanted,
+            lines=self.links.table(),
             removed=self._removed,
         )
 

@@ -51,7 +51,7 @@ def released(claims: Mapping[str, int]) -> m.Release:
 
 
 class Placer:
-    """The placements of all drivers on the `members`. `copies`: prefixes are copied between them, by `lines`."""
+    """The placements of all drivers on the `members`. `copies`: prefixes are copied between them, over `links`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Placer:
         router: Router,
         copies: bool,
         page_size: int,
-        lines: LinkTable,
+        links: LinkTable,
         clock: Callable[[], float],
     ) -> None:
         self.placements = Placements(len(members))
@@ -71,8 +71,8 @@ class Placer:
         self._members = members
         self._copies = copies
         self._page_size = page_size
-        self.carrier = PageTransfers(lines, clock)
-        self.copying = PrefixCopies(members, self.carrier, page_size)
+        self.transfers = PageTransfers(links, page_size)
+        self.prefix_copies = PrefixCopies(members, self.transfers)
         self.prefill_rate: float | None = None
         """Tokens a second of a replica, as the last driver that had something placed knew it."""
         self._clock = clock
@@ -217,17 +217,17 @@ class Placer:
         `claims[i]`. Nobody has anything of the prefixes of the `lonely` rows."""
         copies: Copies = {}
         if command.peers and self._copies and len(self._members.here) > 1:
-            copies = yield from self.copying.fetch(batch, groups, lonely, command.prefill_rate)
+            copies = yield from self.prefix_copies.fetch(batch, groups, lonely, command.prefill_rate)
         broken: list[ExportedSpan] = []
         try:
             # A source that receives no copy itself waits until its pages are unpinned: they may be all it can give.
-            sources = {copy.source for parts in copies.values() for copy in parts}
+            sources = {copy.source.replica for parts in copies.values() for copy in parts}
             late = {r: rows for r, rows in groups.items() if r in sources and not any(i in copies for i in rows)}
             early = {r: rows for r, rows in groups.items() if r not in late}
             yield from self._admit(batch, command, claims, early, copies, outcomes, broken)
         finally:
             if copies:
-                yield from self.carrier.acknowledge(copies, broken)
+                yield from self.transfers.acknowledge(copies, broken)
         yield from self._admit(batch, command, claims, late, copies, outcomes, broken)
 
     def catch_up(self, seen: Sequence[int], unfilled: Sequence[int], joined: int) -> Part:
@@ -322,7 +322,7 @@ class Placer:
         broken: list[ExportedSpan],
     ) -> Part:
         """Admit groups of rows, one message per replica; what became of them goes into `outcomes`, and copies whose
-        line did not carry them into `broken`."""
+        link did not carry them into `broken`."""
         if groups:
             began = self._clock() if copies else 0.0
             answers = yield [self._admission(r, batch, command, claims, rows, copies) for r, rows in groups.items()]
@@ -334,7 +334,7 @@ class Placer:
                     if told.result.arrivals:
                         parts = [copy for i in rows for copy in copies.get(i, ())]
                         busy = float(np.frombuffer(told.result.seconds).sum())  # claiming and allocating
-                        broken += self.carrier.arrived(parts, told.result.arrivals, took - busy)
+                        broken += self.transfers.arrived(parts, told.result.arrivals, took - busy)
                 elif isinstance(told.result, m.Failure):
                     outcomes.failures.update((i, told.result) for i in rows)
 
@@ -353,7 +353,7 @@ class Placer:
         for at, i in enumerate(rows) if copies else ():
             if parts := copies.get(i):
                 uses[at] = list(range(len(heads), len(heads) + len(parts)))
-                told, attached = self.carrier.heads(parts)
+                told, attached = self.transfers.import_descriptors(parts)
                 heads += told
                 data += attached
         part = batch.part(rows)

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rayk.dispatch.evacuation import Offers
+from rayk import protocol as m
+from rayk.dispatch.engine_scripts import EngineScripts
+from rayk.dispatch.evacuation import Evacuations
 from rayk.dispatch.output import Handle
 from rayk.dispatch.pending_copies import PendingCopies
 from rayk.dispatch.waiting import Waiting
@@ -35,9 +37,8 @@ from rayk.errors import (
     ReplicaRemovedError,
     ReplicaStateError,
 )
-from rayk.protocol.engine import Ask, Cancel, Command, Ended, Farewell, HandOver, Report, Submit
-from rayk.protocol.engine_reports import Shipped
-from rayk.protocol.engine_request import Request
+from rayk.protocol.engine import Ask, Cancel, Command, Ended, HandOver, Query, Report, Submit
+from rayk.protocol.engine_request import Imports, Request
 from rayk.request_errors import RequestCancelledError, RequestError, RequestTimeoutError
 from rayk.scheduler.scaling import Removed
 from rayk.transport.choice import Endpoint
@@ -88,8 +89,11 @@ class Dispatcher:
         self._left = threading.Condition(self._lock)  # a request left its replica
         self._why_lost = ""
         self.closed = False
-        self._fetches = PendingCopies(post, self._send, steering, clock)
-        self._offers = Offers(post, steering, lambda: self._who(Standing.ready), lambda: self.live, self._tell, clock)
+        self._scripts = EngineScripts(post, lambda: self.live)
+        self._copies = PendingCopies(self._scripts, self._send, steering, clock)
+        self._evacuations = Evacuations(
+            self._scripts, steering, lambda: self._who(Standing.ready), self._left.notify_all, clock
+        )
 
     # -- requests ------------------------------------------------------------------------------------
 
@@ -154,7 +158,7 @@ class Dispatcher:
         for handle in handles:
             if handle.number not in self._handles:
                 continue
-            if handle.replica is not None and not self._fetches.waits(handle.number):
+            if handle.replica is not None and not self._copies.waits(handle.number):
                 handle.unwanted = True  # should it leave its replica before it hears of this
                 told.setdefault(handle.replica, []).append(handle.number)
             else:
@@ -203,11 +207,10 @@ class Dispatcher:
             return False
         self._waiting.take(handle)
         handle.replica = replica
-        fetch = self.steering.fetch(handle.number)
-        if fetch is None:
-            asks.setdefault(replica, []).append(self._ask(handle))
+        if spans := self.steering.spans_to_copy(handle.number):
+            self._copies.order(handle, spans)
         else:
-            self._fetches.order(handle, fetch)
+            asks.setdefault(replica, []).append(self._ask(handle))
         return True
 
     def _submit(self, replica: int, asks: list[Ask]) -> None:
@@ -226,12 +229,12 @@ class Dispatcher:
         why = f"it cannot be placed or sent: {told(raised)}"
         self._end(handle, RequestError(handle.id, why))
 
-    def _send(self, handle: Handle, shipped: Shipped | None) -> None:
-        """A request goes to its replica, with what a peer has for it or without."""
+    def _send(self, handle: Handle, imports: Imports | None) -> None:
+        """A request goes to its replica, with what others have pinned for it or without."""
         assert handle.replica is not None
-        self._submit(handle.replica, [self._ask(handle, shipped)])
+        self._submit(handle.replica, [self._ask(handle, imports)])
 
-    def _ask(self, handle: Handle, shipped: Shipped | None = None) -> Ask:
+    def _ask(self, handle: Handle, imports: Imports | None = None) -> Ask:
         tokens, left = handle.prompt, handle.timeout
         if handle.tokens:
             tokens = np.concatenate((tokens, np.array(handle.tokens, np.int32)))
@@ -247,7 +250,7 @@ class Dispatcher:
                 left,
                 handle.stream_text,
                 handle.cache_salt,
-                shipped=shipped,
+                imports=imports,
             )
         )
 
@@ -255,7 +258,7 @@ class Dispatcher:
         if self._handles.pop(handle.number, None) is not None:
             self._ids.discard(handle.id)
         self._waiting.remove(handle)
-        self._fetches.forget(handle.number)
+        self._copies.forget(handle.number)
         self.steering.remove(handle.number)
         self._left.notify_all()
 
@@ -282,8 +285,8 @@ class Dispatcher:
             with self._turn():
                 self.steering.hear(replica, report.pages)
                 self.steering.paces(replica, report.prefill_rate)
-                self._fetches.hear(replica, report)
-                self._offers.hear(report)
+                self._scripts.on_report(report)
+                self._copies.on_report(report)
                 for number in first:
                     self.steering.prefilled(number)
                 ended = [(self._handles[e.number], e) for e in report.ended if e.number in self._handles]
@@ -307,7 +310,7 @@ class Dispatcher:
             self._wait_again(handle)
 
     def _wait_again(self, handle: Handle) -> None:
-        self._fetches.forget(handle.number)
+        self._copies.forget(handle.number)
         self.steering.remove(handle.number)
         handle.replica = None
         self._waiting.put_back(handle)
@@ -320,7 +323,7 @@ class Dispatcher:
                 return
             self._standing[replica] = Standing.lost
             self._why_lost = reason
-            for part in (self.steering, self._fetches, self._offers):
+            for part in (self.steering, self._scripts):
                 try:
                     part.lose(replica)
                 except Exception:  # the requests have to be told whatever it is
@@ -334,7 +337,7 @@ class Dispatcher:
                     handle.retries += 1
                     self._wait_again(handle)
             self._pump()
-            self._farewell()
+            self._disconnect()
             self._left.notify_all()
 
     def _on(self, replica: int) -> list[Handle]:
@@ -360,9 +363,6 @@ class Dispatcher:
     def _who(self, *standing: Standing) -> list[int]:
         return [r for r, each in enumerate(self._standing) if each in standing]
 
-    def _tell(self) -> None:
-        self._left.notify_all()
-
     def vacant(self, count: int) -> list[int]:
         """Indices for `count` more replicas: those of lost ones, then new ones."""
         with self._lock:
@@ -375,11 +375,11 @@ class Dispatcher:
             if self.steering.fetching is not None and station is not None:
                 self.steering.fetching.joined(replica, epoch, station)
 
-    def _farewell(self) -> None:
-        """Have lines to replicas that are gone closed at the others."""
+    def _disconnect(self) -> None:
+        """Have links to replicas that are gone closed at the others."""
         if self.steering.fetching is not None:
-            for replica, gone in self.steering.fetching.lines.farewells().items():
-                self._post(replica, Farewell(gone))
+            for replica, gone in self.steering.fetching.links.peers_to_disconnect().items():
+                self._post(replica, Query(0, m.DropLines(gone)))
 
     def join(self, replica: int, capacity: int) -> None:
         """A new replica, whose pages hold `capacity` tokens, takes requests from now on; `replica` is from vacant()."""
@@ -435,7 +435,7 @@ class Dispatcher:
             if self._standing[replica] is not Standing.draining:
                 return
             for handle in reversed(there):
-                if self._fetches.waits(handle.number):  # it has not gone there yet
+                if self._copies.waits(handle.number):  # it has not gone there yet
                     self._wait_again(handle)
             numbers = [handle.number for handle in there if handle.replica == replica]
             if numbers:
@@ -446,7 +446,7 @@ class Dispatcher:
         """Begin to offer what a draining replica has cached to those that take requests."""
         with self._turn():
             if self._standing[replica] is Standing.draining:
-                self._offers.begin(replica)
+                self._evacuations.begin(replica)
 
     def remove(self, replica: int, timeout: float | None, offer_seconds: float | None = None) -> Removed:
         """Wait until nothing is on a draining or lost replica, offer others what it has cached, and forget it.
@@ -459,18 +459,17 @@ class Dispatcher:
             if not (self.closed or self._on(replica) or offer_seconds == 0):
                 self.offer(replica)
                 patience = OFFER_SECONDS if offer_seconds is None else offer_seconds
-                self._left.wait_for(lambda: self.closed or not self._offers.under_way(replica), patience)
-            removed, left = self._offers.end(replica), [handle.id for handle in self._on(replica)]
+                self._left.wait_for(lambda: self.closed or not self._evacuations.under_way(replica), patience)
+            removed, left = self._evacuations.end(replica), [handle.id for handle in self._on(replica)]
             if left:
                 raise DrainError(replica, dict.fromkeys(left, "it runs there"))
             if self._standing[replica] is Standing.ready:  # somebody took the drain back
                 raise ReplicaStateError(replica, Standing.ready, "be removed")
             if self._standing[replica] is not Standing.lost:
                 self.steering.lose(replica)
-                self._fetches.lose(replica)
             self._standing[replica] = Standing.removed
-            self._offers.lose(replica)
-            self._farewell()
+            self._scripts.lose(replica)
+            self._disconnect()
             return removed
 
 

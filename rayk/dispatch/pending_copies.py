@@ -1,41 +1,28 @@
-"""Prefixes of placed requests that peers copy: ordered at their source, told to their target, and taken back.
+"""Prefixes of placed requests that other engines have: exported there, told to the request's engine, and acknowledged.
 
-    ordered  --Shipped-->  on its way with its request  --Arrived, or the request's end-->  unpinned
+    exporting  --Exported-->  sent with the request  --Arrivals, or the request's end-->  acknowledged
 
-While a copy is only ordered, its request has not gone to its replica. A source that does not answer in WAIT seconds, or
-is lost, costs a recompute.
+While pages are only being exported, their request has not gone to its replica. A source that does not answer in WAIT
+seconds, or is lost, costs a recompute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from rayk import protocol as m
+from rayk.dispatch.engine_scripts import EngineScripts
 from rayk.dispatch.output import Handle
-from rayk.protocol.engine import Command, Report, Ship, Unpin
-from rayk.protocol.engine_reports import Arrived, Shipped
+from rayk.protocol.engine import Report
+from rayk.protocol.engine_request import Imports
 
 if TYPE_CHECKING:
     from rayk.scheduler.router.steering import Steering
-    from rayk.scheduler.transfers.fetching import CopyPlan
+    from rayk.scheduler.transfers.copy_cost import Span
+    from rayk.scheduler.transfers.transfer import Copies, ExportedSpan, PageTransfers
 
 WAIT = 5.0  # seconds
-
-
-class _Order(NamedTuple):
-    handle: Handle
-    fetch: CopyPlan
-    since: float
-
-
-class _Way(NamedTuple):
-    """Pages that are pinned at `source` for a request on `target`. `seconds`: what pinning took."""
-
-    source: int
-    target: int
-    kind: str
-    export_id: int
-    seconds: float
 
 
 class PendingCopies:
@@ -43,83 +30,65 @@ class PendingCopies:
 
     def __init__(
         self,
-        post: Callable[[int, Command], None],
-        send: Callable[[Handle, Shipped | None], None],
+        scripts: EngineScripts,
+        send: Callable[[Handle, Imports | None], None],
         steering: Steering,
         clock: Callable[[], float],
     ) -> None:
-        self._post = post
+        self._scripts = scripts
         self._send = send
         self._steering = steering
         self._clock = clock
-        self._orders: dict[int, _Order] = {}  # by the request's number, oldest first
-        self._ways: dict[int, _Way] = {}  # likewise
+        self._exporting: dict[int, tuple[Handle, float]] = {}  # by the request's number, with the time, oldest first
+        self._sent: dict[int, list[ExportedSpan]] = {}  # likewise
+
+    @property
+    def _transfers(self) -> PageTransfers:
+        assert self._steering.fetching is not None  # nobody else orders copies
+        return self._steering.fetching.transfers
 
     def waits(self, number: int) -> bool:
         """Whether the request has not gone to its replica yet."""
-        return number in self._orders
+        return number in self._exporting
 
-    def order(self, handle: Handle, fetch: CopyPlan) -> None:
+    def order(self, handle: Handle, spans: Sequence[Span]) -> None:
         """A placed request wants a copy."""
-        fetching = self._steering.fetching
-        assert fetching is not None and handle.replica is not None
-        self._orders[handle.number] = _Order(handle, fetch, self._clock())
-        tokens = handle.prompt[: fetch.stop * fetching.page_size].tobytes()
-        to = fetching.lines.peer(handle.replica)
-        ship = Ship(handle.number, tokens, handle.cache_salt, fetch.start, fetch.stop, fetch.kind, to.replica, to.epoch)
-        self._post(fetch.source, ship)
+        from rayk.scheduler.transfers.transfer import CopyOrder
 
-    def hear(self, replica: int, report: Report) -> None:
-        """What a replica shipped, and what arrived there."""
-        for shipped in report.shipped:
-            self._shipped(replica, shipped)
-        for arrived in report.arrived:
-            self._arrived(arrived)
-        if self._orders:
-            late = [number for number, order in self._orders.items() if order.since + WAIT < self._clock()]
-            for number in late:
-                self._without(number)
+        assert handle.replica is not None
+        number, target, tokens = handle.number, handle.replica, spans[-1].stop * self._transfers.page_size
+        origin = m.Origin(tokens + 1, handle.cache_salt)
+        view = m.ContextView("copy", 0, handle.prompt[:tokens].tobytes(), 0, tokens, origin=origin)
+        script = self._transfers.export([CopyOrder(number, target, view, span) for span in spans])
+        self._exporting[number] = handle, self._clock()
+        self._scripts.start(("copy", number), script, lambda copies: self._exported(handle, copies))
 
-    def _shipped(self, replica: int, shipped: Shipped) -> None:
-        order = self._orders.get(shipped.number)
-        if order is None or order.fetch.source != replica:  # nobody wants it any more
-            if shipped.hashes:
-                self._post(replica, Unpin([shipped.export_id]))
-            return
-        del self._orders[shipped.number]
-        target = order.handle.replica
-        assert target is not None and self._steering.fetching is not None
-        if shipped.trouble:
-            self._steering.fetching.lines.failed(replica, target, shipped.kind, shipped.trouble)
-        if shipped.hashes:
-            self._ways[shipped.number] = _Way(replica, target, shipped.kind, shipped.export_id, shipped.seconds)
-        self._send(order.handle, shipped if shipped.hashes else None)
+    def _exported(self, handle: Handle, copies: Copies) -> None:
+        del self._exporting[handle.number]
+        imports = None
+        if copies:
+            parts = self._sent[handle.number] = copies[handle.number]
+            imports = Imports(*self._transfers.import_descriptors(parts))
+        self._send(handle, imports)
 
-    def _arrived(self, arrived: Arrived) -> None:
-        way = self._ways.get(arrived.number)
-        if way is None or self._steering.fetching is None:
-            return
-        lines = self._steering.fetching.lines
-        if arrived.trouble:
-            lines.failed(way.source, way.target, way.kind, arrived.trouble)
-        elif arrived.pages:
-            seconds = way.seconds + arrived.seconds
-            lines.carried(way.source, way.target, way.kind, arrived.pages, seconds)
-        self.forget(arrived.number)
+    def on_report(self, report: Report) -> None:
+        """What arrived at a replica; what has been exporting for too long goes without."""
+        for arrivals in report.arrivals:
+            parts = self._sent.pop(arrivals.number, None)
+            if parts is not None:
+                self._acknowledge(arrivals.number, parts, self._transfers.arrived(parts, arrivals.arrivals))
+        late = [handle for handle, since in self._exporting.values() if since + WAIT < self._clock()]
+        for handle in late:
+            self.forget(handle.number)
+            self._send(handle, None)
 
     def forget(self, number: int) -> None:
-        """The request is over, goes elsewhere, or has its pages: nothing is kept for it. Unknown ones are ignored."""
-        self._orders.pop(number, None)
-        way = self._ways.pop(number, None)
-        if way is not None:
-            self._post(way.source, Unpin([way.export_id]))
+        """The request is over, or goes elsewhere: nothing is kept for it. Unknown ones are ignored."""
+        if self._exporting.pop(number, None) is not None:
+            self._scripts.give_up(("copy", number))
+        parts = self._sent.pop(number, None)
+        if parts is not None:
+            self._acknowledge(number, parts)
 
-    def _without(self, number: int) -> None:
-        self._send(self._orders.pop(number).handle, None)
-
-    def lose(self, replica: int) -> None:
-        """A replica is gone: what it was to send will not come."""
-        for number in [number for number, order in self._orders.items() if order.fetch.source == replica]:
-            self._without(number)
-        for number in [number for number, way in self._ways.items() if way.source == replica]:
-            del self._ways[number]
+    def _acknowledge(self, number: int, parts: list[ExportedSpan], broken: Any = ()) -> None:
+        self._scripts.start(("acknowledge", number), self._transfers.acknowledge({number: parts}, broken))

@@ -33,7 +33,7 @@ from rayk.engine.sequence import SequenceState
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.errors import InsufficientBlocksError, RaykError
 from rayk.kvcache.replica import ReplicaCore
-from rayk.protocol.engine import Query, Ship
+from rayk.protocol.engine import Query
 from rayk.protocol.engine_reports import MOVED, Event, Finished, Text, Tokens
 from rayk.protocol.engine_request import Limits, Request
 from rayk.request_errors import ForwardError, QueueFullError, RequestCancelledError, RequestError, RequestTimeoutError
@@ -122,8 +122,8 @@ class Engine:
             for token in generation.answer.tolist():
                 generation.detokenizer.add(token)
             generation.detokenizer.piece()  # who continues an answer has seen it
-        if request.shipped is not None and self.peers is not None:
-            generation.coming = self.peers.coming(request.number, request.shipped)
+        if request.imports is not None and self.peers is not None:
+            generation.coming = self.peers.incoming(request.number, request.imports)
         self._all[request.number] = generation
         self._ids.add(request.request_id)
         heapq.heappush(self._waiting, (generation.order, generation))
@@ -148,15 +148,12 @@ class Engine:
         self._events.append(Finished(number, MOVED, cached, None, None, preemptions, *times))
         return True
 
-    def ship(self, order: Ship) -> None:
-        """Pin cached pages for a peer; a Shipped comes with the next step's events."""
-        assert self.peers is not None
-        self._events.append(self.peers.ship(order))
-
     def query(self, query: Query) -> None:
-        """Answer a question about page copies; an Answered comes with the next step's events."""
+        """Carry out a command of the page exchange; with a number, an Answered is among the next step's events."""
         assert self.peers is not None
-        self._events.append(self.peers.answer(self.core, query))
+        answered = self.peers.answer(query)
+        if query.number:
+            self._events.append(answered)
 
     def pause(self, number: int) -> None:
         """Generate no more tokens for a request until resume(); it keeps its pages while nobody else needs them."""
@@ -329,7 +326,7 @@ class Engine:
                     self._no_room(generation)
                 break
             if generation.coming is not None:
-                self._events.append(generation.coming.arrived)
+                self._events.append(generation.coming.arrivals)
                 generation.coming = None
             if generation.admitted_at is None:
                 generation.admitted_at = self._clock()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from rayk.engine.engine import Engine
 from rayk.engine.settings import EngineStats
 from rayk.errors import RaykError, RemoteError
-from rayk.protocol.engine import Cancel, Command, Farewell, HandOver, Query, Report, Ship, Submit, Unpin
+from rayk.protocol.engine import Cancel, Command, HandOver, Query, Report, Submit
 from rayk.protocol.engine_reports import MOVED, Event, Finished, Tokens
 from rayk.request_errors import RequestCancelledError
 
@@ -238,14 +238,8 @@ class EngineThread:
                 for each in numbers:
                     if not engine.hand_over(each):
                         self._report(number, [Finished(each, MOVED)])
-            case Ship():
-                engine.ship(command)
             case Query():
                 engine.query(command)
-            case Unpin(export_ids) if engine.peers is not None:
-                engine.peers.unpin(export_ids)
-            case Farewell(replicas) if engine.peers is not None:
-                engine.peers.farewell(replicas)
 
     def _report(self, number: int, events: list[Event]) -> None:
         if events:

@@ -249,7 +249,7 @@ def open_engine(
             me = Peer(replica, time.time_ns() // 1000)
             page_bytes = params.bytes_per_page
             opened = lines(core.buffers) if lines is not None else open_lines(core.buffers, address)
-            peers = PageSharing(PagePort(me, core.exports, page_bytes, address, opened))
+            peers = PageSharing(core, PagePort(me, core.exports, page_bytes, address, opened))
         return Engine(
             core,
             with_graphs(model, core) if settings.graphs else model,
@@ -301,7 +301,7 @@ def facts_of(engine: Engine, device: str, node: str, source: ModelSource | None 
         engine.model.max_length,
         engine.model.vocab_size,
         engine.limits.has_tokenizer,
-        engine.peers.epoch if engine.peers is not None else 0,
-        engine.peers.station if engine.peers is not None else None,
+        engine.peers.port.me.epoch if engine.peers is not None else 0,
+        engine.peers.port.station if engine.peers is not None else None,
         tuple(memory),
     )

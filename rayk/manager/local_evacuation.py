@@ -35,8 +35,8 @@ def offer_here(cores: Sequence[ReplicaCore], source: int, members: Membership) -
         me, page_bytes = Peer(core.replica, epochs[core.replica]), core.params.bytes_per_page
         port = PagePort(me, core.exports, page_bytes, "", [DirectLine(core.buffers, pools)])
         exchanges[core.replica] = PageExchange(core, port, partial(ContextMirrors(core.replica).context, keep=False))
-    carrier = PageTransfers(LinkTable(monotonic), monotonic)
-    script = Evacuation(carrier, lambda: members.ready, cores[0].page_size, monotonic).run(source)
+    transfers = PageTransfers(LinkTable(monotonic), cores[0].page_size)
+    script = Evacuation(transfers, lambda: members.ready, monotonic).run(source)
     try:
         asks = next(script)
         while True:

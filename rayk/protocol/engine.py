@@ -17,17 +17,16 @@ from rayk.kvcache.request import NOTHING_REUSED, Reused
 from rayk.protocol.engine_reports import (
     MOVED,
     Answered,
-    Arrived,
+    Arrivals,
     Event,
     Finished,
     Numbers,
     PagesChanged,
-    Shipped,
     Text,
     TokenLogprobs,
     Tokens,
 )
-from rayk.protocol.engine_request import Request
+from rayk.protocol.engine_request import Imports, Request
 from rayk.sampling import SamplingParams
 from rayk.values import printable
 
@@ -44,77 +43,51 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     stream_text: bool = False
     cache_salt: str | None = None
     adapter: str | None = None
-    shipped: Shipped | None = None
+    imports: Imports | None = None
 
     @classmethod
     def of(cls, request: Request) -> Ask:
         """TokenError when the tokens are none."""
         tokens = as_int32(request.tokens, request.request_id).tobytes()
         rest = (request.sampling, request.generated, request.timeout, request.stream_text)
-        more = (request.cache_salt, request.adapter, request.shipped)
+        more = (request.cache_salt, request.adapter, request.imports)
         return cls(request.number, request.request_id, tokens, *rest, *more)
 
     def request(self) -> Request:
         """The request again."""
         tokens = np.frombuffer(self.tokens, np.int32)
         rest = (self.sampling, self.generated, self.timeout, self.stream_text, self.cache_salt, self.adapter)
-        return Request(self.number, self.request_id, tokens, *rest, self.shipped)
+        return Request(self.number, self.request_id, tokens, *rest, self.imports)
 
 
-class Submit(msgspec.Struct, frozen=True, tag=True):
+class Submit(m.Message, frozen=True):
     """Take these requests; what is wrong with one is reported as its end."""
 
     asks: list[Ask]
 
 
-class Cancel(msgspec.Struct, frozen=True, tag=True):
+class Cancel(m.Message, frozen=True):
     """End these requests."""
 
     numbers: list[int]
 
 
-class HandOver(msgspec.Struct, frozen=True, tag=True):
+class HandOver(m.Message, frozen=True):
     """Let go of these requests: they go on elsewhere. Each one's Ended says MOVED, after all of its tokens."""
 
     numbers: list[int]
 
 
-class Ship(msgspec.Struct, frozen=True, tag=True):
-    """Pin the cached pages start .. stop of a prefix (`tokens`, raw int32) for a peer, on a line of that kind; the
-    answer is a Shipped with this number."""
-
-    number: int
-    tokens: bytes
-    cache_salt: str | None
-    start: int
-    stop: int
-    kind: str
-    replica: int
-    epoch: int
-
-
-class Unpin(msgspec.Struct, frozen=True, tag=True):
-    """What was shipped under these numbers has arrived, or nobody wants it any more."""
-
-    export_ids: list[int]
-
-
-class Farewell(msgspec.Struct, frozen=True, tag=True):
-    """These peers are gone: close the lines to them."""
-
-    replicas: list[int]
-
-
-class Query(msgspec.Struct, frozen=True, tag=True):
-    """A question about page copies (rayk.replica.page_exchange); the answer is an Answered with this number. `data[i]`
-    are pages of each buffer, for the imports of it that nothing else carries."""
+class Query(m.Message, frozen=True):
+    """A command of the page exchange (rayk.replica.page_exchange); the answer is an Answered with this number, none is
+    wanted for number 0. `data` is as in Imports."""
 
     number: int
     command: m.ExchangeCommand
     data: list[list[bytes]] = []
 
 
-Command = Submit | Cancel | HandOver | Ship | Unpin | Farewell | Query
+Command = Submit | Cancel | HandOver | Query
 
 
 class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
@@ -168,8 +141,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     ended: list[Ended] = []
     pages: list[tuple[bool, bytes]] = []
     steps: int = 0
-    shipped: list[Shipped] = []
-    arrived: list[Arrived] = []
+    arrivals: list[Arrivals] = []
     prefill_rate: float = 0.0
     answered: list[Answered] = []
 
@@ -189,8 +161,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
             [Ended.of(event) for event in events if isinstance(event, Finished)],
             [(event.stored, event.keys) for event in events if isinstance(event, PagesChanged)],
             steps,
-            [event for event in events if isinstance(event, Shipped)],
-            [event for event in events if isinstance(event, Arrived)],
+            [event for event in events if isinstance(event, Arrivals)],
             prefill_rate,
             [event for event in events if isinstance(event, Answered)],
         )
@@ -201,9 +172,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(
-    Submit | Cancel | HandOver | Ship | Unpin | Farewell | Query
-)
+_commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _reports = msgspec.msgpack.Decoder(Report)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -71,39 +70,14 @@ class PagesChanged:
     keys: bytes
 
 
-class Shipped(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
-    """Pages that were pinned for a peer, to be told to it with request `number`; without `hashes` there are none.
-
-    `source` and `epoch` are who pinned them, `kind` the line that they are on, `pages` their ids there (raw int32) and
-    `start` the place of the first one in its prefix. `data`: the pages of each buffer, where nothing else carries them.
-    `seconds` that took; `trouble`: why the line does not carry them.
-    """
+class Arrivals(m.MessagePart, frozen=True):
+    """Request `number` was admitted: what became of each of its imports, which are not needed any more."""
 
     number: int
-    source: int
-    epoch: int
-    kind: str
-    export_id: int = 0
-    start: int = 0
-    hashes: list[bytes] = []
-    pages: bytes = b""
-    offer: bytes = b""
-    expires: float = 0.0
-    data: list[bytes] = []
-    seconds: float = 0.0
-    trouble: str = ""
+    arrivals: list[m.Arrival]
 
 
-class Arrived(msgspec.Struct, frozen=True, array_like=True):
-    """What was shipped for request `number` is not needed any more: so many pages were copied, in so many seconds."""
-
-    number: int
-    pages: int
-    seconds: float
-    trouble: str
-
-
-class Answered(msgspec.Struct, frozen=True, array_like=True):
+class Answered(m.MessagePart, frozen=True):
     """The answer to Query `number`; `data` are the pages of each buffer, where nothing else carries them."""
 
     number: int
@@ -111,4 +85,4 @@ class Answered(msgspec.Struct, frozen=True, array_like=True):
     data: list[bytes] = []
 
 
-Event = Tokens | Text | Finished | PagesChanged | Shipped | Arrived | Answered
+Event = Tokens | Text | Finished | PagesChanged | Arrivals | Answered

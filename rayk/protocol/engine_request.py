@@ -11,10 +11,19 @@ import numpy as np
 
 from rayk.context import IntArray, as_int32
 from rayk.errors import TokenError
-from rayk.protocol.engine_reports import Shipped
+from rayk.protocol.base import MessagePart
+from rayk.protocol.to_replica import ImportHead
 from rayk.request_errors import RequestError
 from rayk.sampling import SamplingParams
 from rayk.values import shown
+
+
+class Imports(MessagePart, frozen=True):
+    """Pages of a request's prefix that other engines have pinned for it. `data[i]`: the pages of each buffer, for the
+    i-th of those that nothing else carries."""
+
+    heads: list[ImportHead]
+    data: list[list[bytes]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +32,7 @@ class Request:
 
     `number` is the sender's own, unique among its requests; events bear it. `timeout` is in seconds from its
     submission. `stream_text` asks for pieces of text while it runs. Requests share pages only with those of equal
-    `cache_salt` and `adapter`. `shipped` are pages of its prefix that a peer has pinned.
+    `cache_salt` and `adapter`.
     """
 
     number: int
@@ -35,7 +44,7 @@ class Request:
     stream_text: bool = False
     cache_salt: str | None = None
     adapter: str | None = None
-    shipped: Shipped | None = None
+    imports: Imports | None = None
 
 
 def timeout_problem(timeout: Any) -> str | None:

@@ -63,7 +63,8 @@ class Found(Message, frozen=True):
 
 
 class Exported(Message, frozen=True):
-    """Pinned pages: their hashes, ids (raw int32), and what the line has to be told; until `expires` at most."""
+    """Pinned pages: their hashes, ids (raw int32), and what the target's end of the link has to know; until `expires`
+    at most. Without hashes nothing is cached any more, and nothing pinned. It took `seconds`."""
 
     export_id: int
     start: int
@@ -71,6 +72,7 @@ class Exported(Message, frozen=True):
     pages: bytes = b""
     offer: bytes = b""
     expires: float = 0.0
+    seconds: float = 0.0
 
 
 class CachedPrefix(MessagePart, frozen=True):

@@ -40,11 +40,11 @@ class PageExchange:
                     found = msgspec.structs.replace(found, epoch=self._port.me.epoch, station=self._port.station)
                 return found, []
             case m.Export(view, start, stop, line, to, to_epoch):
+                began = perf_counter()
                 sent = self._port.ship(self._context(view), start, stop, Peer(to, to_epoch), line)
                 export = sent.export
-                pages = export.pages.tobytes()
-                done = m.Exported(export.export_id, start, export.hashes, pages, sent.offer, sent.expires)
-                return done, sent.data
+                how = (export.pages.tobytes(), sent.offer, sent.expires, perf_counter() - began)
+                return m.Exported(export.export_id, start, export.hashes, *how), sent.data
             case m.Acknowledge(export_ids):
                 self._port.end(export_ids)
             case m.DropLines(replicas):

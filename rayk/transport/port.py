@@ -73,15 +73,18 @@ class PagePort:
     def ship(self, ctx: TextContext, start: int, stop: int, to: Peer, kind: str) -> Shipment:
         """Pin the cached pages start .. stop of a prefix, fewer if evicted meanwhile, for `to`.
 
-        LineError, with nothing pinned, when the line of that kind cannot carry them.
+        Nothing is pinned when none is left, or by a LineError: the line of that kind cannot carry them.
         """
         line = self._lines.get(kind)
         if line is None:
             raise LineError(kind, to.replica, f"replica {self.me.replica} has no such line")
         expires = self._clock() + EXPORT_SECONDS
         export = self._exports.export(ctx, start, stop, expires)
+        if not len(export.pages):
+            self._exports.acknowledge(export.export_id)
+            return Shipment(export, b"", expires, [])
         try:
-            offer = line.offer(to, export.export_id, export.pages) if len(export.pages) else b""
+            offer = line.offer(to, export.export_id, export.pages)
         except BaseException:
             self._exports.acknowledge(export.export_id)
             raise

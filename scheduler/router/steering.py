@@ -15,8 +15,10 @@ from rayk.scheduler.router.policies import make_policy
 from rayk.scheduler.router.policy import RouteRequest
 from rayk.scheduler.router.prefix_index import PrefixIndex
 from rayk.scheduler.router.replica_loads import ReplicaLoads
-from rayk.scheduler.transfers.fetching import CopyPlan, CopyPlanner
+from rayk.scheduler.transfers.copy_cost import Span
+from rayk.scheduler.transfers.indexed_copies import CopyPlanner
 from rayk.scheduler.transfers.links import LinkTable
+from rayk.scheduler.transfers.transfer import PageTransfers
 
 
 class Placed(NamedTuple):
@@ -26,7 +28,7 @@ class Placed(NamedTuple):
     tokens: int
     compute: int
     promised: Sequence[int]
-    fetch: CopyPlan | None = None
+    spans: Sequence[Span] = ()
 
 
 class Steering:
@@ -54,12 +56,12 @@ class Steering:
 
     def copy_between(self, shares_tiers: bool, clock: Callable[[], float]) -> CopyPlanner:
         """From now on see what a request had better get from another replica than compute. Replicas have to join it."""
-        self.fetching = CopyPlanner(self._index, LinkTable(clock), self._page_size, shares_tiers)
+        self.fetching = CopyPlanner(self._index, PageTransfers(LinkTable(clock), self._page_size), shares_tiers)
         return self.fetching
 
-    def fetch(self, number: int) -> CopyPlan | None:
-        """What a placed request had better get from another replica."""
-        return self._placed[number].fetch
+    def spans_to_copy(self, number: int) -> Sequence[Span]:
+        """What a placed request gets from other replicas."""
+        return self._placed[number].spans
 
     def paces(self, replica: int, rate: float) -> None:
         """A replica computes so many tokens of prompts in a second."""
@@ -87,9 +89,9 @@ class Steering:
         replica = choice.replica
         compute = max(0, tokens - choice.cached)
         fleet.place(replica, compute, tokens)
-        fetch = self.fetching.plan(replica, keys, self._lost) if self.fetching is not None and keys else None
+        spans = self.fetching.plan(replica, keys) if self.fetching is not None and keys else ()
         promised = self._index.promise(replica, keys) if keys else ()
-        self._placed[number] = Placed(replica, tokens, compute, promised, fetch)
+        self._placed[number] = Placed(replica, tokens, compute, promised, spans)
         return replica
 
     def prefilled(self, number: int) -> None:

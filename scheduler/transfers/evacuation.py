@@ -41,7 +41,9 @@ class SpanAssignment(NamedTuple):
     stop: int
 
 
-def share_out(prefixes: Sequence[m.CachedPrefix], found: Mapping[int, m.Found], page_size: int) -> list[SpanAssignment]:
+def assign_prefixes(
+    prefixes: Sequence[m.CachedPrefix], found: Mapping[int, m.Found], page_size: int
+) -> list[SpanAssignment]:
     """Who gets what of the prefixes, hottest first; `found` is what each target has of them, and its room."""
     room = {target: each.room for target, each in found.items()}
     coming: dict[int, list[tuple[m.CachedPrefix, int]]] = {target: [] for target in found}  # and how much of it
@@ -86,12 +88,11 @@ class Evacuation:
     """`ready()` are the replicas that take requests at that moment."""
 
     def __init__(
-        self, carrier: PageTransfers, ready: Callable[[], Sequence[int]], page_size: int, clock: Callable[[], float]
+        self, transfers: PageTransfers, ready: Callable[[], Sequence[int]], clock: Callable[[], float]
     ) -> None:
-        self._carrier = carrier
-        self._lines = carrier.lines
+        self._transfers = transfers
+        self._links = transfers.links
         self._ready = ready
-        self._page_size = page_size
         self._clock = clock
 
     def run(self, source: int) -> Generator[list[ReplicaCall], list[ReplicaReply], Removed]:
@@ -110,10 +111,10 @@ class Evacuation:
             views = [view_of(prefix) for prefix in prefixes]
             found = yield from self._look(source, targets, views, failed)
             for row, prefix in enumerate(prefixes):
-                others = len(prefix.tokens) // (4 * self._page_size) - prefix.fresh
+                others = len(prefix.tokens) // (4 * self._transfers.page_size) - prefix.fresh
                 most = max((each.resident[row] for each in found.values()), default=0)
                 known += max(0, most - others)
-            pieces = share_out(prefixes, found, self._page_size)
+            pieces = assign_prefixes(prefixes, found, self._transfers.page_size)
             taken += yield from self._carry(source, views, pieces, kept, failed, until)
             if not pieces and not any(each.room for each in found.values()):
                 break
@@ -124,8 +125,8 @@ class Evacuation:
         self, source: int, targets: Sequence[int], views: list[m.ContextView], failed: set[int]
     ) -> Generator[list[ReplicaCall], list[ReplicaReply], dict[int, m.Found]]:
         """What the targets have of the prefixes."""
-        asks = [ReplicaCall(r, m.Lookup(views, self._lines.unknown(r))) for r in targets]
-        if self._lines.unknown(source):
+        asks = [ReplicaCall(r, m.Lookup(views, self._links.unknown(r))) for r in targets]
+        if self._links.unknown(source):
             asks.append(ReplicaCall(source, m.Lookup([], True)))
         found = {}
         answers = yield asks
@@ -135,7 +136,7 @@ class Evacuation:
                 failed.add(ask.replica)
                 continue
             if each.station is not None:
-                self._lines.joined(ask.replica, each.epoch, each.station)
+                self._links.joined(ask.replica, each.epoch, each.station)
             if ask.replica != source:
                 found[ask.replica] = each
         return found
@@ -157,13 +158,12 @@ class Evacuation:
         while any(due.values()) and self._clock() < until:
             now = [piece for target, queue in due.items() for piece in self._next(target, queue)]
             orders = [CopyOrder(i, p.target, views[p.row], Span(source, p.start, p.stop)) for i, p in enumerate(now)]
-            copies = yield from self._carrier.export(orders)
+            copies = yield from self._transfers.export(orders)
             if not copies:
                 break
             going: dict[int, list[int]] = {}
-            for i, parts in sorted(copies.items()):
-                if any(copy.export.hashes for copy in parts):
-                    going.setdefault(now[i].target, []).append(i)
+            for i in sorted(copies):
+                going.setdefault(now[i].target, []).append(i)
             began = self._clock()
             answers = yield [self._keep(r, [(views[now[i].row], copies[i]) for i in each]) for r, each in going.items()]
             took, broken = self._clock() - began, list[ExportedSpan]()
@@ -173,20 +173,20 @@ class Evacuation:
                     due.pop(target)
                     continue
                 parts = [copy for i in each for copy in copies[i]]
-                broke = self._carrier.arrived(parts, told.result.arrivals, took - told.result.seconds)
+                broke = self._transfers.arrived(parts, told.result.arrivals, took - told.result.seconds)
                 broken += broke
                 for i, pages in zip(each, told.result.kept, strict=True):
                     taken += pages
                     if pages:
                         kept.add(target, views[now[i].row])
-                    if any(copy in broke and copy.line != OBJECT_STORE for copy in copies[i]):  # over another line
+                    if any(copy in broke and copy.kind != OBJECT_STORE for copy in copies[i]):  # over another line
                         due[target].appendleft(now[i]._replace(start=now[i].start + pages))
-            yield from self._carrier.acknowledge(copies, broken)
+            yield from self._transfers.acknowledge(copies, broken)
         return taken
 
     def _next(self, target: int, queue: deque[SpanAssignment]) -> list[SpanAssignment]:
         """What a target gets next of what it is to get."""
-        now, left = [], max(1, ROUND_BYTES // max(1, self._lines.page_bytes(target)))
+        now, left = [], max(1, ROUND_BYTES // max(1, self._links.page_bytes(target)))
         while queue and left > 0:
             piece = queue.popleft()
             stop = min(piece.stop, piece.start + left)
@@ -197,7 +197,7 @@ class Evacuation:
         return now
 
     def _keep(self, target: int, what: Sequence[tuple[m.ContextView, list[ExportedSpan]]]) -> ReplicaCall:
-        heads, data = self._carrier.heads(copy for _, parts in what for copy in parts)
+        heads, data = self._transfers.import_descriptors(copy for _, parts in what for copy in parts)
         uses, at = dict[int, list[int]](), 0
         for row, (_, parts) in enumerate(what):
             uses[row] = list(range(at, at + len(parts)))

@@ -78,7 +78,7 @@ class LinkTable:
             if here.get(replica) != peer.epoch:
                 self.left(replica)
 
-    def farewells(self) -> dict[int, list[int]]:
+    def peers_to_disconnect(self) -> dict[int, list[int]]:
         """Who has to be told, once, that lines to which replicas are to be closed."""
         gone, self._gone = self._gone, {}
         return {replica: sorted(left) for replica, left in gone.items()}

@@ -1,21 +1,26 @@
-"""Pages on their way between replicas, as rounds of questions: exported and pinned at their source, named to their
-target, and unpinned again. Which pages go where is decided elsewhere (copying, offering).
+"""Page copies between replicas: planned by what they cost, exported and pinned at their source, imported at their
+target, and acknowledged, whatever happened in between.
 
-Replicas never call each other or the scheduler: what a source exports is told to the target in the message that lets
-it keep the pages. The data goes from replica to replica over a line of rayk.transport, the best that works.
+    plan() --> export()  the sources pin, round by round        --> import_descriptors()  the target is told
+           --> arrived()  what the links carried, or did not    --> acknowledge()         the sources unpin
+
+Who holds which pages is known elsewhere (prefix_copies, indexed_copies, evacuation). Replicas never call each other or
+the scheduler: what a source exports is told to the target in the message that lets it keep the pages. The data goes
+from replica to replica over a link of rayk.transport, the best that works. What did not come is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rayk import protocol as m
 from rayk.errors import LineError
 from rayk.params import OBJECT_STORE
 from rayk.scheduler.script import Part, ReplicaCall, ReplicaReply
-from rayk.scheduler.transfers.copy_cost import Span
+from rayk.scheduler.transfers.copy_cost import Span, copy_spans, profitable_spans
 from rayk.scheduler.transfers.links import LinkTable
+from rayk.transport.choice import Peer
 
 
 class CopyOrder(NamedTuple):
@@ -28,99 +33,117 @@ class CopyOrder(NamedTuple):
 
 
 class ExportedSpan(NamedTuple):
-    """Exported pages on their way to a place. `seconds` is what the export took."""
+    """Pages that `source` has pinned for `target`; `data` is what the object store carries of them."""
 
-    source: int
+    source: Peer
     target: int
-    line: str
+    kind: str
     export: m.Exported
     data: Any
-    seconds: float
 
 
-Copies = dict[int, list[ExportedSpan]]  # row -> what there is for it, in order
+Copies = dict[int, list[ExportedSpan]]  # row -> what was exported for it, in order
 
 
 class PageTransfers:
-    """Has pages carried over `lines`, and remembers in them how that went."""
+    """Has pages of `page_size` tokens carried over `links`, and notes there how that went."""
 
-    def __init__(self, lines: LinkTable, clock: Callable[[], float]) -> None:
-        self.lines = lines
-        self._clock = clock
+    def __init__(self, links: LinkTable, page_size: int) -> None:
+        self.links = links
+        self.page_size = page_size
+
+    def plan(self, target: int, held: Sequence[int], have: int, stop: int, prefill_rate: float | None) -> list[Span]:
+        """What `target`, with `have` leading pages of a prefix, gets up to page `stop` from replicas that hold held[i].
+
+        All that they have, from those of lowest index first, while it is not known how many tokens the target computes
+        in a second; else what takes less time than computing it, from those with the quickest link first.
+        """
+        if max(held) <= have:
+            return []
+        order = None
+        if prefill_rate is not None:
+            holders = [replica for replica, pages in enumerate(held) if pages > have]
+            order = self.links.quickest(holders, target, min(max(held), stop) - have)
+
+        def seconds(span: Span) -> float:
+            return self.links.seconds(span.replica, target, span.stop - span.start)
+
+        return profitable_spans(copy_spans(have, held, stop, order), seconds, self.page_size, prefill_rate)
 
     def export(self, orders: Sequence[CopyOrder]) -> Generator[list[ReplicaCall], list[ReplicaReply], Copies]:
-        """Ask for the exports; one whose line is refused is asked for again over the next best."""
+        """Have the sources pin what is cached of the orders; where a link is refused, over the next best."""
         copies: Copies = {}
         while orders:
-            kinds = [self.lines.use(order.span.replica, order.target) for order in orders]
-            began = self._clock()
-            answers = yield [self._ask(order, kind) for order, kind in zip(orders, kinds, strict=True)]
-            took = self._clock() - began
+            kinds = [self.links.use(order.span.replica, order.target) for order in orders]
+            sources = [self.links.peer(order.span.replica) for order in orders]
+            answers = yield [self._call(order, kind) for order, kind in zip(orders, kinds, strict=True)]
             again: list[CopyOrder] = []
-            for order, kind, told in zip(orders, kinds, answers, strict=True):
-                source = order.span.replica
+            for order, source, kind, told in zip(orders, sources, kinds, answers, strict=True):
                 if isinstance(told.result, m.Exported):
-                    copy = ExportedSpan(source, order.target, kind, told.result, told.data, took)
-                    copies.setdefault(order.row, []).append(copy)
+                    if told.result.hashes:
+                        copy = ExportedSpan(source, order.target, kind, told.result, told.data)
+                        copies.setdefault(order.row, []).append(copy)
                 elif kind != OBJECT_STORE and isinstance(told.result, m.Failure):
                     error = m.to_error(told.result)
                     if isinstance(error, LineError):
-                        self.lines.failed(source, order.target, kind, error.reason)
+                        self.links.failed(source.replica, order.target, kind, error.reason)
                         again.append(order)
             orders = again
         for parts in copies.values():
             parts.sort(key=lambda copy: copy.export.start)
         return copies
 
-    def _ask(self, order: CopyOrder, kind: str) -> ReplicaCall:
-        span, to = order.span, self.lines.peer(order.target)
+    def _call(self, order: CopyOrder, kind: str) -> ReplicaCall:
+        span, to = order.span, self.links.peer(order.target)
         export = m.Export(order.view, span.start, span.stop, kind, to.replica, to.epoch)
         return ReplicaCall(span.replica, export, (), kind == OBJECT_STORE, lambda result: _unpin(span.replica, result))
 
-    def heads(self, parts: Iterable[ExportedSpan]) -> tuple[list[m.ImportHead], list[Any]]:
+    def import_descriptors(self, parts: Iterable[ExportedSpan]) -> tuple[list[m.ImportHead], list[Any]]:
         """What the target is told of the copies, and the page data that goes along."""
-        heads, data = [], []
+        descriptors, data = [], []
         for copy in parts:
-            export, source = copy.export, self.lines.peer(copy.source)
-            how = (
-                copy.line,
-                source.replica,
-                source.epoch,
-                export.export_id,
-                export.pages,
-                export.offer,
-                export.expires,
-            )
-            heads.append(m.ImportHead(export.start, export.hashes, *how))
-            if copy.line == OBJECT_STORE:
+            export = copy.export
+            how = (copy.kind, *copy.source, export.export_id, export.pages, export.offer, export.expires)
+            descriptors.append(m.ImportHead(export.start, export.hashes, *how))
+            if copy.kind == OBJECT_STORE:
                 data.append(copy.data)
-        return heads, data
+        return descriptors, data
 
-    def arrived(self, parts: Sequence[ExportedSpan], arrivals: Sequence[m.Arrival], away: float) -> list[ExportedSpan]:
+    def arrived(
+        self, parts: Sequence[ExportedSpan], arrivals: Sequence[m.Arrival], away: float = 0.0
+    ) -> list[ExportedSpan]:
         """What became of the copies of one message, which with its answer was under way for `away` seconds, the
-        target's work not counted; those whose line broke."""
+        target's work not counted; those whose link broke."""
         broken, pages = [], sum(arrival.pages for arrival in arrivals)
         for copy, arrival in zip(parts, arrivals, strict=False):
+            if not self._runs(copy.source):
+                continue
             if arrival.trouble:
-                self.lines.failed(copy.source, copy.target, copy.line, arrival.trouble)
+                self.links.failed(copy.source.replica, copy.target, copy.kind, arrival.trouble)
                 broken.append(copy)
             elif arrival.pages:
-                seconds = copy.seconds + arrival.seconds
-                if copy.line == OBJECT_STORE:  # the way there is not in what the target measures
+                seconds = copy.export.seconds + arrival.seconds
+                if copy.kind == OBJECT_STORE:  # the way there is not in what the target measures
                     seconds += max(0.0, away) * arrival.pages / pages
-                self.lines.carried(copy.source, copy.target, copy.line, arrival.pages, seconds)
+                self.links.carried(copy.source.replica, copy.target, copy.kind, arrival.pages, seconds)
         return broken
 
-    def acknowledge(self, copies: Copies, broken: Iterable[ExportedSpan]) -> Part:
-        """Have the exports unpinned, and lines that broke closed at the source; the target's end is closed already."""
+    def acknowledge(self, copies: Copies, broken: Iterable[ExportedSpan] = ()) -> Part:
+        """Have the exports unpinned, and links that broke closed at the source; the target's end is closed already. A
+        source that was replaced meanwhile is told nothing: its numbers of exports mean others now."""
         exported: dict[int, list[int]] = {}
         for copy in (copy for parts in copies.values() for copy in parts):
-            exported.setdefault(copy.source, []).append(copy.export.export_id)
-        asks = [ReplicaCall(source, m.Acknowledge(ids)) for source, ids in exported.items()]
-        pairs = dict.fromkeys((copy.source, copy.target) for copy in broken)
-        asks += [ReplicaCall(source, m.DropLines([target])) for source, target in pairs]
-        if asks:
-            yield asks
+            if self._runs(copy.source):
+                exported.setdefault(copy.source.replica, []).append(copy.export.export_id)
+        calls = [ReplicaCall(source, m.Acknowledge(ids)) for source, ids in exported.items()]
+        pairs = dict.fromkeys((copy.source.replica, copy.target) for copy in broken)
+        calls += [ReplicaCall(source, m.DropLines([target])) for source, target in pairs]
+        if calls:
+            yield calls
+
+    def _runs(self, source: Peer) -> bool:
+        """Whether that replica was neither lost nor replaced, as far as it ever introduced itself."""
+        return source.epoch in (0, self.links.peer(source.replica).epoch)
 
 
 def _unpin(source: int, result: m.Result) -> list[ReplicaCall]:

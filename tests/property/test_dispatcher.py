@@ -24,13 +24,10 @@ from rayk.kvcache.replica import ReplicaCore
 from rayk.protocol.engine import (
     Cancel,
     Command,
-    Farewell,
     HandOver,
     Query,
     Report,
-    Ship,
     Submit,
-    Unpin,
     decode_command,
     decode_report,
     encode,
@@ -66,7 +63,7 @@ class Replica:
         def peers(core: ReplicaCore) -> PageSharing:
             pools[me] = core.buffers
             lines = [DirectLine(core.buffers, pools)]
-            return PageSharing(PagePort(me, core.exports, core.params.bytes_per_page, "", lines))
+            return PageSharing(core, PagePort(me, core.exports, core.params.bytes_per_page, "", lines))
 
         more = {"report_pages": True, "hash_seed": SEED, "shelf": own, "peers": peers}
         self.bench = Bench(PAGES, PAGE, rows=3, chunk_size=12, model=PageModel(tokenizer=Tokenizer()), **more)
@@ -85,14 +82,8 @@ class Replica:
                 case HandOver(numbers):
                     for number in numbers:
                         engine.hand_over(number)
-                case Ship() as order:
-                    engine.ship(order)
                 case Query() as query:
                     engine.query(query)
-                case Unpin(export_ids):
-                    engine.peers.unpin(export_ids)
-                case Farewell(replicas):
-                    engine.peers.farewell(replicas)
         self.inbox.clear()
         for _ in range(steps):
             events += engine.step()
@@ -122,7 +113,7 @@ class Clusters(RuleBasedStateMachine):
     def begin(self, replica: int) -> None:
         self.starts += 1
         new = self.replicas[replica] = Replica(self.shelf, Peer(replica, self.starts), self.pools)
-        self.dispatcher.meet(replica, self.starts, new.bench.engine.peers.station)
+        self.dispatcher.meet(replica, self.starts, new.bench.engine.peers.port.station)
 
     def end(self, replica: int) -> None:
         for me in [me for me in self.pools if me.replica == replica]:
@@ -263,7 +254,7 @@ class Clusters(RuleBasedStateMachine):
         if not self.dispatcher.live:
             self.add(1)
         for _ in range(400):
-            if all(handle.done for handle, _, _ in self.handles) and not self.dispatcher._offers._talks:
+            if all(handle.done for handle, _, _ in self.handles) and not self.dispatcher._scripts._running:
                 break
             for replica in self.dispatcher.live:
                 self.dispatcher.hear(replica, self.replicas[replica].turn(3))
@@ -278,7 +269,7 @@ class Clusters(RuleBasedStateMachine):
             else:
                 assert type(output.error).__name__ == "ReplicaLostError" and "it died" in str(output.error)
         for replica in self.replicas.values():  # hears what is not wanted any more
-            self.dispatcher.hear(replica.bench.engine.peers._port.me.replica, replica.turn(1))
+            self.dispatcher.hear(replica.bench.engine.peers.port.me.replica, replica.turn(1))
         for replica in self.replicas.values():
             replica.turn(1)
             assert not replica.bench.core.exports.tips

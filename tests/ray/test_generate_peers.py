@@ -13,7 +13,7 @@ from ray import cloudpickle
 from rayk import InferenceSession
 from rayk.cluster import Cluster
 from rayk.params import GROUP, OBJECT_STORE, SHARED_MEMORY
-from rayk.scheduler.transfers.fetching import CopyPlanner
+from rayk.scheduler.transfers.indexed_copies import CopyPlanner
 from rayk.scheduler.transfers.links import LinkTable
 
 from ..unit.engine import fake  # noqa: TID252  # tests/ is no package that has an absolute name
@@ -45,7 +45,7 @@ def test_every_line_carries_pages(session: InferenceSession, monkeypatch: pytest
     monkeypatch.setattr(LinkTable, "carried", watch)
     with Cluster(model, session, **SETTINGS) as cluster:
         for at, line in enumerate((SHARED_MEMORY, GROUP, OBJECT_STORE)):
-            monkeypatch.setattr(cluster._dispatcher.steering.fetching.lines, "wanted", line)
+            monkeypatch.setattr(cluster._dispatcher.steering.fetching.links, "wanted", line)
             for prompt in prompts(4, 40, seed=at):
                 prompt = [at, *prompt, *range(10)]
                 outputs = [cluster.generate([prompt], max_new_tokens=3)[0] for _ in range(2)]

@@ -191,7 +191,7 @@ def test_a_request_that_cannot_be_sent_ends_alone(monkeypatch: pytest.MonkeyPatc
     assert isinstance(bad.error, RequestError) and "OverflowError: does not fit" in str(bad.error)
 
 
-@pytest.mark.parametrize("where", ["keys", "place", "fetch"])
+@pytest.mark.parametrize("where", ["keys", "place", "spans_to_copy"])
 def test_a_router_that_raises_ends_one_request(monkeypatch: pytest.MonkeyPatch, cluster: Cluster, where: str) -> None:
     """While others report: it must not be their replica's end."""
     sound, raised = getattr(Steering, where), []

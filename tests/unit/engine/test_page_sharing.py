@@ -12,8 +12,10 @@ from rayk.errors import LineError
 from rayk.kvcache.request import Reused
 from rayk.params import GROUP, SHARED_MEMORY
 from rayk.scheduler.router.prefix_index import PrefixIndex
-from rayk.scheduler.transfers.fetching import CopyPlan, CopyPlanner
+from rayk.scheduler.transfers.copy_cost import Span
+from rayk.scheduler.transfers.indexed_copies import CopyPlanner
 from rayk.scheduler.transfers.links import LinkTable
+from rayk.scheduler.transfers.transfer import PageTransfers
 from rayk.transport.choice import Endpoint
 from rayk.transport.direct import DirectLine
 
@@ -87,7 +89,7 @@ def test_a_source_that_ships_nothing_costs_a_recompute(always: None, monkeypatch
 def test_a_source_that_does_not_answer_is_not_waited_for(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayk.dispatch.pending_copies.WAIT", 0.05)
     monkeypatch.setattr("rayk.engine.engine_thread.HEARTBEAT", 0.02)
-    monkeypatch.setattr("rayk.engine.engine.Engine.ship", lambda self, order: None)
+    monkeypatch.setattr("rayk.engine.engine.Engine.query", lambda self, query: None)
     assert WAIT == 5.0
     with Cluster(model, **SETTINGS) as cluster:
         cluster.generate([list(range(30))], max_new_tokens=2)
@@ -102,7 +104,7 @@ PAGE, BYTES = 128, 2 << 20
 
 def fetching(shares_tiers: bool = False, lines: list[str] | None = None) -> CopyPlanner:
     index = PrefixIndex(3)
-    found = CopyPlanner(index, LinkTable(lambda: 0.0), PAGE, shares_tiers)
+    found = CopyPlanner(index, PageTransfers(LinkTable(lambda: 0.0), PAGE), shares_tiers)
     for replica in range(3):
         host = "a" if replica < 2 else "b"
         found.joined(replica, 7, Endpoint(host, "here", lines or [SHARED_MEMORY, GROUP], BYTES))
@@ -112,34 +114,39 @@ def fetching(shares_tiers: bool = False, lines: list[str] | None = None) -> Copy
 
 
 def test_all_is_copied_while_no_rate_is_known() -> None:
-    assert fetching().plan(1, range(100, 160)) == CopyPlan(2, 0, 50, GROUP), "the longest"
-    assert fetching().plan(1, range(100, 160), without={2}) == CopyPlan(0, 0, 40, SHARED_MEMORY)
-    assert fetching().plan(2, range(100, 160)) is None, "nobody has more"
-    assert fetching().plan(1, range(10)) is None and fetching().plan(1, []) is None
+    assert fetching().plan(1, range(100, 160)) == [Span(0, 0, 40), Span(2, 40, 50)], "all that there is"
+    assert fetching().plan(2, range(100, 160)) == [], "nobody has more"
+    assert fetching().plan(1, range(10)) == [] and fetching().plan(1, []) == []
     assert fetching().price == 1.0
 
 
 def test_a_copy_is_weighed_against_computing() -> None:
     slow, quick = fetching(), fetching()
     assert slow.prefills(1, 10_000.0) and not slow.prefills(1, 10_100.0)
-    assert slow.plan(1, range(100, 160)) == CopyPlan(2, 0, 50, GROUP)
+    assert slow.plan(1, range(100, 160)) == [Span(0, 0, 40), Span(2, 40, 50)]
     assert quick.prefills(1, 10_000_000.0)
-    assert quick.plan(1, range(100, 160)) is None, "5,120 tokens take half a millisecond"
+    assert quick.plan(1, range(100, 160)) == [], "5,120 tokens take half a millisecond"
     assert 0 < slow.price < 0.5 < quick.price == 1.0
-    between = fetching()  # 50 pages over the network: .1 s; the 10 more that replica 2 has take longer than the rest
+    between = fetching()  # the 10 more that replica 2 has come over the network, and take longer than computing
     between.prefills(1, 100_000.0)
-    assert between.plan(1, range(100, 160)) == CopyPlan(0, 0, 40, SHARED_MEMORY)
+    assert between.plan(1, range(100, 160)) == [Span(0, 0, 40)]
+    for _ in range(20):
+        slow.links.carried(0, 1, SHARED_MEMORY, 40, 1.0)
+    assert slow.plan(1, range(100, 160)) == [Span(2, 0, 50)], "over the link that is measured quicker"
 
 
 def test_replicas_that_share_a_tier_do_not_copy() -> None:
-    assert fetching(shares_tiers=True).plan(1, range(100, 160)) == CopyPlan(2, 0, 50, GROUP)
-    assert fetching(shares_tiers=True).plan(1, range(100, 160), without={2}) is None
+    shared = fetching(shares_tiers=True)
+    assert shared.plan(1, range(100, 160)) == [Span(2, 0, 50)]
+    shared.left(2)
+    assert shared.plan(1, range(100, 160)) == []
 
 
 def test_who_left_is_not_asked() -> None:
     found = fetching()
     found.left(2)
-    assert found.plan(1, range(100, 160)) == CopyPlan(0, 0, 40, SHARED_MEMORY)
+    assert found.plan(1, range(100, 160)) == [Span(0, 0, 40)]
+    found.links.use(0, 1)
     found.left(1)
-    assert found.plan(1, range(100, 160)) is None
-    assert found.lines.farewells() == {0: [1]}
+    assert found.plan(1, range(100, 160)) == []
+    assert found.links.peers_to_disconnect() == {0: [1]}

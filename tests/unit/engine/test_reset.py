@@ -11,7 +11,7 @@ import pytest
 from rayk.cluster import Cluster
 from rayk.errors import ReplicaLostError
 from rayk.kvcache.page_hash import Mask
-from rayk.scheduler.transfers.fetching import CopyPlanner
+from rayk.scheduler.transfers.indexed_copies import CopyPlanner
 
 from .fake import PageModel, digest, scores
 

@@ -18,7 +18,7 @@ from rayk.replica.page_exchange import PageExchange
 from rayk.scheduler.scaling import Removed
 from rayk.scheduler.script import ReplicaCall, ReplicaReply
 from rayk.scheduler.transfers import evacuation as offering
-from rayk.scheduler.transfers.evacuation import Evacuation, SpanAssignment, share_out
+from rayk.scheduler.transfers.evacuation import Evacuation, SpanAssignment, assign_prefixes
 from rayk.scheduler.transfers.links import LinkTable
 from rayk.scheduler.transfers.transfer import PageTransfers
 from rayk.transport.choice import Peer
@@ -45,7 +45,7 @@ def pages(name: int, count: int) -> list[int]:
 
 
 def test_a_prefix_goes_where_the_longest_part_is() -> None:
-    assert share_out([prefix(pages(1, 4))], {0: found(9, 0), 1: found(5, 2), 2: found(5, 3)}, 2) == [
+    assert assign_prefixes([prefix(pages(1, 4))], {0: found(9, 0), 1: found(5, 2), 2: found(5, 3)}, 2) == [
         SpanAssignment(0, 2, 3, 4)
     ]
 
@@ -53,7 +53,7 @@ def test_a_prefix_goes_where_the_longest_part_is() -> None:
 def test_else_where_the_most_room_is() -> None:
     each = [prefix(pages(name, 3)) for name in (1, 2, 3)]
     have = {0: found(5, 0, 0, 0), 1: found(7, 0, 0, 0)}
-    assert share_out(each, have, 2) == [
+    assert assign_prefixes(each, have, 2) == [
         SpanAssignment(0, 1, 0, 3),
         SpanAssignment(1, 0, 0, 3),
         SpanAssignment(2, 1, 0, 3),
@@ -62,21 +62,21 @@ def test_else_where_the_most_room_is() -> None:
 
 def test_whole_prefixes_go_before_what_is_there() -> None:
     """A replica that has a part and no room for the rest does not get a piece of it while another takes all."""
-    assert share_out([prefix(pages(1, 4))], {0: found(1, 2), 1: found(4, 0)}, 2) == [SpanAssignment(0, 1, 0, 4)]
+    assert assign_prefixes([prefix(pages(1, 4))], {0: found(1, 2), 1: found(4, 0)}, 2) == [SpanAssignment(0, 1, 0, 4)]
 
 
 def test_what_fits_nowhere_is_cut_and_the_hottest_comes_first() -> None:
     each = [prefix(pages(1, 5)), prefix(pages(2, 3))]
-    assert share_out(each, {0: found(4, 0, 0), 1: found(1, 0, 0)}, 2) == [
+    assert assign_prefixes(each, {0: found(4, 0, 0), 1: found(1, 0, 0)}, 2) == [
         SpanAssignment(0, 0, 0, 4),
         SpanAssignment(1, 1, 0, 1),
     ]
-    assert share_out(each, {0: found(0, 0, 0), 1: found(0, 4, 0)}, 2) == []
+    assert assign_prefixes(each, {0: found(0, 0, 0), 1: found(0, 4, 0)}, 2) == []
 
 
 def test_a_shared_part_is_sent_to_a_replica_once() -> None:
     each = [prefix(pages(1, 3) + pages(2, 1)), prefix(pages(1, 3) + pages(3, 2)), prefix(pages(1, 3) + pages(2, 3))]
-    assert share_out(each, {0: found(20, 0, 0, 0), 1: found(20, 0, 0, 0)}, 2) == [
+    assert assign_prefixes(each, {0: found(20, 0, 0, 0), 1: found(20, 0, 0, 0)}, 2) == [
         SpanAssignment(0, 0, 0, 4),
         SpanAssignment(1, 0, 3, 5),
         SpanAssignment(2, 0, 4, 6),
@@ -85,11 +85,11 @@ def test_a_shared_part_is_sent_to_a_replica_once() -> None:
 
 def test_other_salts_share_nothing() -> None:
     each = [prefix(pages(1, 3)), prefix(pages(1, 3), "s")]
-    assert share_out(each, {0: found(9, 0, 0)}, 2) == [SpanAssignment(0, 0, 0, 3), SpanAssignment(1, 0, 0, 3)]
+    assert assign_prefixes(each, {0: found(9, 0, 0)}, 2) == [SpanAssignment(0, 0, 0, 3), SpanAssignment(1, 0, 0, 3)]
 
 
 def test_what_somebody_has_goes_nowhere() -> None:
-    assert share_out([prefix(pages(1, 3))], {0: found(9, 0), 1: found(0, 3)}, 2) == []
+    assert assign_prefixes([prefix(pages(1, 3))], {0: found(9, 0), 1: found(0, 3)}, 2) == []
 
 
 # -- the rounds ------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Replicas:
         self.cores = [core(size, replica=r) for r, size in enumerate(sizes)]
         pools = {Peer(r, 7): each.buffers for r, each in enumerate(self.cores)}
         self.exchanges = [self._exchange(each, pools) for each in self.cores]
-        self.lines = LinkTable(lambda: self.now)
+        self.links = LinkTable(lambda: self.now)
         self.ready = list(range(len(sizes)))
         self.now = 0.0
         self.asked: list[ReplicaCall] = []
@@ -115,9 +115,7 @@ class Replicas:
         return PageExchange(at, port, partial(ContextMirrors(at.replica).context, keep=False))
 
     def go(self, source: int = 0, change: Change = lambda ask: None) -> Removed:
-        script = Evacuation(PageTransfers(self.lines, lambda: self.now), lambda: self.ready, 2, lambda: self.now).run(
-            source
-        )
+        script = Evacuation(PageTransfers(self.links, 2), lambda: self.ready, lambda: self.now).run(source)
         self.asked = []
         try:
             asks = next(script)
@@ -259,8 +257,8 @@ def test_a_line_that_breaks_is_replaced(where: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(DirectLine, where, broken)
     replicas = filled(3, 16, 8)
     assert replicas.go() == Removed(6, 0, 6)
-    assert [each.kind for each in replicas.lines.table() if each.failures] == ["shared-memory"]
-    assert [each.copies for each in replicas.lines.table() if each.kind == "object-store"] != [0]
+    assert [each.kind for each in replicas.links.table() if each.failures] == ["shared-memory"]
+    assert [each.copies for each in replicas.links.table() if each.kind == "object-store"] != [0]
 
 
 def test_when_no_line_works_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What the scheduler makes of lines: the best that works, the next one while it rests, and farewells."""
+"""What the scheduler makes of lines: the best that works, the next one while it rests, and what is to be closed."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def test_who_had_a_line_to_a_replica_that_left_is_told_once(lines: LinkTable) ->
     lines.use(2, 1)
     lines.keep({0: 10, 1: 99, 2: 12})  # replica 1 was replaced
     assert lines.unknown(1) and not lines.unknown(0)
-    assert lines.farewells() == {0: [1], 2: [1]}
-    assert lines.farewells() == {}
+    assert lines.peers_to_disconnect() == {0: [1], 2: [1]}
+    assert lines.peers_to_disconnect() == {}
