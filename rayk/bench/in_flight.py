@@ -2,7 +2,8 @@
 
 waiting ──try_admit──> running (prefill ──> decode) ──> finished ──tick──> released
    ^                      │
-   └──── preempted <──────┘   newest first, when an alloc is refused; its tokens are computed again later
+   ├──── preempted <──────┤   newest first, when an alloc is refused; its tokens are computed again later
+   └──── sent again <─────┘   when its replica is lost
 """
 
 from __future__ import annotations
@@ -10,10 +11,31 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
-from rayk.bench.clocked import Prefill
 from rayk.bench.request import BenchRequest
 from rayk.context import TextContext
+from rayk.kvcache.tick import Tick
+
+
+class Prefill:
+    """One replica's prefill clock: it prefills `rate` tokens a second, one request after the other, while its decoding
+    requests go on. It only says when; the driver waits."""
+
+    __slots__ = ("_free_at", "_rate")
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._free_at = 0.0
+
+    def due(self, tokens: int, ready_at: float) -> float:
+        """When the next one will be done: `tokens` tokens that could begin at `ready_at`. A driver that comes late does
+        not delay those behind."""
+        return max(self._free_at, ready_at) + tokens / self._rate
+
+    def done(self, at: float) -> None:
+        """The next one was done at that moment, which due() said."""
+        self._free_at = at
 
 
 class Flight:
@@ -39,12 +61,13 @@ class Flight:
         "replica",
         "request",
         "request_id",
+        "retries",
         "reused",
         "submitted_at",
         "take",
     )
 
-    def __init__(self, request: BenchRequest, submitted_at: float, replica: int) -> None:
+    def __init__(self, request: BenchRequest, submitted_at: float, replica: int = -1, **traits: Any) -> None:
         self.request = request
         self.request_id = request.request_id
         self.context = TextContext(
@@ -52,6 +75,7 @@ class Flight:
             request.prompt(),
             request.prompt_length + request.output_length,
             session_id=request.session_id,
+            **traits,
         )
         self.submitted_at = submitted_at
         self.replica = replica  # -1 until a router has chosen
@@ -68,6 +92,7 @@ class Flight:
         self.counted_at = 0  # which of the first admissions that was
         self.reused = 0  # tokens that its first admission counted as cached, until its first forward
         self.entering = False  # whether its next forward is the first since its admission
+        self.retries = 0  # replicas that were lost with it
         self.refusals = 0  # admissions refused in a row while its replica was idle
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
@@ -153,6 +178,40 @@ class Lane:
                 continue
             batch.append(flight)
         return batch
+
+    def tick(self, batch: list[Flight], execute: bool = True) -> Tick:
+        """What is left of the iterations before, and the next forward."""
+        return Tick(
+            step=[flight.context for flight in self.executed],
+            release=[flight.request_id for flight in (*self.finished, *self.preempted)],
+            alloc=[flight.context for flight in self.growing],
+            execute=[flight.context for flight in batch] if execute else (),
+        )
+
+    def advance(self, flight: Flight, page_size: int) -> bool:
+        """Move a request past what its forward did; whether it got a token. Its last token finishes it."""
+        tokens = flight.context.tokens
+        chunked = flight.prefill and tokens.end < tokens.length
+        flight.context.update(flight.next_token)
+        if flight.prefill:
+            flight.prefill = tokens.active_length if chunked else 0  # also after a window moved back
+            if flight.prefill:
+                return False
+        flight.next_token -= 1
+        flight.length += 1
+        flight.left -= 1
+        if not flight.left:
+            self.finished.append(flight)
+        elif (flight.length - 1) % page_size == 0:
+            self.growing.append(flight)
+        return True
+
+    def clear(self) -> tuple[list[Flight], list[Flight]]:
+        """The replica is lost: those that it held, oldest first, and those that waited for it."""
+        held, waiting = [*self.running, *self.preempted], list(self.waiting)
+        for part in (self.running, self.executed, self.preempted, self.growing, self.waiting):
+            part.clear()
+        return held, waiting
 
     def requeue(self, flights: Iterable[Flight]) -> None:
         """Put flights at the front of the queue, the first of them first."""

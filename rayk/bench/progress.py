@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from rayk.bench.loop import LoopSettings
-from rayk.bench.measure import Measured
+from rayk.bench.loop import ClosedLoop
 from rayk.bench.result import BenchResult
 from rayk.quantity import show_seconds
 
@@ -20,27 +19,12 @@ LOG_EVERY_S = 5.0
 log = logging.getLogger("rayk.bench")
 
 
-class Running(Protocol):
-    """What is shown of a run: a Driver, or a ModelDriver."""
-
-    @property
-    def measured(self) -> Measured: ...
-    @property
-    def settings(self) -> LoopSettings: ...
-    @property
-    def elapsed(self) -> float: ...
-    @property
-    def running(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-
-
 class ProgressView(Protocol):
     """Called with the driver after every tick; a context manager around the run."""
 
     def __enter__(self) -> ProgressView: ...
     def __exit__(self, *exc: object) -> None: ...
-    def show(self, driver: Running) -> None: ...
+    def show(self, driver: ClosedLoop) -> None: ...
 
 
 def progress_view(console: Console, total: int | None) -> ProgressView:
@@ -48,7 +32,7 @@ def progress_view(console: Console, total: int | None) -> ProgressView:
     return LiveProgress(console, total) if console.is_terminal else LoggedProgress(total)
 
 
-def state_line(driver: Running) -> str:
+def state_line(driver: ClosedLoop) -> str:
     """One line about the run so far."""
     measured, pages = driver.measured, driver.settings.pages
     rate = measured.hit_rate
@@ -79,7 +63,7 @@ class LiveProgress:
         )
         self._task: TaskID = self._bar.add_task("bench", total=total, state="")
         self._shown_at = -1.0
-        self._driver: Running | None = None
+        self._driver: ClosedLoop | None = None
 
     def __enter__(self) -> LiveProgress:
         self._bar.start()
@@ -91,7 +75,7 @@ class LiveProgress:
             self.show(self._driver)
         self._bar.stop()
 
-    def show(self, driver: Running) -> None:
+    def show(self, driver: ClosedLoop) -> None:
         """Update the bar, at most ten times a second."""
         self._driver = driver
         if driver.elapsed - self._shown_at >= 0.1:
@@ -113,7 +97,7 @@ class LoggedProgress:
     def __exit__(self, *exc: object) -> None:
         return
 
-    def show(self, driver: Running) -> None:
+    def show(self, driver: ClosedLoop) -> None:
         """Log the state when it is time."""
         if driver.elapsed >= self._next_at:
             self._next_at = driver.elapsed + LOG_EVERY_S

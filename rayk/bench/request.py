@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,12 +37,25 @@ class TokenSpaceError(RaykError, ValueError):
 
     source: str
     needed: int
+    text: ClassVar[str] = (
+        f"{{source}}: needs {{needed}} distinct tokens, int32 has {SLOTS} for each of prompts and answers; "
+        "take fewer requests (--requests)"
+    )
 
-    def __str__(self) -> str:
-        return (
-            f"{self.source}: needs {self.needed} distinct tokens, int32 has {SLOTS} for each of prompts and answers; "
-            "take fewer requests (--requests)"
-        )
+
+class RequestTooLargeError(RaykError, ValueError):
+    """A request that no replica can ever hold."""
+
+    request_id: str
+    prompt: int
+    output: int
+    page_size: int
+    needed: int
+    pages: int
+    text: ClassVar[str] = (
+        "request {request_id!r} ({prompt} prompt and {output} generated tokens) needs {needed} pages of {page_size} "
+        "tokens, a replica has {pages}; use --pages {needed} or more"
+    )
 
 
 def slot_tokens(slots: npt.NDArray[np.int64]) -> IntArray:
@@ -102,6 +116,11 @@ class BenchRequest:
     def pages(self, page_size: int) -> int:
         """Most pages that serving this request takes: all its tokens but the last answer, which is never processed."""
         return -(-(self.prompt_length + self.output_length - 1) // page_size)
+
+    def too_large(self, page_size: int, pages: int) -> RequestTooLargeError | None:
+        """The error that says that it cannot fit into `pages` pages, if so."""
+        needed, lengths = self.pages(page_size), (self.prompt_length, self.output_length)
+        return RequestTooLargeError(self.request_id, *lengths, page_size, needed, pages) if needed > pages else None
 
 
 @dataclass(frozen=True, slots=True)

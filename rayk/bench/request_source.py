@@ -1,16 +1,24 @@
-"""Which request is sent next: in order, each after the previous turn of its session has finished."""
+"""Which request is sent next, and when: in order or as they arrive, each after the previous turn of its session."""
 
 from __future__ import annotations
 
 import heapq
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from rayk.bench.request import BenchRequest
+from rayk.bench.request import BenchRequest, Workload
 
-if TYPE_CHECKING:
-    from rayk.bench.clocked import Arrivals
+
+class Arrivals:
+    """When the requests of a workload are sent, so many times as fast as recorded, at the moments at which
+    `rayk simulate` has them: their order, and the seconds from the start of the run in that order."""
+
+    def __init__(self, workload: Workload, speed: float, seed: int) -> None:
+        from rayk.simulate.arrivals import arrivals  # it imports this package
+
+        order, times = arrivals(workload, seed)
+        self.order: list[int] = order.tolist()
+        self.times: list[float] = (times / speed).tolist()
 
 
 class Feed:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
 
-from rayk.bench.hf import ModelDriver, start
-from rayk.bench.loop import Driver
-from rayk.bench.progress import Running
+from rayk.bench.cluster_driver import ClusterDriver
+from rayk.bench.hf import start
+from rayk.bench.loop import ClosedLoop
+from rayk.bench.manager_driver import ManagerDriver
 from rayk.bench.request import Workload
 from rayk.bench.result import BenchResult, TierUse, make_result
 from rayk.bench.settings import BenchSettings
@@ -18,9 +18,6 @@ from rayk.kvcache.connector import TierCount
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.manager.manager import PagedKVCacheManager
 from rayk.session import InferenceSession
-
-if TYPE_CHECKING:
-    from rayk.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,7 @@ class Outcome:
 def run_bench(
     settings: BenchSettings,
     workload: Workload,
-    on_tick: Callable[[Running], None] = lambda driver: None,
+    on_tick: Callable[[ClosedLoop], None] = lambda driver: None,
     report: Callable[[BenchResult, bool], None] = lambda result, final: None,
     clock: Callable[[], float] = perf_counter,
 ) -> Outcome:
@@ -56,7 +53,7 @@ def run_bench(
             try:
                 driver.run()
                 if settings.connector != "null":
-                    tiers = _tiers(driver.manager) if isinstance(driver, Driver) else _engine_tiers(driver.cluster)
+                    tiers = _tiers(driver)
             except (Exception, KeyboardInterrupt) as stopped:  # whatever it is, what was done is not lost with it
                 error = stopped
             signals.ignore()
@@ -76,13 +73,13 @@ def _driver(
     session: InferenceSession,
     workload: Workload,
     clock: Callable[[], float],
-    on_tick: Callable[[Running], None],
-) -> tuple[Driver | ModelDriver, list[str]]:
+    on_tick: Callable[[ClosedLoop], None],
+) -> tuple[ManagerDriver | ClusterDriver, list[str]]:
     """What serves the workload, and the replicas' nodes."""
     if settings.forward == "hf":
         cluster = start(settings, session, workload)
         nodes = [facts.node for facts in cluster.facts]
-        return ModelDriver(cluster, workload, settings.loop(), clock, on_tick), nodes
+        return ClusterDriver(cluster, workload, settings, clock, on_tick), nodes
     manager = PagedKVCacheManager(
         settings.params(),
         session,
@@ -91,7 +88,7 @@ def _driver(
         max_batch_size=settings.max_batch_size,
         router=settings.router,
     )
-    return Driver(manager, workload, settings.loop(), clock, on_tick), manager.get_node_names()
+    return ManagerDriver(manager, workload, settings, clock, on_tick), manager.get_node_names()
 
 
 def _close(session: InferenceSession) -> Exception | None:
@@ -103,29 +100,26 @@ def _close(session: InferenceSession) -> Exception | None:
     return None
 
 
-def _tiers(manager: PagedKVCacheManager) -> TierUse:
-    """Wait for the tiers and look at them; IntegrityError when a page is held that nobody uses."""
-    manager.drain()
-    manager.check_integrity()
-    counts = TierCount(
-        manager.get_num_host_pages(0),
-        manager.get_num_used_host_pages(0),
-        manager.get_num_disk_pages(0),
-        manager.get_num_used_disk_pages(0),
-    )
-    return _tier_use(manager.get_metrics_aggregated(), counts)
+def _tiers(driver: ManagerDriver | ClusterDriver) -> TierUse | None:
+    """Wait for the tiers and look at them; None when a replica of a manager, or all of a cluster's, are lost.
 
-
-def _engine_tiers(cluster: Cluster) -> TierUse | None:
-    """The same of engines; lost replicas are left out, and None is when all are."""
-    cluster.check_integrity()
-    stats = [cluster.stats(replica) for replica in cluster.live]
-    if not stats:
-        return None
-    return _tier_use(sum((each.cache for each in stats), KVCacheMetrics()), stats[0].tiers)
-
-
-def _tier_use(metrics: KVCacheMetrics, counts: TierCount) -> TierUse:
+    IntegrityError when a page is held that nobody uses.
+    """
+    if isinstance(driver, ClusterDriver):
+        driver.cluster.check_integrity()
+        stats = [driver.cluster.stats(replica) for replica in driver.cluster.live]
+        if not stats:
+            return None
+        metrics, counts = sum((each.cache for each in stats), KVCacheMetrics()), stats[0].tiers
+    else:
+        if driver.lost:
+            return None
+        manager = driver.manager
+        manager.drain()
+        manager.check_integrity()
+        metrics, host = manager.get_metrics_aggregated(), manager.get_num_host_pages(0)
+        disk = (manager.get_num_disk_pages(0), manager.get_num_used_disk_pages(0))
+        counts = TierCount(host, manager.get_num_used_host_pages(0), *disk)
     return TierUse(
         offloaded=metrics.d2h_blocks_copied,
         loaded=metrics.h2d_blocks_copied,

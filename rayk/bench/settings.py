@@ -8,8 +8,6 @@ from typing import Any
 
 import msgspec
 
-from rayk.bench.capacity import check_fits
-from rayk.bench.loop import LoopSettings
 from rayk.bench.request import Workload
 from rayk.engine.tiers import LEAST_HOST_PAGES
 from rayk.errors import ConfigError, NotBuiltError
@@ -114,23 +112,6 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
         """The tiers below the device pages."""
         return "tiered" if self.disk_dir is not None else "local" if self.host_pages else "null"
 
-    def loop(self) -> LoopSettings:
-        """What the driver loop needs of this."""
-        return LoopSettings(
-            replicas=self.replicas,
-            page_size=self.page_size,
-            pages=self.pages,
-            concurrency=self.concurrency,
-            max_batch_size=self.max_batch_size,
-            round_robin=self.router == "round-robin",
-            verify=self.forward == "verify",
-            token_budget=self.token_budget,
-            duration_s=self.duration_s,
-            speed=self.speed,
-            prefill_rate=self.prefill_rate,
-            seed=self.seed,
-        )
-
     def as_config(self) -> dict[str, Any]:
         """These settings as plain values, for result.json; what is not bounded or given is left out."""
         plain = {name: getattr(self, name) for name in self.__struct_fields__}
@@ -165,8 +146,9 @@ def complete(
             raise ConfigError(f"{shown}, one page takes {show_bytes(page_bytes)}; give more")
     elif pages is None:
         pages = default_pages(settings, workload)
-    if settings.duration_s is None:
-        check_fits(workload, settings.page_size, pages)
+    largest = max(workload.requests, key=lambda request: request.pages(settings.page_size))
+    if settings.duration_s is None and (error := largest.too_large(settings.page_size, pages)) is not None:
+        raise error
     return msgspec.structs.replace(settings, pages=pages)
 
 

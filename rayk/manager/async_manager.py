@@ -293,14 +293,16 @@ class AsyncPagedKVCacheManager:
             return [Admission(-1, error)] * len(part)
         return admissions
 
-    async def tick(self, ticks: Sequence[Tick], fn: Forward | None = None) -> list[TickResult]:
+    async def tick(
+        self, ticks: Sequence[Tick], fn: Forward | None = None, *, raise_errors: bool = True
+    ) -> list[TickResult]:
         """See PagedKVCacheManager.tick()."""
         self.sync._for(ticks)
         results: list[TickResult] = await self._run("tick", ticks, fn)
         if self._door is not None and any(result.released for result in results):
             self._door.released()
         for result in results:
-            if result.error is not None:
+            if result.error is not None and raise_errors:
                 raise result.error
         return results
 

@@ -335,14 +335,15 @@ class PagedKVCacheManager:
     def _enter(self, ctxs: Sequence[TextContext], give_up: Sequence[str]) -> list[tuple[TextContext, Admission]]:
         return self._at(0).enter(ctxs, give_up)
 
-    def tick(self, ticks: Sequence[Tick], fn: Forward | None = None) -> list[TickResult]:
+    def tick(self, ticks: Sequence[Tick], fn: Forward | None = None, *, raise_errors: bool = True) -> list[TickResult]:
         """One iteration on every replica at once, one message each; see Tick for the order of its parts.
 
-        An error of one replica (fn raised, a request is not claimed) is raised after all have done theirs.
+        An error of one replica (fn raised, a request is not claimed) is raised after all have done theirs, or left in
+        its result: for loops that go on with the others when a replica is lost.
         """
         results = self._for(ticks).tick(ticks, fn)
         for result in results:
-            if result.error is not None:
+            if result.error is not None and raise_errors:
                 raise result.error
         return results
 

@@ -6,13 +6,13 @@ from itertools import count
 import numpy as np
 import pytest
 
-from rayk.bench.loop import Driver, LoopSettings
+from rayk.bench.manager_driver import ManagerDriver
 from rayk.bench.request import BenchRequest, TokenSpace, Workload
 from rayk.bench.settings import BenchSettings, complete
 from rayk.manager.manager import PagedKVCacheManager
 from rayk.session import InferenceSession
 
-Serve = Callable[..., Driver]
+Serve = Callable[..., ManagerDriver]
 
 
 def plain_workload(lengths: list[tuple[int, int]], after: dict[int, int] | None = None) -> Workload:
@@ -55,12 +55,11 @@ def serve() -> Iterator[Serve]:
         def run(
             workload: Workload,
             pages: int | None = None,
-            on_tick: Callable[[Driver], None] = lambda driver: None,
+            on_tick: Callable[[ManagerDriver], None] = lambda driver: None,
             **settings: object,
-        ) -> Driver:
+        ) -> ManagerDriver:
             asked = BenchSettings(runtime="inline", **settings)  # type: ignore[arg-type]
             full = complete(asked, workload, pages)
-            loop: LoopSettings = full.loop()
             manager = PagedKVCacheManager(
                 full.params(),
                 session,
@@ -69,7 +68,7 @@ def serve() -> Iterator[Serve]:
                 max_batch_size=full.max_batch_size,
                 router=full.router,
             )
-            driver = Driver(manager, workload, loop, ticking_clock(), on_tick)
+            driver = ManagerDriver(manager, workload, full, ticking_clock(), on_tick)
             driver.run()
             manager.check_integrity()
             assert [manager.get_num_used_pages(r) for r in range(full.replicas)] == [0] * full.replicas

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from rayk.bench import workloads
-from rayk.bench.clocked import Arrivals, Prefill
-from rayk.bench.loop import Driver
+from rayk.bench.in_flight import Prefill
+from rayk.bench.manager_driver import ManagerDriver
 from rayk.bench.request import BenchRequest, TokenSpace, Workload
-from rayk.bench.request_source import Feed
+from rayk.bench.request_source import Arrivals, Feed
 from rayk.bench.result import make_result
 from rayk.bench.settings import BenchSettings, complete
 from rayk.errors import ConfigError, NotBuiltError
@@ -19,7 +19,7 @@ from rayk.session import InferenceSession
 from rayk.simulate.model import Case, Simulator
 
 Lengths = Callable[..., Workload]
-Timed = Callable[..., Driver]
+Timed = Callable[..., ManagerDriver]
 
 
 class Clock:
@@ -43,14 +43,14 @@ def timed() -> Iterator[Timed]:
     """Runs a workload inline on a Clock to its end; gives the driver. Keywords are those of BenchSettings."""
     with InferenceSession() as session:
 
-        def run(workload: Workload, pages: int | None = None, step: float = 1e-6, **settings: object) -> Driver:
+        def run(workload: Workload, pages: int | None = None, step: float = 1e-6, **settings: object) -> ManagerDriver:
             asked = BenchSettings(runtime="inline", forward="none", peer_copies=False, **settings)  # type: ignore[arg-type]
             full = complete(asked, workload, pages)
             manager = PagedKVCacheManager(
                 full.params(), session, full.pages, max_batch_size=full.max_batch_size, router=full.router
             )
             clock = Clock(step)
-            driver = Driver(manager, workload, full.loop(), clock.read, wait=clock.wait)
+            driver = ManagerDriver(manager, workload, full, clock.read, wait=clock.wait)
             driver.run()
             manager.check_integrity()
             manager.shutdown()
@@ -100,7 +100,7 @@ def test_a_budget_cuts_the_prefill_not_its_time(lengths: Lengths, timed: Timed) 
         )
         manager = PagedKVCacheManager(settings.params(), session, settings.pages, max_batch_size=4)
         clock = Clock(1e-6)
-        cut = Driver(manager, workload, settings.loop(), clock.read, wait=clock.wait)
+        cut = ManagerDriver(manager, workload, settings, clock.read, wait=clock.wait)
         assert cut.run().latency["ttft"].quantiles([1.0]) == pytest.approx([6], abs=0.01)
         assert max(clock.waits) == pytest.approx(16 / 30, abs=0.01)
 

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 
 from rayk.bench import workloads
-from rayk.bench.capacity import RequestTooLargeError, check_fits
-from rayk.bench.loop import Driver, LoopSettings
 from rayk.bench.lru import replay
-from rayk.bench.request import Workload
-from rayk.errors import ReplicaLostError
+from rayk.bench.manager_driver import ManagerDriver
+from rayk.bench.request import RequestTooLargeError, Workload
+from rayk.bench.settings import BenchSettings, complete
+from rayk.errors import ReplicaLostError, SchedulerLostError
 from rayk.kvcache.tick import Admission, Tick, TickResult
 
 from .round_robin import round_robin_hit_rate
 
-Serve = Callable[..., Driver]
+Serve = Callable[..., ManagerDriver]
 Lengths = Callable[..., Workload]
 
 
@@ -75,7 +75,7 @@ def test_preemption_recomputes_and_counts_each_request_once(serve: Serve, length
 def test_the_newest_request_makes_room(serve: Serve, lengths: Lengths) -> None:
     finished: list[str] = []
 
-    def watch(driver: Driver) -> None:
+    def watch(driver: ManagerDriver) -> None:
         finished.extend(flight.request_id for lane in driver.lanes for flight in lane.finished)
 
     driver = serve(lengths([(4, 9)] * 3), pages=6, on_tick=watch, replicas=1, page_size=4, concurrency=3)
@@ -85,7 +85,7 @@ def test_the_newest_request_makes_room(serve: Serve, lengths: Lengths) -> None:
 def test_a_turn_waits_for_the_one_before(serve: Serve, lengths: Lengths) -> None:
     order: list[str] = []
 
-    def watch(driver: Driver) -> None:
+    def watch(driver: ManagerDriver) -> None:
         order.extend(f.request_id for lane in driver.lanes for f in lane.running if f.request_id not in order)
 
     workload = lengths([(4, 5), (4, 2), (4, 2), (4, 2)], after={1: 0, 2: 1})
@@ -96,7 +96,7 @@ def test_a_turn_waits_for_the_one_before(serve: Serve, lengths: Lengths) -> None
 def test_batches_and_concurrency_are_bounded(serve: Serve, lengths: Lengths) -> None:
     seen: list[tuple[int, int]] = []
 
-    def watch(driver: Driver) -> None:
+    def watch(driver: ManagerDriver) -> None:
         seen.append((driver.running + driver.waiting, max(len(lane.executed) for lane in driver.lanes)))
 
     serve(
@@ -130,20 +130,21 @@ def test_a_duration_ends_the_sending_not_the_serving(serve: Serve, lengths: Leng
 
 def test_what_can_never_fit_is_refused(serve: Serve, lengths: Lengths) -> None:
     workload = lengths([(4, 2), (30, 10), (4, 2)])
+    settings = BenchSettings(runtime="inline", page_size=4)
     with pytest.raises(RequestTooLargeError) as caught:
-        check_fits(workload, page_size=4, pages=9)
+        complete(settings, workload, pages=9)
     assert str(caught.value) == (
         "request 'r1' (30 prompt and 10 generated tokens) needs 10 pages of 4 tokens, a replica has 9; "
         "use --pages 10 or more"
     )
-    check_fits(workload, page_size=4, pages=10)
+    assert complete(settings, workload, pages=10).pages == 10
     driver = serve(workload, pages=9, replicas=1, page_size=4, concurrency=2, duration_s=60.0)
     assert (driver.measured.submitted, driver.measured.completed, driver.measured.failed) == (3, 2, 1)
     assert [fault.request for fault in driver.measured.faults] == ["r1"]
 
 
 class LosingManager:
-    """Admits everything; its third tick finds replica 1 dead, or is interrupted."""
+    """Admits everything; its third tick finds the scheduler dead, or is interrupted."""
 
     def __init__(self, error: BaseException) -> None:
         self.error, self.ticks = error, 0
@@ -151,7 +152,7 @@ class LosingManager:
     def try_admit(self, contexts: list[Any], replicas: list[int] | None) -> list[Admission]:
         return [Admission(0) for _ in contexts]
 
-    def tick(self, ticks: list[Tick], fn: Any) -> list[TickResult]:
+    def tick(self, ticks: list[Tick], fn: Any, raise_errors: bool) -> list[TickResult]:
         self.ticks += 1
         if self.ticks == 3:
             raise self.error
@@ -161,6 +162,7 @@ class LosingManager:
 @pytest.mark.parametrize(
     ("error", "kind", "replica"),
     [
+        (SchedulerLostError("killed"), "SchedulerLostError", None),
         (ReplicaLostError(1, 1, ["r0"], "killed"), "ReplicaLostError", 1),
         (KeyboardInterrupt(), "KeyboardInterrupt", None),
     ],
@@ -168,8 +170,10 @@ class LosingManager:
 def test_a_run_that_is_stopped_keeps_what_it_measured(
     lengths: Lengths, error: BaseException, kind: str, replica: int | None
 ) -> None:
-    settings = LoopSettings(2, 4, 100, 3, 3, round_robin=True, verify=False)
-    driver = Driver(LosingManager(error), lengths([(4, 9)] * 6), settings, iter(range(10**6)).__next__)  # type: ignore[arg-type]
+    settings = BenchSettings(
+        replicas=2, page_size=4, pages=100, concurrency=3, max_batch_size=3, router="round-robin", forward="none"
+    )
+    driver = ManagerDriver(LosingManager(error), lengths([(4, 9)] * 6), settings, iter(range(10**6)).__next__)  # type: ignore[arg-type]
     with pytest.raises(type(error)):
         driver.run()
     measured = driver.measured
@@ -189,7 +193,7 @@ TIERED = {
 }
 
 
-def _tier_tokens(driver: Driver) -> int:
+def _tier_tokens(driver: ManagerDriver) -> int:
     return driver.measured.host_tokens + driver.measured.disk_tokens
 
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from rayk.bench import workloads
-from rayk.bench.loop import Driver
+from rayk.bench.manager_driver import ManagerDriver
 from rayk.bench.measure import Latency, Measured, ReplicaCounts
 from rayk.bench.progress import LoggedProgress, progress_view, state_line, summary_table
 from rayk.bench.report import write_report
@@ -21,7 +21,7 @@ from rayk.bench.result import BenchResult, make_result, read_result
 from rayk.bench.settings import BenchSettings, complete
 from rayk.errors import ConfigError
 
-Serve = Callable[..., Driver]
+Serve = Callable[..., ManagerDriver]
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rayk.bench.capacity import RequestTooLargeError
-from rayk.bench.request import Workload
+from rayk.bench.request import RequestTooLargeError, Workload
 from rayk.bench.settings import LEAST_HOST_PAGES, BenchSettings, complete, default_pages, free_bytes, with_tiers
 from rayk.errors import ConfigError
 

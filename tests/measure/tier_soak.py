@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from rayk.bench.loop import Driver
+from rayk.bench.manager_driver import ManagerDriver
 from rayk.bench.request import Workload
 from rayk.bench.settings import BenchSettings
 from rayk.bench.traces import read_trace
@@ -110,7 +110,7 @@ def opened(settings: BenchSettings) -> Iterator[PagedKVCacheManager]:
 def serve(manager: PagedKVCacheManager, settings: BenchSettings, workload: Workload, name: str) -> float:
     """All of the workload, every slot checked; its hit rate."""
     before = manager.get_metrics_aggregated()
-    driver = Driver(manager, workload, settings.loop(), perf_counter)
+    driver = ManagerDriver(manager, workload, settings, perf_counter)
     driver.run()
     manager.drain()
     done, seen = manager.get_metrics_aggregated() - before, driver.measured
