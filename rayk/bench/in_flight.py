@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from rayk.bench.request import BenchRequest
@@ -38,65 +39,49 @@ class Prefill:
         self._free_at = at
 
 
+@dataclass(slots=True, eq=False)
 class Flight:
-    """One request in flight. The driver owns it and its context."""
+    """One request in flight. The driver owns it and its context, which is made with the request's `traits`."""
 
-    __slots__ = (
-        "admission",
-        "again",
-        "context",
-        "counted",
-        "counted_at",
-        "entered_at",
-        "entering",
-        "first_token_at",
-        "last_tick",
-        "last_token_at",
-        "late",
-        "left",
-        "length",
-        "next_token",
-        "prefill",
-        "refusals",
-        "replica",
-        "request",
-        "request_id",
-        "retries",
-        "reused",
-        "submitted_at",
-        "take",
-    )
+    request: BenchRequest
+    submitted_at: float
+    traits: InitVar[dict[str, Any] | None] = None
+    replica: int = -1  # until one was chosen
+    context: TextContext = field(init=False)
+    length: int = field(init=False)
+    left: int = field(init=False)  # tokens still to be generated
+    next_token: int = field(init=False)
+    prefill: int = 0  # tokens of the context that are still to be computed before it decodes
+    take: int = 0  # tokens that this tick's forward computes
+    admission: int = 0  # running number of its last admission
+    counted: bool = False  # whether its first admission was counted
+    entered_at: float = 0.0  # its last admission
+    again: bool = False  # whether that was not its first one
+    late: bool = False  # whether it has to look once more for what was cached while it waited to be prefilled
+    counted_at: int = 0  # which of the first admissions that was
+    reused: int = 0  # tokens that its first admission counted as cached, until its first forward
+    entering: bool = False  # whether its next forward is the first since its admission
+    retries: int = 0  # replicas that were lost with it
+    refusals: int = 0  # admissions refused in a row while its replica was idle
+    first_token_at: float | None = None
+    last_token_at: float = 0.0
+    last_tick: int = -1
 
-    def __init__(self, request: BenchRequest, submitted_at: float, replica: int = -1, **traits: Any) -> None:
-        self.request = request
-        self.request_id = request.request_id
+    def __post_init__(self, traits: dict[str, Any] | None) -> None:
+        request = self.request
         self.context = TextContext(
             request.request_id,
             request.prompt(),
             request.prompt_length + request.output_length,
             session_id=request.session_id,
-            **traits,
+            **traits or {},
         )
-        self.submitted_at = submitted_at
-        self.replica = replica  # -1 until a router has chosen
-        self.length = request.prompt_length
-        self.left = request.output_length  # tokens still to be generated
-        self.next_token = request.output_first
-        self.prefill = 0  # tokens of the context that are still to be computed before it decodes
-        self.take = 0  # tokens that this tick's forward computes
-        self.admission = 0  # running number of its last admission
-        self.counted = False  # whether its first admission was counted
-        self.entered_at = 0.0  # its last admission
-        self.again = False  # whether that was not its first one
-        self.late = False  # whether it has to look once more for what was cached while it waited to be prefilled
-        self.counted_at = 0  # which of the first admissions that was
-        self.reused = 0  # tokens that its first admission counted as cached, until its first forward
-        self.entering = False  # whether its next forward is the first since its admission
-        self.retries = 0  # replicas that were lost with it
-        self.refusals = 0  # admissions refused in a row while its replica was idle
-        self.first_token_at: float | None = None
-        self.last_token_at = 0.0
-        self.last_tick = -1
+        self.length, self.left, self.next_token = request.prompt_length, request.output_length, request.output_first
+
+    @property
+    def request_id(self) -> str:
+        """Of the request."""
+        return self.request.request_id
 
     @property
     def checked_whole(self) -> bool:
@@ -104,35 +89,21 @@ class Flight:
         return self.entering or (self.left == 1 and self.prefill in (0, self.take))
 
 
+@dataclass(slots=True, eq=False)
 class Lane:
     """What the driver keeps for one replica."""
 
-    __slots__ = (
-        "blocked",
-        "due",
-        "executed",
-        "finished",
-        "free_pages",
-        "growing",
-        "pace",
-        "preempted",
-        "replica",
-        "running",
-        "waiting",
-    )
-
-    def __init__(self, replica: int, free_pages: int, pace: Prefill | None = None) -> None:
-        self.replica = replica
-        self.free_pages = free_pages  # as of the last reply, at least: admissions since then count without reuse
-        self.waiting: deque[Flight] = deque()
-        self.running: list[Flight] = []  # in order of admission
-        self.executed: list[Flight] = []  # in the last forward, to be stepped
-        self.finished: list[Flight] = []  # to be released
-        self.preempted: list[Flight] = []  # to be released, then queued again
-        self.growing: list[Flight] = []  # decoding, and the next token needs a page
-        self.pace = pace  # None: prefill takes no time of its own
-        self.due = math.inf  # when the prefill that is under way will be done
-        self.blocked = False  # an admission was refused and no page was given back since
+    replica: int
+    free_pages: int = 0  # as of the last reply, at least: admissions since then count without reuse
+    pace: Prefill | None = None  # None: prefill takes no time of its own
+    due: float = math.inf  # when the prefill that is under way will be done
+    blocked: bool = False  # an admission was refused and no page was given back since
+    waiting: deque[Flight] = field(default_factory=deque)
+    running: list[Flight] = field(default_factory=list)  # in order of admission
+    executed: list[Flight] = field(default_factory=list)  # in the last forward, to be stepped
+    finished: list[Flight] = field(default_factory=list)  # to be released
+    preempted: list[Flight] = field(default_factory=list)  # to be released, then queued again
+    growing: list[Flight] = field(default_factory=list)  # decoding, and the next token needs a page
 
     @property
     def prefill(self) -> int:

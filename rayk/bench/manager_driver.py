@@ -60,7 +60,7 @@ class ManagerDriver(ClosedLoop):
             for replica in range(settings.replicas)
         ]
         self.lost: dict[int, ReplicaLostError] = {}
-        self._queue = Lane(-1, 0)  # for all replicas, when a router places
+        self._queue = Lane(-1)  # for all replicas, when a router places
         self._round_robin = settings.router == "round-robin"
         self._verify = settings.forward == "verify"
         self._timed = rate is not None or settings.speed is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from rayk.bench.lru import Event
@@ -71,8 +72,7 @@ class ReplicaCounts:
         self.peak_used_pages = max(used_pages, self.peak_used_pages or 0)
 
 
-@dataclass(slots=True)
-class Fault:
+class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
     """Something that went wrong: the error's class, its text, when (seconds into the run), and where if known."""
 
     kind: str
@@ -127,6 +127,11 @@ class Measured:
         return self.device_tokens + self.peer_tokens + self.host_tokens + self.disk_tokens
 
     @property
+    def computed(self) -> int:
+        """Prompt tokens that were not."""
+        return self.prompt - self.cached
+
+    @property
     def hit_rate(self) -> float | None:
         """Cached over prompt tokens of first admissions; None before the first."""
         return self.cached / self.prompt if self.prompt else None
@@ -134,10 +139,8 @@ class Measured:
     def admit(self, t: float, replica: int, prompt: int, admission: Admission) -> None:
         """Count the first admission of a request."""
         self.prompt += prompt
-        self.device_tokens += admission.device_tokens
-        self.peer_tokens += admission.peer_tokens
-        self.host_tokens += admission.host_tokens
-        self.disk_tokens += admission.disk_tokens
+        for tier in ("device_tokens", "peer_tokens", "host_tokens", "disk_tokens"):
+            setattr(self, tier, getattr(self, tier) + getattr(admission, tier))
         self.admitted.append((t, prompt, admission.reused_tokens))
         counts = self.replicas[replica]
         counts.requests += 1

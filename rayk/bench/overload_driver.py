@@ -10,21 +10,24 @@ import asyncio
 import os
 import random
 import time
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import msgspec
+import numpy as np
 
+from rayk.bench.in_flight import Flight, Lane
+from rayk.bench.request import BenchRequest, TokenSpace
 from rayk.context import TextContext
 from rayk.errors import OverloadedError, RaykError
-from rayk.kvcache.tick import Tick, TickResult
+from rayk.kvcache.tick import TickResult
 from rayk.manager.async_manager import AsyncPagedKVCacheManager
 from rayk.params import KVCacheParams, MHAKVCacheParams
 from rayk.protocol.admission import AdmissionPolicy
 from rayk.session import InferenceSession
 
-VOCABULARY = 1 << 30
 LAST_WORDS = 0.1  # seconds in which the scheduler hears of the last releases
 STALLS = 200  # ticks in a row in which a replica refused all growth
 
@@ -102,70 +105,6 @@ class PacedForward:
         time.sleep(self.base + self.per_token * sum(ctx.tokens.active_length for ctx in batch))
 
 
-class _Flight:
-    """A request that was let in."""
-
-    __slots__ = ("ctx", "done", "finished_at", "left")
-
-    def __init__(self, ctx: TextContext, left: int, done: asyncio.Future[None]) -> None:
-        self.ctx = ctx
-        self.left = left
-        self.done = done
-        self.finished_at = 0.0
-
-
-class _Lane:
-    """What one replica does for this driver."""
-
-    def __init__(self) -> None:
-        self.running: list[_Flight] = []
-        self.executed: list[_Flight] = []
-        self.finished: list[_Flight] = []
-        self.stalled = 0
-
-    def tick(self, load: Load) -> tuple[Tick, list[_Flight]]:
-        """The next iteration, and what is in its forward: each decoding request, and prefill up to the budget."""
-        batch, room = [], load.budget
-        for flight in sorted(self.running, key=lambda each: each.ctx.tokens.active_length > 1):
-            window = flight.ctx.tokens
-            if room <= 0:
-                break
-            if window.active_length > room:
-                window.chunk(room)
-            room -= window.active_length
-            batch.append(flight)
-        grown = [f.ctx for f in batch if f.ctx.tokens.active_length == 1]
-        return (
-            Tick(
-                step=[f.ctx for f in self.executed],
-                release=[f.ctx.request_id for f in self.finished],
-                alloc=grown,
-                execute=[f.ctx for f in batch],
-            ),
-            batch,
-        )
-
-    def after(self, batch: list[_Flight], result: TickResult) -> None:
-        """Windows move on; what is complete leaves with the next tick."""
-        for flight in self.finished:
-            if not flight.done.done():
-                flight.done.set_result(None)
-        self.finished, self.executed = [], []
-        for flight in batch:
-            if flight.ctx.request_id in result.refused:
-                continue
-            chunked = flight.ctx.tokens.end < flight.ctx.tokens.length
-            flight.ctx.update(1)
-            self.executed.append(flight)
-            flight.left -= not chunked
-            if not flight.left:
-                flight.finished_at = time.monotonic()
-                self.running.remove(flight)
-                self.finished.append(flight)
-        self.stalled = 0 if self.executed or not batch else self.stalled + 1
-        assert self.stalled < STALLS, "every request needs a page that none of them gives back"
-
-
 class OverloadDriver:
     """The actor: attaches to the cluster `load.name` as `tenant`. Ray must not take it for one with an event loop, so
     what awaits is in a class of its own."""
@@ -194,10 +133,13 @@ class _Server:
         self._random = draw
         self._manager = manager
         self._numbers = 0
+        self._space = TokenSpace(tenant)
+        self._space.slots(zlib.crc32(tenant.encode()) >> 2)  # tenants share no prompts
+        self._done: dict[str, asyncio.Future[None]] = {}
 
     async def run(self, phase: Phase) -> Outcome:
         """Serve one phase to its end."""
-        self._lanes = [_Lane() for _ in range(self._load.replicas)]
+        self._lanes, self._stalled = [Lane(replica) for replica in range(self._load.replicas)], 0
         self._work = asyncio.Event()
         outcome, start = Outcome(), time.monotonic()
         loop = asyncio.get_running_loop()
@@ -234,19 +176,16 @@ class _Server:
 
     async def _one(self, phase: Phase, outcome: Outcome, arrived: float, counts: bool) -> None:
         load, draw = self._load, self._random
+        prompt, output = draw.randint(*load.prompt), draw.randint(*load.output)
+        runs, first = np.array([[self._space.slots(prompt), prompt]]), self._space.generated(output)
         self._numbers += 1
-        tokens = [draw.randrange(VOCABULARY) for _ in range(draw.randint(*load.prompt))]
-        output = draw.randint(*load.output)
-        ctx = TextContext(
-            f"{self._tenant}-{self._numbers}",
-            tokens,
-            len(tokens) + output,
-            tenant=self._tenant,
-            deadline=phase.deadline,
+        request = BenchRequest(
+            self._numbers, f"{self._tenant}-{self._numbers}", arrived, None, prompt, output, runs, first
         )
+        flight = Flight(request, arrived, {"tenant": self._tenant, "deadline": phase.deadline})
         outcome.offered += counts
         try:
-            [admission] = await self._manager.try_admit([ctx])
+            [admission] = await self._manager.try_admit([flight.context])
             waited = time.monotonic() - arrived
             if admission.error is not None:
                 raise admission.error
@@ -258,23 +197,39 @@ class _Server:
         except RaykError as error:
             outcome.errors.append(f"{type(error).__name__}: {error}")
             return
-        flight = _Flight(ctx, output, asyncio.get_running_loop().create_future())
+        flight.prefill = flight.context.tokens.active_length
+        done = self._done[flight.request_id] = asyncio.get_running_loop().create_future()
         self._lanes[admission.replica].running.append(flight)
         self._work.set()
-        await flight.done
+        await done
         if counts:
             outcome.waits.append(waited)
-            outcome.latencies.append(flight.finished_at - arrived)
+            outcome.latencies.append(flight.last_token_at - arrived)
 
     async def _serve(self) -> None:
         """Iterate while there is anything to do."""
         load, forward = self._load, PacedForward(self._load.base, self._load.per_token)
         while True:
-            made = [lane.tick(load) for lane in self._lanes]
-            if all(tick.empty for tick, _ in made):
+            batches = [lane.next_batch(len(lane.running), load.budget) for lane in self._lanes]
+            ticks = [lane.tick(batch) for lane, batch in zip(self._lanes, batches, strict=True)]
+            if all(tick.empty for tick in ticks):
                 self._work.clear()
                 await self._work.wait()
                 continue
-            results = await self._manager.tick([tick for tick, _ in made], forward)
-            for lane, (_, batch), result in zip(self._lanes, made, results, strict=True):
-                lane.after(batch, result)
+            results = await self._manager.tick(ticks, forward)
+            for lane, batch, result in zip(self._lanes, batches, results, strict=True):
+                self._advance(lane, batch, result)
+
+    def _advance(self, lane: Lane, batch: list[Flight], result: TickResult) -> None:
+        """Windows move on; what is complete leaves with the next tick."""
+        for flight in lane.finished:
+            self._done.pop(flight.request_id).set_result(None)
+        lane.finished, lane.growing = [], [f for f in lane.growing if f.request_id in result.refused]
+        lane.executed = [flight for flight in batch if flight.request_id not in result.refused]
+        for flight in lane.executed:
+            lane.advance(flight, self._load.page_size)
+        for flight in lane.finished:
+            flight.last_token_at = time.monotonic()
+            lane.running.remove(flight)
+        self._stalled = 0 if lane.executed or not batch else self._stalled + 1
+        assert self._stalled < STALLS, "every request needs a page that none of them gives back"

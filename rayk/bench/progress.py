@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from contextlib import nullcontext
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from rayk.bench.loop import ClosedLoop
 from rayk.bench.result import BenchResult
+from rayk.bench.table import make_table
 from rayk.quantity import show_seconds
 
 LOG_EVERY_S = 5.0
+LABELS = {"ttft": "time to first token", "itl": "between tokens", "e2e": "whole request"} | {
+    name: name for name in ("claim", "alloc", "step", "admit", "tick")
+}
+"""Latencies by what a summary calls them, in its order."""
 
 log = logging.getLogger("rayk.bench")
 
 
-class ProgressView(Protocol):
-    """Called with the driver after every tick; a context manager around the run."""
-
-    def __enter__(self) -> ProgressView: ...
-    def __exit__(self, *exc: object) -> None: ...
-    def show(self, driver: ClosedLoop) -> None: ...
-
-
-def progress_view(console: Console, total: int | None) -> ProgressView:
-    """A live bar on a terminal, log lines elsewhere. `total` requests, None when only the duration is fixed."""
+def progress_view(console: Console, total: int | None) -> LiveProgress | LoggedProgress:
+    """A live bar on a terminal, log lines elsewhere, around a run whose driver is shown after every tick. `total`
+    requests, None when only the duration is fixed."""
     return LiveProgress(console, total) if console.is_terminal else LoggedProgress(total)
 
 
@@ -48,54 +47,39 @@ def state_line(driver: ClosedLoop) -> str:
     return "  ".join(part for part in parts if part)
 
 
-class LiveProgress:
+class LiveProgress(Progress):
     """A rich progress bar with the state of the run beside it; redrawn a few times a second."""
 
     def __init__(self, console: Console, total: int | None) -> None:
-        self._bar = Progress(
-            TextColumn("[bold]bench"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[state]}", style="dim"),
-            console=console,
-            refresh_per_second=4,
-        )
-        self._task: TaskID = self._bar.add_task("bench", total=total, state="")
+        state = TextColumn("{task.fields[state]}", style="dim")
+        columns = (TextColumn("[bold]bench"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), state)
+        super().__init__(*columns, console=console, refresh_per_second=4)
+        self._run = self.add_task("bench", total=total, state="")
         self._shown_at = -1.0
         self._driver: ClosedLoop | None = None
 
-    def __enter__(self) -> LiveProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *exc: Any) -> None:
         if self._driver is not None:
             self._shown_at = -1.0
             self.show(self._driver)
-        self._bar.stop()
+        super().__exit__(*exc)
 
     def show(self, driver: ClosedLoop) -> None:
         """Update the bar, at most ten times a second."""
         self._driver = driver
         if driver.elapsed - self._shown_at >= 0.1:
             self._shown_at = driver.elapsed
-            self._bar.update(self._task, completed=driver.measured.completed, state=state_line(driver))
+            self.update(self._run, completed=driver.measured.completed, state=state_line(driver))
 
 
-class LoggedProgress:
+class LoggedProgress(nullcontext["LoggedProgress"]):
     """A log line every few seconds."""
 
     def __init__(self, total: int | None, emit: Callable[[str], None] = log.info) -> None:
+        super().__init__(self)
         self._total = "" if total is None else f"/{total}"
         self._emit = emit
         self._next_at = LOG_EVERY_S
-
-    def __enter__(self) -> LoggedProgress:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return
 
     def show(self, driver: ClosedLoop) -> None:
         """Log the state when it is time."""
@@ -107,28 +91,20 @@ class LoggedProgress:
 
 def summary_table(result: BenchResult) -> Table:
     """The key numbers of a run."""
-    table = Table(title="rayk bench", title_justify="left", show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for name, text in summary_rows(result):
-        table.add_row(name, text)
+    rows = summary_rows(result)
+    table = make_table("rayk bench", ("", " "), rows, left=("", " "), show_header=False, pad_edge=False)
+    for column, style in zip(table.columns, ("bold", ""), strict=True):
+        column.no_wrap, column.style = False, style
     return table
 
 
 def summary_rows(result: BenchResult) -> list[tuple[str, str]]:
     """The key numbers of a run as names and texts; what was not measured is left out."""
     asked, tokens, hits = result.requests, result.tokens, result.hit_rate
-    rows = [
-        (
-            "requests",
-            f"{asked.completed} of {asked.submitted} completed, {asked.failed} failed, {asked.preempted} preemptions",
-        ),
-        (
-            "tokens",
-            f"{tokens.prompt:,} prompt = {tokens.cached:,} reused + {tokens.computed:,} computed; "
-            f"{tokens.generated:,} generated",
-        ),
-    ]
+    done = f"{asked.completed} of {asked.submitted} completed, {asked.failed} failed, {asked.preempted} preemptions"
+    done += f", {asked.retried} sent again" if asked.retried else ""
+    text = f"{tokens.prompt:,} prompt = {tokens.cached:,} reused + {tokens.computed:,} computed; "
+    rows = [("requests", done), ("tokens", text + f"{tokens.generated:,} generated")]
     if hits.measured is not None and hits.simulated_pooled is not None and hits.infinite is not None:
         others = f"one pooled cache {hits.simulated_pooled:.4f}, an infinite one {hits.infinite:.4f}"
         text = f"{hits.measured:.4f}  ({others})"
@@ -147,24 +123,16 @@ def summary_rows(result: BenchResult) -> list[tuple[str, str]]:
         if t.failed_loads or t.rejected_files:
             text += f"; {t.failed_loads:,} loads failed, {t.rejected_files:,} files rejected"
         rows.append(("tiers", text))
-    if result.verify is not None:
-        rows.append(
-            ("verify", f"{result.verify.slots_checked:,} slots checked, {result.verify.mismatches:,} mismatches")
-        )
-    for name, label in (("ttft", "time to first token"), ("itl", "between tokens"), ("e2e", "whole request")):
-        if name in result.latency:
-            rows.append((label, _latency(result, name)))
-    for name in ("claim", "alloc", "step", "admit", "tick"):
-        if name in result.latency:
-            rows.append((name, _latency(result, name)))
+    if (verify := result.verify) is not None:
+        rows.append(("verify", f"{verify.slots_checked:,} slots checked, {verify.mismatches:,} mismatches"))
+    for name, label in LABELS.items():
+        if (took := result.latency.get(name)) is not None:
+            points = (("p50", took.p50), ("p90", took.p90), ("p99", took.p99))
+            rows.append((label, "  ".join(f"{point} {show_seconds(value)}" for point, value in points)))
     through = result.throughput
-    rows.append(
-        (
-            "throughput",
-            f"{through.requests_per_s:.1f} requests/s, {through.prompt_tokens_per_s:,.0f} prompt and "
-            f"{through.generated_tokens_per_s:,.0f} generated tokens/s over {result.elapsed:.1f} s",
-        )
-    )
+    text = f"{through.requests_per_s:.1f} requests/s, {through.prompt_tokens_per_s:,.0f} prompt and "
+    text += f"{through.generated_tokens_per_s:,.0f} generated tokens/s over {result.elapsed:.1f} s"
+    rows.append(("throughput", text))
     for replica in result.replicas:
         parts = [f"{replica.requests} requests"]
         if replica.hit_rate is not None:
@@ -174,11 +142,4 @@ def summary_rows(result: BenchResult) -> list[tuple[str, str]]:
         rows.append((f"replica {replica.index}", ", ".join(parts)))
     if result.imbalance is not None:
         rows.append(("imbalance", f"{result.imbalance:.3f} (largest replica's computed tokens over the mean)"))
-    rows += [("fault", f"{fault['kind']}: {fault['message']}") for fault in result.faults]
-    return rows
-
-
-def _latency(result: BenchResult, name: str) -> str:
-    summary = result.latency[name]
-    points = (("p50", summary.p50), ("p90", summary.p90), ("p99", summary.p99))
-    return "  ".join(f"{point} {show_seconds(value)}" for point, value in points)
+    return rows + [("fault", f"{fault.kind}: {fault.message}") for fault in result.faults]

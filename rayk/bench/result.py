@@ -11,19 +11,20 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
 import rayk
 from rayk.bench.lru import Replayed, replay
-from rayk.bench.measure import Latency, Measured
+from rayk.bench.measure import Fault, Latency, Measured
 from rayk.bench.request import Workload
 from rayk.bench.settings import BenchSettings
 from rayk.errors import ConfigError
 
 MAX_POINTS = 400
+T = TypeVar("T", bound=msgspec.Struct)
 _PERCENT = [p / 100 for p in range(101)]
 
 
@@ -89,7 +90,7 @@ class VerifyCounts(_Form, frozen=True, kw_only=True):
 
     slots_checked: int
     mismatches: int
-    first: str | None = None
+    first_mismatch: str | None = msgspec.field(name="first", default=None)
 
 
 class LatencySummary(_Form, frozen=True, kw_only=True):
@@ -157,7 +158,7 @@ class BenchResult(_Form, frozen=True, kw_only=True):
     latency: dict[str, LatencySummary]
     throughput: Throughput
     replicas: list[ReplicaResult]
-    faults: list[dict[str, Any]]
+    faults: list[Fault]
     series: Series
     elapsed: float
     verify: VerifyCounts | None = None
@@ -205,43 +206,27 @@ def make_result(
     per_s = 1 / elapsed if elapsed > 0 else 0.0
     computed = [counts.prompt - counts.cached for counts in measured.replicas]
     share = 1 / measured.prompt if measured.prompt else None
-    device_only = not settings.peer_copies
-    by_tier = ByTier(
-        device=share and measured.device_tokens * share,
-        peer=None if device_only else share and measured.peer_tokens * share,
-        host=share and measured.host_tokens * share if settings.connector != "null" else None,
-        disk=share and measured.disk_tokens * share if settings.connector == "tiered" else None,
-    )
+    present = {
+        "device": True,
+        "peer": settings.peer_copies,
+        "host": settings.connector != "null",
+        "disk": settings.connector == "tiered",
+    }
+    by_tier = {name: share and getattr(measured, f"{name}_tokens") * share for name, there in present.items() if there}
     return BenchResult(
         command="bench",
         version=rayk.__version__,
         config=settings.as_config(),
         environment=environment(),
-        requests=Requests(
-            submitted=measured.submitted,
-            completed=measured.completed,
-            failed=measured.failed,
-            preempted=measured.preempted,
-            retried=measured.retried,
-        ),
-        tokens=Tokens(
-            prompt=measured.prompt,
-            cached=measured.cached,
-            computed=measured.prompt - measured.cached,
-            generated=measured.generated,
-            recomputed=measured.recomputed,
-        ),
+        requests=_read(Requests, measured),
+        tokens=_read(Tokens, measured),
         hit_rate=HitRate(
             measured=measured.hit_rate,
             simulated_pooled=pooled.hit_rate if pooled else None,
             infinite=infinite.hit_rate if infinite else None,
-            by_tier=by_tier,
+            by_tier=ByTier(**by_tier),
         ),
-        verify=VerifyCounts(
-            slots_checked=measured.slots_checked, mismatches=measured.mismatches, first=measured.first_mismatch
-        )
-        if settings.forward == "verify"
-        else None,
+        verify=_read(VerifyCounts, measured) if settings.forward == "verify" else None,
         tiers=tiers,
         latency={name: _summary(latency) for name, latency in measured.latency.items() if latency},
         throughput=Throughput(
@@ -262,10 +247,15 @@ def make_result(
             for index, counts in enumerate(measured.replicas)
         ],
         imbalance=max(computed) * len(computed) / sum(computed) if sum(computed) else None,
-        faults=[_fault(fault) for fault in measured.faults],
+        faults=measured.faults,
         series=_series(measured, pooled, infinite),
         elapsed=elapsed,
     )
+
+
+def _read(form: type[T], measured: Measured) -> T:
+    """A form whose fields are what was measured under the same names."""
+    return form(**{name: getattr(measured, name) for name in form.__struct_fields__})
 
 
 def environment() -> dict[str, Any]:
@@ -286,21 +276,10 @@ def environment() -> dict[str, Any]:
 
 def _summary(latency: Latency) -> LatencySummary:
     quantiles = latency.quantiles(_PERCENT)
+    p50, p90, p99, most = (quantiles[p] for p in (50, 90, 99, 100))
     return LatencySummary(
-        p50=quantiles[50],
-        p90=quantiles[90],
-        p99=quantiles[99],
-        mean=latency.mean,
-        max=quantiles[100],
-        count=latency.count,
-        quantiles=quantiles,
+        p50=p50, p90=p90, p99=p99, mean=latency.mean, max=most, count=latency.count, quantiles=quantiles
     )
-
-
-def _fault(fault: Any) -> dict[str, Any]:
-    named = {"kind": fault.kind, "message": fault.message, "t": fault.t}
-    known = {"replica": fault.replica, "request": fault.request}
-    return named | {name: value for name, value in known.items() if value is not None}
 
 
 def _series(measured: Measured, pooled: Replayed | None, infinite: Replayed | None) -> Series:

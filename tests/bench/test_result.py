@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rayk.bench import workloads
 from rayk.bench.manager_driver import ManagerDriver
-from rayk.bench.measure import Latency, Measured, ReplicaCounts
+from rayk.bench.measure import Fault, Latency, Measured, ReplicaCounts
 from rayk.bench.progress import LoggedProgress, progress_view, state_line, summary_table
 from rayk.bench.report import write_report
 from rayk.bench.request import Workload
@@ -93,7 +93,7 @@ def test_a_report_is_made_from_the_json_alone(serve: Serve, chat: Workload, tmp_
 def test_a_report_of_a_run_that_was_lost_at_once(tmp_path: Path, chat: Workload) -> None:
     measured = Measured([ReplicaCounts()])
     result = make_result(BenchSettings(runtime="inline", replicas=1, pages=5), chat, measured)
-    faulty = msgspec.structs.replace(result, faults=[{"kind": "ReplicaLostError", "message": "<gone>", "t": 0.5}])
+    faulty = msgspec.structs.replace(result, faults=[Fault("ReplicaLostError", "<gone>", 0.5)])
     write_report(faulty, tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert not faulty.ok and "The run failed" in html and "&lt;gone&gt;" in html

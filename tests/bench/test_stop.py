@@ -71,7 +71,7 @@ def test_a_signal_ends_the_run_and_not_its_report(number: signal.Signals) -> Non
     assert 0 < result.requests.submitted and result.requests.failed > 0 and not result.ok
     assert len(result.faults) == 1
     if number is not signal.SIGINT:
-        assert result.faults[0]["message"] == f"stopped by {number.name}"
+        assert result.faults[0].message == f"stopped by {number.name}"
     assert signal.getsignal(signal.SIGTERM) is before
 
 
