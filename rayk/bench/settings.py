@@ -69,16 +69,14 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, at least 1 is needed")
         if self.token_budget is not None and self.token_budget < 1:
             raise ConfigError(f"--token-budget is {self.token_budget}, at least 1 is needed")
-        for name, rate, unit in (
-            ("speed", self.speed, "times as fast as recorded"),
-            ("prefill-rate", self.prefill_rate, "tokens a second"),
-        ):
+        rates = {
+            "speed": (self.speed, "times as fast as recorded"),
+            "prefill-rate": (self.prefill_rate, "tokens a second"),
+        }
+        for name, (rate, unit) in rates.items():
             if rate is not None and not 0 < rate < math.inf:
                 raise ConfigError(f"--{name} is {rate}, more than 0 {unit} is needed")
-        for name, value, allowed in (
-            ("forward", self.forward, FORWARDS),
-            ("runtime", self.runtime, RUNTIMES),
-        ):
+        for name, value, allowed in (("forward", self.forward, FORWARDS), ("runtime", self.runtime, RUNTIMES)):
             if value not in allowed:
                 raise ConfigError(f"--{name} {value!r} is not one of {', '.join(allowed)}")
         if (self.model is not None) != (self.forward == "hf"):
@@ -114,8 +112,7 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def as_config(self) -> dict[str, Any]:
         """These settings as plain values, for result.json; what is not bounded or given is left out."""
-        plain = {name: getattr(self, name) for name in self.__struct_fields__}
-        return {name: value for name, value in plain.items() if value is not None}
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
 
 
 def free_bytes(settings: BenchSettings) -> int:
@@ -137,13 +134,8 @@ def complete(
         raise ConfigError("--pages and --memory exclude each other; both are per replica")
     if pages is not None and pages < 1:
         raise ConfigError(f"--pages is {pages}, at least 1 is needed")
-    page_bytes = settings.params().bytes_per_page
     if memory is not None:
-        size = parse_size(memory, free_bytes(settings))
-        pages = size // page_bytes
-        if not pages:
-            shown = f"--memory {memory} is {show_bytes(size)}"
-            raise ConfigError(f"{shown}, one page takes {show_bytes(page_bytes)}; give more")
+        pages = _pages("--memory", memory, free_bytes(settings), settings)
     elif pages is None:
         pages = default_pages(settings, workload)
     largest = max(workload.requests, key=lambda request: request.pages(settings.page_size))
@@ -177,11 +169,7 @@ def with_tiers(
             raise ConfigError(f"--disk-memory {disk_memory} does not hold a page of {show_bytes(page_bytes)}")
     pages = 0
     if host_memory is not None:
-        size = parse_size(host_memory, measure_node().host_free)
-        pages = size // page_bytes
-        if not pages:
-            shown = f"--host-memory {host_memory} is {show_bytes(size)}"
-            raise ConfigError(f"{shown}, one page takes {show_bytes(page_bytes)}; give more")
+        pages = _pages("--host-memory", host_memory, measure_node().host_free, settings)
     elif disk_dir is not None:
         pages = max(LEAST_HOST_PAGES, disk_bytes // 8 // page_bytes)
     return msgspec.structs.replace(
@@ -190,3 +178,11 @@ def with_tiers(
         disk_dir=str(disk_dir.resolve()) if disk_dir is not None else None,
         disk_bytes=disk_bytes,
     )
+
+
+def _pages(flag: str, text: str, free: int, settings: BenchSettings) -> int:
+    """Whole pages in the memory that a flag names; ConfigError when that is none."""
+    size, page_bytes = parse_size(text, free), settings.params().bytes_per_page
+    if size < page_bytes:
+        raise ConfigError(f"{flag} {text} is {show_bytes(size)}, one page takes {show_bytes(page_bytes)}; give more")
+    return size // page_bytes

@@ -27,11 +27,6 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     unit_us: float
     figures: dict[str, float]
 
-    @property
-    def minor(self) -> str:
-        """Python's minor version: 3.11."""
-        return minor(self.python)
-
 
 class Change(NamedTuple):
     """A figure that differs from the baseline's by the factor `after / before`."""
@@ -51,7 +46,7 @@ class Comparison(NamedTuple):
 
 
 def minor(python: str) -> str:
-    """The minor version of a full one."""
+    """The minor version of a full one: 3.11."""
     return ".".join(python.split(".")[:2])
 
 
@@ -76,13 +71,11 @@ def save_baseline(path: Path, result: CoreResult, today: date | None = None) -> 
         figures={figure.key: float(f"{figure.at_reference:.5g}") for figure in result.figures},
     )
     before = read_baseline(path) if path.exists() else []
-
-    def same(other: Entry) -> bool:
-        return (other.commit, other.minor, other.cpu) == (entry.commit, entry.minor, entry.cpu)
-
-    figures = {key: value for other in before if same(other) for key, value in other.figures.items()}
+    made = (entry.commit, minor(entry.python), entry.cpu)
+    same = [other for other in before if (other.commit, minor(other.python), other.cpu) == made]
+    figures = {key: value for other in same for key, value in other.figures.items()}
     entry = msgspec.structs.replace(entry, figures=figures | entry.figures)
-    entries = [*(other for other in before if not same(other)), entry]
+    entries = [*(other for other in before if other not in same), entry]
     path.write_bytes(msgspec.json.format(msgspec.json.encode(entries), indent=1) + b"\n")
     return entry
 
@@ -94,13 +87,13 @@ def pick(entries: list[Entry], result: CoreResult) -> Entry:
     if not usable:
         raise ConfigError(f"the baseline has none of {', '.join(sorted(keys))}; write one with --save")
     python, cpu = minor(result.environment["python"]), result.environment["cpu"]
-    return max(reversed(usable), key=lambda entry: (entry.minor == python, entry.cpu == cpu))
+    return max(reversed(usable), key=lambda entry: (minor(entry.python) == python, entry.cpu == cpu))
 
 
 def compare(entries: list[Entry], result: CoreResult, tolerance: float) -> Comparison:
     """The result against the entry that suits it best; with OTHER_PYTHON where that is of another Python."""
     entry = pick(entries, result)
-    if entry.minor != minor(result.environment["python"]):
+    if minor(entry.python) != minor(result.environment["python"]):
         tolerance = max(tolerance, OTHER_PYTHON)
     known = [
         Change(figure.key, entry.figures[figure.key], figure.at_reference)

@@ -22,13 +22,19 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NamedTuple
+from typing import ClassVar, NamedTuple
 
+import torch
+
+from rayk.bench.core.busy_replica import crowded
+from rayk.bench.core.cache import make_contexts, make_manager, random_prompts
+from rayk.bench.core.callgrind import Callgrind
+from rayk.bench.core.decode import decode_each, decode_many, start_batch
 from rayk.bench.core.instruction_mix import read_shares
+from rayk.bench.core.prompts import PROMPT, SharedPrefix, serve
 from rayk.errors import RaykError
-
-if TYPE_CHECKING:
-    from rayk.manager.manager import PagedKVCacheManager
+from rayk.kvcache.context_batch import ContextBatch
+from rayk.manager.manager import PagedKVCacheManager
 
 N_REQUESTS, N_STEPS = 20, 16
 WARM_UP = 100
@@ -44,13 +50,11 @@ class CountError(RaykError):
     """Instructions could not be counted."""
 
     reason: str
-
-    def __str__(self) -> str:
-        return f"instructions cannot be counted: {self.reason}"
+    text: ClassVar[str] = "instructions cannot be counted: {reason}"
 
 
 class Total(NamedTuple):
-    """Instructions of `times` iterations of the case `key`, and of what was done once; `shares` by kind (shares.py)."""
+    """Instructions of `times` iterations of the case `key`, and of what was done once; shares by kind of code."""
 
     key: str
     times: int
@@ -115,63 +119,54 @@ class Prepared(NamedTuple):
     work: Callable[[int], object]
 
 
-def _requests(key: str, manager: PagedKVCacheManager, prefix: bool = False) -> Prepared:
+def _requests(manager: PagedKVCacheManager, prefix: bool = False) -> Callable[[int], object]:
     """Requests of 1,024 tokens of their own, or of a shared prefix."""
-    from rayk.bench.core.cache import make_contexts, random_prompts
-    from rayk.bench.core.prompts import PROMPT, SharedPrefix, serve
-
     count = WARM_UP + 3 * N_REQUESTS
     left = iter(make_contexts(SharedPrefix(count).prompts() if prefix else random_prompts(count, PROMPT)))
     serve(manager, list(islice(left, WARM_UP)))
-    return Prepared(key, N_REQUESTS, lambda n: serve(manager, list(islice(left, n))))
+    return lambda n: serve(manager, list(islice(left, n)))
 
 
-def _decode(key: str, manager: PagedKVCacheManager) -> Prepared:
+def _decode(manager: PagedKVCacheManager) -> Callable[[int], object]:
     """Steps of a batch, one alloc() a request."""
-    from rayk.bench.core.decode import decode_each, start_batch
-
     contexts = start_batch(manager, DECODE_BATCH)
     decode_each(manager, contexts, WARM_UP)
-    return Prepared(key, N_STEPS, lambda n: decode_each(manager, contexts, n))
+    return lambda n: decode_each(manager, contexts, n)
 
 
-def _decode_many(key: str, manager: PagedKVCacheManager) -> Prepared:
+def _decode_many(manager: PagedKVCacheManager) -> Callable[[int], object]:
     """Steps of a batch as arrays."""
-    from rayk.bench.core.decode import decode_many, start_batch
-    from rayk.kvcache.context_batch import ContextBatch
-
     batch = ContextBatch(start_batch(manager, DECODE_BATCH))
     decode_many(manager, batch, WARM_UP)
-    return Prepared(key, N_STEPS, lambda n: decode_many(manager, batch, n))
+    return lambda n: decode_many(manager, batch, n)
 
 
-def _cases() -> Iterator[Callable[[], Prepared]]:
-    from rayk.bench.core.busy_replica import crowded
-    from rayk.bench.core.cache import make_manager
-
-    yield lambda: _requests("w1", make_manager(FEW_PAGES))
-    yield lambda: _requests("w2", make_manager(FEW_PAGES), prefix=True)
-    yield lambda: _decode("w3", make_manager(FEW_PAGES))
-    yield lambda: _decode_many("w3-batch", make_manager(FEW_PAGES))
+def _cases() -> Iterator[tuple[str, int, Callable[[], Callable[[int], object]]]]:
+    """Key, iterations and preparation of each: what that gives does n iterations, never the same one twice."""
+    kinds = {
+        "w1": (N_REQUESTS, _requests),
+        "w2": (N_REQUESTS, partial(_requests, prefix=True)),
+        "w3": (N_STEPS, _decode),
+        "w3-batch": (N_STEPS, _decode_many),
+    }
+    for key, (times, prepare) in kinds.items():
+        yield key, times, partial(lambda prepare: prepare(make_manager(FEW_PAGES)), prepare)
     for name, pages in SIZES.items():
-        yield partial(lambda name, pages: _requests(f"w1-{name}", crowded(pages)), name, pages)
-        yield partial(lambda name, pages: _decode(f"w3-{name}", crowded(pages)), name, pages)
-        yield partial(lambda name, pages: _decode_many(f"w3-batch-{name}", crowded(pages)), name, pages)
+        for key in ("w1", "w3", "w3-batch"):
+            times, prepare = kinds[key]
+            yield f"{key}-{name}", times, partial(lambda prepare, pages: prepare(crowded(pages)), prepare, pages)
 
 
 def _main() -> None:
-    import torch
-
-    from rayk.bench.core.callgrind import Callgrind
-
     torch.set_num_threads(1)
     callgrind = Callgrind()
     gc.disable()  # what makes garbage here is dropped case by case
-    for prepare in _cases():
-        case = prepare()
-        for times in (case.times, 2 * case.times):
-            with callgrind.counting(f"{case.key} {times}"):
-                case.work(times)
+    for key, once, prepare in _cases():
+        work = prepare()
+        for times in (once, 2 * once):
+            with callgrind.counting(f"{key} {times}"):
+                work(times)
+        del work
 
 
 if __name__ == "__main__":
