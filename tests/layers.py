@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (  # highest first
     ("__main__", "cli", "bench", "simulate"),
+    ("workloads",),
     ("",),  # rayk, the public names
     ("manager", "cluster", "dispatch", "session"),
     ("actors",),

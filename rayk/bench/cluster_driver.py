@@ -17,11 +17,11 @@ import numpy.typing as npt
 from rayk.bench.loop import ClosedLoop
 from rayk.bench.lru import Event
 from rayk.bench.measure import Measured
-from rayk.bench.request import BenchRequest, IntArray, Workload, slot_tokens
 from rayk.bench.settings import BenchSettings
 from rayk.errors import ReplicaLostError
 from rayk.kvcache.tick import Admission
 from rayk.sampling import SamplingParams
+from rayk.workloads.request import BenchRequest, IntArray, Workload, slot_tokens
 
 if TYPE_CHECKING:
     from rayk.cluster import Cluster

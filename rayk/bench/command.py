@@ -16,15 +16,15 @@ from rayk.bench.flags import CONCURRENCY, BenchFlags, ReportFlags
 from rayk.bench.hf import fitted, longest, model_shape, with_room
 from rayk.bench.progress import progress_view, summary_table
 from rayk.bench.report import write_report, write_words
-from rayk.bench.request import Workload
 from rayk.bench.result import BenchResult, read_result
 from rayk.bench.run import run_bench
 from rayk.bench.settings import ARRIVING_BATCH, VERIFY_BUDGET, BenchSettings, complete, with_tiers
-from rayk.bench.traces import read_trace
-from rayk.bench.workloads import GENERATORS
 from rayk.cli.flags import Format
 from rayk.errors import ConfigError, RaykError
 from rayk.quantity import parse_duration
+from rayk.workloads.generators import GENERATORS
+from rayk.workloads.request import Workload
+from rayk.workloads.traces import read_trace
 
 DEFAULT_REQUESTS = 1000
 MODEL_REQUESTS = 200

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rayk.bench.request import Workload
 from rayk.bench.settings import BenchSettings
 from rayk.errors import ConfigError
 from rayk.params import DTYPE_BYTES
+from rayk.workloads.request import Workload
 
 if TYPE_CHECKING:
     from rayk.cluster import Cluster

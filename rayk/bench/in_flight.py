@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
-from rayk.bench.request import BenchRequest
 from rayk.context import TextContext
 from rayk.kvcache.tick import Tick
+from rayk.workloads.request import BenchRequest
 
 
 class Prefill:

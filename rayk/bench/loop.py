@@ -13,9 +13,9 @@ from time import sleep
 from typing import Any
 
 from rayk.bench.measure import Measured, ReplicaCounts, Sample
-from rayk.bench.request import BenchRequest, Workload
 from rayk.bench.request_source import Arrivals, Feed
 from rayk.bench.settings import BenchSettings
+from rayk.workloads.request import BenchRequest, Workload
 
 SAMPLE_S = 0.1
 

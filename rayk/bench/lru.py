@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rayk.bench.chain import page_chain
-from rayk.bench.request import BenchRequest
+from rayk.workloads.chain import page_chain
+from rayk.workloads.request import BenchRequest
 
 
 @dataclass(slots=True)

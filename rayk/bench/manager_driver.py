@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 from rayk.bench.in_flight import Flight, Lane, Prefill
 from rayk.bench.loop import ClosedLoop
 from rayk.bench.lru import Event
-from rayk.bench.request import BenchRequest, Workload
 from rayk.bench.settings import BenchSettings
 from rayk.bench.verify import forward
 from rayk.errors import InsufficientBlocksError, ReplicaLostError
 from rayk.kvcache.tick import Admission, TickResult
+from rayk.workloads.request import BenchRequest, Workload
 
 if TYPE_CHECKING:
     from rayk.manager.manager import PagedKVCacheManager

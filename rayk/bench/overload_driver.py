@@ -19,7 +19,6 @@ import msgspec
 import numpy as np
 
 from rayk.bench.in_flight import Flight, Lane
-from rayk.bench.request import BenchRequest, TokenSpace
 from rayk.context import TextContext
 from rayk.errors import OverloadedError, RaykError
 from rayk.kvcache.tick import TickResult
@@ -27,6 +26,7 @@ from rayk.manager.async_manager import AsyncPagedKVCacheManager
 from rayk.params import KVCacheParams, MHAKVCacheParams
 from rayk.protocol.admission import AdmissionPolicy
 from rayk.session import InferenceSession
+from rayk.workloads.request import BenchRequest, TokenSpace
 
 LAST_WORDS = 0.1  # seconds in which the scheduler hears of the last releases
 STALLS = 200  # ticks in a row in which a replica refused all growth

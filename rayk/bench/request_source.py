@@ -6,7 +6,8 @@ import heapq
 import math
 from collections.abc import Sequence
 
-from rayk.bench.request import BenchRequest, Workload
+from rayk.workloads.arrivals import arrivals
+from rayk.workloads.request import BenchRequest, Workload
 
 
 class Arrivals:
@@ -14,8 +15,6 @@ class Arrivals:
     `rayk simulate` has them: their order, and the seconds from the start of the run in that order."""
 
     def __init__(self, workload: Workload, speed: float, seed: int) -> None:
-        from rayk.simulate.arrivals import arrivals  # it imports this package
-
         order, times = arrivals(workload, seed)
         self.order: list[int] = order.tolist()
         self.times: list[float] = (times / speed).tolist()

@@ -19,9 +19,9 @@ import numpy as np
 import rayk
 from rayk.bench.lru import Replayed, replay
 from rayk.bench.measure import Fault, Latency, Measured
-from rayk.bench.request import Workload
 from rayk.bench.settings import BenchSettings
 from rayk.errors import ConfigError
+from rayk.workloads.request import Workload
 
 MAX_POINTS = 400
 T = TypeVar("T", bound=msgspec.Struct)

@@ -10,7 +10,6 @@ from rayk.bench.cluster_driver import ClusterDriver
 from rayk.bench.hf import start
 from rayk.bench.loop import ClosedLoop
 from rayk.bench.manager_driver import ManagerDriver
-from rayk.bench.request import Workload
 from rayk.bench.result import BenchResult, TierUse, make_result
 from rayk.bench.settings import BenchSettings
 from rayk.bench.stop import StopSignals
@@ -18,6 +17,7 @@ from rayk.kvcache.connector import TierCount
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.manager.manager import PagedKVCacheManager
 from rayk.session import InferenceSession
+from rayk.workloads.request import Workload
 
 
 @dataclass(frozen=True, slots=True)

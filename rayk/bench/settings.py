@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 
-from rayk.bench.request import Workload
 from rayk.engine.tiers import LEAST_HOST_PAGES
 from rayk.errors import ConfigError, NotBuiltError
 from rayk.params import KVConnectorConfig, MHAKVCacheParams
 from rayk.planning.node_plan import measure_node, planned_pages
 from rayk.quantity import parse_size, show_bytes
+from rayk.workloads.request import Workload
 
 VERIFY_BUDGET = 2048
 """Tokens of one forward on one replica with the verify model or a prefill rate, unless told otherwise."""

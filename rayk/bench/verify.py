@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rayk.bench.chain import mix64, prefix_chain
+from rayk.workloads.chain import mix64, prefix_chain
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _PIECE_BYTES = 8 << 20

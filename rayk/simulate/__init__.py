@@ -1,6 +1,6 @@
 """The simulator: a workload against cache policies, capacities, replica counts and routers, in one process.
 
-    bench/traces.py, bench/workloads.py ──> paths.py ──> caches.py ──┐
+    workloads/traces.py, generators.py ──> paths.py ──> caches.py ──┐
                                             arrivals.py ────────────>├─> model.py ──> command.py
                                 rayk.scheduler: policies and index ──┘
 

@@ -11,16 +11,16 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from rayk.bench.request import Workload
 from rayk.bench.table import make_table
-from rayk.bench.traces import read_trace
-from rayk.bench.workloads import GENERATORS
 from rayk.cli.flags import Format
 from rayk.errors import ConfigError
 from rayk.quantity import show_seconds
 from rayk.scheduler.router.policies import check_router
 from rayk.simulate.flags import SimulateFlags
 from rayk.simulate.model import POLICIES, Case, Row, Simulator
+from rayk.workloads.generators import GENERATORS
+from rayk.workloads.request import Workload
+from rayk.workloads.traces import read_trace
 
 DEFAULT_REQUESTS = 10_000
 RATES = {"chat": 3.4, "documents": 3.0, "random": 3.0}

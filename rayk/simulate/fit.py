@@ -23,10 +23,10 @@ from itertools import product
 import msgspec
 import numpy as np
 
-from rayk.bench.request import BenchRequest, Workload
-from rayk.bench.traces import read_trace
-from rayk.bench.workloads import agent, chat, documents
 from rayk.simulate.model import Case, Simulator
+from rayk.workloads.generators import agent, chat, documents
+from rayk.workloads.request import BenchRequest, Workload
+from rayk.workloads.traces import read_trace
 
 REPLICAS = (2, 8, 32)
 LOADS = (0.6, 0.8)

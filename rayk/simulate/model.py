@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from rayk.bench.request import Workload
 from rayk.errors import ConfigError
-from rayk.simulate.arrivals import arrivals
 from rayk.simulate.caches import BeladyCache, Cache, Changed, LruCache, next_uses
 from rayk.simulate.paths import build_paths
+from rayk.workloads.arrivals import arrivals
+from rayk.workloads.request import Workload
 
 if TYPE_CHECKING:  # the scheduler is above this package: imported where it is needed
     from rayk.scheduler.router.cost import Weights

@@ -4,7 +4,7 @@ All prompts and answers are known before a simulation starts. Their pages are nu
 numbers, and the tree of these prefixes is cut into *segments*: runs of consecutive page numbers that every request
 uses either whole or not at all. A request is then a short path of segments, a cache a count of pages per segment.
 
-Pages are compared by 64-bit chain values over the runs that describe the tokens (bench/request.py), never over the
+Pages are compared by 64-bit chain values over the runs that describe the tokens (workloads/request.py), never over the
 tokens: a trace of billions of tokens is read in seconds. Two different prefixes agree with a chance of 2**-64.
 """
 
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rayk.bench.chain import UInt64Array, mix64
-from rayk.bench.request import BenchRequest, Runs
+from rayk.workloads.chain import UInt64Array, mix64
+from rayk.workloads.request import BenchRequest, Runs
 
 Int64Array = npt.NDArray[np.int64]
 

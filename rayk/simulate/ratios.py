@@ -18,12 +18,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from rayk.bench.request import Workload
-from rayk.bench.traces import read_trace
 from rayk.errors import RaykError
 from rayk.simulate.command import parse_count, parse_list, parse_tokens, read_work
 from rayk.simulate.fit import retimed
 from rayk.simulate.model import Case, Row, Simulator
+from rayk.workloads.request import Workload
+from rayk.workloads.traces import read_trace
 
 
 class Ratios(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from rayk.bench.manager_driver import ManagerDriver
-from rayk.bench.request import BenchRequest, TokenSpace, Workload
 from rayk.bench.settings import BenchSettings, complete
 from rayk.manager.manager import PagedKVCacheManager
 from rayk.session import InferenceSession
+from rayk.workloads.request import BenchRequest, TokenSpace, Workload
 
 Serve = Callable[..., ManagerDriver]
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from rayk.bench.lru import Keys, PageLru
-from rayk.bench.request import BenchRequest
+from rayk.workloads.request import BenchRequest
 
 
 def round_robin_hit_rate(

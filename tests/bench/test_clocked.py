@@ -6,10 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rayk.bench import workloads
 from rayk.bench.in_flight import Prefill
 from rayk.bench.manager_driver import ManagerDriver
-from rayk.bench.request import BenchRequest, TokenSpace, Workload
 from rayk.bench.request_source import Arrivals, Feed
 from rayk.bench.result import make_result
 from rayk.bench.settings import BenchSettings, complete
@@ -17,6 +15,8 @@ from rayk.errors import ConfigError, NotBuiltError
 from rayk.manager.manager import PagedKVCacheManager
 from rayk.session import InferenceSession
 from rayk.simulate.model import Case, Simulator
+from rayk.workloads import generators as workloads
+from rayk.workloads.request import BenchRequest, TokenSpace, Workload
 
 Lengths = Callable[..., Workload]
 Timed = Callable[..., ManagerDriver]

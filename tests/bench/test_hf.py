@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from rayk.bench.hf import fitted, longest, model_shape
-from rayk.bench.workloads import GENERATORS
 from rayk.cli.main import main
 from rayk.errors import CheckpointError, ConfigError
+from rayk.workloads.generators import GENERATORS
 
 from ..unit.models.checkpoints import write  # noqa: TID252  # tests/ is no package that has an absolute name
 

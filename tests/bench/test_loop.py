@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from rayk.bench import workloads
 from rayk.bench.lru import replay
 from rayk.bench.manager_driver import ManagerDriver
-from rayk.bench.request import RequestTooLargeError, Workload
 from rayk.bench.settings import BenchSettings, complete
 from rayk.errors import ReplicaLostError, SchedulerLostError
 from rayk.kvcache.tick import Admission, Tick, TickResult
+from rayk.workloads import generators as workloads
+from rayk.workloads.request import RequestTooLargeError, Workload
 
 from .round_robin import round_robin_hit_rate
 

@@ -7,11 +7,11 @@ from itertools import count
 import pytest
 
 from rayk import PagedKVCacheManager
-from rayk.bench import workloads
 from rayk.bench.manager_driver import MAX_RETRIES, ManagerDriver
 from rayk.bench.result import make_result
 from rayk.bench.settings import BenchSettings, complete
 from rayk.errors import ReplicaLostError
+from rayk.workloads import generators as workloads
 
 from ..unit.actors.fake import FakeRuntime, session_on  # noqa: TID252  # tests/ is no package with an absolute name
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rayk.bench.lru import Event, Keys, PageLru, replay
-from rayk.bench.request import BenchRequest
+from rayk.workloads.request import BenchRequest
 
 
 def test_hits_are_leading_pages_and_are_pinned() -> None:

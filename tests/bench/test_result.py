@@ -11,15 +11,15 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from rayk.bench import workloads
 from rayk.bench.manager_driver import ManagerDriver
 from rayk.bench.measure import Fault, Latency, Measured, ReplicaCounts
 from rayk.bench.progress import LoggedProgress, progress_view, state_line, summary_table
 from rayk.bench.report import write_report
-from rayk.bench.request import Workload
 from rayk.bench.result import BenchResult, make_result, read_result
 from rayk.bench.settings import BenchSettings, complete
 from rayk.errors import ConfigError
+from rayk.workloads import generators as workloads
+from rayk.workloads.request import Workload
 
 Serve = Callable[..., ManagerDriver]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rayk.bench.request import RequestTooLargeError, Workload
 from rayk.bench.settings import LEAST_HOST_PAGES, BenchSettings, complete, default_pages, free_bytes, with_tiers
 from rayk.errors import ConfigError
+from rayk.workloads.request import RequestTooLargeError, Workload
 
 Lengths = Callable[..., Workload]
 

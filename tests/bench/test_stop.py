@@ -15,9 +15,9 @@ from rayk.bench.progress import LoggedProgress
 from rayk.bench.run import run_bench
 from rayk.bench.settings import BenchSettings, complete
 from rayk.bench.stop import Stopped, StopSignals
-from rayk.bench.workloads import GENERATORS
 from rayk.cli.main import main
 from rayk.cluster import Cluster
+from rayk.workloads.generators import GENERATORS
 
 from ..unit.models.checkpoints import write  # noqa: TID252  # tests/ is no package that has an absolute name
 

@@ -29,11 +29,11 @@ import msgspec
 import psutil
 
 from rayk.bench.manager_driver import ManagerDriver
-from rayk.bench.request import Workload
 from rayk.bench.settings import BenchSettings
-from rayk.bench.traces import read_trace
 from rayk.manager.manager import PagedKVCacheManager
 from rayk.session import InferenceSession
+from rayk.workloads.request import Workload
+from rayk.workloads.traces import read_trace
 
 # Small pages (1 KiB) of 128 tokens, so that conversations of millions of tokens fit into megabytes.
 SHAPE: dict[str, Any] = {"page_size": 128, "layers": 1, "kv_heads": 1, "head_dim": 1, "concurrency": 32}

@@ -34,6 +34,7 @@ PACKAGES = [
     "rayk/protocol",
     "rayk/replica",
     "rayk/simulate",
+    "rayk/workloads",
     "rayk/tiers",
     "rayk/transport",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from rayk.bench.request import BenchRequest, Workload
+from rayk.workloads.request import BenchRequest, Workload
 
 Made = Callable[..., list[BenchRequest]]
 Tangled = Callable[[int, int], list[BenchRequest]]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rayk.bench.workloads import chat
 from rayk.simulate.fit import fit, main, retimed
+from rayk.workloads.generators import chat
 
 
 def test_pairs_are_ranked() -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from rayk.bench.request import Workload
-from rayk.bench.workloads import agent, chat, documents
 from rayk.errors import ConfigError
 from rayk.simulate.model import Case, Simulator
+from rayk.workloads.generators import agent, chat, documents
+from rayk.workloads.request import Workload
 
 ROUTERS = ("cost", "round-robin", "least-loaded", "prefix", "session")
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayk.bench.request import run_tokens
 from rayk.simulate.paths import Paths, build_paths, merged, page_values
+from rayk.workloads.request import run_tokens
 
 
 def pages_of(paths: Paths, request: int) -> list[int]:

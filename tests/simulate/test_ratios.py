@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rayk.bench.workloads import documents
 from rayk.simulate.model import Case, Simulator
 from rayk.simulate.ratios import main, ratios
+from rayk.workloads.generators import documents
 
 
 def test_ratios_are_those_of_the_rows() -> None:

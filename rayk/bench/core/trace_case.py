@@ -8,10 +8,10 @@ from rayk.bench.core.cache import PAGE_SIZE, make_contexts, make_manager
 from rayk.bench.core.case import Sample
 from rayk.bench.core.prompts import serve
 from rayk.bench.lru import Event, replay
-from rayk.bench.request import Workload
-from rayk.bench.traces import read_trace
-from rayk.bench.workloads import chat
 from rayk.context import IntArray
+from rayk.workloads.generators import chat
+from rayk.workloads.request import Workload
+from rayk.workloads.traces import read_trace
 
 REQUESTS = 2000
 POOL = 50_000

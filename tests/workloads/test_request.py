@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from rayk.bench.chain import page_chain, prefix_chain
-from rayk.bench.request import SLOTS, BenchRequest, TokenSpace, TokenSpaceError, joined, run_tokens, slot_tokens
+from rayk.workloads.chain import page_chain, prefix_chain
+from rayk.workloads.request import SLOTS, BenchRequest, TokenSpace, TokenSpaceError, joined, run_tokens, slot_tokens
 
 
 def test_slot_tokens_are_distinct_and_not_negative() -> None:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from rayk.bench.lru import Event, replay
-from rayk.bench.request import Workload
-from rayk.bench.workloads import GENERATORS, agent, chat, random
+from rayk.workloads.generators import GENERATORS, agent, chat, random
+from rayk.workloads.request import Workload
 
 
 def infinite_hit_rate(workload: Workload, page_size: int) -> float:

@@ -23,8 +23,8 @@ from typing import Annotated, TypeVar
 import msgspec
 import numpy as np
 
-from rayk.bench.request import BenchRequest, Runs, TokenSpace, Workload, joined
-from rayk.bench.trace_file import TraceError, TraceLines
+from rayk.workloads.request import BenchRequest, Runs, TokenSpace, Workload, joined
+from rayk.workloads.trace_file import TraceError, TraceLines
 
 __all__ = ["TraceError", "read_trace"]
 

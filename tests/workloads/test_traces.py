@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from rayk.bench.traces import TraceError, read_trace
+from rayk.workloads.traces import TraceError, read_trace
 
 Write = Callable[..., Path]
 

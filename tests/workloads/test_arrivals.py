@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rayk.bench.request import BenchRequest, Workload
-from rayk.simulate.arrivals import arrivals, clock_tick
+from rayk.workloads.arrivals import arrivals, clock_tick
+from rayk.workloads.request import BenchRequest, Workload
 
 
 def at(times: list[float], after: dict[int, int] | None = None) -> Workload:

@@ -29,7 +29,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rayk.bench.request import BenchRequest, Runs, TokenSpace, Workload, joined
+from rayk.workloads.request import BenchRequest, Runs, TokenSpace, Workload, joined
 
 SYSTEM_CHAT = 512
 SYSTEM_AGENT = 16_384
