@@ -162,7 +162,7 @@ class SchedulerActor:
         return ReplicaReply(m.Done())
 
     def _stands(self, link: ReplicaChannel) -> None:
-        self._core.standing.answers(link.replica, link.epoch, link.aside, link.silent)
+        self._core.lifecycle.answers(link.replica, link.epoch, link.aside, link.silent)
 
     def _hear(self, replica: int, epoch: int, news: m.CacheDelta) -> None:
         with self._core_lock:
@@ -173,7 +173,7 @@ class SchedulerActor:
 
     def _lost(self, replica: int, epoch: int, reason: str) -> RaykError:
         with self._core_lock:
-            placed = self._core.standing.lose(replica, epoch)
+            placed = self._core.lifecycle.lose(replica, epoch)
         return ReplicaLostError(replica, epoch, placed, reason)
 
     def ping(self) -> int:

@@ -17,7 +17,7 @@ from time import monotonic
 from typing import Any
 
 from rayk.dispatch.calls import AsyncNews, Call, News
-from rayk.dispatch.dispatcher import Dispatcher, Standing
+from rayk.dispatch.dispatcher import Dispatcher
 from rayk.dispatch.output import Handle, Output, Update
 from rayk.dispatch.prompts import Prompt, Prompts, Sampling
 from rayk.engine.local_replicas import InlineReplicas
@@ -30,6 +30,7 @@ from rayk.kvcache.tick import PrefixCacheReset
 from rayk.params import require_at_least
 from rayk.request_errors import RequestCancelledError
 from rayk.sampling import SamplingParams
+from rayk.scheduler.membership import State
 from rayk.scheduler.scaling import Removed
 from rayk.session import InferenceSession
 
@@ -37,7 +38,7 @@ log = logging.getLogger("rayk.engine")
 
 AT_ONCE = 100_000  # handles of one call
 AHEAD = 8_192  # requests of one call that are made and sent before others of it end
-LINED_UP = 2  # full batches that a replica is given at a time; what waits here can still go elsewhere
+QUEUED_BATCHES = 2  # full batches that a replica is given at a time; what waits here can still go elsewhere
 
 
 class Cluster:
@@ -86,7 +87,10 @@ class Cluster:
         tokenizer: Any = None,
     ) -> None:
         from rayk.scheduler.router.policies import wants_keys
-        from rayk.scheduler.router.steering import Steering
+        from rayk.scheduler.router.router import RouterSettings
+        from rayk.scheduler.transfers.indexed_copies import CopyPlanner
+        from rayk.scheduler.transfers.links import LinkTable
+        from rayk.scheduler.transfers.transfer import PageTransfers
 
         keyed = wants_keys(router)  # ConfigError for one that there is not
         require_at_least(0, max_retries=max_retries)
@@ -120,12 +124,24 @@ class Cluster:
             if self._own_session:
                 self._session.close()
             raise
-        capacities = [facts.pages * page_size for facts in self.facts]
-        hasher = self._replicas.settings.hasher
-        steering = Steering(router, page_size, capacities, LINED_UP * max_batch_size, hasher)
-        if self._replicas.settings.peer_copies:
-            steering.copy_between(tiers.wanted, monotonic)
-        self._dispatcher = Dispatcher(self._replicas.post, steering, replicas, max_retries)
+        settings = self._replicas.settings
+        routing = RouterSettings(
+            router,
+            tuple(facts.pages for facts in self.facts),
+            page_size,
+            settings.hash_algorithm,
+            settings.hash_seed or b"",
+            settings.reports,
+            limit=QUEUED_BATCHES * max_batch_size,
+            plans_copies=settings.peer_copies,
+            reports_backlog=False,
+        )
+        self._dispatcher = Dispatcher(self._replicas.post, routing, max_retries)
+        if settings.peer_copies:
+            index = self._dispatcher.router.index
+            self._dispatcher.router.fetching = CopyPlanner(
+                index, PageTransfers(LinkTable(monotonic), page_size), tiers.wanted
+            )
         self._prompts = Prompts(source, tokenizer or self._replicas.tokenizer, self.facts[0].has_tokenizer)
         self._membership = threading.Lock()  # one joins or leaves at a time
         self._session.adopt(self)
@@ -206,7 +222,7 @@ class Cluster:
     ) -> Call:
         self._check_open()
         handles = self._prompts.handles(prompts, sampling, changes, timeout, on_news)
-        lined_up = LINED_UP * self._replicas.settings.max_batch_size * len(self.live)
+        lined_up = QUEUED_BATCHES * self._replicas.settings.max_batch_size * len(self.live)
         return Call(self._dispatcher, handles, max(AHEAD, 2 * lined_up))
 
     def submit(
@@ -255,7 +271,7 @@ class Cluster:
                 self._dispatcher.hear(replica, report)
         except BaseException as error:  # whatever it was, nobody reads what comes from there any more
             reason = str(error) or type(error).__name__
-        if self._dispatcher.closed or self._dispatcher.standing[replica] is Standing.removed:
+        if self._dispatcher.closed or self._dispatcher.states[replica] is State.removed:
             return
         try:
             self._replicas.drop(replica)
@@ -267,8 +283,8 @@ class Cluster:
     # -- replicas that come and go -----------------------------------------------------------------------
 
     def replica_states(self) -> list[str]:
-        """How each replica stands: ready, draining, lost or removed."""
-        return [str(each) for each in self._dispatcher.standing]
+        """The state of each replica: ready, draining, lost or removed, or starting in place of a lost one."""
+        return [str(state) for state in self._dispatcher.states[: len(self.facts)]]
 
     def add_replicas(self, n: int = 1, timeout: float = 60.0) -> list[int]:
         """Start `n` more replicas while requests run, and return their indices; requests go there from then on.
@@ -280,14 +296,17 @@ class Cluster:
         require_at_least(1, n=n)
         with self._membership:
             self._check_open()
-            vacant = self._dispatcher.vacant(n)
-            self._replicas.add(vacant, timeout)
-            for replica in vacant:
+            added = self._dispatcher.enlist(n)
+            try:
+                self._replicas.add(added, timeout)
+            except BaseException:
+                self._dispatcher.give_up(added)
+                raise
+            for replica in added:
                 facts = self.facts[replica]
-                self._dispatcher.meet(replica, facts.epoch, facts.station)
-                self._dispatcher.join(replica, facts.pages * self._replicas.settings.page_size)
+                self._dispatcher.join(replica, facts.pages, facts.epoch, facts.station)
                 self._follow(replica)
-            return vacant
+            return added
 
     def drain_replica(self, replica: int, *, hand_over: bool = False) -> None:
         """Give a replica no new requests. Those that it has end there, or with `hand_over` go on elsewhere at once:
@@ -312,10 +331,10 @@ class Cluster:
         """
         with self._membership:
             self._check_open()
-            self._dispatcher.check(replica)
-            standing = self._dispatcher.standing
-            if standing[replica] is not Standing.lost:
-                if not any(each is Standing.ready for r, each in enumerate(standing) if r != replica):
+            members = self._dispatcher.members
+            members.check(replica)
+            if members.state(replica) is not State.lost:
+                if not set(members.ready) - {replica}:
                     raise ReplicaStateError(replica, "the last one that takes requests", "be removed")
                 self.drain_replica(replica, hand_over=hand_over)
             removed = self._dispatcher.remove(replica, timeout)

@@ -41,7 +41,7 @@ class SchedulerCore:
         self.router = settings.make(clock)
         self.links = LinkTable(clock, settings.page_transport)
         self.placer = Placer(self.members, self.router, copies, settings.page_size, self.links, clock)
-        self.standing = ReplicaLifecycle(self.members, self.router, self.placements, self.placer.forget, settings)
+        self.lifecycle = ReplicaLifecycle(self.members, self.router, self.placements.on, self.placer.forget, settings)
         self._offering: Evacuation | None = None
         if copies and settings.offers:
             self._offering = Evacuation(self.placer.transfers, lambda: self.members.ready, clock)
@@ -52,7 +52,7 @@ class SchedulerCore:
         """Where requests wait, if there is an admission policy."""
         if settings.admission is not None:
             self.hall = AdmissionController(settings.admission, self.router, settings.page_size, clock)
-            self.standing.vacated = self.hall.lost
+            self.lifecycle.on_replica_gone = self.hall.lost
             self._entry = AdmissionScripts(self.placer, self.hall)
         self.leases = Leases(clock)
         self.owner = ""
@@ -103,7 +103,7 @@ class SchedulerCore:
                 return self._remove(replica)
             case m.DrainReplica(replica, released, handover):
                 self.placer.forget_released(released)
-                self.standing.drain(replica)
+                self.lifecycle.drain(replica)
                 return self._drain(replica, handover)
             case _:
                 return self._change(client, command)
@@ -180,24 +180,24 @@ class SchedulerCore:
 
     def _change(self, client: str, command: m.SchedulerCommand) -> Script:
         """An event of membership; all that has to know of it does when the script has begun."""
-        standing, follow, reset = self.standing, list[int](), list[ReplicaCall]()
+        lifecycle, follow, reset = self.lifecycle, list[int](), list[ReplicaCall]()
         result: m.Result = m.Done()
         match command:
             case m.Enlist(count):
-                result = m.Enlisted(standing.enlist(count))
+                result = m.Enlisted(lifecycle.enlist(count))
             case m.Starting(replica):
-                standing.start(replica)
+                lifecycle.start(replica)
             case m.GiveUp(replica):
-                standing.give_up(replica)
+                lifecycle.give_up(replica)
             case m.Join(replica, epoch, pages):
-                follow = standing.join(replica, epoch, pages)
+                follow = lifecycle.join(replica, epoch, pages)
                 reset = (
                     [ReplicaCall(replica, m.ResetPrefixCache(self._reset, joins=True))]
                     if self._reset is not None
                     else []
                 )
             case m.ResumeReplica(replica):
-                standing.resume(replica)
+                lifecycle.resume(replica)
         yield reset + [ReplicaCall(r, m.StartCacheEvents()) for r in follow]
         return result
 
@@ -222,12 +222,12 @@ class SchedulerCore:
         if replica in self.members.here:
             yield [ReplicaCall(replica, m.GetUsage(), wanted=True)]  # whether it answers decides what is lost with it
             yield from self.placer.verify(self.placements.on(replica))  # some may have been released there directly
-        if self.standing.leave(replica):
+        if self.lifecycle.begin_removal(replica):
             if self._offering is not None:
                 removed = yield from self._offering.run(replica)
             [told] = yield [ReplicaCall(replica, m.GetMetrics())]
             counted = told.result
-        self.standing.remove(replica)
+        self.lifecycle.remove(replica)
         if isinstance(counted, m.MetricsDone):
             self._left += counted.metrics
         self._removed[replica] = m.RemoveDone(*removed)
@@ -264,7 +264,7 @@ class SchedulerCore:
             self.owner = ""
 
     def _describe(self) -> Script:
-        placed, loads, hall = self.placements.loads, self.router.loads, self.hall
+        placed, loads, hall = self.placements.loads(len(self.members)), self.router.loads, self.hall
         yield []
         return m.Description(
             self.members.epochs,

@@ -1,18 +1,17 @@
 """What every event of membership means for the rest of a scheduler's state, so that all of it knows at once.
 
-    members      how each replica stands                    router         the router, its loads and its index
-    placements   which requests are where                   forget       drops requests from all books
+    members      the state of each replica                  router       its loads and its index
+    placed_on    which requests are on a replica            forget       drops requests from all books
 
-Both runtimes have one: the scheduler's core, and the replicas of this process.
+Managers on Ray and inline have one, and so has the dispatcher of a Cluster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from rayk.errors import DrainError
 from rayk.scheduler.membership import HERE, KNOWN, Event, Membership
-from rayk.scheduler.placements import Placements
 from rayk.scheduler.router.router import Router, RouterSettings
 
 
@@ -23,23 +22,22 @@ class ReplicaLifecycle:
         self,
         members: Membership,
         router: Router,
-        placements: Placements,
+        placed_on: Callable[[int], list[str]],
         forget: Callable[[Sequence[str]], None],
         settings: RouterSettings,
     ) -> None:
         self.members = members
         self._router = router
-        self._placements = placements
+        self._placed_on = placed_on
         self._forget = forget
         self._settings = settings
-        self.vacated: Callable[[int, Iterable[str]], None] = lambda replica, request_ids: None
+        self.on_replica_gone: Callable[[int, Sequence[str]], None] = lambda replica, request_ids: None
         """Told when a replica is gone, with those requests, or another one is in its place."""
 
     def enlist(self, count: int) -> list[int]:
         """Take indices for `count` replicas that somebody is going to start."""
         replicas = self.members.enlist(count)
-        while len(self._placements.loads) < len(self.members):
-            self._placements.join()
+        while len(self._router.loads) < len(self.members):
             self._router.join()
         return replicas
 
@@ -56,9 +54,9 @@ class ReplicaLifecycle:
         is a choice now."""
         members, router = self.members, self._router
         members.apply(replica, Event.enter, epoch)
-        before = self._placements.on(replica)  # lost with the one before
+        before = self._placed_on(replica)  # lost with the one before
         self._forget(before)
-        self.vacated(replica, before)
+        self.on_replica_gone(replica, before)
         router.renew(replica, pages * self._settings.page_size)
         if router.keyed or not self._settings.wants_keys:
             return []
@@ -68,12 +66,13 @@ class ReplicaLifecycle:
     def drain(self, replica: int) -> None:
         """Nothing new goes there."""
         self.members.apply(replica, Event.drain)
-        self._router.loads.set_ready(replica, False)
+        self._router.cordon(replica)
 
     def resume(self, replica: int) -> None:
         """It takes requests again."""
         self.members.apply(replica, Event.resume)
-        self._router.loads.set_ready(replica, not self.members.silent(replica))
+        if not self.members.silent(replica):
+            self._router.uncordon(replica)
 
     def answers(self, replica: int, epoch: int, late: bool, silent: bool) -> None:
         """The replica of that start has left something unanswered for long, or nothing any more; it is silent when its
@@ -82,7 +81,7 @@ class ReplicaLifecycle:
         if members.epochs[replica] == epoch and replica in members.here:
             members.set_silent(replica, silent)
             router.set_aside(replica, late)
-            router.loads.set_ready(replica, replica in members.ready)
+            (router.uncordon if replica in members.ready else router.cordon)(replica)
             router.loads.away[replica] = silent
 
     def lose(self, replica: int, epoch: int) -> list[str]:
@@ -92,18 +91,18 @@ class ReplicaLifecycle:
             return []  # it was replaced or removed since
         members.apply(replica, Event.lose)
         self._router.lost(replica)
-        placed = self._placements.on(replica)
-        self.vacated(replica, placed)
+        placed = self._placed_on(replica)
+        self.on_replica_gone(replica, placed)
         return placed
 
-    def leave(self, replica: int) -> bool:
+    def begin_removal(self, replica: int) -> bool:
         """It is about to be removed: nothing new goes there. DrainError, and nothing changes, while requests are there,
         unless it is silent: they go with it. Whether anybody answers at that index; a lost one need not be asked for
         anything."""
         members = self.members
         silent = members.silent(replica) if members.state(replica) in HERE else False
         if members.state(replica) in HERE:
-            left = self._placements.on(replica)
+            left = self._placed_on(replica)
             if left and not silent:
                 raise DrainError(replica, dict.fromkeys(left, "it was neither released nor handed over"))
             self.drain(replica)
@@ -112,9 +111,9 @@ class ReplicaLifecycle:
     def remove(self, replica: int) -> None:
         """Nobody is at that index any more; DrainError while requests are. One that is ready drains first."""
         members = self.members
-        self.leave(replica)
-        left = self._placements.on(replica) if members.state(replica) in KNOWN else []
+        self.begin_removal(replica)
+        left = self._placed_on(replica) if members.state(replica) in KNOWN else []
         members.apply(replica, Event.remove)
         self._forget(left)
         self._router.lost(replica)
-        self.vacated(replica, left)
+        self.on_replica_gone(replica, left)

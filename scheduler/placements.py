@@ -16,18 +16,13 @@ class Load:
 
 
 class Placements:
-    """Request id -> replica, with the load of each replica kept beside it."""
+    """Request id -> replica and tokens."""
 
-    def __init__(self, replicas: int) -> None:
-        self.loads = [Load() for _ in range(replicas)]
+    def __init__(self) -> None:
         self._placed: dict[str, tuple[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._placed)
-
-    def join(self) -> None:
-        """One more replica, at the next index."""
-        self.loads.append(Load())
 
     def holder(self, request_id: str) -> int | None:
         """The replica that has the request, or None."""
@@ -44,14 +39,15 @@ class Placements:
         if placed is not None:
             raise AlreadyClaimedError(request_id, placed[0])
         self._placed[request_id] = (replica, tokens)
-        load = self.loads[replica]
-        load.requests += 1
-        load.tokens += tokens
 
     def remove(self, request_id: str) -> None:
         """Forget a request; unknown ones are ignored, so that it can be repeated."""
-        placed = self._placed.pop(request_id, None)
-        if placed is not None:
-            replica, tokens = placed
-            self.loads[replica].requests -= 1
-            self.loads[replica].tokens -= tokens
+        self._placed.pop(request_id, None)
+
+    def loads(self, replicas: int) -> list[Load]:
+        """What is placed on each replica."""
+        loads = [Load() for _ in range(replicas)]
+        for replica, tokens in self._placed.values():
+            loads[replica].requests += 1
+            loads[replica].tokens += tokens
+        return loads

@@ -62,7 +62,7 @@ class Placer:
         links: LinkTable,
         clock: Callable[[], float],
     ) -> None:
-        self.placements = Placements(len(members))
+        self.placements = Placements()
         self.router = router
         self._owners: dict[str, Owner] = {}  # request -> who placed it
         self._scripts = itertools.count(1)

@@ -6,8 +6,7 @@ leave it, and are over. No threads and no transport: commands go out through `po
        +----------+    its replica was lost (a retry), or hands it over (none): prompt and answer so far are the prompt
 
 What goes wrong with one request here (it cannot be placed or sent) ends that request, never the thread that found out.
-A replica is ready, draining (it takes nothing new), lost, or removed; an index is used again for the replacement of a
-lost one only.
+Replicas come and go as rayk.scheduler.membership says.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
+from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,23 +27,17 @@ from rayk.dispatch.evacuation import Evacuations
 from rayk.dispatch.output import Handle
 from rayk.dispatch.pending_copies import PendingCopies
 from rayk.dispatch.waiting import Waiting
-from rayk.errors import (
-    DrainError,
-    RaykError,
-    ReplicaIndexError,
-    ReplicaLostError,
-    ReplicaRemovedError,
-    ReplicaStateError,
-)
+from rayk.errors import DrainError, RaykError, ReplicaLostError, ReplicaStateError
 from rayk.protocol.engine import Ask, Cancel, Command, Ended, HandOver, Query, Report, Submit
 from rayk.protocol.engine_request import Imports, Request
 from rayk.request_errors import RequestCancelledError, RequestError, RequestTimeoutError
+from rayk.scheduler.lifecycle import ReplicaLifecycle
+from rayk.scheduler.membership import HERE, Membership, State
+from rayk.scheduler.router.policy import RouteRequest
+from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.scaling import Removed
 from rayk.transport.choice import Endpoint
 from rayk.values import told
-
-if TYPE_CHECKING:
-    from rayk.scheduler.router.steering import Steering
 
 log = logging.getLogger("rayk.engine")
 
@@ -53,32 +45,23 @@ OFFER_SECONDS = 60.0  # after which a replica goes though somebody has not answe
 MESSAGE_BYTES = 90_000  # of one message: beyond 100 KiB Ray goes through its object store, which costs twice
 
 
-class Standing(StrEnum):
-    """How a replica stands; see the module."""
-
-    ready = "ready"
-    draining = "draining"
-    lost = "lost"
-    removed = "removed"
-
-
 class Dispatcher:
-    """Safe to use from several threads. `steering` chooses replicas and is this object's alone; `post` sends a command
-    to a replica and must not block; `max_retries`: how often a request may lose its replica."""
+    """Safe to use from several threads. `settings` are its router's; `post` sends a command to a replica and must not
+    block; `max_retries`: how often a request may lose its replica."""
 
     def __init__(
         self,
         post: Callable[[int, Command], None],
-        steering: Steering,
-        replicas: int,
+        settings: RouterSettings,
         max_retries: int,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._post = post
-        self.steering = steering
+        self.router = settings.make(clock)
+        self.members = Membership([1] * len(settings.pages))
+        self._lifecycle = ReplicaLifecycle(self.members, self.router, self._ids_on, lambda ids: None, settings)
         self._max_retries = max_retries
         self._clock = clock
-        self._standing = [Standing.ready] * replicas
         self._handles: dict[int, Handle] = {}  # not over
         self._ids: set[str] = set()
         self._waiting = Waiting()
@@ -89,11 +72,10 @@ class Dispatcher:
         self._left = threading.Condition(self._lock)  # a request left its replica
         self._why_lost = ""
         self.closed = False
-        self._scripts = EngineScripts(post, lambda: self.live)
-        self._copies = PendingCopies(self._scripts, self._send, steering, clock)
-        self._evacuations = Evacuations(
-            self._scripts, steering, lambda: self._who(Standing.ready), self._left.notify_all, clock
-        )
+        members = self.members
+        self._scripts = EngineScripts(post, lambda: members.here)
+        self._copies = PendingCopies(self._scripts, self._send, self.router, clock)
+        self._evacuations = Evacuations(self._scripts, self.router, lambda: members.ready, self._left.notify_all, clock)
 
     # -- requests ------------------------------------------------------------------------------------
 
@@ -187,7 +169,7 @@ class Dispatcher:
         for handle in self._waiting.late(self._clock()):
             self._end(handle, RequestTimeoutError(handle.id, handle.timeout or 0.0))
         while not self.closed and (waits := self._waiting.first()) is not None:
-            if not self.live:
+            if not self.members.here:
                 self._end(waits, self._lost_error(waits))
                 continue
             try:
@@ -201,13 +183,17 @@ class Dispatcher:
 
     def _place(self, handle: Handle, asks: dict[int, list[Ask]]) -> bool:
         """Find the next request a place; what is to be sent goes to `asks`. False when no replica has room."""
-        keys = self.steering.keys(handle.prompt, handle.cache_salt)
-        replica = self.steering.place(handle.number, len(handle.prompt), keys, handle.session)
+        router = self.router
+        keys = router.keys.of(handle.prompt.tobytes(), (handle.cache_salt, None)) if router.keys is not None else ()
+        request = RouteRequest(len(handle.prompt) + len(handle.tokens), keys, handle.session)
+        replica = router.choose(handle.id, request)
         if replica < 0:
             return False
+        spans = router.fetching.plan(replica, keys) if router.fetching is not None and keys else ()
+        router.place(handle.id, replica, request, spans[-1].stop if spans else 0)
         self._waiting.take(handle)
         handle.replica = replica
-        if spans := self.steering.spans_to_copy(handle.number):
+        if spans:
             self._copies.order(handle, spans)
         else:
             asks.setdefault(replica, []).append(self._ask(handle))
@@ -259,14 +245,14 @@ class Dispatcher:
             self._ids.discard(handle.id)
         self._waiting.remove(handle)
         self._copies.forget(handle.number)
-        self.steering.remove(handle.number)
+        self.router.remove(handle.id)
         self._left.notify_all()
 
     # -- what replicas say -----------------------------------------------------------------------------
 
     def hear(self, replica: int, report: Report) -> None:
         """A replica's next report."""
-        first: list[int] = []
+        first: list[str] = []
         numbers, tokens = report.columns()
         order = np.argsort(numbers, kind="stable")
         numbers, tokens = numbers[order], tokens[order]
@@ -275,7 +261,7 @@ class Dispatcher:
             handle = self._handles.get(number)
             if handle is not None:
                 if not handle.tokens:
-                    first.append(number)
+                    first.append(handle.id)
                 handle.add(part.tolist(), report.logprobs.get(number, []))
         for number, piece in report.texts:
             if (handle := self._handles.get(number)) is not None:
@@ -283,12 +269,11 @@ class Dispatcher:
         ended: list[tuple[Handle, Ended]] = []
         try:
             with self._turn():
-                self.steering.hear(replica, report.pages)
-                self.steering.paces(replica, report.prefill_rate)
+                self.router.apply_cache_changes(replica, report.pages)
+                self.router.set_prefill_rate(replica, report.prefill_rate)
                 self._scripts.on_report(report)
                 self._copies.on_report(report)
-                for number in first:
-                    self.steering.prefilled(number)
+                self.router.prefilled(replica, first)
                 ended = [(self._handles[e.number], e) for e in report.ended if e.number in self._handles]
                 for handle, end in reversed(ended):  # so that those which were handed over wait in their order
                     if end.moved:
@@ -311,7 +296,7 @@ class Dispatcher:
 
     def _wait_again(self, handle: Handle) -> None:
         self._copies.forget(handle.number)
-        self.steering.remove(handle.number)
+        self.router.remove(handle.id)
         handle.replica = None
         self._waiting.put_back(handle)
         self._left.notify_all()
@@ -319,19 +304,19 @@ class Dispatcher:
     def lose(self, replica: int, reason: str) -> None:
         """A replica is gone: what it had goes on elsewhere, as often as was allowed."""
         with self._turn():
-            if self.closed or self._standing[replica] is Standing.removed:
+            if self.closed or replica not in self.members.known:
                 return
-            self._standing[replica] = Standing.lost
             self._why_lost = reason
-            for part in (self.steering, self._scripts):
+            epoch = self.members.epochs[replica]
+            for lose in (partial(self._lifecycle.lose, epoch=epoch), self._scripts.lose):
                 try:
-                    part.lose(replica)
+                    lose(replica)
                 except Exception:  # the requests have to be told whatever it is
-                    log.exception("replica %d is lost, and %s did not take it well", replica, type(part).__name__)
+                    log.exception("replica %d is lost, and not all took note of it", replica)
             for handle in reversed(self._on(replica)):
                 if handle.unwanted:
                     self._end(handle, RequestCancelledError(handle.id, len(handle.tokens)))
-                elif handle.retries >= self._max_retries or not self.live:
+                elif handle.retries >= self._max_retries or not self.members.here:
                     self._end(handle, self._lost_error(handle))
                 else:
                     handle.retries += 1
@@ -343,96 +328,86 @@ class Dispatcher:
     def _on(self, replica: int) -> list[Handle]:
         return [handle for handle in self._handles.values() if handle.replica == replica]
 
+    def _ids_on(self, replica: int) -> list[str]:
+        return [handle.id for handle in self._on(replica)]
+
     def _lost_error(self, handle: Handle) -> RaykError:
         return ReplicaLostError(-1 if handle.replica is None else handle.replica, 0, [handle.id], self._why_lost)
 
     # -- replicas that come and go ---------------------------------------------------------------------
 
     @property
-    def standing(self) -> list[Standing]:
-        """How each replica stands."""
+    def states(self) -> list[State]:
+        """The state of each replica."""
         with self._lock:
-            return list(self._standing)
+            return self.members.states
 
     @property
     def live(self) -> list[int]:
         """Replicas that answer: ready and draining ones."""
         with self._lock:
-            return self._who(Standing.ready, Standing.draining)
+            return list(self.members.here)
 
-    def _who(self, *standing: Standing) -> list[int]:
-        return [r for r, each in enumerate(self._standing) if each in standing]
-
-    def vacant(self, count: int) -> list[int]:
-        """Indices for `count` more replicas: those of lost ones, then new ones."""
+    def enlist(self, count: int) -> list[int]:
+        """Indices for `count` replicas that are being started: those of lost ones, then new ones."""
         with self._lock:
-            lost = [r for r, each in enumerate(self._standing) if each is Standing.lost][:count]
-            return lost + list(range(len(self._standing), len(self._standing) + count - len(lost)))
+            replicas = self._lifecycle.enlist(count)
+            for replica in replicas:
+                self._lifecycle.start(replica)
+            return replicas
+
+    def give_up(self, replicas: Sequence[int]) -> None:
+        """Those could not be started."""
+        with self._lock:
+            for replica in replicas:
+                self._lifecycle.give_up(replica)
 
     def meet(self, replica: int, epoch: int, station: Endpoint | None) -> None:
         """Pages can be copied to and from that replica."""
         with self._turn():
-            if self.steering.fetching is not None and station is not None:
-                self.steering.fetching.joined(replica, epoch, station)
+            if self.router.fetching is not None and station is not None:
+                self.router.fetching.joined(replica, epoch, station)
 
     def _disconnect(self) -> None:
         """Have links to replicas that are gone closed at the others."""
-        if self.steering.fetching is not None:
-            for replica, gone in self.steering.fetching.links.peers_to_disconnect().items():
+        if self.router.fetching is not None:
+            for replica, gone in self.router.fetching.links.peers_to_disconnect().items():
                 self._post(replica, Query(0, m.DropLines(gone)))
 
-    def join(self, replica: int, capacity: int) -> None:
-        """A new replica, whose pages hold `capacity` tokens, takes requests from now on; `replica` is from vacant()."""
+    def join(self, replica: int, pages: int, epoch: int, station: Endpoint | None) -> None:
+        """A replica of enlist(), with so many pages, takes requests from now on; see meet()."""
         with self._turn():
-            if replica == len(self._standing):
-                self._standing.append(Standing.ready)
-            else:
-                assert self._standing[replica] is Standing.lost
-                self._standing[replica] = Standing.ready
-            self.steering.join(replica, capacity)
+            self._lifecycle.join(replica, self.members.version, pages)
+            self.meet(replica, epoch, station)
             self._pump()
 
     def drain(self, replica: int) -> None:
         """Give a replica nothing new; what it has goes on there. ReplicaStateError for a lost one."""
         with self._turn():
-            self._expect(replica, "drain")
-            self._standing[replica] = Standing.draining
-            self.steering.take_off(replica)
+            self._lifecycle.drain(replica)
 
     def resume(self, replica: int) -> None:
         """Let a draining replica take requests again."""
         with self._turn():
-            self._expect(replica, "take requests again")
-            self._standing[replica] = Standing.ready
-            self.steering.put_on(replica)
+            self._lifecycle.resume(replica)
             self._pump()
 
-    def _expect(self, replica: int, action: str) -> None:
-        self.check(replica)
-        if self._standing[replica] is Standing.lost:
-            raise ReplicaStateError(replica, Standing.lost, action)
-
-    def check(self, replica: int) -> None:
-        """ReplicaIndexError unless there is such a replica, ReplicaRemovedError when there is none any more."""
-        with self._lock:
-            if not 0 <= replica < len(self._standing):
-                raise ReplicaIndexError(replica, len(self._standing))
-            if self._standing[replica] is Standing.removed:
-                raise ReplicaRemovedError(replica, len(self._standing))
-
     def check_live(self, replica: int) -> None:
-        """check(), and ReplicaLostError for one that does not answer any more."""
+        """Nothing, for a replica that answers: else the error of membership, or ReplicaLostError."""
         with self._lock:
-            self.check(replica)
-            if self._standing[replica] is Standing.lost:
+            self.members.check(replica)
+            state = self.members.state(replica)
+            if state is State.lost:
                 raise ReplicaLostError(replica, 0, [], self._why_lost)
+            if state not in HERE:
+                raise ReplicaStateError(replica, state, "be asked")
 
     def hand_over(self, replica: int) -> None:
         """Have a draining replica let go of all that it has; hear() places it elsewhere."""
         with self._turn():
-            assert self._standing[replica] is not Standing.ready
-            there = self._on(replica)
-            if self._standing[replica] is not Standing.draining:
+            there, state = self._on(replica), self.members.state(replica)
+            assert state is not State.ready
+            if state is not State.draining:
                 return
             for handle in reversed(there):
                 if self._copies.waits(handle.number):  # it has not gone there yet
@@ -445,7 +420,7 @@ class Dispatcher:
     def offer(self, replica: int) -> None:
         """Begin to offer what a draining replica has cached to those that take requests."""
         with self._turn():
-            if self._standing[replica] is Standing.draining:
+            if self.members.state(replica) is State.draining:
                 self._evacuations.begin(replica)
 
     def remove(self, replica: int, timeout: float | None, offer_seconds: float | None = None) -> Removed:
@@ -460,14 +435,12 @@ class Dispatcher:
                 self.offer(replica)
                 patience = OFFER_SECONDS if offer_seconds is None else offer_seconds
                 self._left.wait_for(lambda: self.closed or not self._evacuations.under_way(replica), patience)
-            removed, left = self._evacuations.end(replica), [handle.id for handle in self._on(replica)]
+            removed, left = self._evacuations.end(replica), self._ids_on(replica)
             if left:
                 raise DrainError(replica, dict.fromkeys(left, "it runs there"))
-            if self._standing[replica] is Standing.ready:  # somebody took the drain back
-                raise ReplicaStateError(replica, Standing.ready, "be removed")
-            if self._standing[replica] is not Standing.lost:
-                self.steering.lose(replica)
-            self._standing[replica] = Standing.removed
+            if self.members.state(replica) is State.ready:  # the drain was taken back
+                raise ReplicaStateError(replica, State.ready, "be removed")
+            self._lifecycle.remove(replica)
             self._scripts.lose(replica)
             self._disconnect()
             return removed

@@ -10,7 +10,7 @@ from rayk.dispatch.engine_scripts import EngineScripts
 from rayk.scheduler.scaling import Removed
 
 if TYPE_CHECKING:
-    from rayk.scheduler.router.steering import Steering
+    from rayk.scheduler.router.router import Router
 
 
 class Evacuations:
@@ -19,13 +19,13 @@ class Evacuations:
     def __init__(
         self,
         scripts: EngineScripts,
-        steering: Steering,
+        router: Router,
         ready: Callable[[], Sequence[int]],
         on_end: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
         self._scripts = scripts
-        self._steering = steering
+        self._router = router
         self._ready = ready
         self._on_end = on_end
         self._clock = clock
@@ -33,7 +33,7 @@ class Evacuations:
 
     def begin(self, source: int) -> None:
         """Offer what a draining replica has; nothing where there are no copies, or a tier that has it."""
-        copies = self._steering.fetching
+        copies = self._router.fetching
         if copies is None or copies.shares_tiers or self.under_way(source):
             return
         from rayk.scheduler.transfers.evacuation import Evacuation

@@ -18,7 +18,7 @@ from rayk.protocol.engine import Report
 from rayk.protocol.engine_request import Imports
 
 if TYPE_CHECKING:
-    from rayk.scheduler.router.steering import Steering
+    from rayk.scheduler.router.router import Router
     from rayk.scheduler.transfers.copy_cost import Span
     from rayk.scheduler.transfers.transfer import Copies, ExportedSpan, PageTransfers
 
@@ -32,20 +32,20 @@ class PendingCopies:
         self,
         scripts: EngineScripts,
         send: Callable[[Handle, Imports | None], None],
-        steering: Steering,
+        router: Router,
         clock: Callable[[], float],
     ) -> None:
         self._scripts = scripts
         self._send = send
-        self._steering = steering
+        self._router = router
         self._clock = clock
         self._exporting: dict[int, tuple[Handle, float]] = {}  # by the request's number, with the time, oldest first
         self._sent: dict[int, list[ExportedSpan]] = {}  # likewise
 
     @property
     def _transfers(self) -> PageTransfers:
-        assert self._steering.fetching is not None  # nobody else orders copies
-        return self._steering.fetching.transfers
+        assert self._router.fetching is not None  # nobody else orders copies
+        return self._router.fetching.transfers
 
     def waits(self, number: int) -> bool:
         """Whether the request has not gone to its replica yet."""

@@ -110,7 +110,7 @@ class InlineBackend(InlineReplicas):
         if type(request_id) is not str or not request_id or not request_id.isascii():
             request_id = checked_request_id(request_id)
         if not self._router.loads.ready[replica]:
-            self._standing.members.check_takes(replica)
+            self._lifecycle.members.check_takes(replica)
         self._placements.add(request_id, replica)
         core.claim(request_id, dummy, _ME, next(self._generations))
 
@@ -294,7 +294,7 @@ class InlineBackend(InlineReplicas):
         try:
             if replica < 0:
                 raise NoReplicaError(ctx.request_id)
-            self._standing.members.check_takes(replica)
+            self._lifecycle.members.check_takes(replica)
             core = self.core(replica)
             self._placements.add(ctx.request_id, replica, ctx.tokens.length)
         except RaykError as error:

@@ -62,7 +62,7 @@ class InlineReplicas(ABC):
         self._runtime_checks = runtime_checks
         self._host_pages = host_pages
         self._tiers = f"inline-{os.getpid()}-{os.urandom(8).hex()}"
-        self._placements = Placements(replicas)
+        self._placements = Placements()
         self._generations = count(1)  # of claims
         self._filling: dict[str, tuple[TextContext, int]] = {}  # requests that may still have tokens to prefill
         self.prefill_rate: float | None = None
@@ -91,11 +91,11 @@ class InlineReplicas(ABC):
         )
         self._turn = 0  # looks at the replicas
         self._offered: dict[str, TextContext] = {}  # requests that wait
-        self._standing = ReplicaLifecycle(
-            Membership([1] * replicas), self._router, self._placements, self._forget_all, settings
+        self._lifecycle = ReplicaLifecycle(
+            Membership([1] * replicas), self._router, self._placements.on, self._forget_all, settings
         )
         if self._hall is not None:
-            self._standing.vacated = self._hall.lost
+            self._lifecycle.on_replica_gone = self._hall.lost
         for core in self._there if self._router.keyed else ():
             self._follow(core)
         self._seat()
@@ -190,23 +190,23 @@ class InlineReplicas(ABC):
     def add_replicas(self, count: int, timeout: float) -> list[int]:
         """See PagedKVCacheManager.add_replicas(); PlanError when this machine has no room for their pages."""
         plan_replica(measure_node(host_name=gethostname()), self._params, self._num_pages, count)
-        standing = self._standing
-        replicas = standing.enlist(count)
+        lifecycle = self._lifecycle
+        replicas = lifecycle.enlist(count)
         made: list[ReplicaCore] = []
         try:
             for r in replicas:
-                standing.start(r)
+                lifecycle.start(r)
                 made.append(self._make(r))
         except BaseException:
             for core in made:
                 core.shutdown()
             for r in replicas:
-                standing.give_up(r)
+                lifecycle.give_up(r)
             raise
         for r, core in zip(replicas, made, strict=True):
             self.cores += [None] * (r + 1 - len(self.cores))
             self.cores[r] = core
-            for other in standing.join(r, standing.members.version, self._num_pages):
+            for other in lifecycle.join(r, lifecycle.members.version, self._num_pages):
                 self._follow(self.core(other))
             if self._router.keyed:
                 self._follow(core)
@@ -215,7 +215,7 @@ class InlineReplicas(ABC):
 
     def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Drained:
         """See PagedKVCacheManager.drain_replica(). Nobody else could release a request meanwhile, so it never waits."""
-        self._standing.drain(replica)
+        self._lifecycle.drain(replica)
         moved, left = dict[str, int](), dict.fromkeys(self._placements.on(replica), "it still runs")
         if deadline is not None and handover:
             for request_id in list(left):
@@ -266,14 +266,14 @@ class InlineReplicas(ABC):
 
     def resume_replica(self, replica: int) -> None:
         """See PagedKVCacheManager.resume_replica()."""
-        self._standing.resume(replica)
+        self._lifecycle.resume(replica)
 
     def remove_replica(self, replica: int) -> Removed:
         """See PagedKVCacheManager.remove_replica()."""
         removed = Removed()
-        if self._standing.leave(replica) and self._params.offers_pages:
-            removed = offer_here(self._there, replica, self._standing.members)
-        self._standing.remove(replica)
+        if self._lifecycle.begin_removal(replica) and self._params.offers_pages:
+            removed = offer_here(self._there, replica, self._lifecycle.members)
+        self._lifecycle.remove(replica)
         core, self.cores[replica] = self.core(replica), None
         self._left += core.metrics
         core.shutdown()
@@ -286,7 +286,11 @@ class InlineReplicas(ABC):
 
     def replica_loads(self) -> list[ReplicaLoad]:
         """See PagedKVCacheManager.replica_loads()."""
-        placed, loads, states = self._placements.loads, self._router.loads, self._standing.members.states
+        placed, loads, states = (
+            self._placements.loads(len(self.cores)),
+            self._router.loads,
+            self._lifecycle.members.states,
+        )
         return [
             ReplicaLoad(
                 r,

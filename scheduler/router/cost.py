@@ -88,6 +88,7 @@ class Cost:
     """See the module. Remembers what is usual, the flows, and the regrets."""
 
     wants_keys = True
+    weighs_running = True
     PAST = 0.01  # weight of the latest choice in what is usual
 
     def __init__(self, index: PrefixIndex, page_size: int, weights: Weights = DEFAULT_WEIGHTS) -> None:

@@ -128,7 +128,8 @@ def find_policy(name: str) -> Callable[[PrefixIndex, int], Policy]:
     package, or "package.module:Name", which every process that routes has to find. ConfigError lists the names.
 
     A class with __init__(index, page_size) and choose(request, loads) will do. With `wants_keys = True` requests come
-    with the keys of their pages, and `index` is kept up to date; without, nobody hashes pages for it.
+    with the keys of their pages, and `index` is kept up to date; without, nobody hashes pages for it. With
+    `weighs_running = True` a prompt is load of a Cluster's replica until its first token; without, until its end.
     """
     if name in POLICIES:
         return POLICIES[name]

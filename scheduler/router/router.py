@@ -1,10 +1,13 @@
-"""Where the router's choices are made and kept account of: the policy, what it looks at, and what came of it.
+"""The router: which replica each request goes to, for managers and Clusters, and the account of what was placed.
 
-    loads    how busy each replica is: what the replica reported last, and what was placed there since
-    index    which pages it holds: what it reported, and what those placed there will store
+    policy     chooses by the two below
+    loads      how busy each replica is: what the replica reported last, and what was placed there since
+    index      which pages it holds: what it reported, and what those placed there will store
+    fetching   which of them a request had better get from a peer, where replicas copy by plan of the router
 
 A request counts from the moment it is placed, so that a burst does not herd onto one replica, until it is removed.
-Replicas report with their answers (messages.News); a report settles what it covers, so that nothing drifts.
+Replicas of a manager report their prefill backlog with their answers (CacheDelta): a report settles what it covers, so
+that nothing drifts. Engines of a Cluster report first tokens instead: prefilled().
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ from itertools import islice
 import msgspec
 import numpy as np
 
-from rayk.kvcache.page_hash import PageHash, PageHasher, PageKeys
+from rayk.kvcache.page_hash import PageHash, PageHasher, PageKeys, split_keys
 from rayk.kvcache.page_pool import Pages
 from rayk.params import AUTO
 from rayk.protocol.admission import AdmissionPolicy
 from rayk.protocol.from_replica import CacheDelta
+from rayk.scheduler.router.cost import Cost
 from rayk.scheduler.router.policies import make_policy, wants_keys
 from rayk.scheduler.router.policy import CostTerms, Decision, RouteRequest
 from rayk.scheduler.router.prefix_index import PrefixIndex, short_keys
 from rayk.scheduler.router.replica_loads import BoolArray, ReplicaLoads
+from rayk.scheduler.transfers.indexed_copies import CopyPlanner
 
 REMEMBERED = 4096  # choices that can still be explained, at least
 FORGOTTEN = 256  # at once: a dict that loses its first entry again and again gets slow
@@ -32,8 +37,11 @@ FORGOTTEN = 256  # at once: a dict that loses its first entry again and again ge
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """What a router is made from: the policy's name, pages of each replica, and how pages are hashed. `admission`: what
-    requests wait by, if they do."""
+    """What a router is made from: the policy's name, pages of each replica, and how pages are hashed.
+
+    `admission`: what requests wait by, if they do. `limit`: requests that a replica is given at a time. `plans_copies`:
+    keys of pages are wanted for that, too. `reports_backlog`: replicas report what they still have to prefill.
+    """
 
     router: str
     pages: tuple[int, ...]
@@ -43,12 +51,15 @@ class RouterSettings:
     caching: bool = True
     admission: AdmissionPolicy | None = None
     page_transport: str = AUTO  # the kind of line that copies go by
+    limit: int | None = None
+    plans_copies: bool = False
+    reports_backlog: bool = True
     offers: bool = False  # whether a replica that goes offers others what it has cached
 
     @property
     def wants_keys(self) -> bool:
-        """Whether the policy goes by cached pages once there are several replicas."""
-        return self.caching and wants_keys(self.router)
+        """Whether requests need the keys of their pages once there are several replicas."""
+        return self.caching and (self.plans_copies or wants_keys(self.router))
 
     @property
     def keyed(self) -> bool:
@@ -62,8 +73,7 @@ class RouterSettings:
 
     def make(self, clock: Callable[[], float]) -> Router:
         """The router; ConfigError for an unknown policy."""
-        keys = self.keys() if self.keyed else None
-        return Router(self.router, [n * self.page_size for n in self.pages], self.page_size, keys, clock)
+        return Router(self, clock)
 
     def keys(self) -> PageKeys:
         """What makes the keys of requests' pages."""
@@ -90,7 +100,7 @@ NO_KEYS: Sequence[int] = ()
 
 
 class PastDecision(msgspec.Struct, frozen=True, gc=False):
-    """A choice that was made: for so many tokens, when, and why if the policy reckons in costs."""
+    """A choice that was made: for so many tokens, when, and why if the policy goes by costs."""
 
     tokens: int
     replica: int
@@ -110,30 +120,31 @@ class _Placed(msgspec.Struct, gc=False):
 
 
 class Router:
-    """`capacities` are tokens per replica. `keys` makes the keys of pages; None where the policy needs none."""
+    """See the module; `clock` in seconds."""
 
-    def __init__(
-        self,
-        policy: str,
-        capacities: Sequence[int],
-        page_size: int,
-        keys: PageKeys | None,
-        clock: Callable[[], float],
-    ) -> None:
-        self.policy = policy
-        self.index = PrefixIndex(len(capacities))
+    def __init__(self, settings: RouterSettings, clock: Callable[[], float]) -> None:
+        replicas = len(settings.pages)
+        self.policy = settings.router
+        self.index = PrefixIndex(replicas)
         self.loads = ReplicaLoads(0)
-        for capacity in capacities:
-            self.loads.join(1, capacity)
-        self.keys = keys
-        self.known = [-1] * len(capacities)  # the last batch that each replica reported
-        self._policy = make_policy(policy, self.index, page_size)
-        self._page_size = page_size
+        for pages in settings.pages:
+            self.loads.join(1, pages * settings.page_size)
+        self.keys = settings.keys() if settings.keyed else None
+        """What makes the keys of pages; None where no request needs any."""
+        self.fetching: CopyPlanner | None = None
+        """What plans copies, where the router does; replicas have to join it."""
+        self.known = [-1] * replicas  # the last batch that each replica reported
+        self._policy = make_policy(settings.router, self.index, settings.page_size)
+        # Without reports, only a policy that weighs running requests forgets what is prefilled: for the others all that
+        # is placed is load, or fast prefills would leave every replica idle and the first one with all requests.
+        self._forgets_prefill = settings.reports_backlog or bool(getattr(self._policy, "weighs_running", False))
+        self._page_size = settings.page_size
+        self._limit = settings.limit
         self._clock = clock
         self._placed: dict[str, _Placed] = {}
-        self._under_way = [0] * len(capacities)  # tokens to compute for what was placed and not answered yet
-        self._reported = [0] * len(capacities)  # tokens that a replica said it still has to compute
-        self._told = [0] * len(capacities)  # by which batch that was
+        self._under_way = [0] * replicas  # tokens to compute for what was placed and not answered yet
+        self._reported = [0] * replicas  # tokens that a replica said it still has to compute
+        self._told = [0] * replicas  # by which batch that was
         self._decisions: dict[str, PastDecision] = {}  # the latest last
         self._aside: set[int] = set()  # replicas that have left something unanswered for long
 
@@ -142,17 +153,25 @@ class Router:
         """Whether requests are placed by the pages that replicas have."""
         return self.keys is not None
 
-    # -- who is there ------------------------------------------------------------------------------
+    # -- membership --------------------------------------------------------------------------------
 
     def follow(self, keys: PageKeys) -> None:
         """Go by cached pages from now on: there is a choice now."""
         self.keys = keys
 
+    def cordon(self, replica: int) -> None:
+        """Place nothing there any more; what is there stays."""
+        self.loads.set_ready(replica, False)
+
+    def uncordon(self, replica: int) -> None:
+        """Requests may be placed there again."""
+        self.loads.set_ready(replica, True)
+
     def join(self) -> None:
         """One more index, at which nobody is yet."""
         self.index.join()
         self.loads.join(1, 0)
-        self.loads.set_ready(len(self.known), False)
+        self.cordon(len(self.known))
         self.known.append(-1)
         for numbers in (self._under_way, self._reported, self._told):
             numbers.append(0)
@@ -162,12 +181,17 @@ class Router:
         self.lost(replica)
         self.known[replica], self._told[replica] = -1, 0
         self.loads.renew(replica, capacity)
-        self.loads.set_ready(replica, True)
+        self.uncordon(replica)
 
     # -- choices -----------------------------------------------------------------------------------
 
     def choose(self, request_id: str, request: RouteRequest, open_: BoolArray | None = None) -> int:
         """The replica for a request, -1 when none takes any; one of those that are `open_`, where that is said."""
+        if self._limit is not None:
+            below = self.loads.requests < self._limit
+            open_ = below if open_ is None else below & open_
+            if not (open_ & self.loads.ready).any():
+                return -1
         if open_ is not None or self._aside:
             open_ = self._calm(open_)
             if not open_.all():
@@ -228,12 +252,14 @@ class Router:
 
     # -- accounts ----------------------------------------------------------------------------------
 
-    def place(self, request_id: str, replica: int, request: RouteRequest) -> None:
-        """The request goes to `replica`; to be called once, before anything else is chosen."""
+    def place(self, request_id: str, replica: int, request: RouteRequest, copied: int = 0) -> None:
+        """The request goes to `replica`; to be called once, before anything else is chosen. `copied`: leading pages of
+        it that the replica has then, with those that a peer sends it."""
         compute, slots, promised = request.tokens, self._slots(request), NO_KEYS
         if request.keys:
             depth = self.index.depth(replica, request.keys)
-            compute -= depth * self._page_size
+            if self._forgets_prefill:
+                compute -= max(depth, copied) * self._page_size
             promised = self.index.promise(replica, request.keys, depth)
         self.loads.place(replica, compute, slots)
         self._placed[request_id] = _Placed(replica, slots, compute, promised)
@@ -247,6 +273,11 @@ class Router:
                 placed.under_way = False
                 self._under_way[replica] -= placed.compute
         self._settle(replica)
+
+    def prefilled(self, replica: int, request_ids: Iterable[str]) -> None:
+        """The replica, which reports no backlog, has their first tokens."""
+        if self._forgets_prefill:
+            self.answered(replica, request_ids)
 
     def remove(self, request_id: str) -> None:
         """The request left, or never came; unknown ones are ignored."""
@@ -278,11 +309,20 @@ class Router:
         else:
             batches = news.batches[known - news.since :]
         for batch in batches:
-            for stored, raw in batch:
-                change = self.index.stored if stored else self.index.removed
-                change(replica, np.frombuffer(raw, "<u8").tolist())
+            self.apply_cache_changes(replica, batch)
         self.known[replica] = news.number
         self.report(replica, news.unfilled, news.number)
+
+    def apply_cache_changes(self, replica: int, changes: Iterable[tuple[bool, bytes]]) -> None:
+        """What a replica cached (True) or dropped, in order: the keys of pages, one after the other."""
+        for stored, joined in changes:
+            change = self.index.stored if stored else self.index.removed
+            change(replica, split_keys(joined))
+
+    def set_prefill_rate(self, replica: int, tokens: float) -> None:
+        """A replica computes so many tokens of prompts in a second: what copies cost beside that."""
+        if self.fetching is not None and self.fetching.prefills(replica, tokens) and isinstance(self._policy, Cost):
+            self._policy.reprice(self.fetching.price)
 
     def report(self, replica: int, unfilled: int, number: int) -> None:
         """After its batch `number` a replica had so many tokens left to compute, of what it had answered."""
@@ -305,6 +345,8 @@ class Router:
             del self._placed[request_id]
         self._under_way[replica] = self._reported[replica] = 0
         self.index.cleared(replica)
-        self.loads.set_ready(replica, False)
+        if self.fetching is not None:
+            self.fetching.left(replica)
+        self.cordon(replica)
         self.loads.forget(replica)
         self._aside.discard(replica)

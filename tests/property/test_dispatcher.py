@@ -14,12 +14,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rayk.dispatch.dispatcher import Dispatcher, Standing
+from rayk.dispatch.dispatcher import Dispatcher
 from rayk.dispatch.output import Handle
 from rayk.engine.page_sharing import PageSharing
 from rayk.errors import DrainError
 from rayk.kvcache.buffers import PageBuffers
-from rayk.kvcache.page_hash import PageHasher
 from rayk.kvcache.replica import ReplicaCore
 from rayk.protocol.engine import (
     Cancel,
@@ -33,7 +32,11 @@ from rayk.protocol.engine import (
     encode,
 )
 from rayk.sampling import SamplingParams
-from rayk.scheduler.router.steering import Steering
+from rayk.scheduler.membership import State
+from rayk.scheduler.router.router import RouterSettings
+from rayk.scheduler.transfers.indexed_copies import CopyPlanner
+from rayk.scheduler.transfers.links import LinkTable
+from rayk.scheduler.transfers.transfer import PageTransfers
 from rayk.transport.choice import Peer
 from rayk.transport.direct import DirectLine
 from rayk.transport.port import PagePort
@@ -98,13 +101,16 @@ class Clusters(RuleBasedStateMachine):
         self.pools: dict[Peer, PageBuffers] = {}
         self.starts = 0
         self.replicas: dict[int, Replica] = {}
-        hasher = PageHasher("xxh3_128", SEED, PAGE)
-        steering = Steering(router, PAGE, [PAGES * PAGE] * replicas, 4, hasher)
-        steering.copy_between(False, lambda: 0.0)
-        self.dispatcher = Dispatcher(self.post, steering, replicas, 2, lambda: self.now)
+        settings = RouterSettings(
+            router, (PAGES,) * replicas, PAGE, seed=SEED, limit=4, plans_copies=True, reports_backlog=False
+        )
+        self.dispatcher = Dispatcher(self.post, settings, 2, lambda: self.now)
+        chosen = self.dispatcher.router
+        chosen.fetching = CopyPlanner(chosen.index, PageTransfers(LinkTable(lambda: 0.0), PAGE), False)
         self.now = 0.0
         for replica in range(replicas):
             self.begin(replica)
+            self.dispatcher.meet(replica, *self.end_of(replica))
         self.handles: list[tuple[Handle, tuple[int, ...], int]] = []
         self.seen: list[list[int]] = []
         self.text: list[str] = []
@@ -112,8 +118,10 @@ class Clusters(RuleBasedStateMachine):
 
     def begin(self, replica: int) -> None:
         self.starts += 1
-        new = self.replicas[replica] = Replica(self.shelf, Peer(replica, self.starts), self.pools)
-        self.dispatcher.meet(replica, self.starts, new.bench.engine.peers.port.station)
+        self.replicas[replica] = Replica(self.shelf, Peer(replica, self.starts), self.pools)
+
+    def end_of(self, replica: int) -> tuple[int, Any]:
+        return self.starts, self.replicas[replica].bench.engine.peers.port.station
 
     def end(self, replica: int) -> None:
         for me in [me for me in self.pools if me.replica == replica]:
@@ -140,20 +148,20 @@ class Clusters(RuleBasedStateMachine):
             new.append(handle)
         self.dispatcher.submit(new)
 
-    def draw(self, data: st.DataObject, *standing: Standing) -> int | None:
-        found = [r for r, each in enumerate(self.dispatcher.standing) if each in standing]
+    def draw(self, data: st.DataObject, *wanted: State) -> int | None:
+        found = [r for r, each in enumerate(self.dispatcher.states) if each in wanted]
         return data.draw(st.sampled_from(found)) if found else None
 
     @rule(data=st.data(), steps=st.integers(0, 6))
     def turn(self, data: st.DataObject, steps: int) -> None:
-        replica = self.draw(data, Standing.ready, Standing.draining)
+        replica = self.draw(data, State.ready, State.draining)
         if replica is not None:
             self.dispatcher.hear(replica, self.replicas[replica].turn(steps))
 
     @rule(data=st.data(), reported=st.booleans(), steps=st.integers(0, 4))
     def die(self, data: st.DataObject, reported: bool, steps: int) -> None:
         """Whatever it did last may never be heard of."""
-        replica = self.draw(data, Standing.ready, Standing.draining)
+        replica = self.draw(data, State.ready, State.draining)
         if replica is not None:
             report = self.replicas.pop(replica).turn(steps)
             self.end(replica)
@@ -163,7 +171,7 @@ class Clusters(RuleBasedStateMachine):
 
     @rule(data=st.data(), hand_over=st.booleans())
     def drain(self, data: st.DataObject, hand_over: bool) -> None:
-        replica = self.draw(data, Standing.ready, Standing.draining)
+        replica = self.draw(data, State.ready, State.draining)
         if replica is not None:
             self.dispatcher.drain(replica)
             if hand_over:
@@ -171,21 +179,21 @@ class Clusters(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def resume(self, data: st.DataObject) -> None:
-        replica = self.draw(data, Standing.draining)
+        replica = self.draw(data, State.draining)
         if replica is not None:
             self.dispatcher.resume(replica)
 
     @rule(data=st.data())
     def offer(self, data: st.DataObject) -> None:
         """Its pages go to others while it still has requests, or goes before that is over, or not at all."""
-        replica = self.draw(data, Standing.draining)
+        replica = self.draw(data, State.draining)
         if replica is not None:
             self.dispatcher.offer(replica)
 
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
-        ready = Standing.ready in self.dispatcher.standing  # a Cluster does not let go of the last one
-        replica = self.draw(data, Standing.draining, Standing.lost) if ready else None
+        ready = State.ready in self.dispatcher.states  # a Cluster does not let go of the last one
+        replica = self.draw(data, State.draining, State.lost) if ready else None
         if replica is not None:
             self.let_go(replica)
 
@@ -202,7 +210,7 @@ class Clusters(RuleBasedStateMachine):
     @rule(data=st.data(), rounds=st.integers(0, 8))
     def retire(self, data: st.DataObject, rounds: int) -> None:
         """It hands over, its pages are offered for a while, and it goes, if nothing came between."""
-        replica = self.draw(data, Standing.ready, Standing.draining)
+        replica = self.draw(data, State.ready, State.draining)
         if replica is None:
             return
         self.dispatcher.drain(replica)
@@ -212,15 +220,18 @@ class Clusters(RuleBasedStateMachine):
         for _ in range(rounds):
             for other in self.dispatcher.live:
                 self.dispatcher.hear(other, self.replicas[other].turn(1))
-        if Standing.ready in self.dispatcher.standing:
+        if State.ready in self.dispatcher.states:
             self.let_go(replica)
 
     @precondition(lambda self: len(self.dispatcher.live) < 4)
-    @rule(count=st.integers(1, 2))
-    def add(self, count: int) -> None:
-        for replica in self.dispatcher.vacant(count):
+    @rule(count=st.integers(1, 2), fails=st.booleans())
+    def add(self, count: int, fails: bool = False) -> None:
+        for replica in self.dispatcher.enlist(count):
+            if fails:
+                self.dispatcher.give_up([replica])
+                continue
             self.begin(replica)
-            self.dispatcher.join(replica, PAGES * PAGE)
+            self.dispatcher.join(replica, PAGES, *self.end_of(replica))
 
     @rule()
     def time_passes(self) -> None:
@@ -236,6 +247,16 @@ class Clusters(RuleBasedStateMachine):
         self.dispatcher.cancel(handle)
 
     @invariant()
+    def all_agree_on_who_is_there(self) -> None:
+        if hasattr(self, "dispatcher"):
+            members, router = self.dispatcher.members, self.dispatcher.router
+            members.check_integrity()
+            assert np.flatnonzero(router.loads.ready).tolist() == members.ready
+            placed = {handle.id: handle.replica for handle, _, _ in self.handles if not handle.done}
+            counted = {i: each.replica for i, each in router._placed.items()}
+            assert counted == {i: replica for i, replica in placed.items() if replica is not None}
+
+    @invariant()
     def what_was_streamed_is_the_models(self) -> None:
         for i, (handle, prompt, count) in enumerate(getattr(self, "handles", [])):
             update = handle.take()
@@ -248,8 +269,8 @@ class Clusters(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "handles"):
             return
-        for replica, standing in enumerate(self.dispatcher.standing):
-            if standing is Standing.draining:
+        for replica, state in enumerate(self.dispatcher.states):
+            if state is State.draining:
                 self.dispatcher.resume(replica)
         if not self.dispatcher.live:
             self.add(1)

@@ -45,7 +45,7 @@ def test_every_line_carries_pages(session: InferenceSession, monkeypatch: pytest
     monkeypatch.setattr(LinkTable, "carried", watch)
     with Cluster(model, session, **SETTINGS) as cluster:
         for at, line in enumerate((SHARED_MEMORY, GROUP, OBJECT_STORE)):
-            monkeypatch.setattr(cluster._dispatcher.steering.fetching.links, "wanted", line)
+            monkeypatch.setattr(cluster._dispatcher.router.fetching.links, "wanted", line)
             for prompt in prompts(4, 40, seed=at):
                 prompt = [at, *prompt, *range(10)]
                 outputs = [cluster.generate([prompt], max_new_tokens=3)[0] for _ in range(2)]

@@ -54,4 +54,4 @@ def idle(cluster: Cluster) -> None:
     dispatcher = cluster._dispatcher
     while dispatcher._handles:  # their last reports are on their way
         threading.Event().wait(0.002)
-    assert not dispatcher._ids and not dispatcher._waiting and not dispatcher.steering._placed
+    assert not dispatcher._ids and not dispatcher._waiting and not dispatcher.router._placed

@@ -145,12 +145,12 @@ def test_pages_that_were_dropped_are_not_sought() -> None:
     with Cluster(model, replicas=2, page_size=4, pages=24, max_batch_size=8) as cluster:
         [old] = cluster.generate([list(range(40))], max_new_tokens=2)
         cluster.generate([[i] * 40 for i in range(50, 60)], max_new_tokens=2)
-        steering = cluster._dispatcher.steering
-        index = steering._index
+        router = cluster._dispatcher.router
+        index = router.index
         index.check_integrity()
         for replica in range(2):
             assert index.pages(replica) <= 24
-        assert not any(index.reach(steering.keys(np.arange(40, dtype=np.int32), None)).device)
+        assert not any(index.reach(router.keys.of(np.arange(40, dtype=np.int32).tobytes(), (None, None))).device)
         [new] = cluster.generate([list(range(40))], max_new_tokens=2)
         assert new.tokens == old.tokens and new.cached_tokens == 0
 

@@ -15,10 +15,12 @@ import torch
 from rayk.cluster import Cluster
 from rayk.engine.engine import Engine
 from rayk.errors import ConfigError
+from rayk.kvcache.page_hash import PageKeys
 from rayk.protocol.engine import Command, Submit
 from rayk.request_errors import ForwardError, RequestError
 from rayk.sampling import SamplingParams
-from rayk.scheduler.router.steering import Steering
+from rayk.scheduler.router.router import Router
+from rayk.scheduler.transfers.indexed_copies import CopyPlanner
 
 from .conftest import Gated
 from .fake import PageModel, Tokenizer, expected
@@ -191,14 +193,17 @@ def test_a_request_that_cannot_be_sent_ends_alone(monkeypatch: pytest.MonkeyPatc
     assert isinstance(bad.error, RequestError) and "OverflowError: does not fit" in str(bad.error)
 
 
-@pytest.mark.parametrize("where", ["keys", "place", "spans_to_copy"])
-def test_a_router_that_raises_ends_one_request(monkeypatch: pytest.MonkeyPatch, cluster: Cluster, where: str) -> None:
+@pytest.mark.parametrize("where", [(PageKeys, "of"), (Router, "choose"), (CopyPlanner, "plan"), (Router, "place")])
+def test_a_router_that_raises_ends_one_request(
+    monkeypatch: pytest.MonkeyPatch, cluster: Cluster, where: tuple[type, str]
+) -> None:
     """While others report: it must not be their replica's end."""
-    sound, raised = getattr(Steering, where), []
+    sound, raised = getattr(*where), []
+    fatal = {"of": lambda tokens, root: len(tokens) == 20, "plan": lambda replica, keys: bool(keys)}
+    is_bad = fatal.get(where[1], lambda request_id, *rest: request_id == bad.id)
 
-    def broken(self: Steering, *given: Any) -> Any:
-        prompt = given[0] if where == "keys" else None
-        if (where == "keys" and len(prompt) == 5) or (where != "keys" and given[0] == bad.number):
+    def broken(self: Any, *given: Any) -> Any:
+        if is_bad(*given):
             raised.append(1)
             raise ZeroDivisionError("a bug")
         return sound(self, *given)
@@ -206,7 +211,7 @@ def test_a_router_that_raises_ends_one_request(monkeypatch: pytest.MonkeyPatch, 
     Gated.gate.clear()
     running = cluster.submit_all([[i, i] for i in range(20)], max_new_tokens=9)  # they fill both replicas
     bad = cluster.submit([5, 5, 5, 5, 5])
-    monkeypatch.setattr(Steering, where, broken)
+    monkeypatch.setattr(*where, broken)
     after = cluster.submit([6, 6], max_new_tokens=9)
     Gated.gate.set()
     assert "ZeroDivisionError: a bug" in str(bad.result(20).error) and raised

@@ -16,7 +16,7 @@ from rayk.dispatch.dispatcher import Dispatcher
 from rayk.dispatch.output import Handle
 from rayk.errors import ConfigError
 from rayk.request_errors import RequestCancelledError
-from rayk.scheduler.router.steering import Steering
+from rayk.scheduler.router.router import Router
 
 from .conftest import Gated, idle
 from .fake import PageModel, expected
@@ -64,16 +64,16 @@ def generate_interrupted(cluster: Cluster) -> None:
 
 def submit_interrupted(cluster: Cluster) -> None:
     """In the middle of the placing: some have a place and were not sent."""
-    place, left = Steering.place, [5]
+    place, left = Router.place, [5]
 
-    def interrupted(self: Steering, *given: Any) -> int:
+    def interrupted(self: Router, *given: Any) -> None:
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        return place(self, *given)
+        place(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Steering, "place", interrupted)
+        patch.setattr(Router, "place", interrupted)
         for call in (cluster.generate, cluster.submit_all):
             left[0] = 5
             with pytest.raises(KeyboardInterrupt):

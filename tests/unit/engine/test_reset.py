@@ -48,7 +48,7 @@ def first_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def heard(cluster: Cluster, *replicas: int) -> None:
     """Wait until the router knows that nothing is cached there: what it does not know costs a miss."""
-    while any(cluster._dispatcher.steering._index.pages(replica) for replica in replicas):
+    while any(cluster._dispatcher.router.index.pages(replica) for replica in replicas):
         threading.Event().wait(0.002)
 
 

@@ -165,11 +165,11 @@ class History:
                 found = [r for r in here if manager.contains(name, r)]
                 assert found == ([] if at is None else [at])
         scheduler = None if self.runtime is None else self.runtime.actor("scheduler").instance._core
-        standing = manager._backend._standing if scheduler is None else scheduler.standing  # type: ignore[attr-defined]
-        standing.members.check_integrity()
+        lifecycle = manager._backend._lifecycle if scheduler is None else scheduler.lifecycle  # type: ignore[attr-defined]
+        lifecycle.members.check_integrity()
         router = manager._backend._router if scheduler is None else scheduler.router  # type: ignore[attr-defined]
         router.index.check_integrity()
-        assert router.loads.ready.tolist() == [state == "ready" for state in map(str, standing.members.states)]
+        assert router.loads.ready.tolist() == [state == "ready" for state in map(str, lifecycle.members.states)]
 
 
 @pytest.mark.parametrize("kind", ["inline", "eager", "lazy"])
