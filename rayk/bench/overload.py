@@ -114,7 +114,7 @@ class _Watch:
 
     def __init__(self, pids: dict[str, int], manager: PagedKVCacheManager) -> None:
         self._processes = {name: psutil.Process(pid) for name, pid in pids.items()}
-        self._backend: Any = manager._backend
+        self._calls: Any = manager._calls
         self._over = threading.Event()
         self.memory: dict[str, list[int]] = {name: [] for name in pids}
         self.waiting: list[int] = []
@@ -132,7 +132,7 @@ class _Watch:
         while not self._over.wait(SAMPLE_SECONDS):
             for name, process in self._processes.items():
                 self.memory[name].append(process.memory_info().rss)
-            told: m.Description = self._backend.calls.scheduler.ask(m.Describe())
+            told: m.Description = self._calls.scheduler.ask(m.Describe())
             assert told.admission is not None
             self.waiting.append(told.admission.waiting)
 
@@ -180,9 +180,9 @@ class Overload:
             for tenant, driver in self._drivers.items():
                 pid = self._session.ray.get(driver.call("ping"), f"driver {tenant}", START_SECONDS)
                 self._pids[f"driver {tenant}"] = pid
-            backend: Any = self._manager._backend
-            self._pids["scheduler"] = backend.scheduler_pid()
-            self._pids |= {f"replica {r}": pid for r, pid in enumerate(backend.replica_pids())}
+            calls: Any = self._manager._calls
+            self._pids["scheduler"] = calls.scheduler_pid()
+            self._pids |= {f"replica {r}": pid for r, pid in enumerate(calls.replica_pids())}
         except BaseException:
             self.close()
             raise

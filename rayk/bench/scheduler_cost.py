@@ -133,7 +133,8 @@ class SchedulerCost:
         await asyncio.wrap_future(self.session.ray.future(self._forwarder.call("handle", wire)))
 
     async def _release(self, batches: list[list[TextContext]]) -> None:
-        await self.manager._run("release_many", [ctx.request_id for batch in batches for ctx in batch])
+        request_ids = [ctx.request_id for batch in batches for ctx in batch]
+        await self.manager._run(self.manager._calls.release_many(request_ids))
 
     async def batched(self) -> float:
         """Requests per second in batches."""

@@ -31,6 +31,34 @@ class Admission(NamedTuple):
         return self.device_tokens + self.peer_tokens + self.host_tokens + self.disk_tokens
 
 
+Settled = list[tuple[TextContext, Admission]]
+"""Requests that are settled, and what became of each."""
+
+
+def placed(ctxs: Sequence[TextContext], admissions: Sequence[Admission]) -> list[str]:
+    """Ids of those that were placed; the last ones may not have been tried."""
+    return [ctx.request_id for ctx, each in zip(ctxs, admissions, strict=False) if each.error is None]
+
+
+def first_error(admissions: Sequence[Admission]) -> RaykError | None:
+    """Why not all of them were placed."""
+    return next((each.error for each in admissions if each.error is not None), None)
+
+
+def windows(ctxs: Sequence[TextContext]) -> list[tuple[int, int, int | None]]:
+    """What rewind() moves them back to."""
+    return [(ctx.tokens.processed, ctx.tokens.end, ctx.cached_prefix_length) for ctx in ctxs]
+
+
+def rewind(
+    ctxs: Sequence[TextContext], admissions: Sequence[Admission], before: list[tuple[int, int, int | None]]
+) -> None:
+    """Move the windows of those that were placed back, which their releases do not."""
+    for ctx, admission, (processed, end, cached) in zip(ctxs, admissions, before, strict=False):
+        if admission.error is None:
+            ctx.tokens.processed, ctx.tokens.end, ctx.cached_prefix_length = processed, end, cached
+
+
 @dataclass(frozen=True)
 class Tick:
     """Work for one replica, done in this order: step, release, alloc, execute.
@@ -63,6 +91,14 @@ class TickResult:
     waiting: frozenset[str] = frozenset()  # left out of this forward: their loads are still on their way
     released: int = 0  # so many of the tick's `release` are done, in order
     error: Exception | None = None  # what ended it early; tick() raises the first of all replicas
+
+
+def unless_failed(results: list[TickResult]) -> list[TickResult]:
+    """Those results; the first error in them is raised."""
+    for result in results:
+        if result.error is not None:
+            raise result.error
+    return results
 
 
 class HitCounts(NamedTuple):

@@ -12,19 +12,21 @@ Calls are scripts of rounds, run by wait_for() or await_for().
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
 from time import monotonic
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from rayk import protocol as m
 from rayk.actors.channel import ActorChannel, Answer, Pending, hear, new_client_id
 from rayk.actors.interface import LaneState, Runtime
 from rayk.actors.lane import FastLane
 from rayk.actors.launch import Deployment
+from rayk.context import TextContext
 from rayk.errors import (
     CallTimeoutError,
     LeaseLostError,
@@ -42,22 +44,26 @@ LOST_KNOWN = 4096  # claims that were lost and can still be told from none
 
 Heard = Answer | RaykError  # an answer, or why there is none
 Round = list[Pending] | Callable[[], Any]  # messages, or work that takes long and sends none
-Call = Generator[Round, Any, Any]
+T = TypeVar("T")
+P = ParamSpec("P")
+Script = Generator[Round, Any, T]
+"""A call that gives a T: it yields rounds, and is sent what they gave."""
+View = TypeVar("View", bound="ClusterView")
 
 
-class ClusterView:
-    """The lines of one driver to one running Cluster. `cluster` is the latest that was heard of. `replicas` has the
-    indices at which somebody is, and stays the same object; its values are what `made(index)` gives for a newcomer."""
+class ClusterView(ABC):
+    """The channels of one driver to one running cluster. `cluster` is the latest deployment that an answer told of.
+    `allocators[r]` is the alloc() of each replica that runs; the object stays the same."""
 
     def __init__(self, runtime: Runtime, cluster: Deployment) -> None:
         assert cluster.scheduler is not None
         self.client = new_client_id("driver")
         self.cluster = cluster
-        self.replicas: dict[int, Any] = {}
-        self.made: Callable[[int], Any] = lambda replica: None
+        self.allocators: dict[int, Callable[[TextContext], object]] = {}
         self.queued = cluster.config.admission is not None
         """Whether requests wait for their turn at the scheduler."""
         self._runtime = runtime
+        self._params = cluster.config.params
         self._sender = ContextSender()
         self._placed: dict[str, int] = {}
         self._claims: dict[str, int] = {}  # the generation of each claim; of one that was lost, until it is made anew
@@ -75,15 +81,19 @@ class ClusterView:
             SchedulerLostError,
             quiet=SCHEDULER_SECONDS,
         )
-        self._seat(cluster)
+        self._connect(cluster)
 
     @property
     def indices(self) -> int:
         """Indices at which somebody is or was."""
         return len(self._links)
 
-    def _seat(self, cluster: Deployment) -> None:
-        """Have a line to everybody who is there."""
+    @abstractmethod
+    def _allocator(self, replica: int) -> Callable[[TextContext], object]:
+        """alloc() of that replica."""
+
+    def _connect(self, cluster: Deployment) -> None:
+        """Have a channel to each replica that runs."""
         self.cluster = cluster
         for r, seat in enumerate(cluster.seats):
             if r == len(self._links):
@@ -93,14 +103,14 @@ class ClusterView:
                 link.close_lane()
             if seat is None:
                 self._links[r] = None
-                self.replicas.pop(r, None)
+                self.allocators.pop(r, None)
             elif link is None or link.epoch != seat.epoch:
                 lost = partial(self._lost, r, seat.epoch)
                 self._links[r] = link = ActorChannel(
                     self._runtime, seat.actor, f"replica {r}", seat.epoch, self.client, lost
                 )
                 link.pages = self.queued
-                self.replicas[r] = self.made(r)
+                self.allocators[r] = self._allocator(r)
         if not self._lanes_off:
             self.lay_lanes()
 
@@ -135,8 +145,8 @@ class ClusterView:
             raise ReplicaRemovedError(replica, len(self._links))
         return link
 
-    def heard(self, what: str) -> list[int]:
-        """That number of every line, 0 where nobody is."""
+    def latest(self, what: str) -> list[int]:
+        """That number of every channel, 0 for a hole."""
         return [getattr(link, what) if link is not None else 0 for link in self._links]
 
     def _lost(self, replica: int, epoch: int, reason: str) -> RaykError:
@@ -147,7 +157,7 @@ class ClusterView:
         return [request_id for request_id, r in self._placed.items() if r == replica]
 
     @staticmethod
-    def _ask(link: ActorChannel, command: Any) -> Call:
+    def _ask(link: ActorChannel, command: Any) -> Script[Any]:
         """One message; its result, or the error it stands for."""
         [heard] = yield [link.send(command)]
         return result_of(heard)
@@ -164,6 +174,11 @@ class ClusterView:
         """The request is claimed there, newly."""
         self._placed[request_id], self._claims[request_id] = replica, generation
 
+    def _gone(self, request_id: str) -> None:
+        self._sender.forget(request_id)
+        self._placed.pop(request_id, None)
+        self._released[request_id] = self._claims.pop(request_id, 0)
+
     def _lose(self, request_id: str) -> None:
         """The claim is not there any more, though it was not released here. What is said about it names it all the
         same, and is refused for what it is."""
@@ -179,7 +194,7 @@ class ClusterView:
         """Whether a later roster was heard of."""
         return bool(self._dead) or self.scheduler.roster > self.cluster.version
 
-    def catch_up(self) -> Call:
+    def catch_up(self) -> Script[None]:
         """Fetch the latest roster, and find requests whose replica drains or is not there any more."""
         gone, self._dead = sorted(self._dead), set()
         try:
@@ -192,7 +207,7 @@ class ClusterView:
         if cluster.version > self.cluster.version:
             before = self._epochs
             started_here = self.cluster.started_here
-            self._seat(replace(cluster, scheduler=self.cluster.scheduler, started_here=started_here))
+            self._connect(replace(cluster, scheduler=self.cluster.scheduler, started_here=started_here))
             now = self._epochs
             moving = {r for r, state in enumerate(cluster.states) if state in (State.draining, State.lost)}
             moving |= {r for r, epoch in enumerate(before) if now[r] != epoch}
@@ -202,7 +217,7 @@ class ClusterView:
     def _epochs(self) -> list[int]:
         return [link.epoch if link is not None else 0 for link in self._links]
 
-    def _find(self, request_ids: list[str]) -> Call:
+    def _find(self, request_ids: list[str]) -> Script[None]:
         """Ask where those requests are, and remember it."""
         if request_ids:
             done: m.Located = yield from self._ask(self.scheduler, m.Locate(request_ids))
@@ -214,7 +229,7 @@ class ClusterView:
                     else:
                         self._placed[request_id] = replica
 
-    def explained(self, error: RaykError) -> Call:
+    def explained(self, error: RaykError) -> Script[RaykError]:
         """The error as it reads once it is known who is there and where requests are."""
         try:
             if isinstance(error, NotClaimedError):
@@ -229,7 +244,7 @@ class ClusterView:
                 mine = self._on(error.replica)
                 if self.behind:
                     yield from self.catch_up()
-                if error.replica not in self.replicas:  # it did not die: it was removed
+                if error.replica not in self.allocators:  # it did not die: it was removed
                     moved = [(i, self._placed[i]) for i in mine if i in self._placed]
                     if moved:
                         return NotClaimedError(moved[0][0], error.replica, moved[0][1])
@@ -241,11 +256,11 @@ class ClusterView:
         return error
 
 
-def current(script: Callable[..., Call]) -> Callable[..., Call]:
+def current(script: Callable[Concatenate[View, P], Script[T]]) -> Callable[Concatenate[View, P], Script[T]]:
     """Have a script of a ClusterView begin and end with the latest one."""
 
     @wraps(script)
-    def run(self: ClusterView, *arguments: Any, **named: Any) -> Call:
+    def run(self: View, /, *arguments: P.args, **named: P.kwargs) -> Script[T]:
         if self.behind:
             with suppress(SchedulerLostError, CallTimeoutError):  # what needs no scheduler goes on
                 yield from self.catch_up()
@@ -270,8 +285,9 @@ def result_of(heard: Heard) -> Any:
     return heard.result
 
 
-def apart(work: Callable[[], Any]) -> Call:
+def off_loop(work: Callable[[], T]) -> Script[T]:
     """Within a script: do what takes long and sends no message, off the event loop if there is one."""
+    value: T
     value, error = yield work
     if error is not None:
         raise error
@@ -285,7 +301,7 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         return None, error
 
 
-def wait_for(call: Call) -> Any:
+def wait_for(call: Script[T]) -> T:
     """Run a call to its end, waiting for each round."""
     try:
         round_ = next(call)
@@ -297,10 +313,11 @@ def wait_for(call: Call) -> Any:
             else:
                 round_ = call.send(heard)
     except StopIteration as end:
-        return end.value
+        result: T = end.value
+        return result
 
 
-async def await_for(call: Call) -> Any:
+async def await_for(call: Script[T]) -> T:
     """Run a call to its end without blocking the event loop."""
     try:
         round_ = next(call)
@@ -312,7 +329,8 @@ async def await_for(call: Call) -> Any:
             else:
                 round_ = call.send(heard)
     except StopIteration as end:
-        return end.value
+        result: T = end.value
+        return result
 
 
 async def _awaited(round_: Round) -> Any:

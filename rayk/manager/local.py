@@ -1,8 +1,7 @@
-"""What the manager asks of a runtime, and the runtime that has everything in this process.
+"""The calls of a manager that has everything in this process.
 
-`Backend` mirrors the manager's calls after their arguments were checked: replica indices are in range and
-there is one batch per replica. It is wider than a protocol should be because two complete implementations
-(this one and rayk.actors.client) are the point of it.
+They have the names and arguments of those on Ray (rayk.manager.calls), which are scripts; these give their results.
+Arguments were checked: replica indices are in range, and there is one batch per replica.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from socket import gethostname
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from rayk.actors.interface import LaneState
 from rayk.context import TextContext
 from rayk.errors import (
     AlreadyClaimedError,
@@ -33,10 +31,9 @@ from rayk.kvcache.page_pins import PageExport
 from rayk.kvcache.replica import ReplicaCore
 from rayk.kvcache.request import Reused, Usage
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, ReplicaInputs, no_inputs
-from rayk.kvcache.tick import Admission, HitCounts, Tick, TickResult
+from rayk.kvcache.tick import Admission, HitCounts, Settled, Tick, TickResult, placed
 from rayk.manager.local_replicas import InlineReplicas
 from rayk.protocol.contexts import Traits
-from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
 from rayk.scheduler.transfers.copy_cost import copy_spans, profitable_spans
 from rayk.values import checked_request_id
 
@@ -48,58 +45,7 @@ _ME = ""  # the one driver of the inline runtime
 Work = TypeVar("Work", bound=Sequence[Any])
 
 
-class Backend(Protocol):
-    """The replicas of one manager. `prefill_rate`: see PagedKVCacheManager."""
-
-    prefill_rate: float | None
-
-    def claim(self, request_id: str, replica: int, dummy: bool = False) -> None: ...
-    def contains(self, request_id: str, replica: int) -> bool: ...
-    @property
-    def indices(self) -> int: ...
-    @property
-    def allocators(self) -> dict[int, Callable[[TextContext], Any]]: ...
-    def alloc(self, ctx: TextContext, replica: int) -> object: ...
-    def alloc_many(self, batches: Batches) -> list[dict[str, InsufficientBlocksError]]: ...
-    def release(self, request_id: str, replica: int, force: bool = False) -> None: ...
-    def blocks(self, request_id: str, replica: int) -> list[int]: ...
-    def try_admit(
-        self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, stop_on_error: bool
-    ) -> list[Admission]: ...
-    def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> list[tuple[TextContext, Admission]]: ...
-    def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> list[TickResult]: ...
-    def runtime_inputs(
-        self, batches: Batches, max_cache_length: int | None, characteristics: BatchCharacteristics | None
-    ) -> list[ReplicaInputs]: ...
-    def execute(self, batches: Batches, fn: Forward) -> list[Any]: ...
-    def step(self, batches: Batches) -> None: ...
-    def usage(self, replica: int) -> Usage: ...
-    def used_fraction_after(self, ctx: TextContext, replica: int) -> float: ...
-    def hit_counts(self, ctx: TextContext) -> list[HitCounts]: ...
-    def metrics(self) -> KVCacheMetrics: ...
-    def reset_metrics(self) -> None: ...
-    def reset_prefix_cache(self, token: bytes | None) -> dict[int, int]: ...
-    def buffers(self, replica: int) -> list[torch.Tensor]: ...
-    def read_pages(self, page_ids: Sequence[int], replica: int) -> list[torch.Tensor]: ...
-    def tier_count(self, replica: int) -> TierCount: ...
-    def poll_transfers(self) -> None: ...
-    def drain(self) -> None: ...
-    def node_names(self) -> list[str]: ...
-    def check_integrity(self) -> list[int]: ...
-    def look(self) -> None: ...
-    def holder(self, request_id: str) -> int | None: ...
-    def add_replicas(self, count: int, timeout: float) -> list[int]: ...
-    def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Drained: ...
-    def resume_replica(self, replica: int) -> None: ...
-    def remove_replica(self, replica: int) -> Removed: ...
-    def lane_states(self) -> list[LaneState]: ...
-    def replica_loads(self) -> list[ReplicaLoad]: ...
-    def check_owned(self) -> None: ...
-    def close(self) -> None: ...
-    def leave(self) -> None: ...
-
-
-class InlineBackend(InlineReplicas):
+class LocalCalls(InlineReplicas):
     """All replicas in this process; no copy of a context or a token is made on the way."""
 
     # -- requests ----------------------------------------------------------------------------
@@ -123,15 +69,26 @@ class InlineBackend(InlineReplicas):
         self.core(replica).release(request_id)
         self._gone(request_id)
 
+    def release_many(self, request_ids: Sequence[str]) -> dict[str, RaykError]:
+        """Release requests that are placed; why those were not that were not."""
+        for request_id in request_ids:
+            self.release(request_id, self._holder(request_id))
+        return {}
+
+    def give_back(self, request_ids: Sequence[str]) -> None:
+        """Release what was placed for a caller that does not want it any more; what is gone already stays so."""
+        for request_id in request_ids:
+            if (replica := self._holder(request_id)) >= 0:
+                self.release(request_id, replica)
+
     def blocks(self, request_id: str, replica: int) -> list[int]:
         return self.core(replica).blocks(checked_request_id(request_id))
 
     def _allocator(self, core: ReplicaCore) -> Callable[[TextContext], Reused]:
         return partial(self._alloc_with_copies, core) if self._copies else core.alloc
 
-    def alloc(self, ctx: TextContext, replica: int) -> Reused:
-        reused: Reused = self.allocators[replica](ctx)
-        return reused
+    def alloc(self, ctx: TextContext, replica: int) -> None:
+        self.allocators[replica](ctx)
 
     def alloc_many(self, batches: Batches) -> list[dict[str, InsufficientBlocksError]]:
         pairs = self._pairs(batches)
@@ -210,19 +167,17 @@ class InlineBackend(InlineReplicas):
                     admissions.append(self._admit(ctx, wish, replica))
                 if stop_on_error and admissions[-1].error is not None:
                     break
-        except BaseException:  # interrupted: nobody hears of what was placed
-            for ctx, admission in zip(ctxs, admissions, strict=False):
-                if admission.error is None:
-                    self.release(ctx.request_id, admission.replica)
+        except BaseException:  # interrupted: its caller would not know of what was placed
+            self.give_back(placed(ctxs, admissions))
             raise
         return admissions
 
-    def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> list[tuple[TextContext, Admission]]:
+    def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> Settled:
         from rayk.scheduler.admission.controller import QueuedRequest
 
         hall, offered = self._hall, self._offered
         assert hall is not None, "the manager has a policy"
-        became: list[tuple[TextContext, Admission]] = []
+        became: Settled = []
         self._look()
         hall.give_up(_ME, given_up)
         for ctx in ctxs:
@@ -303,7 +258,7 @@ class InlineBackend(InlineReplicas):
         core.claim(ctx.request_id, False, _ME, next(self._generations))
         claimed = perf_counter()
         try:
-            reused = self.alloc(ctx, replica)
+            reused: Reused = self.allocators[replica](ctx)
         except BaseException as error:
             core.release(ctx.request_id)
             self._forget(ctx.request_id)

@@ -11,25 +11,22 @@ from functools import partial
 from time import monotonic, sleep
 
 from rayk import protocol as m
-from rayk.actors.interface import Runtime
-from rayk.actors.launch import Deployment, ReplicaHandle, desk_settings, start_replicas
+from rayk.actors.launch import ReplicaHandle, desk_settings, start_replicas
 from rayk.actors.scale_out import Placed, give_back, place_replicas, vacate
 from rayk.errors import DrainError, SchedulerLostError
-from rayk.manager.cluster_view import Call, ClusterView, apart, current, result_of
+from rayk.manager.cluster_view import ClusterView, Script, current, off_loop, result_of
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
 
 LOOK_SECONDS = 0.02  # between two looks at a replica that drains
 
 
 class ScalingCalls(ClusterView):
-    """`name` is that of the cluster's detached actors, if they are that."""
+    """`_name` is that of the cluster's detached actors, if they are that."""
 
-    def __init__(self, runtime: Runtime, cluster: Deployment, name: str | None = None) -> None:
-        super().__init__(runtime, cluster)
-        self._name = name
+    _name: str | None
 
     @current
-    def add_replicas(self, count: int, timeout: float) -> Call:
+    def add_replicas(self, count: int, timeout: float) -> Script[list[int]]:
         """Start `count` more replicas; their indices. Whatever fails, nothing is left behind."""
         enlisted: m.Enlisted = yield from self._ask(self.scheduler, m.Enlist(count))
         replicas, joined = enlisted.replicas, list[int]()
@@ -38,21 +35,21 @@ class ScalingCalls(ClusterView):
             yield from self.catch_up()  # others may have come meanwhile
             cluster, name = self.cluster, self._name
             keyed = desk_settings(cluster.config, cluster.pages).wants_keys
-            placed = yield from apart(lambda: place_replicas(self._runtime, cluster, replicas, timeout))
+            placed = yield from off_loop(lambda: place_replicas(self._runtime, cluster, replicas, timeout))
             for r in replicas:
                 yield from self._ask(self.scheduler, m.Starting(r))
-            seats = yield from apart(lambda: start_replicas(self._runtime, cluster, placed.places, keyed, name))
+            seats = yield from off_loop(lambda: start_replicas(self._runtime, cluster, placed.places, keyed, name))
             for r, seat in zip(replicas, seats, strict=True):
                 join = m.Join(r, seat.epoch, seat.plan.pages)
                 [heard] = yield [self.scheduler.send(join, [seat, tuple(placed.nodes)])]
                 result_of(heard)
                 joined.append(r)
         except BaseException:
-            yield from self._undo([r for r in replicas if r not in joined], placed, seats)
+            yield from self._take_back([r for r in replicas if r not in joined], placed, seats)
             raise
         return replicas
 
-    def _undo(self, replicas: list[int], placed: Placed, seats: list[ReplicaHandle]) -> Call:
+    def _take_back(self, replicas: list[int], placed: Placed, seats: list[ReplicaHandle]) -> Script[None]:
         """Stop what was started for those indices and let go of them."""
         epochs = {at.epoch for at in placed.places if at.replica in replicas}
         kept = [id(at.placement.group) for at in placed.places if at.replica not in replicas]
@@ -62,13 +59,13 @@ class ScalingCalls(ClusterView):
             self._runtime.stop([seat.actor for seat in seats if seat.epoch in epochs], None)
             give_back(self._runtime, groups)
 
-        yield from apart(stop)
+        yield from off_loop(stop)
         with suppress(SchedulerLostError):
             for r in replicas:
                 yield from self._ask(self.scheduler, m.GiveUp(r))
 
     @current
-    def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Call:
+    def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Script[Drained]:
         """Give the replica no new requests; wait up to `deadline` seconds for those it has, then hand them over."""
         until = monotonic() + (deadline or 0.0)
         while True:
@@ -79,25 +76,25 @@ class ScalingCalls(ClusterView):
                 return Drained(sorted(done.left), done.moved)
             if late:
                 raise DrainError(replica, done.left)
-            yield from apart(partial(sleep, min(LOOK_SECONDS, max(0.0, until - monotonic()))))
+            yield from off_loop(partial(sleep, min(LOOK_SECONDS, max(0.0, until - monotonic()))))
 
     @current
-    def resume_replica(self, replica: int) -> Call:
+    def resume_replica(self, replica: int) -> Script[None]:
         """Let it take requests again."""
         yield from self._ask(self.scheduler, m.ResumeReplica(replica))
 
     @current
-    def remove_replica(self, replica: int) -> Call:
+    def remove_replica(self, replica: int) -> Script[Removed]:
         """Forget a replica, then end its process and give its place back; what became of its pages."""
         yield from self.catch_up()
         cluster = self.cluster
         done: m.RemoveDone = yield from self._ask(self.scheduler, m.RemoveReplica(replica))
         self.link(replica).close_lane()  # while there is somebody at its other end
-        yield from apart(lambda: vacate(self._runtime, cluster, replica))
+        yield from off_loop(lambda: vacate(self._runtime, cluster, replica))
         return Removed(done.cached, done.known, done.taken)
 
     @current
-    def replica_loads(self) -> Call:
+    def replica_loads(self) -> Script[list[ReplicaLoad]]:
         """How each index stands and what it carries."""
         known: m.Description = yield from self._ask(self.scheduler, m.Describe(self._take_released()))
         columns = (known.states, known.requests, known.waiting, known.held, known.capacity)

@@ -1,7 +1,7 @@
-"""The way into a cluster that has an admission policy, for callers that wait: blocking (Line) and awaiting (Door).
+"""Callers that wait for their admission to a cluster that has a policy: blocking, and on an event loop.
 
-Both offer requests and look again, soon at first and then less often, until it is known what became of each. A look
-is one message for all that wait; whatever else is to be said (a release, new offers) is a look, too.
+Both offer requests and poll, soon at first and then less often, until it is known what became of each. A poll is one
+message for all that wait; whatever else is to be said (a release, new offers) is a poll, too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from rayk.context import TextContext
 from rayk.errors import AlreadyClaimedError, ClosedError, RaykError
-from rayk.kvcache.tick import Admission
+from rayk.kvcache.tick import Admission, Settled
 
-SHORTEST, LONGEST = 0.002, 0.05  # seconds between looks
+SHORTEST, LONGEST = 0.002, 0.05  # seconds between polls
 
-Became = list[tuple[TextContext, Admission]]
+GiveBack = Callable[[list[str]], object]  # releases what was placed for callers that do not want it any more
 
 
 def _twice(ctxs: Sequence[TextContext], waiting: Iterable[str] = ()) -> dict[int, Admission]:
@@ -32,55 +32,50 @@ def _twice(ctxs: Sequence[TextContext], waiting: Iterable[str] = ()) -> dict[int
 
 
 class BlockingAdmission:
-    """`enter` offers requests, gives others up, and says what is settled; `release` gives back what was placed for a
-    caller that was interrupted."""
+    """`enter` offers requests, gives others up, and says what is settled."""
 
     def __init__(
         self,
-        enter: Callable[[Sequence[TextContext], Sequence[str]], Became],
-        release: Callable[[str, int], None],
+        enter: Callable[[Sequence[TextContext], Sequence[str]], Settled],
+        give_back: GiveBack,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._enter = enter
-        self._release = release
+        self._give_back = give_back
         self._sleep = sleep
-        self._kept: Became = []  # settled while somebody waited for others
+        self._kept: Settled = []  # settled while others were waited for
         self._unwanted: dict[int, TextContext] = {}  # of interrupted callers, and not settled yet; by identity
 
-    def look(self, ctxs: Sequence[TextContext], give_up: Sequence[str]) -> Became:
+    def poll(self, ctxs: Sequence[TextContext], give_up: Sequence[str]) -> Settled:
         """Offer, and do not wait."""
-        became = self._settled(ctxs, give_up)
+        settled = self._settled(ctxs, give_up)
         kept, self._kept = self._kept, []
-        return kept + became
+        return kept + settled
 
-    def _settled(self, ctxs: Sequence[TextContext], give_up: Sequence[str]) -> Became:
-        """What is settled; what was placed for callers that were interrupted is released."""
-        became = Became()
+    def _settled(self, ctxs: Sequence[TextContext], give_up: Sequence[str]) -> Settled:
+        """What is settled; what was placed for callers that were interrupted is given back."""
+        settled, unwanted = Settled(), list[str]()
         for ctx, admission in self._enter(ctxs, give_up):
-            unwanted = self._unwanted.pop(id(ctx), None) is ctx
-            if unwanted and admission.error is None:
-                self._give_back(ctx, admission)
+            if self._unwanted.pop(id(ctx), None) is ctx and admission.error is None:
+                unwanted.append(ctx.request_id)
             else:
-                became.append((ctx, admission))
-        return became
-
-    def _give_back(self, ctx: TextContext, admission: Admission) -> None:
-        if admission.error is None:
-            with suppress(RaykError):  # where that fails, it is gone, too
-                self._release(ctx.request_id, admission.replica)
+                settled.append((ctx, admission))
+        if unwanted:
+            self._give_back(unwanted)
+        return settled
 
     def wait(self, ctxs: Sequence[TextContext]) -> list[Admission]:
         """Offer, and wait until each is settled. Should that be interrupted, they are given up: nothing of them stays
         placed."""
         results = _twice(ctxs)
         due = {id(ctx): at for at, ctx in enumerate(ctxs) if at not in results}
-        mine: Became = []
+        mine: Settled = []
         offers: Sequence[TextContext] = [ctx for at, ctx in enumerate(ctxs) if at not in results]
         pause = SHORTEST
         try:
             while due:
-                became, offers = self._settled(offers, ()), ()
-                for ctx, admission in became:
+                settled, offers = self._settled(offers, ()), ()
+                for ctx, admission in settled:
                     at = due.pop(id(ctx), None)
                     if at is None:
                         self._kept.append((ctx, admission))
@@ -89,12 +84,11 @@ class BlockingAdmission:
                         mine.append((ctx, admission))
                 if due:
                     self._sleep(pause)
-                    pause = SHORTEST if became else min(2 * pause, LONGEST)
+                    pause = SHORTEST if settled else min(2 * pause, LONGEST)
         except BaseException:
             left = [ctxs[at] for at in due.values()]
             self._unwanted.update((id(ctx), ctx) for ctx in left)
-            for ctx, admission in mine:
-                self._give_back(ctx, admission)
+            self._give_back([ctx.request_id for ctx, admission in mine if admission.error is None])
             with suppress(RaykError):
                 self._kept += self._settled((), [ctx.request_id for ctx in left])
             raise
@@ -107,98 +101,94 @@ class _Waiter(NamedTuple):
 
 
 class AsyncAdmission:
-    """The same for an event loop, with one message under way at a time. `release` gives back what was placed for
-    nobody."""
+    """The same for an event loop, with one message under way at a time."""
 
     def __init__(
         self,
-        enter: Callable[[Sequence[TextContext], Sequence[str]], Awaitable[Became]],
-        release: Callable[[str, int], Awaitable[None]],
+        enter: Callable[[Sequence[TextContext], Sequence[str]], Awaitable[Settled]],
+        give_back: GiveBack,
     ) -> None:
         self._enter = enter
-        self._release = release
-        self._guests: dict[int, _Waiter] = {}  # who waits, by the identity of the context
+        self._give_back = give_back
+        self._waiters: dict[int, _Waiter] = {}  # by the identity of the context
         self._offers: list[TextContext] = []
         self._given_up: list[str] = []
-        self._news = False  # something was released and not told of yet
-        self._knock = asyncio.Event()
+        self._untold = False  # something was released since the last poll
+        self._wakeup = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._releasing: set[asyncio.Future[None]] = set()
         self._closed = False
 
     async def enter(self, ctxs: Sequence[TextContext]) -> list[Admission]:
-        """What became of each; OverloadedError is the error of those that were turned away. Not to be cancelled: who
-        loses interest calls give_up(), and then this comes to its end."""
+        """What became of each; OverloadedError is the error of those that were turned away. Not to be cancelled: a
+        caller that loses interest calls give_up(), and then this comes to its end."""
         if self._closed:
             raise ClosedError("this AsyncPagedKVCacheManager")
-        twice = _twice(ctxs, (guest.ctx.request_id for guest in self._guests.values()))
+        twice = _twice(ctxs, (waiter.ctx.request_id for waiter in self._waiters.values()))
         loop = asyncio.get_running_loop()
-        guests = {at: _Waiter(ctx, loop.create_future()) for at, ctx in enumerate(ctxs) if at not in twice}
-        for guest in guests.values():
-            self._guests[id(guest.ctx)] = guest
-            self._offers.append(guest.ctx)
-        if guests:
-            self._look()
-        admitted = dict(zip(guests, await asyncio.gather(*(g.future for g in guests.values())), strict=True))
+        waiters = {at: _Waiter(ctx, loop.create_future()) for at, ctx in enumerate(ctxs) if at not in twice}
+        for waiter in waiters.values():
+            self._waiters[id(waiter.ctx)] = waiter
+            self._offers.append(waiter.ctx)
+        if waiters:
+            self.poll()
+        admitted = dict(zip(waiters, await asyncio.gather(*(w.future for w in waiters.values())), strict=True))
         return [admitted[at] if at in admitted else twice[at] for at in range(len(ctxs))]
 
     def give_up(self, ctxs: Sequence[TextContext]) -> None:
         """Those are not wanted any more; what waits is turned away, what was placed meanwhile is not."""
-        given_up = [ctx.request_id for ctx in ctxs if id(ctx) in self._guests]
+        given_up = [ctx.request_id for ctx in ctxs if id(ctx) in self._waiters]
         if given_up:
             self._given_up += given_up
-            self._look()
-
-    def _give_back(self, ctx: TextContext, admission: Admission) -> None:
-        if admission.error is None:
-            task = asyncio.ensure_future(self._release(ctx.request_id, admission.replica))
-            self._releasing.add(task)
-            task.add_done_callback(self._releasing.discard)
+            self.poll()
 
     def released(self) -> None:
-        """This driver gave pages back: whoever waits for them has to hear of it."""
-        self._news = True
-        self._look()
+        """This driver gave pages back, for which others may wait."""
+        self._untold = True
+        self.poll()
 
-    def _look(self) -> None:
-        self._knock.set()
+    def poll(self) -> None:
+        """Do it now."""
+        self._wakeup.set()
         if self._task is None and not self._closed:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
         pause = SHORTEST
-        while not self._closed and (self._guests or self._given_up or self._news):
-            released, self._news = self._news, False
+        while not self._closed and (self._waiters or self._given_up or self._untold):
+            released, self._untold = self._untold, False
             (offers, self._offers), (given_up, self._given_up) = (self._offers, []), (self._given_up, [])
-            self._knock.clear()
+            self._wakeup.clear()
             try:
-                became = await self._enter(offers, given_up)
+                settled = await self._enter(offers, given_up)
             except Exception as error:
                 self._fail(error)
                 break
-            for ctx, admission in became:
-                self._settle(ctx, admission)
-            pause = SHORTEST if became or released else min(2 * pause, LONGEST)
-            if self._guests:
+            self._settle(settled)
+            pause = SHORTEST if settled or released else min(2 * pause, LONGEST)
+            if self._waiters:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._knock.wait(), pause)
+                    await asyncio.wait_for(self._wakeup.wait(), pause)
         self._task = None
 
-    def _settle(self, ctx: TextContext, admission: Admission) -> None:
-        guest = self._guests.pop(id(ctx), None)
-        if guest is not None and not guest.future.done():
-            guest.future.set_result(admission)
-        else:  # nobody waits for it any more
-            self._give_back(ctx, admission)
+    def _settle(self, settled: Settled) -> None:
+        unwanted = []
+        for ctx, admission in settled:
+            waiter = self._waiters.pop(id(ctx), None)
+            if waiter is not None and not waiter.future.done():
+                waiter.future.set_result(admission)
+            elif admission.error is None:  # its caller was told of an error meanwhile
+                unwanted.append(ctx.request_id)
+        if unwanted:
+            self._give_back(unwanted)
 
     def _fail(self, error: Exception) -> None:
-        guests, self._guests = self._guests, {}
-        for guest in guests.values():
-            if not guest.future.done():
-                guest.future.set_exception(error)
+        waiters, self._waiters = self._waiters, {}
+        for waiter in waiters.values():
+            if not waiter.future.done():
+                waiter.future.set_exception(error)
 
     def close(self) -> None:
-        """Nobody is let in any more; ClosedError for those who wait."""
+        """Admit nothing any more; ClosedError for those who wait."""
         self._closed = True
-        self._knock.set()
+        self._wakeup.set()
         self._fail(ClosedError("this AsyncPagedKVCacheManager"))

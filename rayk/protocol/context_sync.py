@@ -91,7 +91,7 @@ class ContextSender:
         known = self._sent.get(ctx.request_id)
         return known[2] if known is not None and known[0] is ctx and known[1] == replica else 0
 
-    def arrived(self, ctx: TextContext, replica: int) -> None:
+    def mark_sent(self, ctx: TextContext, replica: int) -> None:
         """`replica` keeps the context and has all its tokens; placeholders must be sent again once filled in."""
         self._sent[ctx.request_id] = (ctx, replica, ctx.tokens.length - ctx.pending_future_count)
 

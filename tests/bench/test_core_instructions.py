@@ -108,7 +108,7 @@ def test_a_crowded_replica_is_full() -> None:
     pages = 1500
     manager = crowded(pages)
     assert manager.get_num_used_pages(0) == pages // PAGES_PER_RUNNING * 65
-    backend = manager._backend
+    backend = manager._calls
     (core,) = backend.cores  # type: ignore[attr-defined]
     assert len(core.requests) == pages // PAGES_PER_RUNNING
     assert core.usage.cached > pages - manager.get_num_used_pages(0) - 1024 // PAGE_SIZE

@@ -36,7 +36,7 @@ def manager() -> rayk.PagedKVCacheManager:
 
 
 def test_report(manager: rayk.PagedKVCacheManager, capsys: pytest.CaptureFixture[str]) -> None:
-    core = manager._backend.cores[0]  # type: ignore[attr-defined]  # measured below the public surface
+    core = manager._calls.cores[0]  # type: ignore[attr-defined]  # measured below the public surface
     ids = np.random.default_rng(0).permutation(4 * PAGES)[:PAGES].astype(np.int32)
     data = core.buffers.read_bytes(ids)
     size = sum(d.numel() for d in data)

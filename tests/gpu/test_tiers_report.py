@@ -278,7 +278,7 @@ class Beside:
 
     def __init__(self, manager: PagedKVCacheManager) -> None:
         self._manager = manager
-        self._core: Any = manager._backend.cores[0]  # type: ignore[attr-defined]  # to see whether the link is busy
+        self._core: Any = manager._calls.cores[0]  # type: ignore[attr-defined]  # to see whether the link is busy
         self._fresh = 1000
         self._prefixes = [Prefix(manager, n, BURST) for n in range(PREFIXES)]
         self._next = 0

@@ -64,10 +64,10 @@ class _Bench:
     """One manager whose lanes are put in and taken out, with the same requests on both ways."""
 
     def __init__(self, manager: PagedKVCacheManager, replicas: int) -> None:
-        from rayk.manager.ray_backend import RayBackend
+        from rayk.manager.calls import Calls
 
-        assert isinstance(manager._backend, RayBackend)
-        self.manager, self.replicas, calls = manager, replicas, manager._backend.calls
+        self.manager, self.replicas, calls = manager, replicas, manager._calls
+        assert isinstance(calls, Calls)
         self.links = [calls.link(r) for r in range(replicas)]
         calls.lay_lanes()
         self.lanes: dict[str, list[FastLane | None]] = {"call": [None] * replicas, "lane": [k.lane for k in self.links]}

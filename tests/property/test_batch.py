@@ -125,7 +125,7 @@ class BatchMachine(RuleBasedStateMachine):
         b = self.many.runtime_inputs([self.batch])[0].shards[0]
         assert a.lookup_table.shape == b.lookup_table.shape
         assert ((a.lookup_table == self.single.total_num_blocks()) == (b.lookup_table == a.lookup_table.max())).all()
-        core = self.many._backend.cores[0]
+        core = self.many._calls.cores[0]
         for row, ctx in zip(b.lookup_table.tolist(), self.batch, strict=True):
             request = core.requests[ctx.request_id]
             mine = core.table.rows[request.row][: request.pages].tolist()  # not get_req_blocks(): that publishes

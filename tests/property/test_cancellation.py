@@ -130,7 +130,7 @@ async def play(m: AsyncPagedKVCacheManager, all_clients: list[Client]) -> None:
     while m._undoing or m._under_way or any(not notice.done() for notice in notices):
         await asyncio.sleep(0)
     assert [await m.get_num_used_pages(r) for r in range(2)] == [0, 0]
-    assert [m.sync._backend.holder(f"r{i}") for i in range(6)] == [None] * 6
+    assert [m.sync._calls.holder(f"r{i}") for i in range(6)] == [None] * 6
     await m.check_integrity()
 
 

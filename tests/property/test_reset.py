@@ -79,7 +79,7 @@ class Life:
         self.exports: list[tuple[ReplicaCore, PageExport, TextContext]] = []
 
     def core(self, replica: int) -> ReplicaCore:
-        return self.manager._backend.core(replica)  # type: ignore[attr-defined]  # the inline one's
+        return self.manager._calls.core(replica)  # type: ignore[attr-defined]  # the inline one's
 
     def batches(self, batch: Sequence[TextContext], at: int) -> list[Sequence[TextContext]]:
         return [batch if r == at else [] for r in range(max(self.there) + 1)]

@@ -23,7 +23,7 @@ HEAD = (
 )
 ONCE = """
 import json, os, sys, time, rayk
-import rayk.manager.ray_backend as client
+import rayk.manager.lease as client
 from rayk import *
 
 client.LEASE_SECONDS = 1.0

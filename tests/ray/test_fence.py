@@ -45,7 +45,7 @@ manager = manage(join())
 """
 FROZEN = """
 ctx = began("r", list(range(9)))
-say(pid=os.getpid(), client=manager._backend.calls.client)
+say(pid=os.getpid(), client=manager._calls.client)
 sys.stdin.readline()
 calls = {
     "alloc": lambda: manager.alloc(ctx, 0),
@@ -73,7 +73,7 @@ while manager.contains("r", 0) and time.monotonic() < deadline:
     time.sleep(.05)
 prompt = [50 + i for i in range(9)]
 ctx = began("r", prompt)
-say(client=manager._backend.calls.client)
+say(client=manager._calls.client)
 sys.stdin.readline()
 manager.alloc(ctx, 0)
 manager.execute([[ctx], []], stamp)

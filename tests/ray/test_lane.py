@@ -23,8 +23,8 @@ from rayk import protocol as m
 from rayk.actors import graph as life
 from rayk.actors.channel import ActorChannel, new_client_id
 from rayk.errors import RemoteError
+from rayk.manager.calls import Calls
 from rayk.manager.cluster_view import ClusterView
-from rayk.manager.ray_backend import RayBackend
 
 from .forwards import contents, params, pid, running, stamp, until, wait_for_file
 
@@ -54,8 +54,8 @@ def shared_lanes(session: InferenceSession) -> Iterator[PagedKVCacheManager]:
 
 
 def roster(manager: PagedKVCacheManager) -> ClusterView:
-    assert isinstance(manager._backend, RayBackend)
-    return manager._backend.calls
+    assert isinstance(manager._calls, Calls)
+    return manager._calls
 
 
 def states(manager: PagedKVCacheManager) -> list[str]:
@@ -302,7 +302,7 @@ import json, sys, threading, time
 from pathlib import Path
 
 from rayk import *
-from rayk import messages as m
+from rayk import protocol as m
 
 p = MHAKVCacheParams(dtype="float32", head_dim=4, num_layers=1, n_kv_heads=1, page_size=4, devices=["cpu"] * 2,
                      data_parallel_degree=2)
@@ -324,7 +324,7 @@ def say(what):
 started = InferenceSession(runtime="ray", address="local", num_cpus=2, object_store_memory=100_000_000)
 joined = InferenceSession(runtime="ray")
 manager = PagedKVCacheManager(p, joined, 16, max_batch_size=4, fast_lane=True)
-calls = manager._backend.calls
+calls = manager._calls
 one, two = calls.link(0), calls.link(1)
 execute = m.Execute([], started.ray.dumps(busy))
 two.actor.call("handle", m.encode(m.ReplicaEnvelope("another", two.epoch, 1, execute, m.NOT_ASKED, False)))

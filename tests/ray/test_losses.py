@@ -70,7 +70,7 @@ def actors(kind: str) -> list[int]:
 def test_a_replica_is_killed_while_it_computes(manager: PagedKVCacheManager, tmp_path: Path, call: str) -> None:
     a, b = admit(manager)
     pids = manager.execute([[], []], pid)
-    epochs = manager._backend._cluster.epochs  # type: ignore[attr-defined]
+    epochs = manager._calls.cluster.epochs  # type: ignore[attr-defined]
     forward = wait_for_file(str(tmp_path))
     work = {
         "execute": lambda: manager.execute([[a], [b]], forward),

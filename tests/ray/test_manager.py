@@ -323,7 +323,7 @@ def test_the_control_lane_answers_while_the_data_lane_is_busy(manager: PagedKVCa
     )
     worker.start()
     until(lambda: len(list(tmp_path.glob("*.runs"))) == 2)
-    cluster = manager._backend._cluster  # type: ignore[attr-defined]
+    cluster = manager._calls.cluster  # type: ignore[attr-defined]
     started = time.monotonic()
     for replica, epoch in zip(cluster.replicas, cluster.epochs, strict=True):
         assert ray.get(replica.call("ping", control=True), timeout=10) == epoch

@@ -38,7 +38,7 @@ try:
         memory = {n.node_id: n.resources["memory"] for n in session.ray.nodes()}
         with PagedKVCacheManager(params(2), session, None, max_batch_size=8) as manager:
             [state] = describe(session.ray, "plan")
-            running = manager._backend._cluster
+            running = manager._calls.cluster
             said["pages"] = sorted(manager.get_num_pages(r) for r in range(2))
             said["bound"] = [r.plan.bound for r in state.replicas]
             said["states"] = [[r.state, r.pages == r.plan.pages, r.allocated_bytes == r.plan.bytes]

@@ -82,11 +82,11 @@ def test_a_replica_that_is_killed_leaves_its_tiers_sound(
     with start(session, tiered) as manager:
         for n in range(3):
             serve(manager, n, 0)
-        pid = manager._backend.replica_pids()[0]  # type: ignore[attr-defined]
+        pid = manager._calls.replica_pids()[0]  # type: ignore[attr-defined]
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(ReplicaLostError):
             serve(manager, 9, 0)
-        survivor = manager._backend.calls._links[1]  # type: ignore[attr-defined]
+        survivor = manager._calls._links[1]  # type: ignore[attr-defined]
         survivor.ask(m.Drain())
         survivor.ask(m.CheckIntegrity())
         counters = TierCounters()

@@ -47,7 +47,7 @@ def stamp_and_tell(inputs: Any, batch: Any) -> int:
 
 
 def lines(manager: PagedKVCacheManager) -> list[m.LineState]:
-    done: m.Description = manager._backend.calls.scheduler.ask(m.Describe())  # type: ignore[attr-defined]
+    done: m.Description = manager._calls.scheduler.ask(m.Describe())  # type: ignore[attr-defined]
     return done.lines
 
 

@@ -11,7 +11,7 @@ from rayk.context import IntArray, TextContext
 from rayk.kvcache.page_hash import PageHash
 from rayk.kvcache.page_pool import Pages
 from rayk.kvcache.replica import ReplicaCore
-from rayk.manager.local import InlineBackend
+from rayk.manager.local import LocalCalls
 from rayk.manager.manager import PagedKVCacheManager
 from rayk.params import MHAKVCacheParams
 
@@ -64,9 +64,9 @@ def make_manager(pages: int = POOL, max_batch_size: int = 256, hashing: str | No
 
 def replica_core(manager: PagedKVCacheManager) -> ReplicaCore:
     """The core of an inline manager's only replica."""
-    backend = manager._backend
-    assert isinstance(backend, InlineBackend)
-    return backend.core(0)
+    calls = manager._calls
+    assert isinstance(calls, LocalCalls)
+    return calls.core(0)
 
 
 def random_prompts(count: int, length: int, seed: int = 0) -> list[IntArray]:

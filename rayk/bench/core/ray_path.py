@@ -24,7 +24,7 @@ from rayk.params import MHAKVCacheParams
 from rayk.session import InferenceSession
 
 if TYPE_CHECKING:
-    from rayk.manager.ray_backend import RayBackend
+    from rayk.manager.calls import Calls
 
 REPLICAS, BATCH = 2, 32
 ITERATIONS, WARM_UP = 300, 50
@@ -63,18 +63,18 @@ def measure_ray_path() -> PathCost:
 
 def decode_cost(manager: PagedKVCacheManager, replicas: int, batch: int, iterations: int, warm_up: int) -> PathCost:
     """The cost of decoding `batch` requests on each replica of a manager on Ray."""
-    backend = _backend(manager)
+    calls = _calls(manager)
     lanes = start_lanes(manager, replicas, batch)
     for _ in range(warm_up):
         iterate(manager, lanes)
-    pids = backend.replica_pids()
-    before, cpu_before = backend.traffic(), cpu_seconds(pids)
+    pids = calls.replica_pids()
+    before, cpu_before = calls.traffic(), cpu_seconds(pids)
     start, wall = thread_time_ns(), perf_counter()
     for _ in range(iterations):
         iterate(manager, lanes)
     spent, wall = thread_time_ns() - start, perf_counter() - wall
     cpu = cpu_seconds(pids) - cpu_before
-    after = backend.traffic()
+    after = calls.traffic()
     rows = replicas * batch * iterations
     return PathCost(
         calls=sum(a.calls - b.calls for a, b in zip(after, before, strict=True)) / iterations / replicas,
@@ -104,12 +104,12 @@ def iterate(manager: PagedKVCacheManager, lanes: Sequence[Sequence[TextContext]]
             ctx.update(token)
 
 
-def _backend(manager: PagedKVCacheManager) -> RayBackend:
-    from rayk.manager.ray_backend import RayBackend
+def _calls(manager: PagedKVCacheManager) -> Calls:
+    from rayk.manager.calls import Calls
 
-    backend = manager._backend
-    assert isinstance(backend, RayBackend)
-    return backend
+    calls = manager._calls
+    assert isinstance(calls, Calls)
+    return calls
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:

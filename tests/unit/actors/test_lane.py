@@ -258,7 +258,7 @@ def test_an_answer_of_a_call_that_nobody_read_ends_the_lane(
 ) -> None:
     batches = admitted(manager)
     decode(manager, batches)
-    manager._backend.calls.link(1).send(m.Release(["r1-0"]))  # type: ignore[attr-defined]
+    manager._calls.link(1).send(m.Release(["r1-0"]))  # type: ignore[attr-defined]
     since = len(runtime.events)
     manager.tick([Tick(step=batches[0]), Tick(alloc=batches[1][1:])])
     assert runtime.sent(since) == [("replica-1", "RunTick")] and by_lane(runtime, since) == 1

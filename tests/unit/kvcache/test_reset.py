@@ -173,7 +173,7 @@ def test_running_requests_go_on_sharing_what_they_hold() -> None:
 def test_pages_that_were_pinned_for_another_replica_come_too_late() -> None:
     world = Weights("null", replicas=2)
     world.manager.release(world.run("a").request_id, 0)
-    source, target = (world.manager._backend.core(r) for r in (0, 1))  # type: ignore[attr-defined]  # the inline one's
+    source, target = (world.manager._calls.core(r) for r in (0, 1))  # type: ignore[attr-defined]  # the inline one's
     export = source.exports.export(TextContext("x", PROMPT, 99), 0, 5, 0)
     assert world.change().held == {0: 5, 1: 0}
     ctx = TextContext("b", PROMPT, 99)
@@ -187,7 +187,7 @@ def test_pages_that_were_pinned_for_another_replica_come_too_late() -> None:
 
 def test_a_replica_that_was_not_reset_yet_shares_nothing_with_one_that_was(tmp_path: Path) -> None:
     world = Weights("tiered", tmp_path, replicas=2)
-    cores = [world.manager._backend.core(r) for r in (0, 1)]  # type: ignore[attr-defined]  # the inline one's
+    cores = [world.manager._calls.core(r) for r in (0, 1)]  # type: ignore[attr-defined]  # the inline one's
     token = Mask.new()
     cores[0].reset_prefix_cache(token)
     world.run("old", replica=1)  # goes to the tiers that both have

@@ -214,7 +214,7 @@ def test_any_other_cancelled_call_is_carried_out() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
         await m.shutdown()
-        assert m.sync._backend.holder("r") is None
+        assert m.sync._calls.holder("r") is None
 
     with manager_of("ray") as manager:
         asyncio.run(cancelled(manager))

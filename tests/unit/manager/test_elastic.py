@@ -225,12 +225,12 @@ def test_other_drivers_follow(fake: FakeRuntime) -> None:
         assert sorted(first.admit([context(f"n{i}", 4, 30 * i) for i in range(4)])) == [0, 1, 2, 3]
         ctx = context("mine")
         assert first.try_admit([ctx], [0])[0].error is None
-        for request_id in [i for i, r in first._backend.calls._placed.items() if r == 1]:  # type: ignore[attr-defined]
+        for request_id in [i for i, r in first._calls._placed.items() if r == 1]:  # type: ignore[attr-defined]
             first.release(request_id, 1)
         first.get_metrics_aggregated()  # the scheduler hears of releases with the next message
         first.admit([context("tells", 4, 900)])
         second.drain_replica(1)
-        for request_id in [i for i, r in first._backend.calls._placed.items() if r == 1]:  # type: ignore[attr-defined]
+        for request_id in [i for i, r in first._calls._placed.items() if r == 1]:  # type: ignore[attr-defined]
             first.release(request_id, 1)
         first.claim("tells more", 0)
         second.remove_replica(1)

@@ -9,7 +9,7 @@ import pytest
 
 from rayk import PagedKVCacheManager, TextContext, Tick
 from rayk.errors import LeaseLostError, NotClaimedError, NotOwnerError, by_name
-from rayk.manager.ray_backend import LEASE_SECONDS
+from rayk.manager.lease import LEASE_SECONDS
 
 from ..actors.fake import FakeRuntime, chain, contents, stamp  # noqa: TID252  # tests/ is no package that has an absolute name
 from .test_lease import Attach, Pass, attach, client_of, first, now, pass_, runtime  # noqa: F401  # fixtures

@@ -10,7 +10,7 @@ import pytest
 import rayk.manager.manager
 from rayk import AdmissionPolicy, PagedKVCacheManager, TextContext
 from rayk.errors import AlreadyClaimedError, BatchError, CallTimeoutError, InsufficientBlocksError
-from rayk.manager import calls
+from rayk.manager import placing_calls
 
 from ..actors.fake import Event, FakeRuntime, manager_on  # noqa: TID252  # tests/ is no package that has an absolute name
 
@@ -85,7 +85,7 @@ def test_what_was_given_up_for_good_is_given_back_before_anything_else_is_placed
     manager: PagedKVCacheManager, runtime: FakeRuntime, interruptions: Interruptions, name: str, error: BaseException
 ) -> None:
     """Interrupted again while it tidies up, or no answer in time."""
-    manager._backend.calls.scheduler.quiet = None  # type: ignore[attr-defined]  # one read is all that it waits
+    manager._calls.scheduler.quiet = None  # type: ignore[attr-defined]  # one read is all that it waits
     interruptions.error, interruptions.times = error, 2 if isinstance(error, KeyboardInterrupt) else 1
     with pytest.raises(type(error)):
         CALLS[name](manager)
@@ -98,7 +98,7 @@ def test_what_was_given_up_for_good_is_given_back_before_anything_else_is_placed
 def test_an_interrupted_batch_gives_back_its_earlier_messages(
     manager: PagedKVCacheManager, runtime: FakeRuntime, interruptions: Interruptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "MOST_TOGETHER", 2)
+    monkeypatch.setattr(placing_calls, "MOST_TOGETHER", 2)
     reads: list[int] = []
 
     def second(event: Event) -> None:
@@ -116,8 +116,8 @@ def test_an_interrupted_batch_gives_back_its_earlier_messages(
 def test_a_large_batch_goes_in_messages_of_a_bounded_size(
     runtime: FakeRuntime, manager: PagedKVCacheManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "MOST_TOGETHER", 3)
-    monkeypatch.setattr(calls, "TOKENS_TOGETHER", 20)
+    monkeypatch.setattr(placing_calls, "MOST_TOGETHER", 3)
+    monkeypatch.setattr(placing_calls, "TOKENS_TOGETHER", 20)
     ctxs = contexts(*(f"r{i}" for i in range(7)))
     ctxs[3] = TextContext("r3", range(30), 100)
     with runtime.watch() as sent:
@@ -130,7 +130,7 @@ def test_a_large_batch_goes_in_messages_of_a_bounded_size(
 
 
 def test_all_or_none_holds_over_several_messages(runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "MOST_TOGETHER", 2)
+    monkeypatch.setattr(placing_calls, "MOST_TOGETHER", 2)
     with manager_on(runtime) as manager:
         ctxs = [*contexts("a", "b", "c"), TextContext("big", range(500), 1000), *contexts("e", "f", "g")]
         with runtime.watch() as sent, pytest.raises(InsufficientBlocksError, match="'big'"):
@@ -164,7 +164,7 @@ def test_a_call_places_a_bounded_number_of_requests(
     monkeypatch.setattr(rayk.manager.manager, "MOST_IN_CALL", 2)
     ctxs = contexts("a", "b", "c")
     calls: list[Callable[[], Any]] = [lambda: manager.admit(ctxs), lambda: manager.try_admit(ctxs, [0, 1, 0])]
-    if manager._line is not None:
+    if manager._admission is not None:
         calls.append(lambda: manager.enter(ctxs))
     for call in calls:
         with pytest.raises(BatchError, match="got 3 requests in one call, at most 2"):

@@ -12,7 +12,7 @@ from rayk import PagedKVCacheManager, TextContext
 from rayk import protocol as m
 from rayk.actors import scheduler as scheduler_actor
 from rayk.errors import ClosedError
-from rayk.manager.ray_backend import LEASE_SECONDS
+from rayk.manager.lease import LEASE_SECONDS
 from rayk.scheduler.leases import TICK_SECONDS
 
 from ..actors.fake import FakeRuntime, manager_on, params, session_on  # noqa: TID252  # tests/ is no package that has an absolute name
@@ -50,7 +50,7 @@ def attach(runtime: FakeRuntime, first: PagedKVCacheManager) -> Iterator[Callabl
 
 
 def client_of(manager: PagedKVCacheManager) -> str:
-    name: str = manager._backend.calls.client  # type: ignore[attr-defined]
+    name: str = manager._calls.client  # type: ignore[attr-defined]
     return name
 
 
@@ -192,7 +192,7 @@ def test_a_silent_driver_is_noticed_without_a_new_one(
 
 
 def test_leaving_releases_at_once(runtime: FakeRuntime, first: PagedKVCacheManager) -> None:
-    first._backend.calls.scheduler.ask(m.Disconnect())  # type: ignore[attr-defined]
+    first._calls.scheduler.ask(m.Disconnect())  # type: ignore[attr-defined]
     assert held(runtime) == [[], []]
 
 
@@ -211,8 +211,8 @@ def test_closing_a_named_session_ends_its_renewals(runtime: FakeRuntime, first: 
     """A thread that went on calling would do so on a Ray that the session disconnected from."""
     with session_on(runtime, "prod") as session:
         second = PagedKVCacheManager(params(), session, 16, **SETTINGS)
-        assert not second._backend._stopped.is_set()  # type: ignore[attr-defined]
-    assert second._backend._stopped.is_set()  # type: ignore[attr-defined]
+        assert not second._calls.lease.ended.is_set()  # type: ignore[attr-defined]
+    assert second._calls.lease.ended.is_set()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("lost", ["scheduler", "replica-1"])

@@ -40,7 +40,7 @@ def manager_of(
 
 
 def desk_of(manager: PagedKVCacheManager, runtime: FakeRuntime | None) -> Router:
-    router: Router = manager._backend._router if runtime is None else runtime.actor("scheduler").instance._core.router  # type: ignore[attr-defined]
+    router: Router = manager._calls._router if runtime is None else runtime.actor("scheduler").instance._core.router  # type: ignore[attr-defined]
     return router
 
 
@@ -97,7 +97,9 @@ def test_the_index_is_what_replicas_hold(kind: str, copies: bool, seed: int) -> 
             manager.release(request_id, replica)
         manager.admit([TextContext("last", [9999], 100)])  # brings the news of all that was seen
         manager.release("last", next(r for r in range(3) if manager.contains("last", r)))
-        assert [router.index.pages(r) for r in range(3)] == [manager._backend.usage(r).cached for r in range(3)]
+        assert [router.index.pages(r) for r in range(3)] == [
+            manager._run(manager._calls.usage(r)).cached for r in range(3)
+        ]
         assert sum(router.loads.held.tolist()) <= 4, "the last release is told with the next message"
         assert sum(router.loads.prefill_backlog.tolist()) <= 1
 
@@ -326,7 +328,7 @@ def placed_for(router: Router, monkeypatch: pytest.MonkeyPatch) -> dict[str, Rou
 
 def test_keys_that_are_not_those_of_the_requests_are_refused() -> None:
     with manager_of("eager", admission=WAITING) as (manager, _, _):
-        calls, nobody = manager._backend.calls, m.Contexts([], b"", b"")
+        calls, nobody = manager._calls, m.Contexts([], b"", b"")
         for wrong in (m.PlaceMany(nobody, claim=True, keys=bytes(8)), m.Enter(nobody, keys=bytes(8))):
             with pytest.raises(MessageError, match="8 bytes are not the keys of the 0 pages of 0 request"):
                 calls.scheduler.ask(wrong)

@@ -26,8 +26,8 @@ from rayk.errors import (
     ReplicaRemovedError,
 )
 from rayk.manager import scaling_calls as changes
+from rayk.manager.calls import CLOSING_SECONDS
 from rayk.manager.cluster_view import SCHEDULER_SECONDS
-from rayk.manager.ray_backend import CLOSING_SECONDS
 from rayk.protocol.admission import AdmissionPolicy
 
 from ..actors.fake import FakeActor, FakeRuntime, chain, contents, manager_on, params, session_on, stamp  # noqa: TID252  # tests/ is no package that has an absolute name
@@ -538,7 +538,7 @@ def test_an_event_loop_goes_on_while_a_scheduler_does_not_answer(monkeypatch: py
 
         other = asyncio.create_task(turn())
         runtime.actor("scheduler").hung = True
-        manager.sync._backend.calls.scheduler.quiet = 0.02  # type: ignore[attr-defined]
+        manager.sync._calls.scheduler.quiet = 0.02  # type: ignore[attr-defined]
         for _ in range(2):
             [admission] = await manager.try_admit([ctx("a")])
             assert isinstance(admission.error, CallTimeoutError) and admission.error.target == "the scheduler"

@@ -129,7 +129,7 @@ def cache(request: pytest.FixtureRequest) -> Iterator[Cache]:
         if request.param == "inline":
             session = stack.enter_context(InferenceSession("inline"))
             manager = PagedKVCacheManager(params(1), session, 16, 0, True, max_batch_size=8)
-            core = manager._backend.cores[0]
+            core = manager._calls.cores[0]
         else:
             runtime = FakeRuntime()
             manager = stack.enter_context(manager_on(runtime, 1))
@@ -314,9 +314,9 @@ def keeper(params: object, buffers: Sequence[Any], host_pages: int, pool: str | 
 def test_a_connector_of_ones_own_is_named_by_module_and_function() -> None:
     with InferenceSession("inline") as session:
         mine = PagedKVCacheManager(params(1, kv_connector=f"{__name__}:keeper"), session, 16, max_batch_size=8)
-        assert isinstance(mine._backend.cores[0].connector, Keeper)
+        assert isinstance(mine._calls.cores[0].connector, Keeper)
         assert serve(mine, PROMPT) == 0
-        mine._backend.cores[0].tree.reset()
+        mine._calls.cores[0].tree.reset()
         assert serve(mine, PROMPT) == 16
         with pytest.raises(ConfigError, match="cannot be imported"):
             PagedKVCacheManager(params(1, kv_connector="no.such:thing"), session, 16, max_batch_size=8)

@@ -13,7 +13,7 @@ from rayk.actors.channel import Traffic
 from rayk.bench.core.cache import make_contexts, random_prompts
 from rayk.bench.core.ray_path import iterate
 from rayk.context import TextContext
-from rayk.manager.ray_backend import RayBackend
+from rayk.manager.calls import Calls
 
 from ..actors.fake import FakeRuntime, manager_on  # noqa: TID252  # tests/ is no package that has an absolute name
 
@@ -25,7 +25,7 @@ Lanes = list[list[TextContext]]
 
 def test_lines_count_what_they_carry() -> None:
     with manager_on(runtime := FakeRuntime(), replicas=2) as manager:
-        backend = backend_of(manager)
+        backend = calls_of(manager)
         before = backend.traffic()
         seen = len(runtime.sent())
         assert manager.num_free_blocks(1) == 16
@@ -54,10 +54,10 @@ def test_bytes_of_an_iteration_are_few_and_do_not_grow_with_its_requests(length:
     assert costs[0].calls == 2 and costs[0].sent <= rows * SENT and costs[0].received <= rows * RECEIVED
 
 
-def backend_of(manager: PagedKVCacheManager) -> RayBackend:
-    backend = manager._backend
-    assert isinstance(backend, RayBackend)
-    return backend
+def calls_of(manager: PagedKVCacheManager) -> Calls:
+    calls = manager._calls
+    assert isinstance(calls, Calls)
+    return calls
 
 
 @contextmanager
@@ -75,6 +75,6 @@ def running(replicas: int, length: int = 64) -> Iterator[tuple[FakeRuntime, Page
 
 def one_iteration(manager: PagedKVCacheManager, lanes: Lanes) -> Traffic:
     """What one iteration put on all lines together."""
-    before = np.array(backend_of(manager).traffic())
+    before = np.array(calls_of(manager).traffic())
     iterate(manager, lanes)
-    return Traffic(*(np.array(backend_of(manager).traffic()) - before).sum(axis=0).tolist())
+    return Traffic(*(np.array(calls_of(manager).traffic()) - before).sum(axis=0).tolist())

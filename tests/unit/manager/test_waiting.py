@@ -75,8 +75,8 @@ def test_the_blocking_form_waits_until_another_leaves(kind: str, monkeypatch: py
             if len(pauses) == 3:
                 manager.release("b", placed[1])
 
-        assert manager._line is not None
-        monkeypatch.setattr(manager._line, "_sleep", sleep)
+        assert manager._admission is not None
+        monkeypatch.setattr(manager._admission, "_sleep", sleep)
         assert manager.admit([context("e")]) == [placed[1]]
         assert pauses == [0.002, 0.004, 0.008], "seldom, and more and more so"
         twice = context("g")
@@ -107,8 +107,8 @@ def test_an_interrupted_wait_leaves_nobody_in_the_queue(kind: str, monkeypatch: 
         def interrupt(seconds: float) -> None:
             raise KeyboardInterrupt
 
-        assert manager._line is not None
-        monkeypatch.setattr(manager._line, "_sleep", interrupt)
+        assert manager._admission is not None
+        monkeypatch.setattr(manager._admission, "_sleep", interrupt)
         with pytest.raises(KeyboardInterrupt):
             manager.admit([context("e")])
         manager.release("a", placed[0])
@@ -190,7 +190,7 @@ def test_a_cancelled_wait_leaves_nothing_claimed(kind: str) -> None:
     async def wait(m: AsyncPagedKVCacheManager) -> None:
         placed = await m.admit([context(name) for name in "abcd"])
         waiting = asyncio.ensure_future(m.admit([context("e")]))
-        while m._door is None or not m._door._guests or m._door._offers:
+        while m._admission is None or not m._admission._waiters or m._admission._offers:
             await asyncio.sleep(0)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):

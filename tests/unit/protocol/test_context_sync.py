@@ -120,7 +120,7 @@ class Wire:
         assert state(mirror) == state(self.ctx)
         assert mirror is not self.ctx and len(mirrors) == 1
         if how != "unheard":
-            self.sender.arrived(self.ctx, replica)
+            self.sender.mark_sent(self.ctx, replica)
 
 
 @settings(max_examples=250, derandomize=True)
@@ -135,7 +135,7 @@ def test_only_new_tokens_travel() -> None:
     ctx, sender = TextContext("r", range(1000), 2000), ContextSender()
     first = sender.view(ctx, 0)
     assert (first.base, len(first.tokens)) == (0, 4000) and first.origin is not None
-    sender.arrived(ctx, 0)
+    sender.mark_sent(ctx, 0)
     ctx.update(7)
     ctx.update(8)
     second = sender.view(ctx, 0)
@@ -151,7 +151,7 @@ def test_placeholders_travel_again_once_they_are_filled_in() -> None:
     ctx.update_with_future_token()
     ctx.update_with_future_token()
     mirrors.context(sender.view(ctx, 0))
-    sender.arrived(ctx, 0)
+    sender.mark_sent(ctx, 0)
     ctx.realize_future_token(44)
     view = sender.view(ctx, 0)
     assert view.base == 3 and view.pending == 1

@@ -206,7 +206,7 @@ def test_malformed_bytes_are_answered(client: Client, service: ReplicaService, w
 
 def test_missing_tokens_are_asked_for(client: Client) -> None:
     ctx, sender = context("r"), ContextSender()
-    sender.arrived(ctx, 0)
+    sender.mark_sent(ctx, 0)
     client.send(m.Claim("r"))
     error = client.error(m.Step([sender.view(ctx, 0)]))
     assert isinstance(error, StaleContextError) and error.request_id == "r"
