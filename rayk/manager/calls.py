@@ -17,7 +17,7 @@ from rayk.actors.launch import Deployment
 from rayk.context import TextContext
 from rayk.errors import CallTimeoutError, RaykError, SchedulerLostError
 from rayk.manager.batch_calls import BatchCalls
-from rayk.manager.cluster_view import Script, T, wait_for
+from rayk.manager.cluster_view import wait_for
 from rayk.manager.lease import Lease
 from rayk.manager.query_calls import QueryCalls
 from rayk.manager.scaling_calls import ScalingCalls
@@ -47,13 +47,6 @@ class Calls(BatchCalls, QueryCalls, ScalingCalls):
 
     def _allocator(self, replica: int) -> Callable[[TextContext], object]:
         return lambda ctx: wait_for(self.alloc(ctx, replica))
-
-    def run(self, call: Script[T]) -> T:
-        """The result of a call, waited for; what it released is told to those who wait at the scheduler."""
-        result = wait_for(call)
-        if self.queued:
-            self.note_released()
-        return result
 
     def look(self) -> None:
         """Take note of replicas that other drivers added and removed."""

@@ -88,6 +88,17 @@ class ClusterView(ABC):
         """Indices at which somebody is or was."""
         return len(self._links)
 
+    def run(self, call: Script[T]) -> T:
+        """Wait for a call; the scheduler is told at once what it released, for requests that wait there."""
+        result = wait_for(call)
+        if self.queued:
+            self.note_released()
+        return result
+
+    @abstractmethod
+    def note_released(self) -> None:
+        """Tell the scheduler what was released, and do not wait for its answer."""
+
     @abstractmethod
     def _allocator(self, replica: int) -> Callable[[TextContext], object]:
         """alloc() of that replica."""
