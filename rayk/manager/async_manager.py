@@ -136,7 +136,7 @@ class AsyncPagedKVCacheManager:
         self._releases = _Together(self._release_together)
         self._steps = _Together(self._step_together)
         self._under_way: set[asyncio.Future[Any]] = set()
-        self._undoing: dict[str, asyncio.Task[None]] = {}  # requests that nobody wants, until they are released
+        self._undoing: dict[str, asyncio.Task[None]] = {}  # requests that were given up, until they are released
         self._admission = AsyncAdmission(self._enter, self._undo) if admission is not None else None
 
     # -- carrying calls out ------------------------------------------------------------------------
@@ -190,8 +190,9 @@ class AsyncPagedKVCacheManager:
             result = await claiming if claiming is not None else None
             if isinstance(result, list):
                 request_ids = [i for i, a in zip(request_ids, result, strict=True) if a.error is None]
-            await self._run(self._calls.give_back(request_ids))
-            self._released()
+            if request_ids:
+                await self._run(self._calls.give_back(request_ids))
+                self._released()
 
     def _released(self) -> None:
         if self._admission is not None:

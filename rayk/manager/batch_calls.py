@@ -116,9 +116,9 @@ class BatchCalls(PlacingCalls):
                     errors[r] = error
             due = []
             answers = yield [pending for _, pending in sent]
-            for (r, _), heard in zip(sent, answers, strict=True):
+            for (r, _), reply in zip(sent, answers, strict=True):
                 try:
-                    result = result_of(heard)
+                    result = result_of(reply)
                     self._mark_sent(batches[r], r)
                     if isinstance(result, m.MovedBack):
                         self._move_back(batches[r], result)

@@ -1,10 +1,10 @@
-"""A driver's view of who is there: its lines to the replicas, and where its requests are.
+"""A driver's view of its cluster: its channels to the replicas, and where its requests are.
 
 Replicas come, drain, go and are lost while requests run. Every answer of the scheduler says which version of the
-roster is the latest; a script that hears of a newer one fetches it before it gives its result, and with it the places
-of this driver's requests, which may have been handed over. A request that is not where the driver thought it was is
-looked for before NotClaimedError says so. A line belongs to one start of one replica: nothing that is meant for one
-reaches another.
+deployment is the latest; a script that learns of a newer one fetches it before it gives its result, and with it the
+places of this driver's requests, which may have been handed over. A request that is not where the driver thought it was
+is looked for before NotClaimedError says so. A channel belongs to one epoch of one replica: nothing that is meant for
+one reaches another.
 
 Calls are scripts of rounds, run by wait_for() or await_for().
 """
@@ -42,7 +42,7 @@ from rayk.scheduler.membership import State
 SCHEDULER_SECONDS = 30.0  # for which its process may not answer: longer than a pause that it comes back from
 LOST_KNOWN = 4096  # claims that were lost and can still be told from none
 
-Heard = Answer | RaykError  # an answer, or why there is none
+Reply = Answer | RaykError  # an answer, or why there is none
 Round = list[Pending] | Callable[[], Any]  # messages, or work that takes long and sends none
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -85,7 +85,7 @@ class ClusterView(ABC):
 
     @property
     def indices(self) -> int:
-        """Indices at which somebody is or was."""
+        """Replica indices in use or used before."""
         return len(self._links)
 
     def run(self, call: Script[T]) -> T:
@@ -141,7 +141,7 @@ class ClusterView(ABC):
                 link.close_lane()
 
     def lane_states(self) -> list[LaneState]:
-        """How the lane to each replica that is there stands."""
+        """How the lane to each replica that runs stands."""
         off = LaneState(-1, "off", self._lanes_off)
         return [
             link.lane.state(r) if link.lane is not None else off._replace(replica=r)
@@ -150,7 +150,7 @@ class ClusterView(ABC):
         ]
 
     def link(self, replica: int) -> ActorChannel:
-        """The line to that replica; ReplicaRemovedError when nobody is there."""
+        """The channel to that replica; ReplicaRemovedError for a hole."""
         link = self._links[replica] if replica < len(self._links) else None
         if link is None:
             raise ReplicaRemovedError(replica, len(self._links))
@@ -170,8 +170,8 @@ class ClusterView(ABC):
     @staticmethod
     def _ask(link: ActorChannel, command: Any) -> Script[Any]:
         """One message; its result, or the error it stands for."""
-        [heard] = yield [link.send(command)]
-        return result_of(heard)
+        [reply] = yield [link.send(command)]
+        return result_of(reply)
 
     def holder(self, request_id: str) -> int | None:
         """Where this driver's request is, as far as it knows."""
@@ -182,7 +182,7 @@ class ClusterView(ABC):
         return released
 
     def _claimed(self, request_id: str, replica: int, generation: int) -> None:
-        """The request is claimed there, newly."""
+        """The request has a new claim on that replica."""
         self._placed[request_id], self._claims[request_id] = replica, generation
 
     def _gone(self, request_id: str) -> None:
@@ -191,8 +191,8 @@ class ClusterView(ABC):
         self._released[request_id] = self._claims.pop(request_id, 0)
 
     def _lose(self, request_id: str) -> None:
-        """The claim is not there any more, though it was not released here. What is said about it names it all the
-        same, and is refused for what it is."""
+        """The claim has ended, though it was not released here. Messages about it name it all the same, and are refused
+        for what it is."""
         if self._placed.pop(request_id, None) is not None and request_id in self._claims:
             self._lost_claims.append(request_id)
             if len(self._lost_claims) > LOST_KNOWN and (old := self._lost_claims.popleft()) not in self._placed:
@@ -202,19 +202,19 @@ class ClusterView(ABC):
 
     @property
     def behind(self) -> bool:
-        """Whether a later roster was heard of."""
+        """Whether an answer told of a later deployment."""
         return bool(self._dead) or self.scheduler.roster > self.cluster.version
 
     def catch_up(self) -> Script[None]:
-        """Fetch the latest roster, and find requests whose replica drains or is not there any more."""
+        """Fetch the latest deployment, and find requests whose replica drains or is gone."""
         gone, self._dead = sorted(self._dead), set()
         try:
-            [heard] = yield [self.scheduler.send(m.GetRoster(gone), with_data=True)]
-            result_of(heard)
+            [reply] = yield [self.scheduler.send(m.GetRoster(gone), with_data=True)]
+            result_of(reply)
         except CallTimeoutError:
-            self._dead.update(gone)  # it is still to be heard what became of them
+            self._dead.update(gone)  # what became of them is still to be learned
             raise
-        cluster: Deployment = self.scheduler.fetch(heard.data)
+        cluster: Deployment = self.scheduler.fetch(reply.data)
         if cluster.version > self.cluster.version:
             before = self._epochs
             started_here = self.cluster.started_here
@@ -241,7 +241,7 @@ class ClusterView(ABC):
                         self._placed[request_id] = replica
 
     def explained(self, error: RaykError) -> Script[RaykError]:
-        """The error as it reads once it is known who is there and where requests are."""
+        """The error as it reads once it is known which replicas run and where requests are."""
         try:
             if isinstance(error, NotClaimedError):
                 if self._placed.get(error.request_id) == error.replica:
@@ -287,13 +287,13 @@ def current(script: Callable[Concatenate[View, P], Script[T]]) -> Callable[Conca
     return run
 
 
-def result_of(heard: Heard) -> Any:
+def result_of(reply: Reply) -> Any:
     """The result of an answer; a Failure is raised as the error it stands for."""
-    if isinstance(heard, RaykError):
-        raise heard
-    if isinstance(heard.result, m.Failure):
-        raise m.to_error(heard.result)
-    return heard.result
+    if isinstance(reply, RaykError):
+        raise reply
+    if isinstance(reply.result, m.Failure):
+        raise m.to_error(reply.result)
+    return reply.result
 
 
 def off_loop(work: Callable[[], T]) -> Script[T]:
@@ -318,11 +318,11 @@ def wait_for(call: Script[T]) -> T:
         round_ = next(call)
         while True:
             try:
-                heard = _attempt(round_) if callable(round_) else hear(round_)
+                reply = _attempt(round_) if callable(round_) else hear(round_)
             except BaseException as error:  # the script cleans up
                 round_ = call.throw(error)
             else:
-                round_ = call.send(heard)
+                round_ = call.send(reply)
     except StopIteration as end:
         result: T = end.value
         return result
@@ -334,11 +334,11 @@ async def await_for(call: Script[T]) -> T:
         round_ = next(call)
         while True:
             try:
-                heard = await _awaited(round_)
+                reply = await _awaited(round_)
             except BaseException as error:  # the script cleans up
                 round_ = call.throw(error)
             else:
-                round_ = call.send(heard)
+                round_ = call.send(reply)
     except StopIteration as end:
         result: T = end.value
         return result

@@ -64,7 +64,7 @@ class Wanted(NamedTuple):
 class PagedKVCacheManager(ManagerQueries):
     """Claims, pages and block tables of requests on `params.data_parallel_degree` replicas, and those added later.
 
-    `replica_idx` is 0 .. num_replicas - 1 (ReplicaIndexError otherwise, ReplicaRemovedError where nobody is any more).
+    `replica_idx` is 0 .. num_replicas - 1 (ReplicaIndexError otherwise, ReplicaRemovedError for a removed one).
     Contexts belong to the caller; alloc() moves their windows. Calls are not thread-safe. `total_num_pages` is per
     replica, the null page not counted; None takes what the planner finds room for: on nodes that differ each replica
     gets what its node can give, or with `uniform` all get the smallest number. `memory_utilization` is the part of the

@@ -40,7 +40,7 @@ TOKENS_TOGETHER = 4 << 20  # tokens of one message, unless one request has more
 
 
 class _Abandoned(NamedTuple):
-    """A message that places requests and whose answer nobody waited for: the call was interrupted, or timed out."""
+    """A message that places requests and whose answer was not waited for: the call was interrupted, or timed out."""
 
     pending: Pending
     request_ids: list[str]
@@ -57,9 +57,9 @@ class PlacingCalls(ClusterView):
         settings = desk_settings(cluster.config, cluster.pages)
         self._keys = settings.keys() if settings.wants_keys else None
         self._waiting: dict[str, TextContext] = {}  # offered, and not known yet what became of it
-        self._note: Pending | None = None  # tells the scheduler what was released; nobody waited for the answer yet
+        self._note: Pending | None = None  # tells the scheduler what was released; its answer was not read yet
         self._abandoned: list[_Abandoned] = []
-        self._became: Settled = []  # settled by an answer that nobody waited for
+        self._became: Settled = []  # settled by an answer whose caller was interrupted
 
     # -- one request -------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ class PlacingCalls(ClusterView):
         return became + again
 
     def _entered(self, done: m.EnterDone) -> Settled:
-        """Who is settled, and what became of each."""
+        """What became of each request that is settled."""
         known = self._waiting
         settled = [known.pop(request_id) for request_id in done.ids]
         became = list(zip(settled, self._landed(settled, done), strict=True))
@@ -246,27 +246,27 @@ class PlacingCalls(ClusterView):
         nothing placed: that is given back at once, or before this driver places anything else."""
         abandoned = _Abandoned(sent, request_ids, replica)
         try:
-            [heard] = yield [sent]
+            [reply] = yield [sent]
         except GeneratorExit:
             raise
         except BaseException:
             self._abandoned.append(abandoned)
             yield from self._undo(abandoned)
             raise
-        if isinstance(heard, CallTimeoutError):
+        if isinstance(reply, CallTimeoutError):
             self._abandoned.append(abandoned)
-        done: m.Claimed | m.PlaceDone | m.EnterDone = result_of(heard)
+        done: m.Claimed | m.PlaceDone | m.EnterDone = result_of(reply)
         return done
 
     def _undo(self, abandoned: _Abandoned) -> Script[None]:
-        """Release what a message placed whose answer nobody waited for; of an offer, keep what became of it."""
-        [heard] = yield [abandoned.pending]
-        if isinstance(heard, CallTimeoutError):
-            raise heard
+        """Release what a message placed whose caller was interrupted; of an offer, keep what became of it."""
+        [reply] = yield [abandoned.pending]
+        if isinstance(reply, CallTimeoutError):
+            raise reply
         self._abandoned.remove(abandoned)
-        if isinstance(heard, RaykError) or isinstance(heard.result, m.Failure):
+        if isinstance(reply, RaykError) or isinstance(reply.result, m.Failure):
             return  # nothing was placed, or it is lost
-        done, ids, where = heard.result, abandoned.request_ids, dict[str, int]()
+        done, ids, where = reply.result, abandoned.request_ids, dict[str, int]()
         made: dict[str, int] = {}
         if isinstance(done, m.EnterDone):
             self._became += self._entered(done)
@@ -289,7 +289,7 @@ class PlacingCalls(ClusterView):
 
     @current
     def release_many(self, request_ids: Sequence[str]) -> Script[dict[str, RaykError]]:
-        """Release requests that this driver placed, one message per replica; why those were not that are not there."""
+        """Release requests that this driver placed, one message per replica; the errors of those that are gone."""
         by_replica: dict[int, dict[str, int]] = {}
         for request_id in request_ids:
             by_replica.setdefault(self._placed[request_id], {})[request_id] = self._claims.get(request_id, 0)
@@ -303,11 +303,11 @@ class PlacingCalls(ClusterView):
                 errors.append(error)
         answers = yield [pending for _, pending in sent]
         lost: dict[str, RaykError] = {}
-        for (replica, _), heard in zip(sent, answers, strict=True):
-            if isinstance(heard, RaykError):
-                errors.append(heard)
+        for (replica, _), reply in zip(sent, answers, strict=True):
+            if isinstance(reply, RaykError):
+                errors.append(reply)
                 continue
-            claims, missing = by_replica[replica], heard.result
+            claims, missing = by_replica[replica], reply.result
             if isinstance(missing, m.Missing):
                 for request_id, owner, now in zip(*missing.columns, strict=True):
                     holder = replica if now else -1
@@ -320,12 +320,12 @@ class PlacingCalls(ClusterView):
             lost[request_id] = yield from self.explained(reason)
         if errors:
             raise errors[0]
-        for heard in answers:
-            result_of(heard)
+        for reply in answers:
+            result_of(reply)
         return lost
 
     def note_released(self) -> None:
-        """Tell the scheduler at once what was released, for those who wait there; do not wait for its answer."""
+        """See ClusterView."""
         if self._released and self._note is None:
             with suppress(RaykError):  # the next call of the driver will say so
                 self._note = self._send_offers([], [], hear=False)
@@ -334,15 +334,15 @@ class PlacingCalls(ClusterView):
         """Wait for the answer to a note, lest it arrives after an id in it was claimed again."""
         note, self._note = self._note, None
         if note is not None:
-            [heard] = yield [note]
-            result_of(heard)
+            [reply] = yield [note]
+            result_of(reply)
         while self._abandoned:
             yield from self._undo(self._abandoned[0])
 
     # -- contexts ----------------------------------------------------------------------------------
 
     def _page_keys(self, ctxs: Sequence[TextContext]) -> bytes:
-        """The keys that a router goes by, made here and not by the scheduler, of which there is one for all drivers."""
+        """The keys that a router goes by, made here and not by the scheduler, which all drivers share."""
         keys = self._keys
         if keys is None or self.indices < 2:  # else there is no choice
             return b""

@@ -104,7 +104,7 @@ class ManagerQueries(ABC):
         return self._then(self._all().replica_loads(), lambda loads: [load.state for load in loads])
 
     def lane_states(self) -> list[LaneState]:
-        """Whether fast lanes are used, to which replicas, and why not. One for each replica that is there."""
+        """Whether fast lanes are used, to which replicas, and why not. One for each replica that runs."""
         return self._all().lane_states()
 
     def holder(self, request_id: str) -> int | None:

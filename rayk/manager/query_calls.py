@@ -81,10 +81,10 @@ class QueryCalls(ClusterView):
         link = self.link(replica)
         if not page_ids:  # no bytes have no stride that another dtype could be read by
             return [torch.empty((0, *buffer.shape[1:]), dtype=buffer.dtype) for buffer in self.buffers(replica)]
-        [heard] = yield [link.send(m.ReadPages(list(page_ids)), with_data=True)]
-        result_of(heard)
-        assert isinstance(heard, Answer)
-        data = link.fetch(heard.data)
+        [reply] = yield [link.send(m.ReadPages(list(page_ids)), with_data=True)]
+        result_of(reply)
+        assert isinstance(reply, Answer)
+        data = link.fetch(reply.data)
         return [
             torch.from_numpy(np.array(raw)).view(buffer.dtype).view(len(page_ids), *buffer.shape[1:])
             for raw, buffer in zip(data, self.buffers(replica), strict=True)

@@ -1,4 +1,4 @@
-"""What a driver says and does to change who is there: replicas that are added, drained and removed, as scripts.
+"""What a driver says and does to add, drain and remove replicas.
 
 The driver plans, places and starts the actors, as at the start of a cluster; the scheduler keeps the books. It hears
 first that indices are wanted, then that their replicas start, and at last that they take requests.
@@ -41,8 +41,8 @@ class ScalingCalls(ClusterView):
             seats = yield from off_loop(lambda: start_replicas(self._runtime, cluster, placed.places, keyed, name))
             for r, seat in zip(replicas, seats, strict=True):
                 join = m.Join(r, seat.epoch, seat.plan.pages)
-                [heard] = yield [self.scheduler.send(join, [seat, tuple(placed.nodes)])]
-                result_of(heard)
+                [reply] = yield [self.scheduler.send(join, [seat, tuple(placed.nodes)])]
+                result_of(reply)
                 joined.append(r)
         except BaseException:
             yield from self._take_back([r for r in replicas if r not in joined], placed, seats)
@@ -89,7 +89,7 @@ class ScalingCalls(ClusterView):
         yield from self.catch_up()
         cluster = self.cluster
         done: m.RemoveDone = yield from self._ask(self.scheduler, m.RemoveReplica(replica))
-        self.link(replica).close_lane()  # while there is somebody at its other end
+        self.link(replica).close_lane()  # while its other end runs
         yield from off_loop(lambda: vacate(self._runtime, cluster, replica))
         return Removed(done.cached, done.known, done.taken)
 
