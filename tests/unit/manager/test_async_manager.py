@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from rayk import AdmissionPolicy, AsyncPagedKVCacheManager, InferenceSession, TextContext
+from rayk import AdmissionPolicy, AsyncPagedKVCacheManager, InferenceSession, PagedKVCacheManager, TextContext
 from rayk.errors import (
     AlreadyClaimedError,
     BatchError,
@@ -37,6 +38,17 @@ def manager_of(
         yield AsyncPagedKVCacheManager(
             params(2), session, pages, enable_runtime_checks=True, max_batch_size=8, **options
         )
+
+
+@pytest.mark.parametrize("name", [name for name in vars(AsyncPagedKVCacheManager) if not name.startswith("_")])
+def test_calls_are_those_of_the_manager(name: str) -> None:
+    """As help() and an editor show them."""
+    call, blocking = getattr(AsyncPagedKVCacheManager, name), getattr(PagedKVCacheManager, name)
+    assert call.__doc__
+    if callable(call):
+        assert inspect.signature(call) == inspect.signature(blocking)
+        assert inspect.iscoroutinefunction(call) == (name not in ("holder", "get_device_buffer"))
+        assert call.__qualname__ == f"AsyncPagedKVCacheManager.{name}"
 
 
 @pytest.mark.parametrize("kind", RUNTIMES)
