@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from rayk.bench.loop import ClosedLoop
-from rayk.bench.lru import Event
 from rayk.bench.measure import Measured
 from rayk.bench.settings import BenchSettings
 from rayk.errors import ReplicaLostError
 from rayk.kvcache.tick import Admission
 from rayk.sampling import SamplingParams
+from rayk.simulate.replay import Event
 from rayk.workloads.request import BenchRequest, IntArray, Workload, slot_tokens
 
 if TYPE_CHECKING:

@@ -86,8 +86,8 @@ def pages(result: BenchResult) -> Figure:
 def load(result: BenchResult) -> Figure:
     """Running and waiting requests over time."""
     figure, (axes,) = _new(8, 2.6)
-    axes.plot(result.series.t, result.series.running, color=COLORS[0], label="running")
-    axes.plot(result.series.t, result.series.waiting, color=COLORS[1], label="waiting")
+    for color, name in zip(COLORS, ("running", "waiting"), strict=False):
+        axes.plot(result.series.t, getattr(result.series, name), color=color, label=name)
     axes.set(xlabel="seconds", ylabel="requests", ylim=(0, None))
     axes.legend(loc="best")
     return figure

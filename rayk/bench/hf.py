@@ -16,6 +16,7 @@ from rayk.workloads.request import Workload
 if TYPE_CHECKING:
     from rayk.cluster import Cluster
 
+AS_SET = ("replicas", "page_size", "pages", "max_batch_size", "router", "disk_dir", "peer_copies")
 FITS = 0.97  # of a model's length, when lengths are scaled to it
 
 
@@ -87,14 +88,8 @@ def start(settings: BenchSettings, session: Any, workload: Workload) -> Cluster:
     return Cluster(
         settings.model,
         session,
-        replicas=settings.replicas,
-        page_size=settings.page_size,
-        pages=settings.pages,
-        max_batch_size=settings.max_batch_size,
         chunk_size=settings.token_budget or longest(workload),
-        router=settings.router,
         host_memory=settings.host_pages * settings.params().bytes_per_page or None,
-        disk_dir=settings.disk_dir,
         disk_memory=settings.disk_bytes or None,
-        peer_copies=settings.peer_copies,
+        **{name: getattr(settings, name) for name in AS_SET},
     )

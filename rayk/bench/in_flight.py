@@ -177,13 +177,6 @@ class Lane:
             self.growing.append(flight)
         return True
 
-    def clear(self) -> tuple[list[Flight], list[Flight]]:
-        """The replica is lost: those that it held, oldest first, and those that waited for it."""
-        held, waiting = [*self.running, *self.preempted], list(self.waiting)
-        for part in (self.running, self.executed, self.preempted, self.growing, self.waiting):
-            part.clear()
-        return held, waiting
-
     def requeue(self, flights: Iterable[Flight]) -> None:
         """Put flights at the front of the queue, the first of them first."""
         self.waiting.extendleft(reversed(list(flights)))

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 from rayk.bench.in_flight import Flight, Lane, Prefill
 from rayk.bench.loop import ClosedLoop
-from rayk.bench.lru import Event
 from rayk.bench.settings import BenchSettings
 from rayk.bench.verify import forward
 from rayk.errors import InsufficientBlocksError, ReplicaLostError
 from rayk.kvcache.tick import Admission, TickResult
+from rayk.simulate.replay import Event
 from rayk.workloads.request import BenchRequest, Workload
 
 if TYPE_CHECKING:
@@ -342,17 +342,15 @@ class ManagerDriver(ClosedLoop):
         if len(self.lost) == len(self.lanes):
             raise error
         self.measured.fault(error, self.elapsed)
-        lane = self.lanes[error.replica]
-        lane.free_pages = 0
+        lane, self.lanes[error.replica] = self.lanes[error.replica], Lane(error.replica)
         for flight in lane.finished:  # its answer is whole
             self._released(flight, flight.length - 1)
             self._left(flight.request)
-        lane.finished = []
-        held, waiting = lane.clear()
+        held = [*lane.running, *lane.preempted]
         for flight in held:
             self._released(flight, flight.context.tokens.processed_length)
             flight.context.reset()
-        for flight in reversed(waiting):
+        for flight in reversed(lane.waiting):
             self._queue_of(flight, flight.request.index).requeue([flight])
         self._send_again(held)
         for each in (*self.lanes, self._queue):

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from rayk.bench.lru import Event
 from rayk.bench.verify import Verified
 from rayk.kvcache.tick import Admission, Tick, TickResult
+from rayk.simulate.replay import Event
 
 
 class Latency:

@@ -23,8 +23,8 @@ from rich.console import Console
 from rayk import protocol as m
 from rayk.bench.flags import OverloadFlags
 from rayk.bench.overload_driver import Load, Outcome, OverloadDriver, Phase
-from rayk.bench.table import make_table
 from rayk.cli.flags import Format
+from rayk.cli.table import make_table
 from rayk.manager.manager import PagedKVCacheManager
 from rayk.protocol.admission import AdmissionPolicy
 from rayk.quantity import parse_duration

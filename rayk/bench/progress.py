@@ -13,7 +13,7 @@ from rich.table import Table
 
 from rayk.bench.loop import ClosedLoop
 from rayk.bench.result import BenchResult
-from rayk.bench.table import make_table
+from rayk.cli.table import make_table
 from rayk.quantity import show_seconds
 
 LOG_EVERY_S = 5.0

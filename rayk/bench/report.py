@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
@@ -18,25 +18,19 @@ from rayk.quantity import show_seconds
 def write_report(result: BenchResult, out: Path) -> list[Path]:
     """Write the report of `result` into the folder `out` (made if need be); the files written. OSError passes."""
     out.mkdir(parents=True, exist_ok=True)
-    written = []
     figures = []
     for name, (title, _) in FIGURES.items():
         png, svg = render(result, name)
-        path = out / f"{name}.png"
-        path.write_bytes(png)
-        written.append(path)
+        (out / f"{name}.png").write_bytes(png)
         figures.append((title, Markup(svg)))
-    for name, text in (("report.html", _html(result, figures)), ("summary.md", markdown(result))):
-        path = out / name
-        path.write_text(text, encoding="utf-8")
-        written.append(path)
-    return written
+    write_words(result, out, figures)
+    return [out / name for name in (*(f"{name}.png" for name in FIGURES), "report.html", "summary.md")]
 
 
-def write_words(result: BenchResult, out: Path) -> None:
-    """The report without figures, into a folder that is there: for a process that may have no time left for them."""
+def write_words(result: BenchResult, out: Path, figures: Sequence[tuple[str, Markup]] = ()) -> None:
+    """The report, without figures where a process may have no time left for them, into a folder that is there."""
     (out / "summary.md").write_text(markdown(result), encoding="utf-8")
-    (out / "report.html").write_text(_html(result, []), encoding="utf-8")
+    (out / "report.html").write_text(_html(result, figures), encoding="utf-8")
 
 
 def headline(result: BenchResult) -> list[tuple[str, str]]:
@@ -69,18 +63,10 @@ def _title(result: BenchResult) -> str:
     return f"rayk bench: {source} on {len(result.replicas)} replica(s)"
 
 
-def _html(result: BenchResult, figures: list[tuple[str, Any]]) -> str:
+def _html(result: BenchResult, figures: Sequence[tuple[str, Markup]]) -> str:
     environment = Environment(
         loader=PackageLoader("rayk.bench", "."), autoescape=select_autoescape(("html", "j2")), undefined=StrictUndefined
     )
-    return environment.get_template("report.html.j2").render(
-        title=_title(result),
-        ok=result.ok,
-        tiles=headline(result),
-        rows=summary_rows(result),
-        figures=figures,
-        faults=result.faults,
-        replicas=result.replicas,
-        config=result.config,
-        environment=result.environment,
-    )
+    template = environment.get_template("report.html.j2")
+    tiles, rows = headline(result), summary_rows(result)
+    return template.render(result=result, title=_title(result), tiles=tiles, rows=rows, figures=figures)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +18,10 @@ import msgspec
 import numpy as np
 
 import rayk
-from rayk.bench.lru import Replayed, replay
 from rayk.bench.measure import Fault, Latency, Measured
 from rayk.bench.settings import BenchSettings
 from rayk.errors import ConfigError
+from rayk.simulate.replay import Replayed, replay
 from rayk.workloads.request import Workload
 
 MAX_POINTS = 400
@@ -267,10 +268,8 @@ def environment() -> dict[str, Any]:
         "rayk": rayk.__version__,
     }
     for package in ("ray", "torch", "numpy"):
-        try:
+        with suppress(PackageNotFoundError):
             out[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return out
 
 
@@ -294,14 +293,9 @@ def _series(measured: Measured, pooled: Replayed | None, infinite: Replayed | No
             pooled=(np.cumsum(pooled.cached) / prompt)[at].tolist(),
             infinite=(np.cumsum(infinite.cached) / prompt)[at].tolist(),
         )
-    return Series(
-        t=[sample.t for sample in samples],
-        used_pages=[[sample.used_pages[r] for sample in samples] for r in range(len(measured.replicas))],
-        running=[sample.running for sample in samples],
-        waiting=[sample.waiting for sample in samples],
-        completed=[sample.completed for sample in samples],
-        hit_rate=hit_rate,
-    )
+    columns = {name: [getattr(sample, name) for sample in samples] for name in ("t", "running", "waiting", "completed")}
+    used = [[sample.used_pages[r] for sample in samples] for r in range(len(measured.replicas))]
+    return Series(**columns, used_pages=used, hit_rate=hit_rate)
 
 
 def _picked(count: int) -> list[int]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import statistics
 from collections.abc import Sequence
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -20,8 +20,8 @@ from rich.console import Console
 
 from rayk import protocol as m
 from rayk.bench.flags import LEAST_OF_BARE, LEAST_SPEEDUP, SchedulerFlags
-from rayk.bench.table import make_table
 from rayk.cli.flags import Format
+from rayk.cli.table import make_table
 from rayk.context import TextContext
 from rayk.manager.async_manager import AsyncPagedKVCacheManager
 from rayk.params import MHAKVCacheParams
@@ -74,7 +74,8 @@ class Forwarder(Echo):
 class SchedulerCost:
     """Requests are claimed where the driver says, in batches as one by one; with a `router` it chooses for the batches.
 
-    One session with a manager and, beside it, the bare actors."""
+    One session with a manager and, beside it, the bare actors.
+    """
 
     def __init__(self, settings: SchedulerFlags) -> None:
         self.settings = settings
@@ -112,7 +113,7 @@ class SchedulerCost:
         return [TextContext(f"request-{first + i}", prompts + (first + i), limit) for i in range(settings.batch)]
 
     async def _in_flight(self, batches: Sequence[Any], work: Any) -> float:
-        """Seconds to do `work` for each batch, for so many at once as the settings say."""
+        """Requests per second when `work` is done for each batch, for so many at once as the settings say."""
         due = iter(batches)
 
         async def lane() -> None:
@@ -121,37 +122,36 @@ class SchedulerCost:
 
         start = perf_counter()
         await asyncio.gather(*(lane() for _ in range(self.settings.in_flight)))
-        return perf_counter() - start
-
-    async def _admit(self, batch: list[TextContext]) -> None:
-        replicas = None if self.settings.router else [i % REPLICAS for i in range(len(batch))]
-        for admission in await self.manager.try_admit(batch, replicas):
-            if admission.error is not None:
-                raise admission.error
-
-    async def _forward(self, wire: bytes) -> None:
-        await asyncio.wrap_future(self.session.ray.future(self._forwarder.call("handle", wire)))
-
-    async def _release(self, batches: list[list[TextContext]]) -> None:
-        request_ids = [ctx.request_id for batch in batches for ctx in batch]
-        await self.manager._run(self.manager._calls.release_many(request_ids))
+        return len(batches) * self.settings.batch / (perf_counter() - start)
 
     async def batched(self) -> float:
         """Requests per second in batches."""
         batches = [self.batch() for _ in range(self.settings.batches)]
-        seconds = await self._in_flight(batches, self._admit)
+        replicas = None if self.settings.router else [i % REPLICAS for i in range(self.settings.batch)]
+
+        async def admit(batch: list[TextContext]) -> None:
+            for admission in await self.manager.try_admit(batch, replicas):
+                if admission.error is not None:
+                    raise admission.error
+
+        rate = await self._in_flight(batches, admit)
         await self._release(batches)
-        return len(batches) * self.settings.batch / seconds
+        return rate
 
     async def bare(self) -> float:
         """Requests per second when the same bytes are only forwarded and echoed."""
         sender, batches = ContextSender(), [self.batch() for _ in range(self.settings.batches)]
-        wires = [
-            m.encode(m.SchedulerEnvelope("driver", 1, 1, m.PlaceMany(sender.pack(batch, whole=True))))
-            for batch in batches
-        ]
-        seconds = await self._in_flight(wires, self._forward)
-        return len(batches) * self.settings.batch / seconds
+        placed = [m.PlaceMany(sender.pack(batch, whole=True)) for batch in batches]
+        runtime = self.session.ray
+
+        async def send(wire: bytes) -> None:
+            await asyncio.wrap_future(runtime.future(self._forwarder.call("handle", wire)))
+
+        return await self._in_flight([m.encode(m.SchedulerEnvelope("driver", 1, 1, each)) for each in placed], send)
+
+    async def _release(self, batches: list[list[TextContext]]) -> None:
+        request_ids = [ctx.request_id for batch in batches for ctx in batch]
+        await self.manager._run(self.manager._calls.release_many(request_ids))
 
     async def one_by_one(self) -> float:
         """Requests per second by claim() and alloc()."""
@@ -173,13 +173,9 @@ class SchedulerCost:
             found = {"batched": await self.batched(), "bare": await self.bare(), "one_by_one": await self.one_by_one()}
             if number:
                 rounds.append(found)
-        median = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
-        return SchedulerRates(
-            **median,
-            speedup=statistics.median(r["batched"] / r["one_by_one"] for r in rounds),
-            of_bare=statistics.median(r["batched"] / r["bare"] for r in rounds),
-            rounds=rounds,
-        )
+        for found in rounds:
+            found["speedup"], found["of_bare"] = (found["batched"] / found[name] for name in ("one_by_one", "bare"))
+        return SchedulerRates(**{name: median(found[name] for found in rounds) for name in rounds[0]}, rounds=rounds)
 
     def close(self) -> None:
         """End everything."""

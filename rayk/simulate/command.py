@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from rayk.bench.table import make_table
 from rayk.cli.flags import Format
+from rayk.cli.table import make_table
 from rayk.errors import ConfigError
 from rayk.quantity import show_seconds
 from rayk.scheduler.router.policies import check_router

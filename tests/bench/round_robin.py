@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from rayk.bench.lru import Keys, PageLru
+from rayk.simulate.replay import Keys, PageLru
 from rayk.workloads.request import BenchRequest
 
 

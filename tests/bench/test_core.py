@@ -8,15 +8,15 @@ import pytest
 
 from rayk.bench.core import cache, command, decode
 from rayk.bench.core.cache import PAGE_SIZE, Listener, make_contexts, make_manager, random_prompts
+from rayk.bench.core.case import CoreResult, make_figure
 from rayk.bench.core.clock import REFERENCE_US, Unit, quiet
+from rayk.bench.core.command import notes, result_table
 from rayk.bench.core.decode import Decode
 from rayk.bench.core.limits import BOUNDS, Bound
 from rayk.bench.core.lookups import OWN, SHARED, Indexed, Lookups
 from rayk.bench.core.memory import measure_start
 from rayk.bench.core.prompts import PROMPT, Prompts, SharedPrefix, filling, serve
-from rayk.bench.core.result import CoreResult, make_figure
 from rayk.bench.core.run import GROUPS, make_cases
-from rayk.bench.core.table import notes, result_table
 from rayk.bench.core.tiers import Copies, Miss, Offloading
 from rayk.bench.core.trace_case import Served
 from rayk.cli import main as cli

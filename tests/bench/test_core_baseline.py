@@ -9,9 +9,9 @@ import pytest
 
 from rayk.bench.core import command
 from rayk.bench.core.baseline import OTHER_PYTHON, compare, read_baseline, save_baseline
+from rayk.bench.core.case import CoreResult, make_figure
+from rayk.bench.core.command import comparison_lines
 from rayk.bench.core.limits import Bound
-from rayk.bench.core.result import CoreResult, make_figure
-from rayk.bench.core.table import comparison_lines
 from rayk.cli import main as cli
 from rayk.errors import ConfigError
 

@@ -7,12 +7,12 @@ import subprocess
 import pytest
 
 from rayk.bench.core import one_off
-from rayk.bench.core.busy_replica import PAGES_PER_RUNNING, crowded
 from rayk.bench.core.cache import PAGE_SIZE
 from rayk.bench.core.callgrind import Callgrind
 from rayk.bench.core.clock import Unit
 from rayk.bench.core.instruction_mix import kind_of
 from rayk.bench.core.instructions import Counted, CountError, Total, count_instructions, per_iteration, read_total
+from rayk.bench.core.prompts import PAGES_PER_RUNNING, crowded
 from rayk.cli import main as cli
 
 FILE = """# callgrind format

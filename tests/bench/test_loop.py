@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from rayk.bench.lru import replay
 from rayk.bench.manager_driver import ManagerDriver
 from rayk.bench.settings import BenchSettings, complete
 from rayk.errors import ReplicaLostError, SchedulerLostError
 from rayk.kvcache.tick import Admission, Tick, TickResult
+from rayk.simulate.replay import replay
 from rayk.workloads import generators as workloads
 from rayk.workloads.request import RequestTooLargeError, Workload
 

@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import psutil
 
+from rayk.bench.core.baseline import cpu_model, running_commit
 from rayk.bench.core.cache import make_contexts, random_prompts
 from rayk.bench.core.prompts import PROMPT
-from rayk.bench.core.provenance import cpu_model, running_commit
 from rayk.bench.core.ray_path import BATCH, PAGES, REPLICAS, cpu_seconds, iterate, ray_params, start_lanes
 from rayk.errors import RaykError
 from rayk.kvcache.tick import Tick

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayk.bench.lru import Event, replay
+from rayk.simulate.replay import Event, replay
 from rayk.workloads.generators import GENERATORS, agent, chat, random
 from rayk.workloads.request import Workload
 

@@ -1,17 +1,20 @@
-"""Figures of earlier commits, in a file of the repository, so that a regression shows.
+"""Figures of earlier commits, in a file of the repository, so that a regression shows; and what a result was measured
+on: the commit and the processor.
 
 Times are kept as they come to on the reference machine (clock.py), instructions as they are. Newer entries come last.
 """
 
 from __future__ import annotations
 
+import platform
+import subprocess
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from rayk.bench.core.result import CoreResult
+from rayk.bench.core.case import CoreResult
 from rayk.errors import ConfigError
 
 OTHER_PYTHON = 0.25  # how much may differ from an entry of another minor version of Python
@@ -106,3 +109,29 @@ def compare(entries: list[Entry], result: CoreResult, tolerance: float) -> Compa
         worse=[change for change in known if change.after > change.before * (1 + tolerance)],
         better=[change for change in known if change.after < change.before / (1 + tolerance)],
     )
+
+
+def running_commit() -> str | None:
+    """The commit of the checkout that this package lies in, "+changes" if it differs from it; None outside of one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    commit, tracked = git("rev-parse", "HEAD"), git("ls-files", Path(__file__).name)
+    if not commit or not tracked:  # installed into some other checkout's environment
+        return None
+    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def cpu_model() -> str:
+    """The processor's name, as Linux has it; the architecture where that is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

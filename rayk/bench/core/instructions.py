@@ -26,12 +26,11 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from rayk.bench.core.busy_replica import crowded
 from rayk.bench.core.cache import make_contexts, make_manager, random_prompts
 from rayk.bench.core.callgrind import Callgrind
 from rayk.bench.core.decode import decode_each, decode_many, start_batch
 from rayk.bench.core.instruction_mix import read_shares
-from rayk.bench.core.prompts import PROMPT, SharedPrefix, serve
+from rayk.bench.core.prompts import PROMPT, SharedPrefix, crowded, serve
 from rayk.errors import RaykError
 from rayk.kvcache.context_batch import ContextBatch
 from rayk.manager.manager import PagedKVCacheManager

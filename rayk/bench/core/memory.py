@@ -9,7 +9,6 @@ line of JSON: see Memory, Start.
 from __future__ import annotations
 
 import gc
-import os
 import subprocess
 import sys
 import tracemalloc
@@ -19,12 +18,13 @@ from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import psutil
+import torch
 
-from rayk.bench.core.busy_replica import crowded, start
 from rayk.bench.core.cache import PAGE_SIZE, core_params, make_contexts, make_manager, random_prompts
 from rayk.bench.core.decode import decode_each, start_batch
 from rayk.bench.core.lookups import ENTRIES, FLEETS, Indexed
-from rayk.bench.core.prompts import PROMPT, serve
+from rayk.bench.core.prompts import PROMPT, crowded, serve, start
 from rayk.context import TextContext
 from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.replica import ReplicaCore
@@ -107,8 +107,8 @@ def _bytes_of_cached(prompts: int, length: int) -> int:
     def fill() -> PagedKVCacheManager:
         manager = make_manager(prompts * (length // PAGE_SIZE) + 1)
         for first in range(0, prompts, 100):
-            count = min(100, prompts - first)
-            serve(manager, make_contexts(random_prompts(count, length + 1, seed=first), f"{first}-"))
+            made = random_prompts(min(100, prompts - first), length + 1, seed=first)
+            serve(manager, make_contexts(made, f"{first}-"))
         return manager
 
     return traced(fill)[0]
@@ -154,9 +154,7 @@ def slowdown(work: Sequence[Callable[[], float]]) -> float:
 
 
 def _resident() -> int:
-    import psutil
-
-    return int(psutil.Process(os.getpid()).memory_info().rss)
+    return int(psutil.Process().memory_info().rss)
 
 
 def _page_bytes(pages: int) -> int:
@@ -179,8 +177,6 @@ def _start(pages: int) -> Start:
 
 
 def _measure(pages: int) -> Memory:
-    import torch
-
     torch.set_num_threads(1)
     serve(make_manager(100), make_contexts(random_prompts(1, PAGE_SIZE)))  # what is imported late is not the cache's
     cached_page = bytes_per_cached_page(LONG_PROMPTS, PROMPT)
@@ -191,23 +187,20 @@ def _measure(pages: int) -> Memory:
     large = crowded(pages)
     gc.collect()
     beyond = _resident() - before - page_bytes
-    held = large.get_num_used_pages(0)
+    running = large.get_num_used_pages(0) // (PROMPT // PAGE_SIZE + 1)
     gc.freeze()
     gc.disable()
-    request = slowdown([_requests(small), _requests(large)])
-    step = slowdown([_steps(small), _steps(large)])
-    index_entry = bytes_per_index_entry(FLEETS[-1], ENTRIES)  # last: what it frees would hide what is resident
     return Memory(
         cached_page=cached_page,
         page_alone=page_alone,
         running_request=running_request,
-        index_entry=index_entry,
         pages=pages,
         tokens=pages * PAGE_SIZE,
-        running=held // (PROMPT // PAGE_SIZE + 1),
+        running=running,
         beyond_bytes=beyond,
-        request_slowdown=request,
-        step_slowdown=step,
+        request_slowdown=slowdown([_requests(small), _requests(large)]),
+        step_slowdown=slowdown([_steps(small), _steps(large)]),
+        index_entry=bytes_per_index_entry(FLEETS[-1], ENTRIES),  # last: what it frees would hide what is resident
     )
 
 

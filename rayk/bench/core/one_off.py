@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from rayk.bench.core.case import Progress
+from rayk.bench.core.case import Figure, Progress, make_figure
 from rayk.bench.core.clock import Unit
 from rayk.bench.core.instructions import DECODE_BATCH, SIZES, count_instructions
 from rayk.bench.core.memory import PAGES, measure_memory, measure_start
 from rayk.bench.core.ray_path import BATCH, REPLICAS, measure_ray_path
-from rayk.bench.core.result import Figure, make_figure
 
 INSTRUCTION_TITLES = {
     "w1": "instructions of a cold request",

@@ -1,11 +1,12 @@
-"""W1 and W2: requests one after the other, each claimed, allocated, processed, committed and released.
+"""W1 and W2: requests one after the other, each claimed, allocated, processed, committed and released. And a replica in
+the middle of its day: every page taken, a request running for each hundred pages, the rest cached.
 
 The forward and the sampled token are the caller's: context.update() is between the timed parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from time import thread_time_ns
 
 import numpy as np
@@ -20,6 +21,8 @@ SHARED, OWN = 4096, 128
 REQUESTS = 1000
 SMALL_POOL = 8_000
 FULL_REQUESTS = 300
+PAGES_PER_RUNNING = 100  # of which a request of 1,025 tokens holds 65
+_PART = 100  # contexts made at a time: their tokens take as much memory as those that the cache keeps
 
 
 def serve(manager: PagedKVCacheManager, contexts: Sequence[TextContext], lap_ns: float = 0.0) -> float:
@@ -72,3 +75,34 @@ class SharedPrefix:
 def filling(pages: int) -> int:
     """Prompts that fill `pages` pages with cached ones."""
     return pages // (PROMPT // PAGE_SIZE)
+
+
+def crowded(pages: int) -> PagedKVCacheManager:
+    """A full replica of `pages` pages with pages / 100 running requests of 1,024 processed tokens."""
+    manager, running = make_manager(pages), pages // PAGES_PER_RUNNING
+    for part in _parts("crowd", running, seed=1):
+        start(manager, part)
+    left = pages - manager.get_num_used_pages(0)
+    for part in _parts("cached", left * PAGE_SIZE // PROMPT, seed=2):
+        serve(manager, part)
+    return manager
+
+
+def start(manager: PagedKVCacheManager, contexts: list[TextContext]) -> None:
+    """Let the requests run: claimed, their prompts allocated, processed and committed, no token sampled yet.
+
+    Not sampling one keeps each context's array, which belongs to the caller, as it is.
+    """
+    for ctx in contexts:
+        ctx.tokens.chunk(PROMPT)
+        manager.claim(ctx.request_id, 0)
+        manager.alloc(ctx, 0)
+        ctx.update(1)
+    manager.step([contexts])
+
+
+def _parts(name: str, count: int, seed: int) -> Iterator[list[TextContext]]:
+    """Contexts of `count` unique prompts of 1,024 tokens and one to go, in parts."""
+    for first in range(0, count, _PART):
+        prompts = random_prompts(min(_PART, count - first), PROMPT + 1, seed=seed << 32 | first)
+        yield make_contexts(prompts, f"{name}-{first}-")

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rayk.bench.core.cache import POOL
-from rayk.bench.core.case import Case, Progress
+from rayk.bench.core.case import Case, Figure, Progress, make_figure
 from rayk.bench.core.clock import Unit, lap_ns, quiet
 from rayk.bench.core.decode import BATCHES, STEPS, Decode
 from rayk.bench.core.limits import BOUNDS, TIER_COPIES, Bound
 from rayk.bench.core.lookups import ALL, ENTRIES, FEW, FLEETS, Indexed, Lookups
 from rayk.bench.core.prompts import FULL_REQUESTS, REQUESTS, SMALL_POOL, Prompts, SharedPrefix, filling
-from rayk.bench.core.result import Figure, make_figure
 from rayk.bench.core.tiers import Copies, Miss, Offloading
 from rayk.bench.core.trace_case import REQUESTS as TRACE_REQUESTS
 from rayk.bench.core.trace_case import Served

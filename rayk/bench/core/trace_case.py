@@ -7,8 +7,8 @@ from pathlib import Path
 from rayk.bench.core.cache import PAGE_SIZE, make_contexts, make_manager
 from rayk.bench.core.case import Sample
 from rayk.bench.core.prompts import serve
-from rayk.bench.lru import Event, replay
 from rayk.context import IntArray
+from rayk.simulate.replay import Event, replay
 from rayk.workloads.generators import chat
 from rayk.workloads.request import Workload
 from rayk.workloads.traces import read_trace

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayk.bench.lru import Event, Keys, PageLru, replay
+from rayk.simulate.replay import Event, Keys, PageLru, replay
 from rayk.workloads.request import BenchRequest
 
 
