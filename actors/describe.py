@@ -9,8 +9,8 @@ import msgspec
 
 from rayk import protocol as m
 from rayk.actors.channel import ActorChannel, new_client_id
+from rayk.actors.deployment import Deployment, ReplicaHandle
 from rayk.actors.interface import ActorGoneError, Runtime
-from rayk.actors.launch import Deployment, ReplicaHandle
 from rayk.errors import CallTimeoutError, ConfigError, RaykError, ReplicaLostError, SchedulerLostError
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.planning.node_plan import NodeMemory, ReplicaPlan
@@ -86,7 +86,7 @@ class Decision(msgspec.Struct, frozen=True):
 
 def describe(runtime: Runtime, name: str) -> list[ManagerState]:
     """All managers of the sessions called `name`, in the order they were made; ConfigError when there is none."""
-    return [_manager(runtime, each, cluster, link) for each, cluster, link in _managers(runtime, name)]
+    return [_manager(runtime, each, deployment, link) for each, deployment, link in _managers(runtime, name)]
 
 
 def explain(runtime: Runtime, name: str, request_id: str) -> Decision:
@@ -105,35 +105,35 @@ def explain(runtime: Runtime, name: str, request_id: str) -> Decision:
 
 
 def _managers(runtime: Runtime, name: str) -> list[tuple[str, Deployment, ActorChannel]]:
-    """Name, cluster and a line to the scheduler of each manager of the sessions called `name`."""
+    """Name, deployment and a line to the scheduler of each manager of the sessions called `name`."""
     found: list[tuple[str, Deployment, ActorChannel]] = []
     while (actor := runtime.find(f"{name}/{len(found)}/scheduler")) is not None:
         try:
-            cluster = runtime.get(actor.call("roster", control=True), "the scheduler", ASK_SECONDS)
+            deployment = runtime.get(actor.call("roster", control=True), "the scheduler", ASK_SECONDS)
         except ActorGoneError as error:
             raise SchedulerLostError(str(error)) from None
-        assert isinstance(cluster, Deployment)
+        assert isinstance(deployment, Deployment)
         link = ActorChannel(
-            runtime, actor, "the scheduler", cluster.scheduler_epoch, new_client_id("describe"), SchedulerLostError
+            runtime, actor, "the scheduler", deployment.scheduler_epoch, new_client_id("describe"), SchedulerLostError
         )
-        found.append((f"{name}/{len(found)}", cluster, link))
+        found.append((f"{name}/{len(found)}", deployment, link))
     if not found:
         raise ConfigError(f"no rayk cluster of the name {name!r} runs here; only sessions with a name can be described")
     return found
 
 
-def _manager(runtime: Runtime, name: str, cluster: Deployment, scheduler: ActorChannel) -> ManagerState:
+def _manager(runtime: Runtime, name: str, deployment: Deployment, scheduler: ActorChannel) -> ManagerState:
     known: m.Description = scheduler.ask(m.Describe())
-    replicas = [_replica(runtime, cluster, r, seat, known) for r, seat in enumerate(cluster.seats) if seat is not None]
+    replicas = [_replica(runtime, r, handle, known) for r, handle in deployment.running.items()]
     metrics: KVCacheMetrics = scheduler.ask(m.EveryReplica(m.GetMetrics())).metrics
     return ManagerState(
         name=name,
-        router=cluster.config.router,
-        page_size=cluster.config.params.page_size,
-        bytes_per_page=cluster.config.params.bytes_per_page,
+        router=deployment.config.router,
+        page_size=deployment.config.params.page_size,
+        bytes_per_page=deployment.config.params.bytes_per_page,
         replicas=replicas,
-        nodes=cluster.plan.nodes,
-        refused=cluster.plan.refused,
+        nodes=deployment.nodes,
+        refused=dict(deployment.refused),
         drivers=known.clients,
         metrics=metrics,
         admission=known.admission,
@@ -144,8 +144,8 @@ def _manager(runtime: Runtime, name: str, cluster: Deployment, scheduler: ActorC
     )
 
 
-def _replica(runtime: Runtime, cluster: Deployment, r: int, seat: ReplicaHandle, known: m.Description) -> ReplicaState:
-    plan, facts, actor, epoch = seat.plan, seat.facts, seat.actor, seat.epoch
+def _replica(runtime: Runtime, r: int, handle: ReplicaHandle, known: m.Description) -> ReplicaState:
+    plan, facts, actor, epoch = handle.plan, handle.facts, handle.actor, handle.epoch
     common: dict[str, Any] = {
         "index": r,
         "node": plan.host_name,

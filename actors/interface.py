@@ -37,6 +37,18 @@ class Placement:
     node_ids: tuple[str, ...]
 
 
+class Bundle(NamedTuple):
+    """The place of one actor: bundle `number` of a placement group."""
+
+    placement: Placement
+    number: int = 0
+
+    @property
+    def node_id(self) -> str:
+        """Where it is."""
+        return self.placement.node_ids[self.number]
+
+
 class Actor(Protocol):
     """A started actor; can be sent to other actors."""
 
@@ -103,8 +115,7 @@ class ActorSpec:
     cls: type
     args: tuple[Any, ...]
     gpus: int = 0
-    placement: Placement | None = None
-    bundle: int = 0
+    bundle: Bundle | None = None
     name: str | None = None
     lanes: tuple[str, ...] = ()  # more lanes, each with a thread of its own, for calls that last
     threads: int = 1  # so many calls at once in the data lane

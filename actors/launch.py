@@ -1,412 +1,194 @@
-"""Starting a manager's actors in the one order that cannot fail late: plan, place, replicas, scheduler.
+"""The launcher of actors, of cache replicas and of engines: measure nodes, place, start, add and end.
 
-Nodes are listed; a task on each measures it; only then is a placement group asked for, and each replica gets
-the pages that its node's plan allows. Whatever fails, nothing is left behind.
+The first actors of a set share one placement group. Each later one has a group of its own, so that Ray's autoscaler
+sees the request while it waits, and so that its resources go back when the actor is removed. The successor of a lost
+actor takes its bundle if others use the same group. Whatever fails, nothing is left behind.
+
+The two kinds differ in the actors' class and arguments, and in what they are asked until they are ready.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
+from rayk.actors.interface import Actor, ActorGoneError, ActorSpec, Bundle, Node, Placement, Runtime
+from rayk.actors.replica import measure
+from rayk.errors import PlanError, RaykError
+from rayk.planning.node_plan import NodeMemory
+from rayk.tiers.identity import read_seed, take_seed
 
-from rayk.actors.interface import Actor, ActorGoneError, ActorSpec, NameTakenError, Node, Placement, Runtime
-from rayk.actors.replica import ReplicaActor, ReplicaFacts, measure
-from rayk.actors.scheduler import LANES, SchedulerActor
-from rayk.errors import ConfigError, PlanError, RaykError, SchedulerLostError
-from rayk.params import KVCacheParams
-from rayk.planning.node_plan import (
-    ClusterPlan,
-    Component,
-    NodeMemory,
-    ReplicaPlan,
-    plan_cluster,
-    refused_nodes,
-    replicas_that_fit,
-    uses_cuda,
-)
-from rayk.protocol.admission import AdmissionPolicy
-from rayk.scheduler.membership import State
-from rayk.scheduler.router.policies import check_router
-from rayk.scheduler.router.router import RouterSettings
-from rayk.tiers.identity import named, read_seed, take_seed
-
-log = logging.getLogger("rayk.scheduler")
-
-START_SECONDS = 180.0
 PLACE_SECONDS = 60.0
-CLOSE_SECONDS = 30.0
+START_SECONDS = 180.0  # for an actor without a model, or a task on a node
 SLIVER = 0.001  # of a CPU: Ray refuses an empty bundle, and many replicas must fit a small machine
 
 
 @dataclass(frozen=True)
-class DeploymentConfig:
-    """What a manager wants started."""
-
-    params: KVCacheParams
-    wanted_pages: int | None
-    max_batch_size: int
-    runtime_checks: bool
-    router: str
-    uniform: bool = False  # the same number of pages on all replicas
-    utilization: float | None = None  # part of the free memory to take
-    host_pages: int = 0  # of the host tier of each node
-    admission: AdmissionPolicy | None = None  # how requests wait for room
-
-
-@dataclass(frozen=True)
-class ReplicaHandle:
-    """A replica that runs: in `placement.node_ids[bundle]`, by `plan`; `facts` is what it took."""
+class PlacedActor:
+    """A started actor in its bundle."""
 
     actor: Actor
-    epoch: int
-    plan: ReplicaPlan
-    facts: ReplicaFacts
-    placement: Placement
-    bundle: int = 0
+    bundle: Bundle
 
 
-@dataclass(frozen=True)
-class Deployment:
-    """Running actors of one manager: `seats[r]` is replica r, None where nobody is. The roster that drivers share.
+class Places(NamedTuple):
+    """A bundle for each index; `groups` were made for them."""
 
-    `plan` is that of the start, and what was measured of nodes since. `tiers` names the host pools of the nodes.
-    `version`, `joined` and `states` are those of the scheduler's Membership. `started_here`: by this driver.
-    """
-
-    config: DeploymentConfig
-    plan: ClusterPlan
-    seats: tuple[ReplicaHandle | None, ...] = ()
-    tiers: str = ""
-    scheduler: Actor | None = None
-    scheduler_epoch: int = 0
-    version: int = 1
-    joined: int = 1
-    states: tuple[str, ...] = ()
-    started_here: bool = False
-
-    @property
-    def there(self) -> list[ReplicaHandle]:
-        """The replicas that run, by index."""
-        return [seat for seat in self.seats if seat is not None]
-
-    @property
-    def replicas(self) -> tuple[Actor, ...]:
-        """Their actors."""
-        return tuple(seat.actor for seat in self.there)
-
-    @property
-    def epochs(self) -> tuple[int, ...]:
-        """Their starts."""
-        return tuple(seat.epoch for seat in self.there)
-
-    def answers(self, replica: int) -> bool:
-        """Whether its process answered when the states were reported last."""
-        return self.states[replica : replica + 1] != (State.silent,)
-
-    @property
-    def pages(self) -> tuple[int, ...]:
-        """Pages of each index, 0 where nobody is."""
-        return tuple(seat.plan.pages if seat is not None else 0 for seat in self.seats)
-
-    @property
-    def facts(self) -> tuple[ReplicaFacts, ...]:
-        """What they took."""
-        return tuple(seat.facts for seat in self.there)
-
-    def seated(self, replica: int, seat: ReplicaHandle | None, nodes: Sequence[NodeMemory] = ()) -> Deployment:
-        """The same with another replica, or nobody, at that index; `nodes` were measured for it."""
-        seats = [*self.seats, *[None] * (replica + 1 - len(self.seats))]
-        seats[replica] = seat
-        measured = {node.node_id: node for node in (*self.plan.nodes, *nodes)}
-        plan = msgspec.structs.replace(self.plan, nodes=tuple(measured.values()))
-        return replace(self, seats=tuple(seats), plan=plan)
-
-    def standing(self, version: int, joined: int, states: tuple[str, ...]) -> Deployment:
-        """The same as of that version."""
-        return replace(self, version=version, joined=joined, states=states)
-
-    def stop(self, runtime: Runtime) -> None:
-        """Kill all actors and give all placements back; returns when they are gone. Tiers are written out first."""
-        there = [seat.actor for r, seat in enumerate(self.seats) if seat is not None and self.answers(r)]
-        close_tiers(runtime, self.config, there)
-        scheduler = () if self.scheduler is None else (self.scheduler,)
-        groups = {id(seat.placement.group): seat.placement for seat in self.there}
-        first, *others = groups.values() or [None]
-        runtime.stop((*scheduler, *self.replicas), first)
-        for placement in others:
-            runtime.stop((), placement)
+    bundles: dict[int, Bundle]
+    groups: list[Placement]
 
 
-def close_tiers(runtime: Runtime, config: DeploymentConfig, replicas: Sequence[Actor]) -> None:
-    """Have replicas write out what is on its way to their tiers, and let go of them."""
-    if config.params.kv_connector != "null":
-        closing = []
-        for actor in replicas:
-            with suppress(ActorGoneError):
-                closing.append(actor.call("close"))
-        deadline = time.monotonic() + CLOSE_SECONDS
-        for ref in closing:
-            with suppress(ActorGoneError, RaykError):  # a dead or hung replica's share is cleaned up by the next
-                runtime.get(ref, "a replica", max(0.0, deadline - time.monotonic()))
-
-
-def desk_settings(config: DeploymentConfig, pages: tuple[int, ...]) -> RouterSettings:
-    """What the scheduler places requests by."""
-    params = config.params
-    return RouterSettings(
-        config.router,
-        pages,
-        params.page_size,
-        params.page_hash_algo,
-        params.kv_hash_seed or b"",
-        params.enable_prefix_caching,
-        config.admission,
-        params.page_transport,
-        params.offers_pages,
-    )
-
-
-def start_cluster(runtime: Runtime, config: DeploymentConfig, name: str | None) -> Deployment:
-    """Start everything, or attach to what runs under `name`; PlanError or ConfigError otherwise."""
-    check_router(config.router)  # a wrong name is refused before anything starts
-    if name is not None:
-        running = runtime.find(f"{name}/scheduler")
-        if running is not None:
-            return _attach(runtime, running, config, name)
-        try:
-            return _start(runtime, config, name)
-        except NameTakenError:  # another driver starts it right now
-            return _attach(runtime, _await_scheduler(runtime, name), config, name)
-    return _start(runtime, config, name)
-
-
-def _await_scheduler(runtime: Runtime, name: str) -> Actor:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        running = runtime.find(f"{name}/scheduler")
-        if running is not None:
-            return running
-        time.sleep(0.05)
-    raise PlanError(
-        f"replicas of {name!r} exist, but no scheduler came up within {START_SECONDS:.0f} s: the driver that started "
-        "them may have died half-way; kill those actors or use another name"
-    )
-
-
-def _start(runtime: Runtime, config: DeploymentConfig, name: str | None) -> Deployment:
-    config = replace(config, params=named(config.params))
-    if config.params.kv_hash_seed is None:
-        config = replace(config, params=replace(config.params, kv_hash_seed=_seed(runtime, config.params)))
-    disk = config.params.kv_connector_config
-    nodes = measure_nodes(runtime, str(disk.disk_offload_dir) if disk and disk.disk_offload_dir else None)
-    placement = _place(runtime, config, nodes)
-    seats: list[ReplicaHandle] = []
-    try:
-        plan = plan_cluster(
-            nodes,
-            placement.node_ids,
-            config.params,
-            config.wanted_pages,
-            config.max_batch_size,
-            config.uniform,
-            config.utilization,
-        )
-        epoch = time.time_ns() // 1_000
-        cluster = Deployment(config, plan, tiers=f"{epoch}-{os.urandom(8).hex()}")
-        places = [Place(r, epoch + r, each, placement, r) for r, each in enumerate(plan.replicas)]
-        seats = start_replicas(runtime, cluster, places, desk_settings(config, plan_pages(plan)).keyed, name)
-        return _start_scheduler(runtime, replace(cluster, seats=tuple(seats)), name)
-    except BaseException:
-        runtime.stop([seat.actor for seat in seats], placement)
-        raise
-
-
-def plan_pages(plan: ClusterPlan) -> tuple[int, ...]:
-    """Pages of each replica of a plan."""
-    return tuple(each.pages for each in plan.replicas)
+# -- nodes -----------------------------------------------------------------------------------------------
 
 
 def measure_nodes(
-    runtime: Runtime, disk_dir: str | None = None, taken: Mapping[str, int] | None = None
+    runtime: Runtime,
+    nodes: Sequence[Node] | None = None,
+    disk_dir: Path | None = None,
+    taken: Mapping[str, int] | None = None,
 ) -> list[NodeMemory]:
-    """What every live node offers, measured on it by a task that holds none of it; the disk at `disk_dir` too.
+    """What nodes (None: all live ones) offer, measured by a task on each that holds none of it; the disk at `disk_dir`
+    too. `taken`: bytes by node id that are promised already of what Ray was told of."""
 
-    `taken`: bytes by node id that are promised already of what Ray was told of.
-    """
-    refs = [(node, _measure(runtime, node, disk_dir, (taken or {}).get(node.node_id, 0))) for node in runtime.nodes()]
+    def limit(node: Node) -> int | None:
+        memory = node.resources.get("memory")  # what Ray was told that it may use there
+        return max(0, int(memory) - (taken or {}).get(node.node_id, 0)) if memory else None
+
+    nodes, disk = runtime.nodes() if nodes is None else nodes, str(disk_dir) if disk_dir is not None else None
+    refs = [runtime.run_on(node.node_id, measure, node.node_id, node.host_name, limit(node), disk) for node in nodes]
     try:
-        return [runtime.get(ref, f"the planner on node {n.host_name}", START_SECONDS) for n, ref in refs]
+        return [
+            runtime.get(ref, f"the planner on node {node.host_name}", START_SECONDS)
+            for node, ref in zip(nodes, refs, strict=True)
+        ]
     except ActorGoneError as error:
         raise PlanError(f"a node could not be measured: {error}") from None
 
 
-def _seed(runtime: Runtime, params: KVCacheParams) -> bytes:
-    """The seed that the nodes' tier directories were used with before, else a new one."""
-    config = params.kv_connector_config
-    if config is not None and config.disk_offload_dir is not None:
-        refs = [(n, runtime.run_on(n.node_id, read_seed, Path(config.disk_offload_dir))) for n in runtime.nodes()]
-        for node, ref in refs:
-            try:
-                seed: bytes | None = runtime.get(ref, f"node {node.host_name}", START_SECONDS)
-            except ActorGoneError as error:
-                raise PlanError(f"a node could not be asked for its tier's seed: {error}") from None
-            if seed is not None:
-                return seed
-        for node in runtime.nodes()[:1]:  # others may start on the same folder: who is first decides
-            made: bytes = runtime.get(
-                runtime.run_on(node.node_id, take_seed, Path(config.disk_offload_dir)),
-                f"node {node.host_name}",
-                START_SECONDS,
-            )
-            return made
-    return os.urandom(32)
+def tier_seed(runtime: Runtime, folder: Path | None, nodes: Sequence[Node] | None = None) -> bytes:
+    """The seed that the tier directories at `folder` of nodes (None: all) were used with before, else a new one."""
+    if folder is None or not (nodes := runtime.nodes() if nodes is None else nodes):
+        return os.urandom(32)
+    refs = [runtime.run_on(node.node_id, read_seed, folder) for node in nodes]
+    try:
+        for node, ref in zip(nodes, refs, strict=True):
+            found: bytes | None = runtime.get(ref, f"node {node.host_name}", START_SECONDS)
+            if found is not None:
+                return found
+        made: bytes = runtime.get(  # others may start on the same folder: who is first decides
+            runtime.run_on(nodes[0].node_id, take_seed, folder), f"node {nodes[0].host_name}", START_SECONDS
+        )
+        return made
+    except ActorGoneError as error:
+        raise PlanError(f"a node could not be asked for its tier's seed: {error}") from None
 
 
-def _measure(runtime: Runtime, node: Node, disk_dir: str | None, taken: int) -> Any:
-    memory = node.resources.get("memory")  # what Ray was told that it may use there
-    limit = max(0, int(memory) - taken) if memory else None
-    return runtime.run_on(node.node_id, measure, node.node_id, node.host_name, limit, disk_dir)
+# -- placement -------------------------------------------------------------------------------------------
 
 
-def _place(runtime: Runtime, config: DeploymentConfig, nodes: list[NodeMemory]) -> Placement:
-    params = config.params
-    refused = refused_nodes(nodes, params, config.wanted_pages, config.utilization)
-    room = sum(replicas_that_fit(n, params) for n in nodes if n.node_id not in refused)
-    if room < params.data_parallel_degree:
-        reasons = "; ".join(refused.values()) or "the others have too few GPUs"
-        raise PlanError(f"{params.data_parallel_degree} replica(s) asked for, {room} fit: {reasons}")
-    return runtime.place([bundle_of(params)] * params.data_parallel_degree, list(refused), PLACE_SECONDS)
+def place_actors(
+    runtime: Runtime,
+    placed: Mapping[int, PlacedActor],
+    indices: Sequence[int],
+    gpus: int,
+    refused: Mapping[str, str],
+    timeout: float,
+) -> Places:
+    """Bundles for actors of those indices, beside the actors that are `placed`, on nodes that are not `refused` (for a
+    reason each). PlanError, and nothing is held, when there are none within `timeout` seconds."""
+    deadline, wanted = time.monotonic() + timeout, {"CPU": SLIVER} | ({"GPU": float(gpus)} if gpus else {})
+    bundles: dict[int, Bundle] = {}
+    for index in [each for each in indices if _shares_group(placed, each)]:
+        placement, at = placed[index].bundle
+        bundles[index] = Bundle(runtime.await_place(placement, deadline - time.monotonic()), at)
+    new, groups = [index for index in indices if index not in bundles], list[Placement]()
+    if new:
+        wish = [wanted] * len(new), list(refused), max(0.0, deadline - time.monotonic())
+        try:
+            groups = runtime.place_each(*wish) if placed else [runtime.place(*wish)]
+        except PlanError as error:
+            why = "; ".join(refused.values())
+            raise PlanError(f"{error}; left out: {why}" if why else str(error)) from None
+    free = [Bundle(group, at) for group in groups for at in range(len(group.node_ids))]
+    bundles |= dict(zip(new, free, strict=True))
+    return Places({index: bundles[index] for index in indices}, groups)
 
 
-def bundle_of(params: KVCacheParams) -> dict[str, float]:
-    """What a replica asks of Ray."""
-    bundle = {"CPU": SLIVER}
-    if uses_cuda(params):
-        bundle["GPU"] = float(params.tensor_parallel_degree)
-    return bundle
+def _shares_group(placed: Mapping[int, PlacedActor], index: int) -> bool:
+    """Whether others use the placement group of that one."""
+    group = placed[index].bundle.placement.group if index in placed else None
+    return any(each.bundle.placement.group == group for other, each in placed.items() if other != index)
 
 
-class Place(NamedTuple):
-    """Where a replica is to start: its index and epoch, its plan, and its bundle of a placement."""
-
-    replica: int
-    epoch: int
-    plan: ReplicaPlan
-    placement: Placement
-    bundle: int
+# -- start and end ---------------------------------------------------------------------------------------
 
 
-def start_replicas(
-    runtime: Runtime, cluster: Deployment, places: Sequence[Place], keyed: bool, name: str | None
-) -> list[ReplicaHandle]:
-    """Start replicas side by side and wait for all; none is left when one fails. `keyed`: they note what they cache.
+@contextmanager
+def ended_on_failure(runtime: Runtime, actors: Sequence[Actor], groups: Iterable[Placement] = ()) -> Iterator[None]:
+    """Where this fails, actors (also those that come to the list in it) are ended, and groups are given back."""
+    try:
+        yield
+    except BaseException:
+        stop_actors(runtime, (), groups, actors)
+        raise
 
-    A replica that is added has its epoch in its actor's name, as another may have had its index before.
-    """
-    config = cluster.config
-    gpus = config.params.tensor_parallel_degree if uses_cuda(config.params) else 0
+
+@contextmanager
+def starting(runtime: Runtime, specs: Iterable[ActorSpec]) -> Iterator[list[Actor]]:
+    """Actors that start side by side. They are ended when one fails, or what is done here until they are ready."""
     started: list[Actor] = []
-    try:
-        for at in places:
-            pool = f"{cluster.tiers}-{at.placement.node_ids[at.bundle]}"  # one for each node
-            arguments = (
-                config.params,
-                at.replica,
-                at.plan.pages,
-                config.max_batch_size,
-                config.runtime_checks,
-                at.epoch,
-                config.host_pages,
-                pool,
-                keyed,
-            )
-            named = f"{name}/replica-{at.replica}{f'-{at.epoch}' if cluster.seats else ''}" if name else None
-            started.append(runtime.start(ActorSpec(ReplicaActor, arguments, gpus, at.placement, at.bundle, named)))
-        facts = [
-            _ready(runtime, actor, f"replica {at.replica}", "facts") for at, actor in zip(places, started, strict=True)
-        ]
-    except BaseException:
-        runtime.stop(started, None)
-        raise
-    seats = [
-        ReplicaHandle(actor, at.epoch, at.plan, took, at.placement, at.bundle)
-        for at, actor, took in zip(places, started, facts, strict=True)
-    ]
-    for seat in seats:
-        _compare(seat.plan, seat.facts)
-    return seats
+    with ended_on_failure(runtime, started):
+        for spec in specs:
+            started.append(runtime.start(spec))
+        yield started
 
 
-def _compare(plan: ReplicaPlan, facts: ReplicaFacts) -> None:
-    """Warn where a replica took notably more or less memory than its plan says."""
-    pages = Component("pages", plan.bytes, facts.allocated)
-    if pages.is_off:
-        log.warning("replica %d on %s is not as planned: %s", facts.replica, plan.host_name, pages)
+def first_answers(runtime: Runtime, calls: Mapping[str, Any], timeout: float) -> list[Any]:
+    """What actors that are being started answer, by their names in errors. PlanError says which could not start."""
+    answers = []
+    for target, ref in calls.items():
+        try:
+            answers.append(runtime.get(ref, target, timeout))
+        except ActorGoneError as error:
+            raise PlanError(f"{target} could not start: {error}") from None
+    return answers
 
 
-def _start_scheduler(runtime: Runtime, cluster: Deployment, name: str | None) -> Deployment:
-    params, epoch = cluster.config.params, time.time_ns() // 1_000
-    cluster = replace(cluster, scheduler_epoch=epoch, states=("ready",) * len(cluster.seats))
-    settings = desk_settings(cluster.config, cluster.pages)
-    arguments = (epoch, cluster.replicas, cluster.epochs, settings, params.copies_prefixes, cluster)
-    spec = ActorSpec(SchedulerActor, arguments, name=f"{name}/scheduler" if name else None, threads=LANES)
-    scheduler = runtime.start(spec)
-    try:
-        _ready(runtime, scheduler, "the scheduler", "ping")
-    except BaseException:
-        runtime.stop([scheduler], None)
-        raise
-    return replace(cluster, scheduler=scheduler, started_here=True)
+def close_actors(runtime: Runtime, actors: Iterable[Actor], timeout: float) -> None:
+    """Have actors write out what is on its way to their tiers, and let go of them, as long as they live."""
+    closing = []
+    for actor in actors:
+        with suppress(ActorGoneError):
+            closing.append(actor.call("close"))
+    deadline = time.monotonic() + timeout
+    for ref in closing:
+        with suppress(ActorGoneError, RaykError):  # a dead or hung replica's share is cleaned up by the next
+            runtime.get(ref, "a replica", max(0.0, deadline - time.monotonic()))
 
 
-def _ready(runtime: Runtime, actor: Actor, target: str, question: str) -> Any:
-    """The answer to a question to a new actor, once its constructor is done."""
-    try:
-        return runtime.get(actor.call(question, control=True), target, START_SECONDS)
-    except ActorGoneError as error:
-        raise PlanError(f"{target} could not start: {error}") from None
+def vacate(runtime: Runtime, placed: Mapping[int, PlacedActor], indices: Iterable[int]) -> None:
+    """End what is left of actors of those indices, and give placement groups back unless others use them."""
+    for index in indices:
+        if index in placed:
+            group = None if _shares_group(placed, index) else placed[index].bundle.placement
+            runtime.stop([placed[index].actor], group)
 
 
-def _attach(runtime: Runtime, scheduler: Actor, config: DeploymentConfig, name: str) -> Deployment:
-    """The cluster that runs under `name`, if it is what was asked for."""
-    try:
-        cluster = runtime.get(scheduler.call("roster", control=True), "the scheduler", START_SECONDS)
-    except ActorGoneError as error:
-        raise SchedulerLostError(str(error)) from None
-    assert isinstance(cluster, Deployment)
-    differing = _differences(cluster, config)
-    if differing:
-        raise ConfigError(f"{name!r} runs with other settings: {differing}; use the same, or shut it down first")
-    return replace(cluster, scheduler=scheduler)
-
-
-def _same_pages(wanted: int | None, cluster: Deployment) -> bool:
-    return wanted is None or all(seat.plan.pages == wanted for seat in cluster.there)
-
-
-def _differences(cluster: Deployment, wanted: DeploymentConfig) -> str:
-    running = cluster.config
-    params = wanted.params
-    if params.kv_hash_seed is None:
-        params = replace(params, kv_hash_seed=running.params.kv_hash_seed)
-    checks: list[tuple[str, Callable[[], bool]]] = [
-        ("params", lambda: params == running.params),
-        ("total_num_pages", lambda: _same_pages(wanted.wanted_pages, cluster)),
-        ("max_batch_size", lambda: wanted.max_batch_size == running.max_batch_size),
-        ("router", lambda: wanted.router == running.router),
-        ("uniform", lambda: wanted.uniform == running.uniform),
-        ("total_num_host_pages", lambda: wanted.host_pages == running.host_pages),
-        ("admission", lambda: wanted.admission == running.admission),
-    ]
-    return ", ".join(what for what, same in checks if not same())
-
-
-__all__ = ["Deployment", "DeploymentConfig", "RaykError", "start_cluster"]
+def stop_actors(
+    runtime: Runtime,
+    placed: Iterable[PlacedActor],
+    groups: Iterable[Placement] = (),
+    others: Sequence[Actor] = (),
+) -> None:
+    """End actors, also `others`, and give their placement groups back, also `groups`; returns when they are gone."""
+    placed = list(placed)
+    unique = {each.group: each for each in (*groups, *(each.bundle.placement for each in placed))}
+    first, *more = unique.values() or [None]
+    runtime.stop([*others, *(each.actor for each in placed)], first)
+    for group in more:
+        runtime.stop((), group)

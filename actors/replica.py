@@ -38,7 +38,7 @@ class ReplicaFacts(msgspec.Struct, frozen=True):
 
 
 class ReplicaActor:
-    """Started by rayk.actors.launch. Messages are answered one after the other, those that come by a driver's fast
+    """Started by rayk.actors.scale_out. Messages are answered one after the other, those that come by a driver's fast
     lane, on a thread of its own, too; ping() has a lane of its own."""
 
     def __init__(

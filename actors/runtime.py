@@ -293,9 +293,9 @@ class RayRuntime:
             "max_task_retries": 0,
             "max_concurrency": spec.threads,
         }
-        if spec.placement is not None:
-            group: PlacementGroup = spec.placement.group
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, spec.bundle)
+        if spec.bundle is not None:
+            group: PlacementGroup = spec.bundle.placement.group
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, spec.bundle.number)
         if spec.name is not None and self._namespace is not None:
             options |= {"name": spec.name, "namespace": self._namespace, "lifetime": "detached"}
         wrap: Any = ray.remote  # its overloads leave concurrency_groups out

@@ -1,116 +1,142 @@
-"""More replicas for a cluster that runs: nodes are measured, a place is asked for, what fits there is planned.
-
-Every added replica has a placement group of its own, so that Ray's autoscaler sees the request while it waits, and so
-that its resources go back when it is removed. A lost replica's successor takes its bundle, if that belongs to a group
-that others use, too. Starting the actors is start_replicas(), as at the start of the cluster.
-"""
+"""A manager's replicas, those of the start and those that are added: nodes are measured, a place is asked for, what
+fits there is planned, and actors start with that many pages. Whatever fails, nothing is left behind."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from rayk.actors.interface import Placement, Runtime
-from rayk.actors.launch import Deployment, Place, ReplicaHandle, bundle_of, close_tiers, measure_nodes
+from rayk.actors.deployment import Deployment, ReplicaHandle
+from rayk.actors.interface import ActorSpec, Bundle, Placement, Runtime
+from rayk.actors.launch import (
+    START_SECONDS,
+    ended_on_failure,
+    first_answers,
+    measure_nodes,
+    place_actors,
+    starting,
+    vacate,
+)
+from rayk.actors.replica import ReplicaActor, ReplicaFacts
 from rayk.errors import PlanError
-from rayk.planning.node_plan import NodeMemory, plan_replica, refused_nodes, uses_cuda
+from rayk.params import KVCacheParams
+from rayk.planning.node_plan import (
+    Component,
+    NodeMemory,
+    ReplicaPlan,
+    plan_replicas,
+    refused_nodes,
+    replicas_that_fit,
+)
 from rayk.scheduler.membership import State
 
+log = logging.getLogger("rayk.scheduler")
 
-class Placed(NamedTuple):
-    """Where replicas are to start; `groups` are those that were made for them; `nodes` as they were measured."""
 
-    places: list[Place]
+class PlannedReplica(NamedTuple):
+    """A replica that is to be started: its index and epoch, its plan, and its place."""
+
+    replica: int
+    epoch: int
+    plan: ReplicaPlan
+    bundle: Bundle
+
+
+class ScaleOut(NamedTuple):
+    """Replicas that are to be started; `groups` were made for them; `nodes` as they were measured, some `refused`."""
+
+    planned: list[PlannedReplica]
     groups: list[Placement]
     nodes: list[NodeMemory]
+    refused: Mapping[str, str]
 
 
-def place_replicas(runtime: Runtime, cluster: Deployment, replicas: Sequence[int], timeout: float) -> Placed:
+def plan_scale_out(runtime: Runtime, deployment: Deployment, replicas: Sequence[int], timeout: float) -> ScaleOut:
     """Find places for those indices; PlanError, with what is missing, and nothing is held, when there is none in
     `timeout` seconds after nodes were measured.
 
     A node that comes up meanwhile is measured then. What is left of lost replicas there is given back first.
     """
-    for seat in [cluster.seats[r] for r in replicas if r < len(cluster.seats)]:
-        if seat is not None:
-            runtime.stop([seat.actor], None if _shared(cluster, seat) else seat.placement)
-    config = cluster.config
-    nodes = _measure(runtime, cluster)
+    running, config = deployment.running, deployment.config
+    vacate(runtime, running, replicas)
+    nodes = _measure(runtime, deployment)
     refused = refused_nodes(nodes, config.params, config.wanted_pages, config.utilization)
-    deadline = time.monotonic() + timeout
-    bundles: dict[int, tuple[Placement, int]] = {}
-    for r in replicas:
-        old = cluster.seats[r] if r < len(cluster.seats) else None
-        if old is not None and _shared(cluster, old):
-            bundles[r] = runtime.await_place(old.placement, deadline - time.monotonic()), old.bundle
-    alone = [r for r in replicas if r not in bundles]
-    wanted = [bundle_of(config.params)] * len(alone)
-    try:
-        groups = runtime.place_each(wanted, list(refused), max(0.0, deadline - time.monotonic())) if alone else []
-    except PlanError as error:
-        why = "; ".join(refused.values())
-        raise PlanError(f"{error}; left out: {why}" if why else str(error)) from None
-    bundles |= {r: (group, 0) for r, group in zip(alone, groups, strict=True)}
-    try:
-        where = {r: placement.node_ids[bundle] for r, (placement, bundle) in bundles.items()}
-        if not set(where.values()) <= {node.node_id for node in nodes}:
-            nodes = _measure(runtime, cluster)  # one of them came up for this
-        return Placed(_plan(cluster, replicas, bundles, where, nodes), groups, nodes)
-    except BaseException:
-        give_back(runtime, groups)
-        raise
+    if not running:  # later, an autoscaler may start what is missing
+        room = sum(replicas_that_fit(node, config.params) for node in nodes if node.node_id not in refused)
+        if room < len(replicas):
+            reasons = "; ".join(refused.values()) or "the others have too few GPUs"
+            raise PlanError(f"{len(replicas)} replica(s) asked for, {room} fit: {reasons}")
+    bundles, groups = place_actors(runtime, running, replicas, config.gpus, refused, timeout)
+    with ended_on_failure(runtime, (), groups):
+        if not {bundle.node_id for bundle in bundles.values()} <= {node.node_id for node in nodes}:
+            nodes = _measure(runtime, deployment)  # one of them came up for this
+        return ScaleOut(_plan(deployment, bundles, nodes), groups, nodes, refused)
 
 
-def _plan(
-    cluster: Deployment,
-    replicas: Sequence[int],
-    bundles: dict[int, tuple[Placement, int]],
-    where: dict[int, str],
-    nodes: Sequence[NodeMemory],
-) -> list[Place]:
+def _plan(deployment: Deployment, bundles: Mapping[int, Bundle], nodes: Sequence[NodeMemory]) -> list[PlannedReplica]:
     """The plan of each new replica by what its node has free now."""
-    config, epoch = cluster.config, time.time_ns() // 1_000
-    by_id, sharing = {node.node_id: node for node in nodes}, Counter(where.values())
+    config, epoch, running = deployment.config, time.time_ns() // 1_000, deployment.running
+    for r, bundle in bundles.items():
+        if bundle.node_id not in {node.node_id for node in nodes}:
+            raise PlanError(f"node {bundle.node_id}, on which replica {r} was placed, has gone already; try again")
     wanted = config.wanted_pages
-    if wanted is None and config.uniform and cluster.there:
-        wanted = min(seat.plan.pages for seat in cluster.there)
-    places = []
-    for at, r in enumerate(replicas):
-        placement, bundle = bundles[r]
-        together = 1 if uses_cuda(config.params) else sharing[where[r]]
-        if where[r] not in by_id:
-            raise PlanError(f"node {where[r]}, on which replica {r} was placed, has gone already; try again")
-        plan = plan_replica(by_id[where[r]], config.params, wanted, together, config.utilization)
-        places.append(Place(r, epoch + at, plan, placement, bundle))
-    return places
+    if wanted is None and config.uniform and running:
+        wanted = min(handle.plan.pages for handle in running.values())
+    node_ids = [bundle.node_id for bundle in bundles.values()]
+    plans = plan_replicas(nodes, node_ids, config.params, wanted, config.uniform, config.utilization)
+    return [
+        PlannedReplica(r, epoch + at, plan, bundle)
+        for at, (plan, (r, bundle)) in enumerate(zip(plans, bundles.items(), strict=True))
+    ]
 
 
-def _measure(runtime: Runtime, cluster: Deployment) -> list[NodeMemory]:
+def _measure(runtime: Runtime, deployment: Deployment) -> list[NodeMemory]:
     """Nodes now. What Ray was told of a node's memory is less by what the replicas there were planned with."""
     taken: Counter[str] = Counter()
-    for seat, state in zip(cluster.seats, cluster.states, strict=False):  # nobody is yet where it is planned
-        if seat is not None and state != State.lost:
-            taken[seat.plan.node_id] += seat.plan.bytes
-    disk = cluster.config.params.kv_connector_config
-    return measure_nodes(runtime, str(disk.disk_offload_dir) if disk and disk.disk_offload_dir else None, taken)
+    for handle, state in zip(deployment.handles, deployment.states, strict=False):  # none where one is planned only
+        if handle is not None and state != State.lost:
+            taken[handle.plan.node_id] += handle.plan.bytes
+    return measure_nodes(runtime, disk_dir=disk_dir(deployment.config.params), taken=taken)
 
 
-def _shared(cluster: Deployment, seat: ReplicaHandle) -> bool:
-    """Whether other replicas that are there use the same placement group."""
-    return any(other is not seat and other.placement.group is seat.placement.group for other in cluster.there)
+def disk_dir(params: KVCacheParams) -> Path | None:
+    """The folder of the nodes' disk tiers, if they have any."""
+    config = params.kv_connector_config
+    return Path(config.disk_offload_dir) if config is not None and config.disk_offload_dir else None
 
 
-def give_back(runtime: Runtime, groups: Sequence[Placement]) -> None:
-    """Give placement groups back."""
-    for group in groups:
-        runtime.stop((), group)
+def start_replicas(
+    runtime: Runtime, deployment: Deployment, planned: Sequence[PlannedReplica], name: str | None
+) -> list[ReplicaHandle]:
+    """Start replicas side by side; none is left when one fails.
 
+    A replica that is added has its epoch in its actor's name, as another may have had its index before.
+    """
+    config = deployment.config
+    keyed = config.router_settings((*deployment.pages, *(each.plan.pages for each in planned))).keyed
 
-def vacate(runtime: Runtime, cluster: Deployment, replica: int) -> None:
-    """End the process of a replica that was removed, and give its placement back unless others use it."""
-    seat = cluster.seats[replica]
-    if seat is not None:
-        close_tiers(runtime, cluster.config, [seat.actor] if cluster.answers(replica) else [])
-        runtime.stop([seat.actor], None if _shared(cluster, seat) else seat.placement)
+    def spec(this: PlannedReplica) -> ActorSpec:
+        pool = f"{deployment.tiers}-{this.bundle.node_id}"  # one for each node
+        sizes, tiers = (this.plan.pages, config.max_batch_size), (config.host_pages, pool)
+        arguments = (config.params, this.replica, *sizes, config.runtime_checks, this.epoch, *tiers, keyed)
+        later = f"-{this.epoch}" if deployment.handles else ""
+        named = f"{name}/replica-{this.replica}{later}" if name else None
+        return ActorSpec(ReplicaActor, arguments, config.gpus, this.bundle, named)
+
+    with starting(runtime, map(spec, planned)) as actors:
+        calls = {
+            f"replica {this.replica}": a.call("facts", control=True) for this, a in zip(planned, actors, strict=True)
+        }
+        facts: list[ReplicaFacts] = first_answers(runtime, calls, START_SECONDS)
+    for this, took in zip(planned, facts, strict=True):
+        pages = Component("pages", this.plan.bytes, took.allocated)
+        if pages.is_off:
+            log.warning("replica %d on %s is not as planned: %s", this.replica, this.plan.host_name, pages)
+    return [
+        ReplicaHandle(actor, this.bundle, this.epoch, this.plan, took)
+        for this, actor, took in zip(planned, actors, facts, strict=True)
+    ]

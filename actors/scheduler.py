@@ -31,7 +31,7 @@ ANSWERS = 8 * LANES  # remembered for each driver; more than its messages can ov
 
 
 class SchedulerActor:
-    """Started by rayk.actors.launch. `roster` is handed to drivers that attach by name."""
+    """Started by rayk.actors.startup. `roster` is handed to drivers that attach by name."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class SchedulerActor:
             return answer, self._standing()
 
     def handle(self, first: bytes | int, *rest: Any) -> bytes:
-        """Answer a message (see rayk.actors.chunks); the seat of a replica that joins is attached. Never raises for
+        """Answer a message (see rayk.actors.chunks); the handle of a replica that joins is attached. Never raises for
         what a sender did wrong or a replica failed to do.
 
         Several lanes call this at once: while one waits for replicas, others take the next batches.
@@ -131,23 +131,23 @@ class SchedulerActor:
                         self._core.hall.gate.reports(turns, used)
                     asks = script.send(told) if told is not None else next(script)
                     if told is None and isinstance(command, m.Join):
-                        self._reseat(command.replica, attached)
+                        self._relink(command.replica, attached)
                     sent = [self._send(ask) for ask in asks]
                 told = self._questions.hear(asks, sent)
         except StopIteration as end:
             result: m.Result = end.value
             if isinstance(command, m.RemoveReplica):
                 with self._core_lock:
-                    self._reseat(command.replica, ())
+                    self._relink(command.replica, ())
             return result
 
-    def _reseat(self, replica: int, attached: Sequence[Any]) -> None:
-        """Somebody joined at that index, with the seat (and the nodes) that were attached, or left it."""
-        seat, nodes = attached or (None, ())
+    def _relink(self, replica: int, attached: Sequence[Any]) -> None:
+        """A replica joined at that index, with the handle (and the nodes) that were attached, or left it."""
+        handle, nodes = attached or (None, ())
         while len(self._links) <= replica:
             self._links.append(None)
-        self._links[replica] = self._link(replica, seat.actor, seat.epoch) if seat is not None else None
-        self._roster = self._roster.seated(replica, seat, nodes)
+        self._links[replica] = self._link(replica, handle.actor, handle.epoch) if handle is not None else None
+        self._roster = self._roster.with_replica(replica, handle, nodes)
 
     def _send(self, ask: ReplicaCall) -> Pending | RaykError:
         link = self._links[ask.replica] if ask.replica < len(self._links) else None
@@ -215,7 +215,7 @@ class SchedulerActor:
                 log.exception("the scheduler's timer failed")
 
     def roster(self) -> Any:
-        """What a driver needs to attach: a Cluster, as it was a moment ago if a data lane is at work for long. Renewals
+        """What a driver needs to attach: a Deployment, a moment old if a data lane is at work for long. Renewals
         and ping() come by the same lane as this call, and wait for it."""
         if self._core_lock.acquire(timeout=ROSTER_SECONDS):
             try:
@@ -226,7 +226,7 @@ class SchedulerActor:
 
     def _standing(self) -> Any:
         members = self._core.members
-        self._shown = self._roster.standing(members.version, members.joined, tuple(map(str, members.states)))
+        self._shown = self._roster.with_states(members.version, members.joined, tuple(map(str, members.states)))
         return self._shown
 
 

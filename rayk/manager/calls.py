@@ -19,7 +19,7 @@ import torch
 from rayk import protocol as m
 from rayk.actors.channel import Answer, Traffic
 from rayk.actors.interface import Runtime
-from rayk.actors.launch import Deployment
+from rayk.actors.deployment import Deployment
 from rayk.context import TextContext
 from rayk.errors import CallTimeoutError, RaykError, SchedulerLostError
 from rayk.kvcache.buffers import PageBuffers
@@ -166,7 +166,7 @@ class Calls(BatchCalls, ScalingCalls):
 
     def node_names(self) -> list[str]:
         """The host name of each index' node, empty for a hole."""
-        return [replica.plan.host_name if replica is not None else "" for replica in self.cluster.seats]
+        return [handle.plan.host_name if handle is not None else "" for handle in self.cluster.handles]
 
     def replica_pids(self) -> list[int]:
         """The process of each replica that runs, on its node."""

@@ -25,7 +25,7 @@ from rayk import protocol as m
 from rayk.actors.channel import ActorChannel, Answer, Pending, hear, new_client_id
 from rayk.actors.interface import LaneState, Runtime
 from rayk.actors.lane import FastLane
-from rayk.actors.launch import Deployment
+from rayk.actors.deployment import Deployment
 from rayk.context import TextContext
 from rayk.errors import (
     CallTimeoutError,
@@ -106,19 +106,19 @@ class ClusterView(ABC):
     def _connect(self, cluster: Deployment) -> None:
         """Have a channel to each replica that runs."""
         self.cluster = cluster
-        for r, seat in enumerate(cluster.seats):
+        for r, handle in enumerate(cluster.handles):
             if r == len(self._links):
                 self._links.append(None)
             link = self._links[r]
-            if link is not None and (seat is None or link.epoch != seat.epoch):
+            if link is not None and (handle is None or link.epoch != handle.epoch):
                 link.close_lane()
-            if seat is None:
+            if handle is None:
                 self._links[r] = None
                 self.allocators.pop(r, None)
-            elif link is None or link.epoch != seat.epoch:
-                lost = partial(self._lost, r, seat.epoch)
+            elif link is None or link.epoch != handle.epoch:
+                lost = partial(self._lost, r, handle.epoch)
                 self._links[r] = link = ActorChannel(
-                    self._runtime, seat.actor, f"replica {r}", seat.epoch, self.client, lost
+                    self._runtime, handle.actor, f"replica {r}", handle.epoch, self.client, lost
                 )
                 link.pages = self.queued
                 self.allocators[r] = self._allocator(r)
@@ -128,10 +128,9 @@ class ClusterView(ABC):
     def lay_lanes(self) -> None:
         """Have a fast lane to each replica from now on, for calls that are waited for and not awaited."""
         self._lanes_off = ""
-        for link, seat in zip(self._links, self.cluster.seats, strict=False):
-            if link is not None and seat is not None and link.lane is None:
-                node_id = seat.placement.node_ids[seat.bundle]
-                link.lane = FastLane(self._runtime, seat.actor, node_id, link.target)
+        for link, handle in zip(self._links, self.cluster.handles, strict=False):
+            if link is not None and handle is not None and link.lane is None:
+                link.lane = FastLane(self._runtime, handle.actor, handle.bundle.node_id, link.target)
 
     def have_no_lanes(self, reason: str) -> None:
         """Take them down, and have no more."""

@@ -167,12 +167,13 @@ class PagedKVCacheManager(ManagerQueries):
                 wanted.host_pages,
                 wanted.admission,
             )
-        from rayk.actors.launch import DeploymentConfig, start_cluster
+        from rayk.actors.deployment import DeploymentConfig
+        from rayk.actors.startup import start_deployment
         from rayk.manager.calls import Calls
 
         name = f"{session.name}/{session.managers_made}" if session.name is not None else None
         config = DeploymentConfig(self.params, *wanted)
-        calls = Calls(session.ray, start_cluster(session.ray, config, name), name, self._fast_lane)
+        calls = Calls(session.ray, start_deployment(session.ray, config, name), name, self._fast_lane)
         self._wait = calls.run
         return calls
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from rayk import protocol as m
 from rayk.actors.channel import Pending
 from rayk.actors.interface import Runtime
-from rayk.actors.launch import Deployment, desk_settings
+from rayk.actors.deployment import Deployment
 from rayk.context import TextContext
 from rayk.errors import (
     AlreadyClaimedError,
@@ -54,7 +54,7 @@ class PlacingCalls(ClusterView):
         super().__init__(runtime, cluster)
         self._copies = self._params.copies_prefixes
         self.prefill_rate: float | None = None
-        settings = desk_settings(cluster.config, cluster.pages)
+        settings = cluster.config.router_settings(cluster.pages)
         self._keys = settings.keys() if settings.wants_keys else None
         self._waiting: dict[str, TextContext] = {}  # offered, and not known yet what became of it
         self._note: Pending | None = None  # tells the scheduler what was released; its answer was not read yet

@@ -11,8 +11,9 @@ from functools import partial
 from time import monotonic, sleep
 
 from rayk import protocol as m
-from rayk.actors.launch import ReplicaHandle, desk_settings, start_replicas
-from rayk.actors.scale_out import Placed, give_back, place_replicas, vacate
+from rayk.actors.deployment import ReplicaHandle
+from rayk.actors.launch import stop_actors
+from rayk.actors.scale_out import ScaleOut, plan_scale_out, start_replicas
 from rayk.errors import DrainError, SchedulerLostError
 from rayk.manager.cluster_view import ClusterView, Script, current, off_loop, result_of
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
@@ -30,36 +31,30 @@ class ScalingCalls(ClusterView):
         """Start `count` more replicas; their indices. Whatever fails, nothing is left behind."""
         enlisted: m.Enlisted = yield from self._ask(self.scheduler, m.Enlist(count))
         replicas, joined = enlisted.replicas, list[int]()
-        placed, seats = Placed([], [], []), list[ReplicaHandle]()
+        new, handles = ScaleOut([], [], [], {}), list[ReplicaHandle]()
         try:
             yield from self.catch_up()  # others may have come meanwhile
             cluster, name = self.cluster, self._name
-            keyed = desk_settings(cluster.config, cluster.pages).wants_keys
-            placed = yield from off_loop(lambda: place_replicas(self._runtime, cluster, replicas, timeout))
+            new = yield from off_loop(lambda: plan_scale_out(self._runtime, cluster, replicas, timeout))
             for r in replicas:
                 yield from self._ask(self.scheduler, m.Starting(r))
-            seats = yield from off_loop(lambda: start_replicas(self._runtime, cluster, placed.places, keyed, name))
-            for r, seat in zip(replicas, seats, strict=True):
-                join = m.Join(r, seat.epoch, seat.plan.pages)
-                [reply] = yield [self.scheduler.send(join, [seat, tuple(placed.nodes)])]
+            handles = yield from off_loop(lambda: start_replicas(self._runtime, cluster, new.planned, name))
+            for r, handle in zip(replicas, handles, strict=True):
+                join = m.Join(r, handle.epoch, handle.plan.pages)
+                [reply] = yield [self.scheduler.send(join, [handle, tuple(new.nodes)])]
                 result_of(reply)
                 joined.append(r)
         except BaseException:
-            yield from self._take_back([r for r in replicas if r not in joined], placed, seats)
+            yield from self._take_back([r for r in replicas if r not in joined], new, handles)
             raise
         return replicas
 
-    def _take_back(self, replicas: list[int], placed: Placed, seats: list[ReplicaHandle]) -> Script[None]:
+    def _take_back(self, replicas: list[int], new: ScaleOut, handles: list[ReplicaHandle]) -> Script[None]:
         """Stop what was started for those indices and let go of them."""
-        epochs = {at.epoch for at in placed.places if at.replica in replicas}
-        kept = [id(at.placement.group) for at in placed.places if at.replica not in replicas]
-        groups = [group for group in placed.groups if id(group.group) not in kept]
-
-        def stop() -> None:
-            self._runtime.stop([seat.actor for seat in seats if seat.epoch in epochs], None)
-            give_back(self._runtime, groups)
-
-        yield from off_loop(stop)
+        joined = {each.epoch: each.bundle.placement for each in new.planned if each.replica not in replicas}
+        actors = [handle.actor for handle in handles if handle.epoch not in joined]
+        groups = [group for group in new.groups if group not in joined.values()]
+        yield from off_loop(lambda: stop_actors(self._runtime, (), groups, actors))
         with suppress(SchedulerLostError):
             for r in replicas:
                 yield from self._ask(self.scheduler, m.GiveUp(r))
@@ -90,7 +85,7 @@ class ScalingCalls(ClusterView):
         cluster = self.cluster
         done: m.RemoveDone = yield from self._ask(self.scheduler, m.RemoveReplica(replica))
         self.link(replica).close_lane()  # while its other end runs
-        yield from off_loop(lambda: vacate(self._runtime, cluster, replica))
+        yield from off_loop(lambda: cluster.stop_replica(self._runtime, replica))
         return Removed(done.cached, done.known, done.taken)
 
     @current

@@ -92,15 +92,6 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     max_length: int = 0
 
 
-class ClusterPlan(msgspec.Struct, frozen=True):
-    """Where the replicas of one manager are, by index, from what, and which nodes were left out and why."""
-
-    replicas: tuple[ReplicaPlan, ...]
-    nodes: tuple[NodeMemory, ...]
-    refused: dict[str, str]  # node id -> reason
-    max_batch_size: int
-
-
 def _cgroup_free() -> int | None:
     """Bytes left under this process's cgroup limit (v2, else v1), or None without a limit."""
     pairs = (
@@ -229,16 +220,15 @@ def plan_replica(
     )
 
 
-def plan_cluster(
+def plan_replicas(
     nodes: Sequence[NodeMemory],
     places: Sequence[str],
     params: KVCacheParams,
     wanted: int | None,
-    max_batch_size: int,
     uniform: bool = False,
     utilization: float | None = None,
-) -> ClusterPlan:
-    """The plan of replicas that were given `places` (node ids by replica). Each gets what its node can give.
+) -> list[ReplicaPlan]:
+    """The plans of replicas that are placed on `places` (node ids). Each gets what its node can give.
 
     With `uniform` all get what the one with the least gets. PlanError when one does not fit.
     """
@@ -249,7 +239,7 @@ def plan_cluster(
     if uniform and wanted is None:
         pages = min(plan.pages for plan in plans)
         plans = [_trim(plan, pages, params) for plan in plans]
-    return ClusterPlan(tuple(plans), tuple(nodes), refused_nodes(nodes, params, wanted, utilization), max_batch_size)
+    return plans
 
 
 def _trim(plan: ReplicaPlan, pages: int, params: KVCacheParams) -> ReplicaPlan:

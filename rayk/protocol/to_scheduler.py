@@ -118,7 +118,7 @@ class Starting(Message, frozen=True):
 
 
 class Join(Message, frozen=True):
-    """The replica has answered and may be given requests; its seat (rayk.actors.launch) travels beside."""
+    """The replica has answered and may be given requests; its ReplicaHandle (rayk.actors.deployment) travels beside."""
 
     replica: int
     epoch: int
@@ -153,7 +153,7 @@ class RemoveReplica(Message, frozen=True):
 
 
 class GetRoster(Message, frozen=True):
-    """For the Cluster (rayk.actors.launch) that comes beside the answer. `gone` did not answer the sender."""
+    """For the Deployment (rayk.actors.deployment) that comes beside the answer. `gone` did not answer the sender."""
 
     gone: list[int] = []
 

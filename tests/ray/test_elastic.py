@@ -67,7 +67,7 @@ def test_a_place_that_is_not_there_is_asked_for_and_given_up(manager: PagedKVCac
     """Ray's autoscaler would see the request for as long as it waits."""
     before = groups()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayk.actors.scale_out.bundle_of", lambda _: {"CPU": 1000.0})
+        patch.setattr("rayk.actors.launch.SLIVER", 1000.0)
         with pytest.raises(PlanError, match=r"no place for 1 replica\(s\) of {'CPU': 1000.0} within 1 s"):
             manager.add_replicas(timeout=1.0)
     assert groups() == before and manager.num_replicas == 2

@@ -80,7 +80,7 @@ def test_what_finds_no_place_leaves_nothing_behind(session: InferenceSession, mo
     with Cluster(slow_model, session, **SETTINGS | {"replicas": 1}) as cluster:
         groups, pids = placements(), engine_pids()
         with monkeypatch.context() as greedy:
-            greedy.setattr("rayk.actors.engine.SLIVER", 100.0)
+            greedy.setattr("rayk.actors.launch.SLIVER", 100.0)
             with pytest.raises(PlanError, match="no place for 2 replica"):
                 cluster.add_replicas(2, timeout=1)
         until(lambda: placements() == groups)

@@ -154,7 +154,7 @@ def test_calls_of_others_meanwhile(shared_lanes: PagedKVCacheManager) -> None:
     errors: list[BaseException] = []
 
     def look(replica: int) -> None:
-        seat = lines.cluster.seats[replica]
+        seat = lines.cluster.handles[replica]
         assert seat is not None
         name, runtime = new_client_id("other"), manager._session.ray
         link = ActorChannel(runtime, seat.actor, "it", seat.epoch, name, lambda reason: RuntimeError(reason))  # type: ignore[arg-type,return-value]
@@ -199,7 +199,7 @@ def test_long_answers_and_errors_of_forwards(shared_lanes: PagedKVCacheManager) 
 def test_control_calls_are_answered_while_a_lane_computes(shared_lanes: PagedKVCacheManager, tmp_path: Path) -> None:
     manager = shared_lanes
     pids(manager)
-    seat = roster(manager).cluster.seats[0]
+    seat = roster(manager).cluster.handles[0]
     assert seat is not None
     before = manager.lane_states()[0].messages
     decoding = threading.Thread(target=manager.execute, args=([[], []], wait_for_file(str(tmp_path))))
@@ -260,9 +260,9 @@ def test_lanes_that_carry_nothing_hold_nobody_up(
 ) -> None:
     """Replica 0 has a graph already; another one compiles, and carries nothing. Replica 1 is as if it had stopped while
     it looks for messages: it holds a channel's semaphore then, and Ray waits for that without a limit."""
-    seat, batches = roster(manager).cluster.seats[0], admit(manager)
+    seat, batches = roster(manager).cluster.handles[0], admit(manager)
     assert seat is not None
-    other = manager._session.ray.open_lane(seat.actor, seat.placement.node_ids[seat.bundle])
+    other = manager._session.ray.open_lane(seat.actor, seat.bundle.node_id)
     until(lambda: other.open)
     before = semaphores()
     monkeypatch.setattr(life, "OPEN_SECONDS", 2.0)
@@ -331,8 +331,8 @@ two.actor.call("handle", m.encode(m.ReplicaEnvelope("another", two.epoch, 1, exe
 until(SIGN.exists)
 assert one.lane.send(b"") is two.lane.send(b"") is None
 until(lambda: one.lane.state(0).state == "open")
-seat = calls.cluster.seats[0]
-third = joined.ray.open_lane(seat.actor, seat.placement.node_ids[seat.bundle])
+seat = calls.cluster.handles[0]
+third = joined.ray.open_lane(seat.actor, seat.bundle.node_id)
 until(lambda: third._graph._graph is not None)
 say([each.state for each in manager.lane_states()])
 started.close()

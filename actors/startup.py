@@ -1,0 +1,85 @@
+"""A manager's start in the one order that cannot fail late: measure, place, plan, replicas, scheduler. A manager of a
+name attaches to what runs under it. Whatever fails, nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+from rayk.actors.deployment import Deployment, DeploymentConfig
+from rayk.actors.interface import Actor, ActorGoneError, ActorSpec, NameTakenError, Runtime
+from rayk.actors.launch import PLACE_SECONDS, START_SECONDS, ended_on_failure, first_answers, starting, tier_seed
+from rayk.actors.scale_out import disk_dir, plan_scale_out, start_replicas
+from rayk.actors.scheduler import LANES, SchedulerActor
+from rayk.errors import ConfigError, PlanError, SchedulerLostError
+from rayk.scheduler.router.policies import check_router
+from rayk.tiers.identity import named
+
+
+def start_deployment(runtime: Runtime, config: DeploymentConfig, name: str | None) -> Deployment:
+    """Start everything, or attach to what runs under `name`; PlanError or ConfigError otherwise."""
+    check_router(config.router)  # a wrong name is refused before anything starts
+    running = runtime.find(f"{name}/scheduler") if name is not None else None
+    if name is None or running is None:
+        try:
+            return _start(runtime, config, name)
+        except NameTakenError:  # another driver starts it right now
+            assert name is not None
+            running = _await_scheduler(runtime, name)
+    return _attach(runtime, running, config, name)
+
+
+def _await_scheduler(runtime: Runtime, name: str) -> Actor:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        running = runtime.find(f"{name}/scheduler")
+        if running is not None:
+            return running
+        time.sleep(0.05)
+    raise PlanError(
+        f"replicas of {name!r} exist, but no scheduler came up within {START_SECONDS:.0f} s: the driver that started "
+        "them may have died half-way; kill those actors or use another name"
+    )
+
+
+def _attach(runtime: Runtime, scheduler: Actor, config: DeploymentConfig, name: str) -> Deployment:
+    """The deployment that runs under `name`, if it is what was asked for."""
+    try:
+        deployment = runtime.get(scheduler.call("roster", control=True), "the scheduler", START_SECONDS)
+    except ActorGoneError as error:
+        raise SchedulerLostError(str(error)) from None
+    assert isinstance(deployment, Deployment)
+    differing = deployment.differences(config)
+    if differing:
+        raise ConfigError(f"{name!r} runs with other settings: {differing}; use the same, or shut it down first")
+    return replace(deployment, scheduler=scheduler)
+
+
+def _start(runtime: Runtime, config: DeploymentConfig, name: str | None) -> Deployment:
+    params = named(config.params)
+    if params.kv_hash_seed is None:
+        params = replace(params, kv_hash_seed=tier_seed(runtime, disk_dir(params)))
+    deployment = Deployment(replace(config, params=params), tiers=f"{time.time_ns() // 1_000}-{os.urandom(8).hex()}")
+    first = plan_scale_out(runtime, deployment, range(params.data_parallel_degree), PLACE_SECONDS)
+    actors: list[Actor] = []
+    with ended_on_failure(runtime, actors, first.groups):
+        handles = start_replicas(runtime, deployment, first.planned, name)
+        actors += [handle.actor for handle in handles]
+        return _start_scheduler(
+            runtime,
+            replace(deployment, handles=tuple(handles), nodes=tuple(first.nodes), refused=first.refused),
+            name,
+        )
+
+
+def _start_scheduler(runtime: Runtime, deployment: Deployment, name: str | None) -> Deployment:
+    config, epoch = deployment.config, time.time_ns() // 1_000
+    deployment = replace(deployment, scheduler_epoch=epoch, states=("ready",) * len(deployment.handles))
+    replicas = tuple(handle.actor for handle in deployment.running.values())
+    settings, copies = config.router_settings(deployment.pages), config.params.copies_prefixes
+    arguments = (epoch, replicas, deployment.epochs, settings, copies, deployment)
+    spec = ActorSpec(SchedulerActor, arguments, name=f"{name}/scheduler" if name else None, threads=LANES)
+    with starting(runtime, [spec]) as [scheduler]:
+        first_answers(runtime, {"the scheduler": scheduler.call("ping", control=True)}, START_SECONDS)
+    return replace(deployment, scheduler=scheduler, started_here=True)
