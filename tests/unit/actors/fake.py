@@ -23,6 +23,7 @@ from ray import cloudpickle
 from rayk import InferenceSession, MHAKVCacheParams, PagedKVCacheManager
 from rayk import protocol as m
 from rayk.actors.chunks import joined
+from rayk.actors.engine import EngineActor
 from rayk.actors.graph import LaneError
 from rayk.actors.interface import ActorGoneError, ActorSpec, NameTakenError, Node, Placement
 from rayk.actors.replica import ReplicaActor
@@ -271,8 +272,8 @@ class FakeRuntime:
         return placement
 
     def start(self, spec: ActorSpec) -> FakeActor:
-        replica = spec.cls is ReplicaActor
-        label = f"replica-{spec.args[1]}" if replica else "scheduler"
+        replica = {ReplicaActor: 1, EngineActor: 0}.get(spec.cls)  # where its arguments have the index
+        label = f"replica-{spec.args[replica]}" if replica is not None else "scheduler"
         self._note_or_raise("start", label)
         if spec.name is not None and self.find(spec.name) is not None:
             raise NameTakenError(spec.name)
@@ -280,7 +281,7 @@ class FakeRuntime:
         self.actors.append(actor)
         try:
             self._note_or_raise("construct", label)
-            actor.instance = spec.cls(*spec.args) if replica else SchedulerActor(*spec.args, runtime=self)
+            actor.instance = spec.cls(*spec.args) if replica is not None else SchedulerActor(*spec.args, runtime=self)
         except Exception as error:
             actor.dead = f"{type(error).__name__}: {error}"
         return actor
