@@ -43,64 +43,64 @@ class Cache:
         """Call `tell` with what is cached and dropped from now on. Before any request."""
         self.core.listen(_Told(tell))
 
-    def admit(self, generation: SequenceState, alone: bool) -> bool:
+    def admit(self, sequence: SequenceState, alone: bool) -> bool:
         """Claim and allocate; False, and nothing changed, while there is no room. `alone`: the watermark is moot."""
-        core, ctx = self.core, generation.ctx
+        core, ctx = self.core, sequence.ctx
         if not alone and core.used_fraction_after(ctx) * core.num_pages > core.num_pages - self._spare + 1e-6:
             return False
         core.claim(ctx.request_id)
-        generation.computes = False
-        if self.extend(generation):
+        sequence.computes = False
+        if self.extend(sequence):
             return True
         core.release(ctx.request_id)
         return False
 
-    def extend(self, generation: SequenceState) -> bool:
+    def extend(self, sequence: SequenceState) -> bool:
         """Pages for a request's next window, reusing what others cached meanwhile; False when there are too few.
 
         A part of it may have to be loaded from a tier. Then the request awaits() a load: it may not be in a batch
         before the load has landed, loading() is over, and the next extend() has moved the window back to what failed.
         """
-        ctx = generation.ctx
-        if generation.computes or self._land(generation):  # it has pages for all of its tokens
+        ctx = sequence.ctx
+        if sequence.computes or self._land(sequence):  # it has pages for all of its tokens
             return True
         before = ctx.tokens.processed
         try:
-            reused = self.core.alloc(ctx, generation.coming.imports if generation.coming is not None else ())
+            reused = self.core.alloc(ctx, sequence.coming.imports if sequence.coming is not None else ())
         except InsufficientBlocksError:
             return False
-        self._count(generation, generation.cached.plus(reused))
+        self._count(sequence, sequence.cached.plus(reused))
         # A tier that finds what it cannot load would have it start over with every chunk.
-        generation.computes = ctx.tokens.processed < before
-        if not self.loading(generation):
-            self._land(generation)
+        sequence.computes = ctx.tokens.processed < before
+        if not self.loading(sequence):
+            self._land(sequence)
         return True
 
-    def awaits(self, generation: SequenceState) -> bool:
+    def awaits(self, sequence: SequenceState) -> bool:
         """Whether it has a load that extend() has not ended."""
         loads = self.core.loads
-        return loads is not None and generation.ctx.request_id in loads.under_way
+        return loads is not None and sequence.ctx.request_id in loads.under_way
 
-    def loading(self, generation: SequenceState) -> bool:
+    def loading(self, sequence: SequenceState) -> bool:
         """Whether a part of its prompt is still on its way from a tier: extend() would wait for it."""
-        return self.core.loading(generation.ctx)
+        return self.core.loading(sequence.ctx)
 
-    def _land(self, generation: SequenceState) -> bool:
+    def _land(self, sequence: SequenceState) -> bool:
         """End the request's load, waiting for it if need be; False when it has none. It keeps the pages that it has."""
-        ctx = generation.ctx
-        if not self.awaits(generation):
+        ctx = sequence.ctx
+        if not self.awaits(sequence):
             return False
         found = ctx.tokens.processed
         self.core.wait_for_loads([ctx])  # a load that failed moves the window back
-        generation.computes = ctx.tokens.processed < found
-        self._count(generation, generation.cached.less(found - ctx.tokens.processed))
+        sequence.computes = ctx.tokens.processed < found
+        self._count(sequence, sequence.cached.less(found - ctx.tokens.processed))
         return True
 
-    def _count(self, generation: SequenceState, cached: Reused) -> None:
-        if not generation.preemptions and cached != generation.cached:
-            more = (new - old for new, old in zip(cached, generation.cached, strict=True))
+    def _count(self, sequence: SequenceState, cached: Reused) -> None:
+        if not sequence.preemptions and cached != sequence.cached:
+            more = (new - old for new, old in zip(cached, sequence.cached, strict=True))
             self.reused = self.reused.plus(Reused(*more))
-            generation.cached = cached
+            sequence.cached = cached
 
     def poll(self) -> None:
         """Take note of what has come from the tiers or gone there. Never waits."""
@@ -128,16 +128,16 @@ class Cache:
         if len(contexts):
             self.core.step(contexts)
 
-    def release(self, generation: SequenceState) -> None:
+    def release(self, sequence: SequenceState) -> None:
         """Give a request's pages back; published ones stay until their place is needed."""
-        self.core.release(generation.request_id)
+        self.core.release(sequence.request_id)
 
-    def will_be_reused(self, generation: SequenceState, running: Sequence[SequenceState]) -> bool:
+    def will_be_reused(self, sequence: SequenceState, running: Sequence[SequenceState]) -> bool:
         """Whether one of `running` is computing the very page that this request would compute first.
 
         It is worth waiting for: equal prompts that arrive together are then computed once.
         """
-        ctx = generation.ctx
+        ctx = sequence.ctx
         have = self.core.cached_pages(ctx)
         if have >= self.core.may_reuse(ctx):
             return False

@@ -24,10 +24,10 @@ class Advanced(NamedTuple):
 
 
 class DecodeBatch:
-    """`generations[i]` and `contexts[i]` are row i of every column. `last`: the token that is to be processed next."""
+    """`sequences[i]` and `contexts[i]` are row i of every column. `last`: the token that is to be processed next."""
 
     def __init__(self) -> None:
-        self.generations: list[SequenceState] = []
+        self.sequences: list[SequenceState] = []
         self.contexts = ContextBatch()
         self.numbers = self.last = self._limits = np.empty(0, np.int64)
         self._stops = np.empty((0, 0), np.int64)
@@ -36,22 +36,22 @@ class DecodeBatch:
         self.ones: list[int] = []
 
     def __len__(self) -> int:
-        return len(self.generations)
+        return len(self.sequences)
 
-    def add(self, generations: Iterable[SequenceState]) -> None:
+    def add(self, sequences: Iterable[SequenceState]) -> None:
         """Append rows for requests that have processed all, or all but the last, of their tokens."""
-        new = list(generations)
+        new = list(sequences)
         if not new:
             return
         windows = [each.ctx.tokens for each in new]
         self.last = np.append(self.last, [int(window.data[window.length - 1]) for window in windows])
         for each in new:
             self.contexts.add(each.ctx)
-        self.generations = self.generations + new
+        self.sequences = self.sequences + new
         self.numbers = np.append(self.numbers, [each.number for each in new])
         self._limits = np.append(self._limits, [each.limit for each in new])
         width = max(self._stops.shape[1], *(len(each.stop_ids) for each in new))
-        stops = np.full((len(self.generations), width), _NO_STOP, np.int64)
+        stops = np.full((len(self.sequences), width), _NO_STOP, np.int64)
         stops[: len(self._stops), : self._stops.shape[1]] = self._stops
         for row, each in enumerate(new, len(self._stops)):
             stops[row, : len(each.stop_ids)] = each.stop_ids
@@ -64,17 +64,17 @@ class DecodeBatch:
             return
         keep = list(range(len(self)))
         for row in sorted(rows, reverse=True):
-            self.contexts.remove(self.generations[keep[row]].request_id)
+            self.contexts.remove(self.sequences[keep[row]].request_id)
             keep[row] = keep[-1]
             keep.pop()
-        self.generations = [self.generations[row] for row in keep]
+        self.sequences = [self.sequences[row] for row in keep]
         self.numbers, self.last = self.numbers[keep], self.last[keep]
         self._limits, self._stops = self._limits[keep], self._stops[keep]
         self._look()
 
     def _look(self) -> None:
-        self.plain = all(is_plain(each) for each in self.generations)
-        self.special = [row for row, each in enumerate(self.generations) if not each.simple]
+        self.plain = all(is_plain(each) for each in self.sequences)
+        self.special = [row for row, each in enumerate(self.sequences) if not each.simple]
         self.ones = [1] * len(self)
 
     def advance(self, tokens: Column) -> Advanced:

@@ -1,6 +1,6 @@
 """The continuous-batching loop of one replica. No Ray, no threads, and the clock is given.
 
-    submit -> waiting -> prefill (in chunks) -> rows (decoding) -> finished
+    submit -> waiting -> prefill (in chunks) -> decode batch -> finished
                  ^            |                   |
                  +-------- preempted <------------+     newest first, when pages run out; computed again later
 
@@ -14,8 +14,6 @@ forward that raises is repeated on halves of its batch until the request at faul
 
 from __future__ import annotations
 
-import heapq
-import secrets
 from collections.abc import Callable, Sequence
 from time import monotonic
 
@@ -24,39 +22,19 @@ import torch
 
 from rayk.context import TextContext
 from rayk.engine.cache import Cache
-from rayk.engine.decode_batch import DecodeBatch
-from rayk.engine.detokenizer import Detokenizer, text_of
+from rayk.engine.counters import EngineCounters
 from rayk.engine.forward import Model, forward
 from rayk.engine.page_sharing import PageSharing
 from rayk.engine.sampler import Sampler, sample
 from rayk.engine.sequence import SequenceState
+from rayk.engine.sequence_table import SequenceTable
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.errors import InsufficientBlocksError, RaykError
 from rayk.kvcache.replica import ReplicaCore
 from rayk.protocol.engine import Query
-from rayk.protocol.engine_reports import MOVED, Event, Finished, Text, Tokens
+from rayk.protocol.engine_reports import MOVED, Event, Tokens
 from rayk.protocol.engine_request import Limits, Request
 from rayk.request_errors import ForwardError, QueueFullError, RequestCancelledError, RequestError, RequestTimeoutError
-
-
-class Pace:
-    """How fast prompts are computed: what the last forwards took, each counting a tenth less than the next one."""
-
-    FORGET = 0.9
-
-    def __init__(self) -> None:
-        self._tokens = self._seconds = 0.0
-
-    def took(self, tokens: int, seconds: float) -> None:
-        """A forward of so many tokens of prompts."""
-        if tokens and seconds > 0:
-            self._tokens = self.FORGET * self._tokens + tokens
-            self._seconds = self.FORGET * self._seconds + seconds
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second, 0 before the first forward."""
-        return self._tokens / self._seconds if self._seconds else 0.0
 
 
 class Engine:
@@ -84,68 +62,45 @@ class Engine:
         if self.settings.report_pages:
             self._cache.report_pages(lambda change: self._events.append(change))
         self._eos = tuple(model.eos_token_ids)
-        self._all: dict[int, SequenceState] = {}
-        self._ids: set[str] = set()
-        self._waiting: list[tuple[int, SequenceState]] = []  # a heap by order
-        self._prefill: list[SequenceState] = []  # by order
-        self._rows = DecodeBatch()
-        self._parked: list[SequenceState] = []  # paused while they decoded; they keep their pages
-        self._paused: set[int] = set()
+        self._table = SequenceTable()
         self._ended: dict[int, str | Exception] = {}  # rows that end with this step, and why
-        self._deadlines: list[tuple[float, int]] = []  # a heap; may hold finished ones
         self._events: list[Event] = []
         self.held_up = False  # the last step could do nothing but wait for the tiers
-        self._pace = Pace()
         self._orders = 0
-        self._steps = self._finished = self._failed = self._preemptions = 0
-        self._peak_used = 0
-        self._prompt_tokens = self._generated_tokens = self._recomputed_tokens = 0
+        self._counters = EngineCounters()
 
     # -- requests --------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         """Queue a request. RequestError or QueueFullError refuse it and change nothing."""
-        if request.number in self._all or request.request_id in self._ids:
+        if self._table.in_use(request.number, request.request_id):
             raise RequestError(request.request_id, "this id is in use; wait for its end or take another")
         tokens = self.limits.check(request)
-        if len(self._all) >= self.settings.max_queue:
+        if len(self._table) >= self.settings.max_queue:
             raise QueueFullError(request.request_id, self.settings.max_queue)
-        seed = request.sampling.seed
-        generation = SequenceState(
-            request, tokens, self.limits, self._orders, secrets.randbits(63) if seed is None else seed, self._clock()
+        sequence = SequenceState(
+            request, tokens, self.limits, self._orders, self._clock(), self._eos, self.model.tokenizer
         )
         self._orders += 1
-        sampling = request.sampling
-        generation.stop_ids = (*(() if sampling.ignore_eos else self._eos), *sampling.stop_token_ids)
-        if sampling.stop or request.stream_text:
-            generation.detokenizer = Detokenizer(self.model.tokenizer, sampling.stop)
-            for token in generation.answer.tolist():
-                generation.detokenizer.add(token)
-            generation.detokenizer.piece()  # who continues an answer has seen it
         if request.imports is not None and self.peers is not None:
-            generation.coming = self.peers.incoming(request.number, request.imports)
-        self._all[request.number] = generation
-        self._ids.add(request.request_id)
-        heapq.heappush(self._waiting, (generation.order, generation))
-        if generation.deadline is not None:
-            heapq.heappush(self._deadlines, (generation.deadline, request.number))
+            sequence.coming = self.peers.incoming(request.number, request.imports)
+        self._table.add(sequence)
 
     def cancel(self, number: int) -> bool:
         """End a request; its Finished comes with the next step's events. False for an unknown or finished one."""
-        generation = self._all.get(number)
-        if generation is not None:
-            self._abort(generation, "cancelled", RequestCancelledError(generation.request_id, generation.generated))
-        return generation is not None
+        sequence = self._table.get(number)
+        if sequence is not None:
+            self._abort(sequence, "cancelled", RequestCancelledError(sequence.request_id, sequence.generated))
+        return sequence is not None
 
     def hand_over(self, number: int) -> bool:
         """Let go of a request that goes on elsewhere: its last event says so. False for an unknown or finished one."""
-        generation = self._all.get(number)
-        if generation is None:
+        sequence = self._table.get(number)
+        if sequence is None:
             return False
-        self._withdraw(generation)
-        self._forget(generation)
-        cached, preemptions, times = generation.cached, generation.preemptions, self._times(generation)
-        self._events.append(Finished(number, MOVED, cached, None, None, preemptions, *times))
+        self._withdraw(sequence)
+        self._table.forget(sequence)
+        self._events.append(sequence.finished(MOVED, self._clock()))
         return True
 
     def query(self, query: Query) -> None:
@@ -157,71 +112,53 @@ class Engine:
 
     def pause(self, number: int) -> None:
         """Generate no more tokens for a request until resume(); it keeps its pages while nobody else needs them."""
-        generation = self._all.get(number)
-        if generation is None or generation.paused:
-            return
-        generation.paused = True
-        self._paused.add(number)
-        if generation in self._rows.generations:
-            self._rows.drop([self._rows.generations.index(generation)])
-            self._parked.append(generation)
+        sequence = self._table.get(number)
+        if sequence is not None and not sequence.paused:
+            self._table.pause(sequence)
 
     def resume(self, number: int) -> None:
         """Take back pause()."""
-        generation = self._all.get(number)
-        if generation is None or not generation.paused:
-            return
-        generation.paused = False
-        self._paused.discard(number)
-        if generation in self._parked:
-            self._parked.remove(generation)
-            self._rows.add([generation])
+        sequence = self._table.get(number)
+        if sequence is not None and sequence.paused:
+            self._table.resume(sequence)
 
     @property
     def busy(self) -> bool:
         """Whether a step could do anything."""
-        return bool(self._events or self._rows or len(self._all) > len(self._paused))
+        return bool(self._events) or self._table.active
 
     @property
     def steps(self) -> int:
-        """Forwards since the start: whoever watches it sees whether it moves."""
-        return self._steps
+        """Forwards since the start; a number that stands still while the engine is busy means that it hangs."""
+        return self._counters.steps
 
     @property
     def prefill_rate(self) -> float:
         """Tokens of prompts that are computed in a second, 0 while that is not known."""
-        return self._pace.rate
+        return self._counters.prefill.rate
 
     def stats(self) -> EngineStats:
         """Counters, and what there is now."""
-        usage = self.core.usage
+        usage, counters, table, cache = self.core.usage, self._counters, self._table, self._cache
         return EngineStats(
-            self._steps,
-            len(self._waiting),
-            self._running,
-            self._finished,
-            self._failed,
-            self._preemptions,
-            self._prompt_tokens,
-            self._cache.reused.total,
-            self._generated_tokens,
-            self._recomputed_tokens,
+            counters.steps,
+            table.waiting,
+            table.running,
+            counters.finished,
+            counters.failed,
+            counters.preemptions,
+            counters.prompt_tokens,
+            cache.reused.total,
+            counters.generated_tokens,
+            counters.recomputed_tokens,
             usage.free,
-            self._peak_used,
+            counters.peak_used_pages,
             usage.total,
-            sum(self._cache.loading(each) for each in self._prefill),
-            self._cache.reused,
+            sum(cache.loading(each) for each in table.prefill),
+            cache.reused,
             self.core.metrics,
-            self._cache.tiers,
+            cache.tiers,
         )
-
-    def _note_use(self) -> None:
-        """Pages in use are at their most after an admission, or when a request ends."""
-        self._peak_used = max(self._peak_used, self.core.usage.used)
-
-    @property
-    def _running(self) -> int:
-        return len(self._rows) + len(self._prefill) + len(self._parked)
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -231,12 +168,12 @@ class Engine:
         self._cache.poll()
         refused = self._grow()
         chunks = self._next_chunks(admit=not refused)
-        runs = bool(self._rows or chunks)
+        runs = bool(self._table.batch or chunks)
         if runs:
-            self._steps += 1
+            self._counters.steps += 1
             began, tokens = self._clock(), sum(each.ctx.tokens.active_length for each in chunks)
             self._forward(chunks)
-            self._pace.took(tokens, self._clock() - began)
+            self._counters.prefill.record(tokens, self._clock() - began)
         self.held_up = not (runs or refused or self._events) and self.core.loads_under_way
         events, self._events = self._events, []
         return events
@@ -252,25 +189,19 @@ class Engine:
 
     def expire(self) -> None:
         """End the requests whose time is up."""
-        if not self._deadlines or self._deadlines[0][0] > (now := self._clock()):
-            return
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, number = heapq.heappop(self._deadlines)
-            generation = self._all.get(number)
-            if generation is not None and generation.deadline is not None and generation.deadline <= now:
-                timeout = generation.request.timeout or 0.0
-                self._abort(generation, "timeout", RequestTimeoutError(generation.request_id, timeout))
+        for sequence in self._table.take_late(self._clock):
+            timeout = sequence.request.timeout or 0.0
+            self._abort(sequence, "timeout", RequestTimeoutError(sequence.request_id, timeout))
 
     def _grow(self) -> bool:
         """Pages for every decoding row; whether some request had to make way."""
-        if not self._rows:
-            return False
-        refused = self._cache.extend_rows(self._rows.contexts)
+        batch = self._table.batch
+        refused = self._cache.extend_rows(batch.contexts) if batch else []
         if not refused:
             return False
         while refused:
-            if self._running == 1:
-                self._no_room(self._rows.generations[0])
+            if self._table.running == 1:
+                self._no_room(batch.sequences[0])
                 break
             gone = self._preempt()
             refused = self._cache.extend_rows([ctx for ctx in refused if ctx is not gone])
@@ -278,115 +209,107 @@ class Engine:
 
     def _preempt(self) -> TextContext:
         """Make the newest request start over; its context."""
-        newest = max((*self._rows.generations, *self._prefill, *self._parked), key=lambda each: each.order)
+        newest = self._table.newest
         self._withdraw(newest)
         newest.ctx.reset()
         newest.preemptions += 1
-        self._preemptions += 1
-        heapq.heappush(self._waiting, (newest.order, newest))
+        self._counters.preemptions += 1
+        self._table.wait(newest)
         return newest.ctx
 
-    def _no_room(self, generation: SequenceState) -> None:
+    def _no_room(self, sequence: SequenceState) -> None:
         """A request that fits an empty replica was refused while nothing else ran: others hold the pages."""
         usage = self.core.usage
-        pages = -(-generation.limit // self.limits.page_size)
-        error = InsufficientBlocksError(generation.request_id, self.core.replica, pages, usage.free, usage.total)
-        self._abort(generation, "error", error)
+        pages = -(-sequence.limit // self.limits.page_size)
+        error = InsufficientBlocksError(sequence.request_id, self.core.replica, pages, usage.free, usage.total)
+        self._abort(sequence, "error", error)
 
     # -- prompts -------------------------------------------------------------------------------------
 
     def _next_chunks(self, admit: bool) -> list[SequenceState]:
         """Requests whose prompts go on in this step, windows cut to the token budget (at least one token of one)."""
-        left = max(1, self.settings.chunk_size - len(self._rows))
+        left = max(1, self.settings.chunk_size - len(self._table.batch))
         chunks: list[SequenceState] = []
-        for generation in [each for each in self._prefill if not each.paused]:
+        for sequence in [each for each in self._table.prefill if not each.paused]:
             if not left:
                 break
-            if self._cache.loading(generation):
+            if self._cache.loading(sequence):
                 continue
             # It has its pages; others may have published what it needs next.
-            if self._cache.extend(generation) and not self._cache.awaits(generation):
-                left -= self._cut(generation, left)
-                chunks.append(generation)
-        if admit and left and self._waiting:
+            if self._cache.extend(sequence) and not self._cache.awaits(sequence):
+                left -= sequence.cut_window(left)
+                chunks.append(sequence)
+        if admit and left and self._table.waiting:
             self._admit(chunks, left)
         return chunks
 
     def _admit(self, chunks: list[SequenceState], left: int) -> None:
-        passed_over: list[tuple[int, SequenceState]] = []
-        computing = [each for each in self._prefill if not each.paused]
-        while left and self._waiting and self._running < self.core.max_batch_size:
-            order, generation = heapq.heappop(self._waiting)
-            if generation.paused or self._cache.will_be_reused(generation, computing):
-                passed_over.append((order, generation))
+        table, passed_over = self._table, list[SequenceState]()
+        computing = [each for each in table.prefill if not each.paused]
+        while left and table.waiting and table.running < self.core.max_batch_size:
+            sequence = table.take_first()
+            if sequence.paused or self._cache.will_be_reused(sequence, computing):
+                passed_over.append(sequence)
                 continue
-            if not self._cache.admit(generation, alone=not self._running):
-                heapq.heappush(self._waiting, (order, generation))
-                if not self._running:
-                    self._no_room(generation)
+            if not self._cache.admit(sequence, alone=not table.running):
+                table.wait(sequence)
+                if not table.running:
+                    self._no_room(sequence)
                 break
-            if generation.coming is not None:
-                self._events.append(generation.coming.arrivals)
-                generation.coming = None
-            if generation.admitted_at is None:
-                generation.admitted_at = self._clock()
-                self._prompt_tokens += generation.prompt_length
+            if sequence.coming is not None:
+                self._events.append(sequence.coming.arrivals)
+                sequence.coming = None
+            if sequence.admitted_at is None:
+                sequence.admitted_at = self._clock()
+                self._counters.prompt_tokens += sequence.prompt_length
             else:
-                self._recomputed_tokens += generation.ctx.tokens.active_length
-            self._prefill.append(generation)
-            computing.append(generation)
-            self._note_use()
-            if not self._cache.awaits(generation):
-                left -= self._cut(generation, left)
-                chunks.append(generation)
-        self._prefill.sort(key=lambda each: each.order)
-        for entry in passed_over:
-            heapq.heappush(self._waiting, entry)
-
-    @staticmethod
-    def _cut(generation: SequenceState, left: int) -> int:
-        window = generation.ctx.tokens
-        if window.end - window.processed > left:
-            window.chunk(left)
-        return window.end - window.processed
+                self._counters.recomputed_tokens += sequence.ctx.tokens.active_length
+            table.prefill_next(sequence)
+            computing.append(sequence)
+            self._counters.record_use(self.core.usage.used)
+            if not self._cache.awaits(sequence):
+                left -= sequence.cut_window(left)
+                chunks.append(sequence)
+        for sequence in passed_over:
+            table.wait(sequence)
 
     # -- the forward -----------------------------------------------------------------------------------
 
     def _forward(self, chunks: list[SequenceState]) -> None:
         """Forward the rows and the chunks, and give each its token."""
-        rows = self._rows
+        batch = self._table.batch
         if chunks:
             active = [each.ctx.tokens.active for each in chunks]
-            tokens = np.concatenate((rows.last, *active))
-            counts = rows.ones + [len(part) for part in active]
-            contexts: Sequence[TextContext] = [*rows.contexts, *(each.ctx for each in chunks)]
+            tokens = np.concatenate((batch.last, *active))
+            counts = batch.ones + [len(part) for part in active]
+            contexts: Sequence[TextContext] = [*batch.contexts, *(each.ctx for each in chunks)]
         else:
-            tokens, counts, contexts = rows.last, rows.ones, rows.contexts
+            tokens, counts, contexts = batch.last, batch.ones, batch.contexts
         done = forward(self.model, self._cache, contexts, tokens, counts)
         if done.failed:
-            batch = [*rows.generations, *chunks]
-            failed = [(batch[at], error) for at, error in done.failed.items()]
-            logits_of = {id(each): at for at, each in enumerate(each for each in batch if each not in dict(failed))}
-            for generation, error in failed:
-                self._broken(generation, error)
-            chunks = [each for each in chunks if id(each) in logits_of]
+            forwarded = [*batch.sequences, *chunks]
+            failed = {forwarded[at]: error for at, error in done.failed.items()}
+            logits_of = {each: at for at, each in enumerate(each for each in forwarded if each not in failed)}
+            for sequence, error in failed.items():
+                self._fail(sequence, error)
+            chunks = [each for each in chunks if each in logits_of]
             if done.logits is None:
                 return
-            order = [logits_of[id(each)] for each in (*rows.generations, *chunks)]  # rows have moved up
+            order = [logits_of[each] for each in (*batch.sequences, *chunks)]  # rows have moved up
             self._take(chunks, done.logits[order])
         elif done.logits is not None:
             self._take(chunks, done.logits)
 
-    def _broken(self, generation: SequenceState, error: Exception) -> None:
-        self._abort(generation, "error", self._forward_error(generation, error))
+    def _fail(self, sequence: SequenceState, error: Exception) -> None:
+        self._abort(sequence, "error", self._forward_error(sequence, error))
 
-    def _forward_error(self, generation: SequenceState, error: Exception) -> ForwardError:
-        return ForwardError(generation.request_id, self.core.replica, type(error).__name__, str(error))
+    def _forward_error(self, sequence: SequenceState, error: Exception) -> ForwardError:
+        return ForwardError(sequence.request_id, self.core.replica, type(error).__name__, str(error))
 
     def _take(self, chunks: list[SequenceState], logits: torch.Tensor) -> None:
         """Sample where a prompt or a row is complete, and move everything on."""
-        rows, started = self._rows, [each for each in chunks if each.ctx.tokens.end == each.ctx.tokens.length]
-        before = len(rows)
+        batch, started = self._table.batch, [each for each in chunks if each.ctx.tokens.end == each.ctx.tokens.length]
+        before = len(batch)
         if len(started) < len(chunks):
             index = [before + i for i, each in enumerate(chunks) if each.ctx.tokens.end == each.ctx.tokens.length]
             logits = logits[[*range(before), *index]] if index else logits[:before]
@@ -397,124 +320,76 @@ class Engine:
             now = self._clock()
             for each in started:
                 each.first_token_at = each.first_token_at or now
-            self._prefill = [each for each in self._prefill if each not in started]
-            rows.add(started)
+            self._table.decode_next(started)
             chunks = [each for each in chunks if each not in started]
-        if rows:
+        if batch:
             self._advance(logits)
         self._cache.publish([each.ctx for each in chunks])
-        self._cache.publish(rows.contexts)
+        self._cache.publish(batch.contexts)
         self._end_rows()
 
     def _advance(self, logits: torch.Tensor) -> None:
         """Give every row its token."""
-        rows = self._rows
-        sampled = self._sampler(logits, rows.generations, rows.plain)
+        batch = self._table.batch
+        sampled = self._sampler(logits, batch.sequences, batch.plain)
         tokens = sampled.tokens
-        logprobs = {rows.generations[row].number: found for row, found in sampled.logprobs.items()}
+        logprobs = {batch.sequences[row].number: found for row, found in sampled.logprobs.items()}
         if sampled.failed:
-            chosen = {generation: tokens[row] for row, generation in enumerate(rows.generations)}
-            for generation, error in [(rows.generations[row], why) for row, why in sampled.failed.items()]:
-                self._broken(generation, error)
-            tokens = np.array([chosen[generation] for generation in rows.generations], np.int64)
-            if not rows:
+            chosen = {sequence: tokens[row] for row, sequence in enumerate(batch.sequences)}
+            for sequence, error in [(batch.sequences[row], why) for row, why in sampled.failed.items()]:
+                self._fail(sequence, error)
+            tokens = np.array([chosen[sequence] for sequence in batch.sequences], np.int64)
+            if not batch:
                 return
-        finished, stopped = rows.advance(tokens)
-        self._events.append(Tokens(rows.numbers, tokens, logprobs))
-        self._generated_tokens += len(tokens)
+        finished, stopped = batch.advance(tokens)
+        self._events.append(Tokens(batch.numbers, tokens, logprobs))
+        self._counters.generated_tokens += len(tokens)
         if len(finished):
             self._ended = {row: "stop" if stopped[row] else "length" for row in finished.tolist()}
-        for row in rows.special:
+        for row in batch.special:
+            sequence = batch.sequences[row]
             try:
-                self._show(row, int(tokens[row]))
+                if sequence.show(int(tokens[row]), self._ended.get(row) == "stop"):
+                    self._ended[row] = "stop"
+                elif row not in self._ended:
+                    self._events += sequence.new_text()
             except Exception as error:  # of the tokenizer: a matter of this request alone
                 self._ended[row] = error
-
-    def _show(self, row: int, token: int) -> None:
-        """The text of a row that needs it grows by a token; a stop string may end it."""
-        generation = self._rows.generations[row]
-        detokenizer = generation.detokenizer
-        if detokenizer is None:
-            return
-        if self._ended.get(row) != "stop":  # a stop token is not shown
-            detokenizer.add(token)
-        if detokenizer.stopped:
-            self._ended[row] = "stop"
-        if row not in self._ended:
-            self._send_text(generation, detokenizer)
-
-    def _send_text(self, generation: SequenceState, detokenizer: Detokenizer) -> None:
-        if generation.request.stream_text and (piece := detokenizer.piece()):
-            self._events.append(Text(generation.number, piece))
 
     # -- the end of a request ----------------------------------------------------------------------------
 
     def _end_rows(self) -> None:
         ended, self._ended = self._ended, {}
         if ended:
-            self._note_use()
-        generations = [(self._rows.generations[row], reason) for row, reason in ended.items()]
-        self._rows.drop(ended)
-        for generation, reason in generations:
-            self._cache.release(generation)
+            self._counters.record_use(self.core.usage.used)
+        batch = self._table.batch
+        sequences = [(batch.sequences[row], reason) for row, reason in ended.items()]
+        batch.drop(ended)
+        for sequence, reason in sequences:
+            self._cache.release(sequence)
             if isinstance(reason, Exception):
-                self._finish(generation, "error", self._forward_error(generation, reason))
+                self._finish(sequence, "error", self._forward_error(sequence, reason))
             else:
-                self._finish(generation, reason, None)
+                self._finish(sequence, reason, None)
 
-    def _abort(self, generation: SequenceState, reason: str, error: RaykError) -> None:
-        self._withdraw(generation)
-        self._finish(generation, reason, error)
+    def _abort(self, sequence: SequenceState, reason: str, error: RaykError) -> None:
+        self._withdraw(sequence)
+        self._finish(sequence, reason, error)
 
-    def _withdraw(self, generation: SequenceState) -> None:
+    def _withdraw(self, sequence: SequenceState) -> None:
         """Take a request from where it is, with its pages."""
-        for place in (self._prefill, self._parked):
-            if generation in place:
-                place.remove(generation)
-                self._cache.release(generation)
-                return
-        if generation in self._rows.generations:
-            self._rows.drop([self._rows.generations.index(generation)])
-            self._cache.release(generation)
-            return
-        self._waiting = [entry for entry in self._waiting if entry[1] is not generation]
-        heapq.heapify(self._waiting)
+        if self._table.withdraw(sequence):
+            self._cache.release(sequence)
 
-    def _finish(self, generation: SequenceState, reason: str, error: RaykError | None) -> None:
-        self._forget(generation)
+    def _finish(self, sequence: SequenceState, reason: str, error: RaykError | None) -> None:
+        self._table.forget(sequence)
         text = None
         try:
-            text = self._whole_text(generation, reason)
+            text = sequence.whole_text(self.model.tokenizer, reason)
+            self._events += sequence.new_text()
         except Exception as raised:
             if error is None:
-                reason, error = "error", self._forward_error(generation, raised)
-        self._finished += error is None
-        self._failed += error is not None
-        cached, preemptions, times = generation.cached, generation.preemptions, self._times(generation)
-        self._events.append(Finished(generation.number, reason, cached, text, error, preemptions, *times))
-
-    def _whole_text(self, generation: SequenceState, reason: str) -> str | None:
-        """The answer's text, None without a tokenizer; what was not streamed of it is. Raises what that one does."""
-        detokenizer = generation.detokenizer
-        if detokenizer is not None:
-            detokenizer.finish()
-            self._send_text(generation, detokenizer)
-            return detokenizer.text
-        if self.model.tokenizer is None:
-            return None
-        answer = generation.answer.tolist()
-        return text_of(self.model.tokenizer, answer[:-1] if reason == "stop" else answer)
-
-    def _forget(self, generation: SequenceState) -> None:
-        del self._all[generation.number]
-        self._ids.discard(generation.request_id)
-        self._paused.discard(generation.number)
-
-    def _times(self, generation: SequenceState) -> tuple[float | None, float | None, float]:
-        """Seconds from its submission to its admission, its first token and now."""
-
-        def after(moment: float | None) -> float | None:
-            return None if moment is None else moment - generation.submitted_at
-
-        now = self._clock() - generation.submitted_at
-        return after(generation.admitted_at), after(generation.first_token_at), now
+                reason, error = "error", self._forward_error(sequence, raised)
+        self._counters.finished += error is None
+        self._counters.failed += error is not None
+        self._events.append(sequence.finished(reason, self._clock(), text, error))

@@ -67,10 +67,10 @@ def loop_cost(batch: int = 256, steps: int = 300, page_size: int = 16) -> LoopCo
     )
     left_out = 0.0
 
-    def timed(logits: torch.Tensor, generations: Sequence[SequenceState], plain: bool) -> Sampled:
+    def timed(logits: torch.Tensor, sequences: Sequence[SequenceState], plain: bool) -> Sampled:
         nonlocal left_out
         began = thread_time()
-        found = sample(logits, generations, plain)
+        found = sample(logits, sequences, plain)
         left_out += thread_time() - began
         return found
 

@@ -29,7 +29,7 @@ class Sampled(NamedTuple):
 Sampler = Callable[[torch.Tensor, Sequence[SequenceState], bool], Sampled]
 
 
-def sample(logits: torch.Tensor, generations: Sequence[SequenceState], plain: bool) -> Sampled:
+def sample(logits: torch.Tensor, sequences: Sequence[SequenceState], plain: bool) -> Sampled:
     """One token for each row of `logits` ([n, vocab] float32, not changed). `plain`: all rows are plain."""
     best, tokens = logits.max(dim=-1)
     chosen = torch.stack((tokens, torch.isfinite(best).to(torch.int64))).cpu().numpy()  # one copy off the device
@@ -40,48 +40,48 @@ def sample(logits: torch.Tensor, generations: Sequence[SequenceState], plain: bo
     if plain:
         return Sampled(found, failed, {})
     found = found.copy()
-    good = [row for row in range(len(generations)) if finite[row]]
-    for rows in _alike([row for row in good if not _takes_best(generations[row])], generations):
+    good = [row for row in range(len(sequences)) if finite[row]]
+    for rows in _alike([row for row in good if not _takes_best(sequences[row])], sequences):
         try:
-            found[rows] = _draw(logits[rows], [generations[row] for row in rows])
+            found[rows] = _draw(logits[rows], [sequences[row] for row in rows])
         except Exception as error:  # of a processor: a matter of these requests alone
             failed |= dict.fromkeys(rows, error)
-    asked = [row for row in good if row not in failed and generations[row].sampling.logprobs is not None]
-    return Sampled(found, failed, {row: _logprobs(logits[row], int(found[row]), generations[row]) for row in asked})
+    asked = [row for row in good if row not in failed and sequences[row].sampling.logprobs is not None]
+    return Sampled(found, failed, {row: _logprobs(logits[row], int(found[row]), sequences[row]) for row in asked})
 
 
-def is_plain(generation: SequenceState) -> bool:
+def is_plain(sequence: SequenceState) -> bool:
     """Whether its token is the most likely one, and nothing else is wanted."""
-    return _takes_best(generation) and generation.sampling.logprobs is None
+    return _takes_best(sequence) and sequence.sampling.logprobs is None
 
 
-def _takes_best(generation: SequenceState) -> bool:
-    return generation.sampling.greedy and generation.sampling.repetition_penalty == 1
+def _takes_best(sequence: SequenceState) -> bool:
+    return sequence.sampling.greedy and sequence.sampling.repetition_penalty == 1
 
 
-def _alike(rows: Sequence[int], generations: Sequence[SequenceState]) -> list[list[int]]:
+def _alike(rows: Sequence[int], sequences: Sequence[SequenceState]) -> list[list[int]]:
     """Rows grouped by what shapes their distributions."""
     groups: dict[tuple[float, ...], list[int]] = {}
     for row in rows:
-        groups.setdefault(generations[row].sampling.shape, []).append(row)
+        groups.setdefault(sequences[row].sampling.shape, []).append(row)
     return list(groups.values())
 
 
-def _draw(scores: torch.Tensor, generations: Sequence[SequenceState]) -> npt.NDArray[np.int64]:
+def _draw(scores: torch.Tensor, sequences: Sequence[SequenceState]) -> npt.NDArray[np.int64]:
     """Tokens of rows whose distributions are shaped alike, [n] int64."""
-    scores = _penalised(scores, generations)
-    sampling = generations[0].sampling
+    scores = _penalised(scores, sequences)
+    sampling = sequences[0].sampling
     if sampling.greedy:
         return np.asarray(scores.argmax(dim=-1).cpu())
-    if generations[0].processors is None:
-        generations[0].processors = warpers(*sampling.shape)
+    if sequences[0].processors is None:
+        sequences[0].processors = warpers(*sampling.shape)
     scores = scores - scores.amax(dim=-1, keepdim=True)  # so that a low temperature cannot overflow
-    for process in generations[0].processors:
+    for process in sequences[0].processors:
         scores = process(None, scores)
     # The draw is the inverse of the distribution function, in float64 so that its last steps do not vanish.
     reach = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
-    seeds = np.array([each.seed for each in generations], np.uint64)
-    positions = np.array([each.generated for each in generations], np.uint64)
+    seeds = np.array([each.seed for each in sequences], np.uint64)
+    positions = np.array([each.generated for each in sequences], np.uint64)
     at = torch.from_numpy(uniforms(seeds, positions)).to(reach.device)[:, None] * reach[:, -1:]
     drawn = torch.searchsorted(reach, at, right=True)[:, 0]
     return np.asarray(torch.minimum(drawn, _last_possible(scores)).cpu())
@@ -92,14 +92,14 @@ def _last_possible(scores: torch.Tensor) -> torch.Tensor:
     return scores.shape[-1] - 1 - torch.isfinite(scores).flip(-1).to(torch.int8).argmax(dim=-1)
 
 
-def _penalised(scores: torch.Tensor, generations: Sequence[SequenceState]) -> torch.Tensor:
+def _penalised(scores: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
     """Repetition penalties, row by row: each has its own tokens."""
-    if all(each.sampling.repetition_penalty == 1 for each in generations):
+    if all(each.sampling.repetition_penalty == 1 for each in sequences):
         return scores
     from transformers import RepetitionPenaltyLogitsProcessor
 
     rows = []
-    for row, each in zip(scores, generations, strict=True):
+    for row, each in zip(scores, sequences, strict=True):
         penalty = each.sampling.repetition_penalty
         if penalty == 1:
             rows.append(row[None])
@@ -125,8 +125,8 @@ def warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> list[
     return found
 
 
-def _logprobs(row: torch.Tensor, token: int, generation: SequenceState) -> TokenLogprobs:
+def _logprobs(row: torch.Tensor, token: int, sequence: SequenceState) -> TokenLogprobs:
     scores = torch.log_softmax(row.float(), dim=-1)
-    count = min(generation.sampling.logprobs or 0, len(row))
+    count = min(sequence.sampling.logprobs or 0, len(row))
     top = torch.topk(scores, count)
     return TokenLogprobs(float(scores[token]), tuple(top.indices.tolist()), tuple(top.values.tolist()))

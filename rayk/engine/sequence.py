@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 from rayk.context import IntArray, TextContext
-from rayk.engine.detokenizer import Detokenizer
+from rayk.engine.detokenizer import Detokenizer, text_of
 from rayk.engine.page_sharing import IncomingPages
+from rayk.errors import RaykError
 from rayk.kvcache.request import NOTHING_REUSED, Reused
+from rayk.protocol.engine_reports import Finished, Text
 from rayk.protocol.engine_request import Limits, Request
 
 
@@ -38,13 +41,22 @@ class SequenceState:
         "submitted_at",
     )
 
-    def __init__(self, request: Request, tokens: IntArray, limits: Limits, order: int, seed: int, now: float) -> None:
+    def __init__(
+        self,
+        request: Request,
+        tokens: IntArray,
+        limits: Limits,
+        order: int,
+        now: float,
+        eos: tuple[int, ...] = (),
+        tokenizer: Any = None,
+    ) -> None:
         self.request = request
         self.number = request.number
         self.request_id = request.request_id
         self.sampling = request.sampling
         self.order = order
-        self.seed = seed
+        self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         self.submitted_at = now
         self.deadline = None if request.timeout is None else now + request.timeout
         self.prompt_length = len(tokens) - request.generated
@@ -56,9 +68,8 @@ class SequenceState:
             request.cache_salt,
             adapter=request.adapter,
         )
-        self.stop_ids: tuple[int, ...] = ()
+        self.stop_ids = (*(() if self.sampling.ignore_eos else eos), *self.sampling.stop_token_ids)
         self.processors: Any = None  # of its logits, made by the sampler when they are needed first
-        self.detokenizer: Detokenizer | None = None
         self.paused = False
         self.preemptions = 0
         self.cached: Reused = NOTHING_REUSED
@@ -66,6 +77,12 @@ class SequenceState:
         self.computes = False  # a load failed: the rest of its prompt is not looked for any more
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
+        self.detokenizer: Detokenizer | None = None
+        if self.sampling.stop or request.stream_text:
+            self.detokenizer = Detokenizer(tokenizer, self.sampling.stop)
+            for token in self.answer.tolist():
+                self.detokenizer.add(token)
+            self.detokenizer.piece()  # who continues an answer has seen it
 
     @property
     def generated(self) -> int:
@@ -81,3 +98,42 @@ class SequenceState:
     def answer(self) -> IntArray:
         """The tokens of the answer so far, read-only."""
         return self.ctx.tokens.all[self.prompt_length :]
+
+    def cut_window(self, tokens: int) -> int:
+        """Have the next forward process at most so many of its tokens; how many it will be."""
+        window = self.ctx.tokens
+        if window.end - window.processed > tokens:
+            window.chunk(tokens)
+        return window.end - window.processed
+
+    def show(self, token: int, is_stop: bool) -> bool:
+        """The text, if anybody needs it, grows by a token other than a stop token; whether it has a stop string."""
+        if self.detokenizer is None:
+            return False
+        if not is_stop:
+            self.detokenizer.add(token)
+        return self.detokenizer.stopped
+
+    def new_text(self) -> list[Text]:
+        """The text since the last call, for a request that streams it: none, or one event."""
+        piece = self.detokenizer.piece() if self.request.stream_text and self.detokenizer is not None else ""
+        return [Text(self.number, piece)] if piece else []
+
+    def whole_text(self, tokenizer: Any, reason: str) -> str | None:
+        """The text of the answer, which ended for that reason; None without a tokenizer. Raises what that one does."""
+        if self.detokenizer is not None:
+            self.detokenizer.finish()
+            return self.detokenizer.text
+        if tokenizer is None:
+            return None
+        answer = self.answer.tolist()
+        return text_of(tokenizer, answer[:-1] if reason == "stop" else answer)
+
+    def finished(self, reason: str, now: float, text: str | None = None, error: RaykError | None = None) -> Finished:
+        """Its last event, with the seconds from its submission to its admission, its first token and now."""
+
+        def after(moment: float | None) -> float | None:
+            return None if moment is None else moment - self.submitted_at
+
+        times = after(self.admitted_at), after(self.first_token_at), now - self.submitted_at
+        return Finished(self.number, reason, self.cached, text, error, self.preemptions, *times)

@@ -17,8 +17,8 @@ LIMITS = Limits(vocab_size=50, max_length=1000, num_pages=100, page_size=16, has
 
 
 def generation(tokens=(1, 2, 3), seed: int = 0, **sampling) -> SequenceState:
-    request = Request(0, "r", list(tokens), SamplingParams(**sampling))
-    return SequenceState(request, LIMITS.check(request), LIMITS, 0, seed, 0.0)
+    request = Request(0, "r", list(tokens), SamplingParams(seed=seed, **sampling))
+    return SequenceState(request, LIMITS.check(request), LIMITS, 0, 0.0)
 
 
 def logits(rows: int, seed: int = 0, vocab: int = 50) -> torch.Tensor:

@@ -1,0 +1,125 @@
+"""The sequences of an engine, and where each is: waiting, in its prefill, decoding, or paused while it decoded."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+from rayk.engine.decode_batch import DecodeBatch
+from rayk.engine.sequence import SequenceState
+
+
+class SequenceTable:
+    """Sequences in `prefill` (by order), in the decode `batch` and `parked` have pages; those that wait have none."""
+
+    def __init__(self) -> None:
+        self.prefill: list[SequenceState] = []
+        self.batch = DecodeBatch()
+        self.parked: list[SequenceState] = []
+        self._all: dict[int, SequenceState] = {}  # by number
+        self._ids: set[str] = set()
+        self._waiting: list[tuple[int, SequenceState]] = []  # a heap by order
+        self._paused: set[int] = set()
+        self._deadlines: list[tuple[float, int]] = []  # a heap; may have finished ones
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences without pages."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences with pages."""
+        return len(self.batch) + len(self.prefill) + len(self.parked)
+
+    @property
+    def active(self) -> bool:
+        """Whether any of them is not paused."""
+        return bool(self.batch) or len(self._all) > len(self._paused)
+
+    @property
+    def newest(self) -> SequenceState:
+        """Of those with pages, the one that was submitted last."""
+        return max(chain(self.batch.sequences, self.prefill, self.parked), key=lambda each: each.order)
+
+    def get(self, number: int) -> SequenceState | None:
+        """The request of that number, until it is finished."""
+        return self._all.get(number)
+
+    def in_use(self, number: int, request_id: str) -> bool:
+        """Whether a request has that number or id."""
+        return number in self._all or request_id in self._ids
+
+    def add(self, sequence: SequenceState) -> None:
+        """A new request, which waits."""
+        self._all[sequence.number] = sequence
+        self._ids.add(sequence.request_id)
+        self.wait(sequence)
+        if sequence.deadline is not None:
+            heapq.heappush(self._deadlines, (sequence.deadline, sequence.number))
+
+    def wait(self, sequence: SequenceState) -> None:
+        """It waits, in its order."""
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def take_first(self) -> SequenceState:
+        """The first of those that wait, which does no more."""
+        return heapq.heappop(self._waiting)[1]
+
+    def prefill_next(self, sequence: SequenceState) -> None:
+        """It has pages, and its prompt is computed from the next step on."""
+        insort(self.prefill, sequence, key=lambda each: each.order)
+
+    def decode_next(self, sequences: Sequence[SequenceState]) -> None:
+        """Their prompts are computed."""
+        self.prefill = [each for each in self.prefill if each not in sequences]
+        self.batch.add(sequences)
+
+    def withdraw(self, sequence: SequenceState) -> bool:
+        """Take a sequence from where it is; whether it has pages."""
+        for place in (self.prefill, self.parked):
+            if sequence in place:
+                place.remove(sequence)
+                return True
+        if sequence in self.batch.sequences:
+            self.batch.drop([self.batch.sequences.index(sequence)])
+            return True
+        self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
+        heapq.heapify(self._waiting)
+        return False
+
+    def forget(self, sequence: SequenceState) -> None:
+        """It is finished, and was withdrawn."""
+        del self._all[sequence.number]
+        self._ids.discard(sequence.request_id)
+        self._paused.discard(sequence.number)
+
+    def pause(self, sequence: SequenceState) -> None:
+        """It decodes no more until resume()."""
+        sequence.paused = True
+        self._paused.add(sequence.number)
+        if sequence in self.batch.sequences:
+            self.withdraw(sequence)
+            self.parked.append(sequence)
+
+    def resume(self, sequence: SequenceState) -> None:
+        """Take back pause()."""
+        sequence.paused = False
+        self._paused.discard(sequence.number)
+        if sequence in self.parked:
+            self.parked.remove(sequence)
+            self.batch.add([sequence])
+
+    def take_late(self, clock: Callable[[], float]) -> list[SequenceState]:
+        """Those whose time is up; each is returned once."""
+        late, now = list[SequenceState](), clock() if self._deadlines else 0.0
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = self._all.get(heapq.heappop(self._deadlines)[1])
+            if sequence is not None and sequence.deadline is not None and sequence.deadline <= now:
+                late.append(sequence)
+        return late
