@@ -22,7 +22,7 @@ ASK_SECONDS = 10.0
 
 
 class TierState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The host and disk tier of a replica's node, in pages, shared by its replicas. `trouble` says why one is off."""
+    """The host and disk tier of a replica's node, in pages, shared by its replicas. `trouble`: why one is off."""
 
     host_pages: int
     host_used: int
@@ -32,7 +32,7 @@ class TierState(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ReplicaState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One replica. Pages and bytes; what a lost or silent replica cannot say is absent, `reason` says why."""
+    """One replica. Pages and bytes; what a lost or silent replica cannot answer is absent, for that `reason`."""
 
     index: int
     node: str
@@ -50,7 +50,7 @@ class ReplicaState(msgspec.Struct, frozen=True, omit_defaults=True):
     requests: int | None = None
     tokens: int | None = None
     tiers: TierState | None = None
-    promised_pages: int | None = None  # in use or promised, as the admission policy reckons
+    promised_pages: int | None = None  # in use or promised, as the admission policy counts them
 
 
 class ManagerState(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from rayk.actors.interface import ActorGoneError, ActorSpec, Bundle, Node, Runtime
 from rayk.actors.launch import (
     PLACE_SECONDS,
@@ -58,7 +56,7 @@ class EngineActor:
         self._settings = settings
         self._device = "cuda:0" if settings.device.startswith("cuda") else settings.device
         self._model = source.load(self._device)
-        self._host: Any = None
+        self._thread: Any = None
 
     def open(
         self, sharing: int, host_name: str, node: NodeMemory | None = None, tiers: NodeTiers | None = None
@@ -80,47 +78,47 @@ class EngineActor:
             tiers,
             address=RayRuntime().address(),
         )
-        self._host = EngineThread([engine]).start()
+        self._thread = EngineThread([engine]).start()
         return facts_of(engine, self._device, host_name, self._source)
 
     def post(self, wire: bytes) -> None:
-        """Give the engine a command. One that cannot be read ends the replica with that reason: somebody waits."""
+        """Give the engine a command. One that cannot be decoded ends the replica with that reason."""
         from rayk.protocol.engine import decode_command
 
         try:
             command = decode_command(wire)
         except Exception as error:
-            self._host.fail(0, error)
+            self._thread.fail(0, error)
             raise
-        self._host.post(0, command)
+        self._thread.post(0, command)
 
     def reports(self) -> Iterator[bytes]:
         """The engine's reports, as it makes them."""
         from rayk.protocol.engine import encode
 
-        for report in self._host.reports(0):
+        for report in self._thread.reports(0):
             yield encode(report)
 
     def stats(self) -> EngineStats:
         """The engine's counters, taken between two steps."""
-        stats: EngineStats = self._host.stats(0)
+        stats: EngineStats = self._thread.stats(0)
         return stats
 
     def check(self) -> None:
         """IntegrityError unless its pages are where they should be."""
         from rayk.engine.replicas import check_engine
 
-        self._host.call(0, check_engine)
+        self._thread.call(0, check_engine)
 
     def reset_prefix_cache(self, token: bytes) -> int:
         """See ReplicaCore."""
-        held: int = self._host.call(0, lambda engine: engine.core.reset_prefix_cache(token))
+        held: int = self._thread.call(0, lambda engine: engine.core.reset_prefix_cache(token))
         return held
 
     def close(self) -> None:
         """End the engine and leave the tiers in order; the last thing that is asked of it."""
-        if self._host is not None:
-            self._host.stop()
+        if self._thread is not None:
+            self._thread.stop()
 
     def ping(self) -> int:
         """The replica's index, once its constructor is done."""
@@ -184,12 +182,11 @@ class RayReplicas:
 
     def _make_tiers(self, nodes: Sequence[Node]) -> dict[str, NodeMemory]:
         """Decide what the tiers of new nodes take; what is left there for device pages in the same memory."""
-        wish, memory = self.settings.tiers, dict[str, NodeMemory]()
-        new = [node for node in nodes if node.node_id not in self._tiers] if wish.wanted else []
-        for found in measure_nodes(self._runtime, new, wish.disk_dir):
-            tiers = self._tiers[found.node_id] = wish.on(found, f"{self._pool}-{found.node_id}")
-            free = max(0, found.host_free - tiers.host_bytes)
-            memory[found.node_id] = msgspec.structs.replace(found, host_free=free)
+        config, memory = self.settings.tiers, dict[str, NodeMemory]()
+        new = [node for node in nodes if node.node_id not in self._tiers] if config.wanted else []
+        for node in measure_nodes(self._runtime, new, config.disk_dir):
+            at = node.node_id
+            self._tiers[at], memory[at] = config.reserve(node, f"{self._pool}-{at}")
         return memory
 
     def post(self, replica: int, command: Command) -> None:

@@ -43,7 +43,7 @@ class InferenceSession:
         self.name = name
         self._ray: Runtime | None = None
         self._closed = False
-        # A manager on Ray must be shut down by somebody; one in this process ends with its last reference.
+        # A manager on Ray must be shut down; one in this process ends with its last reference.
         self._managers: MutableSet[_Closable] = WeakSet() if runtime == "inline" else set()
         self.managers_made = 0
         if runtime == "ray":

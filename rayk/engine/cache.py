@@ -17,17 +17,17 @@ from rayk.kvcache.runtime_inputs import LeafInputs, ShardInputs
 from rayk.protocol.engine_reports import PagesChanged
 
 
-class _Told:
+class _PageReporter:
     """A PageListener."""
 
-    def __init__(self, tell: Callable[[PagesChanged], None]) -> None:
-        self._tell = tell
+    def __init__(self, report: Callable[[PagesChanged], None]) -> None:
+        self._report = report
 
     def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
-        self._tell(PagesChanged(True, b"".join([each[:8] for each in hashes])))
+        self._report(PagesChanged(True, b"".join([each[:8] for each in hashes])))
 
     def removed(self, hashes: Sequence[PageHash]) -> None:
-        self._tell(PagesChanged(False, b"".join([each[:8] for each in hashes])))
+        self._report(PagesChanged(False, b"".join([each[:8] for each in hashes])))
 
 
 class Cache:
@@ -39,9 +39,9 @@ class Cache:
         self.reused = NOTHING_REUSED  # of all requests together
         self._spare = math.ceil(core.num_pages * watermark)
 
-    def report_pages(self, tell: Callable[[PagesChanged], None]) -> None:
-        """Call `tell` with what is cached and dropped from now on. Before any request."""
-        self.core.listen(_Told(tell))
+    def report_pages(self, report: Callable[[PagesChanged], None]) -> None:
+        """Call `report` with what is cached and dropped from now on. Before any request."""
+        self.core.listen(_PageReporter(report))
 
     def admit(self, sequence: SequenceState, alone: bool) -> bool:
         """Claim and allocate; False, and nothing changed, while there is no room. `alone`: the watermark is moot."""

@@ -1,4 +1,4 @@
-"""A thread that turns engines, with an inbox and an outbox: control calls are answered while it computes.
+"""The thread that steps engines, with an inbox and an outbox: control calls are answered while it computes.
 
 One engine in a replica's process; several, one after the other, where everything is in one process and shares one
 model. Both boxes are bounded: the engines refuse requests beyond their queues, and they rest while their reader is
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class _Asked(NamedTuple):
-    """Something to be done between two steps, and who waits for it."""
+    """A function that is called between two steps, and the future of its result."""
 
     what: Callable[[], Any]
     answer: Future[Any]
@@ -106,7 +106,7 @@ class EngineThread:
     # -- talking to one ----------------------------------------------------------------------------------
 
     def post(self, engine: int, command: Command) -> None:
-        """Give engine number `engine` something to do; what comes of it is in its reports."""
+        """Give engine number `engine` a command; its effects are in that engine's reports."""
         with self._changed:
             self._inbox.append((engine, command))
             self._changed.notify_all()
@@ -139,7 +139,7 @@ class EngineThread:
         return self._failures.get(number) or self._failure
 
     def fail(self, number: int, error: Exception) -> None:
-        """That engine is of no use any more: its reports end with the reason, and nothing of it goes on."""
+        """Mark that engine as lost: its reports end with the reason, and it is not stepped again."""
         with self._changed:
             engine = self._engines.get(number)
             if engine is not None and number not in self._failures:
@@ -185,7 +185,7 @@ class EngineThread:
         return [each for each in self._engines.items() if each[0] not in self._failures]
 
     def _try(self, number: int, what: Callable[[], None]) -> None:
-        """Do something to one engine. What it raises is nobody's request's: the engine is lost, with its reason."""
+        """Do something to one engine. What it raises belongs to no request: the engine is lost, with that reason."""
         try:
             what()
         except Exception as error:
@@ -210,13 +210,13 @@ class EngineThread:
                 if isinstance(each, _Asked):
                     _answer(each)
                 else:
-                    self._try(each[0], lambda each=each: self._obey(*each))  # type: ignore[misc]  # as above
+                    self._try(each[0], lambda each=each: self._apply(*each))  # type: ignore[misc]  # as above
             for number, engine in self._sound:
                 self._try(number, engine.rest)
             if not behind and any(engine.busy for _, engine in self._sound):
                 return True
 
-    def _obey(self, number: int, command: Command) -> None:
+    def _apply(self, number: int, command: Command) -> None:
         engine = self._engines.get(number)
         if engine is None or number in self._failures:
             return
@@ -227,11 +227,11 @@ class EngineThread:
                         engine.submit(ask.request())
                     except RaykError as error:
                         self._report(number, [Finished(ask.number, "error", error=error)])
-                    except Exception as error:  # a request that nobody foresaw: its own end, not the engine's
+                    except Exception as error:  # an unforeseen request: its own end, not the engine's
                         self._report(number, [Finished(ask.number, "error", error=_remote(engine, error))])
             case Cancel(numbers):
                 for each in numbers:
-                    if not engine.cancel(each):  # it is over, or never came: who waits for it must hear of it
+                    if not engine.cancel(each):  # it is over, or never came: its waiter is told
                         unknown = RequestCancelledError("", 0)
                         self._report(number, [Finished(each, "cancelled", error=unknown)])
             case HandOver(numbers):

@@ -11,7 +11,6 @@ from dataclasses import replace
 from socket import gethostname
 from typing import Any, TypeVar
 
-import msgspec
 import torch
 
 from rayk.engine.engine import Engine
@@ -47,9 +46,9 @@ class InlineReplicas:
         self._models: dict[str, Any] = {}
         self._tiers: NodeTiers | None = None
         self._pools: dict[Peer, PageBuffers] = {}
-        self._threads = None if settings.threads is None else TorchThreads(settings.threads)
-        self._host = EngineThread().start()
-        self._hosts: list[EngineThread] = []  # by replica: a host that died takes its replicas with it
+        self._torch_threads = None if settings.threads is None else TorchThreads(settings.threads)
+        self._thread = EngineThread().start()
+        self._thread_of: list[EngineThread] = []  # by replica: a thread that died takes its replicas with it
         try:
             self.add(range(settings.replicas), 0)
         except BaseException:
@@ -63,33 +62,33 @@ class InlineReplicas:
                 raise ConfigError("this process sees no CUDA device; use device='cpu'")
             if device not in self._models:
                 self._models[device] = self._source.load(device)
-        if self._host.failed:
-            self._host = EngineThread().start()
+        if self._thread.failed:
+            self._thread = EngineThread().start()
         node, sharing, added = self._node(), Counter(devices.values()), list[ReplicaFacts]()
         try:
             for replica, device in devices.items():
                 more = (self.settings, replica, device, sharing[device], node, self._tiers, self._lines)
                 model = self._models[device]
-                engine = self._host.add(replica, lambda m=model, a=more: self._open(m, *a))  # type: ignore[misc]  # mypy does not infer defaults
+                engine = self._thread.add(replica, lambda m=model, a=more: self._open(m, *a))  # type: ignore[misc]  # mypy does not infer defaults
                 added.append(facts_of(engine, device, node.host_name, self._source))
                 self._pools[Peer(replica, added[-1].epoch)] = engine.core.buffers
                 self.tokenizer = engine.model.tokenizer
         except BaseException:
             for facts in added:
-                self._host.remove(facts.replica)
+                self._thread.remove(facts.replica)
                 self._pools.pop(Peer(facts.replica, facts.epoch))
             raise
         for facts in added:
             if facts.replica < len(self.facts):
-                self.facts[facts.replica], self._hosts[facts.replica] = facts, self._host
+                self.facts[facts.replica], self._thread_of[facts.replica] = facts, self._thread
             else:
                 self.facts.append(facts)
-                self._hosts.append(self._host)
+                self._thread_of.append(self._thread)
 
     def _open(self, model: Any, *more: Any) -> Engine:
         """In the thread of the engines."""
-        if self._threads is not None:
-            self._threads.apply()
+        if self._torch_threads is not None:
+            self._torch_threads.apply()
         return open_engine(model, self._source, *more)
 
     def _lines(self, buffers: PageBuffers) -> list[Line]:
@@ -102,20 +101,19 @@ class InlineReplicas:
 
     def _node(self) -> NodeMemory:
         """This machine's memory now; the first time it is decided what the tiers get of it."""
-        wish = self.settings.tiers
-        node = measure_node(host_name=gethostname(), disk_dir=str(wish.disk_dir) if wish.disk_dir is not None else None)
-        if not wish.wanted or self._tiers is not None:
-            return node
-        if wish.disk_dir is not None:
-            self._source = replace(self._source, model_id=self._source.identity())  # read once for all replicas
-        self._tiers = wish.on(node, f"engines-{os.getpid()}-{os.urandom(8).hex()}")
-        return msgspec.structs.replace(node, host_free=max(0, node.host_free - self._tiers.host_bytes))
+        config, folder = self.settings.tiers, self.settings.tiers.disk_dir
+        node = measure_node(host_name=gethostname(), disk_dir=str(folder) if folder is not None else None)
+        if config.wanted and self._tiers is None:
+            if folder is not None:
+                self._source = replace(self._source, model_id=self._source.identity())  # read once for all replicas
+            self._tiers, node = config.reserve(node, f"engines-{os.getpid()}-{os.urandom(8).hex()}")
+        return node
 
     def post(self, replica: int, command: Command) -> None:
-        self._hosts[replica].post(replica, command)
+        self._thread_of[replica].post(replica, command)
 
     def reports(self, replica: int) -> Iterator[Report]:
-        return self._hosts[replica].reports(replica)
+        return self._thread_of[replica].reports(replica)
 
     def stats(self, replica: int) -> EngineStats:
         return self._call(replica, Engine.stats)
@@ -132,19 +130,19 @@ class InlineReplicas:
 
     def _call(self, replica: int, what: Callable[[Engine], T]) -> T:
         try:
-            return self._hosts[replica].call(replica, what)
+            return self._thread_of[replica].call(replica, what)
         except KeyError:
             raise ReplicaLostError(replica, self.facts[replica].epoch, [], "its engine was ended") from None
 
     def remove(self, replica: int) -> None:
-        self._hosts[replica].remove(replica)
+        self._thread_of[replica].remove(replica)
         self._pools.pop(Peer(replica, self.facts[replica].epoch), None)
 
     def drop(self, replica: int) -> None:
         self.remove(replica)
 
     def close(self) -> None:
-        for host in {id(host): host for host in [*self._hosts, self._host]}.values():
-            host.stop()
-        if self._threads is not None:
-            self._threads.release()
+        for thread in {id(thread): thread for thread in [*self._thread_of, self._thread]}.values():
+            thread.stop()
+        if self._torch_threads is not None:
+            self._torch_threads.release()

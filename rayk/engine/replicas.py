@@ -36,7 +36,7 @@ log = logging.getLogger("rayk.engine")
 class ModelSource:
     """Where a replica's model comes from: a checkpoint folder, or a function that makes one.
 
-    model_id: what tells it from other models whose pages look the same; None has the checkpoint's files decide.
+    model_id: distinguishes it from models of the same shapes; None: a digest of the checkpoint's files.
     """
 
     folder: Path | None = None
@@ -66,7 +66,7 @@ class ModelSource:
             return None
 
     def identity(self) -> str:
-        """For pages that outlive this cluster. Reads all weights, where nobody named the model."""
+        """For pages that outlive this cluster. Reads all weights of a model without an id."""
         if self.model_id is not None:
             return self.model_id
         if self.folder is None:
@@ -94,9 +94,9 @@ class ServeSettings:
     prefix_caching: bool = True
     utilization: float | None = None
     longest: int | None = None
-    hash_seed: bytes | None = None  # of pages' hashes, where somebody needs them
+    hash_seed: bytes | None = None  # of pages' hashes; None where they are not needed
     reset_token: bytes | None = None  # of the last reset of the prefix cache
-    reports: bool = False  # whether engines tell what they cache and drop
+    reports: bool = False  # whether engines report what they cache and drop
     tiers: TierConfig = field(default_factory=TierConfig)
     peer_copies: bool = False  # of prefixes, between replicas
     graphs: bool = True  # decode steps as CUDA graphs
@@ -125,7 +125,7 @@ class ServeSettings:
 
     @property
     def hash_algorithm(self) -> str:
-        """Of pages. Where a tier is asked for a page by its hash alone, one that nobody can forge."""
+        """Of pages. Where a tier is asked for a page by its hash alone, one that cannot be forged."""
         return "sha256" if self.tiers.wanted else "xxh3_128"
 
     @property
@@ -154,7 +154,7 @@ class Replicas(Protocol):
         ...
 
     def post(self, replica: int, command: Command) -> None:
-        """Give a replica a command. That it is gone, its reports will tell."""
+        """Give a replica a command. A lost one ignores it; its reports end."""
         ...
 
     def reports(self, replica: int) -> Iterator[Report]:
@@ -262,7 +262,7 @@ def open_engine(
 
 
 def _plan(model: Any, params: KVCacheParams, settings: ServeSettings, sharing: int, node: NodeMemory) -> ReplicaPlan:
-    """Without a wish: what fits, and no more than a full batch of the longest requests can use."""
+    """The number of pages that was asked for, else what fits, up to a full batch of the longest requests."""
     plan = plan_replica(node, params, settings.pages, sharing, settings.utilization)
     if settings.pages is not None:
         return plan

@@ -1,4 +1,4 @@
-"""How an engine batches, and what it says of itself."""
+"""How an engine batches, and its statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class EngineSettings:
     """chunk_size: tokens of one forward, decoding rows counted (each of them always gets its token).
 
     max_queue: requests that wait or run; more are refused. watermark: share of the pages that admissions leave free.
-    report_pages: whether its events tell what is cached and dropped.
+    report_pages: whether its events report what is cached and dropped.
     """
 
     chunk_size: int = 512

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from rayk.errors import ConfigError
 from rayk.params import KVConnectorConfig, require
 from rayk.planning.node_plan import NodeMemory
@@ -40,16 +42,17 @@ class TierConfig:
         """Whether there are to be tiers at all."""
         return self.host_memory is not None or self.disk_dir is not None
 
-    def on(self, node: NodeMemory, pool: str | None) -> NodeTiers:
-        """What that makes on a node. `pool` names the host pool that its replicas share; None: there is one replica."""
+    def reserve(self, node: NodeMemory, pool: str) -> tuple[NodeTiers, NodeMemory]:
+        """What the tiers take on a node, and what is left there. `pool` names the host pool that replicas share."""
         host = parse_size(str(self.host_memory), node.host_free) if self.host_memory is not None else 0
         disk = parse_size(str(self.disk_memory), node.disk_free or 0) if self.disk_memory is not None else 0
-        return NodeTiers(host, str(self.disk_dir) if self.disk_dir is not None else None, disk, pool)
+        tiers = NodeTiers(host, str(self.disk_dir) if self.disk_dir is not None else None, disk, pool)
+        return tiers, msgspec.structs.replace(node, host_free=max(0, node.host_free - host))
 
 
 @dataclass(frozen=True)
 class NodeTiers:
-    """Bytes of one node's tiers; host_bytes 0: whatever the disk tier needs."""
+    """Bytes of one node's tiers; host_bytes 0: what the disk tier needs."""
 
     host_bytes: int = 0
     disk_dir: str | None = None
