@@ -16,7 +16,7 @@ import ray
 from ray.util import placement_group_table
 
 from rayk import InferenceSession, PagedKVCacheManager, ReplicaLostError, TextContext, Tick
-from rayk.actors import launch as cluster
+from rayk.actors import scale_out
 from rayk.errors import PlanError, RaykError, SchedulerLostError
 
 from .forwards import BrokenReplica, params, pid, running, until, wait_for_file
@@ -155,7 +155,7 @@ def test_the_scheduler_is_killed(session: InferenceSession) -> None:
 
 def test_a_replica_that_cannot_start_leaves_nothing(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory that was planned is gone by the time that its constructor asks for it."""
-    monkeypatch.setattr(cluster, "ReplicaActor", BrokenReplica)
+    monkeypatch.setattr(scale_out, "ReplicaActor", BrokenReplica)
     before = {kind: actors(kind) for kind in ("ReplicaActor", "SchedulerActor")}
     groups = created_groups()
     with pytest.raises(PlanError, match="replica 0 could not start"):
