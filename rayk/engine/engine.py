@@ -142,7 +142,7 @@ class Engine:
         usage, counters, table, cache = self.core.usage, self._counters, self._table, self._cache
         return EngineStats(
             counters.steps,
-            table.waiting,
+            len(table.waiting),
             table.running,
             counters.finished,
             counters.failed,
@@ -189,7 +189,7 @@ class Engine:
 
     def expire(self) -> None:
         """End the requests whose time is up."""
-        for sequence in self._table.take_late(self._clock):
+        for sequence in self._table.take_late(self._clock()) if self._table.deadlines else ():
             timeout = sequence.request.timeout or 0.0
             self._abort(sequence, "timeout", RequestTimeoutError(sequence.request_id, timeout))
 

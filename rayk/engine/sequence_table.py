@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 from rayk.engine.decode_batch import DecodeBatch
@@ -12,25 +12,21 @@ from rayk.engine.sequence import SequenceState
 
 
 class SequenceTable:
-    """Sequences in `prefill` (by order), in the decode `batch` and `parked` have pages; those that wait have none."""
+    """Sequences in `prefill` (by order), in the decode `batch` and `parked` have pages; those `waiting`, a heap by
+    order, have none. `deadlines` is a heap of times and numbers, and may have finished ones."""
 
     def __init__(self) -> None:
+        self.waiting: list[tuple[int, SequenceState]] = []
         self.prefill: list[SequenceState] = []
         self.batch = DecodeBatch()
         self.parked: list[SequenceState] = []
+        self.deadlines: list[tuple[float, int]] = []
         self._all: dict[int, SequenceState] = {}  # by number
         self._ids: set[str] = set()
-        self._waiting: list[tuple[int, SequenceState]] = []  # a heap by order
         self._paused: set[int] = set()
-        self._deadlines: list[tuple[float, int]] = []  # a heap; may have finished ones
 
     def __len__(self) -> int:
         return len(self._all)
-
-    @property
-    def waiting(self) -> int:
-        """Sequences without pages."""
-        return len(self._waiting)
 
     @property
     def running(self) -> int:
@@ -40,7 +36,7 @@ class SequenceTable:
     @property
     def active(self) -> bool:
         """Whether any of them is not paused."""
-        return bool(self.batch) or len(self._all) > len(self._paused)
+        return len(self._all) > len(self._paused) or bool(self.batch)
 
     @property
     def newest(self) -> SequenceState:
@@ -61,15 +57,15 @@ class SequenceTable:
         self._ids.add(sequence.request_id)
         self.wait(sequence)
         if sequence.deadline is not None:
-            heapq.heappush(self._deadlines, (sequence.deadline, sequence.number))
+            heapq.heappush(self.deadlines, (sequence.deadline, sequence.number))
 
     def wait(self, sequence: SequenceState) -> None:
         """It waits, in its order."""
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        heapq.heappush(self.waiting, (sequence.order, sequence))
 
     def take_first(self) -> SequenceState:
         """The first of those that wait, which does no more."""
-        return heapq.heappop(self._waiting)[1]
+        return heapq.heappop(self.waiting)[1]
 
     def prefill_next(self, sequence: SequenceState) -> None:
         """It has pages, and its prompt is computed from the next step on."""
@@ -89,8 +85,8 @@ class SequenceTable:
         if sequence in self.batch.sequences:
             self.batch.drop([self.batch.sequences.index(sequence)])
             return True
-        self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
-        heapq.heapify(self._waiting)
+        self.waiting = [entry for entry in self.waiting if entry[1] is not sequence]
+        heapq.heapify(self.waiting)
         return False
 
     def forget(self, sequence: SequenceState) -> None:
@@ -115,11 +111,11 @@ class SequenceTable:
             self.parked.remove(sequence)
             self.batch.add([sequence])
 
-    def take_late(self, clock: Callable[[], float]) -> list[SequenceState]:
-        """Those whose time is up; each is returned once."""
-        late, now = list[SequenceState](), clock() if self._deadlines else 0.0
-        while self._deadlines and self._deadlines[0][0] <= now:
-            sequence = self._all.get(heapq.heappop(self._deadlines)[1])
+    def take_late(self, now: float) -> list[SequenceState]:
+        """Those whose time is up by now; each is returned once."""
+        late = list[SequenceState]()
+        while self.deadlines and self.deadlines[0][0] <= now:
+            sequence = self._all.get(heapq.heappop(self.deadlines)[1])
             if sequence is not None and sequence.deadline is not None and sequence.deadline <= now:
                 late.append(sequence)
         return late

@@ -18,8 +18,8 @@ import torch
 
 from rayk import protocol as m
 from rayk.actors.channel import Answer, Traffic
-from rayk.actors.interface import Runtime
 from rayk.actors.deployment import Deployment
+from rayk.actors.interface import Runtime
 from rayk.context import TextContext
 from rayk.errors import CallTimeoutError, RaykError, SchedulerLostError
 from rayk.kvcache.buffers import PageBuffers

@@ -23,9 +23,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from rayk import protocol as m
 from rayk.actors.channel import ActorChannel, Answer, Pending, hear, new_client_id
+from rayk.actors.deployment import Deployment
 from rayk.actors.interface import LaneState, Runtime
 from rayk.actors.lane import FastLane
-from rayk.actors.deployment import Deployment
 from rayk.context import TextContext
 from rayk.errors import (
     CallTimeoutError,

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from rayk import protocol as m
 from rayk.actors.channel import Pending
-from rayk.actors.interface import Runtime
 from rayk.actors.deployment import Deployment
+from rayk.actors.interface import Runtime
 from rayk.context import TextContext
 from rayk.errors import (
     AlreadyClaimedError,
