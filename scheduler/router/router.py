@@ -51,10 +51,10 @@ class RouterSettings:
     caching: bool = True
     admission: AdmissionPolicy | None = None
     page_transport: str = AUTO  # the kind of line that copies go by
+    offers: bool = False  # whether a replica that goes offers others what it has cached
     limit: int | None = None
     plans_copies: bool = False
     reports_backlog: bool = True
-    offers: bool = False  # whether a replica that goes offers others what it has cached
 
     @property
     def wants_keys(self) -> bool:
