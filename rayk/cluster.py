@@ -147,7 +147,7 @@ class Cluster:
         self._session.adopt(self)
         self._readers: dict[int, threading.Thread] = {}
         for replica in range(replicas):
-            self._dispatcher.meet(replica, self.facts[replica].epoch, self.facts[replica].station)
+            self._dispatcher.meet(replica, self.facts[replica].epoch, self.facts[replica].endpoint)
         for replica in range(replicas):
             self._follow(replica)
 
@@ -304,7 +304,7 @@ class Cluster:
                 raise
             for replica in added:
                 facts = self.facts[replica]
-                self._dispatcher.join(replica, facts.pages, facts.epoch, facts.station)
+                self._dispatcher.join(replica, facts.pages, facts.epoch, facts.endpoint)
                 self._follow(replica)
             return added
 

@@ -362,11 +362,11 @@ class Dispatcher:
             for replica in replicas:
                 self._lifecycle.give_up(replica)
 
-    def meet(self, replica: int, epoch: int, station: Endpoint | None) -> None:
+    def meet(self, replica: int, epoch: int, endpoint: Endpoint | None) -> None:
         """Pages can be copied to and from that replica."""
         with self._turn():
-            if self.router.fetching is not None and station is not None:
-                self.router.fetching.joined(replica, epoch, station)
+            if self.router.fetching is not None and endpoint is not None:
+                self.router.fetching.joined(replica, epoch, endpoint)
 
     def _disconnect(self) -> None:
         """Have links to replicas that are gone closed at the others."""
@@ -374,11 +374,11 @@ class Dispatcher:
             for replica, gone in self.router.fetching.links.peers_to_disconnect().items():
                 self._post(replica, Query(0, m.DropLines(gone)))
 
-    def join(self, replica: int, pages: int, epoch: int, station: Endpoint | None) -> None:
+    def join(self, replica: int, pages: int, epoch: int, endpoint: Endpoint | None) -> None:
         """A replica of enlist(), with so many pages, takes requests from now on; see meet()."""
         with self._turn():
             self._lifecycle.join(replica, self.members.version, pages)
-            self.meet(replica, epoch, station)
+            self.meet(replica, epoch, endpoint)
             self._pump()
 
     def drain(self, replica: int) -> None:

@@ -63,7 +63,7 @@ class PageSharing:
 
     def poll(self) -> None:
         """Unpin what nobody acknowledged in time."""
-        self.port.end_late()
+        self.port.unpin_late()
 
     def close(self) -> None:
         """Close all links."""

@@ -201,7 +201,7 @@ class ReplicaFacts:
     vocab_size: int
     has_tokenizer: bool
     epoch: int = 0  # of its start, for its peers
-    station: Endpoint | None = None  # what lines to it there are; None: it copies nothing
+    endpoint: Endpoint | None = None  # what lines to it there are; None: it copies nothing
     memory: tuple[Component, ...] = ()  # as planned and as taken
 
 
@@ -302,6 +302,6 @@ def facts_of(engine: Engine, device: str, node: str, source: ModelSource | None 
         engine.model.vocab_size,
         engine.limits.has_tokenizer,
         engine.peers.port.me.epoch if engine.peers is not None else 0,
-        engine.peers.port.station if engine.peers is not None else None,
+        engine.peers.port.endpoint if engine.peers is not None else None,
         tuple(memory),
     )

@@ -1,10 +1,10 @@
 """What a replica that is about to leave has cached, and what another one keeps of it.
 
 A release stamps the segments that it frees with one tick (rayk.kvcache.prefix_tree). The deepest of them, its tip,
-stands for the prefix that was in use; prefixes() lists them, last released first. Every cached page is a *fresh* page
-of exactly one of them: the segments above with a later tick belong to prefixes that were listed before.
+stands for the prefix that was in use; list_prefixes() lists them, last released first. Every cached page is a *fresh*
+page of exactly one of them: the segments above with a later tick belong to prefixes that were listed before.
 
-keep() fills empty pages only: it evicts nothing, so no cache pays for what comes from elsewhere.
+adopt_pages() fills empty pages only: it evicts nothing, so no cache pays for what comes from elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CachedPrefix(NamedTuple):
     fresh: int
 
 
-def prefixes(core: ReplicaCore, skip: int, count: int, size: int) -> list[CachedPrefix]:
+def list_prefixes(core: ReplicaCore, skip: int, count: int, size: int) -> list[CachedPrefix]:
     """The cached prefixes after the first `skip`, last released first: at most `count`, and as many as have `size`
     bytes of tokens together, but at least one if there is one. Changes nothing."""
     core.publish()
@@ -55,19 +55,19 @@ def _path(tip: Segment) -> CachedPrefix:
     return CachedPrefix(node.key, b"".join(reversed(parts)), fresh)
 
 
-def room(core: ReplicaCore) -> int:
-    """Pages that keep() may take."""
+def spare_pages(core: ReplicaCore) -> int:
+    """Pages that adopt_pages() may take."""
     core.publish()
     return max(0, core.pool.empty - core.num_pages // SPARE)
 
 
-def keep(core: ReplicaCore, ctx: TextContext, imports: Sequence[PageImport]) -> int:
-    """Cache what `imports` add to the prefix of a context, as far as there is room(); how many pages that is.
+def adopt_pages(core: ReplicaCore, ctx: TextContext, imports: Sequence[PageImport]) -> int:
+    """Cache what `imports` add to the prefix of a context, as far as there are spare_pages(); how many pages that is.
 
     All full pages before its last token count. Only what has landed and bears the right hashes is kept. Afterwards
     the whole prefix, as far as it is cached here, is what was released last.
     """
-    size, tree, space = core.page_size, core.tree, room(core)
+    size, tree, space = core.page_size, core.tree, spare_pages(core)
     stop = core.may_reuse(ctx)
     tip, have = tree.extend(tree.hold_root(ctx.root_key), ctx.tokens.data[: stop * size])
     landed = 0

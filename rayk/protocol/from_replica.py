@@ -49,7 +49,7 @@ class AdmitDone(Message, frozen=True):
 class Found(Message, frozen=True):
     """Per context: pages cached, pages that alloc could reuse, and pages in tiers that follow the cached ones.
 
-    `host` and `disk` are empty where there are no tiers. `room`: pages that Keep may take. `station` is the replica as
+    `host` and `disk` are empty where there are no tiers. `room`: pages that Keep may take. `endpoint` is the replica as
     an end of lines, if that was asked for, and `epoch` its start.
     """
 
@@ -59,7 +59,7 @@ class Found(Message, frozen=True):
     disk: list[int] = []
     room: int = 0
     epoch: int = 0
-    station: Endpoint | None = None
+    endpoint: Endpoint | None = None
 
 
 class Exported(Message, frozen=True):

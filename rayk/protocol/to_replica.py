@@ -95,7 +95,7 @@ class DropLines(Message, frozen=True):
 
 
 class GetPrefixes(Message, frozen=True):
-    """What is cached, last released first; see rayk.kvcache.evacuation.prefixes()."""
+    """What is cached, last released first; see rayk.kvcache.evacuation.list_prefixes()."""
 
     skip: int
     count: int
@@ -104,7 +104,7 @@ class GetPrefixes(Message, frozen=True):
 
 class Keep(Message, frozen=True):
     """Cache the prefixes of these contexts, in order, as far as their pages are here or among the imports that `uses`
-    names as in Admit; see rayk.kvcache.evacuation.keep()."""
+    names as in Admit; see rayk.kvcache.evacuation.adopt_pages()."""
 
     views: list[ContextView]
     imports: list[ImportHead] = []

@@ -14,7 +14,7 @@ import numpy as np
 from rayk import protocol as m
 from rayk.context import TextContext
 from rayk.errors import MessageError
-from rayk.kvcache.evacuation import keep, prefixes, room
+from rayk.kvcache.evacuation import adopt_pages, list_prefixes, spare_pages
 from rayk.kvcache.page_pins import PageImport
 from rayk.kvcache.replica import ReplicaCore
 from rayk.params import OBJECT_STORE
@@ -37,28 +37,30 @@ class PageExchange:
             case m.Lookup(views, introduce):
                 found = self._found([self._context(view) for view in views])
                 if introduce:
-                    found = msgspec.structs.replace(found, epoch=self._port.me.epoch, station=self._port.station)
+                    found = msgspec.structs.replace(found, epoch=self._port.me.epoch, endpoint=self._port.endpoint)
                 return found, []
             case m.Export(view, start, stop, line, to, to_epoch):
                 began = perf_counter()
-                sent = self._port.ship(self._context(view), start, stop, Peer(to, to_epoch), line)
+                sent = self._port.pin(self._context(view), start, stop, Peer(to, to_epoch), line)
                 export = sent.export
                 how = (export.pages.tobytes(), sent.offer, sent.expires, perf_counter() - began)
                 return m.Exported(export.export_id, start, export.hashes, *how), sent.data
             case m.Acknowledge(export_ids):
-                self._port.end(export_ids)
+                self._port.unpin(export_ids)
             case m.DropLines(replicas):
                 for replica in replicas:
                     self._port.drop(replica)
             case m.GetPrefixes(skip, count, size):
-                cached = [m.CachedPrefix(*each.root, *each[1:]) for each in prefixes(self._core, skip, count, size)]
+                cached = [
+                    m.CachedPrefix(*each.root, *each[1:]) for each in list_prefixes(self._core, skip, count, size)
+                ]
                 return m.PrefixesDone(cached, self._core.tree.cached), []
             case m.Keep():
                 return self._keep(command, attached), []
         return m.Done(), []
 
     def _found(self, ctxs: Sequence[TextContext]) -> m.Found:
-        core, reusable, space = self._core, [self._core.may_reuse(ctx) for ctx in ctxs], room(self._core)
+        core, reusable, space = self._core, [self._core.may_reuse(ctx) for ctx in ctxs], spare_pages(self._core)
         if core.connector is None:
             return m.Found([core.cached_pages(ctx) for ctx in ctxs], reusable, room=space)
         hits = [core.tier_hits(ctx) for ctx in ctxs]
@@ -70,7 +72,7 @@ class PageExchange:
         kept = []
         for row, view in enumerate(command.views):
             mine = [imports[i] for i in command.uses.get(row, ())]
-            kept.append(keep(self._core, self._context(view), mine))
+            kept.append(adopt_pages(self._core, self._context(view), mine))
         return m.KeepDone(kept, reported(arrivals), perf_counter() - began)
 
     def imports(
@@ -86,8 +88,8 @@ class PageExchange:
             if len(pages) != len(head.hashes):
                 raise MessageError(f"an import of {len(pages)} page(s) came with {len(head.hashes)} hash(es)")
             source = Peer(head.source, head.epoch)
-            parcel = PageExportRef(source, head.export_id, pages, head.offer, head.expires, data)
-            imported, arrival = self._port.incoming(head.line, parcel, head.start, head.hashes)
+            export = PageExportRef(source, head.export_id, pages, head.offer, head.expires, data)
+            imported, arrival = self._port.incoming(head.line, export, head.start, head.hashes)
             imports.append(imported)
             arrivals.append(arrival)
         return imports, arrivals

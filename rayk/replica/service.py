@@ -110,7 +110,7 @@ class ReplicaService:
         return answer
 
     def _run(self, command: m.ReplicaCommand, attached: Sequence[PageData]) -> tuple[m.Result, PageData]:
-        self.port.end_late()
+        self.port.unpin_late()
         try:
             return self._dispatch(command, attached)
         except Exception as error:  # a shipped function or a bug in rayk, too: report it, stay alive

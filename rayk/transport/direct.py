@@ -34,15 +34,15 @@ class DirectLine:
     def end(self, export_id: int) -> None:
         _pinned.discard(self._seals.pop(export_id, b""))
 
-    def fetch(self, parcel: PageExportRef, first: int, pages: Pages) -> None:
-        source = self._pools.get(parcel.source)
+    def fetch(self, export: PageExportRef, first: int, pages: Pages) -> None:
+        source = self._pools.get(export.source)
         if source is None:
-            raise LineError(self.kind, parcel.source.replica, "it is gone")
-        problem = self._buffers.copy_pages(pages, source.all_bytes, parcel.pages[first : first + len(pages)])
+            raise LineError(self.kind, export.source.replica, "it is gone")
+        problem = self._buffers.copy_pages(pages, source.all_bytes, export.pages[first : first + len(pages)])
         if problem is not None:
-            raise LineError(self.kind, parcel.source.replica, problem)
-        if parcel.offer not in _pinned:  # last, so that another thread's source cannot come between
-            raise PagesGoneError(self.kind, parcel.source.replica, "its source needed the pages")
+            raise LineError(self.kind, export.source.replica, problem)
+        if export.offer not in _pinned:  # last, so that another thread's source cannot come between
+            raise PagesGoneError(self.kind, export.source.replica, "its source needed the pages")
 
     def drop(self, replica: int) -> None:
         """Nothing is open."""

@@ -99,33 +99,33 @@ class GroupLine:
 
     # -- the target's end ----------------------------------------------------------------------------
 
-    def fetch(self, parcel: PageExportRef, first: int, pages: Pages) -> None:
-        source = parcel.source
+    def fetch(self, export: PageExportRef, first: int, pages: Pages) -> None:
+        source = export.source
         try:
-            group = self._joined(parcel)
-            self._receive(group, parcel, first, pages)
+            group = self._joined(export)
+            self._receive(group, export, first, pages)
         except (OSError, RuntimeError, ValueError, msgspec.MsgspecError) as error:
             self._close_incoming(source.replica)
             raise LineError(self.kind, source.replica, str(error).splitlines()[0][:300]) from None
 
-    def _joined(self, parcel: PageExportRef) -> Group:
-        told = msgspec.msgpack.decode(parcel.offer, type=_Offer)
+    def _joined(self, export: PageExportRef) -> Group:
+        told = msgspec.msgpack.decode(export.offer, type=_Offer)
         if told.widths != self._widths:
             raise ValueError(f"its pages have buffers of {told.widths} bytes, here they have {self._widths}")
-        known = self._in.get(parcel.source.replica)
-        if known is None or known[:2] != (parcel.source, told):
-            self._close_incoming(parcel.source.replica)
+        known = self._in.get(export.source.replica)
+        if known is None or known[:2] != (export.source, told):
+            self._close_incoming(export.source.replica)
             group = _join(1, told.address, told.port, told.token, self._seconds, None)
-            self._in[parcel.source.replica] = known = parcel.source, told, group
+            self._in[export.source.replica] = known = export.source, told, group
         return known[2]
 
-    def _receive(self, group: Group, parcel: PageExportRef, first: int, pages: Pages) -> None:
-        """All of the parcel's messages, in their order; what is not wanted of them lands nowhere."""
+    def _receive(self, group: Group, export: PageExportRef, first: int, pages: Pages) -> None:
+        """All of the export's messages, in their order; what is not wanted of them lands nowhere."""
         waiting: list[Any] = []
         scattered: list[tuple[torch.Tensor, Pages, torch.Tensor]] = []
         try:
-            self._post_receives(group, parcel, first, pages, waiting, scattered)
-            deadline = monotonic() + self._seconds + len(parcel.pages) * sum(self._widths) / SLOWEST
+            self._post_receives(group, export, first, pages, waiting, scattered)
+            deadline = monotonic() + self._seconds + len(export.pages) * sum(self._widths) / SLOWEST
             for work in waiting:
                 work.wait(timedelta(seconds=max(1e-3, deadline - monotonic())))
         finally:
@@ -134,10 +134,10 @@ class GroupLine:
             buffer[torch.from_numpy(mine.astype(np.int64)).to(buffer.device)] = rows.to(buffer.device)
 
     def _post_receives(
-        self, group: Group, parcel: PageExportRef, first: int, pages: Pages, waiting: list[Any], scattered: list[Any]
+        self, group: Group, export: PageExportRef, first: int, pages: Pages, waiting: list[Any], scattered: list[Any]
     ) -> None:
         at = 0
-        for chunk in _chunks(self._widths, parcel.pages):
+        for chunk in _chunks(self._widths, export.pages):
             low, high = max(0, first - at), max(0, min(len(chunk), first + len(pages) - at))
             mine = pages[max(0, at - first) : max(0, at + len(chunk) - first)] if low < high else pages[:0]
             whole = high - low == len(chunk)
@@ -148,7 +148,7 @@ class GroupLine:
                     into = torch.empty(len(chunk), width, dtype=torch.uint8)
                     if low < high:
                         scattered.append((buffer, mine, into[low:high]))
-                waiting.append(group.recv([into], 0, parcel.export_id % TAGS))
+                waiting.append(group.recv([into], 0, export.export_id % TAGS))
             at += len(chunk)
 
     # -- ends ------------------------------------------------------------------------------------------

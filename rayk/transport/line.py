@@ -58,8 +58,8 @@ class Line(Protocol):
         that reads them, then or later, is a LineError. Ignores unknown ids."""
         ...
 
-    def fetch(self, parcel: PageExportRef, first: int, pages: Pages) -> None:
-        """As the target: fill `pages` with the parcel's pages from number `first` on. LineError, after a bounded wait.
+    def fetch(self, export: PageExportRef, first: int, pages: Pages) -> None:
+        """As the target: fill `pages` with the export's pages from number `first` on. LineError, after a bounded wait.
 
         When this returns nothing writes to the pages any more, whatever came of it.
         """
@@ -77,7 +77,7 @@ class Line(Protocol):
 class StoreLine:
     """The object store, and the simplest line: pages are copied out, and travel beside the messages.
 
-    Whoever carries the messages takes them from `made`, and puts what came along into a parcel's `data`.
+    Whoever carries the messages takes them from `made`, and puts what came along into an export's `data`.
     """
 
     kind = OBJECT_STORE
@@ -94,15 +94,15 @@ class StoreLine:
     def end(self, export_id: int) -> None:
         self.made.pop(export_id, None)
 
-    def fetch(self, parcel: PageExportRef, first: int, pages: Pages) -> None:
-        problem = self._buffers.check_layout(parcel.data, len(parcel.pages))
+    def fetch(self, export: PageExportRef, first: int, pages: Pages) -> None:
+        problem = self._buffers.check_layout(export.data, len(export.pages))
         if problem is not None:
-            raise LineError(self.kind, parcel.source.replica, problem)
+            raise LineError(self.kind, export.source.replica, problem)
         rows = slice(first, first + len(pages))
         if self._pools[0].is_cuda:  # torch wants memory that it might write to, which the object store's is not
-            self._buffers.write_bytes(pages, [torch.from_numpy(np.array(part[rows])) for part in parcel.data])
+            self._buffers.write_bytes(pages, [torch.from_numpy(np.array(part[rows])) for part in export.data])
         else:
-            for pool, part in zip(self._pools, parcel.data, strict=True):
+            for pool, part in zip(self._pools, export.data, strict=True):
                 pool.numpy()[pages] = part[rows]
 
     def drop(self, replica: int) -> None:

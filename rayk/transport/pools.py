@@ -99,32 +99,32 @@ class PoolLine:
         if self._seals[export_id % SEALS] == export_id:
             self._seals[export_id % SEALS] = 0
 
-    def fetch(self, parcel: PageExportRef, first: int, pages: Pages) -> None:
-        source = parcel.source
+    def fetch(self, export: PageExportRef, first: int, pages: Pages) -> None:
+        source = export.source
         known = self._open.get(source.replica)
         try:
             if known is None or known.source != source:
                 self.drop(source.replica)
-                offer = msgspec.msgpack.decode(parcel.offer, type=_Offer)
+                offer = msgspec.msgpack.decode(export.offer, type=_Offer)
                 seals = map_shared(offer.seals).view(np.int64).reshape(SEALS)
                 known = self._open[source.replica] = _Opened(source, self._memory.map(offer.pool), seals)
         except (OSError, RuntimeError, ValueError, msgspec.MsgspecError) as error:
             raise self._unreadable(source, error) from None
-        self._check_seal(known, parcel)  # else it would be copied for nothing
+        self._check_seal(known, export)  # else it would be copied for nothing
         try:
-            self._memory.copy(known.pool, parcel.pages[first : first + len(pages)], pages)
+            self._memory.copy(known.pool, export.pages[first : first + len(pages)], pages)
         except (OSError, RuntimeError, ValueError, msgspec.MsgspecError) as error:
             raise self._unreadable(source, error) from None
-        self._check_seal(known, parcel)
-        if self._clock() >= parcel.expires:
+        self._check_seal(known, export)
+        if self._clock() >= export.expires:
             raise LineError(self.kind, source.replica, "the pages were pinned for a shorter time than the copy took")
 
     def _unreadable(self, source: Peer, error: Exception) -> LineError:
         self.drop(source.replica)
         return LineError(self.kind, source.replica, f"its pool cannot be read: {error}")
 
-    def _check_seal(self, opened: _Opened, parcel: PageExportRef) -> None:
-        if opened.seals[parcel.export_id % SEALS] != parcel.export_id:
+    def _check_seal(self, opened: _Opened, export: PageExportRef) -> None:
+        if opened.seals[export.export_id % SEALS] != export.export_id:
             raise PagesGoneError(self.kind, opened.source.replica, "its source needed the pages")
 
     def drop(self, replica: int) -> None:

@@ -1,7 +1,7 @@
 """Where pages leave and enter a replica: its lines of all kinds, and the exports that are under way on them.
 
-    source     ship()                    pins pages and makes them ready on a line; the shipment goes to the target
-               end(), end_late()         takes them back: acknowledged, needed here, or their time is up
+    source     pin()                     pins pages and makes them ready on a line; the target is told how to get them
+               unpin(), unpin_late()     takes them back: acknowledged, needed here, or their time is up
     target     incoming()                what alloc() needs to fill pages; an `Arrival` says what came of it
 
 An engine and a ReplicaService use it alike; neither needs the other.
@@ -29,7 +29,7 @@ from rayk.transport.pools import HostMemory, PoolLine
 EXPORT_SECONDS = 120  # an export that is not acknowledged by then is unpinned: its reader is gone
 
 
-class Shipment(NamedTuple):
+class PinnedPages(NamedTuple):
     """Pinned pages on their way. `offer` and `expires` are for a PageExportRef, `data` is what the object store
     carries."""
 
@@ -40,7 +40,7 @@ class Shipment(NamedTuple):
 
 
 class Arrival:
-    """What became of a shipment at its target: pages that were copied, the seconds it took, and what went wrong."""
+    """What became of pinned pages at their target: pages that were copied, the seconds it took, and what went wrong."""
 
     def __init__(self) -> None:
         self.pages = 0
@@ -62,15 +62,15 @@ class PagePort:
     ) -> None:
         self.me = me
         self._exports = exports
-        exports.take_back = lambda export_id: self.end([export_id])
+        exports.take_back = lambda export_id: self.unpin([export_id])
         self._clock = clock
         self._lines = {line.kind: line for line in lines}
         self._used: dict[int, Line] = {}  # export -> its line
-        self.station = Endpoint(host_identity(), address, list(self._lines), page_bytes)
+        self.endpoint = Endpoint(host_identity(), address, list(self._lines), page_bytes)
 
     # -- the source's side -------------------------------------------------------------------------
 
-    def ship(self, ctx: TextContext, start: int, stop: int, to: Peer, kind: str) -> Shipment:
+    def pin(self, ctx: TextContext, start: int, stop: int, to: Peer, kind: str) -> PinnedPages:
         """Pin the cached pages start .. stop of a prefix, fewer if evicted meanwhile, for `to`.
 
         Nothing is pinned when none is left, or by a LineError: the line of that kind cannot carry them.
@@ -82,7 +82,7 @@ class PagePort:
         export = self._exports.export(ctx, start, stop, expires)
         if not len(export.pages):
             self._exports.acknowledge(export.export_id)
-            return Shipment(export, b"", expires, [])
+            return PinnedPages(export, b"", expires, [])
         try:
             offer = line.offer(to, export.export_id, export.pages)
         except BaseException:
@@ -90,9 +90,9 @@ class PagePort:
             raise
         self._used[export.export_id] = line
         data = line.made.pop(export.export_id, []) if isinstance(line, StoreLine) else []
-        return Shipment(export, offer, expires, data)
+        return PinnedPages(export, offer, expires, data)
 
-    def end(self, export_ids: Collection[int]) -> None:
+    def unpin(self, export_ids: Collection[int]) -> None:
         """The copies have landed or are not wanted. Unknown ids are ignored, so that it can be repeated."""
         for export_id in export_ids:
             line = self._used.pop(export_id, None)
@@ -100,24 +100,24 @@ class PagePort:
                 line.end(export_id)
             self._exports.acknowledge(export_id)
 
-    def end_late(self) -> int:
+    def unpin_late(self) -> int:
         """The same for exports whose target is gone by all appearances; how many."""
         late = self._exports.late(self._clock())
-        self.end(late)
+        self.unpin(late)
         return len(late)
 
     # -- the target's side ---------------------------------------------------------------------------
 
-    def incoming(self, kind: str, parcel: PageExportRef, start: int, hashes: list[bytes]) -> tuple[PageImport, Arrival]:
-        """What alloc() needs of a shipment of pages `start` .. of a prefix; the arrival is filled in by it."""
+    def incoming(self, kind: str, export: PageExportRef, start: int, hashes: list[bytes]) -> tuple[PageImport, Arrival]:
+        """What alloc() needs of exported pages, from page `start` of a prefix on; the arrival is filled in by it."""
         arrival, line = Arrival(), self._lines.get(kind)
 
         def fill(first: int, pages: Pages) -> None:
             began = perf_counter()
             try:
                 if line is None:
-                    raise LineError(kind, parcel.source.replica, f"replica {self.me.replica} has no such line")
-                line.fetch(parcel, first, pages)
+                    raise LineError(kind, export.source.replica, f"replica {self.me.replica} has no such line")
+                line.fetch(export, first, pages)
             except LineError as error:
                 if not isinstance(error, PagesGoneError):
                     arrival.trouble = error.reason

@@ -1,6 +1,6 @@
 """Which replica copies which part of a prefix to another one that misses it, and whether that pays.
 
-A copy pays when it takes less time than computing the same tokens: latency and bytes over bandwidth of the line
+A copy pays when it takes less time than computing the same tokens: latency and bytes over bandwidth of the link
 between the two replicas, as measured on past copies, against tokens over the prefill rate. Without a known prefill
 rate copies are always made.
 """
@@ -55,7 +55,7 @@ def profitable_spans(
 
 
 class LinkEstimate:
-    """A moving estimate of what copies over one line take: latency + bytes / bandwidth.
+    """A moving estimate of what copies over one link take: latency + bytes / bandwidth.
 
     A least-squares line through past copies, in which each new one lets the old ones count a tenth less. Errors count
     relative to a copy's size, so that small copies settle the latency and large ones the bandwidth. What was assumed

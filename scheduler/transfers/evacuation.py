@@ -99,6 +99,7 @@ class Evacuation:
         """Offer what `source` has. It must not get anything new meanwhile."""
         until, failed, skip = self._clock() + SECONDS, set[int](), 0
         cached = known = taken = 0
+        page_size = self._transfers.page_size
         kept = _Kept()
         while targets := [r for r in self._ready() if r != source and r not in failed]:
             [told] = yield [ReplicaCall(source, m.GetPrefixes(skip, PREFIXES, TOKEN_BYTES))]
@@ -109,37 +110,20 @@ class Evacuation:
                 break
             skip += len(prefixes)
             views = [view_of(prefix) for prefix in prefixes]
-            found = yield from self._look(source, targets, views, failed)
+            new = [source] if self._links.unknown(source) else []
+            found = yield from self._transfers.look_up([*targets, *new], views)
+            found.pop(source, None)
+            failed |= set(targets) - set(found)
             for row, prefix in enumerate(prefixes):
-                others = len(prefix.tokens) // (4 * self._transfers.page_size) - prefix.fresh
+                others = len(prefix.tokens) // (4 * page_size) - prefix.fresh
                 most = max((each.resident[row] for each in found.values()), default=0)
                 known += max(0, most - others)
-            pieces = assign_prefixes(prefixes, found, self._transfers.page_size)
+            pieces = assign_prefixes(prefixes, found, page_size)
             taken += yield from self._carry(source, views, pieces, kept, failed, until)
             if not pieces and not any(each.room for each in found.values()):
                 break
         yield from self._order(kept, failed)
         return Removed(cached, known, taken)
-
-    def _look(
-        self, source: int, targets: Sequence[int], views: list[m.ContextView], failed: set[int]
-    ) -> Generator[list[ReplicaCall], list[ReplicaReply], dict[int, m.Found]]:
-        """What the targets have of the prefixes."""
-        asks = [ReplicaCall(r, m.Lookup(views, self._links.unknown(r))) for r in targets]
-        if self._links.unknown(source):
-            asks.append(ReplicaCall(source, m.Lookup([], True)))
-        found = {}
-        answers = yield asks
-        for ask, told in zip(asks, answers, strict=True):
-            each = told.result
-            if not isinstance(each, m.Found):
-                failed.add(ask.replica)
-                continue
-            if each.station is not None:
-                self._links.joined(ask.replica, each.epoch, each.station)
-            if ask.replica != source:
-                found[ask.replica] = each
-        return found
 
     def _carry(
         self,
@@ -179,7 +163,7 @@ class Evacuation:
                     taken += pages
                     if pages:
                         kept.add(target, views[now[i].row])
-                    if any(copy in broke and copy.kind != OBJECT_STORE for copy in copies[i]):  # over another line
+                    if any(copy in broke and copy.kind != OBJECT_STORE for copy in copies[i]):  # over another link
                         due[target].appendleft(now[i]._replace(start=now[i].start + pages))
             yield from self._transfers.acknowledge(copies, broken)
         return taken
@@ -205,7 +189,7 @@ class Evacuation:
         return ReplicaCall(target, m.Keep([view for view, _ in what], heads, uses), tuple(data))
 
     def _order(self, kept: _Kept, failed: set[int]) -> Part:
-        """What came last is the coldest: have targets reckon the hottest as released last."""
+        """What came last is the coldest: have targets count the hottest as released last."""
         targets = {r: deque(parts) for r, parts in kept.parts().items() if r not in failed}
         while any(targets.values()):
             yield [ReplicaCall(r, m.Keep(parts.popleft())) for r, parts in targets.items() if parts]

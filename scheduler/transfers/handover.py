@@ -67,7 +67,7 @@ class Handover:
         tried.add(target)
         return target
 
-    def _stay(self, replica: int, request_id: str, wish: RouteRequest) -> None:
+    def _restore(self, replica: int, request_id: str, wish: RouteRequest) -> None:
         """Count it where it is again."""
         router = self._placer.router
         router.remove(request_id)
@@ -88,11 +88,11 @@ class Handover:
             self._placer.router.answered(target, (request_id,))
             if isinstance(told.result, m.Failure):
                 left[request_id] = str(m.to_error(told.result))
-                self._stay(replica, request_id, wish)
+                self._restore(replica, request_id, wish)
             else:
                 gone[request_id] = (target, 0)
         left.update((i, "no other replica takes requests") for i, target in targets.items() if target < 0)
-        yield from self._let_go(replica, gone, claims, moved)
+        yield from self._release_at_source(replica, gone, claims, moved)
 
     def _move(
         self, replica: int, batch: PackedContexts, claims: Claims, moved: dict[str, int], left: Left
@@ -125,18 +125,18 @@ class Handover:
                         failure = outcomes.failures.get(row)
                         left[request_id] = str(m.to_error(failure)) if failure is not None else "it was not tried"
                         again.append(row)
-            yield from self._let_go(replica, gone, claims, moved)
+            yield from self._release_at_source(replica, gone, claims, moved)
             due = again
             if not due:
                 break
         for request_id in left:
             if request_id in batch.ids:
-                self._stay(replica, request_id, self._wish(batch, batch.ids.index(request_id)))
+                self._restore(replica, request_id, self._wish(batch, batch.ids.index(request_id)))
 
     def _wish(self, batch: PackedContexts, row: int) -> RouteRequest:
         return RouteRequest(batch.lengths[row], self._placer.keys(batch, row), batch.traits(row).session_id)
 
-    def _let_go(
+    def _release_at_source(
         self, replica: int, gone: dict[str, tuple[int, int]], claims: Claims, moved: dict[str, int]
     ) -> Generator[list[ReplicaCall], list[ReplicaReply], None]:
         """Those are at other replicas now: from here on they are there, unless they were released meanwhile. Only the

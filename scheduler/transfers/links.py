@@ -1,7 +1,7 @@
-"""What the scheduler knows of the lines between replicas: which one a pair uses, how fast it is, and what broke.
+"""The links between replicas: which kind of line (rayk.transport.choice) a pair uses, how fast it is, and what broke.
 
-A replica says with its first answer about copies what kind of end it is. A line that failed is not used for a while,
-longer each time; meanwhile the next best one is. The first failure of a line is logged as a warning.
+A replica introduces itself with its first answer about copies. A link that failed is not used for a while, longer each
+time; meanwhile the next best kind is. The first failure of a link is logged as a warning.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from rayk.transport.choice import ASSUMED_RATES, Endpoint, Peer, choose_line
 
 log = logging.getLogger("rayk.scheduler")
 
-REST_SECONDS = 30.0  # of a line that failed; doubled with each failure
+REST_SECONDS = 30.0  # of a link that failed; doubled with each failure
 LONGEST_REST = 1800.0
 
 
-class _Wire(NamedTuple):
-    """One kind of line from a replica to another."""
+class _Link(NamedTuple):
+    """From a replica to another, by one kind of line."""
 
     source: int
     target: int
@@ -30,7 +30,7 @@ class _Wire(NamedTuple):
 
 
 class _Record:
-    """What is known of a line."""
+    """What is known of a link."""
 
     def __init__(self, kind: str) -> None:
         self.rate = LinkEstimate(*ASSUMED_RATES[kind])
@@ -46,45 +46,45 @@ class LinkTable:
         self.wanted = wanted
         self._clock = clock
         self._ends: dict[int, tuple[Peer, Endpoint]] = {}
-        self._records: dict[_Wire, _Record] = {}
-        self._gone: dict[int, set[int]] = {}  # replica -> those that it may have lines to, and that have left
+        self._records: dict[_Link, _Record] = {}
+        self._gone: dict[int, set[int]] = {}  # replica -> those that it may have links to, and that have left
 
     # -- ends --------------------------------------------------------------------------------------
 
     def unknown(self, replica: int) -> bool:
-        """Whether the replica has to be asked who it is."""
+        """Whether the replica has not introduced itself."""
         return replica not in self._ends
 
-    def joined(self, replica: int, epoch: int, station: Endpoint) -> None:
+    def joined(self, replica: int, epoch: int, endpoint: Endpoint) -> None:
         """A replica introduced itself."""
         known = self._ends.get(replica)
         if known is not None and known[0].epoch != epoch:
             self.left(replica)
-        self._ends[replica] = Peer(replica, epoch), station
+        self._ends[replica] = Peer(replica, epoch), endpoint
 
     def left(self, replica: int) -> None:
-        """A replica was lost, removed or replaced: nothing that was known of its lines is of use."""
+        """A replica was lost, removed or replaced: nothing that was known of its links is of use."""
         self._ends.pop(replica, None)
         self._gone.pop(replica, None)
-        for wire in [w for w in self._records if replica in (w.source, w.target)]:
-            del self._records[wire]
-            other = wire.target if wire.source == replica else wire.source
+        for link in [each for each in self._records if replica in (each.source, each.target)]:
+            del self._records[link]
+            other = link.target if link.source == replica else link.source
             if other in self._ends:
                 self._gone.setdefault(other, set()).add(replica)
 
     def keep(self, here: Mapping[int, int]) -> None:
-        """Only these replicas, with these starts, are there."""
+        """Only these replicas, with these epochs, run."""
         for replica, (peer, _) in list(self._ends.items()):
             if here.get(replica) != peer.epoch:
                 self.left(replica)
 
     def peers_to_disconnect(self) -> dict[int, list[int]]:
-        """Who has to be told, once, that lines to which replicas are to be closed."""
+        """Who has to be told, once, to close the links to which replicas."""
         gone, self._gone = self._gone, {}
         return {replica: sorted(left) for replica, left in gone.items()}
 
     def peer(self, replica: int) -> Peer:
-        """The replica and its start; of one that did not introduce itself the start is 0."""
+        """The replica and its epoch, which is 0 until it introduced itself."""
         known = self._ends.get(replica)
         return known[0] if known is not None else Peer(replica, 0)
 
@@ -96,22 +96,22 @@ class LinkTable:
         if ends[0] is None or ends[1] is None:
             return OBJECT_STORE
         now = self._clock()
-        broken = {w.kind for w in self._wires(source, target) if self._records[w].rests_until > now}
+        broken = {link.kind for link in self._links_of(source, target) if self._records[link].rests_until > now}
         return choose_line(ends[0][1], ends[1][1], self.wanted, broken)
 
     def use(self, source: int, target: int) -> str:
-        """kind() for a copy that is made: from now on there may be a line to close."""
+        """kind() for a copy that is made: from now on there may be a link to close."""
         kind = self.kind(source, target)
-        self._record(_Wire(source, target, kind))
+        self._record(_Link(source, target, kind))
         return kind
 
-    def _wires(self, source: int, target: int) -> list[_Wire]:
-        return [wire for kind in ASSUMED_RATES if (wire := _Wire(source, target, kind)) in self._records]
+    def _links_of(self, source: int, target: int) -> list[_Link]:
+        return [link for kind in ASSUMED_RATES if (link := _Link(source, target, kind)) in self._records]
 
     def seconds(self, source: int, target: int, pages: int) -> float:
-        """What a copy of so many pages will take over the line that it would use."""
+        """What a copy of so many pages will take over the link that it would use."""
         size = pages * self.page_bytes(target)
-        return self._record(_Wire(source, target, self.kind(source, target))).rate.seconds(size)
+        return self._record(_Link(source, target, self.kind(source, target))).rate.seconds(size)
 
     def page_bytes(self, replica: int) -> int:
         """What a page of that replica weighs, 0 while that is not known."""
@@ -119,13 +119,13 @@ class LinkTable:
         return known[1].page_bytes if known is not None else 0
 
     def quickest(self, sources: Iterable[int], target: int, pages: int) -> list[int]:
-        """The sources, those first over whose line such a copy takes the least time."""
+        """The sources, those first over whose link such a copy takes the least time."""
         return sorted(sources, key=lambda source: self.seconds(source, target, pages))
 
-    def _record(self, wire: _Wire) -> _Record:
-        record = self._records.get(wire)
+    def _record(self, link: _Link) -> _Record:
+        record = self._records.get(link)
         if record is None:
-            record = self._records[wire] = _Record(wire.kind)
+            record = self._records[link] = _Record(link.kind)
         return record
 
     # -- what came of it -----------------------------------------------------------------------------
@@ -134,11 +134,11 @@ class LinkTable:
         """A copy arrived."""
         known = self._ends.get(target)
         if known is not None:
-            self._record(_Wire(source, target, kind)).rate.seen(pages * known[1].page_bytes, seconds)
+            self._record(_Link(source, target, kind)).rate.seen(pages * known[1].page_bytes, seconds)
 
     def failed(self, source: int, target: int, kind: str, reason: str) -> None:
-        """A copy did not arrive: the line rests. The object store never does, for there is nothing else."""
-        record = self._record(_Wire(source, target, kind))
+        """A copy did not arrive: the link rests. The object store never does, for there is nothing else."""
+        record = self._record(_Link(source, target, kind))
         record.failures += 1
         record.trouble = reason
         rest = min(REST_SECONDS * 2 ** (record.failures - 1), LONGEST_REST)
@@ -150,9 +150,9 @@ class LinkTable:
         )  # fmt: skip
 
     def table(self) -> list[LineState]:
-        """The lines that were used or failed."""
+        """The links that were used or failed."""
         return [
-            LineState(*wire, r.rate.copies, r.rate.bytes, r.rate.latency, r.rate.bandwidth, r.failures, r.trouble)
-            for wire, r in sorted(self._records.items())
+            LineState(*link, r.rate.copies, r.rate.bytes, r.rate.latency, r.rate.bandwidth, r.failures, r.trouble)
+            for link, r in sorted(self._records.items())
             if r.rate.copies or r.failures
         ]

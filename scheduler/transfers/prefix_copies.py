@@ -7,7 +7,7 @@ rayk.scheduler.transfers.transfer.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from rayk import protocol as m
@@ -38,15 +38,7 @@ class PrefixCopies:
         if not wanted:
             return {}
         views = [batch.view(i) for i in wanted]
-        here = list(self._members.here)
-        answers = yield [ReplicaCall(r, m.Lookup(views, self.links.unknown(r))) for r in here]
-        found: list[m.Found | None] = [None] * len(self._members)
-        for replica, told in zip(here, answers, strict=True):
-            each = told.result
-            if isinstance(each, m.Found):
-                found[replica] = each
-                if each.station is not None:
-                    self.links.joined(replica, each.epoch, each.station)
+        found = yield from self.transfers.look_up(self._members.here, views)
         orders: list[CopyOrder] = []
         known: set[tuple[Any, ...]] = set()
         for at, i in enumerate(wanted):
@@ -58,12 +50,12 @@ class PrefixCopies:
                     orders.append(CopyOrder(i, target, views[at], span))
         return (yield from self.transfers.export(orders))
 
-    def _spans(self, found: Sequence[m.Found | None], at: int, target: int, prefill_rate: float | None) -> list[Span]:
+    def _spans(self, found: Mapping[int, m.Found], at: int, target: int, prefill_rate: float | None) -> list[Span]:
         """What the request `at` of a lookup gets from others."""
-        mine = found[target]
+        mine = found.get(target)
         if mine is None:
             return []
-        held = [0 if f is None or r == target else f.resident[at] for r, f in enumerate(found)]
+        held = [found[r].resident[at] if r in found and r != target else 0 for r in range(len(self._members))]
         have, stop = mine.resident[at], mine.reusable[at]
         if mine.host and max(held) <= have + mine.host[at] + mine.disk[at]:
             return []  # what the others have is in this node's tiers

@@ -1,10 +1,13 @@
 """Page copies between replicas: planned by what they cost, exported and pinned at their source, imported at their
 target, and acknowledged, whatever happened in between.
 
-    plan() --> export()  the sources pin, round by round        --> import_descriptors()  the target is told
-           --> arrived()  what the links carried, or did not    --> acknowledge()         the sources unpin
+    look_up(), plan()    who has what, and what of it pays to copy
+    export()             sources pin pages
+    import_descriptors() the target is told how to get them
+    arrived()            what the links carried, or did not
+    acknowledge()        sources unpin
 
-Who holds which pages is known elsewhere (prefix_copies, indexed_copies, evacuation). Replicas never call each other or
+Who looks up and plans: prefix_copies, indexed_copies, evacuation. Replicas never call each other or
 the scheduler: what a source exports is told to the target in the message that lets it keep the pages. The data goes
 from replica to replica over a link of rayk.transport, the best that works. What did not come is computed.
 """
@@ -51,6 +54,18 @@ class PageTransfers:
     def __init__(self, links: LinkTable, page_size: int) -> None:
         self.links = links
         self.page_size = page_size
+
+    def look_up(
+        self, replicas: Iterable[int], views: list[m.ContextView]
+    ) -> Generator[list[ReplicaCall], list[ReplicaReply], dict[int, m.Found]]:
+        """What each of the replicas has of the prefixes, as far as it answers; new ones introduce themselves."""
+        asked = list(replicas)
+        answers = yield [ReplicaCall(r, m.Lookup(views, self.links.unknown(r))) for r in asked]
+        found = {r: told.result for r, told in zip(asked, answers, strict=True) if isinstance(told.result, m.Found)}
+        for replica, each in found.items():
+            if each.endpoint is not None:
+                self.links.joined(replica, each.epoch, each.endpoint)
+        return found
 
     def plan(self, target: int, held: Sequence[int], have: int, stop: int, prefill_rate: float | None) -> list[Span]:
         """What `target`, with `have` leading pages of a prefix, gets up to page `stop` from replicas that hold held[i].

@@ -77,8 +77,8 @@ def test_pages_of_another_process(source, capsys: pytest.CaptureFixture[str]) ->
     theirs = np.random.default_rng(0).permutation(PAGES)[:32].astype(np.int32)
     mine = np.random.default_rng(1).permutation(PAGES)[:32].astype(np.int32)
     pipe.send(theirs.tolist())
-    parcel = PageExportRef(Peer(0, 1), 1, theirs, pipe.recv(), FOREVER)
-    line.fetch(parcel, 0, mine)
+    export = PageExportRef(Peer(0, 1), 1, theirs, pipe.recv(), FOREVER)
+    line.fetch(export, 0, mine)
     [raw] = target.all_bytes
     for to, of in zip(mine.tolist(), theirs.tolist(), strict=True):
         assert bool((raw[to] == of + 1).all())
@@ -87,8 +87,8 @@ def test_pages_of_another_process(source, capsys: pytest.CaptureFixture[str]) ->
     plain_source, plain_target = (torch.empty(32, raw.shape[1], dtype=torch.uint8, device="cuda:0") for _ in range(2))
     size = 32 * raw.shape[1]
     plain = median(lambda: plain_target.copy_(plain_source))
-    ours = median(lambda: line.fetch(parcel, 0, mine))
-    one = median(lambda: line.fetch(parcel, 0, mine[:1]))
+    ours = median(lambda: line.fetch(export, 0, mine))
+    one = median(lambda: line.fetch(export, 0, mine[:1]))
     with capsys.disabled():
         print(f"\ncuda-ipc, 32 pages of {raw.shape[1] >> 20} MiB: {size / ours / 1e9:.0f} GB/s (bytes copied)")
         print(f"plain device-to-device copy of as much: {size / plain / 1e9:.0f} GB/s; ratio {plain / ours:.2f}")

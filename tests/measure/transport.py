@@ -55,9 +55,9 @@ class End:
         """As the target: the seconds of the fetch."""
         from rayk.transport.line import PageExportRef
 
-        parcel = PageExportRef(Peer(0, 1), told[0], theirs, told[1], float("inf"), data)
+        export = PageExportRef(Peer(0, 1), told[0], theirs, told[1], float("inf"), data)
         began = perf_counter()
-        self._lines[kind].fetch(parcel, 0, self._ids[: len(theirs)])
+        self._lines[kind].fetch(export, 0, self._ids[: len(theirs)])
         return perf_counter() - began
 
     def take_note(self, pages: int) -> bool:

@@ -121,7 +121,7 @@ class Clusters(RuleBasedStateMachine):
         self.replicas[replica] = Replica(self.shelf, Peer(replica, self.starts), self.pools)
 
     def end_of(self, replica: int) -> tuple[int, Any]:
-        return self.starts, self.replicas[replica].bench.engine.peers.port.station
+        return self.starts, self.replicas[replica].bench.engine.peers.port.endpoint
 
     def end(self, replica: int) -> None:
         for me in [me for me in self.pools if me.replica == replica]:

@@ -270,7 +270,7 @@ def test_an_engine_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, LineError])
 def test_a_copy_that_fails_is_passed_over(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: DirectLine, parcel: Any, first: int, pages: Any) -> None:
+    def broken(self: DirectLine, export: Any, first: int, pages: Any) -> None:
         raise error() if error is ZeroDivisionError else LineError("shared-memory", 0, "a fault")
 
     asked = prompts(8, 30)

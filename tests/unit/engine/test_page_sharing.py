@@ -58,7 +58,7 @@ def test_copies_can_be_turned_off() -> None:
     with Cluster(model, peer_copies=False, **SETTINGS) as cluster:
         reused, _ = twice(cluster, prompts(8, 30))
         assert reused == Reused(0, 0)
-        assert cluster.facts[0].station is None
+        assert cluster.facts[0].endpoint is None
 
 
 def test_a_host_tier_in_common_makes_copies_needless(always: None) -> None:
@@ -68,8 +68,8 @@ def test_a_host_tier_in_common_makes_copies_needless(always: None) -> None:
 
 
 def test_a_line_that_breaks_costs_a_recompute(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: DirectLine, parcel: Any, first: int, pages: Any) -> None:
-        raise LineError(SHARED_MEMORY, parcel.source.replica, "a fault")
+    def broken(self: DirectLine, export: Any, first: int, pages: Any) -> None:
+        raise LineError(SHARED_MEMORY, export.source.replica, "a fault")
 
     with Cluster(model, **SETTINGS) as cluster, monkeypatch.context() as patch:
         patch.setattr(DirectLine, "fetch", broken)

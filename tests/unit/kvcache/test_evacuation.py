@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayk import TextContext
-from rayk.kvcache.evacuation import CachedPrefix, keep, prefixes, room
+from rayk.kvcache.evacuation import CachedPrefix, adopt_pages, list_prefixes, spare_pages
 from rayk.kvcache.page_pins import PageImport
 from rayk.kvcache.replica import ReplicaCore
 
@@ -19,7 +19,7 @@ from .test_page_pins import PROMPT, broken, core, right_content, serve
 
 def listed(at: ReplicaCore, skip: int = 0, count: int = 99, size: int = 1 << 20) -> list[tuple[list[int], int]]:
     """Tokens and fresh pages of each prefix."""
-    return [(np.frombuffer(p.tokens, np.int32).tolist(), p.fresh) for p in prefixes(at, skip, count, size)]
+    return [(np.frombuffer(p.tokens, np.int32).tolist(), p.fresh) for p in list_prefixes(at, skip, count, size)]
 
 
 def context(prefix: CachedPrefix) -> TextContext:
@@ -34,7 +34,10 @@ def whole(source: ReplicaCore, target: ReplicaCore, prefix: CachedPrefix) -> lis
 
 def give(source: ReplicaCore, target: ReplicaCore) -> list[int]:
     """What the target keeps of each prefix, coldest first."""
-    return [keep(target, context(p), whole(source, target, p)) for p in reversed(prefixes(source, 0, 99, 1 << 20))]
+    return [
+        adopt_pages(target, context(p), whole(source, target, p))
+        for p in reversed(list_prefixes(source, 0, 99, 1 << 20))
+    ]
 
 
 # -- the source ------------------------------------------------------------------------------------------
@@ -65,7 +68,7 @@ def test_salts_and_adapters_come_along() -> None:
     at = core(16)
     serve(at, "a", [1] * 3, cache_salt="s")
     serve(at, "b", [1] * 3, adapter="x")
-    assert [p.root for p in prefixes(at, 0, 9, 99)] == [(None, "x"), ("s", None)]
+    assert [p.root for p in list_prefixes(at, 0, 9, 99)] == [(None, "x"), ("s", None)]
 
 
 TOKENS = st.lists(st.integers(0, 1), min_size=3, max_size=14)
@@ -82,7 +85,7 @@ def test_any_history_is_given_in_order(prompts: list[list[int]], pages: int, spa
     assert sum(fresh for _, fresh in before) == source.usage.cached
     kept = give(source, target)
     assert sum(kept) == target.usage.cached == min(source.usage.cached, target.usage.cached)
-    assert room(target) == 0 or target.usage.cached == source.usage.cached
+    assert spare_pages(target) == 0 or target.usage.cached == source.usage.cached
     assert source.usage.cached == sum(fresh for _, fresh in listed(source)), "exports cost nothing"
     if target.usage.cached == source.usage.cached:
         assert listed(target) == before
@@ -113,9 +116,9 @@ def test_what_is_there_is_not_evicted() -> None:
     for first in (1, 2, 3):
         serve(source, f"r{first}", [first] * 5)
     own = serve(target, "own", [9] * 7)
-    assert room(target) == 5
+    assert spare_pages(target) == 5
     assert give(source, target) == [2, 2, 1], "the hottest comes last here, and its first page finds room"
-    assert (room(target), target.metrics.evicted_blocks, target.cached_pages(own)) == (0, 0, 3)
+    assert (spare_pages(target), target.metrics.evicted_blocks, target.cached_pages(own)) == (0, 0, 3)
     assert give(source, target) == [0, 0, 0]
 
 
@@ -123,9 +126,9 @@ def test_some_pages_stay_empty_for_those_who_run() -> None:
     source, target = core(99), core(64, replica=1)
     for first in (1, 2):
         serve(source, f"r{first}", [first] * 81)
-    assert room(target) == 62
+    assert spare_pages(target) == 62
     assert give(source, target) == [40, 22]
-    assert (target.pool.empty, room(target)) == (2, 0)
+    assert (target.pool.empty, spare_pages(target)) == (2, 0)
 
 
 def test_the_last_one_kept_is_evicted_last() -> None:
@@ -142,10 +145,10 @@ def test_without_pages_a_prefix_is_only_used_again() -> None:
     at = core(16)
     for first in (1, 2):
         serve(at, f"r{first}", [first] * 5)
-    [_, old] = prefixes(at, 0, 9, 999)
-    assert keep(at, context(old), ()) == 0
+    [_, old] = list_prefixes(at, 0, 9, 999)
+    assert adopt_pages(at, context(old), ()) == 0
     assert [tokens[0] for tokens, _ in listed(at)] == [1, 2]
-    assert keep(at, TextContext("probe", [7] * 5, 99), ()) == 0
+    assert adopt_pages(at, TextContext("probe", [7] * 5, 99), ()) == 0
     at.check_integrity()
 
 
@@ -161,10 +164,10 @@ def test_a_shared_part_is_taken_once() -> None:
 def test_a_wrong_hash_ends_it(wrong: int) -> None:
     source, target = core(), core(replica=1)
     old = serve(source, "old", PROMPT)
-    [prefix] = prefixes(source, 0, 9, 999)
+    [prefix] = list_prefixes(source, 0, 9, 999)
     [part] = whole(source, target, prefix)
     hashes = [b"x" * 32 if i == wrong else h for i, h in enumerate(part.hashes)]
-    assert keep(target, context(prefix), [replace(part, hashes=hashes)]) == wrong
+    assert adopt_pages(target, context(prefix), [replace(part, hashes=hashes)]) == wrong
     assert target.cached_pages(old) == target.usage.cached == wrong
 
 
@@ -179,12 +182,12 @@ def test_pages_of_another_seed_or_layout_are_refused() -> None:
 def test_a_line_that_breaks_leaves_what_came_before() -> None:
     source, target = core(), core(replica=1)
     serve(source, "old", PROMPT)
-    [prefix] = prefixes(source, 0, 9, 999)
+    [prefix] = list_prefixes(source, 0, 9, 999)
     ctx = context(prefix)
     first, rest = (
         source.exports.direct(source.exports.export(ctx, *span, 0), target.buffers) for span in ((0, 1), (1, 3))
     )
-    assert keep(target, ctx, [first, broken(rest)]) == 1
+    assert adopt_pages(target, ctx, [first, broken(rest)]) == 1
     assert (target.pool.empty, target.usage.cached) == (7, 1)
     target.check_integrity()
 
@@ -193,13 +196,13 @@ def test_an_error_leaves_nothing_held() -> None:
     source, target = core(), core(replica=1)
     serve(source, "old", PROMPT)
     serve(target, "part", PROMPT[:3])
-    [prefix] = prefixes(source, 0, 9, 999)
+    [prefix] = list_prefixes(source, 0, 9, 999)
 
     def fail(first: int, pages: object) -> None:
         raise ZeroDivisionError
 
     [part] = whole(source, target, prefix)
     with pytest.raises(ZeroDivisionError):
-        keep(target, context(prefix), [replace(part, fill=fail)])
+        adopt_pages(target, context(prefix), [replace(part, fill=fail)])
     assert (target.pool.empty, target.usage) == (7, (8, 8, 1))
     target.check_integrity()

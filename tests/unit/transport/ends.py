@@ -1,4 +1,4 @@
-"""Two replicas' pools in this process, and a parcel from one to the other."""
+"""Two replicas' pools in this process, and exported pages from one to the other."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ids(pages: Sequence[int]) -> np.ndarray:
     return np.array(pages, np.int32)
 
 
-def parcel(line: Line, pages: Sequence[int], export_id: int = 1, expires: float = FOREVER) -> PageExportRef:
+def exported(line: Line, pages: Sequence[int], export_id: int = 1, expires: float = FOREVER) -> PageExportRef:
     """What `line`, an end of SOURCE, offers of its pages."""
     offer = line.offer(TARGET, export_id, ids(pages))
     return PageExportRef(SOURCE, export_id, ids(pages), offer, expires)

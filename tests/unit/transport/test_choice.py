@@ -8,7 +8,7 @@ from rayk.params import CUDA_IPC, GROUP, LINES, OBJECT_STORE, SHARED_MEMORY
 from rayk.transport.choice import ASSUMED_RATES, Endpoint, choose_line
 
 
-def station(host: str = "a", *lines: str) -> Endpoint:
+def endpoint(host: str = "a", *lines: str) -> Endpoint:
     return Endpoint(host, "127.0.0.1", list(lines or (SHARED_MEMORY, GROUP, OBJECT_STORE)), 1 << 20)
 
 
@@ -18,12 +18,12 @@ GPU = (CUDA_IPC, GROUP, OBJECT_STORE)
 @pytest.mark.parametrize(
     ("source", "target", "kind"),
     [
-        (station("a", *GPU), station("a", *GPU), CUDA_IPC),
-        (station("a"), station("a"), SHARED_MEMORY),
-        (station("a"), station("b"), GROUP),
-        (station("a", *GPU), station("b", *GPU), GROUP),
-        (station("a", *GPU), station("a"), GROUP),
-        (station("a", OBJECT_STORE), station("a"), OBJECT_STORE),
+        (endpoint("a", *GPU), endpoint("a", *GPU), CUDA_IPC),
+        (endpoint("a"), endpoint("a"), SHARED_MEMORY),
+        (endpoint("a"), endpoint("b"), GROUP),
+        (endpoint("a", *GPU), endpoint("b", *GPU), GROUP),
+        (endpoint("a", *GPU), endpoint("a"), GROUP),
+        (endpoint("a", OBJECT_STORE), endpoint("a"), OBJECT_STORE),
     ],
 )
 def test_the_best_line_that_reaches(source: Endpoint, target: Endpoint, kind: str) -> None:
@@ -31,20 +31,20 @@ def test_the_best_line_that_reaches(source: Endpoint, target: Endpoint, kind: st
 
 
 def test_a_wanted_line_is_taken_where_it_can_be_used() -> None:
-    assert choose_line(station(), station(), OBJECT_STORE) == OBJECT_STORE
-    assert choose_line(station(), station(), GROUP) == GROUP
-    assert choose_line(station(), station("b"), SHARED_MEMORY) == GROUP
-    assert choose_line(station(), station(), CUDA_IPC) == SHARED_MEMORY
+    assert choose_line(endpoint(), endpoint(), OBJECT_STORE) == OBJECT_STORE
+    assert choose_line(endpoint(), endpoint(), GROUP) == GROUP
+    assert choose_line(endpoint(), endpoint("b"), SHARED_MEMORY) == GROUP
+    assert choose_line(endpoint(), endpoint(), CUDA_IPC) == SHARED_MEMORY
 
 
 def test_broken_lines_fall_back_to_the_object_store_in_the_end() -> None:
     broken: list[str] = []
     seen = []
     for _ in range(4):
-        seen.append(choose_line(station(), station(), "auto", broken))
+        seen.append(choose_line(endpoint(), endpoint(), "auto", broken))
         broken.append(seen[-1])
     assert seen == [SHARED_MEMORY, GROUP, OBJECT_STORE, OBJECT_STORE]
-    assert choose_line(station(), station(), GROUP, {GROUP}) == SHARED_MEMORY
+    assert choose_line(endpoint(), endpoint(), GROUP, {GROUP}) == SHARED_MEMORY
 
 
 def test_every_line_has_a_rate_to_begin_with() -> None:

@@ -14,7 +14,7 @@ from rayk.transport.choice import Peer
 from rayk.transport.group import GroupLine
 from rayk.transport.line import PageExportRef
 
-from .ends import FOREVER, SOURCE, TARGET, blank, buffers, content, ids, parcel
+from .ends import FOREVER, SOURCE, TARGET, blank, buffers, content, exported, ids
 
 
 @pytest.fixture(params=[2 << 20, 1], ids=["several pages a message", "one page a message"])
@@ -29,24 +29,24 @@ def ends(request, monkeypatch):
 
 def test_pages_arrive_where_they_are_wanted(ends) -> None:
     _, target, out, into = ends
-    into.fetch(parcel(out, [4, 5, 2, 7], 1), 0, ids([1, 2, 0, 3]))
+    into.fetch(exported(out, [4, 5, 2, 7], 1), 0, ids([1, 2, 0, 3]))
     assert content(target) == [3, 5, 6, 8, 0, 0, 0, 0, 0]
-    into.fetch(parcel(out, [4, 5, 6, 7, 0], 2), 1, ids([5, 6, 7]))  # the middle of a parcel
+    into.fetch(exported(out, [4, 5, 6, 7, 0], 2), 1, ids([5, 6, 7]))  # the middle of an export
     assert content(target) == [3, 5, 6, 8, 0, 6, 7, 8, 0]
-    into.fetch(parcel(out, [0, 1, 2], 3), 2, ids([4]))
+    into.fetch(exported(out, [0, 1, 2], 3), 2, ids([4]))
     assert content(target)[4] == 3
     assert len(out._out) == len(into._in) == 1
 
 
 def test_parcels_that_nobody_fetched_are_not_in_the_way(ends) -> None:
     source, target, out, into = ends
-    into.fetch(parcel(out, [0], 1), 0, ids([0]))
+    into.fetch(exported(out, [0], 1), 0, ids([0]))
     for export_id in (2, 3, 4):
-        parcel(out, [1, 2], export_id)
+        exported(out, [1, 2], export_id)
         out.end(export_id)
     for raw in source.all_bytes:
         raw[1:3] = 99  # unpinned, and refilled
-    into.fetch(parcel(out, [5, 6], 5), 0, ids([1, 2]))
+    into.fetch(exported(out, [5, 6], 5), 0, ids([1, 2]))
     assert content(target)[:3] == [1, 6, 7]
 
 
@@ -54,8 +54,8 @@ def test_a_parcel_that_was_taken_back_does_not_arrive(ends, monkeypatch) -> None
     monkeypatch.setattr(group, "SLOWEST", 1e12)
     source, target, out, into = ends
     into._seconds = 0.2
-    into.fetch(parcel(out, [0], 1), 0, ids([0]))
-    sent = parcel(out, [4, 5], 2)
+    into.fetch(exported(out, [0], 1), 0, ids([0]))
+    sent = exported(out, [4, 5], 2)
     out.end(2)
     for raw in source.all_bytes:
         raw.fill_(99)
@@ -68,14 +68,14 @@ def test_a_parcel_that_was_taken_back_does_not_arrive(ends, monkeypatch) -> None
         raw.fill_(3)
     into._seconds = 5.0
     out.drop(TARGET.replica)  # as it is told when a copy failed
-    into.fetch(parcel(out, [4, 5], 3), 0, ids([1, 2]))  # over a new line
+    into.fetch(exported(out, [4, 5], 3), 0, ids([1, 2]))  # over a new line
     assert content(target)[:4] == [1, 3, 3, 0]
 
 
 def test_both_directions_at_once(ends) -> None:
     """Each end posts before either fetches, as two replicas do that answer one round each."""
     _, target, out, into = ends
-    sent = parcel(out, [1, 2], 1)
+    sent = exported(out, [1, 2], 1)
     back = PageExportRef(TARGET, 1, ids([6, 7]), into.offer(SOURCE, 1, ids([6, 7])), FOREVER)
     for raw in target.all_bytes:
         raw[6:8] = 42
@@ -103,7 +103,7 @@ def test_both_directions_at_once(ends) -> None:
 
 def test_a_source_that_is_not_there_is_not_waited_for_long(ends) -> None:
     _, target, out, into = ends
-    sent = parcel(out, [1], 1)
+    sent = exported(out, [1], 1)
     out.close()
     into._seconds = 0.2
     began = time.monotonic()
@@ -116,20 +116,20 @@ def test_a_source_that_is_not_there_is_not_waited_for_long(ends) -> None:
 def test_a_target_that_never_comes_is_forgotten(ends) -> None:
     _, target, out, into = ends
     out._seconds = 0.2
-    parcel(out, [1], 1)
+    exported(out, [1], 1)
     [waiting] = out._out.values()
     deadline = time.monotonic() + 10
     while not waiting.broken:
         assert time.monotonic() < deadline
         time.sleep(0.01)  # for its thread, which has no other sign
     out._seconds = 5.0
-    into.fetch(parcel(out, [1], 2), 0, ids([0]))
+    into.fetch(exported(out, [1], 2), 0, ids([0]))
     assert content(target)[0] == 2
 
 
 def test_a_replica_that_was_replaced_gets_a_line_of_its_own(ends) -> None:
     _, target, out, into = ends
-    into.fetch(parcel(out, [1], 1), 0, ids([0]))
+    into.fetch(exported(out, [1], 1), 0, ids([0]))
     [first] = out._out.values()
     offer = out.offer(Peer(1, 999), 2, ids([2]))
     [second] = out._out.values()
@@ -142,7 +142,7 @@ def test_other_layouts_and_offers_are_refused(ends) -> None:
     _, _, out, _ = ends
     other = GroupLine(blank(heads=2).all_bytes)
     with pytest.raises(LineError, match="buffers of"):
-        other.fetch(parcel(out, [1], 1), 0, ids([0]))
+        other.fetch(exported(out, [1], 1), 0, ids([0]))
     with pytest.raises(LineError):
         other.fetch(PageExportRef(SOURCE, 1, ids([1]), b"nonsense", FOREVER), 0, ids([0]))
     with pytest.raises(LineError, match="no port"):
@@ -151,7 +151,7 @@ def test_other_layouts_and_offers_are_refused(ends) -> None:
 
 def test_only_the_address_that_was_given_is_listened_at(ends) -> None:
     _, _, out, _ = ends
-    told = group.msgspec.msgpack.decode(parcel(out, [1], 1).offer, type=group._Offer)
+    told = group.msgspec.msgpack.decode(exported(out, [1], 1).offer, type=group._Offer)
     assert told.address == "127.0.0.1"
     with socket.socket() as elsewhere:  # the same port of another address of this machine is free
         elsewhere.bind(("127.0.0.2", told.port))

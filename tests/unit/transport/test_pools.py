@@ -18,7 +18,7 @@ from rayk.transport.direct import DirectLine
 from rayk.transport.line import PageExportRef
 from rayk.transport.pools import SEALS, HostMemory, PoolLine
 
-from .ends import FOREVER, SOURCE, TARGET, blank, buffers, content, ids, parcel
+from .ends import FOREVER, SOURCE, TARGET, blank, buffers, content, exported, ids
 
 
 class Counting(HostMemory):
@@ -43,7 +43,7 @@ def ends():
 
 def test_pages_arrive_where_they_are_wanted(ends) -> None:
     _, target, out, into = ends
-    sent = parcel(out, [4, 5, 2, 7])
+    sent = exported(out, [4, 5, 2, 7])
     into.fetch(sent, 0, ids([1, 2, 0]))
     assert content(target) == [3, 5, 6, 0, 0, 0, 0, 0, 0]
     into.fetch(sent, 3, ids([6]))
@@ -52,7 +52,7 @@ def test_pages_arrive_where_they_are_wanted(ends) -> None:
 
 def test_a_pool_is_mapped_once_for_each_start_of_its_source(ends) -> None:
     _, _, out, into = ends
-    sent = parcel(out, [1])
+    sent = exported(out, [1])
     for _ in range(3):
         into.fetch(sent, 0, ids([0]))
     assert into._memory.maps == 1
@@ -68,7 +68,7 @@ def test_a_pool_is_mapped_once_for_each_start_of_its_source(ends) -> None:
 def test_what_its_source_took_back_is_not_believed(ends) -> None:
     """Before a copy, or while it goes on; the line is good for the next one, also when numbers come round."""
     _, target, out, into = ends
-    first, second = parcel(out, [1], 1), parcel(out, [2], 2)
+    first, second = exported(out, [1], 1), exported(out, [2], 2)
     out.end(1)
     with pytest.raises(PagesGoneError, match="needed the pages"):
         into.fetch(first, 0, ids([0]))
@@ -84,7 +84,7 @@ def test_what_its_source_took_back_is_not_believed(ends) -> None:
     with pytest.raises(PagesGoneError):
         into.fetch(second, 0, ids([2]))
     into._memory.copy = copy
-    old, young = parcel(out, [3], 5), parcel(out, [4], 5 + SEALS)
+    old, young = exported(out, [3], 5), exported(out, [4], 5 + SEALS)
     with pytest.raises(PagesGoneError):
         into.fetch(old, 0, ids([3]))
     out.end(5)
@@ -96,7 +96,7 @@ def test_the_same_within_a_process() -> None:
     source, target = buffers(), blank()
     pools = {SOURCE: source, TARGET: target}
     out, into = DirectLine(source, pools), DirectLine(target, pools)
-    first, second = parcel(out, [1], 1), parcel(out, [2], 2)
+    first, second = exported(out, [1], 1), exported(out, [2], 2)
     into.fetch(first, 0, ids([0]))
     out.end(1)
     with pytest.raises(PagesGoneError):
@@ -110,7 +110,7 @@ def test_the_same_within_a_process() -> None:
 def test_what_was_read_after_the_pages_were_unpinned_is_not_believed() -> None:
     source, target, now = buffers(shared=True), blank(shared=True), [0.0]
     out, into = line_of(source), line_of(target, lambda: now[0])
-    sent = parcel(out, [1, 2], expires=10.0)
+    sent = exported(out, [1, 2], expires=10.0)
     into.fetch(sent, 0, ids([0, 1]))
     now[0] = 10.0
     with pytest.raises(LineError, match="pinned for a shorter time"):
@@ -119,7 +119,7 @@ def test_what_was_read_after_the_pages_were_unpinned_is_not_believed() -> None:
 
 def test_other_layouts_pools_and_pages_are_refused(ends) -> None:
     _, target, out, into = ends
-    sent = parcel(out, [1])
+    sent = exported(out, [1])
     other = line_of(blank(shared=True, heads=2))
     with pytest.raises(LineError, match="buffers of"):
         other.fetch(sent, 0, ids([0]))
@@ -160,12 +160,12 @@ def test_a_descriptor_that_became_another_file_is_noticed() -> None:
 
 
 OWNER = """
-from tests.unit.transport.ends import buffers, parcel
+from tests.unit.transport.ends import buffers, exported
 from rayk.kvcache.shared_memory import host_identity
 from rayk.transport.pools import HostMemory, PoolLine
 source = buffers(shared=True)
 line = PoolLine(HostMemory(source.all_bytes, source.files))
-sent = parcel(line, [4, 5])
+sent = exported(line, [4, 5])
 print(sent.offer.hex(), host_identity(), flush=True)
 input()
 """
