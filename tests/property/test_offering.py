@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rayk import protocol as m
 from rayk.errors import LineError, ReplicaLostError
-from rayk.kvcache.evacuation import room
+from rayk.kvcache.evacuation import spare_pages
 from rayk.kvcache.replica import ReplicaCore
 from rayk.scheduler.membership import State
 from rayk.scheduler.script import ReplicaCall
@@ -70,7 +70,7 @@ def test_any_offering(
             serve(at, f"r{i}", tokens, cache_salt="s" if salted else None)
     running = [serve(at, "runs", [5] * 5, keep=True) for at in replicas.cores[1:]]
     replicas.ready = [r for r, state in enumerate(states[: len(histories)]) if state is State.ready]
-    before, spaces = [cached(at) for at in replicas.cores], {at.replica: room(at) for at in replicas.cores}
+    before, spaces = [cached(at) for at in replicas.cores], {at.replica: spare_pages(at) for at in replicas.cores}
     asked = 0
 
     def fault(ask: ReplicaCall) -> m.Result | None:
