@@ -26,7 +26,6 @@ from rayk.workloads.request import BenchRequest, IntArray, Workload, slot_tokens
 if TYPE_CHECKING:
     from rayk.cluster import Cluster
     from rayk.dispatch.output import Handle, Output
-    from rayk.engine.settings import EngineStats
 
 log = logging.getLogger("rayk.bench")
 
@@ -129,21 +128,18 @@ class ClusterDriver(ClosedLoop):
         measured = self.measured
         self.running = measured.recomputed = 0
         for replica, state in enumerate(self.cluster.replica_states()):
-            stats = self._stats(replica) if state != "lost" else None
-            if stats is not None:
-                measured.replicas[replica].see(stats.peak_used_pages)
-                measured.replicas[replica].see(stats.pages - stats.free_pages)
-                self.running += stats.running
-                measured.recomputed += stats.recomputed_tokens
-            elif replica not in self._missed:
-                self._missed.add(replica)
-                measured.fault(ReplicaLostError(replica, 0, [], "it does not answer any more"), self.elapsed)
+            try:
+                stats = self.cluster.stats(replica) if state != "lost" else None
+            except Exception as error:  # Ray's among them; the cluster learns of a loss a moment later
+                stats = None
+                log.debug("the counters of replica %d cannot be read: %s", replica, error)
+            if stats is None:
+                if replica not in self._missed:
+                    self._missed.add(replica)
+                    measured.fault(ReplicaLostError(replica, 0, [], "it does not answer any more"), self.elapsed)
+                continue
+            measured.replicas[replica].see(stats.peak_used_pages)
+            measured.replicas[replica].see(stats.pages - stats.free_pages)
+            self.running += stats.running
+            measured.recomputed += stats.recomputed_tokens
         self.waiting = max(0, len(self._open) - self.running)
-
-    def _stats(self, replica: int) -> EngineStats | None:
-        """None of a replica that is just being lost: the cluster hears of that a moment later."""
-        try:
-            return self.cluster.stats(replica)
-        except Exception as error:  # Ray's among them
-            log.debug("the counters of replica %d cannot be read: %s", replica, error)
-            return None

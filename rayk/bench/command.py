@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from rayk.bench.flags import CONCURRENCY, BenchFlags, ReportFlags
-from rayk.bench.hf import fitted, longest, model_shape, with_room
+from rayk.bench.hf import fitted, model_shape
 from rayk.bench.progress import progress_view, summary_table
 from rayk.bench.report import write_report, write_words
 from rayk.bench.result import BenchResult, read_result
@@ -54,8 +54,6 @@ def bench(flags: BenchFlags) -> int:
     source = {"name": workload.source, "kind": workload.kind, "requests": len(workload.requests)}
     settings = msgspec.structs.replace(settings, source=source | workload.parameters)
     settings = complete(settings, workload, flags.pages, flags.memory)
-    if length is not None and flags.pages is None and flags.memory is None:
-        settings = with_room(settings, workload)
     counts = f"{len(workload.requests)} requests for {settings.replicas} replica(s)"
     log.info("%s: %s of %d pages of %d tokens", workload.source, counts, settings.pages, settings.page_size)
     total = None if settings.duration_s is not None else len(workload.requests)
@@ -120,9 +118,9 @@ def _workload(flags: BenchFlags, settings: BenchSettings, length: int | None) ->
         if flags.scale is not None:
             raise ConfigError("--scale is for --workload; a trace is served as it is")
         workload = read_trace(flags.trace, requests, lanes=settings.concurrency)
-        if length is not None and longest(workload) > length:
+        if length is not None and workload.longest > length:
             raise ConfigError(
-                f"{flags.trace} has a request of {longest(workload)} tokens, the model has {length}; use a model of "
+                f"{flags.trace} has a request of {workload.longest} tokens, the model has {length}; use a model of "
                 "that length, or a generated workload, which is scaled to the model"
             )
         return workload

@@ -59,25 +59,15 @@ def model_shape(folder: Path) -> ModelShape:
     )
 
 
-def longest(workload: Workload) -> int:
-    """Tokens of the longest request, prompt and answer."""
-    return max(request.prompt_length + request.output_length for request in workload.requests)
-
-
 def fitted(make: Callable[[float], Workload], length: int) -> Workload:
     """A generated workload whose lengths are scaled down as far as `length` tokens for a request demand."""
     scale, workload = 1.0, make(1.0)
-    while longest(workload) > length and scale > 1e-3:
-        scale *= min(0.9, FITS * length / longest(workload))
+    while workload.longest > length and scale > 1e-3:
+        scale *= min(0.9, FITS * length / workload.longest)
         workload = make(scale)
-    if longest(workload) > length:
+    if workload.longest > length:
         raise ConfigError(f"no request of this workload fits a model of {length} tokens; use another workload")
     return workload
-
-
-def with_room(settings: BenchSettings, workload: Workload) -> BenchSettings:
-    """At least the pages that an engine wants for the longest request: its last token has a slot, too."""
-    return msgspec.structs.replace(settings, pages=max(settings.pages, -(-longest(workload) // settings.page_size)))
 
 
 def start(settings: BenchSettings, session: Any, workload: Workload) -> Cluster:
@@ -88,7 +78,7 @@ def start(settings: BenchSettings, session: Any, workload: Workload) -> Cluster:
     return Cluster(
         settings.model,
         session,
-        chunk_size=settings.token_budget or longest(workload),
+        chunk_size=settings.token_budget or workload.longest,
         host_memory=settings.host_pages * settings.params().bytes_per_page or None,
         disk_memory=settings.disk_bytes or None,
         **{name: getattr(settings, name) for name in AS_SET},

@@ -26,8 +26,7 @@ class Prefill:
     __slots__ = ("_free_at", "_rate")
 
     def __init__(self, rate: float) -> None:
-        self._rate = rate
-        self._free_at = 0.0
+        self._rate, self._free_at = rate, 0.0
 
     def due(self, tokens: int, ready_at: float) -> float:
         """When the next one will be done: `tokens` tokens that could begin at `ready_at`. A driver that comes late does

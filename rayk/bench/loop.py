@@ -35,8 +35,7 @@ class ClosedLoop(ABC):
         on_tick: Callable[[Any], None] = lambda driver: None,
         wait: Callable[[float], None] = sleep,
     ) -> None:
-        self.workload = workload
-        self.settings = settings
+        self.workload, self.settings = workload, settings
         self.measured = Measured([ReplicaCounts() for _ in range(settings.replicas)])
         speed = settings.speed
         self._feed = Feed(workload.requests, None if speed is None else Arrivals(workload, speed, settings.seed))

@@ -61,11 +61,9 @@ class ManagerDriver(ClosedLoop):
         ]
         self.lost: dict[int, ReplicaLostError] = {}
         self._queue = Lane(-1)  # for all replicas, when a router places
-        self._round_robin = settings.router == "round-robin"
-        self._verify = settings.forward == "verify"
+        self._round_robin, self._verify = settings.router == "round-robin", settings.forward == "verify"
         self._timed = rate is not None or settings.speed is not None
-        self._tick_end = 0.0
-        self._admissions = 0
+        self._tick_end, self._admissions = 0.0, 0
 
     @property
     def running(self) -> int:
@@ -106,8 +104,6 @@ class ManagerDriver(ClosedLoop):
         if math.isfinite(until):
             self._wait(max(0.0, until - self._clock()))
         self._now = self._clock()
-
-    # -- admission ---------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         chosen: list[Flight] = []
@@ -199,8 +195,6 @@ class ManagerDriver(ClosedLoop):
             return False
         self._left(flight.request, error)
         return True
-
-    # -- one iteration ---------------------------------------------------------------------------------
 
     def _tick(self) -> bool:
         """Whether there was anything to do. Where time is not kept there always is, or a request waits for pages."""
@@ -330,8 +324,6 @@ class ManagerDriver(ClosedLoop):
         lane.blocked = True
         self._queue.blocked = not self._round_robin
         self.measured.preempted += 1
-
-    # -- a replica that is lost ------------------------------------------------------------------------
 
     def _lose(self, error: ReplicaLostError) -> None:
         """A replica is lost: what was finished leaves, all else that was on it is sent again. The last one's error ends

@@ -168,8 +168,7 @@ class Overload:
         self.settings = settings
         self.load = make_load(f"overload-{uuid.uuid4().hex[:8]}", settings)
         self._session = InferenceSession("ray", settings.address, self.load.name)
-        self._drivers: dict[str, Any] = {}
-        self._pids: dict[str, int] = {}
+        self._drivers, self._pids = dict[str, Any](), dict[str, int]()
         try:
             self._manager = PagedKVCacheManager(
                 self.load.params(), self._session, self.load.pages, **self.load.options()
@@ -204,9 +203,9 @@ class Overload:
         skip = settings.capacity / 4
         full = self._phase(dict.fromkeys((POLITE, FLOOD), Phase(seconds=settings.capacity, in_flight=crowd, skip=skip)))
         capacity = sum(len(each.latencies) for each in full.values()) / (settings.capacity - skip)
-        once = self._arrivals(capacity, 1.0, settings.once, deadline)
+        once = self._phase(arrivals(capacity, 1.0, settings.once, deadline))
         with _Watch(self._pids, self._manager) as watch:
-            over = self._arrivals(capacity, settings.factor, settings.seconds, deadline)
+            over = self._phase(arrivals(capacity, settings.factor, settings.seconds, deadline))
         phases = {
             "1x": {t: _rates(o, deadline, settings.once) for t, o in once.items()},
             "over": {t: _rates(o, deadline, settings.seconds) for t, o in over.items()},
@@ -216,9 +215,6 @@ class Overload:
             p50, deadline, capacity, goodput["1x"], goodput["over"], phases, max(watch.waiting), watch.growth(), []
         )
         return msgspec.structs.replace(result, verdicts=judge(settings, result, over))
-
-    def _arrivals(self, capacity: float, factor: float, seconds: float, deadline: float) -> dict[str, Outcome]:
-        return self._phase(arrivals(capacity, factor, seconds, deadline))
 
     def _phase(self, phases: dict[str, Phase]) -> dict[str, Outcome]:
         refs = {tenant: self._drivers[tenant].call("run", phase) for tenant, phase in phases.items()}

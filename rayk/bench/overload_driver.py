@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -94,12 +95,12 @@ class Outcome(msgspec.Struct):
         return len(self.refused_after)
 
 
+@dataclass(frozen=True)
 class PacedForward:
-    """A forward that takes its time."""
+    """A forward that takes its time: `base` seconds, and so many for each token."""
 
-    def __init__(self, base: float, per_token: float) -> None:
-        self.base = base
-        self.per_token = per_token
+    base: float
+    per_token: float
 
     def __call__(self, inputs: Any, batch: Sequence[TextContext]) -> None:
         time.sleep(self.base + self.per_token * sum(ctx.tokens.active_length for ctx in batch))
@@ -128,10 +129,7 @@ class _Server:
     """Offers and serves, in one event loop."""
 
     def __init__(self, load: Load, tenant: str, draw: random.Random, manager: AsyncPagedKVCacheManager) -> None:
-        self._load = load
-        self._tenant = tenant
-        self._random = draw
-        self._manager = manager
+        self._load, self._tenant, self._random, self._manager = load, tenant, draw, manager
         self._numbers = 0
         self._space = TokenSpace(tenant)
         self._space.slots(zlib.crc32(tenant.encode()) >> 2)  # tenants share no prompts

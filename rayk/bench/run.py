@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 from rayk.bench.cluster_driver import ClusterDriver
 from rayk.bench.hf import start
@@ -80,14 +81,8 @@ def _driver(
         cluster = start(settings, session, workload)
         nodes = [facts.node for facts in cluster.facts]
         return ClusterDriver(cluster, workload, settings, clock, on_tick), nodes
-    manager = PagedKVCacheManager(
-        settings.params(),
-        session,
-        settings.pages,
-        settings.host_pages,
-        max_batch_size=settings.max_batch_size,
-        router=settings.router,
-    )
+    options: dict[str, Any] = {"max_batch_size": settings.max_batch_size, "router": settings.router}
+    manager = PagedKVCacheManager(settings.params(), session, settings.pages, settings.host_pages, **options)
     return ManagerDriver(manager, workload, settings, clock, on_tick), manager.get_node_names()
 
 

@@ -78,8 +78,7 @@ class SchedulerCost:
     """
 
     def __init__(self, settings: SchedulerFlags) -> None:
-        self.settings = settings
-        self._made = 0
+        self.settings, self._made = settings, 0
         params = MHAKVCacheParams(
             dtype="int8",
             n_kv_heads=1,
@@ -177,10 +176,6 @@ class SchedulerCost:
             found["speedup"], found["of_bare"] = (found["batched"] / found[name] for name in ("one_by_one", "bare"))
         return SchedulerRates(**{name: median(found[name] for found in rounds) for name in rounds[0]}, rounds=rounds)
 
-    def close(self) -> None:
-        """End everything."""
-        self.session.close()
-
 
 def scheduler(flags: SchedulerFlags) -> int:
     """Measure and print; 1 when a ratio is to be checked and too low."""
@@ -188,7 +183,7 @@ def scheduler(flags: SchedulerFlags) -> int:
     try:
         result = asyncio.run(cost.measure())
     finally:
-        cost.close()
+        cost.session.close()
     if flags.form is Format.json:
         print(msgspec.json.encode({"command": "bench scheduler", **msgspec.structs.asdict(result)}).decode())
     else:

@@ -13,6 +13,7 @@ from rayk.errors import ConfigError, NotBuiltError
 from rayk.params import KVConnectorConfig, MHAKVCacheParams
 from rayk.planning.node_plan import measure_node, planned_pages
 from rayk.quantity import parse_size, show_bytes
+from rayk.scheduler.router.policies import check_router
 from rayk.workloads.request import Workload
 
 VERIFY_BUDGET = 2048
@@ -61,14 +62,11 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
     source: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
-        from rayk.scheduler.router.policies import check_router
-
         check_router(self.router, "--")
-        for name in ("replicas", "page_size", "concurrency", "max_batch_size", "layers", "kv_heads", "head_dim", "tp"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, at least 1 is needed")
-        if self.token_budget is not None and self.token_budget < 1:
-            raise ConfigError(f"--token-budget is {self.token_budget}, at least 1 is needed")
+        counts = ("replicas", "page_size", "concurrency", "max_batch_size", "token_budget")
+        for name in (*counts, "layers", "kv_heads", "head_dim", "tp"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}, at least 1 is needed")
         rates = {
             "speed": (self.speed, "times as fast as recorded"),
             "prefill-rate": (self.prefill_rate, "tokens a second"),
@@ -145,10 +143,12 @@ def complete(
 
 
 def default_pages(settings: BenchSettings, workload: Workload) -> int:
-    """Pages per replica for the largest request, or BATCHES_KEPT average batches if that is more."""
+    """Pages per replica for the largest request (an engine has a slot for its last token, too), or BATCHES_KEPT average
+    batches if that is more."""
     sizes = [request.pages(settings.page_size) for request in workload.requests]
     batch = math.ceil(settings.concurrency / settings.replicas) * sum(sizes) / len(sizes)
-    return max(max(sizes), math.ceil(BATCHES_KEPT * batch))
+    least = max(sizes) if settings.forward != "hf" else math.ceil(workload.longest / settings.page_size)
+    return max(least, math.ceil(BATCHES_KEPT * batch))
 
 
 def with_tiers(

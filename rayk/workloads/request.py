@@ -135,6 +135,11 @@ class Workload:
     requests: Sequence[BenchRequest]
     parameters: dict[str, float | int | str]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, prompt and answer."""
+        return max(request.prompt_length + request.output_length for request in self.requests)
+
     def first(self, count: int | None) -> Workload:
         """The same workload with its first `count` requests (all of them when None)."""
         if count is None or count >= len(self.requests):

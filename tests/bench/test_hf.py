@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rayk.bench.hf import fitted, longest, model_shape
+from rayk.bench.hf import fitted, model_shape
 from rayk.cli.main import main
 from rayk.errors import CheckpointError, ConfigError
 from rayk.workloads.generators import GENERATORS
@@ -89,7 +89,7 @@ def test_shapes_and_lengths(folder: Path, tmp_path: Path) -> None:
     shape = model_shape(folder)
     assert (shape.layers, shape.kv_heads, shape.head_dim, shape.dtype, shape.length) == (1, 2, 8, "float32", 1024)
     workload = fitted(lambda scale: GENERATORS["chat"](30, seed=0, scale=scale), 500)
-    assert 100 < longest(workload) <= 500
+    assert 100 < workload.longest <= 500
     with pytest.raises(ConfigError, match="no request"):
         fitted(lambda scale: GENERATORS["chat"](30, seed=0, scale=scale), 1)
     with pytest.raises(CheckpointError):

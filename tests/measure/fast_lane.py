@@ -8,6 +8,7 @@ as the tables of docs/measurements/fast-lane.md.
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from rayk.bench.core.ray_path import iterate, ray_params, session_cpu, start_lanes
+from rayk.bench.core.ray_path import cpu_seconds, iterate, ray_params, start_lanes
 from rayk.context import TextContext
 from rayk.kvcache.tick import Tick
 from rayk.manager.manager import PagedKVCacheManager
@@ -124,6 +125,11 @@ def _at(call: list[float], lane: list[float], quarter: int) -> str:
 
 def _load() -> str:
     return f"{psutil.getloadavg()[0]:.1f}"
+
+
+def session_cpu() -> float:
+    """CPU seconds of this process and all that it started so far."""
+    return cpu_seconds([os.getpid(), *(each.pid for each in psutil.Process().children(recursive=True))])
 
 
 def _idle() -> float:

@@ -14,7 +14,9 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-from rayk.bench.core.ray_path import session_cpu
+import psutil
+
+from rayk.bench.core.ray_path import cpu_seconds
 
 SIZES = (60_000, 140_000, 264_000, 512_000, 1_000_000, 2_000_000)
 CALLS = 40  # of a round and way
@@ -28,6 +30,11 @@ class Taker:
         from rayk.actors.chunks import joined
 
         return len(joined(first, rest)[0])
+
+
+def session_cpu() -> float:
+    """CPU seconds of this process and all that it started so far."""
+    return cpu_seconds([os.getpid(), *(each.pid for each in psutil.Process().children(recursive=True))])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,11 +6,10 @@ forward that returns one token a request. It is measured on an embedded Ray of i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from time import perf_counter, thread_time_ns
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -19,12 +18,10 @@ from rayk.bench.core.cache import core_params, make_contexts, random_prompts
 from rayk.bench.core.prompts import PROMPT
 from rayk.context import TextContext
 from rayk.kvcache.tick import Tick
+from rayk.manager.calls import Calls
 from rayk.manager.manager import PagedKVCacheManager
 from rayk.params import MHAKVCacheParams
 from rayk.session import InferenceSession
-
-if TYPE_CHECKING:
-    from rayk.manager.calls import Calls
 
 REPLICAS, BATCH = 2, 32
 ITERATIONS, WARM_UP = 300, 50
@@ -63,7 +60,8 @@ def measure_ray_path() -> PathCost:
 
 def decode_cost(manager: PagedKVCacheManager, replicas: int, batch: int, iterations: int, warm_up: int) -> PathCost:
     """The cost of decoding `batch` requests on each replica of a manager on Ray."""
-    calls = _calls(manager)
+    calls = manager._calls
+    assert isinstance(calls, Calls)
     lanes = start_lanes(manager, replicas, batch)
     for _ in range(warm_up):
         iterate(manager, lanes)
@@ -104,20 +102,7 @@ def iterate(manager: PagedKVCacheManager, lanes: Sequence[Sequence[TextContext]]
             ctx.update(token)
 
 
-def _calls(manager: PagedKVCacheManager) -> Calls:
-    from rayk.manager.calls import Calls
-
-    calls = manager._calls
-    assert isinstance(calls, Calls)
-    return calls
-
-
 def cpu_seconds(pids: Iterable[int]) -> float:
     """CPU seconds of those processes so far."""
     times = [psutil.Process(pid).cpu_times() for pid in pids]
     return sum(float(t.user + t.system) for t in times)
-
-
-def session_cpu() -> float:
-    """CPU seconds of this process and all that it started so far."""
-    return cpu_seconds([os.getpid(), *(each.pid for each in psutil.Process().children(recursive=True))])

@@ -119,9 +119,7 @@ class Copies(_Tiered):
 
     def __init__(self, kib: int, at_once: int, out: bool) -> None:
         super().__init__()
-        self._kib = kib
-        self._at_once = at_once
-        self._out = out
+        self._kib, self._at_once, self._out = kib, at_once, out
 
     def run(self, lap_ns: float) -> Sample:
         heads, head_dim, layers = KIB[self._kib]

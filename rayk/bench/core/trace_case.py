@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 from rayk.bench.core.cache import PAGE_SIZE, make_contexts, make_manager
@@ -22,16 +23,15 @@ class Served:
 
     def __init__(self, trace: Path | None, requests: int) -> None:
         self._trace, self._requests = trace, requests
-        self._workload: Workload | None = None
-        self._prompts: list[IntArray] = []
 
-    @property
+    @cached_property
     def workload(self) -> Workload:
         """Read or generated when first asked for."""
-        if self._workload is None:
-            made = read_trace(self._trace, self._requests) if self._trace else chat(self._requests, scale=1.0)
-            self._workload, self._prompts = made, [request.prompt() for request in made.requests]
-        return self._workload
+        return read_trace(self._trace, self._requests) if self._trace else chat(self._requests, scale=1.0)
+
+    @cached_property
+    def _prompts(self) -> list[IntArray]:
+        return [request.prompt() for request in self.workload.requests]
 
     @property
     def name(self) -> str:
@@ -40,8 +40,6 @@ class Served:
 
     def run(self, lap_ns: float) -> Sample:
         """Milliseconds for all of them."""
-        count = len(self.workload.requests)
-        assert count == len(self._prompts)
         manager, contexts = make_manager(POOL), make_contexts(self._prompts)
         return Sample(lambda: serve(manager, contexts, lap_ns) / 1e6, manager)
 
