@@ -20,7 +20,7 @@ from rayk.kvcache.tick import Admission, Tick, TickResult
 from rayk.protocol.contexts import Traits
 from rayk.scheduler.admission.controller import AdmissionController, QueuedRequest
 from rayk.scheduler.router.policy import RouteRequest
-from rayk.scheduler.router.router import Router
+from rayk.scheduler.router.router import Router, RouterSettings
 
 MESSAGE = 0.002  # seconds
 LOOK = 0.03
@@ -61,7 +61,8 @@ class House:
     """What a scheduler and its replicas are to drivers that want to be let in."""
 
     def __init__(self, load: Load, clock: Callable[[], float]) -> None:
-        self.router = Router("cost", [load.pages * load.page_size] * load.replicas, load.page_size, None, clock)
+        settings = RouterSettings("cost", (load.pages,) * load.replicas, load.page_size, caching=False)
+        self.router = Router(settings, clock)
         self.hall = AdmissionController(load.policy, self.router, load.page_size, clock)
         self.replicas = [Replica() for _ in range(load.replicas)]
         self.waiting: dict[str, asyncio.Future[Admission]] = {}
