@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rayk.context import TextContext
 from rayk.errors import InsufficientBlocksError
 from rayk.kvcache.page_pins import PageImport
-from rayk.kvcache.prefix_tree import Segment
 from rayk.kvcache.request import NOTHING_REUSED, Request, Reused
+from rayk.kvcache.segment import Segment
 from rayk.kvcache.state import CacheState
 
 
@@ -132,7 +132,7 @@ def _attach(
     row = state.table.rows[request.row]
     own = row[start : request.pages].copy() if request.pages > start else None
     if hits:
-        row[start : start + hits] = state.tree.path_pages(tip, request.tip)
+        row[start : start + hits] = tip.path_pages(request.tip)
     landed, pages = 0, row[start + hits : start + hits + copied]
     if copied:
         state.tree.make_room(copied)

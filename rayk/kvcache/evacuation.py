@@ -15,8 +15,8 @@ from typing import NamedTuple
 from rayk.context import TextContext
 from rayk.kvcache.page_hash import RootKey
 from rayk.kvcache.page_pins import PageImport
-from rayk.kvcache.prefix_tree import Root, Segment
 from rayk.kvcache.replica import ReplicaCore
+from rayk.kvcache.segment import Root, Segment
 
 SPARE = 32  # one page of so many stays empty, for requests that run here
 

@@ -23,7 +23,7 @@ def check(state: CacheState) -> None:
         if request.dummy:
             continue
         np.add.at(seen, row[request.committed : request.pages], 1)
-        path = state.tree.path_pages(request.tip) if request.tip is not None else row[:0]
+        path = request.tip.path_pages() if request.tip is not None else row[:0]
         if path.tolist() != row[: request.committed].tolist():
             raise IntegrityError(where, f"request {request_id!r} does not show the pages it holds")
     wrong = np.flatnonzero(seen != 1)

@@ -10,7 +10,8 @@ from rayk.errors import LineError
 from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.page_hash import Mask, PageHasher
 from rayk.kvcache.page_pool import Pages
-from rayk.kvcache.prefix_tree import PrefixTree, Segment
+from rayk.kvcache.prefix_tree import PrefixTree
+from rayk.kvcache.segment import Segment
 from rayk.params import KVCacheParams
 
 
@@ -85,7 +86,7 @@ class PagePins:
         root = self._tree.hold_root(ctx.root_key)
         tip, pages = self._tree.extend(root, ctx.tokens.data[: stop * self._params.page_size])
         try:
-            ids = self._tree.path_pages(tip)[start:].copy()
+            ids = tip.path_pages()[start:].copy()
             hashes = self.hashes(ctx, pages)[start:]
         except BaseException:
             self._tree.undo(tip, None)

@@ -15,7 +15,8 @@ back without a release: ticks and queue stay, and so does the order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -24,44 +25,11 @@ import numpy.typing as npt
 from rayk.errors import IntegrityError
 from rayk.kvcache.page_hash import PageHash, PageHasher, PageHashes, RootKey
 from rayk.kvcache.page_pool import PagePool, Pages
+from rayk.kvcache.segment import Root, Segment
 
 Tokens = npt.NDArray[np.int32]  # contiguous
 
-_NO_PAGES: Pages = np.empty(0, np.int32)
 GROW_LIMIT = 64  # pages: a tip grows in place up to this, then a new segment starts (bounds the copying)
-
-
-class Segment:
-    """`pages[i]` holds the i-th page of `tokens`. A root has no pages.
-
-    `hashes` has the pages' chained hashes one after the other if somebody listens, else nothing; a root's is its own.
-    """
-
-    __slots__ = ("below", "children", "hashes", "pages", "parent", "queued", "refs", "retired", "tick", "tokens")
-
-    def __init__(
-        self, parent: Segment | None, tokens: bytes, pages: Pages, refs: int, tick: int, hashes: bytes = b""
-    ) -> None:
-        self.parent = parent
-        self.retired: bool = parent is not None and parent.retired  # by a reset: no hashes; goes with its last holder
-        self.tokens = tokens
-        self.pages = pages
-        self.hashes = hashes
-        self.refs = refs
-        self.tick = tick  # of the release that freed it last; -1 once it left the tree
-        self.below: Segment | None = None  # the child that was freed by the same release, if any
-        self.queued = False  # whether the eviction queue has an entry (tick, self)
-        self.children: dict[bytes, Segment] = {}
-
-
-class Root(Segment):
-    """The empty segment above all segments of one salt and adapter."""
-
-    __slots__ = ("key",)
-
-    def __init__(self, key: RootKey, own_hash: bytes) -> None:
-        super().__init__(None, b"", _NO_PAGES, 0, 0, own_hash)
-        self.key = key
 
 
 class Match(NamedTuple):
@@ -77,7 +45,8 @@ class PageListener(Protocol):
     """Told what a tree caches and drops, while it does so: it must neither raise nor call the tree."""
 
     def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
-        """`pages` now hold `tokens` and are cached after `parent` (a page or a root); the array may be kept."""
+        """`pages` now hold `tokens` and are cached after `parent` (a page or a root); the array may be kept, not
+        written."""
         ...
 
     def removed(self, hashes: Sequence[PageHash]) -> None:
@@ -117,29 +86,17 @@ class PrefixTree:
             for key, root in self._roots.items():
                 root.hashes = hasher.root(key)
             for node in self.segments():
-                node.hashes = b"".join(hasher.chain(self.last_hash(node.parent), node.tokens))
+                node.hashes = b"".join(hasher.chain(node.parent_hash(hasher.width), node.tokens))
         self._listeners.append(listener)
         for node in self.segments():
-            hashes = PageHashes(node.hashes, self._hasher.width)
-            listener.stored(self.last_hash(node.parent), hashes, node.pages.copy(), node.tokens)
-
-    def last_hash(self, node: Segment | None) -> PageHash:
-        """The hash of a segment's last page, or a root's own."""
-        assert node is not None and self._hasher is not None
-        return PageHash(node.hashes[-self._hasher.width :] if node.parent is not None else node.hashes)
+            hashes = PageHashes(node.hashes, hasher.width)
+            listener.stored(node.parent_hash(hasher.width), hashes, node.pages, node.tokens)
 
     def hashes(self) -> Iterator[bytes]:
         """The hash of every cached page, parents first; nothing without a hasher."""
-        if self._hasher is None:
-            return
-        width = self._hasher.width
-        due: list[Segment] = list(self._roots.values())
-        while due:
-            node = due.pop()
-            if node.parent is not None:
-                for at in range(0, len(node.hashes), width):
-                    yield node.hashes[at : at + width]
-            due += node.children.values()
+        if self._hasher is not None:
+            for node in self.segments():
+                yield from PageHashes(node.hashes, self._hasher.width)
 
     # -- lookup: these change nothing ------------------------------------------------------
 
@@ -147,9 +104,9 @@ class PrefixTree:
         """The chained hash of the last matched page, the root's when nothing matched. Needs a hasher."""
         assert self._hasher is not None
         width = self._hasher.width
-        if match.into is not None and match.partial:
-            return PageHash(match.into.hashes[(match.partial - 1) * width : match.partial * width])
-        return PageHash(match.node.hashes[-width:] if match.node.parent is not None else match.node.hashes)
+        if match.into is None or not match.partial:
+            return match.node.last_hash(width)
+        return PageHash(match.into.hashes[(match.partial - 1) * width : match.partial * width])
 
     def find_root(self, key: RootKey) -> Segment | None:
         """The root of that salt and adapter, if anything was ever cached under it."""
@@ -181,24 +138,6 @@ class PrefixTree:
             else:
                 high = mid
         return low
-
-    def path_pages(self, tip: Segment, above: Segment | None = None) -> Pages:
-        """Page ids from below `above` (the root when None) down to `tip`, in sequence order."""
-        parts = []
-        node: Segment | None = tip
-        while node is not None and node is not above and node.parent is not None:
-            parts.append(node.pages)
-            node = node.parent
-        return parts[0] if len(parts) == 1 else np.concatenate(parts[::-1] or [_NO_PAGES])
-
-    def path_hashes(self, tip: Segment) -> bytes:
-        """The hashes of all pages down to `tip`, joined; nothing without a hasher."""
-        parts = []
-        node: Segment | None = tip
-        while node is not None and node.parent is not None:
-            parts.append(node.hashes)
-            node = node.parent
-        return b"".join(reversed(parts))
 
     # -- holding ------------------------------------------------------------------------------
 
@@ -244,7 +183,8 @@ class PrefixTree:
             node = node.parent
         if node is not tip:
             node.refs -= 1
-            self._drop_if_unused(node)
+            if not (node.refs or node.children):
+                self._drop_if_root(node)
 
     def release(self, tip: Segment) -> None:
         """A holder of the path to `tip` is done: what nobody else holds becomes evictable, as of now."""
@@ -265,8 +205,8 @@ class PrefixTree:
             self._queue.append((tick, tip))
             tip.queued = True
         node.refs -= 1
-        if not node.refs:
-            self._drop_if_unused(node)
+        if not (node.refs or node.children):
+            self._drop_if_root(node)
         if len(self._queue) > 2 * self._segments + 64:
             self._queue = deque(entry for entry in self._queue if entry[0] == entry[1].tick)
 
@@ -301,8 +241,8 @@ class PrefixTree:
                 assert isinstance(node, Root)
                 self._retired.remove(node)
 
-    def _drop_if_unused(self, node: Segment) -> None:
-        if isinstance(node, Root) and not node.refs and not node.children:
+    def _drop_if_root(self, node: Segment) -> None:
+        if isinstance(node, Root):
             del self._roots[node.key]
 
     # -- growing --------------------------------------------------------------------------------
@@ -313,44 +253,41 @@ class PrefixTree:
         Returns the new tip, and the pages to use instead of the first given ones where the content was cached already:
         those are held, and the given copies are back in the pool.
         """
-        if not tip.children:
-            return self._append(tip, tokens.tobytes(), pages), None
+        raw = tokens.tobytes()
+        if raw[: self._page_bytes] not in tip.children:
+            return self._append(tip, raw, pages), None
         end, known = self.extend(tip, tokens)
-        if not known:
-            return self._append(tip, tokens.tobytes(), pages), None
-        instead = self.path_pages(end, tip)
         self._pool.give(pages[:known])
-        return self._append(end, tokens[known * self._page_size :].tobytes(), pages[known:]), instead
+        return self._append(end, raw[known * self._page_bytes :], pages[known:]), end.path_pages(tip)
 
     def _append(self, tip: Segment, tokens: bytes, pages: Pages) -> Segment:
         """New content below `tip`, held once: in place when nobody else could notice, else as a child."""
         count = len(pages)
         if not count:
             return tip
+        pages, hashes = pages.copy(), b""  # not written from here on
         if tip.retired:
             self.retired += count
-            hashes = b""
         else:
             self.cached += count
-            hashes = self._announce(tip, tokens, pages) if self._hasher is not None else b""
-        if tip.refs == 1 and not tip.children and 0 < len(tip.pages) and len(tip.pages) + count <= GROW_LIMIT:
+            if self._hasher is not None:
+                hashes = self._announce(self._hasher, tip, tokens, pages)
+        if tip.refs == 1 and not tip.children and 0 < len(tip.pages) <= GROW_LIMIT - count:
             tip.tokens += tokens
             tip.hashes += hashes
             tip.pages = np.concatenate((tip.pages, pages))
             return tip
-        child = Segment(tip, tokens, pages.copy(), 1, 0, hashes)
+        child = Segment(tip, tokens, pages, 1, 0, hashes)
         tip.children[tokens[: self._page_bytes]] = child
         self._segments += 1
         return child
 
-    def _announce(self, tip: Segment, tokens: bytes, pages: Pages) -> bytes:
+    def _announce(self, hasher: PageHasher, tip: Segment, tokens: bytes, pages: Pages) -> bytes:
         """Hash new pages below `tip` and tell the listeners; the hashes, joined."""
-        hasher = self._hasher
-        assert hasher is not None
-        parent = PageHash(tip.hashes[-hasher.width :] if tip.parent is not None else tip.hashes)
+        parent = tip.last_hash(hasher.width)
         hashes = hasher.chain(parent, tokens)
         for listener in self._listeners:
-            listener.stored(parent, hashes, pages.copy(), tokens)
+            listener.stored(parent, hashes, pages, tokens)
         return b"".join(hashes)
 
     def _split(self, node: Segment, count: int) -> Segment:
@@ -375,8 +312,7 @@ class PrefixTree:
 
     def make_room(self, count: int) -> None:
         """Evict until the pool has `count` empty pages; the caller has checked that enough are evictable."""
-        before = self._pool.empty
-        missing = count - before
+        wanted = missing = count - self._pool.empty
         while missing > 0:
             if not self._queue:
                 raise IntegrityError(
@@ -388,20 +324,21 @@ class PrefixTree:
                 if node.tick == tick:
                     node.queued = False
                 continue
-            count = len(node.pages)
-            if count <= missing:
-                missing -= count
-                self._forget_pages(node.pages)
-                if self._hasher is not None:
-                    self._renounce(node, 0)
-                self._detach(node, tick)
+            pages = node.pages
+            keep = max(0, len(pages) - missing)
+            missing -= len(pages) - keep
+            if self._hasher is not None:
+                self._renounce(node, keep)
+            if keep:
+                self._pool.give(pages[keep:])
+                node.pages, node.tokens = pages[:keep].copy(), node.tokens[: keep * self._page_bytes]
             else:
-                keep, missing = count - missing, 0
-                self._forget_pages(node.pages[keep:])
-                if self._hasher is not None:
-                    self._renounce(node, keep)
-                node.pages, node.tokens = node.pages[:keep].copy(), node.tokens[: keep * self._page_bytes]
-        self.evicted += self._pool.empty - before
+                self._pool.give(pages)
+                self._detach(node, tick)
+        if wanted > 0:
+            self.cached -= wanted
+            self.evictable -= wanted
+            self.evicted += wanted
 
     def _detach(self, node: Segment, tick: int) -> None:
         """Remove an empty leaf that heads the queue; its parent takes its place if it was freed with it."""
@@ -417,7 +354,8 @@ class PrefixTree:
             parent.queued = True
         else:
             self._queue.popleft()
-        self._drop_if_unused(parent)
+            if not (parent.refs or parent.children):
+                self._drop_if_root(parent)
 
     def _renounce(self, node: Segment, keep: int) -> None:
         """Tell the listeners that the pages after the first `keep` of `node` are gone."""
@@ -427,11 +365,6 @@ class PrefixTree:
         node.hashes = node.hashes[: keep * width]
         for listener in self._listeners:
             listener.removed(gone)
-
-    def _forget_pages(self, pages: Pages) -> None:
-        self.cached -= len(pages)
-        self.evictable -= len(pages)
-        self._pool.give(pages)
 
     def reset(self, retire: bool = False) -> None:
         """Forget all cached pages that nobody holds; held ones stay and can still be hit.
@@ -457,7 +390,9 @@ class PrefixTree:
                 child.below = None
                 if node.below is child:
                     node.below = None
-                self._forget_pages(child.pages)
+                self.cached -= len(child.pages)
+                self.evictable -= len(child.pages)
+                self._pool.give(child.pages)
                 child.tick = -1
                 self._segments -= 1
                 del node.children[key]
@@ -485,15 +420,7 @@ class PrefixTree:
 
     def segments(self) -> Iterator[Segment]:
         """All segments that can be hit, parents before children, without the roots."""
-        return self._below(self._roots.values())
-
-    @staticmethod
-    def _below(roots: Iterable[Segment]) -> Iterator[Segment]:
-        stack = list(roots)
-        while stack:
-            children = list(stack.pop().children.values())
-            yield from children
-            stack += children
+        return chain.from_iterable(root.below_it() for root in self._roots.values())
 
     def check_integrity(self, tips: list[Segment], seen: npt.NDArray[np.int64]) -> None:
         """IntegrityError unless the tree is consistent with its holders' `tips`; adds its pages to `seen`."""
@@ -505,7 +432,7 @@ class PrefixTree:
                 node = node.parent
         queued = {(tick, id(node)) for tick, node in self._queue}
         cached = evictable = retired = count = 0
-        for node in (*self.segments(), *self._below(self._retired)):
+        for node in chain(self.segments(), *(root.below_it() for root in self._retired)):
             count += 1
             cached += 0 if node.retired else len(node.pages)
             retired += len(node.pages) if node.retired else 0
@@ -515,8 +442,7 @@ class PrefixTree:
             self._check(above_it is not None and above_it.retired == node.retired, node, "is retired, or its parent is")
             self._check(bool(node.refs) or not node.retired, node, "is retired and nobody holds it")
             if self._hasher is not None and not node.retired:
-                above = node.parent.hashes[-self._hasher.width :] if node.parent is not None else b""
-                right = b"".join(self._hasher.chain(PageHash(above), node.tokens))
+                right = b"".join(self._hasher.chain(node.parent_hash(self._hasher.width), node.tokens))
                 self._check(node.hashes == right, node, "bears hashes of other tokens")
             self._check(
                 len(node.tokens) == len(node.pages) * self._page_bytes > 0, node, "tokens do not fill its pages"

@@ -20,9 +20,10 @@ from rayk.kvcache.lookup_table import fill_batch
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.kvcache.page_pins import PageImport
 from rayk.kvcache.page_pool import Pages
-from rayk.kvcache.prefix_tree import Match, PageListener, Segment
+from rayk.kvcache.prefix_tree import Match, PageListener
 from rayk.kvcache.request import NEVER, NOTHING_REUSED, Request, Reused, Usage
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, BatchShape, ReplicaInputs
+from rayk.kvcache.segment import Segment
 from rayk.kvcache.state import CacheState
 from rayk.kvcache.tier_loads import TierLoads
 
@@ -35,7 +36,7 @@ class ReplicaCore(CacheState):
 
         The core owns it: shutdown() shuts it down.
         """
-        self.loads = TierLoads(connector, self.tree, self.exports, self.page_size, self.commit)
+        self.loads = TierLoads(connector, self.exports, self.page_size, self.commit)
         self.listen(self.loads)
 
     def listen(self, listener: PageListener) -> None:
@@ -73,7 +74,7 @@ class ReplicaCore(CacheState):
         if self.loads is not None:
             self.loads.cancel(request_id)
             if request.tip is not None and not request.tip.retired:
-                self.loads.released(self.tree.path_hashes(request.tip), self.tree.path_pages(request.tip))
+                self.loads.released(request.tip.path_hashes(), request.tip.path_pages())
         pages, committed = request.pages, request.committed
         if pages > committed and not request.dummy:
             self.pool.give(self.table.rows[request.row][committed:pages])

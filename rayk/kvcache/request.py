@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rayk.context import TextContext
 from rayk.errors import BatchError
-from rayk.kvcache.prefix_tree import Segment
+from rayk.kvcache.segment import Segment
 
 
 class Request:

@@ -21,9 +21,10 @@ from rayk.kvcache.context_batch import ContextBatch
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.kvcache.page_pins import PagePins
 from rayk.kvcache.page_pool import PagePool, Pages
-from rayk.kvcache.prefix_tree import PrefixTree, Segment
+from rayk.kvcache.prefix_tree import PrefixTree
 from rayk.kvcache.request import FEW, NEVER, Request, refuse_twice
 from rayk.kvcache.runtime_inputs import InputStage
+from rayk.kvcache.segment import Segment
 from rayk.kvcache.tier_loads import TierLoads
 from rayk.params import KVCacheParams
 

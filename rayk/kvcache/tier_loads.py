@@ -18,7 +18,6 @@ from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.kvcache.page_hash import Mask, PageHash, RootKey
 from rayk.kvcache.page_pins import PagePins
 from rayk.kvcache.page_pool import Pages
-from rayk.kvcache.prefix_tree import PrefixTree
 from rayk.kvcache.request import Request
 
 Commit = Callable[[TextContext, Request, int], None]
@@ -47,11 +46,10 @@ class TierLoads:
     their requests may not go into a batch. Errors of a connector are misses.
     """
 
-    def __init__(self, connector: Connector, tree: PrefixTree, pins: PagePins, page_size: int, commit: Commit) -> None:
+    def __init__(self, connector: Connector, pins: PagePins, page_size: int, commit: Commit) -> None:
         self.connector = connector
         self.under_way: dict[str, TierLoad] = {}
         self._found = 0  # pages that alloc found, less what then failed to land
-        self._tree = tree
         self._commit = commit
         self._hasher = pins.hasher
         self._size = page_size
@@ -152,7 +150,7 @@ class TierLoads:
         if tip is not None:
             if tip.retired:
                 return 0, 0  # it would mix what was computed before a reset with what came after
-            parent = self._tree.last_hash(tip)
+            parent = tip.last_hash(self._hasher.width)
         else:
             parent = self._roots.get(ctx.root_key) or self.root(ctx.root_key)
         data, start = window.data, base * size

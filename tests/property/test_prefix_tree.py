@@ -16,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from rayk.kvcache import prefix_tree as prefix
 from rayk.kvcache.page_hash import PageHasher
 from rayk.kvcache.page_pool import PagePool
-from rayk.kvcache.prefix_tree import PrefixTree, Segment
+from rayk.kvcache.prefix_tree import PrefixTree
+from rayk.kvcache.segment import Segment
 
 MACHINES = settings.get_profile("rayk-machines")
 
@@ -117,7 +118,7 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         assert known == match.pages
         start = len(holder.tokens)
         want = [self.model.pages[holder.root, full[: i + 1]] for i in range(start, start + match.pages)]
-        assert self.tree.path_pages(end, holder.tip).tolist() == [page.page for page in want]
+        assert end.path_pages(holder.tip).tolist() == [page.page for page in want]
         for page in want:
             page.holders += 1
         holder.tip, holder.tokens = end, full[: len(holder.tokens) + match.pages]
@@ -246,7 +247,7 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         self.tree.check_integrity([holder.tip for holder in self.requests + self.pins], seen)
         assert (seen == 1).all()
         for holder in self.requests + self.pins:
-            assert self.tree.path_pages(holder.tip).tolist() == [page.page for page in model.path(holder)]
+            assert holder.tip.path_pages().tolist() == [page.page for page in model.path(holder)]
 
     def teardown(self) -> None:
         prefix.GROW_LIMIT = 64

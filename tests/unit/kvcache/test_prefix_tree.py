@@ -9,7 +9,8 @@ import pytest
 from rayk.errors import IntegrityError
 from rayk.kvcache.page_hash import PageHasher
 from rayk.kvcache.page_pool import PagePool
-from rayk.kvcache.prefix_tree import GROW_LIMIT, PrefixTree, Segment
+from rayk.kvcache.prefix_tree import GROW_LIMIT, PrefixTree
+from rayk.kvcache.segment import Segment
 
 KEY = (None, None)
 
@@ -41,7 +42,7 @@ class Small:
     def cache(self, *prompts) -> None:
         for tokens in prompts:
             held = self.hold(tokens)
-            known = len(self.tree.path_pages(held))
+            known = len(held.path_pages())
             self.tree.release(self.commit(list(tokens)[known:], held) if known < len(tokens) else held)
 
     def cached(self, tokens) -> int:
@@ -86,7 +87,7 @@ def test_growth_in_place_is_not_seen_by_another_holder(small: Small) -> None:
     mine = small.commit([1, 2])
     theirs = small.hold([1, 2])
     small.commit([3], mine)
-    assert len(small.tree.path_pages(theirs)) == 2
+    assert len(theirs.path_pages()) == 2
 
 
 def test_commit_uses_what_another_cached_and_gives_the_copies_back(small: Small) -> None:
@@ -94,8 +95,8 @@ def test_commit_uses_what_another_cached_and_gives_the_copies_back(small: Small)
     root = small.tree.hold_root(KEY)
     copies = small.pool.take(4).copy()
     tip, instead = small.tree.commit(root, array([1, 2, 9, 9]), copies)
-    assert instead.tolist() == small.tree.path_pages(first)[:2].tolist()
-    assert small.tree.path_pages(tip).tolist() == [*instead, *copies[2:]]
+    assert instead.tolist() == first.path_pages()[:2].tolist()
+    assert tip.path_pages().tolist() == [*instead, *copies[2:]]
     assert (small.pool.empty, small.tree.cached) == (12 - 5, 5)
 
 
@@ -287,7 +288,7 @@ def test_a_listener_knows_what_is_cached(algorithm: str) -> None:
     small.cache([1, 2, 3, 4], [1, 2, 8, 9], [1, 2, 8, 9, 5])
     chain = hasher.chain(hasher.root(KEY), raw([1, 2, 8, 9, 5]))
     match = small.tree.match(small.tree.find_root(KEY), array([1, 2, 8, 9, 5]))
-    assert [recorder.pages[h] for h in chain] == small.tree.path_pages(match.node).tolist()
+    assert [recorder.pages[h] for h in chain] == match.node.path_pages().tolist()
     assert small.tree.page_hash(match) == chain[-1]
     half = small.tree.match(small.tree.find_root(KEY), array([1, 7]))
     assert small.tree.page_hash(half) == chain[0]
