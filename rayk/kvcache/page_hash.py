@@ -87,10 +87,15 @@ class PageHasher:
             return [PageHash(self.digest(parent + tokens[: self._page_bytes]))]
         pages = self._cutter(count).unpack_from(tokens)  # at a fifth of what a slice for each page costs
         digest: bytes = parent
-        hashes: list[Any]  # and not PageHash: calling it would cost as much as the rest
+        hashes: list[Any] = []  # and not PageHash: calling it would cost as much as the rest
         if self.algorithm == "sha256":
-            sha256 = hashlib.sha256
-            hashes = [digest := sha256(digest + page).digest() for page in pages]
+            empty = hashlib.sha256()
+            for page in pages:  # a copy of an empty hash is set up faster than a new one
+                hashing = empty.copy()
+                hashing.update(digest)
+                hashing.update(page)
+                digest = hashing.digest()
+                hashes.append(digest)
         else:
             xxh3 = xxhash.xxh3_128_digest
             hashes = [digest := xxh3(digest + page) for page in pages]
