@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from msgspec import structs
@@ -347,18 +346,10 @@ class Placer:
         rows: Sequence[int],
         copies: Copies,
     ) -> ReplicaCall:
-        heads: list[m.ImportHead] = []
-        uses: dict[int, list[int]] = {}
-        data: list[Any] = []
-        for at, i in enumerate(rows) if copies else ():
-            if parts := copies.get(i):
-                uses[at] = list(range(len(heads), len(heads) + len(parts)))
-                told, attached = self.transfers.import_descriptors(parts)
-                heads += told
-                data += attached
+        imports, uses, data = self.transfers.import_descriptors([copies.get(i, []) for i in rows] if copies else ())
         part = batch.part(rows)
         mine = dict.fromkeys(claims[i] for i in rows)
         whose = zip(*(mine if len(mine) == 1 else [claims[i] for i in rows]), strict=True)
-        how = (command.claim, heads, uses, command.stop_on_error, command.handed)
+        how = (command.claim, imports, uses, command.stop_on_error, command.handed)
         admit = m.Admit(part, *how, *map(list, whose))
         return ReplicaCall(replica, admit, tuple(data))

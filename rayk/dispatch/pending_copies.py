@@ -68,7 +68,8 @@ class PendingCopies:
         imports = None
         if copies:
             parts = self._sent[handle.number] = copies[handle.number]
-            imports = Imports(*self._transfers.import_descriptors(parts))
+            told = self._transfers.import_descriptors([parts])
+            imports = Imports(told.imports, told.data)
         self._send(handle, imports)
 
     def on_report(self, report: Report) -> None:

@@ -181,12 +181,8 @@ class Evacuation:
         return now
 
     def _keep(self, target: int, what: Sequence[tuple[m.ContextView, list[ExportedSpan]]]) -> ReplicaCall:
-        heads, data = self._transfers.import_descriptors(copy for _, parts in what for copy in parts)
-        uses, at = dict[int, list[int]](), 0
-        for row, (_, parts) in enumerate(what):
-            uses[row] = list(range(at, at + len(parts)))
-            at += len(parts)
-        return ReplicaCall(target, m.Keep([view for view, _ in what], heads, uses), tuple(data))
+        imports, uses, data = self._transfers.import_descriptors(parts for _, parts in what)
+        return ReplicaCall(target, m.Keep([view for view, _ in what], imports, uses), tuple(data))
 
     def _order(self, kept: _Kept, failed: set[int]) -> Part:
         """What came last is the coldest: have targets count the hottest as released last."""

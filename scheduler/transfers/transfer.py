@@ -45,6 +45,14 @@ class ExportedSpan(NamedTuple):
     data: Any
 
 
+class ImportDescriptors(NamedTuple):
+    """Imports of one message, those that each row uses, and the page data that goes along."""
+
+    imports: list[m.ImportHead]
+    uses: dict[int, list[int]]
+    data: list[Any]
+
+
 Copies = dict[int, list[ExportedSpan]]  # row -> what was exported for it, in order
 
 
@@ -113,16 +121,20 @@ class PageTransfers:
         export = m.Export(order.view, span.start, span.stop, kind, to.replica, to.epoch)
         return ReplicaCall(span.replica, export, (), kind == OBJECT_STORE, lambda result: _unpin(span.replica, result))
 
-    def import_descriptors(self, parts: Iterable[ExportedSpan]) -> tuple[list[m.ImportHead], list[Any]]:
-        """What the target is told of the copies, and the page data that goes along."""
-        descriptors, data = [], []
-        for copy in parts:
-            export = copy.export
-            how = (copy.kind, *copy.source, export.export_id, export.pages, export.offer, export.expires)
-            descriptors.append(m.ImportHead(export.start, export.hashes, *how))
-            if copy.kind == OBJECT_STORE:
-                data.append(copy.data)
-        return descriptors, data
+    @staticmethod
+    def import_descriptors(rows: Iterable[Sequence[ExportedSpan]]) -> ImportDescriptors:
+        """What the target is told of the copies for each of its rows."""
+        descriptors, uses, data = list[m.ImportHead](), dict[int, list[int]](), list[Any]()
+        for row, parts in enumerate(rows):
+            if parts:
+                uses[row] = list(range(len(descriptors), len(descriptors) + len(parts)))
+            for copy in parts:
+                export = copy.export
+                how = (copy.kind, *copy.source, export.export_id, export.pages, export.offer, export.expires)
+                descriptors.append(m.ImportHead(export.start, export.hashes, *how))
+                if copy.kind == OBJECT_STORE:
+                    data.append(copy.data)
+        return ImportDescriptors(descriptors, uses, data)
 
     def arrived(
         self, parts: Sequence[ExportedSpan], arrivals: Sequence[m.Arrival], away: float = 0.0

@@ -60,12 +60,12 @@ def test_a_refused_link_is_followed_by_the_next_best(transfers: PageTransfers) -
         ((2, 12), SHARED_MEMORY, 5),
     ], "in the order of their pages"
     assert transfers.links.kind(0, 1) == GROUP
-    descriptors, data = transfers.import_descriptors(parts)
-    assert [(d.start, d.line, d.source, d.epoch, d.export_id) for d in descriptors] == [
+    imports, uses, data = transfers.import_descriptors([[], parts])
+    assert [(d.start, d.line, d.source, d.epoch, d.export_id) for d in imports] == [
         (0, GROUP, 0, 10, 6),
         (2, SHARED_MEMORY, 2, 12, 5),
     ]
-    assert data == []
+    assert uses == {1: [0, 1]} and data == []
 
 
 def test_what_is_not_there_any_more_is_neither_imported_nor_acknowledged(transfers: PageTransfers) -> None:
