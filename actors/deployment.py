@@ -46,9 +46,9 @@ class DeploymentConfig:
             params.page_hash_algo,
             params.kv_hash_seed or b"",
             params.enable_prefix_caching,
-            self.admission,
-            params.page_transport,
-            params.offers_pages,
+            admission=self.admission,
+            page_transport=params.page_transport,
+            offers=params.offers_pages,
         )
 
 

@@ -288,7 +288,7 @@ class Dispatcher:
                     _finish(handle, end)
 
     def _moved(self, handle: Handle, end: Ended) -> None:
-        handle.note(end)
+        handle.record_end(end)
         if handle.unwanted:
             self._end(handle, RequestCancelledError(handle.id, len(handle.tokens)))
         else:
@@ -462,7 +462,7 @@ def _parts(asks: list[Ask]) -> Iterator[list[Ask]]:
 
 def _finish(handle: Handle, end: Ended) -> None:
     try:
-        handle.note(end)
+        handle.record_end(end)
         handle.finish(end.reason, end.error, end.text)
     except Exception as raised:  # an error that nobody here knows
         handle.end(RequestError(handle.id, f"its end cannot be read: {told(raised)}"))

@@ -150,8 +150,8 @@ class Handle:
             self._pieces.append(piece)
         self._tell()
 
-    def note(self, end: Ended) -> None:
-        """It left a replica. What it found cached, and how long it waited there, is of its first admission."""
+    def record_end(self, end: Ended) -> None:
+        """The request left a replica. What was cached, and how long it waited there, is of its first admission."""
         self._preemptions += end.preemptions
         if self._queued is None and end.admitted_after is not None:
             self._queued = end.admitted_after
