@@ -38,7 +38,7 @@ from rayk.request_errors import ForwardError, QueueFullError, RequestCancelledEr
 
 
 class Engine:
-    """Serves requests from `core`'s pages with `model`. Not thread-safe; submit, cancel and step are its doors."""
+    """Serves requests from `core`'s pages with `model`. Not thread-safe."""
 
     def __init__(
         self,
@@ -111,16 +111,12 @@ class Engine:
             self._events.append(answered)
 
     def pause(self, number: int) -> None:
-        """Generate no more tokens for a request until resume(); it keeps its pages while nobody else needs them."""
-        sequence = self._table.get(number)
-        if sequence is not None and not sequence.paused:
-            self._table.pause(sequence)
+        """Generate no more tokens for a request until resume(); it keeps its pages until others need them."""
+        self._table.pause(number)
 
     def resume(self, number: int) -> None:
         """Take back pause()."""
-        sequence = self._table.get(number)
-        if sequence is not None and sequence.paused:
-            self._table.resume(sequence)
+        self._table.resume(number)
 
     @property
     def busy(self) -> bool:

@@ -95,18 +95,24 @@ class SequenceTable:
         self._ids.discard(sequence.request_id)
         self._paused.discard(sequence.number)
 
-    def pause(self, sequence: SequenceState) -> None:
-        """It decodes no more until resume()."""
+    def pause(self, number: int) -> None:
+        """A request gets no more tokens until resume()."""
+        sequence = self._all.get(number)
+        if sequence is None or sequence.paused:
+            return
         sequence.paused = True
-        self._paused.add(sequence.number)
+        self._paused.add(number)
         if sequence in self.batch.sequences:
             self.withdraw(sequence)
             self.parked.append(sequence)
 
-    def resume(self, sequence: SequenceState) -> None:
+    def resume(self, number: int) -> None:
         """Take back pause()."""
+        sequence = self._all.get(number)
+        if sequence is None or not sequence.paused:
+            return
         sequence.paused = False
-        self._paused.discard(sequence.number)
+        self._paused.discard(number)
         if sequence in self.parked:
             self.parked.remove(sequence)
             self.batch.add([sequence])
