@@ -32,7 +32,7 @@ class ContextBatch(Sequence[TextContext]):  # told apart by `type(..) is`: isins
         self._contexts: list[TextContext] = []
         self._index: dict[str, int] = {}
         self._tokens: IntArray = np.empty(_FIRST_ARENA, np.int32)
-        self._used = 0  # of the arena; what lies before and belongs to nobody is found again by _repack()
+        self._used = 0  # of the arena; what lies before and is in no row is found again by _repack()
         self._columns: Column = np.zeros((9, 64), np.int64)
         self._take_views()
         # What the batch knows of its requests at a replica, see rayk.kvcache.decode.

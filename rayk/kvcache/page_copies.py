@@ -3,7 +3,7 @@
 A row holds one page of all buffers, one after the other (leaves, TP shards, values, scales): `bytes_per_page` bytes.
 On the CPU a copy is done when the call returns. On CUDA copies run on their own streams, one for each direction, after
 what the compute stream has queued so far, and block neither it nor the caller; a page that is still being stored is
-fenced before it is written again, and whoever wants loaded pages before they are there calls their ticket's order().
+fenced before it is written again, and a reader of loaded pages that have not landed calls their ticket's order().
 
 All that a call copies goes to the driver as one batch (cuMemcpyBatchAsync, from the driver of CUDA 13 on), whatever
 the number of its pages; where that is not to be had, stretch by stretch through torch.
@@ -69,7 +69,7 @@ class PageCopier(Protocol):
         ...
 
     def fence(self, pages: Pages) -> None:
-        """Before these pages are given to somebody else: nothing reads them any more, in stream order."""
+        """Before these pages are given to another owner: nothing reads them any more, in stream order."""
         ...
 
 

@@ -34,7 +34,7 @@ class Request:
 
 
 class Usage(NamedTuple):
-    """Pages of one replica, the null page left out: free + used == total; cached pages nobody holds are free."""
+    """Pages of one replica, the null page left out: free + used == total; cached pages without a holder are free."""
 
     total: int
     free: int

@@ -15,7 +15,7 @@ _NO_PAGES: Pages = np.empty(0, np.int32)
 class Segment:
     """`pages[i]` holds the i-th page of `tokens`. A root has no pages.
 
-    `hashes` has the pages' chained hashes one after the other if somebody listens, else nothing; a root's is its own.
+    `hashes` has the pages' chained hashes one after the other once the tree has a listener; a root's is its own.
     """
 
     __slots__ = ("below", "children", "hashes", "pages", "parent", "queued", "refs", "retired", "tick", "tokens")
