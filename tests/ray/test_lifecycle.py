@@ -77,7 +77,10 @@ def start(place: Path) -> Iterator[Start]:
 def numbers(driver: Driver) -> list[int]:
     """The numbers on the next line that it prints."""
     assert driver.stdout is not None
-    found = [int(word) for word in driver.stdout.readline().split()]
+    line = driver.stdout.readline()
+    while "(raylet)" in line:  # Ray shows its warnings there, such as that of a slow machine
+        line = driver.stdout.readline()
+    found = [int(word) for word in line.split()]
     assert found, driver.communicate(timeout=30)
     return found
 
