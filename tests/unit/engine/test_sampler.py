@@ -16,7 +16,7 @@ from rayk.sampling import SamplingParams, uniforms
 LIMITS = Limits(vocab_size=50, max_length=1000, num_pages=100, page_size=16, has_tokenizer=True)
 
 
-def generation(tokens=(1, 2, 3), seed: int = 0, **sampling) -> SequenceState:
+def sequence(tokens=(1, 2, 3), seed: int = 0, **sampling) -> SequenceState:
     request = Request(0, "r", list(tokens), SamplingParams(seed=seed, **sampling))
     return SequenceState(request, LIMITS.check(request), LIMITS, 0, 0.0)
 
@@ -42,13 +42,13 @@ def test_uniforms_are_uniform_and_independent_of_company() -> None:
 def test_the_most_likely_token() -> None:
     scores = logits(4)
     scores[2, [7, 9]] = 40.0  # a tie: the first, as argmax has it
-    plain = [generation() for _ in range(4)]
+    plain = [sequence() for _ in range(4)]
     assert all(is_plain(each) for each in plain)
     fast, slow = sample(scores, plain, True), sample(scores, plain, False)
     assert fast.tokens.tolist() == slow.tokens.tolist() == scores.argmax(dim=-1).tolist()
     assert fast.tokens[2] == 7 and fast.tokens.dtype == np.int64
-    assert not is_plain(generation(temperature=0.5)) and not is_plain(generation(logprobs=0))
-    assert not is_plain(generation(repetition_penalty=1.1)) and is_plain(generation(temperature=1e-9))
+    assert not is_plain(sequence(temperature=0.5)) and not is_plain(sequence(logprobs=0))
+    assert not is_plain(sequence(repetition_penalty=1.1)) and is_plain(sequence(temperature=1e-9))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_distributions_are_those_of_transformers(settings) -> None:
 def test_draws_follow_the_distribution() -> None:
     scores = logits(1, seed=3, vocab=8) / 3
     count = 4000
-    rows = [generation(seed=i, temperature=1.0) for i in range(count)]
+    rows = [sequence(seed=i, temperature=1.0) for i in range(count)]
     drawn = sample(scores.expand(count, -1), rows, False).tokens
     found = np.bincount(drawn, minlength=8) / count
     want = scores[0].softmax(-1).numpy()
@@ -91,24 +91,24 @@ def test_draws_follow_the_distribution() -> None:
 def test_no_draw_is_impossible() -> None:
     """Whatever the number drawn, the token is one that was left by top_k."""
     scores = logits(1000, seed=5)
-    rows = [generation(seed=i, temperature=0.8, top_k=2) for i in range(1000)]
+    rows = [sequence(seed=i, temperature=0.8, top_k=2) for i in range(1000)]
     drawn = torch.from_numpy(sample(scores, rows, False).tokens)
     assert (scores.topk(2).indices == drawn[:, None]).any(dim=1).all()
 
 
 def test_a_low_temperature_is_the_most_likely_token() -> None:
     scores = logits(20) * 1e4
-    rows = [generation(seed=i, temperature=2e-6) for i in range(20)]
+    rows = [sequence(seed=i, temperature=2e-6) for i in range(20)]
     assert sample(scores, rows, False).tokens.tolist() == scores.argmax(-1).tolist()
 
 
 def test_mixed_rows() -> None:
     scores = logits(5)
     kinds = [{}, {"temperature": 1.0}, {"repetition_penalty": 5.0}, {"temperature": 1.0, "top_k": 3}, {"logprobs": 2}]
-    rows = [generation(seed=9, **kind) for kind in kinds]
+    rows = [sequence(seed=9, **kind) for kind in kinds]
     together = sample(scores, rows, False)
     for i, kind in enumerate(kinds):
-        assert sample(scores[i : i + 1], [generation(seed=9, **kind)], False).tokens[0] == together.tokens[i]
+        assert sample(scores[i : i + 1], [sequence(seed=9, **kind)], False).tokens[0] == together.tokens[i]
     assert list(together.logprobs) == [4] and len(together.logprobs[4].top_ids) == 2
 
 
@@ -117,7 +117,7 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
 
     scores = torch.zeros(2, 50)
     scores[:, 4], scores[:, 9] = 3.0, 2.9
-    rows = [generation([4, 4, 1], repetition_penalty=1.2), generation([1, 2], repetition_penalty=1.2)]
+    rows = [sequence([4, 4, 1], repetition_penalty=1.2), sequence([1, 2], repetition_penalty=1.2)]
     assert sample(scores, rows, False).tokens.tolist() == [9, 4]
     seen = torch.tensor([[4, 4, 1]])
     assert RepetitionPenaltyLogitsProcessor(1.2)(seen, scores[:1]).argmax() == 9
@@ -127,7 +127,7 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
 def test_rows_that_fail_leave_the_others() -> None:
     scores = logits(4)
     scores[1, 5], scores[2] = float("nan"), float("-inf")
-    rows = [generation(), generation(), generation(temperature=1.0), generation(temperature=1.0)]
+    rows = [sequence(), sequence(), sequence(temperature=1.0), sequence(temperature=1.0)]
     sampled = sample(scores, rows, False)
     assert sorted(sampled.failed) == [1, 2]
     assert sampled.tokens[0] == scores[0].argmax()
