@@ -83,6 +83,12 @@ class Decision(msgspec.Struct, frozen=True):
     seconds_ago: float
     candidates: list[dict[str, float]]
 
+    @classmethod
+    def of(cls, why: m.Explained, request_id: str, manager: str = "") -> Decision:
+        """What a router said of the request; of a Cluster's there is no manager."""
+        candidates = [dict(zip(why.names, values, strict=True)) for values in why.candidates]
+        return cls(request_id, manager, why.router, why.replica, why.tokens, why.seconds_ago, candidates)
+
 
 def describe(runtime: Runtime, name: str) -> list[ManagerState]:
     """All managers of the sessions called `name`, in the order they were made; ConfigError when there is none."""
@@ -98,8 +104,7 @@ def explain(runtime: Runtime, name: str, request_id: str) -> Decision:
         except ConfigError as error:
             missing = error
             continue
-        candidates = [dict(zip(why.names, values, strict=True)) for values in why.candidates]
-        return Decision(request_id, manager, why.router, why.replica, why.tokens, why.seconds_ago, candidates)
+        return Decision.of(why, request_id, manager)
     assert missing is not None
     raise missing
 

@@ -14,7 +14,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
 
 from rayk.dispatch.calls import AsyncNews, Call, News
 from rayk.dispatch.dispatcher import Dispatcher
@@ -28,11 +30,15 @@ from rayk.errors import ClosedError, NotBuiltError, ReplicaLostError, ReplicaSta
 from rayk.kvcache.page_hash import Mask
 from rayk.kvcache.tick import PrefixCacheReset
 from rayk.params import require_at_least
+from rayk.protocol.admission import AdmissionPolicy, AdmissionState
 from rayk.request_errors import RequestCancelledError
 from rayk.sampling import SamplingParams
 from rayk.scheduler.membership import State
 from rayk.scheduler.scaling import Removed
 from rayk.session import InferenceSession
+
+if TYPE_CHECKING:
+    from rayk.actors.describe import Decision
 
 log = logging.getLogger("rayk.engine")
 
@@ -51,7 +57,9 @@ class Cluster:
     Pages on disk serve the next Cluster of the same model; `model_id` names it, instead of a look at all its weights.
     `peer_copies`: a prefix that another replica holds is copied where that takes less time than computing it.
     `device`: "cpu", "cuda", or "auto" for CUDA where there are enough GPUs. `graphs`: on
-    CUDA, capture decode steps. A request whose replica is lost is sent again `max_retries` times. `tokenizer`: for
+    CUDA, capture decode steps. A request whose replica is lost is sent again `max_retries` times. With an
+    `admission` policy requests wait for room and for their turn (tenant, priority and deadline of the prompt count, see
+    rayk.scheduler.admission.queue), or are turned away with an OverloadedError. `tokenizer`: for
     text prompts, where the folder has none. `threads`: of torch on a CPU, for each replica; one unless given. Inline,
     as many as this process uses unless given: a number is set for all of this process (torch.set_num_threads), and
     taken back by close(), for the thread that calls it and for new ones.
@@ -74,6 +82,7 @@ class Cluster:
         prefix_caching: bool = True,
         router: str = "cost",
         max_retries: int = 2,
+        admission: AdmissionPolicy | None = None,
         watermark: float = 0.01,
         memory_utilization: float | None = None,
         host_memory: Size | None = None,
@@ -125,6 +134,11 @@ class Cluster:
                 self._session.close()
             raise
         settings = self._replicas.settings
+        limit: int | None = QUEUED_BATCHES * max_batch_size
+        if admission is not None:  # which holds the limit, as one of its marks
+            running = min(filter(None, (limit, admission.max_running)))
+            admission, limit = structs.replace(admission, max_running=running), None
+        self._admission = admission
         routing = RouterSettings(
             router,
             tuple(facts.pages for facts in self.facts),
@@ -132,7 +146,8 @@ class Cluster:
             settings.hash_algorithm,
             settings.hash_seed or b"",
             settings.reports,
-            limit=QUEUED_BATCHES * max_batch_size,
+            admission=admission,
+            limit=limit,
             plans_copies=settings.peer_copies,
             reports_backlog=False,
         )
@@ -223,7 +238,10 @@ class Cluster:
         self._check_open()
         handles = self._prompts.handles(prompts, sampling, changes, timeout, on_news)
         lined_up = QUEUED_BATCHES * self._replicas.settings.max_batch_size * len(self.live)
-        return Call(self._dispatcher, handles, max(AHEAD, 2 * lined_up))
+        ahead = max(AHEAD, 2 * lined_up)
+        if self._admission is not None:  # one call alone is not turned away
+            ahead = max(1, min(2 * lined_up, self._admission.max_waiting))
+        return Call(self._dispatcher, handles, ahead)
 
     def submit(
         self, prompt: Prompt, sampling: SamplingParams | None = None, *, timeout: float | None = None, **changes: Any
@@ -359,6 +377,18 @@ class Cluster:
         self._check_open()
         self._dispatcher.check_live(replica)
         return self._replicas.stats(replica)
+
+    def explain(self, request_id: str) -> Decision:
+        """Why a request went where it went, with the costs of the best candidates. ConfigError when that is not
+        remembered: the latest 4,096 decisions are."""
+        from rayk.actors.describe import Decision
+
+        self._check_open()
+        return Decision.of(self._dispatcher.explain(request_id), request_id)
+
+    def admission_state(self) -> AdmissionState | None:
+        """What waits and what was turned away; None without an admission policy."""
+        return self._dispatcher.admission_state()
 
     def reset_prefix_cache(self) -> PrefixCacheReset:
         """Forget what is cached, at all replicas and in their tiers, as after the weights were changed in place: call

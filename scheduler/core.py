@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
-
 from rayk import protocol as m
 from rayk.errors import CallTimeoutError, ConfigError, RaykError, ReplicaLostError
 from rayk.kvcache.metrics import KVCacheMetrics
@@ -22,7 +20,6 @@ from rayk.scheduler.lifecycle import ReplicaLifecycle
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.placements import Placements
 from rayk.scheduler.placer import Placer
-from rayk.scheduler.router.policy import Candidate
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.scaling import Removed
 from rayk.scheduler.script import Part, ReplicaCall, ReplicaReply, Script
@@ -94,7 +91,7 @@ class SchedulerCore:
                 self.placer.forget_released(released)
                 return self._describe()
             case m.Explain(request_id):
-                return self._explain(request_id)
+                return self._at_once(self.router.explain(request_id))
             case m.Locate(request_ids):
                 return self._at_once(m.Located(self.placer.located(client, request_ids)))
             case m.GetRoster(gone):
@@ -280,24 +277,6 @@ class SchedulerCore:
             transport=self.links.wanted,
             lines=self.links.table(),
             removed=self._removed,
-        )
-
-    def _explain(self, request_id: str) -> Script:
-        made = self.router.decision_of(request_id)
-        yield []
-        if made is None:
-            raise ConfigError(
-                f"no routing decision for request {request_id!r} is remembered: it was placed by its driver, long ago, "
-                "or never"
-            )
-        candidates = made.why().candidates(made.replica) if made.why is not None else []
-        return m.Explained(
-            self.router.policy,
-            made.replica,
-            made.tokens,
-            self._clock() - made.at,
-            list(Candidate.__struct_fields__) if candidates else [],
-            [[float(value) for value in msgspec.structs.astuple(candidate)] for candidate in candidates],
         )
 
 

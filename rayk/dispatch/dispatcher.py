@@ -25,15 +25,13 @@ from rayk import protocol as m
 from rayk.dispatch.engine_scripts import EngineScripts
 from rayk.dispatch.evacuation import Evacuations
 from rayk.dispatch.output import Handle
-from rayk.dispatch.pending_copies import PendingCopies
-from rayk.dispatch.waiting import Waiting
+from rayk.dispatch.placing import Placing
 from rayk.errors import DrainError, RaykError, ReplicaLostError, ReplicaStateError
-from rayk.protocol.engine import Ask, Cancel, Command, Ended, HandOver, Query, Report, Submit
-from rayk.protocol.engine_request import Imports, Request
-from rayk.request_errors import RequestCancelledError, RequestError, RequestTimeoutError
+from rayk.protocol.admission import AdmissionState
+from rayk.protocol.engine import Cancel, Command, Ended, HandOver, Query, Report
+from rayk.request_errors import RequestCancelledError, RequestError
 from rayk.scheduler.lifecycle import ReplicaLifecycle
 from rayk.scheduler.membership import HERE, Membership, State
-from rayk.scheduler.router.policy import RouteRequest
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.scaling import Removed
 from rayk.transport.choice import Endpoint
@@ -42,7 +40,6 @@ from rayk.values import told
 log = logging.getLogger("rayk.engine")
 
 OFFER_SECONDS = 60.0  # after which a replica goes though somebody has not answered; no round begins after half of it
-MESSAGE_BYTES = 90_000  # of one message: beyond 100 KiB Ray goes through its object store, which costs twice
 
 
 class Dispatcher:
@@ -60,11 +57,11 @@ class Dispatcher:
         self.router = settings.make(clock)
         self.members = Membership([1] * len(settings.pages))
         self._lifecycle = ReplicaLifecycle(self.members, self.router, self._ids_on, lambda ids: None, settings)
+        self._lifecycle.on_replica_gone = lambda replica, ids: self._placing.replica_gone(replica)
         self._max_retries = max_retries
         self._clock = clock
         self._handles: dict[int, Handle] = {}  # not over
         self._ids: set[str] = set()
-        self._waiting = Waiting()
         self._abandoned: deque[Sequence[Handle]] = deque()  # to be cancelled by whoever has the lock next
         self._inside = 0  # the thread that is in a _turn()
         self._over: list[tuple[Handle, RaykError]] = []  # to be told their end once the lock is free
@@ -74,7 +71,7 @@ class Dispatcher:
         self.closed = False
         members = self.members
         self._scripts = EngineScripts(post, lambda: members.here)
-        self._copies = PendingCopies(self._scripts, self._send, self.router, clock)
+        self._placing = Placing(post, self._scripts, self.router, settings, clock, self._end)
         self._evacuations = Evacuations(self._scripts, self.router, lambda: members.ready, self._left.notify_all, clock)
 
     # -- requests ------------------------------------------------------------------------------------
@@ -114,7 +111,7 @@ class Dispatcher:
                 else:
                     self._handles[handle.number] = handle
                     self._ids.add(handle.id)
-                    self._waiting.add(handle)
+                    self._placing.add(handle)
             self._pump()
 
     def cancel(self, *handles: Handle) -> None:
@@ -140,7 +137,7 @@ class Dispatcher:
         for handle in handles:
             if handle.number not in self._handles:
                 continue
-            if handle.replica is not None and not self._copies.waits(handle.number):
+            if handle.replica is not None and not self._placing.copies.waits(handle.number):
                 handle.unwanted = True  # should it leave its replica before it hears of this
                 told.setdefault(handle.replica, []).append(handle.number)
             else:
@@ -159,93 +156,23 @@ class Dispatcher:
             left = list(self._handles.values())
             self._handles.clear()
             self._ids.clear()
-            self._waiting.clear()
+            self._placing.close()
             self._left.notify_all()
         return left
 
     def _pump(self) -> None:
-        """Send what waits to replicas with room (the lock is held); end what cannot go on any more."""
-        asks: dict[int, list[Ask]] = {}
-        for handle in self._waiting.late(self._clock()):
-            self._end(handle, RequestTimeoutError(handle.id, handle.timeout or 0.0))
-        while not self.closed and (waits := self._waiting.first()) is not None:
-            if not self.members.here:
-                self._end(waits, self._lost_error(waits))
-                continue
-            try:
-                if not self._place(waits, asks):
-                    break
-            except Exception as raised:
-                self._fail(waits, raised)
-        for replica, batch in asks.items():
-            for part in _parts(batch):
-                self._submit(replica, part)
+        """Place what waits; without replicas that answer nothing will be placed."""
+        for handle in self._placing.waiting.handles if not self.members.here else ():
+            self._end(handle, self._lost_error(handle))
+        self._placing.pump()
 
-    def _place(self, handle: Handle, asks: dict[int, list[Ask]]) -> bool:
-        """Find the next request a place; what is to be sent goes to `asks`. False when no replica has room."""
-        router = self.router
-        keys = router.keys.of(handle.prompt.tobytes(), (handle.cache_salt, None)) if router.keys is not None else ()
-        request = RouteRequest(len(handle.prompt) + len(handle.tokens), keys, handle.session)
-        replica = router.choose(handle.id, request)
-        if replica < 0:
-            return False
-        spans = router.fetching.plan(replica, keys) if router.fetching is not None and keys else ()
-        router.place(handle.id, replica, request, spans[-1].stop if spans else 0)
-        self._waiting.take(handle)
-        handle.replica = replica
-        if spans:
-            self._copies.order(handle, spans)
-        else:
-            asks.setdefault(replica, []).append(self._ask(handle))
-        return True
-
-    def _submit(self, replica: int, asks: list[Ask]) -> None:
-        """Where a message cannot be sent, each of its requests gets one of its own: only the one at fault ends."""
-        try:
-            self._post(replica, Submit(asks))
-        except Exception as raised:
-            if len(asks) == 1:
-                self._fail(self._handles[asks[0].number], raised)
-                return
-            for ask in asks:
-                self._submit(replica, [ask])
-
-    def _fail(self, handle: Handle, raised: Exception) -> None:
-        log.warning("request %r cannot be placed", handle.id, exc_info=raised)
-        why = f"it cannot be placed or sent: {told(raised)}"
-        self._end(handle, RequestError(handle.id, why))
-
-    def _send(self, handle: Handle, imports: Imports | None) -> None:
-        """A request goes to its replica, with what others have pinned for it or without."""
-        assert handle.replica is not None
-        self._submit(handle.replica, [self._ask(handle, imports)])
-
-    def _ask(self, handle: Handle, imports: Imports | None = None) -> Ask:
-        tokens, left = handle.prompt, handle.timeout
-        if handle.tokens:
-            tokens = np.concatenate((tokens, np.array(handle.tokens, np.int32)))
-        if left is not None:
-            left = max(1e-3, left - (self._clock() - handle.submitted_at))
-        return Ask.of(
-            Request(
-                handle.number,
-                handle.id,
-                tokens,
-                handle.sampling,
-                len(handle.tokens),
-                left,
-                handle.stream_text,
-                handle.cache_salt,
-                imports=imports,
-            )
-        )
+    def _lost_error(self, handle: Handle) -> RaykError:
+        return ReplicaLostError(-1 if handle.replica is None else handle.replica, 0, [handle.id], self._why_lost)
 
     def _forget(self, handle: Handle) -> None:
         if self._handles.pop(handle.number, None) is not None:
             self._ids.discard(handle.id)
-        self._waiting.remove(handle)
-        self._copies.forget(handle.number)
-        self.router.remove(handle.id)
+        self._placing.forget(handle)
         self._left.notify_all()
 
     # -- what replicas say -----------------------------------------------------------------------------
@@ -269,18 +196,14 @@ class Dispatcher:
         ended: list[tuple[Handle, Ended]] = []
         try:
             with self._turn():
-                self.router.apply_cache_changes(replica, report.pages)
-                self.router.set_prefill_rate(replica, report.prefill_rate)
-                self._scripts.on_report(report)
-                self._copies.on_report(report)
-                self.router.prefilled(replica, first)
+                self._placing.report(replica, report, first)
                 ended = [(self._handles[e.number], e) for e in report.ended if e.number in self._handles]
                 for handle, end in reversed(ended):  # so that those which were handed over wait in their order
                     if end.moved:
                         self._moved(handle, end)
                     else:
                         self._forget(handle)
-                if self._waiting:
+                if self._placing.waiting:
                     self._pump()
         finally:  # they are forgotten: nobody else would tell them
             for handle, end in ended:
@@ -295,10 +218,7 @@ class Dispatcher:
             self._wait_again(handle)
 
     def _wait_again(self, handle: Handle) -> None:
-        self._copies.forget(handle.number)
-        self.router.remove(handle.id)
-        handle.replica = None
-        self._waiting.put_back(handle)
+        self._placing.put_back(handle)
         self._left.notify_all()
 
     def lose(self, replica: int, reason: str) -> None:
@@ -330,9 +250,6 @@ class Dispatcher:
 
     def _ids_on(self, replica: int) -> list[str]:
         return [handle.id for handle in self._on(replica)]
-
-    def _lost_error(self, handle: Handle) -> RaykError:
-        return ReplicaLostError(-1 if handle.replica is None else handle.replica, 0, [handle.id], self._why_lost)
 
     # -- replicas that come and go ---------------------------------------------------------------------
 
@@ -410,7 +327,7 @@ class Dispatcher:
             if state is not State.draining:
                 return
             for handle in reversed(there):
-                if self._copies.waits(handle.number):  # it has not gone there yet
+                if self._placing.copies.waits(handle.number):  # it has not gone there yet
                     self._wait_again(handle)
             numbers = [handle.number for handle in there if handle.replica == replica]
             if numbers:
@@ -422,6 +339,17 @@ class Dispatcher:
         with self._turn():
             if self.members.state(replica) is State.draining:
                 self._evacuations.begin(replica)
+
+    def explain(self, request_id: str) -> m.Explained:
+        """Why a request went where it went; ConfigError when no decision for it is remembered."""
+        with self._lock:
+            return self.router.explain(request_id)
+
+    def admission_state(self) -> AdmissionState | None:
+        """A snapshot of the queue, if there is an admission policy."""
+        with self._lock:
+            admission = self._placing.admission
+            return admission.state() if admission is not None else None
 
     def remove(self, replica: int, timeout: float | None, offer_seconds: float | None = None) -> Removed:
         """Wait until nothing is on a draining or lost replica, offer others what it has cached, and forget it.
@@ -444,20 +372,6 @@ class Dispatcher:
             self._scripts.lose(replica)
             self._disconnect()
             return removed
-
-
-def _parts(asks: list[Ask]) -> Iterator[list[Ask]]:
-    """Split so that a message stays small, unless one request is large."""
-    part: list[Ask] = []
-    size = 0
-    for ask in asks:
-        if part and size + len(ask.tokens) > MESSAGE_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(ask)
-        size += len(ask.tokens) + 100
-    if part:
-        yield part
 
 
 def _finish(handle: Handle, end: Ended) -> None:

@@ -80,9 +80,12 @@ class Handle:
         self.timeout: float | None = more.get("timeout")
         self.stream_text: bool = more.get("stream_text", False)
         self.cache_salt: str | None = more.get("cache_salt")
+        self.tenant: str | None = more.get("tenant")
+        self.priority: int = more.get("priority", 0)
+        self.deadline: float | None = more.get("deadline")
         self.submitted_at = monotonic()
         self.call = 0  # which call it came with: those of one call wait in line, calls take turns
-        self.session: str | None = None
+        self.session: str | None = more.get("session")
         self.replica: int | None = None  # where it is placed, None while it waits
         self.unwanted = False  # cancelled, and its replica was told
         self.retries = 0

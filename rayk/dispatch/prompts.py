@@ -24,16 +24,26 @@ from rayk.errors import ConfigError, RaykError, TokenError
 from rayk.protocol.engine_request import timeout_problem
 from rayk.request_errors import RequestError
 from rayk.sampling import SamplingParams
-from rayk.values import INT64_MIN, checked_integer, checked_optional_text, checked_request_id, checked_text, shown, told
+from rayk.values import (
+    INT64_MIN,
+    checked_integer,
+    checked_optional_text,
+    checked_request_id,
+    checked_seconds,
+    checked_text,
+    shown,
+    told,
+)
 
 Prompt = str | Sequence[int] | IntArray | Mapping[str, Any]
-"""Text, token ids, or a mapping with "text" or "tokens" and, if wanted, "id", "cache_salt" and "session"."""
+"""Text, token ids, or a mapping with "text" or "tokens" and, if wanted, "id", "cache_salt" and "session"; for admission
+by a policy "tenant", "priority" (an int, higher first) and "deadline" (seconds)."""
 
 Sampling = SamplingParams | Sequence[SamplingParams] | None
 """For all prompts, or one for each."""
 
-FIELDS = ("id", "text", "tokens", "cache_salt", "session")
-NAMES = ("cache_salt", "session")
+FIELDS = ("id", "text", "tokens", "cache_salt", "session", "tenant", "priority", "deadline")
+NAMES = ("cache_salt", "session", "tenant")
 
 
 class Prompts:
@@ -92,16 +102,18 @@ class Prompts:
         on_news: Callable[[Handle], None] | None,
     ) -> Handle:
         number = next(self._numbers)
-        name, salt, session = f"request-{number}", None, None
+        name, more = f"request-{number}", dict[str, Any]()
         tokens, error = np.empty(0, np.int32), None
         try:
             fields = _fields(prompt)
             name = _name(fields.pop("id", None), name)
             _check(name, fields)
             tokens = self._tokens(name, fields)
-            salt, session = (
-                checked_optional_text(each, fields.get(each), partial(RequestError, name)) for each in NAMES
-            )
+            refused_as = partial(RequestError, name)
+            more = {each: checked_optional_text(each, fields.get(each), refused_as) for each in NAMES}
+            more["priority"] = checked_integer("priority", fields.get("priority", 0), error=refused_as)
+            if (deadline := fields.get("deadline")) is not None:
+                more["deadline"] = checked_seconds("deadline", deadline, refused_as)
             if problem is not None:
                 raise RequestError(name, problem)
         except RaykError as refused:
@@ -118,9 +130,8 @@ class Prompts:
             sampling,
             timeout=None if timeout is None else float(timeout),
             stream_text=on_news is not None and self._has_tokenizer,
-            cache_salt=salt,
+            **more,
         )
-        handle.session = session
         handle.on_news = on_news
         if error is not None:
             handle.end(error)

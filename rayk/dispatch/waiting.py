@@ -1,4 +1,4 @@
-"""Requests of a Cluster that wait in the driver, in the order in which they are placed.
+"""Requests of a Cluster that wait in the driver, in the order in which they are placed without an admission policy.
 
 First those that had a place and lost it. Then one of each call in turn, so that a call of a million prompts does not
 hold up the next one; within a call, as they came. No operation looks at all that wait.
@@ -26,7 +26,7 @@ class Waiting:
 
     def add(self, handle: Handle) -> None:
         """A new request, behind those of its call."""
-        self._enter(handle)
+        self.enter(handle)
         queue = self._calls.get(handle.call)
         if queue is None:
             queue = self._calls[handle.call] = deque()
@@ -34,13 +34,19 @@ class Waiting:
 
     def put_back(self, handle: Handle) -> None:
         """It lost its place: before all others."""
-        self._enter(handle)
+        self.enter(handle)
         self._again.appendleft(handle)
 
-    def _enter(self, handle: Handle) -> None:
+    def enter(self, handle: Handle) -> None:
+        """It waits, whoever says when its turn is."""
         self._there[handle.number] = handle
         if handle.timeout is not None:
             heapq.heappush(self._deadlines, (handle.submitted_at + handle.timeout, handle.number))
+
+    @property
+    def handles(self) -> list[Handle]:
+        """All that wait."""
+        return list(self._there.values())
 
     def first(self) -> Handle | None:
         """Who is next, or None."""
@@ -58,14 +64,13 @@ class Waiting:
         return None
 
     def take(self, handle: Handle) -> None:
-        """first() waits no more; it is the next call's turn."""
+        """It waits no more; where it was first(), it is the next call's turn."""
         del self._there[handle.number]
         if self._again and self._again[0] is handle:
             self._again.popleft()
-            return
-        call, queue = next(iter(self._calls.items()))
-        queue.popleft()
-        self._calls.move_to_end(call)
+        elif (queue := self._calls.get(handle.call)) and queue[0] is handle:
+            queue.popleft()
+            self._calls.move_to_end(handle.call)
 
     def remove(self, handle: Handle) -> None:
         """It does not wait any more; one that did not is ignored."""

@@ -133,7 +133,7 @@ class EngineThread:
                 raise failure
             if over:
                 return
-            yield Report.of(events, watched.steps, watched.prefill_rate)
+            yield Report.of(events, watched.steps, watched.prefill_rate, watched.core.usage.used)
 
     def _failed(self, number: int) -> RemoteError | None:
         return self._failures.get(number) or self._failure

@@ -131,7 +131,8 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `logprobs[number]` has an entry for each of its tokens here. `pages`: what was cached (True) or dropped since, in
     order, 8 bytes of each page's hash, by engines that were asked for it. `prefill_rate`: tokens of prompts that it
-    computes in a second, 0 while that is not known. An empty report says that the engine lives.
+    computes in a second, 0 while that is not known. `used_pages`: held by requests and transfers. An empty report says
+    that the engine lives.
     """
 
     numbers: bytes = b""
@@ -143,10 +144,11 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     steps: int = 0
     arrivals: list[Arrivals] = []
     prefill_rate: float = 0.0
+    used_pages: int = 0
     answered: list[Answered] = []
 
     @classmethod
-    def of(cls, events: Sequence[Event], steps: int, prefill_rate: float = 0.0) -> Report:
+    def of(cls, events: Sequence[Event], steps: int, prefill_rate: float = 0.0, used_pages: int = 0) -> Report:
         """The report of these events."""
         columns = [event for event in events if isinstance(event, Tokens)]
         logprobs: dict[int, list[TokenLogprobs]] = {}
@@ -163,6 +165,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
             steps,
             [event for event in events if isinstance(event, Arrivals)],
             prefill_rate,
+            used_pages,
             [event for event in events if isinstance(event, Answered)],
         )
 

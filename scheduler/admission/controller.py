@@ -10,16 +10,21 @@ allocates what next() lets in, and says how that went.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from rayk.errors import AlreadyClaimedError, NoReplicaError, OverloadedError, RaykError
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
 from rayk.protocol.contexts import Traits
+from rayk.request_errors import RequestError
 from rayk.scheduler.admission.queue import AdmissionQueue, QueueEntry
 from rayk.scheduler.admission.watermarks import Watermarks
 from rayk.scheduler.router.policy import RouteRequest
 from rayk.scheduler.router.router import Router
+from rayk.values import told
+
+log = logging.getLogger("rayk.scheduler")
 
 
 class AdmissionOutcome(NamedTuple):
@@ -120,9 +125,15 @@ class AdmissionController:
         if ticket is None:
             return None
         del self._tickets[ticket.request_id]
-        wish: RouteRequest = ticket.payload.wish()
-        replica = self._router.choose(ticket.request_id, wish, self.gate.open(ticket.pages))
-        assert replica >= 0, "the gate found one"
+        try:
+            wish: RouteRequest = ticket.payload.wish()
+            replica = self._router.choose(ticket.request_id, wish, self.gate.open(ticket.pages))
+            assert replica >= 0, "the gate found one"
+        except Exception as raised:  # a policy of somebody's own: a matter of this request alone
+            log.warning("request %r cannot be placed", ticket.request_id, exc_info=raised)
+            failed = RequestError(ticket.request_id, f"it cannot be placed: {told(raised)}")
+            self.failed(Admitted(ticket, -1, RouteRequest(0)), failed)
+            return self.next()
         self.gate.promise(replica, ticket.pages)
         return Admitted(ticket, replica, wish)
 

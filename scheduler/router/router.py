@@ -19,6 +19,8 @@ from itertools import islice
 import msgspec
 import numpy as np
 
+from rayk import protocol as m
+from rayk.errors import ConfigError
 from rayk.kvcache.page_hash import PageHash, PageHasher, PageKeys, split_keys
 from rayk.kvcache.page_pool import Pages
 from rayk.params import AUTO
@@ -26,7 +28,7 @@ from rayk.protocol.admission import AdmissionPolicy
 from rayk.protocol.from_replica import CacheDelta
 from rayk.scheduler.router.cost import Cost
 from rayk.scheduler.router.policies import make_policy, wants_keys
-from rayk.scheduler.router.policy import CostTerms, Decision, RouteRequest
+from rayk.scheduler.router.policy import Candidate, CostTerms, Decision, RouteRequest
 from rayk.scheduler.router.prefix_index import PrefixIndex, short_keys
 from rayk.scheduler.router.replica_loads import BoolArray, ReplicaLoads
 from rayk.scheduler.transfers.indexed_copies import CopyPlanner
@@ -249,6 +251,24 @@ class Router:
     def decision_of(self, request_id: str) -> PastDecision | None:
         """The choice for that request, if it was made here and not long ago."""
         return self._decisions.get(request_id)
+
+    def explain(self, request_id: str) -> m.Explained:
+        """That choice, with the candidates of the lowest costs; ConfigError when it is not remembered."""
+        made = self.decision_of(request_id)
+        if made is None:
+            raise ConfigError(
+                f"no routing decision for request {request_id!r} is remembered: it was placed by its driver, long ago, "
+                "or never"
+            )
+        candidates = made.why().candidates(made.replica) if made.why is not None else []
+        return m.Explained(
+            self.policy,
+            made.replica,
+            made.tokens,
+            self._clock() - made.at,
+            list(Candidate.__struct_fields__) if candidates else [],
+            [[float(value) for value in msgspec.structs.astuple(candidate)] for candidate in candidates],
+        )
 
     # -- accounts ----------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rayk.cluster import Cluster
 from rayk.scheduler.transfers.indexed_copies import CopyPlanner
 
-from ..unit.engine.conftest import idle  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..unit.dispatch.conftest import idle  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine.fake import PageModel, Tokenizer  # noqa: TID252  # as above
 from ..unit.engine.plays import (  # noqa: TID252  # as above
     HOSTILE,

@@ -13,8 +13,8 @@ from ray import cloudpickle
 from rayk import InferenceSession
 from rayk.cluster import Cluster
 
+from ..unit.dispatch.conftest import idle  # noqa: TID252  # as above
 from ..unit.engine import fake  # noqa: TID252  # tests/ is no package that has an absolute name
-from ..unit.engine.conftest import idle  # noqa: TID252  # as above
 from ..unit.engine.fake import PageModel, Tokenizer, expected  # noqa: TID252  # as above
 from ..unit.engine.plays import HOSTILE, Hostile, Play, some_play  # noqa: TID252  # as above
 

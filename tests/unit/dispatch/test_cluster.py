@@ -20,8 +20,8 @@ from rayk.protocol.engine import Report, Submit
 from rayk.request_errors import RequestCancelledError, RequestError, RequestTimeoutError
 from rayk.sampling import SamplingParams
 
-from .fake import POISON, VOCAB, PageModel, Tokenizer, expected
-from .test_engine import prompts
+from ..engine.fake import POISON, VOCAB, PageModel, Tokenizer, expected  # noqa: TID252  # tests/ is no package
+from ..engine.test_engine import prompts  # noqa: TID252  # tests/ is no package
 
 
 class WithTokenizer(Tokenizer):

@@ -18,8 +18,8 @@ from rayk.errors import ConfigError
 from rayk.request_errors import RequestCancelledError
 from rayk.scheduler.router.router import Router
 
+from ..engine.fake import PageModel, expected  # noqa: TID252  # tests/ is no package
 from .conftest import Gated, idle
-from .fake import PageModel, expected
 
 # -- leaving ---------------------------------------------------------------------------------------------------
 

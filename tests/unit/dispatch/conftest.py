@@ -12,7 +12,7 @@ from rayk.cluster import Cluster
 from rayk.engine.local_replicas import InlineReplicas
 from rayk.protocol.engine import Command, encode
 
-from .fake import PageModel, Tokenizer
+from ..engine.fake import PageModel, Tokenizer  # noqa: TID252  # tests/ is no package
 
 
 class Gated(PageModel):
@@ -54,4 +54,4 @@ def idle(cluster: Cluster) -> None:
     dispatcher = cluster._dispatcher
     while dispatcher._handles:  # their last reports are on their way
         threading.Event().wait(0.002)
-    assert not dispatcher._ids and not dispatcher._waiting and not dispatcher.router._placed
+    assert not dispatcher._ids and not dispatcher._placing.waiting and not dispatcher.router._placed

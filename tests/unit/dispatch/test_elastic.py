@@ -24,9 +24,9 @@ from rayk.sampling import SamplingParams
 from rayk.scheduler.scaling import Removed
 from rayk.transport.direct import DirectLine
 
-from .fake import PageModel, Tokenizer, expected
+from ..engine.fake import PageModel, Tokenizer, expected  # noqa: TID252  # tests/ is no package
+from ..engine.test_engine import prompts  # noqa: TID252  # tests/ is no package
 from .test_cluster import dying
-from .test_engine import prompts
 
 SETTINGS: dict[str, Any] = {"page_size": 4, "pages": 64, "max_batch_size": 4, "chunk_size": 16}
 

@@ -22,8 +22,8 @@ from rayk.sampling import SamplingParams
 from rayk.scheduler.router.router import Router
 from rayk.scheduler.transfers.indexed_copies import CopyPlanner
 
+from ..engine.fake import PageModel, Tokenizer, expected  # noqa: TID252  # tests/ is no package
 from .conftest import Gated
-from .fake import PageModel, Tokenizer, expected
 
 LONE, HUGE = "\ud800", 10**5000
 
@@ -180,14 +180,15 @@ def test_arrays_of_texts_are_several_prompts(cluster: Cluster) -> None:
 
 
 def test_a_request_that_cannot_be_sent_ends_alone(monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> None:
-    post = cluster._dispatcher._post
+    placing = cluster._dispatcher._placing
+    post = placing._post
 
     def pickled(replica: int, command: Command) -> None:
         if isinstance(command, Submit) and any(ask.request_id == "bad" for ask in command.asks):
             raise OverflowError("does not fit")
         post(replica, command)
 
-    monkeypatch.setattr(cluster._dispatcher, "_post", pickled)
+    monkeypatch.setattr(placing, "_post", pickled)
     good, bad, other = cluster.generate([[7, 8], {"tokens": [5], "id": "bad"}, [9]], max_new_tokens=4)
     assert good.tokens == expected([7, 8], 4) and other.tokens == expected([9], 4)
     assert isinstance(bad.error, RequestError) and "OverflowError: does not fit" in str(bad.error)
