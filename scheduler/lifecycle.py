@@ -3,16 +3,39 @@
     members      the state of each replica                  router       its loads and its index
     placed_on    which requests are on a replica            forget       drops requests from all books
 
-Managers on Ray and inline have one, and so has the dispatcher of a Cluster.
+Managers on Ray and inline have one, and so has the dispatcher of a Cluster. It may have a target, how many replicas are
+wanted; reconcile() says what is missing or too many, and changes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from rayk.errors import DrainError
-from rayk.scheduler.membership import HERE, KNOWN, Event, Membership
+from rayk.params import require_at_least
+from rayk.scheduler.membership import HERE, KNOWN, Event, Membership, State
 from rayk.scheduler.router.router import Router, RouterSettings
+
+
+class Steps(NamedTuple):
+    """What leads to a target: indices at which replicas are to be started, and replicas to be drained."""
+
+    start: list[int]
+    drain: list[int]
+
+
+def reconcile(members: Membership, target: int, requests: Sequence[int]) -> Steps:
+    """The steps to `target` ready replicas; `requests[r]` are placed on replica r.
+
+    Ready replicas and those on their way are enough; draining and lost ones are replaced. None is drained in view of
+    one that is still on its way, which may fail. Silent ones are drained first, for they serve nothing, then those with
+    the fewest requests, of equals the one of the highest index.
+    """
+    ready = [r for r in members.here if members.state(r) is State.ready]
+    coming = sum(state in (State.planned, State.starting) for state in members.states)
+    order = sorted(ready, key=lambda r: (not members.silent(r), requests[r], -r))
+    return Steps(members.vacant(max(0, target - len(ready) - coming)), sorted(order[: max(0, len(ready) - target)]))
 
 
 class ReplicaLifecycle:
@@ -31,8 +54,21 @@ class ReplicaLifecycle:
         self._placed_on = placed_on
         self._forget = forget
         self._settings = settings
+        self.target: int | None = None
         self.on_replica_gone: Callable[[int, Sequence[str]], None] = lambda replica, request_ids: None
         """Told when a replica is gone, with those requests, or another one is in its place."""
+
+    def set_target(self, replicas: int | None) -> None:
+        """So many replicas are wanted (rayk.scheduler.scaling.desired_replicas); None: those that there are."""
+        if replicas is not None:
+            require_at_least(0, replicas=replicas)
+        self.target = replicas
+
+    def reconcile(self) -> Steps:
+        """The steps to the target, none where there is none. They change nothing until they are carried out."""
+        if self.target is None:
+            return Steps([], [])
+        return reconcile(self.members, self.target, self._router.loads.requests.tolist())
 
     def enlist(self, count: int) -> list[int]:
         """Take indices for `count` replicas that somebody is going to start."""

@@ -131,16 +131,18 @@ class Membership:
 
     # -- events ------------------------------------------------------------------------------------
 
-    def enlist(self, count: int) -> list[int]:
-        """Plan `count` replicas and return their indices: first in place of lost ones, then where nobody ever was, then
-        new indices."""
+    def vacant(self, count: int) -> list[int]:
+        """Indices for `count` more replicas: first in place of lost ones, then where nobody ever was, then new ones."""
         free = [r for r, member in enumerate(self._members) if member.state is State.lost]
         free += [r for r, m in enumerate(self._members) if m.state is State.removed and not m.epoch]
-        chosen = free[:count]
-        for _ in range(count - len(chosen)):
-            self._members.append(Member(State.removed))
-            chosen.append(len(self._members) - 1)
+        return free[:count] + list(range(len(self), len(self) + count - min(count, len(free))))
+
+    def enlist(self, count: int) -> list[int]:
+        """Plan `count` replicas at vacant() indices, and return these."""
+        chosen = self.vacant(count)
         for replica in chosen:
+            if replica == len(self):
+                self._members.append(Member(State.removed))
             self.apply(replica, Event.plan)
         return chosen
 
