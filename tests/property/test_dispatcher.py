@@ -17,9 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from rayk.dispatch.dispatcher import Dispatcher
 from rayk.dispatch.output import Handle
 from rayk.engine.page_sharing import PageSharing
-from rayk.errors import DrainError
+from rayk.errors import DrainError, NoReplicaError, OverloadedError, ReplicaLostError
 from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.replica import ReplicaCore
+from rayk.protocol.admission import AdmissionPolicy
 from rayk.protocol.engine import (
     Cancel,
     Command,
@@ -91,23 +92,36 @@ class Replica:
         for _ in range(steps):
             events += engine.step()
             self.bench.core.check_integrity()
-        return decode_report(encode(Report.of(events, engine.steps)))
+        return decode_report(encode(Report.of(events, engine.steps, used_pages=self.bench.core.usage.used)))
 
 
 class Clusters(RuleBasedStateMachine):
-    @initialize(replicas=st.integers(1, 3), router=st.sampled_from(["cost", "round-robin"]), tiers=st.booleans())
-    def start(self, replicas: int, router: str, tiers: bool) -> None:
+    @initialize(
+        replicas=st.integers(1, 3),
+        router=st.sampled_from(["cost", "round-robin"]),
+        tiers=st.booleans(),
+        policy=st.sampled_from([None, None, AdmissionPolicy(max_running=4), AdmissionPolicy(max_waiting=3)]),
+    )
+    def start(self, replicas: int, router: str, tiers: bool, policy: AdmissionPolicy | None) -> None:
+        self.policy, self.now = policy, 0.0
+        limit = None if policy is not None else 4
         self.shelf = Shelf() if tiers else None
         self.pools: dict[Peer, PageBuffers] = {}
         self.starts = 0
         self.replicas: dict[int, Replica] = {}
         settings = RouterSettings(
-            router, (PAGES,) * replicas, PAGE, seed=SEED, limit=4, plans_copies=True, reports_backlog=False
+            router,
+            (PAGES,) * replicas,
+            PAGE,
+            seed=SEED,
+            admission=policy,
+            limit=limit,
+            plans_copies=True,
+            reports_backlog=False,
         )
         self.dispatcher = Dispatcher(self.post, settings, 2, lambda: self.now)
         chosen = self.dispatcher.router
         chosen.fetching = CopyPlanner(chosen.index, PageTransfers(LinkTable(lambda: 0.0), PAGE), False)
-        self.now = 0.0
         for replica in range(replicas):
             self.begin(replica)
             self.dispatcher.meet(replica, *self.end_of(replica))
@@ -255,6 +269,12 @@ class Clusters(RuleBasedStateMachine):
             placed = {handle.id: handle.replica for handle, _, _ in self.handles if not handle.done}
             counted = {i: each.replica for i, each in router._placed.items()}
             assert counted == {i: replica for i, replica in placed.items() if replica is not None}
+            admission = self.dispatcher._placing.admission
+            if admission is not None:
+                admission.check_integrity()
+                assert set(admission._promised) <= set(counted)
+                waiting = {handle.id for handle in self.dispatcher._placing.waiting.handles}
+                assert set(admission._offered) <= waiting and not admission._refused
 
     @invariant()
     def what_was_streamed_is_the_models(self) -> None:
@@ -287,8 +307,10 @@ class Clusters(RuleBasedStateMachine):
                 assert output.text == self.text[i] == Tokenizer().decode(output.tokens)
             elif output.finish_reason == "cancelled":
                 assert handle.number in self.cancelled
+            elif isinstance(output.error, ReplicaLostError):
+                assert "it died" in str(output.error)
             else:
-                assert type(output.error).__name__ == "ReplicaLostError" and "it died" in str(output.error)
+                assert self.policy is not None and isinstance(output.error, (OverloadedError, NoReplicaError))
         for replica in self.replicas.values():  # hears what is not wanted any more
             self.dispatcher.hear(replica.bench.engine.peers.port.me.replica, replica.turn(1))
         for replica in self.replicas.values():
