@@ -286,7 +286,7 @@ class Cluster:
         reason = "its engine was stopped"
         try:
             for report in self._replicas.reports(replica):
-                self._dispatcher.hear(replica, report)
+                self._dispatcher.on_report(replica, report)
         except BaseException as error:  # whatever it was, nobody reads what comes from there any more
             reason = str(error) or type(error).__name__
         if self._dispatcher.closed or self._dispatcher.states[replica] is State.removed:

@@ -1,5 +1,5 @@
 """Requests of a Cluster between their submission and their end: they wait here, are placed on a replica, may have to
-leave it, and are over. No threads and no transport: commands go out through `post`, reports come in through hear().
+leave it, and are over. No threads and no transport: commands go out through `post`, reports come in by on_report().
 
     waiting -> placed -> over
        ^          |
@@ -19,12 +19,10 @@ from contextlib import contextmanager
 from functools import partial
 from time import monotonic
 
-import numpy as np
-
 from rayk import protocol as m
 from rayk.dispatch.engine_scripts import EngineScripts
 from rayk.dispatch.evacuation import Evacuations
-from rayk.dispatch.output import Handle
+from rayk.dispatch.output import Handle, deliver, end_as_reported
 from rayk.dispatch.placing import Placing
 from rayk.errors import DrainError, RaykError, ReplicaLostError, ReplicaStateError
 from rayk.protocol.admission import AdmissionState
@@ -35,7 +33,6 @@ from rayk.scheduler.membership import HERE, Membership, State
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.scaling import Removed
 from rayk.transport.choice import Endpoint
-from rayk.values import told
 
 log = logging.getLogger("rayk.engine")
 
@@ -177,22 +174,9 @@ class Dispatcher:
 
     # -- what replicas say -----------------------------------------------------------------------------
 
-    def hear(self, replica: int, report: Report) -> None:
+    def on_report(self, replica: int, report: Report) -> None:
         """A replica's next report."""
-        first: list[str] = []
-        numbers, tokens = report.columns()
-        order = np.argsort(numbers, kind="stable")
-        numbers, tokens = numbers[order], tokens[order]
-        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        for number, part in zip(numbers[starts].tolist(), np.split(tokens, starts[1:]), strict=False):
-            handle = self._handles.get(number)
-            if handle is not None:
-                if not handle.tokens:
-                    first.append(handle.id)
-                handle.add(part.tolist(), report.logprobs.get(number, []))
-        for number, piece in report.texts:
-            if (handle := self._handles.get(number)) is not None:
-                handle.add_text(piece)
+        first = deliver(report, self._handles)
         ended: list[tuple[Handle, Ended]] = []
         try:
             with self._turn():
@@ -208,7 +192,7 @@ class Dispatcher:
         finally:  # they are forgotten: nobody else would tell them
             for handle, end in ended:
                 if not end.moved:
-                    _finish(handle, end)
+                    end_as_reported(handle, end)
 
     def _moved(self, handle: Handle, end: Ended) -> None:
         handle.record_end(end)
@@ -320,7 +304,7 @@ class Dispatcher:
                 raise ReplicaStateError(replica, state, "be asked")
 
     def hand_over(self, replica: int) -> None:
-        """Have a draining replica let go of all that it has; hear() places it elsewhere."""
+        """Have a draining replica let go of all that it has; on_report() places it elsewhere."""
         with self._turn():
             there, state = self._on(replica), self.members.state(replica)
             assert state is not State.ready
@@ -372,11 +356,3 @@ class Dispatcher:
             self._scripts.lose(replica)
             self._disconnect()
             return removed
-
-
-def _finish(handle: Handle, end: Ended) -> None:
-    try:
-        handle.record_end(end)
-        handle.finish(end.reason, end.error, end.text)
-    except Exception as raised:  # an error that nobody here knows
-        handle.end(RequestError(handle.id, f"its end cannot be read: {told(raised)}"))

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
 from typing import Any
 
+import numpy as np
+
 from rayk.context import IntArray
 from rayk.errors import RaykError
 from rayk.kvcache.request import NOTHING_REUSED, Reused
-from rayk.protocol.engine import Ended
+from rayk.protocol.engine import Ended, Report
 from rayk.protocol.engine_reports import TokenLogprobs
-from rayk.request_errors import RequestCancelledError, RequestTimeoutError
+from rayk.request_errors import RequestCancelledError, RequestError, RequestTimeoutError
 from rayk.sampling import SamplingParams
+from rayk.values import told
 
 log = logging.getLogger("rayk.engine")
 
@@ -87,6 +90,7 @@ class Handle:
         self.call = 0  # which call it came with: those of one call wait in line, calls take turns
         self.session: str | None = more.get("session")
         self.replica: int | None = None  # where it is placed, None while it waits
+        self.prefilling = False  # it has no token from the replica where it is placed
         self.unwanted = False  # cancelled, and its replica was told
         self.retries = 0
         self.tokens: list[int] = []
@@ -210,3 +214,33 @@ def _tell(call: Callable[[], None]) -> bool:
         log.warning("a callback of a request raised", exc_info=error)
         return False
     return True
+
+
+def deliver(report: Report, handles: Mapping[int, Handle]) -> list[str]:
+    """Give the tokens and texts of a report to its requests, by number; the ids of those whose first from
+    there it was."""
+    first: list[str] = []
+    numbers, tokens = report.columns()
+    order = np.argsort(numbers, kind="stable")
+    numbers, tokens = numbers[order], tokens[order]
+    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+    for number, part in zip(numbers[starts].tolist(), np.split(tokens, starts[1:]), strict=False):
+        handle = handles.get(number)
+        if handle is not None:
+            if handle.prefilling:
+                handle.prefilling = False
+                first.append(handle.id)
+            handle.add(part.tolist(), report.logprobs.get(number, []))
+    for number, piece in report.texts:
+        if (handle := handles.get(number)) is not None:
+            handle.add_text(piece)
+    return first
+
+
+def end_as_reported(handle: Handle, end: Ended) -> None:
+    """The request is over at its replica."""
+    try:
+        handle.record_end(end)
+        handle.finish(end.reason, end.error, end.text)
+    except Exception as raised:  # an error that nobody here knows
+        handle.end(RequestError(handle.id, f"its end cannot be read: {told(raised)}"))

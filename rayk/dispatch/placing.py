@@ -164,7 +164,7 @@ class Placing:
         spans = router.fetching.plan(replica, request.keys) if router.fetching is not None and request.keys else ()
         router.place(handle.id, replica, request, spans[-1].stop if spans else 0)
         self.waiting.take(handle)
-        handle.replica = replica
+        handle.replica, handle.prefilling = replica, True
         if self.admission is not None:
             self.admission.promise(handle.id, replica, request)
         if spans:

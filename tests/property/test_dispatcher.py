@@ -170,7 +170,7 @@ class Clusters(RuleBasedStateMachine):
     def turn(self, data: st.DataObject, steps: int) -> None:
         replica = self.draw(data, State.ready, State.draining)
         if replica is not None:
-            self.dispatcher.hear(replica, self.replicas[replica].turn(steps))
+            self.dispatcher.on_report(replica, self.replicas[replica].turn(steps))
 
     @rule(data=st.data(), reported=st.booleans(), steps=st.integers(0, 4))
     def die(self, data: st.DataObject, reported: bool, steps: int) -> None:
@@ -180,7 +180,7 @@ class Clusters(RuleBasedStateMachine):
             report = self.replicas.pop(replica).turn(steps)
             self.end(replica)
             if reported:
-                self.dispatcher.hear(replica, report)
+                self.dispatcher.on_report(replica, report)
             self.dispatcher.lose(replica, "it died")
 
     @rule(data=st.data(), hand_over=st.booleans())
@@ -229,11 +229,11 @@ class Clusters(RuleBasedStateMachine):
             return
         self.dispatcher.drain(replica)
         self.dispatcher.hand_over(replica)
-        self.dispatcher.hear(replica, self.replicas[replica].turn(1))
+        self.dispatcher.on_report(replica, self.replicas[replica].turn(1))
         self.dispatcher.offer(replica)
         for _ in range(rounds):
             for other in self.dispatcher.live:
-                self.dispatcher.hear(other, self.replicas[other].turn(1))
+                self.dispatcher.on_report(other, self.replicas[other].turn(1))
         if State.ready in self.dispatcher.states:
             self.let_go(replica)
 
@@ -298,7 +298,7 @@ class Clusters(RuleBasedStateMachine):
             if all(handle.done for handle, _, _ in self.handles) and not self.dispatcher._scripts._running:
                 break
             for replica in self.dispatcher.live:
-                self.dispatcher.hear(replica, self.replicas[replica].turn(3))
+                self.dispatcher.on_report(replica, self.replicas[replica].turn(3))
         self.what_was_streamed_is_the_models()
         for i, (handle, prompt, count) in enumerate(self.handles):
             output: Any = handle.result(0)
@@ -312,7 +312,7 @@ class Clusters(RuleBasedStateMachine):
             else:
                 assert self.policy is not None and isinstance(output.error, (OverloadedError, NoReplicaError))
         for replica in self.replicas.values():  # hears what is not wanted any more
-            self.dispatcher.hear(replica.bench.engine.peers.port.me.replica, replica.turn(1))
+            self.dispatcher.on_report(replica.bench.engine.peers.port.me.replica, replica.turn(1))
         for replica in self.replicas.values():
             replica.turn(1)
             assert not replica.bench.core.exports.tips

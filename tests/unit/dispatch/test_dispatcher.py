@@ -1,0 +1,43 @@
+"""What a dispatcher counts of the requests that it places, without engines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rayk.dispatch.dispatcher import Dispatcher
+from rayk.dispatch.output import Handle
+from rayk.protocol.admission import AdmissionPolicy
+from rayk.protocol.engine import Command, Ended, Report
+from rayk.sampling import SamplingParams
+from rayk.scheduler.router.router import RouterSettings
+
+
+def report(number: int, *tokens: int, ended: bool = False) -> Report:
+    numbers = np.full(len(tokens), number, np.int64).tobytes()
+    ends = [Ended(number, "length")] if ended else []
+    return Report(numbers, np.array(tokens, np.int32).tobytes(), ended=ends, used_pages=1)
+
+
+@pytest.mark.parametrize("policy", [None, AdmissionPolicy()])
+def test_a_request_that_lost_its_replica_is_prefilled_again(policy: AdmissionPolicy | None) -> None:
+    """Its prompt and answer so far are backlog of the next replica until it has a token from there."""
+    posted: list[tuple[int, Command]] = []
+    settings = RouterSettings("cost", (50, 50), 4, limit=4, reports_backlog=False, admission=policy)
+    dispatcher = Dispatcher(lambda *sent: posted.append(sent), settings, 2)
+    handle = Handle(0, 1, "a", np.array([1, 2, 3], np.int32), SamplingParams(max_new_tokens=5))
+    dispatcher.submit([handle])
+    loads, first = dispatcher.router.loads, handle.replica
+    assert first is not None and loads.prefill_backlog[first] == 3
+    dispatcher.on_report(first, report(1, 7))
+    assert not loads.prefill_backlog.any()
+    dispatcher.lose(first, "it died")
+    second = handle.replica
+    assert second == 1 - first and loads.prefill_backlog[second] == 4
+    dispatcher.on_report(second, report(1, 8))
+    assert not loads.prefill_backlog.any() and loads.requests[second] == 1
+    admission = dispatcher._placing.admission
+    assert admission is None or not admission._promised
+    dispatcher.on_report(second, report(1, 9, ended=True))
+    assert handle.result(0).tokens == [7, 8, 9] and not loads.requests.any() and not loads.held.any()
+    assert [replica for replica, _ in posted] == [first, second]
