@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from rayk import protocol as m
-from rayk.actors.chunks import cut
+from rayk.actors.chunks import PIECE, cut
 from rayk.actors.interface import Actor, ActorGoneError, Runtime
 from rayk.actors.lane import SPOKEN, Crossing, FastLane
 from rayk.errors import CallTimeoutError, RaykError
@@ -196,10 +196,11 @@ class ActorChannel:
             if self._crossing is not None:
                 self._land(self._crossing, self._timeout)
             self._unread += 1
+            arguments = cut(wire) if len(wire) > PIECE else (wire,)
             if with_data:
-                ref, data = self.actor.call("handle_with_data", *cut(wire), returns=2)
+                ref, data = self.actor.call("handle_with_data", *arguments, returns=2)
                 return Pending(self, ref, data)
-            return Pending(self, self.actor.call("handle", *cut(wire), *attached), None)
+            return Pending(self, self.actor.call("handle", *arguments, *attached), None)
         except ActorGoneError as error:
             raise self._gone(str(error)) from None
 

@@ -77,12 +77,12 @@ class ReplicaActor:
     def handle(self, wire: bytes | int, *rest: Any) -> bytes:
         """Answer a message, see rayk.actors.chunks; what comes after it is page data from other replicas."""
         with self._door:
-            return self._service.handle(*joined(wire, rest))[0]
+            return self._service.handle(*(joined(wire, rest) if isinstance(wire, int) else (wire, rest)))[0]
 
     def handle_with_data(self, wire: bytes | int, *rest: Any) -> tuple[bytes, PageData]:
         """Answer a message whose result comes with page data."""
         with self._door:
-            return self._service.handle(*joined(wire, rest))
+            return self._service.handle(*(joined(wire, rest) if isinstance(wire, int) else (wire, rest)))
 
     def handle_by_lane(self, wire: bytes) -> bytes:
         """Answer a message that came by a driver's lane. Nothing comes back when the answer is too long for it: sent

@@ -77,7 +77,7 @@ class SchedulerActor:
         """
         seq = 0
         try:
-            wire, attached = joined(first, rest)
+            wire, attached = joined(first, rest) if isinstance(first, int) else (first, rest)
             envelope = m.decode_envelope(wire)
             seq = envelope.seq
             if not isinstance(envelope, m.SchedulerEnvelope):

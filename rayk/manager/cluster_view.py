@@ -68,7 +68,6 @@ class ClusterView(ABC):
         self._placed: dict[str, int] = {}
         self._claims: dict[str, int] = {}  # the generation of each claim; of one that was lost, until it is made anew
         self._lost_claims: deque[str] = deque()  # those of the latter, of which the last LOST_KNOWN are remembered
-        self._released: dict[str, int] = {}  # straight on replicas; the scheduler hears of it with the next message
         self._links: list[ActorChannel | None] = []
         self._lanes_off = "not asked for"  # why lines have no fast lanes; empty when they have
         self._dead: set[int] = set()  # replicas that died or were removed: the roster that is known is not the latest
@@ -175,19 +174,6 @@ class ClusterView(ABC):
     def holder(self, request_id: str) -> int | None:
         """Where this driver's request is, as far as it knows."""
         return self._placed.get(request_id)
-
-    def _take_released(self) -> dict[str, int]:
-        released, self._released = self._released, {}
-        return released
-
-    def _claimed(self, request_id: str, replica: int, generation: int) -> None:
-        """The request has a new claim on that replica."""
-        self._placed[request_id], self._claims[request_id] = replica, generation
-
-    def _gone(self, request_id: str) -> None:
-        self._sender.forget(request_id)
-        self._placed.pop(request_id, None)
-        self._released[request_id] = self._claims.pop(request_id, 0)
 
     def _lose(self, request_id: str) -> None:
         """The claim has ended, though it was not released here. Messages about it name it all the same, and are refused

@@ -56,6 +56,7 @@ class PlacingCalls(ClusterView):
         self.prefill_rate: float | None = None
         settings = cluster.config.router_settings(cluster.pages)
         self._keys = settings.keys() if settings.wants_keys else None
+        self._released: dict[str, int] = {}  # straight on replicas; the scheduler hears of it with the next message
         self._waiting: dict[str, TextContext] = {}  # offered, and not known yet what became of it
         self._note: Pending | None = None  # tells the scheduler what was released; its answer was not read yet
         self._abandoned: list[_Abandoned] = []
@@ -65,7 +66,8 @@ class PlacingCalls(ClusterView):
 
     @current
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> Script[None]:
-        request_id = checked_request_id(request_id)
+        if type(request_id) is not str or not request_id or not request_id.isascii():
+            request_id = checked_request_id(request_id)
         yield from self._noted()
         command = m.ClaimOne(request_id, replica, dummy, self._take_released())
         done = yield from self._placed_by(self.scheduler.send(command), [request_id], replica)
@@ -339,12 +341,25 @@ class PlacingCalls(ClusterView):
         while self._abandoned:
             yield from self._undo(self._abandoned[0])
 
+    def _take_released(self) -> dict[str, int]:
+        released, self._released = self._released, {}
+        return released
+
+    def _claimed(self, request_id: str, replica: int, generation: int) -> None:
+        """The request has a new claim on that replica."""
+        self._placed[request_id], self._claims[request_id] = replica, generation
+
+    def _gone(self, request_id: str) -> None:
+        self._sender.forget(request_id)
+        self._placed.pop(request_id, None)
+        self._released[request_id] = self._claims.pop(request_id, 0)
+
     # -- contexts ----------------------------------------------------------------------------------
 
     def _page_keys(self, ctxs: Sequence[TextContext]) -> bytes:
         """The keys that a router goes by, made here and not by the scheduler, which all drivers share."""
         keys = self._keys
-        if keys is None or self.indices < 2:  # else there is no choice
+        if keys is None or len(self._links) < 2:  # else there is no choice
             return b""
         size, joined = self._params.page_size, []
         for ctx in ctxs:

@@ -15,13 +15,14 @@ from rayk.actors.deployment import ReplicaHandle
 from rayk.actors.launch import stop_actors
 from rayk.actors.scale_out import ScaleOut, plan_scale_out, start_replicas
 from rayk.errors import DrainError, SchedulerLostError
-from rayk.manager.cluster_view import ClusterView, Script, current, off_loop, result_of
+from rayk.manager.cluster_view import Script, current, off_loop, result_of
+from rayk.manager.placing_calls import PlacingCalls
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
 
 LOOK_SECONDS = 0.02  # between two looks at a replica that drains
 
 
-class ScalingCalls(ClusterView):
+class ScalingCalls(PlacingCalls):
     """`_name` is that of the cluster's detached actors, if they are that."""
 
     _name: str | None
