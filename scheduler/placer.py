@@ -18,7 +18,6 @@ from msgspec import structs
 
 from rayk import protocol as m
 from rayk.errors import (
-    AlreadyClaimedError,
     CallTimeoutError,
     LeaseLostError,
     MessageError,
@@ -29,6 +28,7 @@ from rayk.errors import (
 )
 from rayk.kvcache.page_hash import KEY_BYTES, split_keys
 from rayk.protocol.columns import BASE, PENDING, SENT, AdmitResults, PackedContexts
+from rayk.protocol.local_contexts import ContextRows, rows_of
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.placements import Placements
 from rayk.scheduler.router.policy import RouteRequest
@@ -64,7 +64,7 @@ class Placer:
         self.placements = Placements()
         self.router = router
         self._owners: dict[str, Owner] = {}  # request -> who placed it
-        self._scripts = itertools.count(1)
+        self.generations = itertools.count(1)  # of claims
         self.gone: Callable[[Sequence[str]], None] | None = None
         """Told of requests that have no place any more."""
         self._members = members
@@ -85,7 +85,7 @@ class Placer:
 
     def owner(self, client: str) -> Owner:
         """A new script's name for what it places for that client."""
-        return client, next(self._scripts)
+        return client, next(self.generations)
 
     def add(self, owner: Owner, request_id: str, replica: int, wish: RouteRequest) -> None:
         """Place a request; AlreadyClaimedError when it has a place."""
@@ -93,14 +93,24 @@ class Placer:
         self.router.place(request_id, replica, wish)
         self._owners[request_id] = owner
 
+    def adopt(self, owner: Owner, request_id: str, replica: int) -> None:
+        """Know whose a claim is that was made on its replica directly, and count it there."""
+        if request_id not in self._owners:
+            self.router.place(request_id, replica, RouteRequest(0))
+            self._owners[request_id] = owner
+
     def forget(self, request_ids: Sequence[str]) -> None:
         """Those requests have no place any more; unknown ones are ignored."""
         if self.gone is not None:
             self.gone(request_ids)
         for request_id in request_ids:
-            self.placements.remove(request_id)
-            self.router.remove(request_id)
-            self._owners.pop(request_id, None)
+            self.drop(request_id)
+
+    def drop(self, request_id: str) -> None:
+        """forget() of one request, of which nobody has to be told."""
+        self.placements.remove(request_id)
+        self.router.remove(request_id)
+        self._owners.pop(request_id, None)
 
     def forget_of(self, owner: Owner, request_ids: Iterable[str]) -> None:
         """What one script placed; another may have found the id free and placed it meanwhile."""
@@ -139,17 +149,34 @@ class Placer:
 
     def release_all(self, client: str) -> Part:
         """Release what a driver has claimed."""
-        mine = {request_id: owner for request_id, owner in self._owners.items() if owner[0] == client}
+        yield from self.take_back({i: owner for i, owner in self._owners.items() if owner[0] == client})
+
+    def take_back(self, claims: Mapping[str, Owner]) -> Part:
+        """Release those claims, as far as they are still there: of a driver that left, or of a call that was
+        interrupted."""
         by_replica: dict[int, dict[str, int]] = {}
-        for request_id, (_, generation) in mine.items():
-            holder = self.placements.holder(request_id)
+        for request_id, owner in claims.items():
+            holder = self.placements.holder(request_id) if self._owners.get(request_id) is owner else None
             if holder is not None:
-                by_replica.setdefault(holder, {})[request_id] = generation
+                by_replica.setdefault(holder, {})[request_id] = owner[1]
         if by_replica:
-            yield [ReplicaCall(r, released(claims)) for r, claims in by_replica.items()]
-        self.forget([i for i, owner in mine.items() if self._owners.get(i) is owner])
+            yield [ReplicaCall(r, released(generations)) for r, generations in by_replica.items()]
+        self.forget([i for i, owner in claims.items() if self._owners.get(i) is owner])
 
     # -- placing ---------------------------------------------------------------------------------
+
+    def choose(self, request_id: str, wish: RouteRequest) -> int:
+        """The replica of a new request, by the router."""
+        replica = self.router.choose(request_id, wish)
+        if replica < 0:
+            raise NoReplicaError(request_id)
+        return replica
+
+    def wish(self, batch: ContextRows, row: int, keys: Sequence[int] | None = None) -> RouteRequest:
+        """What the router goes by; `keys` where they were sent, and are not to be made here."""
+        return RouteRequest(
+            batch.lengths[row], self.keys(batch, row) if keys is None else keys, batch.traits(row).session_id
+        )
 
     def claim(self, client: str, command: m.ClaimOne) -> Script:
         """Claim one request where the driver says."""
@@ -169,7 +196,7 @@ class Placer:
         not answer goes to another, once, unless its driver named the replica."""
         self.forget_released(command.released)
         self.prefill_rate = command.prefill_rate
-        batch = PackedContexts(command.contexts)
+        batch = rows_of(command.contexts)
         if command.replicas and len(command.replicas) != len(batch):
             raise MessageError(f"{len(command.replicas)} replica(s) were named for {len(batch)} request(s)")
         if len(command.generations) not in (0, len(batch)):
@@ -205,7 +232,7 @@ class Placer:
 
     def carry_out(
         self,
-        batch: PackedContexts,
+        batch: ContextRows,
         command: m.PlaceMany,
         claims: Sequence[Owner],
         groups: Groups,
@@ -243,45 +270,35 @@ class Placer:
                 router.report(r, unfilled[r], seen[r])
 
     def _choose(
-        self, claims: Sequence[Owner], batch: PackedContexts, command: m.PlaceMany, outcomes: AdmitResults
+        self, claims: Sequence[Owner], batch: ContextRows, command: m.PlaceMany, outcomes: AdmitResults
     ) -> tuple[list[int], Groups, set[int]]:
         """The replica of each request, which counts there from now on; -1 for what is refused. The set holds the rows
         of whose prefix no other replica has anything."""
-        wanted, replicas, groups, lonely = command.replicas, [-1] * len(batch), Groups(), set[int]()
-        router, traits = self.router, command.contexts.traits
+        replicas, groups, lonely = [-1] * len(batch), Groups(), set[int]()
+        router, wanted = self.router, command.replicas
         copies = command.peers and self._copies
         keyed = router.keyed and (command.claim or copies or not wanted)
-        all_keys = self.sent_keys(batch, command.keys) if keyed else None
-        for i, (request_id, length) in enumerate(zip(batch.ids, batch.lengths, strict=True)):
-            keys = all_keys[i] if all_keys is not None else self.keys(batch, i) if keyed else ()
-            wish = RouteRequest(length, keys, traits[i].session_id if i in traits else None)
+        all_keys = self.sent_keys(batch, command.keys) if keyed else [()] * len(batch)
+        for i, request_id in enumerate(batch.ids):
+            wish = self.wish(batch, i, all_keys[i] if all_keys is not None else None)
             try:
-                if wanted:
-                    replica = wanted[i]
-                    self._check(request_id, replica, None if command.claim else claims[i])
+                replica = replicas[i] = wanted[i] if wanted else self.choose(request_id, wish)
+                if not command.claim:
+                    self._check(request_id, replica, claims[i])
                 else:
-                    replica = router.choose(request_id, wish)
-                    if replica < 0:
-                        raise NoReplicaError(request_id)
-                if copies and keyed and not router.held_elsewhere(replica, keys):
-                    lonely.add(i)
-                if command.claim:
+                    self._members.check_takes(replica)
                     self.add(claims[i], request_id, replica, wish)
-                replicas[i] = replica
+                if copies and keyed and not router.held_elsewhere(replica, wish.keys):
+                    lonely.add(i)
                 groups.setdefault(replica, []).append(i)
             except RaykError as error:
-                if isinstance(error, AlreadyClaimedError):
-                    replicas[i] = error.replica
                 outcomes.failures[i] = m.failure(error)
                 if command.stop_on_error:
                     break
         return replicas, dict(sorted(groups.items())), lonely
 
-    def _check(self, request_id: str, replica: int, claim: Owner | None) -> None:
-        """Whether a request may be claimed on the replica that its driver names, or its `claim` is there."""
-        if claim is None:
-            self._members.check_takes(replica)
-            return
+    def _check(self, request_id: str, replica: int, claim: Owner) -> None:
+        """Whether the `claim` of a request is on the replica that its driver names."""
         self._members.check(replica)
         holder, owner = self.placements.holder(request_id), self._owners.get(request_id)
         if owner is not None and owner != claim:
@@ -289,9 +306,9 @@ class Placer:
         if holder is not None and holder != replica:
             raise NotClaimedError(request_id, replica, holder)
 
-    def sent_keys(self, batch: PackedContexts, joined: bytes) -> list[list[int]] | None:
+    def sent_keys(self, batch: ContextRows, joined: bytes) -> Sequence[Sequence[int]] | None:
         """What the router knows the pages of each request by, as its driver sent it; None if it sent nothing."""
-        if not joined:
+        if not joined or not isinstance(batch, PackedContexts):
             return None
         base, sent, pending = (batch.numbers[:, column] for column in (BASE, SENT, PENDING))
         pages = np.where(base > 0, 0, np.maximum(sent - np.maximum(pending, 1), 0) // self._page_size)
@@ -302,7 +319,7 @@ class Placer:
         keys = split_keys(joined)
         return [keys[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
-    def keys(self, batch: PackedContexts, row: int) -> Sequence[int]:
+    def keys(self, batch: ContextRows, row: int) -> Sequence[int]:
         """The same of one request for which nothing was sent, made here: its driver did not know yet that there is a
         choice, or a replica hands it over."""
         make, traits = self.router.keys, batch.traits(row)
@@ -312,7 +329,7 @@ class Placer:
 
     def _admit(
         self,
-        batch: PackedContexts,
+        batch: ContextRows,
         command: m.PlaceMany,
         claims: Sequence[Owner],
         groups: Groups,
@@ -340,7 +357,7 @@ class Placer:
     def _admission(
         self,
         replica: int,
-        batch: PackedContexts,
+        batch: ContextRows,
         command: m.PlaceMany,
         claims: Sequence[Owner],
         rows: Sequence[int],

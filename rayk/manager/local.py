@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import repeat
 from socket import gethostname
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from rayk import protocol as m
 from rayk.context import TextContext
 from rayk.errors import (
     AlreadyClaimedError,
     InsufficientBlocksError,
-    NoReplicaError,
     RaykError,
     cannot_be_sent,
 )
@@ -27,21 +27,17 @@ from rayk.kvcache.connector import TierCount
 from rayk.kvcache.context_batch import ContextBatch
 from rayk.kvcache.iteration import Batches, Forward, run_forward, run_tick
 from rayk.kvcache.metrics import KVCacheMetrics
-from rayk.kvcache.page_pins import PageExport
 from rayk.kvcache.replica import ReplicaCore
 from rayk.kvcache.request import Reused, Usage
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, ReplicaInputs, no_inputs
 from rayk.kvcache.tick import Admission, HitCounts, Settled, Tick, TickResult, placed
-from rayk.manager.local_replicas import InlineReplicas
-from rayk.protocol.contexts import Traits
-from rayk.scheduler.transfers.copy_cost import copy_spans, profitable_spans
+from rayk.manager.local_replicas import ME, InlineReplicas
+from rayk.protocol.columns import AdmitResults
+from rayk.protocol.local_contexts import LocalRows, local_contexts
+from rayk.scheduler.placer import Owner
+from rayk.scheduler.router.policy import RouteRequest
 from rayk.values import checked_request_id
 
-if TYPE_CHECKING:
-    from rayk.scheduler.admission.controller import AdmissionController
-    from rayk.scheduler.router.policy import RouteRequest
-
-_ME = ""  # the one driver of the inline runtime
 Work = TypeVar("Work", bound=Sequence[Any])
 
 
@@ -56,9 +52,9 @@ class LocalCalls(InlineReplicas):
         if type(request_id) is not str or not request_id or not request_id.isascii():
             request_id = checked_request_id(request_id)
         if not self._router.loads.ready[replica]:
-            self._lifecycle.members.check_takes(replica)
+            self.scheduler.members.check_takes(replica)
         self._placements.add(request_id, replica)
-        core.claim(request_id, dummy, _ME, next(self._generations))
+        core.claim(request_id, dummy, ME, next(self._generations))
 
     def contains(self, request_id: str, replica: int) -> bool:
         return checked_request_id(request_id) in self.core(replica).requests
@@ -118,53 +114,40 @@ class LocalCalls(InlineReplicas):
 
     def _alloc_with_copies(self, core: ReplicaCore, ctx: TextContext) -> Reused:
         """alloc() that first fetches from the other replicas what this one misses, pinned there meanwhile."""
-        return self._with_copies(core, ctx, core.alloc)
+        if not self._held_elsewhere(core, ctx):
+            return core.alloc(ctx)
+        request = core.requests.get(ctx.request_id)
+        if request is None:
+            raise core.not_claimed(ctx.request_id)
+        done = self._admit_with_copies(ctx, core.replica, (request.client, request.generation), claim=False)
+        if done.error is not None:
+            raise done.error
+        return Reused(done.device_tokens, done.peer_tokens, done.host_tokens, done.disk_tokens)
 
-    def _receive(self, core: ReplicaCore, ctx: TextContext) -> Reused:
-        return self._with_copies(core, ctx, core.accept_handover) if self._copies else core.accept_handover(ctx)
-
-    def _with_copies(self, core: ReplicaCore, ctx: TextContext, alloc: Callable[..., Reused]) -> Reused:
+    def _held_elsewhere(self, core: ReplicaCore, ctx: TextContext) -> bool:
+        """Whether another replica has more of what the request may reuse."""
         stop = core.may_reuse(ctx)
-        have, host, disk = core.tier_hits(ctx) if stop else (0, 0, 0)
-        if have + host + disk >= stop:
-            return alloc(ctx)
-        resident = [c.cached_pages(ctx) if c is not None and c is not core else 0 for c in self.cores]
-        if max(resident) <= have + host + disk:  # what the others have is in this node's tiers
-            return alloc(ctx)
-        page_bytes, exports = core.params.bytes_per_page, list[tuple[ReplicaCore, PageExport]]()
-        spans = profitable_spans(
-            copy_spans(have, resident, stop),
-            lambda span: self._copy_rate.seconds((span.stop - span.start) * page_bytes),
-            core.page_size,
-            self.prefill_rate,
-        )
-        began = perf_counter()
-        try:
-            for span in spans:
-                source = self.core(span.replica)
-                exports.append((source, source.exports.export(ctx, span.start, span.stop, 0)))
-            reused = alloc(ctx, [source.exports.direct(export, core.buffers) for source, export in exports])
-            self._copy_rate.seen(reused.peer_tokens // core.page_size * page_bytes, perf_counter() - began)
-            return reused
-        finally:
-            for source, export in exports:
-                source.exports.acknowledge(export.export_id)
+        have = core.cached_pages(ctx) if stop else 0
+        return have < stop and any(other.cached_pages(ctx) > have for other in self._there if other is not core)
+
+    def _admit_with_copies(self, ctx: TextContext, replica: int, owner: Owner, claim: bool) -> Admission:
+        """Claim, unless it is claimed already, and allocate a request that is placed, with pages of other replicas."""
+        batch, outcomes = LocalRows([ctx]), AdmitResults(1)
+        command = m.PlaceMany(batch.contexts, claim=claim, peers=True, prefill_rate=self.prefill_rate)
+        groups = {replica: [0]}
+        self._run(self._placer.carry_out(batch, command, [owner], groups, set(), outcomes))
+        return outcomes.admissions([replica])[0]
 
     # -- batches -------------------------------------------------------------------------------
 
     def try_admit(
         self, ctxs: Sequence[TextContext], replicas: Sequence[int] | None, stop_on_error: bool
     ) -> list[Admission]:
+        # One after the other: each finds what those before it left cached, and behind an error nothing is touched.
         admissions: list[Admission] = []
         try:
-            for i, ctx in enumerate(ctxs):
-                try:
-                    wish = self._wish(ctx)
-                except (TypeError, ValueError, OverflowError) as error:
-                    admissions.append(Admission(-1, cannot_be_sent(ctx.request_id, error)))
-                else:
-                    replica = replicas[i] if replicas is not None else self._route(ctx.request_id, wish)
-                    admissions.append(self._admit(ctx, wish, replica))
+            for ctx, replica in zip(ctxs, repeat(None) if replicas is None else replicas, strict=False):
+                admissions.append(self._admit_one(ctx, replica))
                 if stop_on_error and admissions[-1].error is not None:
                     break
         except BaseException:  # interrupted: its caller would not know of what was placed
@@ -172,102 +155,60 @@ class LocalCalls(InlineReplicas):
             raise
         return admissions
 
-    def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> Settled:
-        from rayk.scheduler.admission.controller import QueuedRequest
-
-        hall, offered = self._hall, self._offered
-        assert hall is not None, "the manager has a policy"
-        became: Settled = []
-        self._look()
-        hall.give_up(_ME, given_up)
-        for ctx in ctxs:
-            waits, holder = ctx.request_id in offered, self._holder(ctx.request_id)
-            if waits or holder >= 0:
-                became.append((ctx, Admission(holder, AlreadyClaimedError(ctx.request_id, -1 if waits else holder))))
-            else:
-                self._let_in(hall)
-                offered[ctx.request_id] = ctx
-                traits = Traits(tenant=ctx.tenant, priority=ctx.priority, deadline=ctx.deadline)
-                length = ctx.tokens.length
-                visitor = QueuedRequest(_ME, partial(self._wish, ctx), ctx)
-                hall.offer(visitor, ctx.request_id, length, ctx.max_length - length, traits)
-        hall.expire()
-        self._let_in(hall)
-        fates, _ = hall.settled(_ME)
-        return became + [(offered.pop(f.request_id), f.outcome or Admission(f.replica, f.error)) for f in fates]
-
-    def _let_in(self, hall: AdmissionController) -> None:
-        while (entering := hall.next()) is not None:
-            admission = self._admit(entering.visitor.what, entering.wish, entering.replica)
-            error = admission.error
-            hall.answered(entering)
-            self._look()
-            if error is None:
-                hall.placed(entering, admission)
-            elif isinstance(error, InsufficientBlocksError) and error.needed <= error.total:
-                hall.refused(entering, error)
-                return
-            else:
-                hall.failed(entering, error)
-
-    def _look(self) -> None:
-        """Tell the hall how the replicas are."""
-        assert self._hall is not None
-        self._report()
-        self._turn += 1
-        for core in self._there:
-            self._hall.gate.report(core.replica, self._turn, core.usage.used)
-
-    def _route(self, request_id: str, wish: RouteRequest) -> int:
-        self._report()
-        return self._router.choose(request_id, wish)
-
-    def _wish(self, ctx: TextContext) -> RouteRequest:
-        from rayk.scheduler.router.policy import RouteRequest
-
-        window = ctx.tokens
-        keys: Sequence[int] = ()
-        if self._router.keys is not None:
-            keys = self._router.keys.of(window.data[: window.length].tobytes(), ctx.root_key, ctx.pending_future_count)
-        return RouteRequest(window.length, keys, ctx.session_id)
-
-    def _report(self) -> None:
-        """Tell the router what the replicas still have to prefill; contexts say themselves how far they are."""
-        waiting = [0] * len(self.cores)
-        for request_id, (ctx, replica) in list(self._filling.items()):
-            left = ctx.tokens.length - ctx.tokens.processed
-            if left > 1:
-                waiting[replica] += left
-            else:
-                del self._filling[request_id]
-        for core in self._there:
-            core.publish()
-            self._router.report(core.replica, waiting[core.replica], 0)
-
-    def _admit(self, ctx: TextContext, wish: RouteRequest, replica: int) -> Admission:
-        start = perf_counter()
+    def _admit_one(self, ctx: TextContext, named: int | None) -> Admission:
+        """What Placer.place_many() does of one request, without its rounds where no page is copied."""
+        placer, owner = self._placer, self._placer.owner(ME)
+        if named is None:
+            self._report()
         try:
-            if replica < 0:
-                raise NoReplicaError(ctx.request_id)
-            self._lifecycle.members.check_takes(replica)
-            core = self.core(replica)
-            self._placements.add(ctx.request_id, replica, ctx.tokens.length)
+            window, make = ctx.tokens, self._router.keys
+            tokens = window.data[: window.length].tobytes() if make is not None else b""
+            keys = make.of(tokens, ctx.root_key, ctx.pending_future_count) if make is not None else ()
+            wish = RouteRequest(window.length, keys, ctx.session_id)
+        except (TypeError, ValueError, OverflowError) as error:
+            return Admission(-1, cannot_be_sent(ctx.request_id, error))
+        replica = -1 if named is None else named
+        try:
+            if named is None:
+                replica = placer.choose(ctx.request_id, wish)
+            self.scheduler.members.check_takes(replica)
+            placer.add(owner, ctx.request_id, replica, wish)
+            if self._copies and self._held_elsewhere(self.core(replica), ctx):
+                admission = self._admit_with_copies(ctx, replica, owner, claim=True)
+            else:
+                reused, claiming, allocating = self.local(replica).admit(ctx, *owner)
+                self._router.answered(replica, (ctx.request_id,))
+                admission = Admission(replica, None, *reused, claiming, allocating)
         except RaykError as error:
+            placer.forget_of(owner, (ctx.request_id,))
             return Admission(replica, error)
-        self._router.place(ctx.request_id, replica, wish)
-        core.claim(ctx.request_id, False, _ME, next(self._generations))
-        claimed = perf_counter()
-        try:
-            reused: Reused = self.allocators[replica](ctx)
-        except BaseException as error:
-            core.release(ctx.request_id)
-            self._forget(ctx.request_id)
-            if not isinstance(error, RaykError):
-                raise
-            return Admission(replica, error)
-        self._router.answered(replica, (ctx.request_id,))
-        self._filling[ctx.request_id] = (ctx, replica)
-        return Admission(replica, None, *reused, claim_seconds=claimed - start, alloc_seconds=perf_counter() - claimed)
+        except BaseException:
+            self._run(placer.take_back({ctx.request_id: owner}))
+            raise
+        if admission.error is not None:
+            placer.forget_of(owner, (ctx.request_id,))
+        else:
+            self._filling[ctx.request_id] = (ctx, replica)
+        return admission
+
+    def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> Settled:
+        offers: dict[str, TextContext] = {}
+        became: Settled = []
+        for ctx in ctxs:
+            if ctx.request_id in self._offered or offers.setdefault(ctx.request_id, ctx) is not ctx:
+                became.append((ctx, Admission(-1, AlreadyClaimedError(ctx.request_id, -1))))
+        self._offered.update(offers)
+        contexts = local_contexts(list(offers.values()))
+        done: m.EnterDone = self._ask(
+            m.Enter(contexts, self._copies, given_up=list(given_up), prefill_rate=self.prefill_rate)
+        )
+        outcomes = AdmitResults.received(done.numbers, done.seconds, done.failures, len(done.ids))
+        for request_id, admission in zip(done.ids, outcomes.admissions(done.replicas), strict=True):
+            ctx = self._offered.pop(request_id)
+            if admission.error is None:
+                self._filling[request_id] = (ctx, admission.replica)
+            became.append((ctx, admission))
+        return became
 
     def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> list[TickResult]:
         if len(self.allocators) < len(self.cores):
@@ -322,16 +263,15 @@ class LocalCalls(InlineReplicas):
         return [HitCounts(*core.tier_hits(ctx)) if core is not None else HitCounts(0) for core in self.cores]
 
     def metrics(self) -> KVCacheMetrics:
-        return sum((core.metrics for core in self._there), self._left)
+        done: m.MetricsDone = self._ask(m.EveryReplica(m.GetMetrics()))
+        return done.metrics
 
     def reset_metrics(self) -> None:
-        self._left = KVCacheMetrics()
-        for core in self._there:
-            core.reset_metrics()
+        self._ask(m.EveryReplica(m.ResetMetrics()))
 
     def reset_prefix_cache(self, token: bytes | None) -> dict[int, int]:
-        self._reset = token or self._reset
-        return {core.replica: core.reset_prefix_cache(token) for core in self._there}
+        done: m.ResetDone = self._ask(m.EveryReplica(m.ResetPrefixCache(token)))
+        return done.by_replica
 
     def buffers(self, replica: int) -> list[torch.Tensor]:
         return self.core(replica).buffers.all_buffers
@@ -348,13 +288,11 @@ class LocalCalls(InlineReplicas):
             core.poll_transfers()
 
     def drain(self) -> None:
-        for core in self._there:
-            core.drain()
+        self._ask(m.EveryReplica(m.Drain()))
 
     def node_names(self) -> list[str]:
         return [gethostname() if core is not None else "" for core in self.cores]
 
     def check_integrity(self) -> list[int]:
-        for core in self._there:
-            core.check_integrity()
-        return []
+        done: m.Unasked = self._ask(m.EveryReplica(m.CheckIntegrity()))
+        return done.replicas

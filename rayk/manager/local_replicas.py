@@ -1,40 +1,42 @@
-"""The replicas of a manager in this process: who is there, and how they come and go."""
+"""The replicas of a manager in this process: started and ended here, and told what to do by the scheduler's scripts."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from socket import gethostname
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
+from rayk import protocol as m
 from rayk.actors.interface import LaneState
 from rayk.context import TextContext
-from rayk.errors import DrainError, NoReplicaError, RaykError, ReplicaRemovedError
-from rayk.kvcache.metrics import KVCacheMetrics
+from rayk.errors import DrainError, ReplicaRemovedError
+from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.replica import ReplicaCore
-from rayk.manager.local_evacuation import offer_here
 from rayk.params import KVCacheParams
 from rayk.planning.node_plan import measure_node, plan_replica
 from rayk.protocol.admission import AdmissionPolicy
+from rayk.replica.local import LocalReplica
+from rayk.scheduler.core import SchedulerCore
+from rayk.scheduler.router.router import IndexFeed, RouterSettings
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
-from rayk.scheduler.transfers.copy_cost import LinkEstimate
+from rayk.scheduler.script import ReplicaCall, ReplicaReply
 from rayk.tiers.identity import find_seed, named
 from rayk.tiers.opening import open_connector
+from rayk.transport.choice import Peer
 
-if TYPE_CHECKING:
-    from rayk.scheduler.router.policy import RouteRequest
-
-DIRECT_LATENCY, DIRECT_BANDWIDTH = 50e-6, 4e9  # of copies within this process, until some were made
+R = TypeVar("R")
+ME = ""  # the one driver of the inline runtime
 
 
 class InlineReplicas(ABC):
     """`cores[r]` is replica r, None where nobody is any more. `allocators[r]` is the alloc() of those that are there;
-    the object stays the same. The scheduler's pure parts are the same as on Ray."""
+    the object stays the same. `scheduler` is the same as on Ray."""
 
     def __init__(
         self,
@@ -46,13 +48,6 @@ class InlineReplicas(ABC):
         host_pages: int = 0,
         admission: AdmissionPolicy | None = None,
     ) -> None:
-        from rayk.scheduler.admission.controller import AdmissionController
-        from rayk.scheduler.lifecycle import ReplicaLifecycle
-        from rayk.scheduler.membership import Membership
-        from rayk.scheduler.placements import Placements
-        from rayk.scheduler.router.router import RouterSettings
-
-        replicas = params.data_parallel_degree
         params = named(params)
         if params.kv_hash_seed is None:
             params = replace(params, kv_hash_seed=find_seed(params))
@@ -62,64 +57,58 @@ class InlineReplicas(ABC):
         self._runtime_checks = runtime_checks
         self._host_pages = host_pages
         self._tiers = f"inline-{os.getpid()}-{os.urandom(8).hex()}"
-        self._placements = Placements()
-        self._generations = count(1)  # of claims
+        self._epochs = count(1)  # of replicas
+        self._pools: dict[Peer, PageBuffers] = {}
         self._filling: dict[str, tuple[TextContext, int]] = {}  # requests that may still have tokens to prefill
+        self._offered: dict[str, TextContext] = {}  # requests that wait
         self.prefill_rate: float | None = None
-        self._copy_rate = LinkEstimate(DIRECT_LATENCY, DIRECT_BANDWIDTH)
-        self._reset: bytes | None = None  # token of the last reset that replicas which join later must know of
-        self._left = KVCacheMetrics()  # what removed replicas had counted
         self.allocators: dict[int, Callable[[TextContext], Any]] = {}
         self.cores: list[ReplicaCore | None] = []
-        try:
-            for r in range(replicas):
-                self.cores.append(self._make(r))
-        except BaseException:
-            self.close()
-            raise
+        self._replicas: list[LocalReplica | None] = []  # the same behind commands
         settings = RouterSettings(
             router,
-            (num_pages,) * replicas,
+            (num_pages,) * params.data_parallel_degree,
             params.page_size,
             params.page_hash_algo,
             params.kv_hash_seed or b"",
             params.enable_prefix_caching,
+            admission,
+            offers=params.offers_pages,
         )
-        self._router = settings.make(monotonic)
-        self._hall = (
-            AdmissionController(admission, self._router, params.page_size, monotonic) if admission is not None else None
-        )
+        epochs = [next(self._epochs) for _ in settings.pages]
+        self.scheduler = SchedulerCore(epochs, settings, params.copies_prefixes, monotonic)
+        self._router, self._placer, self._hall = self.scheduler.router, self.scheduler.placer, self.scheduler.hall
+        self._placements, self._generations = self._placer.placements, self._placer.generations
         self._turn = 0  # looks at the replicas
-        self._offered: dict[str, TextContext] = {}  # requests that wait
-        self._lifecycle = ReplicaLifecycle(
-            Membership([1] * replicas), self._router, self._placements.on, self._forget_all, settings
-        )
-        if self._hall is not None:
-            self._lifecycle.on_replica_gone = self._hall.lost
-        for core in self._there if self._router.keyed else ():
-            self._follow(core)
-        self._seat()
+        try:
+            for r, epoch in enumerate(epochs):
+                self._put(r, self._start(r, epoch))
+        except BaseException:
+            self.close()
+            raise
+        for r in range(len(epochs)) if settings.keyed else ():
+            self.local(r).answer(m.StartCacheEvents())
+        self._derive()
 
-    def _make(self, replica: int) -> ReplicaCore:
+    # -- start and end -------------------------------------------------------------------------------
+
+    def _start(self, replica: int, epoch: int) -> LocalReplica:
         params, pages = self._params, self._num_pages
         core = ReplicaCore(params, replica, pages, self._max_batch_size, None, self._runtime_checks, self._holder)
         if params.kv_connector != "null":
             core.connect(open_connector(params, core.buffers.all_bytes, self._host_pages, self._tiers))
-        if self._reset is not None:
-            core.join_after_reset(self._reset)
-        return core
+        return LocalReplica(core, epoch, self._pools, IndexFeed(self._router.index, replica))
 
-    def _follow(self, core: ReplicaCore) -> None:
-        """Have the index told of what the replica caches."""
-        from rayk.scheduler.router.router import IndexFeed
+    def _put(self, replica: int, local: LocalReplica | None) -> None:
+        while len(self.cores) <= replica:
+            self.cores.append(None)
+            self._replicas.append(None)
+        self._replicas[replica], self.cores[replica] = local, local.core if local is not None else None
 
-        core.listen(IndexFeed(self._router.index, core.replica))
-
-    def _seat(self) -> None:
+    def _derive(self) -> None:
         """Derive what depends on who is there."""
         there = self._there
-        params = self._params
-        self._copies = params.copies_prefixes and len(there) > 1
+        self._copies = self._params.copies_prefixes and len(there) > 1
         self._only = there[0] if len(self.cores) == 1 and there else None
         self.allocators.clear()
         self.allocators.update((core.replica, self._allocator(core)) for core in there)
@@ -127,14 +116,6 @@ class InlineReplicas(ABC):
     @abstractmethod
     def _allocator(self, core: ReplicaCore) -> Callable[[TextContext], Any]:
         """alloc() of that replica."""
-
-    @abstractmethod
-    def _receive(self, core: ReplicaCore, ctx: TextContext) -> Any:
-        """core.accept_handover() with copies from the others."""
-
-    @abstractmethod
-    def _wish(self, ctx: TextContext) -> RouteRequest:
-        """What the router goes by."""
 
     @property
     def _there(self) -> list[ReplicaCore]:
@@ -152,11 +133,79 @@ class InlineReplicas(ABC):
             raise ReplicaRemovedError(replica, len(self.cores))
         return core
 
+    def local(self, replica: int) -> LocalReplica:
+        """The same behind commands."""
+        local = self._replicas[replica]
+        if local is None:
+            raise ReplicaRemovedError(replica, len(self.cores))
+        return local
+
     def _check_holes(self, batches: Sequence[Any]) -> None:
         """ReplicaRemovedError when a batch is for nobody."""
         for core, batch in zip(self.cores, batches, strict=False):
             if core is None and batch:
                 self.core(self.cores.index(core))
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for local in self._replicas:
+            if local is not None:
+                local.shutdown()
+        self.cores.clear()
+        self._replicas.clear()
+
+    def leave(self) -> None:
+        """Nobody else uses what is here."""
+        self.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # a manager that was dropped: its tiers' threads and shared memory must go, too
+            self.close()
+
+    # -- the scheduler -------------------------------------------------------------------------------
+
+    def _ask(self, command: m.SchedulerCommand) -> Any:
+        """What the scheduler makes of a command; an error that it answers with is raised."""
+        self._report()
+        result = self._run(self.scheduler.handle(ME, command))
+        if isinstance(result, m.Failure):
+            raise m.to_error(result)
+        return result
+
+    def _run(self, script: Generator[list[ReplicaCall], list[ReplicaReply], R]) -> R:
+        """Carry a script out: its rounds are answered here, one call after the other. One that is interrupted undoes
+        what it has begun."""
+        try:
+            calls = next(script)
+            while True:
+                try:
+                    replies: list[ReplicaReply] = [self.local(call.replica).reply(call) for call in calls]
+                except BaseException as error:
+                    calls = script.throw(error)
+                else:
+                    if self._hall is not None:
+                        self._report()
+                    calls = script.send(replies)
+        except StopIteration as end:
+            result: R = end.value
+            return result
+
+    def _report(self) -> None:
+        """Tell the router what the replicas still have to prefill, which contexts say themselves, and the watermarks
+        which pages are in use."""
+        waiting = [0] * len(self.cores)
+        for request_id, (ctx, replica) in list(self._filling.items()):
+            left = ctx.tokens.length - ctx.tokens.processed
+            if left > 1:
+                waiting[replica] += left
+            else:
+                del self._filling[request_id]
+        self._turn += 1
+        for core in self._there:
+            core.publish()
+            self._router.report(core.replica, waiting[core.replica], 0)
+            if self._hall is not None:
+                self._hall.gate.report(core.replica, self._turn, core.usage.used)
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -169,18 +218,10 @@ class InlineReplicas(ABC):
         return -1 if holder is None else holder
 
     def _gone(self, request_id: str) -> None:
-        self._forget(request_id)
+        self._placer.drop(request_id)
+        self._filling.pop(request_id, None)
         if self._hall is not None:
             self._hall.left((request_id,))
-
-    def _forget(self, request_id: str) -> None:
-        self._placements.remove(request_id)
-        self._router.remove(request_id)
-        self._filling.pop(request_id, None)
-
-    def _forget_all(self, request_ids: Iterable[str]) -> None:
-        for request_id in request_ids:
-            self._gone(request_id)
 
     # -- who is there --------------------------------------------------------------------------------
 
@@ -190,132 +231,60 @@ class InlineReplicas(ABC):
     def add_replicas(self, count: int, timeout: float) -> list[int]:
         """See PagedKVCacheManager.add_replicas(); PlanError when this machine has no room for their pages."""
         plan_replica(measure_node(host_name=gethostname()), self._params, self._num_pages, count)
-        lifecycle = self._lifecycle
-        replicas = lifecycle.enlist(count)
-        made: list[ReplicaCore] = []
+        replicas: list[int] = self._ask(m.Enlist(count)).replicas
+        made: list[LocalReplica] = []
         try:
             for r in replicas:
-                lifecycle.start(r)
-                made.append(self._make(r))
+                self._ask(m.Starting(r))
+                made.append(self._start(r, next(self._epochs)))
         except BaseException:
-            for core in made:
-                core.shutdown()
+            for local in made:
+                local.shutdown()
             for r in replicas:
-                lifecycle.give_up(r)
+                self._ask(m.GiveUp(r))
             raise
-        for r, core in zip(replicas, made, strict=True):
-            self.cores += [None] * (r + 1 - len(self.cores))
-            self.cores[r] = core
-            for other in lifecycle.join(r, lifecycle.members.version, self._num_pages):
-                self._follow(self.core(other))
+        for r, local in zip(replicas, made, strict=True):
+            self._put(r, local)
+            self._ask(m.Join(r, local.epoch, self._num_pages))
             if self._router.keyed:
-                self._follow(core)
-        self._seat()
+                local.answer(m.StartCacheEvents())
+        self._derive()
         return replicas
 
     def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Drained:
         """See PagedKVCacheManager.drain_replica(). Nobody else could release a request meanwhile, so it never waits."""
-        self._lifecycle.drain(replica)
-        moved, left = dict[str, int](), dict.fromkeys(self._placements.on(replica), "it still runs")
-        if deadline is not None and handover:
-            for request_id in list(left):
-                try:
-                    moved[request_id] = self._hand_over(self.core(replica), request_id)
-                    del left[request_id]
-                except RaykError as error:
-                    left[request_id] = str(error)
-        if left and deadline is not None:
-            raise DrainError(replica, left)
-        return Drained(sorted(left), moved)
-
-    def _hand_over(self, source: ReplicaCore, request_id: str) -> int:
-        """Have another replica take a request over, with what is cached of it; which one. It stays if none has room."""
-        request, router = source.requests[request_id], self._router
-        source.publish()
-        ctx = request.ctx.snapshot() if request.ctx is not None and request.pages else None
-        from rayk.scheduler.router.policy import RouteRequest
-
-        wish, tried = self._wish(ctx) if ctx is not None else RouteRequest(0), list[int]()
-        failed: RaykError = NoReplicaError(request_id)
-        while len(tried) < len(self._there) - 1:
-            open_ = router.loads.ready.copy()
-            open_[tried] = False
-            if not open_.any():
-                break
-            target = router.choose(request_id, wish, open_)
-            core = self.core(target)
-            tried.append(target)
-            core.claim(request_id, request.dummy, request.client, request.generation)
-            try:
-                if ctx is not None:
-                    self._receive(core, ctx)
-            except RaykError as error:
-                core.release(request_id)
-                failed = error
-                continue
-            source.release(request_id)
-            self._placements.remove(request_id)
-            self._placements.add(request_id, target, wish.tokens)
-            router.remove(request_id)
-            router.place(request_id, target, wish)
-            router.answered(target, (request_id,))
+        for request_id in self._placements.on(replica):
+            request = self.core(replica).requests[request_id]
+            self._placer.adopt((request.client, request.generation), request_id, replica)
+        done: m.Drained = self._ask(m.DrainReplica(replica, {}, handover and deadline is not None))
+        for request_id, target in done.moved.items():
             if request_id in self._filling:
                 self._filling[request_id] = (self._filling[request_id][0], target)
-            return target
-        raise failed
+        if done.left and deadline is not None:
+            raise DrainError(replica, done.left)
+        return Drained(sorted(done.left), done.moved)
 
     def resume_replica(self, replica: int) -> None:
         """See PagedKVCacheManager.resume_replica()."""
-        self._lifecycle.resume(replica)
+        self._ask(m.ResumeReplica(replica))
 
     def remove_replica(self, replica: int) -> Removed:
         """See PagedKVCacheManager.remove_replica()."""
-        removed = Removed()
-        if self._lifecycle.begin_removal(replica) and self._params.offers_pages:
-            removed = offer_here(self._there, replica, self._lifecycle.members)
-        self._lifecycle.remove(replica)
-        core, self.cores[replica] = self.core(replica), None
-        self._left += core.metrics
-        core.shutdown()
-        self._seat()
-        return removed
+        done: m.RemoveDone = self._ask(m.RemoveReplica(replica))
+        self.local(replica).shutdown()
+        self._put(replica, None)
+        self._derive()
+        return Removed(done.cached, done.known, done.taken)
 
     def lane_states(self) -> list[LaneState]:
         """See PagedKVCacheManager.lane_states()."""
-        return [LaneState(r, "off", "in this process") for r, core in enumerate(self.cores) if core is not None]
+        return [LaneState(core.replica, "off", "in this process") for core in self._there]
 
     def replica_loads(self) -> list[ReplicaLoad]:
         """See PagedKVCacheManager.replica_loads()."""
-        placed, loads, states = (
-            self._placements.loads(len(self.cores)),
-            self._router.loads,
-            self._lifecycle.members.states,
-        )
-        return [
-            ReplicaLoad(
-                r,
-                str(state),
-                placed[r].requests,
-                int(loads.prefill_backlog[r]),
-                int(loads.held[r]),
-                int(loads.capacity[r]),
-            )
-            for r, state in enumerate(states)
-        ]
+        known: m.Description = self._ask(m.Describe())
+        columns = (known.states, known.requests, known.waiting, known.held, known.capacity)
+        return [ReplicaLoad(r, *load) for r, load in enumerate(zip(*columns, strict=True))]
 
     def check_owned(self) -> None:  # noqa: B027  # there is one driver: nobody else can have started it
         """Nobody else uses what is here."""
-
-    def close(self) -> None:
-        """Let go of everything."""
-        for core in self._there:
-            core.shutdown()
-        self.cores.clear()
-
-    def leave(self) -> None:
-        """Nobody else uses what is here."""
-        self.close()
-
-    def __del__(self) -> None:
-        with suppress(Exception):  # a manager that was dropped: its tiers' threads and shared memory must go, too
-            self.close()

@@ -385,26 +385,18 @@ class PlacingCalls(ClusterView):
     def _landed(self, ctxs: Sequence[TextContext], done: m.PlaceDone | m.EnterDone) -> list[Admission]:
         """Move windows to where the replicas' alloc left them, and remember who has what."""
         outcomes = AdmitResults.received(done.numbers, done.seconds, done.failures, len(ctxs))
-        admissions: list[Admission] = []
-        mark_sent = self._sender.mark_sent
-        generations = done.generations or [0] * len(ctxs)
-        for ctx, replica, row, (claim, alloc), generation in zip(
-            ctxs, done.replicas, outcomes.rows, outcomes.seconds.tolist(), generations, strict=True
+        admissions, generations = outcomes.admissions(done.replicas), done.generations or [0] * len(ctxs)
+        for ctx, admission, (processed, end, cached, *_), generation in zip(
+            ctxs, admissions, outcomes.rows, generations, strict=True
         ):
-            processed, end, cached, device, peer, host, disk = row
-            if processed < 0:
-                # Requests that were not tried failed for the reason of the first that was refused.
-                at = len(admissions) if len(admissions) in done.failures else min(done.failures)
-                admissions.append(Admission(replica, m.to_error(done.failures[at])))
-                continue
-            window = ctx.tokens
-            window.processed, window.end = processed, end
-            ctx.cached_prefix_length = None if cached < 0 else cached
-            mark_sent(ctx, replica)
-            if generation:
-                self._claimed(ctx.request_id, replica, generation)
-            ctx.generation = self._claims.get(ctx.request_id, 0)
-            admissions.append(Admission(replica, None, device, peer, host, disk, claim, alloc))
+            if admission.error is None:
+                window = ctx.tokens
+                window.processed, window.end = processed, end
+                ctx.cached_prefix_length = None if cached < 0 else cached
+                self._sender.mark_sent(ctx, admission.replica)
+                if generation:
+                    self._claimed(ctx.request_id, admission.replica, generation)
+                ctx.generation = self._claims.get(ctx.request_id, 0)
         return admissions
 
 

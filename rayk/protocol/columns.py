@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rayk.errors import MessageError
-from rayk.protocol.base import Failure
+from rayk.kvcache.tick import Admission
+from rayk.protocol.base import Failure, to_error
 from rayk.protocol.contexts import Contexts, ContextView, Origin, Traits
 from rayk.protocol.from_replica import AdmitDone
 
@@ -52,7 +53,7 @@ class PackedContexts:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each context, those included that were sent before."""
         lengths: list[int] = (self.numbers[:, BASE] + self.numbers[:, SENT]).tolist()
@@ -102,16 +103,6 @@ class PackedContexts:
             b"".join([whole[stops[i - 1] if i else 0 : stops[i]] for i in rows]),
             {at: traits[i] for at, i in enumerate(rows) if i in traits} if traits else {},
         )
-
-
-def joined(parts: Sequence[Contexts]) -> Contexts:
-    """The contexts of all parts, in that order."""
-    ids: list[str] = []
-    traits: dict[int, Traits] = {}
-    for part in parts:
-        traits.update((len(ids) + row, found) for row, found in part.traits.items())
-        ids += part.ids
-    return Contexts(ids, b"".join([p.numbers for p in parts]), b"".join([p.tokens for p in parts]), traits)
 
 
 class AdmitResult(NamedTuple):
@@ -166,6 +157,17 @@ class AdmitResults:
         """Rows that were refused or not tried."""
         rows: list[int] = np.flatnonzero(self.numbers[:, 0] < 0).tolist()
         return rows
+
+    def admissions(self, replicas: Sequence[int]) -> list[Admission]:
+        """For the driver: what became of each, on those replicas. Requests that were not tried failed for the reason of
+        the first that was refused."""
+        failures = self.failures
+        return [
+            Admission(replica, None, *numbers[3:], *took)
+            if numbers[0] >= 0
+            else Admission(replica, to_error(failures[row if row in failures else min(failures)]))
+            for row, (replica, numbers, took) in enumerate(zip(replicas, self.rows, self.seconds.tolist(), strict=True))
+        ]
 
     def __getitem__(self, row: int) -> AdmitResult:
         processed, end, cached, *reused = self.numbers[row].tolist()

@@ -13,6 +13,7 @@ from rayk.context import PLAIN_ROOT, IntArray, TextContext, as_int32
 from rayk.errors import MessageError, StaleContextError, TokenError
 from rayk.protocol.columns import PLAIN, AdmitResult, PackedContexts
 from rayk.protocol.contexts import Contexts, ContextView, Moved, Origin, Traits
+from rayk.protocol.local_contexts import ContextRows
 from rayk.values import checked_integer
 
 assert sys.byteorder == "little", "raw int32 tokens travel little-endian"
@@ -174,8 +175,9 @@ class ContextMirrors:
         ctx.maybe_accepted_draft_tokens = _tokens(view.accepted)
         return ctx
 
-    def row(self, batch: PackedContexts, row: int, keep: bool = True) -> TextContext:
+    def row(self, batch: ContextRows, row: int, keep: bool = True) -> TextContext:
         """The same for one row of a batch."""
+        assert isinstance(batch, PackedContexts)
         request_id, tokens = batch.ids[row], batch.int32[row]
         base, sent, processed, end, max_length, pending, cached = batch.rows[row]
         traits = batch.traits(row)
@@ -225,6 +227,10 @@ class ContextMirrors:
     def get(self, request_id: str) -> TextContext | None:
         """The mirror of a context, or None."""
         return self._contexts.get(request_id)
+
+    def pack(self, ctxs: Sequence[TextContext]) -> Contexts:
+        """Contexts as part of an answer."""
+        return ContextSender().pack(ctxs, whole=True)
 
     def drop(self, request_id: str) -> None:
         """Forget a context; unknown ids are ignored."""

@@ -1,4 +1,4 @@
-"""A replica behind messages: one door, handle(wire) -> wire, around a ReplicaCore.
+"""A replica behind commands: answer(command), and the same for messages, handle(wire) -> wire, around a ReplicaCore.
 
 It keeps what messages need and the core does not: mirrors of the drivers' contexts, the epoch, and the last
 answer to each sender, so that a mutation that arrives twice is done once. No Ray and no threads here.
@@ -29,17 +29,19 @@ from rayk.errors import (
 from rayk.kvcache.connector import TierCount
 from rayk.kvcache.iteration import Forward, run_forward, run_tick
 from rayk.kvcache.page_pins import PageImport
+from rayk.kvcache.prefix_tree import PageListener
 from rayk.kvcache.replica import ReplicaCore
-from rayk.kvcache.request import refuse_twice
+from rayk.kvcache.request import Reused, refuse_twice
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, ReplicaInputs
 from rayk.kvcache.tick import Tick
-from rayk.protocol.columns import RESULTS, PackedContexts
-from rayk.protocol.context_sync import ContextMirrors, ContextSender, moved
+from rayk.protocol.columns import RESULTS
+from rayk.protocol.context_sync import ContextMirrors, moved
 from rayk.protocol.dedup import ReplyCache
+from rayk.protocol.local_contexts import ContextRows, rows_of
 from rayk.replica.cache_events import CacheEventLog, PrefillBacklog
 from rayk.replica.page_exchange import PageExchange, reported
 from rayk.transport.choice import Peer
-from rayk.transport.line import PageData
+from rayk.transport.line import Line, PageData
 from rayk.transport.port import PagePort, open_lines
 
 REFUSED = (-1,) * RESULTS
@@ -50,7 +52,8 @@ class ReplicaService:
     """`epoch` names this start of the replica; `dumps` pickles what shipped functions return.
 
     With `journal` it notes which pages are cached, for a scheduler whose router goes by that. `address` is where other
-    machines reach this one. It owns the port that pages leave and enter by.
+    machines reach this one, by the kinds of `lines` that its memory allows or by those that are given. It owns the port
+    that pages leave and enter by. Beside its driver `events` is told of pages, and there are no `mirrors`.
     """
 
     def __init__(
@@ -61,20 +64,25 @@ class ReplicaService:
         clock: Callable[[], float] = monotonic,
         journal: bool = False,
         address: str = "127.0.0.1",
+        lines: Sequence[Line] | None = None,
+        mirrors: ContextMirrors | None = None,
+        events: PageListener | None = None,
     ) -> None:
         self.core = core
         me, bytes_per_page = Peer(core.replica, epoch), core.params.bytes_per_page
-        self.port = PagePort(me, core.exports, bytes_per_page, address, open_lines(core.buffers, address), clock)
+        lines = open_lines(core.buffers, address) if lines is None else lines
+        self.port = PagePort(me, core.exports, bytes_per_page, address, lines, clock)
         self._journal = CacheEventLog(core.page_hashes)
+        self._events = self._journal if events is None else events
         self._noted = journal
         if journal:
-            core.listen(self._journal)
+            core.listen(self._events)
         self._unfilled = PrefillBacklog()
         self.epoch = epoch
         self._turn = epoch  # microseconds when it started: higher than any number of the replica before it
         self._dumps = dumps
         self._clock = clock
-        self._mirrors = ContextMirrors(core.replica)
+        self._mirrors = ContextMirrors(core.replica) if mirrors is None else mirrors
         self._sender = ""  # of the message that is being answered
         self._exchange = PageExchange(core, self.port, partial(self._mirrors.context, keep=False))
         self._answers: ReplyCache[tuple[bytes, PageData]] = ReplyCache()
@@ -112,11 +120,12 @@ class ReplicaService:
     def _run(self, command: m.ReplicaCommand, attached: Sequence[PageData]) -> tuple[m.Result, PageData]:
         self.port.unpin_late()
         try:
-            return self._dispatch(command, attached)
+            return self.answer(command, attached)
         except Exception as error:  # a shipped function or a bug in rayk, too: report it, stay alive
             return self._failure(error), []
 
-    def _dispatch(self, command: m.ReplicaCommand, attached: Sequence[PageData]) -> tuple[m.Result, PageData]:
+    def answer(self, command: m.ReplicaCommand, attached: Sequence[PageData] = ()) -> tuple[m.Result, PageData]:
+        """Carry out one command; `attached` and the second result as in handle(). Raises what the core raises."""
         core = self.core
         match command:
             case m.RunTick():
@@ -180,7 +189,7 @@ class ReplicaService:
             case m.StartCacheEvents():
                 if not self._noted:
                     self._noted = True
-                    core.listen(self._journal)
+                    core.listen(self._events)
         return m.Done(), []
 
     def _contexts(self, views: Sequence[m.ContextView]) -> list[TextContext]:
@@ -229,7 +238,7 @@ class ReplicaService:
                 ctxs.append(ctx)
             elif request is not None:
                 bare.append(request_id)
-        return m.ContextsDone(ContextSender().pack(ctxs, whole=True), bare, dummies)
+        return m.ContextsDone(self._mirrors.pack(ctxs), bare, dummies)
 
     def _released(self, command: m.Release) -> m.Result:
         """Release all of the claims that are meant; or none, when one is not there and none may be missing."""
@@ -269,7 +278,7 @@ class ReplicaService:
     def _admit(self, command: m.Admit, attached: Sequence[PageData]) -> m.AdmitDone:
         imports, arrivals = self._exchange.imports(command.imports, attached)
         uses = {row: [imports[i] for i in of] for row, of in command.uses.items()}
-        batch = PackedContexts(command.contexts)
+        batch = rows_of(command.contexts)
         claims = list(
             zip(of_each(batch.ids, command.clients, ""), of_each(batch.ids, command.generations, 0), strict=True)
         )
@@ -293,7 +302,7 @@ class ReplicaService:
 
     def _admit_one(
         self,
-        batch: PackedContexts,
+        batch: ContextRows,
         row: int,
         command: m.Admit,
         imports: Sequence[PageImport],
@@ -301,27 +310,43 @@ class ReplicaService:
         client: str,
         generation: int,
     ) -> tuple[int, ...]:
-        core, request_id, start, claim = self.core, batch.ids[row], perf_counter(), command.claim
+        request = None if command.claim else self.core.requests.get(batch.ids[row])
+        if not command.claim and generation != (request.generation if request is not None else 0):
+            raise self.core.lease_lost(batch.ids[row], client, generation)
+        ctx = self._mirrors.row(batch, row, keep=False)
+        if request is not None:
+            self.core.fence(request, ctx)
+            self._mirrors.keep(ctx)
+        reused, *took = self.admit(ctx, client, generation, command.claim, imports, command.handed)
+        seconds += took
+        if command.claim:
+            self._mirrors.keep(ctx)
+        window, cached = ctx.tokens, ctx.cached_prefix_length
+        self._unfilled.now(ctx.request_id, window.length - window.processed)
+        return (window.processed, window.end, -1 if cached is None else cached, *reused)
+
+    def admit(
+        self,
+        ctx: TextContext,
+        client: str,
+        generation: int,
+        claim: bool = True,
+        imports: Sequence[PageImport] = (),
+        handed: bool = False,
+    ) -> tuple[Reused, float, float]:
+        """Claim a request, unless it is claimed already, and allocate its pages; neither, if that fails. What it
+        reuses, and the seconds that the two took."""
+        core, start = self.core, perf_counter()
         if claim:
-            core.claim(request_id, False, client, generation)
-        request = core.requests.get(request_id)
-        if generation != (request.generation if request is not None else 0):
-            raise core.lease_lost(request_id, client, generation)
+            core.claim(ctx.request_id, False, client, generation)
         claimed = perf_counter()
         try:
-            ctx = self._mirrors.row(batch, row, keep=False)
-            if request is not None:
-                core.fence(request, ctx)
-                self._mirrors.keep(ctx)
-            reused = core.accept_handover(ctx, imports) if command.handed else core.alloc(ctx, imports)
+            reused = core.accept_handover(ctx, imports) if handed else core.alloc(ctx, imports)
         except BaseException:
             if claim:
-                self._release(request_id)
+                core.release(ctx.request_id)
             raise
-        seconds += (claimed - start, perf_counter() - claimed)
-        window, cached = ctx.tokens, ctx.cached_prefix_length
-        self._unfilled.now(request_id, window.length - window.processed)
-        return (window.processed, window.end, -1 if cached is None else cached, *reused)
+        return reused, claimed - start, perf_counter() - claimed
 
     def _tick(self, command: m.RunTick) -> m.TickDone | m.MovedBack:
         for request_id, generation in of_each(command.release, command.generations, 0):

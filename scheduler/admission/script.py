@@ -6,6 +6,7 @@ actor's lanes. Every Enter also lets in whoever's turn it is, whoever's message 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from rayk import protocol as m
@@ -17,7 +18,8 @@ from rayk.errors import (
     RaykError,
     ReplicaLostError,
 )
-from rayk.protocol.columns import MAX_LENGTH, AdmitResults, PackedContexts, joined
+from rayk.protocol.columns import MAX_LENGTH, AdmitResults
+from rayk.protocol.local_contexts import ContextRows, joined, rows_of
 from rayk.scheduler.admission.controller import AdmissionController, AdmissionOutcome, Admitted, QueuedRequest
 from rayk.scheduler.admission.queue import SOONEST
 from rayk.scheduler.placer import Owner, Placer
@@ -43,7 +45,7 @@ class AdmissionScripts:
             placer.prefill_rate = command.prefill_rate
         hall.gate.reports(command.turns, command.used)
         hall.give_up(client, command.given_up)
-        batch = PackedContexts(command.contexts)
+        batch = rows_of(command.contexts)
         keys = placer.sent_keys(batch, command.keys)
         # With a queue the replicas' answers to what is let in bring all news; without one, what the driver saw counts.
         calm = not len(hall.queue)
@@ -63,22 +65,20 @@ class AdmissionScripts:
             yield from self._place(placed, command.peers)
         return self._answer(client) if command.hear else m.Done()
 
-    def _offer(self, client: str, batch: PackedContexts, row: int, keys: list[int] | None) -> None:
+    def _offer(self, client: str, batch: ContextRows, row: int, keys: Sequence[int] | None) -> None:
         request_id, hall = batch.ids[row], self._hall
         holder = self._placer.placements.holder(request_id)
         if holder is not None:
             hall.reject(client, AdmissionOutcome(request_id, holder, None, AlreadyClaimedError(request_id, holder)))
         else:  # it may wait for long: without the others of its message
-            own = PackedContexts(batch.part([row]))
+            own = rows_of(batch.part([row]))
             visitor = QueuedRequest(client, partial(self._wish, own, keys), own.contexts)
             length = own.lengths[0]
             hall.offer(visitor, request_id, length, own.rows[0][MAX_LENGTH] - length, own.traits(0))
 
-    def _wish(self, own: PackedContexts, keys: list[int] | None) -> RouteRequest:
+    def _wish(self, own: ContextRows, keys: Sequence[int] | None) -> RouteRequest:
         """`keys` as sent; whether any are wanted may change while the request waits."""
-        placer = self._placer
-        made = keys if keys is not None and placer.router.keyed else placer.keys(own, 0)
-        return RouteRequest(own.lengths[0], made, own.traits(0).session_id)
+        return self._placer.wish(own, 0, keys if self._placer.router.keyed else None)
 
     def _let_in(self, placed: list[tuple[Admitted, Owner]]) -> None:
         """Choose replicas for those whose turn it is."""
@@ -95,7 +95,7 @@ class AdmissionScripts:
     def _place(self, placed: list[tuple[Admitted, Owner]], peers: bool) -> Part:
         """Claim and allocate them; what became of each is settled when the replicas have answered."""
         placer, router = self._placer, self._placer.router
-        batch = PackedContexts(joined([entering.visitor.what for entering, _ in placed]))
+        batch = rows_of(joined([entering.visitor.what for entering, _ in placed]))
         groups: dict[int, list[int]] = {}
         for row, (entering, _) in enumerate(placed):
             groups.setdefault(entering.replica, []).append(row)
@@ -109,6 +109,11 @@ class AdmissionScripts:
         try:
             claims = [owner for _, owner in placed]
             yield from placer.carry_out(batch, command, claims, dict(sorted(groups.items())), lonely, outcomes)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            yield from placer.take_back({entering.ticket.request_id: owner for entering, owner in placed})
+            raise
         finally:
             for row, (entering, owner) in enumerate(placed):
                 self._settle(entering, owner, outcomes, row)

@@ -14,7 +14,8 @@ from functools import partial
 import numpy as np
 
 from rayk import protocol as m
-from rayk.protocol.columns import AdmitResults, PackedContexts
+from rayk.protocol.columns import AdmitResults
+from rayk.protocol.local_contexts import ContextRows, rows_of
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.placer import Owner, Placer, released
 from rayk.scheduler.router.policy import RouteRequest
@@ -49,7 +50,7 @@ class Handover:
         left: Left = {}
         for request_ids, dummy in ((found.bare, False), (found.dummies, True)):
             yield from self._move_claims(replica, {i: claims[i] for i in request_ids}, dummy, moved, left)
-        yield from self._move(replica, PackedContexts(found.contexts), claims, moved, left)
+        yield from self._move(replica, rows_of(found.contexts), claims, moved, left)
         if moved:
             self._members.touch()
         return moved, left
@@ -95,7 +96,7 @@ class Handover:
         yield from self._release_at_source(replica, gone, claims, moved)
 
     def _move(
-        self, replica: int, batch: PackedContexts, claims: Claims, moved: dict[str, int], left: Left
+        self, replica: int, batch: ContextRows, claims: Claims, moved: dict[str, int], left: Left
     ) -> Generator[list[ReplicaCall], list[ReplicaReply], None]:
         """Requests that have pages: other replicas are tried until one has room."""
         placer, due = self._placer, list(range(len(batch)))
@@ -106,7 +107,7 @@ class Handover:
             groups: dict[int, list[int]] = {}
             again: list[int] = []
             for row in due:
-                target = self._choose(batch.ids[row], self._wish(batch, row), tried[row])
+                target = self._choose(batch.ids[row], self._placer.wish(batch, row), tried[row])
                 if target >= 0:
                     groups.setdefault(target, []).append(row)
                 else:
@@ -131,10 +132,7 @@ class Handover:
                 break
         for request_id in left:
             if request_id in batch.ids:
-                self._restore(replica, request_id, self._wish(batch, batch.ids.index(request_id)))
-
-    def _wish(self, batch: PackedContexts, row: int) -> RouteRequest:
-        return RouteRequest(batch.lengths[row], self._placer.keys(batch, row), batch.traits(row).session_id)
+                self._restore(replica, request_id, self._placer.wish(batch, batch.ids.index(request_id)))
 
     def _release_at_source(
         self, replica: int, gone: dict[str, tuple[int, int]], claims: Claims, moved: dict[str, int]

@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping
 from typing import Any
 
 from rayk import protocol as m
-from rayk.protocol.columns import PackedContexts
+from rayk.protocol.local_contexts import ContextRows
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.script import Part, ReplicaCall, ReplicaReply
 from rayk.scheduler.transfers.copy_cost import Span
@@ -30,7 +30,7 @@ class PrefixCopies:
         self._version = 0  # of the members when it was last looked who left
 
     def fetch(
-        self, batch: PackedContexts, groups: Groups, unshared: set[int], prefill_rate: float | None
+        self, batch: ContextRows, groups: Groups, unshared: set[int], prefill_rate: float | None
     ) -> Generator[list[ReplicaCall], list[ReplicaReply], Copies]:
         """Have the prefixes that a chosen replica misses exported by others, none of which has any of `unshared`."""
         replicas = {i: r for r, rows in groups.items() for i in rows if i not in unshared}
@@ -44,7 +44,7 @@ class PrefixCopies:
         for at, i in enumerate(wanted):
             target = replicas[i]
             for span in self._spans(found, at, target, prefill_rate):
-                coming = (target, span, self._prefix(views[at], span.stop))
+                coming = (target, span, self._prefix(batch, i, span.stop))
                 if coming not in known:  # else an earlier request of this batch brings these pages
                     known.add(coming)
                     orders.append(CopyOrder(i, target, views[at], span))
@@ -61,11 +61,10 @@ class PrefixCopies:
             return []  # what the others have is in this node's tiers
         return self.transfers.plan(target, held, have, stop, prefill_rate)
 
-    def _prefix(self, view: m.ContextView, pages: int) -> tuple[Any, ...]:
+    def _prefix(self, batch: ContextRows, row: int, pages: int) -> tuple[Any, ...]:
         """What makes the first pages of a request what they are."""
-        origin = view.origin
-        owner = (origin.cache_salt, origin.adapter) if origin is not None else None
-        return owner, view.tokens[: pages * self.transfers.page_size * 4]
+        traits = batch.traits(row)
+        return traits.cache_salt, traits.adapter, batch.tokens(row)[: pages * self.transfers.page_size * 4]
 
     def disconnect(self) -> Part:
         """Have links to replicas that left closed, or the memory of these would be kept for nothing."""

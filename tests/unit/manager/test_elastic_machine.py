@@ -164,10 +164,11 @@ class History:
                 at = manager.holder(name)
                 found = [r for r in here if manager.contains(name, r)]
                 assert found == ([] if at is None else [at])
-        scheduler = None if self.runtime is None else self.runtime.actor("scheduler").instance._core
-        lifecycle = manager._calls._lifecycle if scheduler is None else scheduler.lifecycle  # type: ignore[attr-defined]
+        calls: Any = manager._calls
+        scheduler = calls.scheduler if self.runtime is None else self.runtime.actor("scheduler").instance._core
+        lifecycle = scheduler.lifecycle
         lifecycle.members.check_integrity()
-        router = manager._calls._router if scheduler is None else scheduler.router  # type: ignore[attr-defined]
+        router = scheduler.router
         router.index.check_integrity()
         assert router.loads.ready.tolist() == [state == "ready" for state in map(str, lifecycle.members.states)]
 
