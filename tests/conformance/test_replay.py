@@ -93,6 +93,6 @@ def test_a_page_with_wrong_content_is_noticed(inline: rayk.InferenceSession, mon
         """Pages copied from another replica keep whatever they held, and count as copied."""
         return len(pages)
 
-    monkeypatch.setattr("rayk.kvcache.page_pins.Exports.land", forget_to_land)
+    monkeypatch.setattr("rayk.kvcache.page_pins.PagePins.land", forget_to_land)
     problems = replay.replay_case(*load("c05_two_replicas"), inline, "inline")
     assert problems and all(" check " in problem for problem in problems)
