@@ -11,6 +11,7 @@ from rayk.actors.replica import ReplicaFacts
 from rayk.params import KVCacheParams
 from rayk.planning.node_plan import NodeMemory, ReplicaPlan, uses_cuda
 from rayk.protocol.admission import AdmissionPolicy
+from rayk.protocol.kv_events import KVEventsConfig
 from rayk.scheduler.membership import State
 from rayk.scheduler.router.router import RouterSettings
 
@@ -30,6 +31,7 @@ class DeploymentConfig:
     utilization: float | None = None  # part of the free memory to take
     host_pages: int = 0  # of the host tier of each node
     admission: AdmissionPolicy | None = None  # how requests wait for room
+    kv_events: KVEventsConfig | None = None  # where replicas publish what they cache
 
     @property
     def gpus(self) -> int:
@@ -125,6 +127,7 @@ class Deployment:
             "uniform": wanted.uniform == config.uniform,
             "total_num_host_pages": wanted.host_pages == config.host_pages,
             "admission": wanted.admission == config.admission,
+            "kv_events": wanted.kv_events == config.kv_events,
         }
         return ", ".join(what for what, is_same in same.items() if not is_same)
 

@@ -19,6 +19,7 @@ from rayk.params import KVCacheParams
 from rayk.planning.node_plan import NodeMemory, measure_node
 
 if TYPE_CHECKING:
+    from rayk.protocol.kv_events import KVEventsConfig
     from rayk.transport.line import PageData
 
 
@@ -52,10 +53,12 @@ class ReplicaActor:
         host_pages: int = 0,
         pool: str | None = None,
         journal: bool = False,
+        kv_events: KVEventsConfig | None = None,
     ) -> None:
         import torch
 
         from rayk.kvcache.replica import ReplicaCore
+        from rayk.replica.kv_event_publisher import publish_events
         from rayk.replica.service import ReplicaService
         from rayk.tiers.opening import open_connector
 
@@ -68,6 +71,7 @@ class ReplicaActor:
         core = ReplicaCore(params, replica, num_pages, max_batch_size, devices, runtime_checks, shared_memory=shared)
         if params.kv_connector != "null":
             core.connect(open_connector(params, core.buffers.all_bytes, host_pages, pool))
+        publish_events(core, kv_events)
         from rayk.actors.runtime import RayRuntime
 
         runtime = RayRuntime()

@@ -122,7 +122,8 @@ def start_replicas(
     def spec(this: PlannedReplica) -> ActorSpec:
         pool = f"{deployment.tiers}-{this.bundle.node_id}"  # one for each node
         sizes, tiers = (this.plan.pages, config.max_batch_size), (config.host_pages, pool)
-        arguments = (config.params, this.replica, *sizes, config.runtime_checks, this.epoch, *tiers, keyed)
+        more = (config.runtime_checks, this.epoch, *tiers, keyed, config.kv_events)
+        arguments = (config.params, this.replica, *sizes, *more)
         later = f"-{this.epoch}" if deployment.handles else ""
         named = f"{name}/replica-{this.replica}{later}" if name else None
         return ActorSpec(ReplicaActor, arguments, config.gpus, this.bundle, named)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         spec_decode_cache_slack,
     )
     from rayk.protocol.admission import AdmissionPolicy, TenantQuota
+    from rayk.protocol.kv_events import KVEventsConfig
     from rayk.request_errors import (
         ForwardError,
         QueueFullError,
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "scheduler.admission.queue": ["AdmissionPolicy", "TenantQuota"],
     "cluster": ["Cluster"],
+    "protocol.kv_events": ["KVEventsConfig"],
     "request_errors": [
         "ForwardError",
         "QueueFullError",
@@ -113,6 +115,7 @@ __all__ = [
     "KVCacheMetrics",
     "KVCacheQuantizationConfig",
     "KVConnectorConfig",
+    "KVEventsConfig",
     "LaneState",
     "MHAKVCacheParams",
     "MLAKVCacheParams",

@@ -31,6 +31,8 @@ from rayk.kvcache.page_hash import Mask
 from rayk.kvcache.tick import PrefixCacheReset
 from rayk.params import require_at_least
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
+from rayk.protocol.kv_events import KVEventsConfig
+from rayk.replica.kv_event_publisher import checked
 from rayk.request_errors import RequestCancelledError
 from rayk.sampling import SamplingParams
 from rayk.scheduler.membership import State
@@ -62,7 +64,9 @@ class Cluster:
     rayk.scheduler.admission.queue), or are turned away with an OverloadedError. `tokenizer`: for
     text prompts, where the folder has none. `threads`: of torch on a CPU, for each replica; one unless given. Inline,
     as many as this process uses unless given: a number is set for all of this process (torch.set_num_threads), and
-    taken back by close(), for the thread that calls it and for new ones.
+    taken back by close(), for the thread that calls it and for new ones. `kv_events`: "tcp://127.0.0.1:5557", or a
+    KVEventsConfig, has replica r publish at port 5557 + r what it caches and drops, for routers that listen to vLLM
+    (docs/kv-events.md).
     Safe to use from several threads and event loops. close() (also the end of a `with` block) ends it.
     """
 
@@ -94,6 +98,7 @@ class Cluster:
         graphs: bool = True,
         threads: int | None = None,
         tokenizer: Any = None,
+        kv_events: str | KVEventsConfig | None = None,
     ) -> None:
         from rayk.scheduler.router.policies import wants_keys
         from rayk.scheduler.router.router import RouterSettings
@@ -118,6 +123,7 @@ class Cluster:
             reports=prefix_caching and (peer_copies or keyed),
             peer_copies=prefix_caching and peer_copies,
             tiers=tiers,
+            kv_events=checked(kv_events, prefix_caching, replicas),
             threads=threads,
             engine=EngineSettings(chunk_size=chunk_size, watermark=watermark),
         )

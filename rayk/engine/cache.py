@@ -9,7 +9,7 @@ from rayk.context import TextContext
 from rayk.engine.sequence import SequenceState
 from rayk.errors import InsufficientBlocksError
 from rayk.kvcache.connector import TierCount
-from rayk.kvcache.page_hash import PageHash
+from rayk.kvcache.page_hash import PageHash, RootKey
 from rayk.kvcache.page_pool import Pages
 from rayk.kvcache.replica import ReplicaCore
 from rayk.kvcache.request import NOTHING_REUSED, Reused
@@ -23,7 +23,7 @@ class _PageReporter:
     def __init__(self, report: Callable[[PagesChanged], None]) -> None:
         self._report = report
 
-    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
+    def stored(self, root: RootKey, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
         self._report(PagesChanged(True, b"".join([each[:8] for each in hashes])))
 
     def removed(self, hashes: Sequence[PageHash]) -> None:

@@ -24,6 +24,8 @@ from rayk.kvcache.replica import ReplicaCore
 from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning.node_plan import Component, NodeMemory, ReplicaPlan, plan_replica
 from rayk.protocol.engine import Command, Report
+from rayk.protocol.kv_events import KVEventsConfig
+from rayk.replica.kv_event_publisher import publish_events
 from rayk.tiers.opening import open_connector
 from rayk.transport.choice import Endpoint, Peer
 from rayk.transport.line import Line
@@ -100,6 +102,7 @@ class ServeSettings:
     tiers: TierConfig = field(default_factory=TierConfig)
     peer_copies: bool = False  # of prefixes, between replicas
     graphs: bool = True  # decode steps as CUDA graphs
+    kv_events: KVEventsConfig | None = None  # where replicas publish what they cache
     threads: int | None = None  # of torch; None: one in a process of a replica's own, the caller's number inline
     engine: EngineSettings = field(default_factory=EngineSettings)
 
@@ -121,7 +124,7 @@ class ServeSettings:
     @property
     def names_pages(self) -> bool:
         """Whether pages have to have the same names at all replicas."""
-        return self.reports or self.peer_copies or self.tiers.wanted
+        return self.reports or self.peer_copies or self.tiers.wanted or self.kv_events is not None
 
     @property
     def hash_algorithm(self) -> str:
@@ -244,6 +247,7 @@ def open_engine(
             open_connector(params, core.buffers.all_bytes, tiers.host_pages(params.bytes_per_page), tiers.pool)
         )
     try:
+        publish_events(core, settings.kv_events)
         peers = None
         if settings.peer_copies:
             me = Peer(replica, time.time_ns() // 1000)

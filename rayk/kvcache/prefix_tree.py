@@ -44,9 +44,9 @@ class Match(NamedTuple):
 class PageListener(Protocol):
     """Told what a tree caches and drops, while it does so: it must neither raise nor call the tree."""
 
-    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
-        """`pages` now hold `tokens` and are cached after `parent` (a page or a root); the array may be kept, not
-        written."""
+    def stored(self, root: RootKey, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
+        """`pages` now hold `tokens` and are cached below `root`, after `parent` (a page or that root); the
+        array may be kept, not written."""
         ...
 
     def removed(self, hashes: Sequence[PageHash]) -> None:
@@ -90,7 +90,7 @@ class PrefixTree:
         self._listeners.append(listener)
         for node in self.segments():
             hashes = PageHashes(node.hashes, hasher.width)
-            listener.stored(node.parent_hash(hasher.width), hashes, node.pages, node.tokens)
+            listener.stored(node.root.key, node.parent_hash(hasher.width), hashes, node.pages, node.tokens)
 
     def hashes(self) -> Iterator[bytes]:
         """The hash of every cached page, parents first; nothing without a hasher."""
@@ -287,7 +287,7 @@ class PrefixTree:
         parent = tip.last_hash(hasher.width)
         hashes = hasher.chain(parent, tokens)
         for listener in self._listeners:
-            listener.stored(parent, hashes, pages, tokens)
+            listener.stored(tip.root.key, parent, hashes, pages, tokens)
         return b"".join(hashes)
 
     def _split(self, node: Segment, count: int) -> Segment:

@@ -6,7 +6,7 @@ transaction. A request is claimed -> allocated -> .. -> released.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -39,12 +39,15 @@ class ReplicaCore(CacheState):
         self.loads = TierLoads(connector, self.exports, self.page_size, self.commit)
         self.listen(self.loads)
 
-    def listen(self, listener: PageListener) -> None:
-        """Hash every page that is cached, now and from now on, and tell `listener` of it and of what is dropped."""
+    def listen(self, listener: PageListener, end: Callable[[], None] | None = None) -> None:
+        """Hash every page that is cached, now and from now on, and tell `listener` of it and of what is dropped.
+        shutdown() calls `end`."""
         if self.unpublished:
             self.publish()
         self.tree.listen(listener, self.exports.hasher)
         self._listened = True
+        if end is not None:
+            self._at_shutdown.append(end)
 
     def page_hashes(self) -> Iterator[bytes]:
         """The hash of every cached page; nothing before listen()."""
@@ -256,7 +259,9 @@ class ReplicaCore(CacheState):
         return self.loads.connector if self.loads is not None else None
 
     def shutdown(self) -> None:
-        """Finish transfers and let go of the tiers. The core is of no use afterwards."""
+        """Finish transfers, let go of the tiers and end its listeners. The core is of no use afterwards."""
+        while self._at_shutdown:
+            self._at_shutdown.pop()()
         if self.loads is not None:
             self.loads.land_all()
             self.loads.connector.shutdown()

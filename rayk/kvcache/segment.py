@@ -18,12 +18,26 @@ class Segment:
     `hashes` has the pages' chained hashes one after the other once the tree has a listener; a root's is its own.
     """
 
-    __slots__ = ("below", "children", "hashes", "pages", "parent", "queued", "refs", "retired", "tick", "tokens")
+    __slots__ = (
+        "below",
+        "children",
+        "hashes",
+        "pages",
+        "parent",
+        "queued",
+        "refs",
+        "retired",
+        "root",
+        "tick",
+        "tokens",
+    )
 
     def __init__(
         self, parent: Segment | None, tokens: bytes, pages: Pages, refs: int, tick: int, hashes: bytes = b""
     ) -> None:
         self.parent = parent
+        if parent is not None:
+            self.root: Root = parent.root
         self.retired: bool = parent is not None and parent.retired  # by a reset: no hashes; goes with its last holder
         self.tokens = tokens
         self.pages = pages
@@ -78,3 +92,4 @@ class Root(Segment):
     def __init__(self, key: RootKey, own_hash: bytes) -> None:
         super().__init__(None, b"", _NO_PAGES, 0, 0, own_hash)
         self.key = key
+        self.root = self

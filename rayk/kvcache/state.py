@@ -69,6 +69,7 @@ class CacheState:
         self.input_tokens = self.device_hits = self.peer_hits = 0  # hits in pages
         self.pages_adopted = 0  # of replicas that left, see rayk.kvcache.evacuation
         self._listened = False  # pages are hashed and reported: step() publishes at once
+        self._at_shutdown: list[Callable[[], None]] = []  # what ends its listeners
         self._counted_before = KVCacheMetrics()  # at the last reset_metrics()
         self._claims = 0  # claims, releases and changes of context so far
         self._batch_memo: tuple[int, list[TextContext], list[Request]] = (0, [], [])  # see requests_of()

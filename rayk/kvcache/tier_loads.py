@@ -67,7 +67,7 @@ class TierLoads:
 
     # -- what the tree tells -----------------------------------------------------------------------
 
-    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
+    def stored(self, root: RootKey, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
         """Newly cached pages; flush() offloads them, before anybody can change them."""
         if not self._landing:  # else a tier has them
             self._new_hashes += self._mask.all(hashes) if self._masked else hashes

@@ -21,6 +21,8 @@ from rayk.kvcache.replica import ReplicaCore
 from rayk.params import KVCacheParams
 from rayk.planning.node_plan import measure_node, plan_replica
 from rayk.protocol.admission import AdmissionPolicy
+from rayk.protocol.kv_events import KVEventsConfig
+from rayk.replica.kv_event_publisher import publish_events
 from rayk.replica.local import LocalReplica
 from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.router.router import IndexFeed, RouterSettings
@@ -47,6 +49,7 @@ class InlineReplicas(ABC):
         router: str,
         host_pages: int = 0,
         admission: AdmissionPolicy | None = None,
+        kv_events: KVEventsConfig | None = None,
     ) -> None:
         params = named(params)
         if params.kv_hash_seed is None:
@@ -56,6 +59,7 @@ class InlineReplicas(ABC):
         self._max_batch_size = max_batch_size
         self._runtime_checks = runtime_checks
         self._host_pages = host_pages
+        self._kv_events = kv_events
         self._tiers = f"inline-{os.getpid()}-{os.urandom(8).hex()}"
         self._epochs = count(1)  # of replicas
         self._pools: dict[Peer, PageBuffers] = {}
@@ -95,8 +99,13 @@ class InlineReplicas(ABC):
     def _start(self, replica: int, epoch: int) -> LocalReplica:
         params, pages = self._params, self._num_pages
         core = ReplicaCore(params, replica, pages, self._max_batch_size, None, self._runtime_checks, self._holder)
-        if params.kv_connector != "null":
-            core.connect(open_connector(params, core.buffers.all_bytes, self._host_pages, self._tiers))
+        try:
+            if params.kv_connector != "null":
+                core.connect(open_connector(params, core.buffers.all_bytes, self._host_pages, self._tiers))
+            publish_events(core, self._kv_events)
+        except BaseException:
+            core.shutdown()
+            raise
         return LocalReplica(core, epoch, self._pools, IndexFeed(self._router.index, replica))
 
     def _put(self, replica: int, local: LocalReplica | None) -> None:

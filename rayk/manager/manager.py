@@ -36,6 +36,8 @@ from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning.budget import compute_num_host_blocks
 from rayk.planning.node_plan import plan_here
 from rayk.protocol.admission import AdmissionPolicy
+from rayk.protocol.kv_events import KVEventsConfig
+from rayk.replica.kv_event_publisher import checked
 from rayk.session import InferenceSession
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class Wanted(NamedTuple):
     utilization: float | None
     host_pages: int = 0
     admission: AdmissionPolicy | None = None
+    kv_events: KVEventsConfig | None = None
 
 
 class PagedKVCacheManager(ManagerQueries):
@@ -85,6 +88,9 @@ class PagedKVCacheManager(ManagerQueries):
     was used in the last seconds takes a core (docs/measurements/fast-lane.md). Results and errors are the same. When a
     lane fails, or there can be none (a replica on another node, a named session), one warning says so and calls are
     used; see lane_states(). Inline and AsyncPagedKVCacheManager do without.
+
+    `kv_events="tcp://127.0.0.1:5557"`, or a KVEventsConfig, has replica r publish at port 5557 + r what it caches and
+    drops, for routers that listen to vLLM (docs/kv-events.md).
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class PagedKVCacheManager(ManagerQueries):
         admission: AdmissionPolicy | None = None,
         prefill_rate: float | None = None,
         fast_lane: bool = False,
+        kv_events: str | KVEventsConfig | None = None,
     ) -> None:
         require_at_least(1, max_batch_size=max_batch_size)
         require_at_least(0, total_num_host_pages=total_num_host_pages)
@@ -130,6 +137,7 @@ class PagedKVCacheManager(ManagerQueries):
             memory_utilization,
             total_num_host_pages,
             admission,
+            checked(kv_events, params.enable_prefix_caching, params.data_parallel_degree),
         )
         self._fast_lane = fast_lane
         self._wait: Callable[[Script[Any]], Any] | None = None  # of calls that are scripts
@@ -166,6 +174,7 @@ class PagedKVCacheManager(ManagerQueries):
                 wanted.router,
                 wanted.host_pages,
                 wanted.admission,
+                wanted.kv_events,
             )
         from rayk.actors.deployment import DeploymentConfig
         from rayk.actors.startup import start_deployment

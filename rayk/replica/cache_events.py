@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rayk.context import TextContext
-from rayk.kvcache.page_hash import KEY_BYTES, PageHash
+from rayk.kvcache.page_hash import KEY_BYTES, PageHash, RootKey
 from rayk.kvcache.page_pool import Pages
 from rayk.protocol.from_replica import NOT_ASKED, CacheDelta
 
@@ -33,7 +33,7 @@ class CacheEventLog:
         self._kept = 0
         self._unfilled = 0
 
-    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
+    def stored(self, root: RootKey, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
         """See PageListener."""
         if hashes:
             self._open.append((True, _keys(hashes)))

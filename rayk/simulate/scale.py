@@ -124,7 +124,8 @@ def resident_bytes() -> int:
 
 def carry(load: Load) -> Carried:
     """Fill the caches, then serve the load."""
-    from rayk.scheduler.router.kv_events import Event, EventBatch, Intake, decode, encode, removed, stored
+    from rayk.protocol.kv_events import Event, EventBatch, decode, encode, removed, stored
+    from rayk.scheduler.router.event_intake import Intake
     from rayk.scheduler.router.policies import make_policy
     from rayk.scheduler.router.policy import RouteRequest
     from rayk.scheduler.router.prefix_index import PrefixIndex

@@ -21,7 +21,7 @@ import numpy as np
 
 from rayk import protocol as m
 from rayk.errors import ConfigError
-from rayk.kvcache.page_hash import PageHash, PageHasher, PageKeys, split_keys
+from rayk.kvcache.page_hash import PageHash, PageHasher, PageKeys, RootKey, split_keys
 from rayk.kvcache.page_pool import Pages
 from rayk.params import AUTO
 from rayk.protocol.admission import AdmissionPolicy
@@ -89,7 +89,7 @@ class IndexFeed:
         self._index = index
         self._replica = replica
 
-    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
+    def stored(self, root: RootKey, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
         """See PageListener."""
         self._index.stored(self._replica, short_keys(hashes))
 

@@ -95,7 +95,7 @@ class PrefixTreeMachine(RuleBasedStateMachine):
         self.requests: list[Holder] = []
         self.pins: list[Holder] = []
 
-    def stored(self, parent, hashes, pages, tokens) -> None:
+    def stored(self, root, parent, hashes, pages, tokens) -> None:
         assert not self.heard.keys() & set(hashes)
         self.heard.update(zip(hashes, pages.tolist(), strict=True))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 import rayk
 from rayk.context import IntArray, TextContext
-from rayk.kvcache.page_hash import PageHash
+from rayk.kvcache.page_hash import PageHash, RootKey
 from rayk.kvcache.page_pool import Pages
 from rayk.kvcache.replica import ReplicaCore
 from rayk.manager.local import LocalCalls
@@ -41,7 +41,7 @@ class Listener:
     def __init__(self) -> None:
         self.stored_pages = self.removed_pages = 0
 
-    def stored(self, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
+    def stored(self, root: RootKey, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
         """These pages are cached now."""
         self.stored_pages += len(hashes)
 

@@ -6,20 +6,23 @@ import asyncio
 import queue
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rayk import InferenceSession
+from rayk import InferenceSession, KVEventsConfig
 from rayk.cluster import Cluster
 from rayk.engine.engine import Engine
 from rayk.engine.local_replicas import InlineReplicas
 from rayk.errors import CheckpointError, ClosedError, ConfigError, ReplicaLostError
 from rayk.protocol.engine import Report, Submit
+from rayk.replica import kv_event_publisher
 from rayk.request_errors import RequestCancelledError, RequestError, RequestTimeoutError
 from rayk.sampling import SamplingParams
 
+from ...kv_reader import Reader  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..engine.fake import POISON, VOCAB, PageModel, Tokenizer, expected  # noqa: TID252  # tests/ is no package
 from ..engine.test_engine import prompts  # noqa: TID252  # tests/ is no package
 
@@ -349,3 +352,37 @@ def test_large_batches_are_sent_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
         outputs = cluster.generate([[i % 90] * 1200 for i in range(60)], max_new_tokens=1)
     assert all(o.error is None for o in outputs)
     assert sum(sizes) == 60 * 4800 and max(sizes) < 100_000 and len(sizes) >= 3
+
+
+# -- cache events ------------------------------------------------------------------------------------------
+
+
+def test_readers_of_its_events_foresee_what_is_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    zmq = pytest.importorskip("zmq", reason="pyzmq is not installed (extra `events`)")
+    monkeypatch.setattr(kv_event_publisher, "HEARTBEAT_MS", 20)
+    events = KVEventsConfig(*(f"ipc://{tmp_path}/{name}" for name in ("live", "replay", "all")))
+    settings = {"replicas": 2, "page_size": 4, "pages": 30, "max_batch_size": 4, "peer_copies": False}
+    readers = [Reader(zmq, f"ipc://{tmp_path}/live{r}", f"ipc://{tmp_path}/replay{r}") for r in ("", "_dp1")]
+    with Cluster(model, kv_events=events, **settings) as cluster:
+        asked, hits = prompts(12, 40, shared=9), set()
+        for prompt in [*asked, *asked]:
+            for r, reader in enumerate(readers):
+                reader.snapshot(f"ipc://{tmp_path}/all{'_dp1' if r else ''}")
+            foreseen = [4 * reader.hits(prompt, 4) for reader in readers]
+            [output] = cluster.generate([prompt], max_new_tokens=3)
+            assert output.replica is not None and output.cached_tokens == foreseen[output.replica]
+            hits.add(output.cached_tokens)
+        assert len(hits) > 2 and {len(reader.pages) <= 30 for reader in readers} == {True}
+        cluster._replicas.drop(0)
+        while cluster.replica_states() != ["lost", "ready"]:
+            threading.Event().wait(0.005)
+        cleared = readers[0].clears
+        assert cluster.add_replicas() == [0]
+        readers[0].until(lambda: readers[0].clears > cleared and not readers[0].pages)  # it began anew, with nothing
+        cleared = readers[1].clears
+        cluster.reset_prefix_cache()
+        readers[1].until(lambda: readers[1].clears > cleared and not readers[1].pages)
+    for reader in readers:
+        reader.close()
+    with pytest.raises(ConfigError, match="without prefix caching"):
+        Cluster(model, page_size=4, prefix_caching=False, kv_events="tcp://127.0.0.1:5557")

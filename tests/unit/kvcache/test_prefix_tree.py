@@ -269,7 +269,7 @@ class Recorder:
         self.pages: dict[bytes, int] = {}
         self.parents: dict[bytes, bytes] = {}
 
-    def stored(self, parent, hashes, pages, tokens) -> None:
+    def stored(self, root, parent, hashes, pages, tokens) -> None:
         assert len(hashes) == len(pages) and len(tokens) == 4 * len(pages)
         for page_hash, page in zip(hashes, pages.tolist(), strict=True):
             assert page_hash not in self.pages

@@ -156,7 +156,7 @@ def test_news_continue_where_the_reader_is() -> None:
     journal = CacheEventLog(lambda: iter(()))
     router = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
     assert told(router, journal) and not told(router, journal)
-    journal.stored(b"", keys(1, 2, 3), None, b"")  # type: ignore[arg-type]
+    journal.stored((None, None), b"", keys(1, 2, 3), None, b"")  # type: ignore[arg-type]
     assert journal.close(7) == 1
     journal.removed(keys(3))
     assert journal.close(7) == 2 and journal.close(7) == 2, "nothing changed"
@@ -165,7 +165,7 @@ def test_news_continue_where_the_reader_is() -> None:
     assert late is not None
     router.apply_cache_delta(0, late)
     assert router.index.pages(0) == 2, "heard before"
-    journal.stored(b"", keys(5), None, b"")  # type: ignore[arg-type]
+    journal.stored((None, None), b"", keys(5), None, b"")  # type: ignore[arg-type]
     journal.close(7)
     skipped = m.CacheDelta(5, 4, [[(True, b"12345678")]], 0, 0)
     router.apply_cache_delta(0, skipped)
@@ -179,7 +179,7 @@ def test_who_is_too_far_behind_gets_everything(monkeypatch: pytest.MonkeyPatch) 
     router = RouterSettings("cost", (9, 9), 4).make(lambda: 0.0)
     assert told(router, journal)
     for i in range(5):
-        journal.stored(b"", keys(i, 100 + i), None, b"")  # type: ignore[arg-type]
+        journal.stored((None, None), b"", keys(i, 100 + i), None, b"")  # type: ignore[arg-type]
         journal.close(0)
     news = journal.news(0, 0)
     assert news is not None and news.since == -1
@@ -189,10 +189,10 @@ def test_who_is_too_far_behind_gets_everything(monkeypatch: pytest.MonkeyPatch) 
 
 def test_batches_without_pages_take_no_place_however_many_nobody_asks_about() -> None:
     journal = CacheEventLog(lambda: iter(keys(7, 8)))
-    journal.stored(b"", keys(1, 2), None, b"")  # type: ignore[arg-type]
+    journal.stored((None, None), b"", keys(1, 2), None, b"")  # type: ignore[arg-type]
     journal.close(0)
     for i in range(100_000):
-        journal.stored(b"", [], None, b"")  # type: ignore[arg-type]
+        journal.stored((None, None), b"", [], None, b"")  # type: ignore[arg-type]
         journal.removed([])
         journal.close(1 + i % 2)
     assert journal.number == 100_001 and len(journal._closed) == 1
@@ -204,7 +204,7 @@ def test_a_reader_hears_of_batches_with_pages_among_many_without() -> None:
     assert told(router, journal)
     for i in range(40):
         if i % 9 == 0:
-            journal.stored(b"", keys(i), None, b"")  # type: ignore[arg-type]
+            journal.stored((None, None), b"", keys(i), None, b"")  # type: ignore[arg-type]
         journal.close(1 + i % 2)
     early = journal.news(3, 0)
     assert told(router, journal) and router.index.pages(0) == 5 and router.known[0] == 40

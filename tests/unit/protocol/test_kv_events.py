@@ -1,34 +1,31 @@
-"""The events' wire form, read and written as vLLM does, and the intake that applies each batch once."""
+"""The events' wire form, read and written as vLLM does, and where they are published."""
 
 from typing import Any
 
 import msgspec
 import pytest
 
-from rayk.errors import MessageError
-from rayk.scheduler.router.kv_events import (
+from rayk.errors import ConfigError, MessageError
+from rayk.protocol.kv_events import (
     AllBlocksCleared,
-    Event,
     EventBatch,
-    Intake,
-    Layout,
-    Verdict,
+    KVEventsConfig,
     decode,
     encode,
+    endpoint_of,
     removed,
     stored,
 )
-from rayk.scheduler.router.prefix_index import Best, PrefixIndex, Tier
 
 LONG = bytes(range(32))
 BATCH = EventBatch(
     12.5,
-    [stored([5, 2**64 - 1], 4, 16, tokens=range(32), adapter="a"), removed([LONG], Tier.host), AllBlocksCleared()],
+    [stored([5, 2**64 - 1], 4, 16, tokens=range(32), adapter="a"), removed([LONG], "CPU"), AllBlocksCleared()],
     3,
 )
 
 
-# What vLLM's consumers declare, in its older layout (structs as arrays) and its newer one (as maps).
+# What vLLM's consumers declare, in its older layout (events as arrays) and its newer one (as maps).
 class ArrayBatch(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     ts: float
     events: list[Any]
@@ -79,15 +76,20 @@ class MapCleared(msgspec.Struct, tag="AllBlocksCleared"):
     pass
 
 
-class MapEvents(msgspec.Struct, omit_defaults=True):
+class MapEvents(ArrayBatch):
+    events: list[MapStored | MapRemoved | MapCleared]
+
+
+class AllMaps(msgspec.Struct, omit_defaults=True):  # for a while batches were maps, too
     ts: float
     events: list[MapStored | MapRemoved | MapCleared]
     data_parallel_rank: int | None = None
 
 
-@pytest.mark.parametrize(("layout", "kind"), [(Layout.array, ArrayEvents), (Layout.map, MapEvents)])
-def test_consumers_of_vllm_read_what_we_write(layout: Layout, kind: Any) -> None:
-    wire = encode(BATCH, layout)
+@pytest.mark.parametrize(("arrays", "kind"), [(True, ArrayEvents), (False, MapEvents)])
+def test_consumers_of_vllm_read_what_we_write(arrays: bool, kind: Any) -> None:
+    wire = encode(BATCH, arrays)
+    assert len(msgspec.msgpack.decode(wire)) == 3  # some count them
     read = msgspec.msgpack.decode(wire, type=kind)
     one, two, three = read.events
     assert (read.ts, read.data_parallel_rank) == (12.5, 3)
@@ -103,6 +105,7 @@ def test_consumers_of_vllm_read_what_we_write(layout: Layout, kind: Any) -> None
         ArrayEvents(1.0, [ArrayStored([1], None, [], 16, None, None), ArrayRemoved([b"x"], "GPU"), ArrayCleared()]),
         [1.0, [["BlockStored", [1], None, [], 16, None], ["BlockRemoved", [b"x"]], ["AllBlocksCleared"]]],
         MapEvents(1.0, [MapStored([1], None, [], 16, None, None, None), MapRemoved([b"x"], "GPU"), MapCleared()], 2),
+        AllMaps(1.0, [MapStored([1], None, [], 16, None, None, None), MapRemoved([b"x"], "GPU"), MapCleared()], 2),
         {"ts": 1, "events": [{"type": "BlockStored", "block_hashes": [1], "parent_block_hash": None, "token_ids": [],
                               "block_size": 16, "new": 1}, {"type": "BlockRemoved", "block_hashes": [b"x"]},
                              {"type": "AllBlocksCleared"}]},
@@ -128,46 +131,44 @@ def test_anything_else_is_refused(raw: bytes) -> None:
         decode(raw)
 
 
-def test_batches_are_applied_once_and_in_order() -> None:
-    index = PrefixIndex(2)
-    intake = Intake(index)
-    assert intake.take(0, 1, 0, [stored([1, 2, 3], None, 16), stored([1], None, 16, Tier.host)]) is Verdict.applied
-    assert intake.take(0, 1, 0, [removed([1])]) is Verdict.repeated
-    assert intake.take(0, 1, 2, [removed([3])]) is Verdict.resync  # 1 is missing
-    assert intake.take(0, 1, 3, [removed([3])]) is Verdict.resync
-    assert index.best([1, 2, 3]) == Best(3, 0)  # old, and better than nothing
-    assert intake.take(0, 1, 4, [AllBlocksCleared(), stored([1, 2], None, 16)]) is Verdict.applied
-    assert index.best([1, 2, 3]) == Best(2, 0) and index.pages(0, Tier.host) == 0
-    assert intake.take(0, 1, 5, [removed([2])]) is Verdict.applied
-    assert intake.take(1, 9, 1, [stored([1, 2], None, 16)]) is Verdict.resync  # its start was missed
-    assert index.best([1, 2, 3]) == Best(1, 0)
+def test_what_tells_pages_apart_beside_their_tokens_is_written_down() -> None:
+    assert stored([1, 2], None, 16).extra_keys is None
+    assert stored([1, 2], None, 16, salt="s").extra_keys == [["s"], None]
+    assert stored([1, 2], 7, 16, salt="s").extra_keys is None  # those before have it
+    assert stored([1, 2], 7, 16, adapter="a", salt="s").extra_keys == [["a"], ["a"]]
+    assert stored([1, 2], None, 16, adapter="a", salt="s").extra_keys == [["a", "s"], ["a"]]
 
 
-def test_a_new_epoch_starts_from_nothing() -> None:
-    index = PrefixIndex(1)
-    intake = Intake(index)
-    intake.take(0, 1, 0, [stored([1, 2, 3], None, 16)])
-    assert intake.take(0, 2, 1, [stored([1, 2], None, 16)]) is Verdict.resync
-    assert intake.take(0, 2, 0, []) is Verdict.applied
-    assert index.best([1]) == Best(0, -1)
-    assert intake.take(0, 1, 1, [stored([1], None, 16)]) is Verdict.repeated  # late, of the replica before
-    assert intake.take(0, 3, 7, [AllBlocksCleared(), stored([1], None, 16)]) is Verdict.applied
-    assert index.best([1]) == Best(1, 0)
-    index.check_integrity()
+def test_ports_follow_the_replica() -> None:
+    assert endpoint_of("tcp://*:5557", 0) == "tcp://*:5557" and endpoint_of("tcp://*:5557", 3) == "tcp://*:5560"
+    assert endpoint_of("inproc://x", 2) == "inproc://x_dp2" and endpoint_of("ipc:///tmp/x", 0) == "ipc:///tmp/x"
 
 
+@pytest.mark.parametrize("name", ["endpoint", "replay_endpoint", "snapshot_endpoint"])
 @pytest.mark.parametrize(
-    "make", [lambda n: n, lambda n: n.to_bytes(8, "little"), lambda n: n.to_bytes(8, "little") + LONG]
+    "wrong",
+    [
+        "tcp://somewhere",
+        "tcp://:1",
+        "tcp://a:b",
+        "tcp://a:0",
+        "tcp://a:65536",
+        "tcp://a:1/b",
+        "a:5557",
+        "ipc://",
+        "",
+        5557,
+    ],
 )
-def test_hashes_may_be_of_any_kind(make: Any) -> None:
-    index = PrefixIndex(1)
-    events: list[Event] = [
-        stored([make(2**60 + i) for i in range(5)], None, 16),
-        removed([make(2**60 + 4)]),
-        stored([make(1)], None, 16, Tier.disk),
-    ]
-    events.append(msgspec.structs.replace(events[0], medium="TAPE"))  # type: ignore[type-var]
-    wire = encode(EventBatch(0.0, events))
-    assert Intake(index).take(0, 0, 0, decode(wire).events) is Verdict.applied
-    assert index.best([2**60 + i for i in range(5)]) == Best(4, 0)
-    assert index.pages(0, Tier.disk) == 1 and len(index) == 5
+def test_what_cannot_be_bound_is_no_endpoint(name: str, wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=f"kv_events {name} .*no address to bind; write it like tcp://127"):
+        KVEventsConfig(**{"endpoint": "tcp://127.0.0.1:5557", name: wrong})
+
+
+def test_replicas_do_not_take_each_others_ports() -> None:
+    right = KVEventsConfig("tcp://*:5557", "tcp://*:5559", "ipc:///tmp/x")
+    right.check_replicas(2)
+    with pytest.raises(
+        ConfigError, match=r"tcp://\*:5559 would be the endpoint of one replica and the replay_endpoint"
+    ):
+        right.check_replicas(3)
