@@ -60,7 +60,7 @@ class SchedulerActor:
         lost = partial(self._lost, replica, epoch)
         link = ReplicaChannel(self._runtime, actor, replica, epoch, self._client, lost)
         link.news, link.known = partial(self._hear, replica, epoch), -1
-        link.pages = self._core.hall is not None
+        link.pages = self._core.controller is not None
         return link
 
     def handle_with_data(self, first: bytes | int, *rest: Any) -> tuple[bytes, Any]:
@@ -125,10 +125,10 @@ class SchedulerActor:
         try:
             while True:
                 with self._core_lock:
-                    if self._core.hall is not None:
+                    if self._core.controller is not None:
                         turns = [link.turn if link is not None else 0 for link in self._links]
                         used = [link.used if link is not None else 0 for link in self._links]
-                        self._core.hall.gate.reports(turns, used)
+                        self._core.controller.watermarks.reports(turns, used)
                     asks = script.send(told) if told is not None else next(script)
                     if told is None and isinstance(command, m.Join):
                         self._relink(command.replica, attached)

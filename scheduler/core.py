@@ -45,12 +45,12 @@ class SchedulerCore:
         self._left = KVCacheMetrics()  # what removed replicas had counted
         self._reset: bytes | None = None  # token of the last one that replicas which join later must know of
         self._removed: dict[int, m.RemoveDone] = {}  # what became of their pages
-        self.hall: AdmissionController | None = None
+        self.controller: AdmissionController | None = None
         """Where requests wait, if there is an admission policy."""
         if settings.admission is not None:
-            self.hall = AdmissionController(settings.admission, self.router, settings.page_size, clock)
-            self.lifecycle.on_replica_gone = self.hall.lost
-            self._entry = AdmissionScripts(self.placer, self.hall)
+            self.controller = AdmissionController(settings.admission, self.router, settings.page_size, clock)
+            self.lifecycle.on_replica_gone = self.controller.on_replica_lost
+            self._entry = AdmissionScripts(self.placer, self.controller)
         self.leases = Leases(clock)
         self.owner = ""
         """The driver that started the cluster, until it leaves or its lease ends; '' for nobody."""
@@ -72,7 +72,7 @@ class SchedulerCore:
             case m.PlaceMany():
                 return self.placer.place_many(client, command)
             case m.Enter():
-                if self.hall is None:
+                if self.controller is None:
                     raise ConfigError("this cluster has no admission policy: requests cannot wait; use admit()")
                 return self._entry.enter(client, command)
             case m.ClaimOne():
@@ -244,15 +244,15 @@ class SchedulerCore:
         rounds are orders, whose answers need not be waited for."""
         for client in self.leases.tick():
             self._disowned(client)
-            if self.hall is not None:
-                self.hall.drop(client)
+            if self.controller is not None:
+                self.controller.drop(client)
             yield from self.placer.release_all(client)
 
     def _leave(self, client: str) -> Script:
         self.leases.leave(client)
         self._disowned(client)
-        if self.hall is not None:
-            self.hall.drop(client)
+        if self.controller is not None:
+            self.controller.drop(client)
         yield from self.placer.release_all(client)
         return m.Done()
 
@@ -261,7 +261,7 @@ class SchedulerCore:
             self.owner = ""
 
     def _describe(self) -> Script:
-        placed, loads, hall = self.placements.loads(len(self.members)), self.router.loads, self.hall
+        placed, loads, controller = self.placements.loads(len(self.members)), self.router.loads, self.controller
         yield []
         return m.Description(
             self.members.epochs,
@@ -272,8 +272,8 @@ class SchedulerCore:
             loads.prefill_backlog.astype(int).tolist(),
             loads.held.tolist(),
             loads.capacity.tolist(),
-            admission=hall.state() if hall is not None else None,
-            levels=hall.gate.levels if hall is not None else [],
+            admission=controller.state() if controller is not None else None,
+            levels=controller.watermarks.pages_committed if controller is not None else [],
             transport=self.links.wanted,
             lines=self.links.table(),
             removed=self._removed,

@@ -70,35 +70,35 @@ class ClusterAdmission:
         if self._offered.pop(handle.id, None) is not None:
             self._controller.give_up(_CLIENT, [handle.id])
             self._collect()  # before another one has this id
-        self._controller.left([handle.id])
+        self._controller.on_release([handle.id])
 
     # -- replicas ------------------------------------------------------------------------------------
 
     def open(self, request: RouteRequest) -> BoolArray:
         """Which replicas would take a request that lost its place, [replicas]."""
-        return self._controller.gate.open(self._pages(request))
+        return self._controller.watermarks.open(self._pages(request))
 
     def promise(self, request_id: str, replica: int, request: RouteRequest) -> None:
         """A request goes to that replica; next() has promised its pages already."""
         if request_id not in self._promised:
             self._promised[request_id] = (replica, self._pages(request))
-            self._controller.gate.promise(*self._promised[request_id])
+            self._controller.watermarks.promise(*self._promised[request_id])
 
     def settle_promise(self, request_id: str) -> None:
         """Its pages are among those that its replica reports, or it left; unknown ones are ignored."""
         promised = self._promised.pop(request_id, None)
         if promised is not None:
-            self._controller.gate.kept(*promised)
+            self._controller.watermarks.settle_promise(*promised)
 
     def report(self, replica: int, used: int) -> None:
         """A replica has so many pages in use."""
         self._reports += 1
-        self._controller.gate.report(replica, self._reports, used)
+        self._controller.watermarks.report(replica, self._reports, used)
 
     def replica_gone(self, replica: int) -> None:
         """Nothing is in use or promised there any more."""
         self._promised = {i: each for i, each in self._promised.items() if each[0] != replica}
-        self._controller.gate.forget(replica)
+        self._controller.watermarks.forget(replica)
 
     def state(self) -> AdmissionState:
         """A snapshot of the queue."""

@@ -135,7 +135,7 @@ class Placing:
         for handle, error in admission.turned_away():
             self._end(handle, error)
         while self.waiting.first() is None and (admitted := admission.next()) is not None:
-            chosen: Handle = admitted.visitor.what
+            chosen: Handle = admitted.queued.what
             try:
                 self._place(chosen, admitted.replica, admitted.wish)
             except Exception as raised:

@@ -81,7 +81,11 @@ class InlineReplicas(ABC):
         )
         epochs = [next(self._epochs) for _ in settings.pages]
         self.scheduler = SchedulerCore(epochs, settings, params.copies_prefixes, monotonic)
-        self._router, self._placer, self._hall = self.scheduler.router, self.scheduler.placer, self.scheduler.hall
+        self._router, self._placer, self._controller = (
+            self.scheduler.router,
+            self.scheduler.placer,
+            self.scheduler.controller,
+        )
         self._placements, self._generations = self._placer.placements, self._placer.generations
         self._turn = 0  # looks at the replicas
         try:
@@ -192,7 +196,7 @@ class InlineReplicas(ABC):
                 except BaseException as error:
                     calls = script.throw(error)
                 else:
-                    if self._hall is not None:
+                    if self._controller is not None:
                         self._report()
                     calls = script.send(replies)
         except StopIteration as end:
@@ -213,8 +217,8 @@ class InlineReplicas(ABC):
         for core in self._there:
             core.publish()
             self._router.report(core.replica, waiting[core.replica], 0)
-            if self._hall is not None:
-                self._hall.gate.report(core.replica, self._turn, core.usage.used)
+            if self._controller is not None:
+                self._controller.watermarks.report(core.replica, self._turn, core.usage.used)
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -229,8 +233,8 @@ class InlineReplicas(ABC):
     def _gone(self, request_id: str) -> None:
         self._placer.drop(request_id)
         self._filling.pop(request_id, None)
-        if self._hall is not None:
-            self._hall.left((request_id,))
+        if self._controller is not None:
+            self._controller.on_release((request_id,))
 
     # -- who is there --------------------------------------------------------------------------------
 

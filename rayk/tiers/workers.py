@@ -102,8 +102,8 @@ class Workers:
                 if not self._jobs:
                     self._threads.discard(me)
                     return
+                self._busy[me] = self._clock()  # first: `open` looks without the lock, and must not miss a job between
                 _, _, work, future = heappop(self._jobs)
-                self._busy[me] = self._clock()
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(work())

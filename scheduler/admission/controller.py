@@ -1,10 +1,10 @@
-"""Where all drivers of a cluster wait for their turn: one queue, the gate to the replicas, and what became of each.
+"""Where all drivers of a cluster wait for their turn: one queue, watermarks of the replicas, outcomes.
 
 A driver offers requests with a message and hears, with its answer and those that follow, what became of them. A
 request is let in by whichever message finds room for it: one that reports a release, an offer, a look. Nobody is
 called: what is settled lies here until its driver asks, and is dropped with the driver.
 
-The hall knows nothing of messages. Who uses it (the scheduler's scripts, the backend of one process) claims and
+The controller knows nothing of messages. Who uses it (the scheduler's scripts, a Cluster's dispatcher) claims and
 allocates what next() lets in, and says how that went.
 """
 
@@ -52,10 +52,10 @@ class Admitted(NamedTuple):
     wish: RouteRequest
 
     @property
-    def visitor(self) -> QueuedRequest:
+    def queued(self) -> QueuedRequest:
         """Whose it is."""
-        visitor: QueuedRequest = self.ticket.payload
-        return visitor
+        queued: QueuedRequest = self.ticket.payload
+        return queued
 
 
 class AdmissionController:
@@ -63,7 +63,7 @@ class AdmissionController:
 
     def __init__(self, policy: AdmissionPolicy, router: Router, page_size: int, clock: Callable[[], float]) -> None:
         self.queue = AdmissionQueue(policy, clock)
-        self.gate = Watermarks(policy, router.loads, page_size)
+        self.watermarks = Watermarks(policy, router.loads, page_size)
         self._router = router
         self._page_size = page_size
         self._tickets: dict[str, QueueEntry] = {}  # who waits, by id
@@ -72,9 +72,9 @@ class AdmissionController:
 
     # -- coming ------------------------------------------------------------------------------------
 
-    def offer(self, visitor: QueuedRequest, request_id: str, tokens: int, output: int, traits: Traits) -> None:
+    def offer(self, queued: QueuedRequest, request_id: str, tokens: int, output: int, traits: Traits) -> None:
         """A request of so many tokens, which may generate `output` more, comes in or is turned away."""
-        pages, mine = -(-(tokens + 1) // self._page_size), self._open.setdefault(visitor.client, set())
+        pages, mine = -(-(tokens + 1) // self._page_size), self._open.setdefault(queued.client, set())
         try:
             if request_id in self._tickets or request_id in mine:
                 raise AlreadyClaimedError(request_id, -1)
@@ -82,13 +82,13 @@ class AdmissionController:
             if not self._hopeful:
                 raise NoReplicaError(request_id)
             self._tickets[request_id] = self.queue.offer(
-                request_id, pages, traits.tenant, traits.priority, traits.deadline, visitor,
-                most=self.gate.most, room=self.gate.fits(pages), output=output,
+                request_id, pages, traits.tenant, traits.priority, traits.deadline, queued,
+                most=self.watermarks.most, room=self.watermarks.fits(pages), output=output,
             )  # fmt: skip
         except AlreadyClaimedError as error:  # the other one's fate is still to come
-            self.reject(visitor.client, AdmissionOutcome(request_id, -1, None, error))
+            self.reject(queued.client, AdmissionOutcome(request_id, -1, None, error))
         except RaykError as error:
-            self.settle(visitor.client, AdmissionOutcome(request_id, -1, None, error))
+            self.settle(queued.client, AdmissionOutcome(request_id, -1, None, error))
 
     def give_up(self, client: str, request_ids: Iterable[str]) -> None:
         """The driver does not want those any more. What was let in already stays its own."""
@@ -121,46 +121,44 @@ class AdmissionController:
 
     def next(self) -> Admitted | None:
         """Let the next one in, if there is room. Nobody may be placed between this and Placer.add()."""
-        ticket = self.queue.take(self.gate.fits)
+        ticket = self.queue.take(self.watermarks.fits)
         if ticket is None:
             return None
         del self._tickets[ticket.request_id]
         try:
             wish: RouteRequest = ticket.payload.wish()
-            replica = self._router.choose(ticket.request_id, wish, self.gate.open(ticket.pages))
-            assert replica >= 0, "the gate found one"
+            replica = self._router.choose(ticket.request_id, wish, self.watermarks.open(ticket.pages))
+            assert replica >= 0, "a replica is below its marks"
         except Exception as raised:  # a policy of somebody's own: a matter of this request alone
             log.warning("request %r cannot be placed", ticket.request_id, exc_info=raised)
             failed = RequestError(ticket.request_id, f"it cannot be placed: {told(raised)}")
             self.failed(Admitted(ticket, -1, RouteRequest(0)), failed)
             return self.next()
-        self.gate.promise(replica, ticket.pages)
+        self.watermarks.promise(replica, ticket.pages)
         return Admitted(ticket, replica, wish)
 
-    def answered(self, entering: Admitted) -> None:
+    def answered(self, admitted: Admitted) -> None:
         """The replica has answered, or never will; to be called once."""
-        self.gate.kept(entering.replica, entering.ticket.pages)
+        self.watermarks.settle_promise(admitted.replica, admitted.ticket.pages)
 
-    def placed(self, entering: Admitted, outcome: Any) -> None:
+    def placed(self, admitted: Admitted, outcome: Any) -> None:
         """It is claimed and has its pages."""
-        request_id = entering.ticket.request_id
-        self.settle(entering.visitor.client, AdmissionOutcome(request_id, entering.replica, outcome))
+        request_id = admitted.ticket.request_id
+        self.settle(admitted.queued.client, AdmissionOutcome(request_id, admitted.replica, outcome))
 
-    def refused(self, entering: Admitted, error: RaykError) -> None:
+    def refused(self, admitted: Admitted, error: RaykError) -> None:
         """Its replica had no room after all, or was lost: its turn comes again, unless it has left meanwhile."""
-        if self.queue.returned(entering.ticket):
-            self._tickets[entering.ticket.request_id] = entering.ticket
+        if self.queue.returned(admitted.ticket):
+            self._tickets[admitted.ticket.request_id] = admitted.ticket
         else:
             self.settle(
-                entering.visitor.client, AdmissionOutcome(entering.ticket.request_id, entering.replica, None, error)
+                admitted.queued.client, AdmissionOutcome(admitted.ticket.request_id, admitted.replica, None, error)
             )
 
-    def failed(self, entering: Admitted, error: RaykError) -> None:
+    def failed(self, admitted: Admitted, error: RaykError) -> None:
         """It could not be placed."""
-        self.queue.forget(entering.ticket.request_id)
-        self.settle(
-            entering.visitor.client, AdmissionOutcome(entering.ticket.request_id, entering.replica, None, error)
-        )
+        self.queue.forget(admitted.ticket.request_id)
+        self.settle(admitted.queued.client, AdmissionOutcome(admitted.ticket.request_id, admitted.replica, None, error))
 
     # -- hearing and leaving -----------------------------------------------------------------------
 
@@ -182,14 +180,14 @@ class AdmissionController:
             del self._open[client]
         return self._fates.pop(client, []), len(mine or ())
 
-    def left(self, request_ids: Iterable[str]) -> None:
+    def on_release(self, request_ids: Iterable[str]) -> None:
         """Those have no place any more; unknown ones are ignored."""
         for request_id in request_ids:
             self.queue.left(request_id)
 
-    def lost(self, replica: int, request_ids: Iterable[str]) -> None:
+    def on_replica_lost(self, replica: int, request_ids: Iterable[str]) -> None:
         """A replica is gone, with those requests."""
-        self.gate.forget(replica)
+        self.watermarks.forget(replica)
         for request_id in request_ids:
             self.queue.forget(request_id)
 

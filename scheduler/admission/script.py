@@ -30,25 +30,25 @@ MOST_AT_ONCE = 256  # requests that one script lets in
 
 
 class AdmissionScripts:
-    """Lets the requests of `hall` in through `placer`."""
+    """Lets the requests of `controller` in through `placer`."""
 
-    def __init__(self, placer: Placer, hall: AdmissionController) -> None:
+    def __init__(self, placer: Placer, controller: AdmissionController) -> None:
         self._placer = placer
-        self._hall = hall
-        placer.gone = hall.left
+        self._controller = controller
+        placer.gone = controller.on_release
 
     def enter(self, client: str, command: m.Enter) -> Script:
         """Take offers and news from a driver, let in who may, and say what became of the driver's requests."""
-        placer, hall = self._placer, self._hall
+        placer, controller = self._placer, self._controller
         placer.forget_released(command.released)
         if command.contexts.ids:
             placer.prefill_rate = command.prefill_rate
-        hall.gate.reports(command.turns, command.used)
-        hall.give_up(client, command.given_up)
+        controller.watermarks.reports(command.turns, command.used)
+        controller.give_up(client, command.given_up)
         batch = rows_of(command.contexts)
         keys = placer.sent_keys(batch, command.keys)
         # With a queue the replicas' answers to what is let in bring all news; without one, what the driver saw counts.
-        calm = not len(hall.queue)
+        calm = not len(controller.queue)
         if len(batch):
             yield from placer.verify(batch.ids)
             if calm:
@@ -59,22 +59,24 @@ class AdmissionScripts:
         for row in range(len(batch)):
             self._let_in(placed)  # only what finds no room waits, and counts as waiting for those behind it
             self._offer(client, batch, row, keys[row] if keys is not None else None)
-        hall.expire()
+        controller.expire()
         self._let_in(placed)
         if placed:
             yield from self._place(placed, command.peers)
         return self._answer(client) if command.hear else m.Done()
 
     def _offer(self, client: str, batch: ContextRows, row: int, keys: Sequence[int] | None) -> None:
-        request_id, hall = batch.ids[row], self._hall
+        request_id, controller = batch.ids[row], self._controller
         holder = self._placer.placements.holder(request_id)
         if holder is not None:
-            hall.reject(client, AdmissionOutcome(request_id, holder, None, AlreadyClaimedError(request_id, holder)))
+            controller.reject(
+                client, AdmissionOutcome(request_id, holder, None, AlreadyClaimedError(request_id, holder))
+            )
         else:  # it may wait for long: without the others of its message
             own = rows_of(batch.part([row]))
-            visitor = QueuedRequest(client, partial(self._wish, own, keys), own.contexts)
+            queued = QueuedRequest(client, partial(self._wish, own, keys), own.contexts)
             length = own.lengths[0]
-            hall.offer(visitor, request_id, length, own.rows[0][MAX_LENGTH] - length, own.traits(0))
+            controller.offer(queued, request_id, length, own.rows[0][MAX_LENGTH] - length, own.traits(0))
 
     def _wish(self, own: ContextRows, keys: Sequence[int] | None) -> RouteRequest:
         """`keys` as sent; whether any are wanted may change while the request waits."""
@@ -82,23 +84,23 @@ class AdmissionScripts:
 
     def _let_in(self, placed: list[tuple[Admitted, Owner]]) -> None:
         """Choose replicas for those whose turn it is."""
-        hall, placer = self._hall, self._placer
-        while len(placed) < MOST_AT_ONCE and (entering := hall.next()) is not None:
-            owner = placer.owner(entering.visitor.client)
+        controller, placer = self._controller, self._placer
+        while len(placed) < MOST_AT_ONCE and (admitted := controller.next()) is not None:
+            owner = placer.owner(admitted.queued.client)
             try:
-                placer.add(owner, entering.ticket.request_id, entering.replica, entering.wish)
-                placed.append((entering, owner))
+                placer.add(owner, admitted.ticket.request_id, admitted.replica, admitted.wish)
+                placed.append((admitted, owner))
             except RaykError as error:  # claimed meanwhile, by another driver or past the queue
-                hall.answered(entering)
-                hall.failed(entering, error)
+                controller.answered(admitted)
+                controller.failed(admitted, error)
 
     def _place(self, placed: list[tuple[Admitted, Owner]], peers: bool) -> Part:
         """Claim and allocate them; what became of each is settled when the replicas have answered."""
         placer, router = self._placer, self._placer.router
-        batch = rows_of(joined([entering.visitor.what for entering, _ in placed]))
+        batch = rows_of(joined([admitted.queued.what for admitted, _ in placed]))
         groups: dict[int, list[int]] = {}
-        for row, (entering, _) in enumerate(placed):
-            groups.setdefault(entering.replica, []).append(row)
+        for row, (admitted, _) in enumerate(placed):
+            groups.setdefault(admitted.replica, []).append(row)
         lonely = {
             i
             for i, (e, _) in enumerate(placed)
@@ -112,28 +114,28 @@ class AdmissionScripts:
         except GeneratorExit:
             raise
         except BaseException:
-            yield from placer.take_back({entering.ticket.request_id: owner for entering, owner in placed})
+            yield from placer.take_back({admitted.ticket.request_id: owner for admitted, owner in placed})
             raise
         finally:
-            for row, (entering, owner) in enumerate(placed):
-                self._settle(entering, owner, outcomes, row)
+            for row, (admitted, owner) in enumerate(placed):
+                self._settle(admitted, owner, outcomes, row)
 
-    def _settle(self, entering: Admitted, owner: Owner, outcomes: AdmitResults, row: int) -> None:
-        hall, ticket = self._hall, entering.ticket
-        hall.answered(entering)
+    def _settle(self, admitted: Admitted, owner: Owner, outcomes: AdmitResults, row: int) -> None:
+        controller, ticket = self._controller, admitted.ticket
+        controller.answered(admitted)
         if outcomes.numbers[row, 0] >= 0:
-            hall.placed(entering, (outcomes.numbers[row].tobytes(), outcomes.seconds[row].tobytes(), owner[1]))
+            controller.placed(admitted, (outcomes.numbers[row].tobytes(), outcomes.seconds[row].tobytes(), owner[1]))
             return
         error = m.to_error(outcomes.failures[row]) if row in outcomes.failures else None
         full = isinstance(error, InsufficientBlocksError) and error.needed <= error.total
         if error is None or full or isinstance(error, (ReplicaLostError, CallTimeoutError)):
-            hall.refused(entering, error or OverloadedError(ticket.request_id, "its driver is gone", SOONEST))
+            controller.refused(admitted, error or OverloadedError(ticket.request_id, "its driver is gone", SOONEST))
         else:
-            hall.failed(entering, error)
+            controller.failed(admitted, error)
         self._placer.forget_of(owner, [ticket.request_id])
 
     def _answer(self, client: str) -> m.EnterDone:
-        fates, left = self._hall.settled(client)
+        fates, left = self._controller.settled(client)
         nothing = AdmitResults(1)
         refused = (nothing.numbers.tobytes(), nothing.seconds.tobytes(), 0)
         rows = [fate.outcome if fate.outcome is not None else refused for fate in fates]

@@ -53,7 +53,7 @@ class Watermarks:
         self._grow()
         self._promised[replica] += pages
 
-    def kept(self, replica: int, pages: int) -> None:
+    def settle_promise(self, replica: int, pages: int) -> None:
         """The replica has answered for it: what it said counts."""
         self._promised[replica] = max(0, self._promised[replica] - pages)
 
@@ -89,7 +89,7 @@ class Watermarks:
         return bool(self.open(pages).any())
 
     @property
-    def levels(self) -> list[int]:
+    def pages_committed(self) -> list[int]:
         """Pages of each replica that are in use or promised."""
         self._grow()
         return [int(pages) for pages in self._used + self._promised]

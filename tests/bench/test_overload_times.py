@@ -1,4 +1,4 @@
-"""An overload on a clock that only waiting moves: the real queue, gate, router and drivers, and replicas that do
+"""An overload on a clock that only waiting moves: the real queue, watermarks, router and drivers, and replicas that do
 nothing but take their time. A minute of each of several seeds."""
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class House:
     def __init__(self, load: Load, clock: Callable[[], float]) -> None:
         settings = RouterSettings("cost", (load.pages,) * load.replicas, load.page_size, caching=False)
         self.router = Router(settings, clock)
-        self.hall = AdmissionController(load.policy, self.router, load.page_size, clock)
+        self.controller = AdmissionController(load.policy, self.router, load.page_size, clock)
         self.replicas = [Replica() for _ in range(load.replicas)]
         self.waiting: dict[str, asyncio.Future[Admission]] = {}
 
@@ -73,17 +73,17 @@ class House:
             self.let_in()
 
     def let_in(self) -> None:
-        self.hall.expire()
-        while (entering := self.hall.next()) is not None:
-            request_id, replica = entering.ticket.request_id, self.replicas[entering.replica]
-            self.router.place(request_id, entering.replica, entering.wish)
-            replica.unfilled[request_id] = entering.wish.tokens
-            replica.pages[request_id] = entering.ticket.pages
-            self.hall.answered(entering)
-            self.report(entering.replica, [request_id])
-            self.hall.placed(entering, None)
+        self.controller.expire()
+        while (admitted := self.controller.next()) is not None:
+            request_id, replica = admitted.ticket.request_id, self.replicas[admitted.replica]
+            self.router.place(request_id, admitted.replica, admitted.wish)
+            replica.unfilled[request_id] = admitted.wish.tokens
+            replica.pages[request_id] = admitted.ticket.pages
+            self.controller.answered(admitted)
+            self.report(admitted.replica, [request_id])
+            self.controller.placed(admitted, None)
         for tenant in (POLITE, FLOOD):
-            for fate in self.hall.settled(tenant)[0]:
+            for fate in self.controller.settled(tenant)[0]:
                 self.waiting.pop(fate.request_id).set_result(Admission(fate.replica, fate.error))
 
     def report(self, number: int, answered: Sequence[str] = ()) -> None:
@@ -91,7 +91,7 @@ class House:
         replica.turn += 1
         self.router.report(number, sum(replica.unfilled.values()), replica.turn)
         self.router.answered(number, answered)
-        self.hall.gate.report(number, replica.turn, sum(replica.pages.values()))
+        self.controller.watermarks.report(number, replica.turn, sum(replica.pages.values()))
 
 
 class Guest:
@@ -106,9 +106,9 @@ class Guest:
         await asyncio.sleep(MESSAGE)
         house, length = self.house, ctx.tokens.length
         future = house.waiting[ctx.request_id] = asyncio.get_running_loop().create_future()
-        visitor = QueuedRequest(self.tenant, lambda: RouteRequest(length), ctx)
+        queued = QueuedRequest(self.tenant, lambda: RouteRequest(length), ctx)
         traits = Traits(tenant=ctx.tenant, deadline=ctx.deadline)
-        house.hall.offer(visitor, ctx.request_id, length, ctx.max_length - length, traits)
+        house.controller.offer(queued, ctx.request_id, length, ctx.max_length - length, traits)
         house.let_in()
         admission = await future
         self.told.append((ctx.max_length - length, admission.error is None))
@@ -119,7 +119,7 @@ class Guest:
         for number, tick in enumerate(ticks):
             for request_id in tick.release:
                 self.house.router.remove(request_id)
-                self.house.hall.left([request_id])
+                self.house.controller.on_release([request_id])
             self.house.report(number)
         self.house.let_in()
         return [TickResult() for _ in ticks]
@@ -175,8 +175,8 @@ def serve(loop: Loop, seed: int) -> Seen:
         guests[FLOOD].told.clear()
         over = await phase(**arrivals(capacity, 5.0, 60, deadline))
         looking.cancel()
-        house.hall.check_integrity()
-        assert house.hall.queue.held == 0 and not house.waiting
+        house.controller.check_integrity()
+        assert house.controller.queue.held == 0 and not house.waiting
         told = guests[FLOOD].told
         long, short = ([ok for n, ok in told if which(n)] for which in (lambda n: n >= LONG, lambda n: n <= SHORT))
         return Seen(

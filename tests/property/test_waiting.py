@@ -57,8 +57,8 @@ class Cluster(RuleBasedStateMachine):
         self.now = 100.0
         settings = RouterSettings(router, (PAGES,) * REPLICAS, PAGE, caching=False, admission=POLICY)
         self.core = SchedulerCore(list(range(REPLICAS)), settings, False, lambda: self.now)
-        assert self.core.hall is not None
-        self.hall = self.core.hall
+        assert self.core.controller is not None
+        self.controller = self.core.controller
         self.held: list[dict[str, int]] = [{} for _ in range(REPLICAS)]  # pages of each request on each replica
         self.turn = 0
         self.scripts: list[tuple[Any, str, list[_OnWay]]] = []
@@ -72,7 +72,7 @@ class Cluster(RuleBasedStateMachine):
         self.came_at: dict[str, int] = {}  # how long the log was when it came into the queue
         self.gone: set[str] = set()
         self.number = 0
-        queue, take, offer = self.hall.queue, self.hall.queue.take, self.hall.queue.offer
+        queue, take, offer = self.controller.queue, self.controller.queue.take, self.controller.queue.offer
 
         def logged(fits: Any) -> QueueEntry | None:
             ticket = take(fits)
@@ -103,7 +103,7 @@ class Cluster(RuleBasedStateMachine):
             case m.Blocks(request_id):
                 return m.BlocksDone(request_id in held, [])
         self.turn += 1
-        self.hall.gate.report(ask.replica, self.turn, sum(held.values()))
+        self.controller.watermarks.report(ask.replica, self.turn, sum(held.values()))
         return result
 
     def _send(self, driver: str, command: Any) -> None:
@@ -213,8 +213,8 @@ class Cluster(RuleBasedStateMachine):
 
     @invariant()
     def books_are_right(self) -> None:
-        if hasattr(self, "hall"):
-            self.hall.check_integrity()
+        if hasattr(self, "controller"):
+            self.controller.check_integrity()
 
     @invariant()
     def no_mark_is_passed(self) -> None:
@@ -230,11 +230,11 @@ class Cluster(RuleBasedStateMachine):
 
     @invariant()
     def the_queue_is_bounded(self) -> None:
-        if hasattr(self, "hall"):
-            assert len(self.hall.queue) <= POLICY.max_waiting
+        if hasattr(self, "controller"):
+            assert len(self.controller.queue) <= POLICY.max_waiting
 
     def teardown(self) -> None:
-        if not hasattr(self, "hall"):
+        if not hasattr(self, "controller"):
             return
         for _ in range(400):
             while self.scripts:
@@ -245,13 +245,13 @@ class Cluster(RuleBasedStateMachine):
                 self.untold[driver][request_id] = self.claims[request_id]
             for driver in range(DRIVERS):
                 self.look(driver, True)
-            if not self.scripts and not self.where and not len(self.hall.queue):
+            if not self.scripts and not self.where and not len(self.controller.queue):
                 break
-        assert not self.scripts and not len(self.hall.queue), "all came to an end"
+        assert not self.scripts and not len(self.controller.queue), "all came to an end"
         left = [i for i, offer in self.offered.items() if offer[0] not in self.gone and i not in self.settled]
         assert not left, "everybody heard"
         assert not any(self.held), "nothing is left behind"
-        assert self.hall.queue.held == 0 and not self.hall._open and not self.hall._fates
+        assert self.controller.queue.held == 0 and not self.controller._open and not self.controller._fates
         self._check_order()
 
     def _check_order(self) -> None:

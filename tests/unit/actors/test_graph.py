@@ -17,18 +17,18 @@ SECONDS = 10.0
 
 
 class StubGraph:
-    """A graph that echoes. It opens when `gate` is set, and whoever sends while `stuck` waits until it is closed; a
-    killed actor ends all of that, as Ray's do."""
+    """A graph that echoes. It opens when `watermarks` is set, and whoever sends while `stuck` waits until it is closed;
+    a killed actor ends all of that, as Ray's do."""
 
     def __init__(self, opens: bool = True, trouble: str = "", ends_by_itself: bool = True) -> None:
-        self.gate, self.closed, self.dead = threading.Event(), threading.Event(), threading.Event()
+        self.watermarks, self.closed, self.dead = threading.Event(), threading.Event(), threading.Event()
         self.trouble, self.ends_by_itself, self.stuck = trouble, ends_by_itself, False
         self.events: list[str] = []
         if opens:
-            self.gate.set()
+            self.watermarks.set()
 
     def open(self, timeout: float) -> None:
-        assert self.gate.wait(SECONDS)
+        assert self.watermarks.wait(SECONDS)
         self.events.append("opened")
         if self.trouble or self.dead.is_set():
             raise LaneError(self.trouble or "it died")
@@ -52,7 +52,7 @@ class StubGraph:
     def kill(self) -> None:
         self.events.append("killed")
         self.dead.set()
-        self.gate.set()
+        self.watermarks.set()
 
 
 class Clock:
@@ -90,7 +90,7 @@ def test_it_carries_once_it_is_open() -> None:
     graph = StubGraph(opens=False)
     lane = GraphLane(graph)
     assert not lane.open and lane.send(b"early") is None
-    graph.gate.set()
+    graph.watermarks.set()
     until(lambda: lane.open)
     assert lane.get(lane.send(b"x"), 1.0) == b"x" and not lane.rested
     lane.close()
@@ -147,7 +147,7 @@ def test_one_that_is_not_needed_any_more_when_it_opens_is_taken_down() -> None:
     lane = GraphLane(graph)
     lane.close()
     assert not lane.join(0)
-    graph.gate.set()
+    graph.watermarks.set()
     assert lane.join(SECONDS) and not lane.open and graph.events == ["opened", "closed"]
 
 
@@ -205,5 +205,5 @@ def test_threads_that_never_end_are_told_of(monkeypatch: pytest.MonkeyPatch, cap
     lane = GraphLane(graph)
     life.end([lane])
     assert "1 fast lane(s) still wait" in caplog.text
-    graph.gate.set()
+    graph.watermarks.set()
     assert lane.join(SECONDS)

@@ -16,12 +16,12 @@ from ..engine.fake import PageModel, Tokenizer  # noqa: TID252  # tests/ is no p
 
 
 class Gated(PageModel):
-    """It forwards only while `gate` is open, so that there is something to interrupt."""
+    """It forwards only while `watermarks` is open, so that there is something to interrupt."""
 
-    gate = threading.Event()
+    watermarks = threading.Event()
 
     def logits(self, *given: Any) -> Any:
-        assert self.gate.wait(30)
+        assert self.watermarks.wait(30)
         return super().logits(*given)
 
 
@@ -35,11 +35,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         post(self, replica, command)
 
     monkeypatch.setattr(InlineReplicas, "post", watch)
-    Gated.gate.set()
+    Gated.watermarks.set()
     shape = {"replicas": 2, "page_size": 4, "pages": 64, "max_batch_size": 4, "chunk_size": 16}
     with Cluster(lambda device: Gated(tokenizer=Tokenizer()), **shape) as cluster:  # type: ignore[arg-type]  # all ints
         yield cluster
-        Gated.gate.set()
+        Gated.watermarks.set()
         assert cluster.replica_states() == ["ready", "ready"]
         idle(cluster)
 

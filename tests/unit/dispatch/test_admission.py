@@ -28,10 +28,10 @@ def opened(replicas: int = 1, **policy: Any) -> Cluster:
 
 
 @pytest.fixture(autouse=True)
-def gate() -> Iterator[threading.Event]:
-    Gated.gate.set()
-    yield Gated.gate
-    Gated.gate.set()
+def watermarks() -> Iterator[threading.Event]:
+    Gated.watermarks.set()
+    yield Gated.watermarks
+    Gated.watermarks.set()
 
 
 def settled(cluster: Cluster) -> None:
@@ -55,39 +55,39 @@ def test_all_are_served_in_their_turn(replicas: int) -> None:
         assert state is not None and (state.admitted, state.refused) == (60, 0)
 
 
-def test_priority_and_deadline_go_first(gate: threading.Event) -> None:
+def test_priority_and_deadline_go_first(watermarks: threading.Event) -> None:
     order: list[str] = []
     with opened(max_running=1, patience=600) as cluster:
-        gate.clear()
+        watermarks.clear()
         names = {"plain": {}, "urgent": {"priority": 9}, "due": {"deadline": 60.0}}
         first = cluster.submit([1, 1], max_new_tokens=2)
         prompts = [{"tokens": [i, 2], "id": name, **more} for i, (name, more) in enumerate(names.items())]
         handles = cluster.submit_all(prompts, max_new_tokens=2)
         for handle in handles:
             handle.future.add_done_callback(lambda future: order.append(future.result().id))
-        gate.set()
+        watermarks.set()
         assert not any(handle.result(20).error for handle in [first, *handles])
         assert order == ["due", "urgent", "plain"], "due in a minute, 45 seconds early, and in 10 minutes"
         settled(cluster)
 
 
-def test_tenants_take_turns_by_weight(gate: threading.Event) -> None:
+def test_tenants_take_turns_by_weight(watermarks: threading.Event) -> None:
     with opened(max_running=1, tenants={"big": TenantQuota(weight=3.0)}) as cluster:
-        gate.clear()
+        watermarks.clear()
         order: list[str] = []
         prompts = [{"tokens": [i, 2], "tenant": tenant} for tenant in ("big", "small") for i in range(8)]
         handles = cluster.submit_all(prompts, max_new_tokens=2)
         for handle in handles:
             handle.future.add_done_callback(lambda _, tenant=handle.tenant: order.append(tenant))
-        gate.set()
+        watermarks.set()
         assert not any(handle.result(20).error for handle in handles)
         assert 5 <= order[:8].count("big") <= 7
         settled(cluster)
 
 
-def test_what_is_too_much_is_turned_away(gate: threading.Event) -> None:
+def test_what_is_too_much_is_turned_away(watermarks: threading.Event) -> None:
     with opened(max_waiting=2, max_running=1) as cluster:
-        gate.clear()
+        watermarks.clear()
         handles = cluster.submit_all([[i, 1] for i in range(5)], max_new_tokens=3)
         refused = [handle for handle in handles if handle.done]
         assert [handle.index for handle in refused] == [3, 4]
@@ -97,59 +97,59 @@ def test_what_is_too_much_is_turned_away(gate: threading.Event) -> None:
             assert error.retry_after > 0 and handle.result(0).finish_reason == "error"
         large = cluster.submit([7] * 79, max_new_tokens=1).result(5)
         assert isinstance(large.error, OverloadedError) and "needs 20 pages" in str(large.error)
-        gate.set()
+        watermarks.set()
         assert [handle.result(20).tokens for handle in handles[:3]] == [expected([i, 1], 3) for i in range(3)]
         settled(cluster)
         again = cluster.generate([{"tokens": [4, 1], "id": refused[0].id}], max_new_tokens=3)
         assert again[0].tokens == expected([4, 1], 3), "its id is free"
 
 
-def test_who_waits_too_long_is_turned_away(gate: threading.Event) -> None:
+def test_who_waits_too_long_is_turned_away(watermarks: threading.Event) -> None:
     with opened(max_running=1, patience=0.05) as cluster:
-        gate.clear()
+        watermarks.clear()
         first, late = cluster.submit_all([[1], [2]], max_new_tokens=3)
         threading.Event().wait(0.06)
-        gate.set()
+        watermarks.set()
         assert first.result(20).error is None
         assert isinstance(late.result(20).error, OverloadedError) and "it waited" in str(late.result().error)
         settled(cluster)
 
 
-def test_cancelled_and_timed_out_while_they_wait(gate: threading.Event) -> None:
+def test_cancelled_and_timed_out_while_they_wait(watermarks: threading.Event) -> None:
     with opened(max_running=1) as cluster:
-        gate.clear()
+        watermarks.clear()
         first, cancelled = cluster.submit_all([[1], [2]], max_new_tokens=3)
         late = cluster.submit([3], max_new_tokens=3, timeout=0.01)
         cancelled.cancel()
         assert isinstance(cancelled.result(5).error, RequestCancelledError)
         again = cluster.submit({"tokens": [4], "id": cancelled.id}, max_new_tokens=3)
         threading.Event().wait(0.02)
-        gate.set()
+        watermarks.set()
         assert isinstance(late.result(20).error, RequestTimeoutError)
         assert first.result(20).error is None and again.result(20).tokens == expected([4], 3)
         settled(cluster)
 
 
-def test_what_a_removed_replica_had_goes_on_before_others(gate: threading.Event) -> None:
+def test_what_a_removed_replica_had_goes_on_before_others(watermarks: threading.Event) -> None:
     with opened(2, max_running=2) as cluster:
-        gate.clear()
+        watermarks.clear()
         handles = cluster.submit_all([[i, 1] for i in range(12)], max_new_tokens=8)
         removing = threading.Thread(target=cluster.remove_replica, args=(0,))
         removing.start()
-        gate.set()
+        watermarks.set()
         assert [handle.result(20).tokens for handle in handles] == [expected([i, 1], 8) for i in range(12)]
         removing.join(20)
         settled(cluster)
 
 
-def test_nobody_waits_where_no_replica_is_left(gate: threading.Event) -> None:
+def test_nobody_waits_where_no_replica_is_left(watermarks: threading.Event) -> None:
     with opened(max_running=1) as cluster:
-        gate.clear()
+        watermarks.clear()
         running, waits = cluster.submit_all([[1], [2]], max_new_tokens=3)
         cluster.drain_replica(0)
         after = cluster.submit([3], max_new_tokens=3)
         assert isinstance(after.result(5).error, NoReplicaError)
-        gate.set()
+        watermarks.set()
         assert running.result(20).error is None and isinstance(waits.result(20).error, NoReplicaError)
         cluster.resume_replica(0)
         assert cluster.generate([[4]], max_new_tokens=3)[0].tokens == expected([4], 3)

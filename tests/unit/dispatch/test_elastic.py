@@ -32,12 +32,12 @@ SETTINGS: dict[str, Any] = {"page_size": 4, "pages": 64, "max_batch_size": 4, "c
 
 
 class Gated(PageModel):
-    """It forwards only while `gate` is open, so that there is something to interrupt."""
+    """It forwards only while `watermarks` is open, so that there is something to interrupt."""
 
-    gate = threading.Event()
+    watermarks = threading.Event()
 
     def logits(self, *given: Any) -> Any:
-        assert self.gate.wait(30)
+        assert self.watermarks.wait(30)
         return super().logits(*given)
 
 
@@ -46,10 +46,10 @@ def model(device: str) -> PageModel:
 
 
 @pytest.fixture(autouse=True)
-def gate() -> Iterator[threading.Event]:
-    Gated.gate.set()
-    yield Gated.gate
-    Gated.gate.set()
+def watermarks() -> Iterator[threading.Event]:
+    Gated.watermarks.set()
+    yield Gated.watermarks
+    Gated.watermarks.set()
 
 
 def some_tokens(handles: list[Any], count: int) -> None:
@@ -62,13 +62,13 @@ def some_tokens(handles: list[Any], count: int) -> None:
         news.clear()
 
 
-def test_an_added_replica_takes_what_waits(gate: threading.Event) -> None:
+def test_an_added_replica_takes_what_waits(watermarks: threading.Event) -> None:
     with Cluster(model, **SETTINGS) as cluster:
-        gate.clear()
+        watermarks.clear()
         handles = cluster.submit_all([[i, 1, 2] for i in range(30)], max_new_tokens=12)
         adding = threading.Thread(target=cluster.add_replicas, args=(2,))
         adding.start()
-        gate.set()
+        watermarks.set()
         adding.join(20)
         more = cluster.generate([[i, 5] for i in range(20)], max_new_tokens=4)
         outputs = [handle.result(20) for handle in handles]
@@ -111,15 +111,15 @@ def test_what_a_removed_replica_had_goes_on_elsewhere(temperature: float, tokens
         assert {output.replica for output in cluster.generate(asked, settings)} == {1, 2}
 
 
-def test_a_drained_replica_ends_what_it_has_and_takes_no_more(gate: threading.Event) -> None:
+def test_a_drained_replica_ends_what_it_has_and_takes_no_more(watermarks: threading.Event) -> None:
     with Cluster(model, replicas=2, **SETTINGS) as cluster:
-        gate.clear()
+        watermarks.clear()
         handles = cluster.submit_all([[i, 1] for i in range(4)], max_new_tokens=20)
         cluster.drain_replica(0)
         cluster.drain_replica(0)
         with pytest.raises(DrainError, match="2 request"):
             cluster.remove_replica(0, hand_over=False, timeout=0.01)
-        gate.set()
+        watermarks.set()
         later = cluster.generate([[i, 2] for i in range(8)], max_new_tokens=3)
         assert {output.replica for output in later} == {1}
         assert sorted(handle.result(20).replica for handle in handles) == [0, 0, 1, 1]  # type: ignore[type-var]  # no None
@@ -148,15 +148,15 @@ def test_wrong_use() -> None:
         assert cluster.generate([[1]], max_new_tokens=2)[0].tokens == expected([1], 2)
 
 
-def test_cancelled_between_a_hand_over_and_its_arrival(gate: threading.Event) -> None:
+def test_cancelled_between_a_hand_over_and_its_arrival(watermarks: threading.Event) -> None:
     with Cluster(model, replicas=2, **SETTINGS) as cluster:
         handles = cluster.submit_all([[i, 1] for i in range(4)], max_new_tokens=100)
         some_tokens(handles, 2)
-        gate.clear()
+        watermarks.clear()
         mine = [handle for handle in handles if handle.replica == 0]
         cluster.drain_replica(0, hand_over=True)
         mine[0].cancel()
-        gate.set()
+        watermarks.set()
         assert isinstance(mine[0].result(20).error, RequestCancelledError)
         assert mine[1].result(20).error is None and mine[1].result().replica == 1
 
@@ -245,7 +245,7 @@ def test_where_nothing_is_offered(more: dict[str, Any]) -> None:
         assert cluster.remove_replica(0) == Removed()
 
 
-def test_requests_go_on_while_pages_are_offered(gate: threading.Event) -> None:
+def test_requests_go_on_while_pages_are_offered(watermarks: threading.Event) -> None:
     asked = prompts(20, 30, seed=5)
     with Cluster(model, replicas=2, **SETTINGS | {"pages": 600}) as cluster:
         cluster.generate(asked, max_new_tokens=2)
@@ -283,9 +283,9 @@ def test_a_copy_that_fails_is_passed_over(error: type[Exception], monkeypatch: p
         cluster.check_integrity()
 
 
-def test_closing_ends_a_removal_that_waits(gate: threading.Event) -> None:
+def test_closing_ends_a_removal_that_waits(watermarks: threading.Event) -> None:
     cluster = Cluster(model, replicas=2, **SETTINGS)
-    gate.clear()
+    watermarks.clear()
     cluster.submit_all([[i, 1] for i in range(4)], max_new_tokens=20)
 
     def remove() -> None:
@@ -298,6 +298,6 @@ def test_closing_ends_a_removal_that_waits(gate: threading.Event) -> None:
         threading.Event().wait(0.002)
     closing = threading.Thread(target=cluster.close)
     closing.start()
-    gate.set()
+    watermarks.set()
     removing.join(10), closing.join(10)
     assert not removing.is_alive() and not closing.is_alive()

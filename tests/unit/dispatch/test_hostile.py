@@ -209,12 +209,12 @@ def test_a_router_that_raises_ends_one_request(
             raise ZeroDivisionError("a bug")
         return sound(self, *given)
 
-    Gated.gate.clear()
+    Gated.watermarks.clear()
     running = cluster.submit_all([[i, i] for i in range(20)], max_new_tokens=9)  # they fill both replicas
     bad = cluster.submit([5, 5, 5, 5, 5])
     monkeypatch.setattr(*where, broken)
     after = cluster.submit([6, 6], max_new_tokens=9)
-    Gated.gate.set()
+    Gated.watermarks.set()
     assert "ZeroDivisionError: a bug" in str(bad.result(20).error) and raised
     assert [handle.result(20).tokens for handle in running] == [expected([i, i], 9) for i in range(20)]
     assert after.result(20).tokens == expected([6, 6], 9)

@@ -207,10 +207,10 @@ def test_a_large_call_is_sent_on_as_it_ends(monkeypatch: pytest.MonkeyPatch, clu
 
 
 def test_a_large_call_holds_up_no_other(cluster: Cluster) -> None:
-    Gated.gate.clear()
+    Gated.watermarks.clear()
     many = cluster.submit_all([[i % 90, i % 7] for i in range(2000)], max_new_tokens=2)
     one = cluster.submit([1, 2], max_new_tokens=2)
-    Gated.gate.set()
+    Gated.watermarks.set()
     assert one.result(30).tokens == expected([1, 2], 2)
     assert sum(handle.done for handle in many) < 500
     cluster._dispatcher.cancel(*many)

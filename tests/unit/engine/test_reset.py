@@ -23,10 +23,10 @@ class Versioned(PageModel):
     """What it writes to a page, and so its answers, bear the version of its weights."""
 
     version = 0
-    gate = threading.Event()
+    watermarks = threading.Event()
 
     def logits(self, inputs: Any, tokens: Any, counts: Any) -> Any:
-        assert self.gate.wait(30)
+        assert self.watermarks.wait(30)
         return super().logits(inputs, tokens + 100 * self.version, counts)
 
 
@@ -41,9 +41,9 @@ def expected(prompt: Sequence[int], count: int, version: int) -> list[int]:
 def first_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Versioned, "version", 0)
     monkeypatch.setattr(CopyPlanner, "prefills", lambda self, replica, rate: False)  # all that can be copied is
-    Versioned.gate.set()
+    Versioned.watermarks.set()
     yield
-    Versioned.gate.set()
+    Versioned.watermarks.set()
 
 
 def heard(cluster: Cluster, *replicas: int) -> None:
@@ -86,11 +86,11 @@ def test_requests_that_run_meanwhile_keep_their_pages_to_themselves(tiers: dict[
         began = threading.Event()
         handles = cluster.submit_all([PROMPT, PROMPT], max_new_tokens=100, on_news=lambda _: began.set())
         assert began.wait(20)
-        Versioned.gate.clear()
+        Versioned.watermarks.clear()
         resetting: list[Any] = []
         thread = threading.Thread(target=lambda: resetting.append(cluster.reset_prefix_cache()))
         thread.start()
-        Versioned.gate.set()
+        Versioned.watermarks.set()
         thread.join(20)
         Versioned.version = 1
         cluster.reset_prefix_cache()  # a second one for the weights as they are now

@@ -35,7 +35,7 @@ class Waiting(Scheduler):
 
     def enter(self, *ctxs: TextContext, client: str = "driver", answer: Answer = usual, **more: Any) -> dict[str, Any]:
         """What is settled: the replica, or the name of the error."""
-        assert self.core.hall is not None
+        assert self.core.controller is not None
 
         def counted(ask: ReplicaCall) -> m.Result:
             result = answer(ask)
@@ -50,7 +50,7 @@ class Waiting(Scheduler):
         if not isinstance(done, m.EnterDone):
             return {}
         self.open = done.open
-        self.core.hall.check_integrity()
+        self.core.controller.check_integrity()
         failures = {done.ids[at]: failed.kind for at, failed in done.failures.items()}
         return dict(zip(done.ids, done.replicas, strict=True)) | failures
 
@@ -62,9 +62,9 @@ class Waiting(Scheduler):
         }
 
     def report(self, replica: int) -> None:
-        assert self.core.hall is not None
+        assert self.core.controller is not None
         self.turn += 1
-        self.core.hall.gate.report(replica, self.turn, self.used[replica])
+        self.core.controller.watermarks.report(replica, self.turn, self.used[replica])
 
     def leave(self, replica: int, pages: int) -> None:
         self.used[replica] -= pages
@@ -131,12 +131,12 @@ def test_a_refused_request_waits_on_and_a_lost_replicas_is_placed_elsewhere() ->
 def test_without_any_replica_nobody_waits() -> None:
     scheduler = Waiting()
     scheduler.enter(ctx("a", 10), ctx("b", 10), ctx("c", 10))
-    assert scheduler.core.hall is not None
+    assert scheduler.core.controller is not None
     for replica in range(2):
         scheduler.core.router.lost(replica)
-        scheduler.core.hall.lost(replica, scheduler.core.placements.on(replica))
+        scheduler.core.controller.on_replica_lost(replica, scheduler.core.placements.on(replica))
     assert scheduler.enter(ctx("d")) == {"c": "NoReplicaError", "d": "NoReplicaError"}
-    assert scheduler.core.hall.queue.held == 0
+    assert scheduler.core.controller.queue.held == 0
 
 
 def test_an_id_that_is_placed_or_waits_is_refused() -> None:
@@ -218,9 +218,9 @@ def test_a_driver_that_goes_while_it_is_let_in_leaves_nothing_behind() -> None:
     assert scheduler.rounds == [[(0, "Release")]], "after the Admit on its way"
     with pytest.raises(StopIteration):
         script.send([ReplicaReply(usual(ask))])
-    hall = scheduler.core.hall
-    assert hall is not None and not hall._fates and not hall._open and not len(hall.queue)
-    hall.check_integrity()
+    controller = scheduler.core.controller
+    assert controller is not None and not controller._fates and not controller._open and not len(controller.queue)
+    controller.check_integrity()
 
 
 def test_a_crowd_is_let_in_before_it_is_turned_away() -> None:
