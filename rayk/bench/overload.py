@@ -25,8 +25,8 @@ from rayk.bench.flags import OverloadFlags
 from rayk.bench.overload_driver import Load, Outcome, OverloadDriver, Phase
 from rayk.cli.flags import Format
 from rayk.cli.table import make_table
-from rayk.errors import ConfigError
 from rayk.manager.manager import PagedKVCacheManager
+from rayk.params import require
 from rayk.protocol.admission import AdmissionPolicy
 from rayk.quantity import parse_duration
 from rayk.session import InferenceSession
@@ -204,8 +204,7 @@ class Overload:
         skip = settings.capacity / 4
         full = self._phase(dict.fromkeys((POLITE, FLOOD), Phase(seconds=settings.capacity, in_flight=crowd, skip=skip)))
         capacity = sum(len(each.latencies) for each in full.values()) / (settings.capacity - skip)
-        if not capacity:
-            raise ConfigError(f"no request was done within {settings.capacity:g} s; measure where cores are free")
+        require(capacity > 0, f"no request was done within {settings.capacity:g} s; measure where cores are free")
         once = self._phase(arrivals(capacity, 1.0, settings.once, deadline))
         with _Watch(self._pids, self._manager) as watch:
             over = self._phase(arrivals(capacity, settings.factor, settings.seconds, deadline))

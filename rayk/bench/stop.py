@@ -1,7 +1,6 @@
 """SIGTERM and SIGHUP stop a run as Ctrl-C does: what was done until then is reported.
 
-`ray job stop` sends SIGTERM and kills three seconds later, so the first of them ends the run and those that follow
-change nothing while the report is written.
+`ray job stop` sends SIGTERM and kills three seconds later: the first ends the run, later ones change nothing.
 """
 
 from __future__ import annotations
