@@ -325,8 +325,9 @@ def test_the_control_lane_answers_while_the_data_lane_is_busy(manager: PagedKVCa
     until(lambda: len(list(tmp_path.glob("*.runs"))) == 2)
     cluster = manager._calls.cluster  # type: ignore[attr-defined]
     started = time.monotonic()
-    for replica, epoch in zip(cluster.replicas, cluster.epochs, strict=True):
-        assert ray.get(replica.call("ping", control=True), timeout=10) == epoch
+    assert sorted(cluster.running) == [0, 1]
+    for replica in cluster.running.values():
+        assert ray.get(replica.actor.call("ping", control=True), timeout=10) == replica.epoch
     assert ray.get(cluster.scheduler.call("ping", control=True), timeout=10) == cluster.scheduler_epoch
     assert time.monotonic() - started < 5
     assert not results, "the data lane was busy all the time"
