@@ -8,8 +8,8 @@ when the first process of a node opens the lane. See folder.py for lanes and bud
 
 Reading verifies. What goes wrong costs as little as it can: a file that cannot be read is a miss and is left alone for
 a while, a slot that something else occupies is set aside, and an error that is not one file's (a full or read-only
-disk, no file descriptors) pauses reading or writing, for twice as long each time, until a try succeeds. Only what is
-known to be no page of ours is ever removed.
+disk, no file descriptors) pauses reading or writing until a try succeeds, for longer where a try costs more (pause.py).
+Only what is known to be no page of ours is ever removed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -116,7 +117,7 @@ class DiskTier:
 
     def stalled(self, reading: bool, why: str) -> None:
         """Calls do not come back, or too late: pause."""
-        self._warn(self._reading if reading else self._writing, why, STALLED_SECONDS)
+        self._warn(self._reading if reading else self._writing, why, least=STALLED_SECONDS)
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -270,7 +271,7 @@ class DiskTier:
                 self._set_aside(slot, error)
             else:
                 directory.abandon([slot])
-                self._warn(self._writing, _why(error))
+                self._warn(self._writing, _why(error), self._clock() - began)
             return False
         if self._clock() - began < SLOW_SECONDS:  # else it is no sign that all is well
             self._writing.passed()
@@ -295,7 +296,7 @@ class DiskTier:
                 with suppress(OSError):
                     os.utime(path)  # the order of use survives a restart
         except OSError as error:
-            self._unreadable(path, key, error)
+            self._unreadable(path, key, error, self._clock() - began)
         finally:
             directory.unpin([slot])
         if verdict is None:
@@ -311,16 +312,16 @@ class DiskTier:
             self._clean([slot])
         return False
 
-    def _unreadable(self, path: Path, key: bytes, error: OSError) -> None:
+    def _unreadable(self, path: Path, key: bytes, error: OSError, took: float) -> None:
         """A file is there, and cannot be read: leave it alone for a while, and all of them if it is not the file."""
         self._in_a_row += 1
         if error.errno in _OURS or self._in_a_row >= ROW:
-            self._warn(self._reading, _why(error))
+            self._warn(self._reading, _why(error), took)
             return
         log.warning("page file %s cannot be read: %s", path, error.strerror)
         if len(self._misread) > 10_000:
             self._misread.clear()
-        self._misread.setdefault(key, Pause("", self._clock)).failed(_why(error), MISREAD_SECONDS)
+        self._misread.setdefault(key, Pause("", self._clock)).failed(_why(error), least=MISREAD_SECONDS)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Pages of one prefix were used."""
@@ -331,7 +332,7 @@ class DiskTier:
         """Remove the files of slots that are ours to write, then free them; those that cannot be removed stay taken."""
         assert self._directory is not None
         for i, slot in enumerate(slots):
-            path = self._path(slot)
+            path, began = self._path(slot), self._clock()
             try:
                 remove(path)
                 remove(path.with_suffix(".tmp"))
@@ -340,7 +341,7 @@ class DiskTier:
                     self._set_aside(slot, error)
                     continue
                 self._unclean += slots[i:]
-                self._warn(self._writing, _why(error))
+                self._warn(self._writing, _why(error), self._clock() - began)
                 return
             self._directory.abandon([slot])
 
@@ -360,10 +361,10 @@ class DiskTier:
             self._reap()
             self._clean(self._directory.seize_all())
 
-    def _warn(self, pause: Pause, why: str, least: float = 0.0) -> None:
+    def _warn(self, pause: Pause, why: str, took: float = math.inf, least: float = 0.0) -> None:
         if not pause.trouble:
             log.warning("disk tier cannot be %s: %s at %s; trying again later", pause.what, why, self.folder)
-        pause.failed(f"disk tier cannot be {pause.what}: {why}", least)
+        pause.failed(f"disk tier cannot be {pause.what}: {why}", took, least)
 
     def reap(self) -> None:
         """Clean up after processes of this node that died."""

@@ -16,6 +16,7 @@ from rayk.tiers import disk as module
 from rayk.tiers import files, folder
 from rayk.tiers.disk import DiskTier
 from rayk.tiers.files import HEADER_BYTES
+from rayk.tiers.pause import Pause
 
 BYTES = 500
 FILE = BYTES + HEADER_BYTES
@@ -195,6 +196,7 @@ def test_a_full_disk_pauses_writes_with_one_warning_until_there_is_room(
     tier.write(key(1), page(1))
 
     def full(*_: object) -> int:
+        clock.now += 0.01  # a try that costs something
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "writev", full)
@@ -214,6 +216,46 @@ def test_a_full_disk_pauses_writes_with_one_warning_until_there_is_room(
     assert tier.write(key(2), page(2)) and read(tier, 2)
     assert tier.trouble == "" and len(caplog.records) == 1
     tier.check_integrity()
+
+
+def test_a_disk_that_refuses_at_once_is_back_at_once(
+    open_tier: Open, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier(8)
+    for n in range(4):
+        tier.write(key(n), page(n))
+    real = files.os.open
+
+    def failing(*_: object) -> int:
+        clock.now += 30e-6
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    for _ in range(20):  # failures of one moment, each after the pause of the last
+        monkeypatch.setattr(files.os, "open", failing)
+        assert not read(tier, 0) and not tier.write(key(9), page(9))
+        assert not tier.contains(key(0)) and not tier.writes
+        clock.now += 0.01
+        monkeypatch.setattr(files.os, "open", real)
+        assert tier.contains(key(0)) and tier.writes
+    assert all(read(tier, n) for n in range(4)) and tier.write(key(9), page(9))
+    assert tier.trouble == ""
+
+
+def test_a_disk_that_takes_its_time_to_fail_is_left_alone_for_longer_each_time(clock: Clock) -> None:
+    pause, waited = Pause("read from", clock), list[float]()
+    for took in (2.0, 2.0, 2.0, 2.0, 0.5, 2.0, *[2.0] * 8):
+        clock.now += took
+        pause.failed("Input/output error", took)
+        began = clock.now
+        while not pause.over:
+            clock.now += 0.05
+        waited.append(round(clock.now - began, 1))
+    assert waited[:6] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2] and waited[-1] == 60.0
+    pause.passed()
+    pause.failed("Input/output error", 2.0)
+    assert pause.trouble and not pause.over
+    clock.now += 0.15
+    assert pause.over, "a success starts anew"
 
 
 @pytest.mark.parametrize("what", ["a file", "too small"])
