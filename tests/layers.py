@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (  # highest first
     ("__main__", "cli", "bench", "simulate"),
     ("workloads",),
+    ("server",),
     ("",),  # rayk, the public names
     ("manager", "cluster", "dispatch", "session"),
     ("actors",),

@@ -15,6 +15,7 @@ import typer
 
 from rayk.bench import flags
 from rayk.cli.describe import DESCRIBE_EPILOG, describe
+from rayk.cli.example_model import EXAMPLE_MODEL_EPILOG, example_model
 from rayk.cli.flags import command_of
 from rayk.cli.generate import GENERATE_EPILOG, generate
 from rayk.cli.plan import PLAN_EPILOG, plan
@@ -85,6 +86,7 @@ app.command("report", epilog=flags.REPORT_EPILOG)(command_of(flags.ReportFlags, 
 app.command(epilog=PLAN_EPILOG)(plan)
 app.command(epilog=DESCRIBE_EPILOG)(describe)
 app.command(epilog=GENERATE_EPILOG)(generate)
+app.command("example-model", epilog=EXAMPLE_MODEL_EPILOG)(example_model)
 app.command("simulate", epilog=SIMULATE_EPILOG)(command_of(SimulateFlags, "rayk.simulate.command:simulate"))
 for _name in NOT_BUILT_COMMANDS:
     _add_refused(_name)

@@ -33,6 +33,7 @@ PACKAGES = [
     "rayk/planning",
     "rayk/protocol",
     "rayk/replica",
+    "rayk/server",
     "rayk/simulate",
     "rayk/workloads",
     "rayk/tiers",
