@@ -24,7 +24,7 @@ from typing import Any
 from rayk import protocol as m
 from rayk.actors.channel import SLICE, ActorChannel, Answer, Pending
 from rayk.actors.interface import Actor, Runtime
-from rayk.errors import CallTimeoutError, RaykError
+from rayk.errors import CallTimeoutError, RaykError, ReplicaRemovedError
 from rayk.scheduler.script import ReplicaCall, ReplicaReply
 
 QUESTION_SECONDS = 1.0
@@ -69,8 +69,15 @@ class ReplicaCalls:
         self._clock = clock
         self._patient = 0
 
-    def send(self, link: ReplicaChannel, ask: ReplicaCall) -> Pending | RaykError:
-        """Send one message; the error where nobody is to wait for an answer. With the lock held."""
+    def send(self, links: Sequence[ReplicaChannel | None], asks: Sequence[ReplicaCall]) -> list[Pending | RaykError]:
+        """Send a round, `links` by replica; the error where nobody is to wait for an answer. With the lock held."""
+        sent: list[Pending | RaykError] = []
+        for ask in asks:
+            link = links[ask.replica] if ask.replica < len(links) else None
+            sent.append(self._send(link, ask) if link is not None else ReplicaRemovedError(ask.replica, len(links)))
+        return sent
+
+    def _send(self, link: ReplicaChannel, ask: ReplicaCall) -> Pending | RaykError:
         waited_for = not link.aside or (ask.patient and not link.silent and self._patient < PATIENT)
         if not waited_for and not ask.order:
             return _timeout(link)
@@ -85,7 +92,7 @@ class ReplicaCalls:
 
     def order(self, link: ReplicaChannel, ask: ReplicaCall) -> None:
         """Send one message whose answer nobody waits for. With the lock held."""
-        sent = self.send(link, ask)
+        sent = self._send(link, ask)
         if isinstance(sent, Pending):
             link.owed.append((ask, sent))
 

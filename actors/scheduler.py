@@ -11,12 +11,12 @@ from time import monotonic, sleep
 from typing import Any
 
 from rayk import protocol as m
-from rayk.actors.channel import Pending, new_client_id
+from rayk.actors.channel import new_client_id
 from rayk.actors.chunks import joined
 from rayk.actors.interface import Actor, Runtime
 from rayk.actors.process import freeze_startup_objects
 from rayk.actors.replica_calls import ReplicaCalls, ReplicaChannel
-from rayk.errors import MessageError, RaykError, ReplicaLostError, ReplicaRemovedError, StaleEpochError
+from rayk.errors import MessageError, RaykError, ReplicaLostError, StaleEpochError
 from rayk.protocol.dedup import ReplyCache
 from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.leases import TICK_SECONDS
@@ -120,8 +120,7 @@ class SchedulerActor:
         return m.encode(m.Reply(self._epoch, envelope.seq, result, roster=self._core.members.version))
 
     def _run(self, client: str, command: m.SchedulerCommand, attached: Sequence[Any]) -> m.Result:
-        script = self._core.handle(client, command)
-        told: list[ReplicaReply] | None = None
+        script, told = None, list[ReplicaReply]()
         try:
             while True:
                 with self._core_lock:
@@ -129,10 +128,14 @@ class SchedulerActor:
                         turns = [link.turn if link is not None else 0 for link in self._links]
                         used = [link.used if link is not None else 0 for link in self._links]
                         self._core.controller.watermarks.reports(turns, used)
-                    asks = script.send(told) if told is not None else next(script)
-                    if told is None and isinstance(command, m.Join):
-                        self._relink(command.replica, attached)
-                    sent = [self._send(ask) for ask in asks]
+                    if script is None:
+                        script = self._core.handle(client, command)
+                        asks = next(script)
+                        if isinstance(command, m.Join):
+                            self._relink(command.replica, attached)
+                    else:
+                        asks = script.send(told)
+                    sent = self._questions.send(self._links, asks)
                 told = self._questions.hear(asks, sent)
         except StopIteration as end:
             result: m.Result = end.value
@@ -148,12 +151,6 @@ class SchedulerActor:
             self._links.append(None)
         self._links[replica] = self._link(replica, handle.actor, handle.epoch) if handle is not None else None
         self._roster = self._roster.with_replica(replica, handle, nodes)
-
-    def _send(self, ask: ReplicaCall) -> Pending | RaykError:
-        link = self._links[ask.replica] if ask.replica < len(self._links) else None
-        if link is None:
-            return ReplicaRemovedError(ask.replica, len(self._core.members))
-        return self._questions.send(link, ask)
 
     def _order(self, ask: ReplicaCall) -> ReplicaReply:
         link = self._links[ask.replica] if ask.replica < len(self._links) else None

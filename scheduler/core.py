@@ -18,7 +18,6 @@ from rayk.scheduler.admission.script import AdmissionScripts
 from rayk.scheduler.leases import Leases
 from rayk.scheduler.lifecycle import ReplicaLifecycle
 from rayk.scheduler.membership import Membership
-from rayk.scheduler.placements import Placements
 from rayk.scheduler.placer import Placer
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.scaling import Removed
@@ -38,7 +37,7 @@ class SchedulerCore:
         self.router = settings.make(clock)
         self.links = LinkTable(clock, settings.page_transport)
         self.placer = Placer(self.members, self.router, copies, settings.page_size, self.links, clock)
-        self.lifecycle = ReplicaLifecycle(self.members, self.router, self.placements.on, self.placer.forget, settings)
+        self.lifecycle = ReplicaLifecycle(self.members, self.router, self.placer.on, self.placer.forget, settings)
         self._offering: Evacuation | None = None
         if copies and settings.offers:
             self._offering = Evacuation(self.placer.transfers, lambda: self.members.ready, clock)
@@ -54,18 +53,29 @@ class SchedulerCore:
         self.leases = Leases(clock)
         self.owner = ""
         """The driver that started the cluster, until it leaves or its lease ends; '' for nobody."""
-        self._clock = clock
-
-    @property
-    def placements(self) -> Placements:
-        """What is placed where."""
-        return self.placer.placements
+        self._linked = self.members.version  # when it was last looked whose links are of no use any more
 
     def handle(self, client: str, command: m.SchedulerCommand) -> Script:
-        """The script that carries out `command` for `client`."""
-        self.leases.heard(client)
-        yield from self.placer.prefix_copies.disconnect()
-        return (yield from self._script(client, command))
+        """The script that carries out `command` for `client`; its first step follows before anything else is done."""
+        if client in self.leases.drivers:
+            self.leases.heard(client)
+        script = self._script(client, command)
+        if self._linked != self.members.version or self.links.gone:
+            return self._after(self._disconnect(), script)
+        return script
+
+    @staticmethod
+    def _after(first: Part, then: Script) -> Script:
+        yield from first
+        return (yield from then)
+
+    def _disconnect(self) -> Part:
+        """Have links to replicas that left closed, or the memory of these would be kept for nothing."""
+        self._linked, epochs = self.members.version, self.members.epochs
+        self.links.keep({r: epochs[r] for r in self.members.here})
+        gone = self.links.peers_to_disconnect()
+        if gone:
+            yield [ReplicaCall(replica, m.DropLines(peers)) for replica, peers in gone.items()]
 
     def _script(self, client: str, command: m.SchedulerCommand) -> Script:
         match command:
@@ -200,12 +210,12 @@ class SchedulerCore:
 
     def _drain(self, replica: int, handover: bool) -> Script:
         """Hand over what is there, if that is wanted; say what is left."""
-        before, moved = self.placements.on(replica), dict[str, int]()
+        before, moved = self.placer.on(replica), dict[str, int]()
         yield from self.placer.verify(before)  # some may have been released there directly
         if replica in self.members.here and handover:
             moved, left = yield from Handover(self.placer, self.members).run(replica)
         else:
-            left = dict.fromkeys(self.placements.on(replica), "it still runs")
+            left = dict.fromkeys(self.placer.on(replica), "it still runs")
         if replica not in self.members.here:
             lost = [i for i in before if i not in moved]
             raise ReplicaLostError(replica, self.members.epochs[replica], lost, "it died while it drained")
@@ -218,7 +228,7 @@ class SchedulerCore:
         removed, counted = Removed(), None
         if replica in self.members.here:
             yield [ReplicaCall(replica, m.GetUsage(), wanted=True)]  # whether it answers decides what is lost with it
-            yield from self.placer.verify(self.placements.on(replica))  # some may have been released there directly
+            yield from self.placer.verify(self.placer.on(replica))  # some may have been released there directly
         if self.lifecycle.begin_removal(replica):
             if self._offering is not None:
                 removed = yield from self._offering.run(replica)
@@ -261,13 +271,12 @@ class SchedulerCore:
             self.owner = ""
 
     def _describe(self) -> Script:
-        placed, loads, controller = self.placements.loads(len(self.members)), self.router.loads, self.controller
+        loads, controller = self.router.loads, self.controller
         yield []
         return m.Description(
             self.members.epochs,
-            [x.requests for x in placed],
-            [x.tokens for x in placed],
-            len(self.leases),
+            *self.placer.counts(),
+            len(self.leases.drivers),
             [str(state) for state in self.members.states],
             loads.prefill_backlog.astype(int).tolist(),
             loads.held.tolist(),

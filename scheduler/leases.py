@@ -21,35 +21,32 @@ class Leases:
         self._clock = clock
         self._last = clock()
         self._ran = 0.0  # seconds that the scheduler ran
-        self._seconds: dict[str, float] = {}  # that a driver may be silent
+        self.drivers: dict[str, float] = {}
+        """Drivers that have a lease, or had one and did not leave; seconds that each may be silent."""
         self._heard: dict[str, float] = {}  # how long the scheduler had run when a driver was heard of last
         self._ended: set[str] = set()
 
-    def __len__(self) -> int:
-        """Drivers that have a lease, or had one and did not leave."""
-        return len(self._seconds)
-
     def connect(self, driver: str, seconds: float) -> None:
         """From now on the driver must not be silent for longer than that."""
-        self._seconds[driver] = seconds
+        self.drivers[driver] = seconds
         self.heard(driver)
 
     def heard(self, driver: str) -> None:
         """The driver sent a message: it lives, and what it claims from now on has a lease again."""
-        if driver in self._seconds:
+        if driver in self.drivers:
             self._ended.discard(driver)
             self._heard[driver] = self._ran
 
     def renew(self, driver: str) -> bool:
         """The driver says that it lives. False when it has no lease any more: what it had claimed is released."""
-        if driver not in self._seconds or driver in self._ended:
+        if driver not in self.drivers or driver in self._ended:
             return False
         self._heard[driver] = self._ran
         return True
 
     def leave(self, driver: str) -> None:
         """The driver is gone."""
-        self._seconds.pop(driver, None)
+        self.drivers.pop(driver, None)
         self._heard.pop(driver, None)
         self._ended.discard(driver)
 
@@ -58,6 +55,6 @@ class Leases:
         now = self._clock()
         self._ran += min(max(0.0, now - self._last), LONGEST_TICK)
         self._last = now
-        late = [d for d, s in list(self._seconds.items()) if d not in self._ended and self._heard[d] + s < self._ran]
+        late = [d for d, s in list(self.drivers.items()) if d not in self._ended and self._heard[d] + s < self._ran]
         self._ended.update(late)
         return late

@@ -94,7 +94,7 @@ class ReplicaLifecycle:
         self._forget(before)
         self.on_replica_gone(replica, before)
         router.renew(replica, pages * self._settings.page_size)
-        if router.keyed or not self._settings.wants_keys:
+        if router.keys is not None or not self._settings.wants_keys:
             return []
         router.follow(self._settings.keys())
         return [r for r in members.here if r != replica]

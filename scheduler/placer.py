@@ -4,7 +4,7 @@ The books are soft: replicas own the truth about claims, so a placement that sur
 replica before it is believed.
 
 Replicas never call each other or the scheduler. A page copy is three rounds of the scheduler's (lookup, export, admit),
-see rayk.scheduler.transfers.prefix_copies; in none of them does a replica wait for another's thread, so copies in both
+see rayk.scheduler.transfers.transfer; in none of them does a replica wait for another's thread, so copies in both
 directions at once cannot block each other.
 """
 
@@ -18,6 +18,7 @@ from msgspec import structs
 
 from rayk import protocol as m
 from rayk.errors import (
+    AlreadyClaimedError,
     CallTimeoutError,
     LeaseLostError,
     MessageError,
@@ -27,16 +28,13 @@ from rayk.errors import (
     ReplicaLostError,
 )
 from rayk.kvcache.page_hash import KEY_BYTES, split_keys
-from rayk.protocol.columns import BASE, PENDING, SENT, AdmitResults, PackedContexts
-from rayk.protocol.local_contexts import ContextRows, rows_of
+from rayk.protocol.columns import BASE, PENDING, SENT, AdmitResults, ContextRows, PackedContexts, rows_of
 from rayk.scheduler.membership import Membership
-from rayk.scheduler.placements import Placements
 from rayk.scheduler.router.policy import RouteRequest
 from rayk.scheduler.router.router import Router
 from rayk.scheduler.script import Part, ReplicaCall, Script
 from rayk.scheduler.transfers.links import LinkTable
-from rayk.scheduler.transfers.prefix_copies import Groups, PrefixCopies
-from rayk.scheduler.transfers.transfer import Copies, ExportedSpan, PageTransfers
+from rayk.scheduler.transfers.transfer import Copies, ExportedSpan, Groups, PageTransfers
 
 Owner = tuple[str, int]  # a client, and the generation of its claim: which script of all that made it
 
@@ -61,8 +59,8 @@ class Placer:
         links: LinkTable,
         clock: Callable[[], float],
     ) -> None:
-        self.placements = Placements()
         self.router = router
+        self._placed: dict[str, tuple[int, int]] = {}  # request -> replica and tokens, from the moment it is chosen
         self._owners: dict[str, Owner] = {}  # request -> who placed it
         self.generations = itertools.count(1)  # of claims
         self.gone: Callable[[Sequence[str]], None] | None = None
@@ -71,7 +69,6 @@ class Placer:
         self._copies = copies
         self._page_size = page_size
         self.transfers = PageTransfers(links, page_size)
-        self.prefix_copies = PrefixCopies(members, self.transfers)
         self.prefill_rate: float | None = None
         """Tokens a second of a replica, as the last driver that had something placed knew it."""
         self._clock = clock
@@ -87,9 +84,37 @@ class Placer:
         """A new script's name for what it places for that client."""
         return client, next(self.generations)
 
+    def holder(self, request_id: str) -> int | None:
+        """The replica that has the request, or None."""
+        placed = self._placed.get(request_id)
+        return placed[0] if placed is not None else None
+
+    def on(self, replica: int) -> list[str]:
+        """The requests placed on a replica."""
+        return [request_id for request_id, (r, _) in self._placed.items() if r == replica]
+
+    def counts(self) -> tuple[list[int], list[int]]:
+        """Requests placed on each replica, and their tokens."""
+        requests, tokens = [0] * len(self._members), [0] * len(self._members)
+        for replica, length in self._placed.values():
+            requests[replica] += 1
+            tokens[replica] += length
+        return requests, tokens
+
+    def put(self, request_id: str, replica: int, tokens: int = 0) -> None:
+        """Give a request its place, of which the router is not told; AlreadyClaimedError when it has one."""
+        placed = self._placed.get(request_id)
+        if placed is not None:
+            raise AlreadyClaimedError(request_id, placed[0])
+        self._placed[request_id] = (replica, tokens)
+
+    def move(self, request_id: str, replica: int, tokens: int) -> None:
+        """A request that has a place has it there now; the router knows."""
+        self._placed[request_id] = (replica, tokens)
+
     def add(self, owner: Owner, request_id: str, replica: int, wish: RouteRequest) -> None:
         """Place a request; AlreadyClaimedError when it has a place."""
-        self.placements.add(request_id, replica, wish.tokens)
+        self.put(request_id, replica, wish.tokens)
         self.router.place(request_id, replica, wish)
         self._owners[request_id] = owner
 
@@ -108,7 +133,7 @@ class Placer:
 
     def drop(self, request_id: str) -> None:
         """forget() of one request, of which nobody has to be told."""
-        self.placements.remove(request_id)
+        self._placed.pop(request_id, None)
         self.router.remove(request_id)
         self._owners.pop(request_id, None)
 
@@ -129,7 +154,7 @@ class Placer:
         """Forget those of `request_ids` that their replica does not have any more: released there directly, or lost
         with it."""
         owners = self._owners
-        known = [(i, owners[i], self.placements.holder(i)) for i in request_ids if i in owners]
+        known = [(i, owners[i], self.holder(i)) for i in request_ids if i in owners]
         if known:
             answers = yield [ReplicaCall(r, m.Blocks(request_id)) for request_id, _, r in known if r is not None]
             for (request_id, owner, _), told in zip(known, answers, strict=True):
@@ -143,7 +168,7 @@ class Placer:
 
     def located(self, client: str, request_ids: Sequence[str]) -> list[int]:
         """Where requests of `client` are, -1 for those that are not its."""
-        owners, holder = self._owners, self.placements.holder
+        owners, holder = self._owners, self.holder
         found = [holder(i) if i in owners and owners[i][0] == client else None for i in request_ids]
         return [-1 if replica is None else replica for replica in found]
 
@@ -156,7 +181,7 @@ class Placer:
         interrupted."""
         by_replica: dict[int, dict[str, int]] = {}
         for request_id, owner in claims.items():
-            holder = self.placements.holder(request_id) if self._owners.get(request_id) is owner else None
+            holder = self.holder(request_id) if self._owners.get(request_id) is owner else None
             if holder is not None:
                 by_replica.setdefault(holder, {})[request_id] = owner[1]
         if by_replica:
@@ -197,19 +222,19 @@ class Placer:
         self.forget_released(command.released)
         self.prefill_rate = command.prefill_rate
         batch = rows_of(command.contexts)
-        if command.replicas and len(command.replicas) != len(batch):
-            raise MessageError(f"{len(command.replicas)} replica(s) were named for {len(batch)} request(s)")
-        if len(command.generations) not in (0, len(batch)):
-            raise MessageError(f"{len(command.generations)} generation(s) came for {len(batch)} request(s)")
+        if command.replicas and len(command.replicas) != len(batch.ids):
+            raise MessageError(f"{len(command.replicas)} replica(s) were named for {len(batch.ids)} request(s)")
+        if len(command.generations) not in (0, len(batch.ids)):
+            raise MessageError(f"{len(command.generations)} generation(s) came for {len(batch.ids)} request(s)")
         if command.claim:
             yield from self.verify(batch.ids)
         yield from self.catch_up(command.seen, command.unfilled, command.joined)
-        outcomes, owner = AdmitResults(len(batch)), self.owner(client)
-        claims = [owner] * len(batch)
+        outcomes, owner = AdmitResults(len(batch.ids)), self.owner(client)
+        claims = [owner] * len(batch.ids)
         if not command.claim:
-            claims = [(client, generation) for generation in command.generations or [0] * len(batch)]
-        replicas, groups, lonely = self._choose(claims, batch, command, outcomes)
-        yield from self.carry_out(batch, command, claims, groups, lonely, outcomes)
+            claims = [(client, generation) for generation in command.generations or [0] * len(batch.ids)]
+        replicas, groups, unshared = self._choose(claims, batch, command, outcomes)
+        yield from self.carry_out(batch, command, claims, groups, unshared, outcomes)
         if command.claim and (refused := set(outcomes.refused)):
             self.forget_of(owner, [batch.ids[i] for rows in groups.values() for i in rows if i in refused])
             rows = [] if again or command.replicas else self._unanswered(command, outcomes)
@@ -236,14 +261,17 @@ class Placer:
         command: m.PlaceMany,
         claims: Sequence[Owner],
         groups: Groups,
-        lonely: set[int],
+        unshared: set[int],
         outcomes: AdmitResults,
+        found: Mapping[int, m.Found] | None = None,
     ) -> Part:
         """Copy, claim and allocate what was placed; what became of each row goes into `outcomes`. The claim of row i is
-        `claims[i]`. Nobody has anything of the prefixes of the `lonely` rows."""
+        `claims[i]`. No other replica has more of the prefixes of the `unshared` rows; `found` as in
+        PageTransfers.fetch()."""
         copies: Copies = {}
         if command.peers and self._copies and len(self._members.here) > 1:
-            copies = yield from self.prefix_copies.fetch(batch, groups, lonely, command.prefill_rate)
+            here, rate = self._members.here, command.prefill_rate
+            copies = yield from self.transfers.fetch(batch, groups, unshared, here, rate, found)
         broken: list[ExportedSpan] = []
         try:
             # A source that receives no copy itself waits until its pages are unpinned: they may be all it can give.
@@ -263,7 +291,7 @@ class Placer:
         if joined != self._members.joined:
             return  # numbers of replicas that were there before
         behind = router.stale_replicas(seen)
-        if behind and router.keyed:
+        if behind and router.keys is not None:
             yield [ReplicaCall(r, m.GetCacheDelta()) for r in behind]
         elif len(unfilled) == len(seen):
             for r in behind:
@@ -273,12 +301,12 @@ class Placer:
         self, claims: Sequence[Owner], batch: ContextRows, command: m.PlaceMany, outcomes: AdmitResults
     ) -> tuple[list[int], Groups, set[int]]:
         """The replica of each request, which counts there from now on; -1 for what is refused. The set holds the rows
-        of whose prefix no other replica has anything."""
-        replicas, groups, lonely = [-1] * len(batch), Groups(), set[int]()
+        of whose prefix no other replica has more."""
+        replicas, groups, unshared = [-1] * len(batch.ids), Groups(), set[int]()
         router, wanted = self.router, command.replicas
         copies = command.peers and self._copies
-        keyed = router.keyed and (command.claim or copies or not wanted)
-        all_keys = self.sent_keys(batch, command.keys) if keyed else [()] * len(batch)
+        keyed = router.keys is not None and (command.claim or copies or not wanted)
+        all_keys = self.sent_keys(batch, command.keys) if keyed else [()] * len(batch.ids)
         for i, request_id in enumerate(batch.ids):
             wish = self.wish(batch, i, all_keys[i] if all_keys is not None else None)
             try:
@@ -289,18 +317,18 @@ class Placer:
                     self._members.check_takes(replica)
                     self.add(claims[i], request_id, replica, wish)
                 if copies and keyed and not router.held_elsewhere(replica, wish.keys):
-                    lonely.add(i)
+                    unshared.add(i)
                 groups.setdefault(replica, []).append(i)
             except RaykError as error:
                 outcomes.failures[i] = m.failure(error)
                 if command.stop_on_error:
                     break
-        return replicas, dict(sorted(groups.items())), lonely
+        return replicas, dict(sorted(groups.items())), unshared
 
     def _check(self, request_id: str, replica: int, claim: Owner) -> None:
         """Whether the `claim` of a request is on the replica that its driver names."""
         self._members.check(replica)
-        holder, owner = self.placements.holder(request_id), self._owners.get(request_id)
+        holder, owner = self.holder(request_id), self._owners.get(request_id)
         if owner is not None and owner != claim:
             raise LeaseLostError(request_id, replica, -1 if holder is None else holder, *claim, *owner)
         if holder is not None and holder != replica:
@@ -315,7 +343,9 @@ class Placer:
         stops: list[int] = np.cumsum(pages).tolist()
         total = stops[-1] if stops else 0
         if len(joined) != KEY_BYTES * total:
-            raise MessageError(f"{len(joined)} bytes are not the keys of the {total} pages of {len(batch)} request(s)")
+            raise MessageError(
+                f"{len(joined)} bytes are not the keys of the {total} pages of {len(batch.ids)} request(s)"
+            )
         keys = split_keys(joined)
         return [keys[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
 

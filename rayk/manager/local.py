@@ -32,8 +32,7 @@ from rayk.kvcache.request import Reused, Usage
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, ReplicaInputs, no_inputs
 from rayk.kvcache.tick import Admission, HitCounts, Settled, Tick, TickResult, placed
 from rayk.manager.local_replicas import ME, InlineReplicas
-from rayk.protocol.columns import AdmitResults
-from rayk.protocol.local_contexts import LocalRows, local_contexts
+from rayk.protocol.columns import AdmitResults, LocalRows, local_contexts
 from rayk.scheduler.placer import Owner
 from rayk.scheduler.router.policy import RouteRequest
 from rayk.values import checked_request_id
@@ -53,7 +52,7 @@ class LocalCalls(InlineReplicas):
             request_id = checked_request_id(request_id)
         if not self._router.loads.ready[replica]:
             self.scheduler.members.check_takes(replica)
-        self._placements.add(request_id, replica)
+        self._placer.put(request_id, replica)
         core.claim(request_id, dummy, ME, next(self._generations))
 
     def contains(self, request_id: str, replica: int) -> bool:

@@ -86,7 +86,7 @@ class InlineReplicas(ABC):
             self.scheduler.placer,
             self.scheduler.controller,
         )
-        self._placements, self._generations = self._placer.placements, self._placer.generations
+        self._generations = self._placer.generations
         self._turn = 0  # looks at the replicas
         try:
             for r, epoch in enumerate(epochs):
@@ -224,10 +224,10 @@ class InlineReplicas(ABC):
 
     def holder(self, request_id: str) -> int | None:
         """The replica that has the request, or None."""
-        return self._placements.holder(request_id)
+        return self._placer.holder(request_id)
 
     def _holder(self, request_id: str) -> int:
-        holder = self._placements.holder(request_id)
+        holder = self._placer.holder(request_id)
         return -1 if holder is None else holder
 
     def _gone(self, request_id: str) -> None:
@@ -259,14 +259,14 @@ class InlineReplicas(ABC):
         for r, local in zip(replicas, made, strict=True):
             self._put(r, local)
             self._ask(m.Join(r, local.epoch, self._num_pages))
-            if self._router.keyed:
+            if self._router.keys is not None:
                 local.answer(m.StartCacheEvents())
         self._derive()
         return replicas
 
     def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Drained:
         """See PagedKVCacheManager.drain_replica(). Nobody else could release a request meanwhile, so it never waits."""
-        for request_id in self._placements.on(replica):
+        for request_id in self._placer.on(replica):
             request = self.core(replica).requests[request_id]
             self._placer.adopt((request.client, request.generation), request_id, replica)
         done: m.Drained = self._ask(m.DrainReplica(replica, {}, handover and deadline is not None))

@@ -1,7 +1,9 @@
 """Batches of contexts, and what became of them, as columns: one array a field instead of one object a request.
 
 A batch of 256 requests passes through three processes. As columns it is copied there as bytes, and only the
-driver and the replica, who have to, look at single requests.
+driver and the replica, who have to, look at single requests. Within one process contexts are handed on as they are, so
+that nothing is packed, copied or hashed again. rows_of() reads either form: scripts and replicas do not know which one
+they have.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from rayk.context import TextContext
 from rayk.errors import MessageError
 from rayk.kvcache.tick import Admission
 from rayk.protocol.base import Failure, to_error
@@ -49,9 +52,6 @@ class PackedContexts:
                 f"{len(contexts.tokens)} bytes of tokens are not those of {len(contexts.ids)} request(s)"
             )
         self._traits = contexts.traits
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -103,6 +103,89 @@ class PackedContexts:
             b"".join([whole[stops[i - 1] if i else 0 : stops[i]] for i in rows]),
             {at: traits[i] for at, i in enumerate(rows) if i in traits} if traits else {},
         )
+
+
+class LocalContexts(Contexts, frozen=True):
+    """Contexts of this process. It is never encoded: of the columns there are only the ids."""
+
+    held: Sequence[TextContext] = ()
+
+
+class LocalView(ContextView, frozen=True):
+    """One of them."""
+
+    held: TextContext = None  # type: ignore[assignment]  # always given; what is before it has defaults
+
+
+def local_contexts(ctxs: Sequence[TextContext]) -> LocalContexts:
+    """Those contexts as part of a command."""
+    return LocalContexts([ctx.request_id for ctx in ctxs], b"", b"", {}, ctxs)
+
+
+class LocalRows:
+    """LocalContexts as PackedContexts are read."""
+
+    def __init__(self, held: Sequence[TextContext]) -> None:
+        self.held = held
+        self.ids = [ctx.request_id for ctx in held]
+
+    @property
+    def contexts(self) -> Contexts:
+        """As part of a command."""
+        return local_contexts(self.held)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each context."""
+        return [ctx.tokens.length for ctx in self.held]
+
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        """Their numbers; none of their tokens was sent before."""
+        return [
+            [0, ctx.tokens.length, ctx.tokens.processed, ctx.tokens.end, ctx.max_length, ctx.pending_future_count, -1]
+            for ctx in self.held
+        ]
+
+    def traits(self, row: int) -> Traits:
+        """The rarer fields of a context."""
+        ctx = self.held[row]
+        return Traits(*ctx.root_key, ctx.session_id, ctx.tenant, ctx.priority, ctx.deadline)
+
+    def tokens(self, row: int) -> bytes:
+        """The tokens of a context, raw int32."""
+        window = self.held[row].tokens
+        return window.data[: window.length].tobytes()
+
+    def view(self, row: int) -> ContextView:
+        """One context as a message of its own."""
+        ctx = self.held[row]
+        return LocalView(ctx.request_id, 0, b"", ctx.tokens.processed, ctx.tokens.end, held=ctx)
+
+    def part(self, rows: Sequence[int]) -> Contexts:
+        """The contexts of those rows, in that order."""
+        return local_contexts([self.held[i] for i in rows])
+
+
+ContextRows = PackedContexts | LocalRows
+
+
+def rows_of(contexts: Contexts) -> ContextRows:
+    """Contexts of a command, readable by row."""
+    return LocalRows(contexts.held) if isinstance(contexts, LocalContexts) else PackedContexts(contexts)
+
+
+def joined(parts: Sequence[Contexts]) -> Contexts:
+    """The contexts of all parts, in that order; parts of one form."""
+    local = [part.held for part in parts if isinstance(part, LocalContexts)]
+    if local:
+        return local_contexts([ctx for held in local for ctx in held])
+    ids: list[str] = []
+    traits: dict[int, Traits] = {}
+    for part in parts:
+        traits.update((len(ids) + row, found) for row, found in part.traits.items())
+        ids += part.ids
+    return Contexts(ids, b"".join([p.numbers for p in parts]), b"".join([p.tokens for p in parts]), traits)
 
 
 class AdmitResult(NamedTuple):

@@ -11,9 +11,8 @@ import numpy as np
 
 from rayk.context import PLAIN_ROOT, IntArray, TextContext, as_int32
 from rayk.errors import MessageError, StaleContextError, TokenError
-from rayk.protocol.columns import PLAIN, AdmitResult, PackedContexts
+from rayk.protocol.columns import PLAIN, AdmitResult, ContextRows, PackedContexts
 from rayk.protocol.contexts import Contexts, ContextView, Moved, Origin, Traits
-from rayk.protocol.local_contexts import ContextRows
 from rayk.values import checked_integer
 
 assert sys.byteorder == "little", "raw int32 tokens travel little-endian"

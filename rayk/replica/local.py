@@ -10,8 +10,8 @@ from rayk.errors import RaykError
 from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.prefix_tree import PageListener
 from rayk.kvcache.replica import ReplicaCore
+from rayk.protocol.columns import ContextRows, LocalRows, LocalView, local_contexts
 from rayk.protocol.context_sync import ContextMirrors
-from rayk.protocol.local_contexts import ContextRows, LocalRows, LocalView, local_contexts
 from rayk.replica.cache_events import PrefillBacklog
 from rayk.replica.service import ReplicaService
 from rayk.scheduler.script import ReplicaCall, ReplicaReply

@@ -34,10 +34,9 @@ from rayk.kvcache.replica import ReplicaCore
 from rayk.kvcache.request import Reused, refuse_twice
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, ReplicaInputs
 from rayk.kvcache.tick import Tick
-from rayk.protocol.columns import RESULTS
+from rayk.protocol.columns import RESULTS, ContextRows, rows_of
 from rayk.protocol.context_sync import ContextMirrors, moved
 from rayk.protocol.dedup import ReplyCache
-from rayk.protocol.local_contexts import ContextRows, rows_of
 from rayk.replica.cache_events import CacheEventLog, PrefillBacklog
 from rayk.replica.page_exchange import PageExchange, reported
 from rayk.transport.choice import Peer
@@ -285,7 +284,7 @@ class ReplicaService:
         numbers: list[int] = []
         seconds: list[float] = []
         failures: dict[int, m.Failure] = {}
-        for row in range(len(batch)):
+        for row in range(len(batch.ids)):
             try:
                 (_, client), (_, generation) = claims[row]
                 numbers += self._admit_one(batch, row, command, uses.get(row, ()), seconds, client, generation)
@@ -295,7 +294,7 @@ class ReplicaService:
                 seconds += (0.0, 0.0)
                 if command.stop_on_error:
                     break
-        untried = len(batch) - len(numbers) // RESULTS
+        untried = len(batch.ids) - len(numbers) // RESULTS
         numbers += REFUSED * untried
         seconds += (0.0, 0.0) * untried
         return m.AdmitDone(array("q", numbers).tobytes(), array("d", seconds).tobytes(), failures, reported(arrivals))

@@ -18,8 +18,7 @@ from rayk.errors import (
     RaykError,
     ReplicaLostError,
 )
-from rayk.protocol.columns import MAX_LENGTH, AdmitResults
-from rayk.protocol.local_contexts import ContextRows, joined, rows_of
+from rayk.protocol.columns import MAX_LENGTH, AdmitResults, ContextRows, joined, rows_of
 from rayk.scheduler.admission.controller import AdmissionController, AdmissionOutcome, Admitted, QueuedRequest
 from rayk.scheduler.admission.queue import SOONEST
 from rayk.scheduler.placer import Owner, Placer
@@ -49,14 +48,14 @@ class AdmissionScripts:
         keys = placer.sent_keys(batch, command.keys)
         # With a queue the replicas' answers to what is let in bring all news; without one, what the driver saw counts.
         calm = not len(controller.queue)
-        if len(batch):
+        if len(batch.ids):
             yield from placer.verify(batch.ids)
             if calm:
                 yield from placer.catch_up(command.seen, command.unfilled, command.joined)
         if command.joined == placer.joined:  # else they may be of replicas that were there before
             placer.router.reports(command.seen, command.unfilled)
         placed: list[tuple[Admitted, Owner]] = []
-        for row in range(len(batch)):
+        for row in range(len(batch.ids)):
             self._let_in(placed)  # only what finds no room waits, and counts as waiting for those behind it
             self._offer(client, batch, row, keys[row] if keys is not None else None)
         controller.expire()
@@ -67,7 +66,7 @@ class AdmissionScripts:
 
     def _offer(self, client: str, batch: ContextRows, row: int, keys: Sequence[int] | None) -> None:
         request_id, controller = batch.ids[row], self._controller
-        holder = self._placer.placements.holder(request_id)
+        holder = self._placer.holder(request_id)
         if holder is not None:
             controller.reject(
                 client, AdmissionOutcome(request_id, holder, None, AlreadyClaimedError(request_id, holder))
@@ -80,7 +79,7 @@ class AdmissionScripts:
 
     def _wish(self, own: ContextRows, keys: Sequence[int] | None) -> RouteRequest:
         """`keys` as sent; whether any are wanted may change while the request waits."""
-        return self._placer.wish(own, 0, keys if self._placer.router.keyed else None)
+        return self._placer.wish(own, 0, keys if self._placer.router.keys is not None else None)
 
     def _let_in(self, placed: list[tuple[Admitted, Owner]]) -> None:
         """Choose replicas for those whose turn it is."""
@@ -101,16 +100,16 @@ class AdmissionScripts:
         groups: dict[int, list[int]] = {}
         for row, (admitted, _) in enumerate(placed):
             groups.setdefault(admitted.replica, []).append(row)
-        lonely = {
+        unshared = {
             i
             for i, (e, _) in enumerate(placed)
-            if peers and router.keyed and not router.held_elsewhere(e.replica, e.wish.keys)
+            if peers and router.keys is not None and not router.held_elsewhere(e.replica, e.wish.keys)
         }
-        outcomes = AdmitResults(len(batch))
+        outcomes = AdmitResults(len(batch.ids))
         command = m.PlaceMany(batch.contexts, claim=True, peers=peers, prefill_rate=placer.prefill_rate)
         try:
             claims = [owner for _, owner in placed]
-            yield from placer.carry_out(batch, command, claims, dict(sorted(groups.items())), lonely, outcomes)
+            yield from placer.carry_out(batch, command, claims, dict(sorted(groups.items())), unshared, outcomes)
         except GeneratorExit:
             raise
         except BaseException:

@@ -150,11 +150,6 @@ class Router:
         self._decisions: dict[str, PastDecision] = {}  # the latest last
         self._aside: set[int] = set()  # replicas that have left something unanswered for long
 
-    @property
-    def keyed(self) -> bool:
-        """Whether requests are placed by the pages that replicas have."""
-        return self.keys is not None
-
     # -- membership --------------------------------------------------------------------------------
 
     def follow(self, keys: PageKeys) -> None:

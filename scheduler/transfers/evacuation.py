@@ -110,7 +110,7 @@ class Evacuation:
                 break
             skip += len(prefixes)
             views = [view_of(prefix) for prefix in prefixes]
-            new = [source] if self._links.unknown(source) else []
+            new = [source] if source not in self._links.peers else []
             found = yield from self._transfers.look_up([*targets, *new], views)
             found.pop(source, None)
             failed |= set(targets) - set(found)

@@ -14,8 +14,7 @@ from functools import partial
 import numpy as np
 
 from rayk import protocol as m
-from rayk.protocol.columns import AdmitResults
-from rayk.protocol.local_contexts import ContextRows, rows_of
+from rayk.protocol.columns import AdmitResults, ContextRows, rows_of
 from rayk.scheduler.membership import Membership
 from rayk.scheduler.placer import Owner, Placer, released
 from rayk.scheduler.router.policy import RouteRequest
@@ -36,7 +35,7 @@ class Handover:
     def run(self, replica: int) -> Generator[list[ReplicaCall], list[ReplicaReply], tuple[dict[str, int], Left]]:
         """Where each request of the replica went, and why the others could not go."""
         placer = self._placer
-        ids = placer.placements.on(replica)
+        ids = placer.on(replica)
         moved: dict[str, int] = {}
         if not ids:
             return moved, {}
@@ -72,7 +71,7 @@ class Handover:
         """Count it where it is again."""
         router = self._placer.router
         router.remove(request_id)
-        if self._placer.placements.holder(request_id) == replica:
+        if self._placer.holder(request_id) == replica:
             router.place(request_id, replica, wish)
             router.answered(replica, (request_id,))
 
@@ -99,7 +98,7 @@ class Handover:
         self, replica: int, batch: ContextRows, claims: Claims, moved: dict[str, int], left: Left
     ) -> Generator[list[ReplicaCall], list[ReplicaReply], None]:
         """Requests that have pages: other replicas are tried until one has room."""
-        placer, due = self._placer, list(range(len(batch)))
+        placer, due = self._placer, list(range(len(batch.ids)))
         tried: dict[int, set[int]] = {row: set() for row in due}
         rate, owners = placer.prefill_rate, [claims[i] for i in batch.ids]
         command = m.PlaceMany(batch.contexts, claim=True, peers=True, handed=True, prefill_rate=rate)
@@ -112,7 +111,7 @@ class Handover:
                     groups.setdefault(target, []).append(row)
                 else:
                     left.setdefault(batch.ids[row], "no other replica takes requests")
-            outcomes = AdmitResults(len(batch))
+            outcomes = AdmitResults(len(batch.ids))
             if groups:
                 yield from placer.carry_out(batch, command, owners, dict(sorted(groups.items())), set(), outcomes)
             gone: dict[str, tuple[int, int]] = {}
@@ -141,13 +140,12 @@ class Handover:
         claims that were moved are let go of: by now an id may be claimed again."""
         if not gone:
             return
-        placer, placements = self._placer, self._placer.placements
+        placer = self._placer
         same = [i for i, owner in zip(gone, placer.owners_of(gone), strict=True) if owner is claims[i]]
-        known = [i for i in same if placements.holder(i) == replica]
+        known = [i for i in same if placer.holder(i) == replica]
         for request_id in known:
             target, tokens = gone[request_id]
-            placements.remove(request_id)
-            placements.add(request_id, target, tokens)
+            placer.move(request_id, target, tokens)
         orders = released({i: claims[i][1] for i in gone})
         targets = {i: target for i, (target, _) in gone.items()}
         [told] = yield [ReplicaCall(replica, orders, late=partial(self._orphaned, targets, claims))]
@@ -159,7 +157,7 @@ class Handover:
         if orphans:
             yield [ReplicaCall(target, released(lost)) for target, lost in orphans.items()]
             for request_id in missing:
-                if placements.holder(request_id) in (None, gone[request_id][0]):
+                if placer.holder(request_id) in (None, gone[request_id][0]):
                     placer.forget_of(claims[request_id], [request_id])
         moved.update((i, target) for i, (target, _) in gone.items() if i not in missing)
 
@@ -167,7 +165,7 @@ class Handover:
         """A silent source answers at last: what its drivers had released there is at others."""
         orphans: dict[int, dict[str, int]] = {}
         for request_id in result.request_ids if isinstance(result, m.Missing) else ():
-            if self._placer.placements.holder(request_id) in (None, targets[request_id]):
+            if self._placer.holder(request_id) in (None, targets[request_id]):
                 self._placer.forget_of(claims[request_id], [request_id])
                 orphans.setdefault(targets[request_id], {})[request_id] = claims[request_id][1]
         return [ReplicaCall(target, released(lost)) for target, lost in orphans.items()]

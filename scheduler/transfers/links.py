@@ -45,68 +45,59 @@ class LinkTable:
     def __init__(self, clock: Callable[[], float], wanted: str = AUTO) -> None:
         self.wanted = wanted
         self._clock = clock
-        self._ends: dict[int, tuple[Peer, Endpoint]] = {}
+        self.peers: dict[int, Peer] = {}
+        """Replicas that have introduced themselves."""
+        self.gone: dict[int, set[int]] = {}
+        """Replica -> those that it may have links to, and that have left."""
+        self._endpoints: dict[int, Endpoint] = {}
         self._records: dict[_Link, _Record] = {}
-        self._gone: dict[int, set[int]] = {}  # replica -> those that it may have links to, and that have left
 
     # -- ends --------------------------------------------------------------------------------------
 
-    def unknown(self, replica: int) -> bool:
-        """Whether the replica has not introduced itself."""
-        return replica not in self._ends
-
     def joined(self, replica: int, epoch: int, endpoint: Endpoint) -> None:
         """A replica introduced itself."""
-        known = self._ends.get(replica)
-        if known is not None and known[0].epoch != epoch:
+        if self.peers.get(replica, Peer(replica, epoch)).epoch != epoch:
             self.left(replica)
-        self._ends[replica] = Peer(replica, epoch), endpoint
+        self.peers[replica], self._endpoints[replica] = Peer(replica, epoch), endpoint
 
     def left(self, replica: int) -> None:
         """A replica was lost, removed or replaced: nothing that was known of its links is of use."""
-        self._ends.pop(replica, None)
-        self._gone.pop(replica, None)
+        for known in (self.peers, self._endpoints, self.gone):
+            known.pop(replica, None)
         for link in [each for each in self._records if replica in (each.source, each.target)]:
             del self._records[link]
             other = link.target if link.source == replica else link.source
-            if other in self._ends:
-                self._gone.setdefault(other, set()).add(replica)
+            if other in self.peers:
+                self.gone.setdefault(other, set()).add(replica)
 
     def keep(self, here: Mapping[int, int]) -> None:
         """Only these replicas, with these epochs, run."""
-        for replica, (peer, _) in list(self._ends.items()):
+        for replica, peer in list(self.peers.items()):
             if here.get(replica) != peer.epoch:
                 self.left(replica)
 
     def peers_to_disconnect(self) -> dict[int, list[int]]:
         """Who has to be told, once, to close the links to which replicas."""
-        gone, self._gone = self._gone, {}
+        gone, self.gone = self.gone, {}
         return {replica: sorted(left) for replica, left in gone.items()}
-
-    def peer(self, replica: int) -> Peer:
-        """The replica and its epoch, which is 0 until it introduced itself."""
-        known = self._ends.get(replica)
-        return known[0] if known is not None else Peer(replica, 0)
 
     # -- choosing ----------------------------------------------------------------------------------
 
     def kind(self, source: int, target: int) -> str:
         """The kind of line for the next copy."""
-        ends = self._ends.get(source), self._ends.get(target)
-        if ends[0] is None or ends[1] is None:
+        here, there = self._endpoints.get(source), self._endpoints.get(target)
+        if here is None or there is None:
             return OBJECT_STORE
         now = self._clock()
-        broken = {link.kind for link in self._links_of(source, target) if self._records[link].rests_until > now}
-        return choose_line(ends[0][1], ends[1][1], self.wanted, broken)
+        links = [link for kind in ASSUMED_RATES if (link := _Link(source, target, kind)) in self._records]
+        broken = {link.kind for link in links if self._records[link].rests_until > now}
+        return choose_line(here, there, self.wanted, broken)
 
     def use(self, source: int, target: int) -> str:
         """kind() for a copy that is made: from now on there may be a link to close."""
         kind = self.kind(source, target)
         self._record(_Link(source, target, kind))
         return kind
-
-    def _links_of(self, source: int, target: int) -> list[_Link]:
-        return [link for kind in ASSUMED_RATES if (link := _Link(source, target, kind)) in self._records]
 
     def seconds(self, source: int, target: int, pages: int) -> float:
         """What a copy of so many pages will take over the link that it would use."""
@@ -115,8 +106,8 @@ class LinkTable:
 
     def page_bytes(self, replica: int) -> int:
         """What a page of that replica weighs, 0 while that is not known."""
-        known = self._ends.get(replica)
-        return known[1].page_bytes if known is not None else 0
+        known = self._endpoints.get(replica)
+        return known.page_bytes if known is not None else 0
 
     def quickest(self, sources: Iterable[int], target: int, pages: int) -> list[int]:
         """The sources, those first over whose link such a copy takes the least time."""
@@ -132,9 +123,9 @@ class LinkTable:
 
     def carried(self, source: int, target: int, kind: str, pages: int, seconds: float) -> None:
         """A copy arrived."""
-        known = self._ends.get(target)
+        known = self._endpoints.get(target)
         if known is not None:
-            self._record(_Link(source, target, kind)).rate.seen(pages * known[1].page_bytes, seconds)
+            self._record(_Link(source, target, kind)).rate.seen(pages * known.page_bytes, seconds)
 
     def failed(self, source: int, target: int, kind: str, reason: str) -> None:
         """A copy did not arrive: the link rests. The object store never does, for there is nothing else."""

@@ -1,25 +1,27 @@
 """Page copies between replicas: planned by what they cost, exported and pinned at their source, imported at their
 target, and acknowledged, whatever happened in between.
 
+    fetch()              what requests that are admitted miss: looked up, planned and exported
     look_up(), plan()    who has what, and what of it pays to copy
     export()             sources pin pages
     import_descriptors() the target is told how to get them
     arrived()            what the links carried, or did not
     acknowledge()        sources unpin
 
-Who looks up and plans: prefix_copies, indexed_copies, evacuation. Replicas never call each other or
-the scheduler: what a source exports is told to the target in the message that lets it keep the pages. The data goes
-from replica to replica over a link of rayk.transport, the best that works. What did not come is computed.
+Clusters plan by an index (indexed_copies) and replicas that go offer what they have (evacuation). Replicas never call
+each other or the scheduler: what a source exports is told to the target in the message that lets it keep the pages. The
+data goes from replica to replica over a link of rayk.transport, the best that works. What did not come is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rayk import protocol as m
 from rayk.errors import LineError
 from rayk.params import OBJECT_STORE
+from rayk.protocol.columns import ContextRows
 from rayk.scheduler.script import Part, ReplicaCall, ReplicaReply
 from rayk.scheduler.transfers.copy_cost import Span, copy_spans, profitable_spans
 from rayk.scheduler.transfers.links import LinkTable
@@ -54,6 +56,7 @@ class ImportDescriptors(NamedTuple):
 
 
 Copies = dict[int, list[ExportedSpan]]  # row -> what was exported for it, in order
+Groups = dict[int, list[int]]  # replica -> rows of a batch
 
 
 class PageTransfers:
@@ -63,12 +66,53 @@ class PageTransfers:
         self.links = links
         self.page_size = page_size
 
+    def fetch(
+        self,
+        batch: ContextRows,
+        groups: Groups,
+        unshared: set[int],
+        here: Sequence[int],
+        prefill_rate: float | None,
+        found: Mapping[int, m.Found] | None = None,
+    ) -> Generator[list[ReplicaCall], list[ReplicaReply], Copies]:
+        """Have the prefixes that a chosen replica misses exported by the others that are `here`, none of which has any
+        of `unshared`. `found` is what a lookup of the other rows would say, where that is known."""
+        replicas = {i: r for r, rows in groups.items() for i in rows if i not in unshared}
+        wanted = sorted(replicas)
+        if not wanted:
+            return {}
+        views = [batch.view(i) for i in wanted]
+        if found is None:
+            found = yield from self.look_up(here, views)
+        orders: list[CopyOrder] = []
+        known: set[tuple[Any, ...]] = set()
+        for at, i in enumerate(wanted):
+            target = replicas[i]
+            for span in self._missing(found, at, target, prefill_rate):
+                traits, tokens = batch.traits(i), batch.tokens(i)[: span.stop * self.page_size * 4]
+                coming = (target, span, traits.cache_salt, traits.adapter, tokens)
+                if coming not in known:  # else an earlier request of this batch brings these pages
+                    known.add(coming)
+                    orders.append(CopyOrder(i, target, views[at], span))
+        return (yield from self.export(orders))
+
+    def _missing(self, found: Mapping[int, m.Found], at: int, target: int, prefill_rate: float | None) -> list[Span]:
+        """What the request `at` of a lookup gets from others."""
+        mine = found.get(target)
+        if mine is None:
+            return []
+        held = [found[r].resident[at] if r in found and r != target else 0 for r in range(max(found) + 1)]
+        have, stop = mine.resident[at], mine.reusable[at]
+        if mine.host and max(held) <= have + mine.host[at] + mine.disk[at]:
+            return []  # what the others have is in this node's tiers
+        return self.plan(target, held, have, stop, prefill_rate)
+
     def look_up(
         self, replicas: Iterable[int], views: list[m.ContextView]
     ) -> Generator[list[ReplicaCall], list[ReplicaReply], dict[int, m.Found]]:
         """What each of the replicas has of the prefixes, as far as it answers; new ones introduce themselves."""
         asked = list(replicas)
-        answers = yield [ReplicaCall(r, m.Lookup(views, self.links.unknown(r))) for r in asked]
+        answers = yield [ReplicaCall(r, m.Lookup(views, r not in self.links.peers)) for r in asked]
         found = {r: told.result for r, told in zip(asked, answers, strict=True) if isinstance(told.result, m.Found)}
         for replica, each in found.items():
             if each.endpoint is not None:
@@ -98,7 +142,7 @@ class PageTransfers:
         copies: Copies = {}
         while orders:
             kinds = [self.links.use(order.span.replica, order.target) for order in orders]
-            sources = [self.links.peer(order.span.replica) for order in orders]
+            sources = [self._peer(order.span.replica) for order in orders]
             answers = yield [self._call(order, kind) for order, kind in zip(orders, kinds, strict=True)]
             again: list[CopyOrder] = []
             for order, source, kind, told in zip(orders, sources, kinds, answers, strict=True):
@@ -116,8 +160,12 @@ class PageTransfers:
             parts.sort(key=lambda copy: copy.export.start)
         return copies
 
+    def _peer(self, replica: int) -> Peer:
+        """The replica and its epoch, which is 0 until it introduced itself."""
+        return self.links.peers.get(replica) or Peer(replica, 0)
+
     def _call(self, order: CopyOrder, kind: str) -> ReplicaCall:
-        span, to = order.span, self.links.peer(order.target)
+        span, to = order.span, self._peer(order.target)
         export = m.Export(order.view, span.start, span.stop, kind, to.replica, to.epoch)
         return ReplicaCall(span.replica, export, (), kind == OBJECT_STORE, lambda result: _unpin(span.replica, result))
 
@@ -170,7 +218,7 @@ class PageTransfers:
 
     def _runs(self, source: Peer) -> bool:
         """Whether that replica was neither lost nor replaced, as far as it ever introduced itself."""
-        return source.epoch in (0, self.links.peer(source.replica).epoch)
+        return source.epoch in (0, self._peer(source.replica).epoch)
 
 
 def _unpin(source: int, result: m.Result) -> list[ReplicaCall]:

@@ -118,8 +118,7 @@ class Scheduler:
 
     @property
     def placed(self) -> dict[str, int]:
-        placements = self.core.placements
-        return {i: r for r in range(len(self.core.members)) for i in placements.on(r)}
+        return {i: r for r in range(len(self.core.members)) for i in self.core.placer.on(r)}
 
 
 def place(request_id: str, replica: int = -1, length: int = 4) -> Place:
@@ -226,7 +225,7 @@ def test_what_a_replica_refuses_is_not_placed() -> None:
     )
     assert done.landed == [True, False, False] and done.failures == {1: FULL}
     assert scheduler.placed == {"a": 0}
-    assert scheduler.core.placements.loads(1)[0].tokens == 4
+    assert scheduler.core.placer.counts() == ([1], [4])
 
 
 def test_a_lost_replica_fails_its_part_only() -> None:

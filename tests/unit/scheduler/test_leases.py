@@ -41,7 +41,7 @@ def test_a_lease_ends_once_when_nothing_was_heard_for_as_long(time: Time) -> Non
     assert time.leases.renew("b")
     assert time.runs(5) == [] and time.runs(0.5) == ["a"]
     assert time.runs(9.5) == [] and time.runs(0.5) == ["b"]
-    assert time.runs(100) == [] and len(time.leases) == 2
+    assert time.runs(100) == [] and len(time.leases.drivers) == 2
 
 
 @pytest.mark.parametrize("stall", [5.0, 16.0, 3600.0])
@@ -75,7 +75,7 @@ def test_who_left_or_never_had_a_lease_has_none(time: Time) -> None:
     time.leases.leave("a")
     time.leases.heard("nobody")
     assert not time.leases.renew("a") and not time.leases.renew("nobody")
-    assert time.runs(30) == ["b"] and len(time.leases) == 1
+    assert time.runs(30) == ["b"] and len(time.leases.drivers) == 1
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -134,7 +134,7 @@ def test_without_any_replica_nobody_waits() -> None:
     assert scheduler.core.controller is not None
     for replica in range(2):
         scheduler.core.router.lost(replica)
-        scheduler.core.controller.on_replica_lost(replica, scheduler.core.placements.on(replica))
+        scheduler.core.controller.on_replica_lost(replica, scheduler.core.placer.on(replica))
     assert scheduler.enter(ctx("d")) == {"c": "NoReplicaError", "d": "NoReplicaError"}
     assert scheduler.core.controller.queue.held == 0
 

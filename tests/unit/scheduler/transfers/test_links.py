@@ -53,6 +53,6 @@ def test_who_had_a_line_to_a_replica_that_left_is_told_once(lines: LinkTable) ->
     lines.use(0, 1)
     lines.use(2, 1)
     lines.keep({0: 10, 1: 99, 2: 12})  # replica 1 was replaced
-    assert lines.unknown(1) and not lines.unknown(0)
+    assert 1 not in lines.peers and 0 in lines.peers
     assert lines.peers_to_disconnect() == {0: [1], 2: [1]}
     assert lines.peers_to_disconnect() == {}
