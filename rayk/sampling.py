@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,6 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rayk.errors import ConfigError
 from rayk.values import INT64_MAX, checked_text, has_utf8, shown
 
 MAX_LOGPROBS = 20
@@ -18,20 +20,54 @@ LONGEST_STOP = 1024  # characters
 LAST_TOKEN = 2**31 - 1
 COLD = 1e-6  # temperatures below it are 0: float32 could not tell
 MOST_PENALTY = 1e4
+MOST_CHOICES = 128
+MOST_BIASES = 1024
+BIAS = 100.0  # as far as a logit is moved
+
+ALIASES = {"max_tokens": "max_new_tokens", "min_new_tokens": "min_tokens", "num_return_sequences": "n"}
+"""Other names of settings, by vLLM and transformers: both are understood where settings are given."""
 
 Uint64 = npt.NDArray[np.uint64]
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+def by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by the names of SamplingParams' fields. ConfigError for one that there is not, or that has two names."""
+    found: dict[str, Any] = {}
+    for given, value in settings.items():
+        name = ALIASES.get(given, given)
+        if name in found:
+            raise ConfigError(f"{given!r} and {name!r} are one setting: give one of them")
+        if name not in SamplingParams.__struct_fields__:
+            known = ", ".join([*SamplingParams.__struct_fields__, *ALIASES])
+            raise ConfigError(f"{given!r} is not a sampling setting; there are {known}")
+        found[name] = (value,) if name == "stop" and isinstance(value, str) else value
+    return found
+
+
+class _Named(msgspec.StructMeta):
+    """Understands ALIASES where settings are made."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        if not ALIASES.keys().isdisjoint(settings):
+            settings = by_name(settings)
+        return super().__call__(*args, **settings)
+
+
+class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True, omit_defaults=True):
     """Settings of one request. Checked by the engine, request by request: see problem().
 
+    max_new_tokens: also max_tokens. min_tokens (also min_new_tokens): before so many nothing ends the answer.
     temperature: 0 takes the most likely token. top_k: 0 is off; top_p: 1 is off; min_p: 0 is off.
     repetition_penalty: divides the logits of tokens that occurred, the prompt's included; 1 is off.
+    presence_penalty, frequency_penalty: taken from the logits of tokens that the answer has, once or as often as it
+    has them; 0 is off. logit_bias: added to the logits of these tokens.
     seed: equal seeds give equal tokens for equal logits, whatever else is in the batch; None draws one.
     stop: strings that end the text, left out of it. stop_token_ids: tokens that end it, kept, as the model's own
     end-of-sequence tokens are (ignore_eos: those do not end it).
     logprobs: None, or report the natural logarithm of each chosen token's probability before any of the settings
-    above, and of so many of the most likely ones.
+    above, and of so many of the most likely ones. prompt_logprobs: the same for the prompt's tokens, all of which are
+    computed then.
+    n: so many answers (also num_return_sequences), each a request of its own; the i-th has the seed plus i.
     """
 
     max_new_tokens: int = 64
@@ -45,6 +81,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    n: int = 1
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    prompt_logprobs: int | None = None
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed by what a request has generated, or has been given."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_tokens
+        )
 
     @property
     def greedy(self) -> bool:
@@ -92,21 +145,59 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 self.logprobs is None or _int(self.logprobs, 0, MAX_LOGPROBS),
                 f"None or an integer of 0 .. {MAX_LOGPROBS}",
             ),
+            ("n", self.n, _int(self.n, 1, MOST_CHOICES), f"an integer of 1 .. {MOST_CHOICES}"),
+            (
+                "min_tokens",
+                self.min_tokens,
+                _int(self.min_tokens, 0)
+                and (not _int(self.max_new_tokens, 1) or self.min_tokens <= self.max_new_tokens),
+                "an integer of 0 .. max_new_tokens",
+            ),
+            *(
+                (name, getattr(self, name), _number(getattr(self, name), -2, 2), "between -2 and 2 (0: off)")
+                for name in ("presence_penalty", "frequency_penalty")
+            ),
+            (
+                "logit_bias",
+                self.logit_bias,
+                isinstance(self.logit_bias, Mapping)
+                and len(self.logit_bias) <= MOST_BIASES
+                and all(_int(t, 0, LAST_TOKEN) and _number(b, -BIAS, BIAS) for t, b in self.logit_bias.items()),
+                f"at most {MOST_BIASES} token ids, each with a number of {-BIAS:g} .. {BIAS:g}",
+            ),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs,
+                self.prompt_logprobs is None or _int(self.prompt_logprobs, 0, MAX_LOGPROBS),
+                f"None or an integer of 0 .. {MAX_LOGPROBS}",
+            ),
         ]
         wrong = [(name, value, rule) for name, value, good, rule in checks if not good]
         return f"{wrong[0][0]} is {shown(wrong[0][1])}, it must be {wrong[0][2]}" if wrong else None
 
     def plain(self) -> SamplingParams:
         """The same in Python's own types, so that it can be sent (numpy's numbers cannot). Has no problem()."""
-        whole = {name: int(getattr(self, name)) for name in ("max_new_tokens", "top_k")}
+        whole = {name: int(getattr(self, name)) for name in ("max_new_tokens", "top_k", "n", "min_tokens")}
         maybe = {
-            name: None if getattr(self, name) is None else int(getattr(self, name)) for name in ("seed", "logprobs")
+            name: None if getattr(self, name) is None else int(getattr(self, name))
+            for name in ("seed", "logprobs", "prompt_logprobs")
         }
-        real = {name: float(getattr(self, name)) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+        numbers = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        real = {name: float(getattr(self, name)) for name in numbers}
+        biases = {int(token): float(bias) for token, bias in self.logit_bias.items()}
         stops = tuple(int(token) for token in self.stop_token_ids)
         more: dict[str, Any] = {**whole, **maybe, **real}
         texts = tuple(checked_text("stop", each) for each in self.stop)
-        return SamplingParams(stop=texts, stop_token_ids=stops, ignore_eos=bool(self.ignore_eos), **more)
+        return SamplingParams(
+            stop=texts, stop_token_ids=stops, ignore_eos=bool(self.ignore_eos), logit_bias=biases, **more
+        )
+
+    def choice(self, index: int) -> SamplingParams:
+        """The settings of one of the n answers."""
+        if self.n == 1:
+            return self
+        seed = None if self.seed is None else (self.seed + index) % 2**64
+        return msgspec.structs.replace(self, n=1, seed=seed)
 
 
 def _int(value: Any, low: int, high: int = INT64_MAX) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -11,6 +12,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from rayk.context import IntArray
@@ -32,7 +34,8 @@ class Output:
     `tokens` include the stop token that ended it; `text` (None without a tokenizer) leaves special tokens, stop tokens
     and stop strings out. `finish_reason`: "stop", "length", "timeout", "cancelled" or "error". `cached_tokens` of the
     prompt were not computed; `cached` says where they were found. `logprobs` has an entry for each token where asked
-    for. `ttft` and `seconds` are from the call to the first token and to the end, `queued` from its arrival at a
+    for; `prompt_logprobs` one for each of the prompt, None for the first.
+    `ttft` and `seconds` are from the call to the first token and to the end, `queued` from its arrival at a
     replica to its admission there, `gaps` are the seconds between arrivals of tokens, with how many arrived.
     """
 
@@ -52,17 +55,19 @@ class Output:
     seconds: float = 0.0
     gaps: list[tuple[float, int]] = field(default_factory=list, repr=False)
     cached: Reused = NOTHING_REUSED
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 @dataclass(frozen=True)
 class Update:
-    """More of one answer: request `index` of the call. `output` comes with the last one."""
+    """More of one answer: number `index` of the call. `output` comes with the last one."""
 
     index: int
     id: str
     tokens: list[int]
     text: str
     output: Output | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Handle:
@@ -89,6 +94,7 @@ class Handle:
         self.submitted_at = monotonic()
         self.call = 0  # which call it came with: those of one call wait in line, calls take turns
         self.session: str | None = more.get("session")
+        self.first: Handle | None = None  # of the answers to one prompt: they share its pages where that one is
         self.replica: int | None = None  # where it is placed, None while it waits
         self.prefilling = False  # it has no token from the replica where it is placed
         self.unwanted = False  # cancelled, and its replica was told
@@ -104,12 +110,25 @@ class Handle:
         self._over = False
         self._told = False  # somebody was told of what is not taken yet
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs | None] = [None]
         self._first_at: float | None = None
         self._last_at = 0.0
         self._gaps: list[tuple[float, int]] = []
         self._preemptions = 0
         self._queued: float | None = None
         self._cached = NOTHING_REUSED
+
+    def beside(self, index: int, number: int, choice: int, sampling: SamplingParams) -> Handle:
+        """Another answer to the same prompt, with settings of its own."""
+        if sampling.seed is None and not sampling.greedy:
+            sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
+        names = ("timeout", "stream_text", "cache_salt", "tenant", "priority", "deadline", "session")
+        more = {name: getattr(self, name) for name in names}
+        if sampling.prompt_logprobs is not None:
+            more["cache_salt"] = f"{self.cache_salt}/{choice}"  # each computes all of its prompt
+        other = Handle(index, number, f"{self.id}/{choice}", self.prompt, sampling, **more)
+        other.call, other.submitted_at, other.on_news, other.first = self.call, self.submitted_at, self.on_news, self
+        return other
 
     def result(self, timeout: float | None = None) -> Output:
         """Wait for the end. The built-in TimeoutError after `timeout` seconds; the request goes on."""
@@ -130,9 +149,10 @@ class Handle:
         with self._lock:
             self._told = False
             output = self.future.result() if self.future.done() else None
+            logprobs = self._logprobs[self._taken : len(self.tokens)]
             tokens, self._taken = self.tokens[self._taken :], len(self.tokens)
             text, self._pieces = "".join(self._pieces), []
-        return Update(self.index, self.id, tokens, text, output)
+        return Update(self.index, self.id, tokens, text, output, logprobs)
 
     # -- for the reader of reports ----------------------------------------------------------------------
 
@@ -150,6 +170,10 @@ class Handle:
             self.tokens += tokens
             self._logprobs += logprobs
         self._tell()
+
+    def add_prompt_logprobs(self, start: int, found: list[TokenLogprobs]) -> None:
+        """Those of the prompt's tokens from `start` on; what was known from there on is replaced."""
+        self._prompt_logprobs[start:] = found
 
     def add_text(self, piece: str) -> None:
         """More text."""
@@ -192,6 +216,7 @@ class Handle:
                 monotonic() - self.submitted_at,
                 self._gaps,
                 self._cached,
+                self._prompt_logprobs if self.sampling.prompt_logprobs is not None else None,
             )
         _tell(partial(self.future.set_result, output))  # its callbacks may look at the handle
         self._tell()
@@ -220,6 +245,9 @@ def deliver(report: Report, handles: Mapping[int, Handle]) -> list[str]:
     """Give the tokens and texts of a report to its requests, by number; the ids of those whose first from
     there it was."""
     first: list[str] = []
+    for number, start, found in report.prompt_logprobs:
+        if (handle := handles.get(number)) is not None:
+            handle.add_prompt_logprobs(start, found)
     numbers, tokens = report.columns()
     order = np.argsort(numbers, kind="stable")
     numbers, tokens = numbers[order], tokens[order]

@@ -22,6 +22,7 @@ from rayk.protocol.engine import Ask, Command, Report, Submit
 from rayk.protocol.engine_request import Imports, Request
 from rayk.request_errors import RequestError, RequestTimeoutError
 from rayk.scheduler.router.policy import RouteRequest
+from rayk.scheduler.router.replica_loads import BoolArray
 from rayk.scheduler.router.router import Router, RouterSettings
 from rayk.values import told
 
@@ -152,11 +153,22 @@ class Placing:
         """Find a request a place; False when no replica has room."""
         request = self._request(handle)
         open_ = self.admission.open(request) if self.admission is not None else None
-        replica = self._router.choose(handle.id, request, open_) if open_ is None or open_.any() else -1
+        replica = self._beside(handle, request, open_)
+        if replica < 0 and (open_ is None or open_.any()):
+            replica = self._router.choose(handle.id, request, open_)
         if replica < 0:
             return False
         self._place(handle, replica, request)
         return True
+
+    def _beside(self, handle: Handle, request: RouteRequest, open_: BoolArray | None) -> int:
+        """The replica where another answer to the same prompt is made, whose pages it shares; -1 without, or where
+        that one takes no more."""
+        if handle.first is None or (replica := handle.first.replica) is None or handle.first.done:
+            return -1
+        there = np.arange(len(self._router.loads)) == replica
+        there &= self._router.loads.ready if open_ is None else self._router.loads.ready & open_
+        return self._router.choose(handle.id, request, there) if there.any() else -1
 
     def _place(self, handle: Handle, replica: int, request: RouteRequest) -> None:
         """Count the request at its replica; pump() sends it, unless it waits for a copy."""

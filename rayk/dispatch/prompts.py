@@ -23,7 +23,7 @@ from rayk.engine.replicas import ModelSource
 from rayk.errors import ConfigError, RaykError, TokenError
 from rayk.protocol.engine_request import timeout_problem
 from rayk.request_errors import RequestError
-from rayk.sampling import SamplingParams
+from rayk.sampling import SamplingParams, by_name
 from rayk.values import (
     INT64_MIN,
     checked_integer,
@@ -66,9 +66,9 @@ class Prompts:
         on_news: Callable[[Handle], None] | None,
         most: int | None = None,
     ) -> Iterator[Handle]:
-        """One for each prompt, made when it is asked for, with the time of this call; finished already, with its
-        error, where a prompt is none. ConfigError, at once, for what is no list of prompts or has more than `most`,
-        and for settings that are none."""
+        """One for each answer (n of each prompt), made when it is asked for, with the time of this call; finished
+        already, with its error, where a prompt is none. ConfigError, at once, for what is no list of prompts or has
+        more than `most`, and for settings that are none."""
         listed = _listed(prompts)
         if most is not None and len(listed) > most:
             raise ConfigError(
@@ -82,13 +82,22 @@ class Prompts:
         def made() -> Iterator[Handle]:
             checked: tuple[SamplingParams, str | None] | None = None
             given: SamplingParams | None = None
-            for index, (prompt, each) in enumerate(zip(listed, settings, strict=False)):
+            index = count()
+            for prompt, each in zip(listed, settings, strict=False):
                 if checked is None or each is not given:
                     given, checked = each, _checked(each)
                 plain, problem = checked
-                handle = self._handle(index, prompt, plain, problem or late, None if late else timeout, on_news)
-                handle.call, handle.submitted_at = call, now
-                yield handle
+                first = self._handle(
+                    next(index), prompt, plain.choice(0), problem or late, None if late else timeout, on_news
+                )
+                refused = first.result().error if first.done else None
+                first.call, first.submitted_at = call, now
+                yield first
+                for choice in range(1, plain.n):
+                    more = first.beside(next(index), next(self._numbers), choice, plain.choice(choice))
+                    if refused is not None:
+                        more.end(refused)
+                    yield more
 
         return made()
 
@@ -120,6 +129,8 @@ class Prompts:
             error = refused
         except Exception as raised:  # somebody's own tokenizer, sequence or mapping: a matter of this request alone
             error = RequestError(name, f"it cannot be read: {told(raised)}")
+        if error is None and sampling.prompt_logprobs is not None:
+            more["cache_salt"] = f"prompt-logprobs-{secrets.token_hex(16)}"  # none of its prompt is to be found cached
         if error is None and sampling.seed is None and not sampling.greedy:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))  # so that it can go on elsewhere
         handle = Handle(
@@ -233,14 +244,9 @@ def _settings(sampling: Sampling, changes: Mapping[str, Any], prompts: int) -> I
         raise ConfigError(f"sampling has {shown(wrong[0])}; give SamplingParams, or one for each prompt")
     if not single and len(listed) != prompts:
         raise ConfigError(f"got {len(listed)} sampling settings for {prompts} prompts; pass one, or one for each")
-    unknown = sorted(set(changes) - set(SamplingParams.__struct_fields__))
-    if unknown:
-        known = ", ".join(SamplingParams.__struct_fields__)
-        raise ConfigError(f"{unknown[0]!r} is not a sampling setting; there are {known}")
-    if isinstance(changes.get("stop"), str):
-        changes = {**changes, "stop": (changes["stop"],)}
     if changes:
-        listed = [msgspec.structs.replace(each, **changes) for each in listed]
+        named = by_name(changes)
+        listed = [msgspec.structs.replace(each, **named) for each in listed]
     return repeat(listed[0], prompts) if single else listed
 
 

@@ -30,13 +30,15 @@ class Detokenizer:
         self._ids: list[int] = []
         self._start = self._read = 0  # ids[start:read] are shown, and decide how the next ones look
         self._sent = 0
+        self._free = 0  # characters of the text in which no stop string counts
 
-    def add(self, token: int) -> None:
-        """One more token. `stopped` tells whether it completed a stop string; `text` then ends before that."""
+    def add(self, token: int, may_stop: bool = True) -> None:
+        """One more token. `stopped` tells whether it completed a stop string; `text` then ends before that. What is
+        complete before it `may_stop` ends nothing."""
         self._ids.append(token)
         shown, new = self._decode(self._ids[self._start : self._read]), self._decode(self._ids[self._start :])
         if len(new) > len(shown) and not new.endswith(UNFINISHED):
-            self._grow(new[len(shown) :])
+            self._grow(new[len(shown) :], may_stop)
             self._start, self._read = self._read, len(self._ids)
 
     def finish(self) -> None:
@@ -56,9 +58,12 @@ class Detokenizer:
     def _decode(self, ids: list[int]) -> str:
         return text_of(self._tokenizer, ids)
 
-    def _grow(self, more: str) -> None:
-        begin = max(0, len(self.text) - self._longest + 1)
+    def _grow(self, more: str, may_stop: bool = True) -> None:
+        begin = max(self._free, len(self.text) - self._longest + 1)
         self.text += more
+        if not may_stop:
+            self._free = len(self.text)
+            return
         found = [at for at in (self.text.find(each, begin) for each in self._stop) if at >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True

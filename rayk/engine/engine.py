@@ -25,14 +25,14 @@ from rayk.engine.cache import Cache
 from rayk.engine.counters import EngineCounters
 from rayk.engine.forward import Model, forward
 from rayk.engine.page_sharing import PageSharing
-from rayk.engine.sampler import Sampler, sample
+from rayk.engine.sampler import Sampler, sample, token_logprobs
 from rayk.engine.sequence import SequenceState
 from rayk.engine.sequence_table import SequenceTable
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.errors import InsufficientBlocksError, RaykError
 from rayk.kvcache.replica import ReplicaCore
 from rayk.protocol.engine import Query
-from rayk.protocol.engine_reports import MOVED, Event, Tokens
+from rayk.protocol.engine_reports import MOVED, Event, PromptLogprobs, Tokens
 from rayk.protocol.engine_request import Limits, Request
 from rayk.request_errors import ForwardError, QueueFullError, RequestCancelledError, RequestError, RequestTimeoutError
 
@@ -281,7 +281,10 @@ class Engine:
             contexts: Sequence[TextContext] = [*batch.contexts, *(each.ctx for each in chunks)]
         else:
             tokens, counts, contexts = batch.last, batch.ones, batch.contexts
-        done = forward(self.model, self._cache, contexts, tokens, counts)
+        scored = frozenset(at for at, each in enumerate(chunks, len(batch)) if each.unscored)
+        done = forward(self.model, self._cache, contexts, tokens, counts, scored)
+        for at, logits in done.whole.items():
+            self._score(chunks[at - len(batch)], logits)
         if done.failed:
             forwarded = [*batch.sequences, *chunks]
             failed = {forwarded[at]: error for at, error in done.failed.items()}
@@ -295,6 +298,16 @@ class Engine:
             self._take(chunks, done.logits[order])
         elif done.logits is not None:
             self._take(chunks, done.logits)
+
+    def _score(self, sequence: SequenceState, logits: torch.Tensor) -> None:
+        """Report the log probabilities of the prompt's tokens that follow those in the window."""
+        window = sequence.ctx.tokens
+        start, stop = max(sequence.scored, window.processed + 1), min(window.end + 1, sequence.prompt_length)
+        if start < stop:
+            rows = logits[start - window.processed - 1 : stop - window.processed - 1]
+            tokens, count = window.all[start:stop].astype(np.int64), sequence.sampling.prompt_logprobs or 0
+            self._events.append(PromptLogprobs(sequence.number, start, token_logprobs(rows, tokens, count)))
+            sequence.scored = stop
 
     def _fail(self, sequence: SequenceState, error: Exception) -> None:
         self._abort(sequence, "error", self._forward_error(sequence, error))

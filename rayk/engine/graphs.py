@@ -85,6 +85,7 @@ class DecodeGraphs:
         self.num_bytes = getattr(model, "num_bytes", None)
         self.replays = 0  # so far
         self._model = model
+        self._whole: Callable[..., torch.Tensor] = model.logits
         self._null = core.num_pages
         inputs = core.runtime_inputs([])
         assert isinstance(inputs, LeafInputs)
@@ -112,8 +113,10 @@ class DecodeGraphs:
         )
         return lambda: self._model.logits(inputs, self._tokens[:rows], [1] * rows)
 
-    def logits(self, inputs: ShardInputs, tokens: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """As the model's; by a graph when every row has one token."""
+    def logits(self, inputs: ShardInputs, tokens: torch.Tensor, counts: Sequence[int], **more: bool) -> torch.Tensor:
+        """As the model's; by a graph when every row has one token and nothing `more` is wanted."""
+        if more:
+            return self._whole(inputs, tokens, counts, **more)
         rows, width = inputs.lookup_table.shape
         size = next((size for size in self._sizes if size >= rows), 0)
         if not size or len(tokens) != rows or width > self._table.shape[1]:

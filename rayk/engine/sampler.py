@@ -47,7 +47,11 @@ def sample(logits: torch.Tensor, sequences: Sequence[SequenceState], plain: bool
         except Exception as error:  # of a processor: a matter of these requests alone
             failed |= dict.fromkeys(rows, error)
     asked = [row for row in good if row not in failed and sequences[row].sampling.logprobs is not None]
-    return Sampled(found, failed, {row: _logprobs(logits[row], int(found[row]), sequences[row]) for row in asked})
+    logprobs = {
+        row: token_logprobs(logits[row : row + 1], found[row : row + 1], sequences[row].sampling.logprobs or 0)[0]
+        for row in asked
+    }
+    return Sampled(found, failed, logprobs)
 
 
 def is_plain(sequence: SequenceState) -> bool:
@@ -56,7 +60,7 @@ def is_plain(sequence: SequenceState) -> bool:
 
 
 def _takes_best(sequence: SequenceState) -> bool:
-    return sequence.sampling.greedy and sequence.sampling.repetition_penalty == 1
+    return sequence.sampling.greedy and not sequence.sampling.adjusts
 
 
 def _alike(rows: Sequence[int], sequences: Sequence[SequenceState]) -> list[list[int]]:
@@ -69,7 +73,7 @@ def _alike(rows: Sequence[int], sequences: Sequence[SequenceState]) -> list[list
 
 def _draw(scores: torch.Tensor, sequences: Sequence[SequenceState]) -> npt.NDArray[np.int64]:
     """Tokens of rows whose distributions are shaped alike, [n] int64."""
-    scores = _penalised(scores, sequences)
+    scores = _adjusted(scores, sequences)
     sampling = sequences[0].sampling
     if sampling.greedy:
         return np.asarray(scores.argmax(dim=-1).cpu())
@@ -92,21 +96,34 @@ def _last_possible(scores: torch.Tensor) -> torch.Tensor:
     return scores.shape[-1] - 1 - torch.isfinite(scores).flip(-1).to(torch.int8).argmax(dim=-1)
 
 
-def _penalised(scores: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
-    """Repetition penalties, row by row: each has its own tokens."""
-    if all(each.sampling.repetition_penalty == 1 for each in sequences):
+def _adjusted(scores: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
+    """Biases, penalties, and no end before its time: row by row, each has its own tokens."""
+    if not any(each.sampling.adjusts for each in sequences):
         return scores
-    from transformers import RepetitionPenaltyLogitsProcessor
-
-    rows = []
+    scores = scores.clone()
     for row, each in zip(scores, sequences, strict=True):
-        penalty = each.sampling.repetition_penalty
-        if penalty == 1:
-            rows.append(row[None])
-            continue
-        seen = torch.from_numpy(each.ctx.tokens.all.astype(np.int64)).to(row.device)
-        rows.append(RepetitionPenaltyLogitsProcessor(float(penalty))(seen[None], row[None]))
-    return torch.cat(rows)
+        if each.sampling.adjusts:
+            _adjust(row, each)
+    return scores
+
+
+def _adjust(row: torch.Tensor, sequence: SequenceState) -> None:
+    """Change one row, [vocab] float32, in place."""
+    sampling = sequence.sampling
+    if sampling.logit_bias:
+        tokens = torch.tensor(list(sampling.logit_bias), device=row.device)
+        row[tokens] += torch.tensor(list(sampling.logit_bias.values()), dtype=row.dtype, device=row.device)
+    if sequence.generated < sampling.min_tokens and sequence.stop_ids:
+        row[torch.tensor(sequence.stop_ids, device=row.device)] = -torch.inf
+    if sampling.repetition_penalty != 1:
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        seen = torch.from_numpy(sequence.ctx.tokens.all.astype(np.int64)).to(row.device)
+        row.copy_(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))(seen[None], row[None])[0])
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        found, counts = np.unique(sequence.answer, return_counts=True)
+        less = sampling.presence_penalty + sampling.frequency_penalty * counts
+        row[torch.from_numpy(found.astype(np.int64)).to(row.device)] -= torch.from_numpy(less).to(row)
 
 
 def warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> list[Processor]:
@@ -125,8 +142,10 @@ def warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> list[
     return found
 
 
-def _logprobs(row: torch.Tensor, token: int, sequence: SequenceState) -> TokenLogprobs:
-    scores = torch.log_softmax(row.float(), dim=-1)
-    count = min(sequence.sampling.logprobs or 0, len(row))
-    top = torch.topk(scores, count)
-    return TokenLogprobs(float(scores[token]), tuple(top.indices.tolist()), tuple(top.values.tolist()))
+def token_logprobs(logits: torch.Tensor, tokens: npt.NDArray[np.int64], count: int) -> list[TokenLogprobs]:
+    """Log probabilities of tokens[i] and of the `count` most likely ones by row i of `logits`, [n, vocab] float32."""
+    scores = torch.log_softmax(logits.float(), dim=-1)
+    top = torch.topk(scores, min(count, scores.shape[-1]))
+    chosen = scores.gather(1, torch.from_numpy(tokens).to(scores.device)[:, None])[:, 0]
+    rows = zip(chosen.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+    return [TokenLogprobs(each, tuple(ids), tuple(values)) for each, ids, values in rows]

@@ -36,6 +36,7 @@ class SequenceState:
         "request",
         "request_id",
         "sampling",
+        "scored",
         "seed",
         "stop_ids",
         "submitted_at",
@@ -69,6 +70,8 @@ class SequenceState:
             adapter=request.adapter,
         )
         self.stop_ids = (*(() if self.sampling.ignore_eos else eos), *self.sampling.stop_token_ids)
+        self.scored = len(tokens) if self.sampling.prompt_logprobs is None or request.generated else 1
+        """Tokens of its prompt whose log probabilities were reported, or are not wanted."""
         self.processors: Any = None  # of its logits, made by the sampler when they are needed first
         self.paused = False
         self.preemptions = 0
@@ -80,8 +83,8 @@ class SequenceState:
         self.detokenizer: Detokenizer | None = None
         if self.sampling.stop or request.stream_text:
             self.detokenizer = Detokenizer(tokenizer, self.sampling.stop)
-            for token in self.answer.tolist():
-                self.detokenizer.add(token)
+            for at, token in enumerate(self.answer.tolist(), 1):
+                self.detokenizer.add(token, may_stop=at >= self.sampling.min_tokens)
             self.detokenizer.piece()  # who continues an answer has seen it
 
     @property
@@ -93,6 +96,11 @@ class SequenceState:
     def simple(self) -> bool:
         """Whether a new token needs no look of its own: no text and no log probabilities."""
         return self.detokenizer is None and self.sampling.logprobs is None
+
+    @property
+    def unscored(self) -> bool:
+        """Whether the log probabilities of tokens of its prompt are to be reported."""
+        return self.scored < self.prompt_length
 
     @property
     def answer(self) -> IntArray:
@@ -111,7 +119,7 @@ class SequenceState:
         if self.detokenizer is None:
             return False
         if not is_stop:
-            self.detokenizer.add(token)
+            self.detokenizer.add(token, may_stop=self.generated >= self.sampling.min_tokens)
         return self.detokenizer.stopped
 
     def new_text(self) -> list[Text]:

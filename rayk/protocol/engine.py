@@ -22,6 +22,7 @@ from rayk.protocol.engine_reports import (
     Finished,
     Numbers,
     PagesChanged,
+    PromptLogprobs,
     Text,
     TokenLogprobs,
     Tokens,
@@ -129,7 +130,8 @@ def _failure(error: RaykError) -> m.Failure:
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     """What happened since the last report. numbers[i] got tokens[i], in this order: raw int64 and int32.
 
-    `logprobs[number]` has an entry for each of its tokens here. `pages`: what was cached (True) or dropped since, in
+    `logprobs[number]` has an entry for each of its tokens here; `prompt_logprobs` are PromptLogprobs.
+    `pages`: what was cached (True) or dropped since, in
     order, 8 bytes of each page's hash, by engines that were asked for it. `prefill_rate`: tokens of prompts that it
     computes in a second, 0 while that is not known. `used_pages`: held by requests and transfers. An empty report says
     that the engine lives.
@@ -146,6 +148,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     prefill_rate: float = 0.0
     used_pages: int = 0
     answered: list[Answered] = []
+    prompt_logprobs: list[tuple[int, int, list[TokenLogprobs]]] = []
 
     @classmethod
     def of(cls, events: Sequence[Event], steps: int, prefill_rate: float = 0.0, used_pages: int = 0) -> Report:
@@ -167,6 +170,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
             prefill_rate,
             used_pages,
             [event for event in events if isinstance(event, Answered)],
+            [(event.number, event.start, event.found) for event in events if isinstance(event, PromptLogprobs)],
         )
 
     def columns(self) -> tuple[Numbers, Numbers]:

@@ -33,6 +33,15 @@ class Tokens:
     logprobs: dict[int, TokenLogprobs]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptLogprobs:
+    """Of the tokens of request `number`'s prompt from position `start` on, before its first token comes."""
+
+    number: int
+    start: int
+    found: list[TokenLogprobs]
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """More text of a request that streams it; stop strings never show."""
@@ -85,4 +94,4 @@ class Answered(m.MessagePart, frozen=True):
     data: list[bytes] = []
 
 
-Event = Tokens | Text | Finished | PagesChanged | Arrivals | Answered
+Event = Tokens | PromptLogprobs | Text | Finished | PagesChanged | Arrivals | Answered

@@ -92,9 +92,10 @@ class Limits:
         problem = sampling.problem()
         if problem is not None:
             raise refuse(problem)
-        beyond = [token for token in sampling.stop_token_ids if token >= self.vocab_size]
-        if beyond:
-            raise refuse(f"stop token {beyond[0]} is outside the vocabulary of {self.vocab_size} tokens")
+        for name, given in (("stop", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias)):
+            beyond = [token for token in given if token >= self.vocab_size]
+            if beyond:
+                raise refuse(f"{name} token {beyond[0]} is outside the vocabulary of {self.vocab_size} tokens")
         if (sampling.stop or request.stream_text) and not self.has_tokenizer:
             raise refuse("stop strings and text need a tokenizer, and this model's folder has none; use stop_token_ids")
         problem = timeout_problem(request.timeout)

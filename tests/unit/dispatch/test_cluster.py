@@ -386,3 +386,34 @@ def test_readers_of_its_events_foresee_what_is_cached(monkeypatch: pytest.Monkey
         reader.close()
     with pytest.raises(ConfigError, match="without prefix caching"):
         Cluster(model, page_size=4, prefix_caching=False, kv_events="tcp://127.0.0.1:5557")
+
+
+def test_several_answers_share_the_pages_of_their_prompt(cluster: Cluster) -> None:
+    prompt = list(range(33))
+    outputs = cluster.generate([prompt, [4, 5]], max_tokens=6, temperature=0.9, seed=3, n=3)
+    assert [output.id.rpartition("/")[2] for output in outputs[1:3]] == ["1", "2"] and len(outputs) == 6
+    assert len({output.replica for output in outputs[:3]}) == 1
+    assert [output.cached_tokens for output in outputs[:3]] == [0, 32, 32]
+    for choice in range(3):
+        [alone] = cluster.generate(prompt, max_tokens=6, temperature=0.9, seed=3 + choice)
+        assert outputs[choice].tokens == alone.tokens
+    assert len({tuple(output.tokens) for output in outputs[:3]}) == 3
+    updates = list(cluster.stream(prompt, max_tokens=6, n=2, logprobs=1))
+    assert {update.index for update in updates} == {0, 1}
+    for index in (0, 1):
+        own = [update for update in updates if update.index == index]
+        assert sum(len(update.logprobs) for update in own) == 6
+        assert [each for update in own for each in update.logprobs] == own[-1].output.logprobs
+    bad = cluster.generate([[VOCAB]], n=2) + cluster.generate({"txt": "a"}, n=2)
+    assert all(isinstance(output.error, RequestError) for output in bad) and len(bad) == 4
+
+
+def test_log_probabilities_of_prompts(cluster: Cluster) -> None:
+    prompt = list(range(40))
+    cluster.generate(prompt, max_tokens=1)
+    outputs = cluster.generate(prompt, max_tokens=1, prompt_logprobs=1, n=2)
+    for output in outputs:
+        assert output.cached_tokens == 0, "all of it is computed"
+        assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 40
+        assert output.prompt_logprobs[0] is None and output.prompt_logprobs[1:] == outputs[0].prompt_logprobs[1:]
+    assert cluster.generate(prompt, max_tokens=1)[0].prompt_logprobs is None

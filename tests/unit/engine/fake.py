@@ -19,7 +19,7 @@ from rayk.engine.settings import EngineSettings
 from rayk.kvcache.connector import Found, NullConnector, Tier
 from rayk.kvcache.replica import ReplicaCore
 from rayk.params import MHAKVCacheParams
-from rayk.protocol.engine_reports import Event, Finished, Text, Tokens
+from rayk.protocol.engine_reports import Event, Finished, PromptLogprobs, Text, Tokens
 from rayk.protocol.engine_request import Request
 from rayk.sampling import SamplingParams
 
@@ -75,7 +75,9 @@ class PageModel:
     ) -> MHAKVCacheParams:
         return params(page_size, devices, data_parallel_degree, **more)
 
-    def logits(self, inputs: Any, tokens: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    def logits(
+        self, inputs: Any, tokens: torch.Tensor, counts: Sequence[int], *, every_token: bool = False
+    ) -> torch.Tensor:
         assert tokens.dtype == torch.int64 and tokens.ndim == 1 and sum(counts) == len(tokens)
         self.forwards.append(list(counts))
         if self.broken is not None and (tokens == self.broken).any():
@@ -92,7 +94,11 @@ class PageModel:
             whole = torch.arange(start + count)
             read = pages[table[whole // size], 0, 0, whole % size, 0]
             assert torch.equal(read[:, 1].long(), whole), "a page of another place"
-            out.append(scores(digest(read[:, 0].long().tolist())))
+            whole_row = read[:, 0].long().tolist()
+            out += [
+                scores(digest(whole_row[: end + 1]))
+                for end in range(start if every_token else len(whole) - 1, len(whole))
+            ]
             if self.not_a_number is not None and self.not_a_number in tokens[at - count : at]:
                 out[-1][3] = np.nan
         return torch.from_numpy(np.stack(out))
@@ -191,6 +197,7 @@ class Bench:
         self.engine = Engine(self.core, self.model, EngineSettings(**settings), self.clock, peers=peers)
         self.tokens: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[Any]] = {}
+        self.prompt_logprobs: dict[int, list[Any]] = {}
         self.text: dict[int, str] = {}
         self.ended: dict[int, Finished] = {}
         self.number = 0
@@ -218,6 +225,10 @@ class Bench:
                 case Text(number, piece):
                     assert number not in self.ended
                     self.text[number] = self.text.get(number, "") + piece
+                case PromptLogprobs(number, start, found):
+                    known = self.prompt_logprobs.setdefault(number, [])
+                    assert start == len(known) + 1, "each position once, in order"
+                    known += found
                 case Finished():
                     assert event.number not in self.ended
                     self.ended[event.number] = event

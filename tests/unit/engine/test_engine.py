@@ -433,3 +433,45 @@ def test_log_probabilities() -> None:
         assert found.chosen == pytest.approx(want[token], abs=1e-5)
         assert found.top_ids == tuple(np.argsort(-raw)[:3]) and found.top[0] == found.chosen
         tokens.append(token)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 64])
+def test_log_probabilities_of_a_prompt(chunk_size: int) -> None:
+    """In chunks, beside others, and where it has to start over: each position once, all of them."""
+    bench = Bench(20, 4, chunk_size=chunk_size)
+    asked = [[*p, 3] for p in prompts(6, 24, seed=2)]
+    numbers = [bench.submit(p, 16, prompt_logprobs=2, cache_salt=str(i)) for i, p in enumerate(asked)]
+    plain = bench.submit(range(9), 16)
+    bench.run()
+    assert bench.tokens[plain] == expected(range(9), 16)
+    for number, prompt in zip(numbers, asked, strict=True):
+        assert bench.tokens[number] == expected(prompt, 16)
+        found = bench.prompt_logprobs.get(number, [])
+        assert len(found) == len(prompt) - 1
+        for at, each in enumerate(found, 1):
+            raw = scores(digest(prompt[:at])).astype(np.float64)
+            want = raw - np.log(np.exp(raw).sum())
+            assert each.chosen == pytest.approx(want[prompt[at]], abs=1e-5)
+            assert each.top_ids == tuple(np.argsort(-raw)[:2])
+
+
+def test_log_probabilities_of_a_prompt_beside_one_that_fails() -> None:
+    bench = Bench(chunk_size=64)
+    bench.model.broken = POISON
+    bad = bench.submit([1, POISON, 2], 4, prompt_logprobs=0, cache_salt="bad")
+    good = [bench.submit([i, 8, 9, 10], 4, prompt_logprobs=0, cache_salt=str(i)) for i in range(3)]
+    bench.run()
+    assert isinstance(bench.ended[bad].error, ForwardError)
+    assert all(len(bench.prompt_logprobs[n]) == 3 and bench.ended[n].error is None for n in good)
+
+
+def test_stop_strings_count_from_min_tokens_on() -> None:
+    prompt = [5, 6, 7]
+    letters = Tokenizer().decode(expected(prompt, 12))
+    first = letters[1:3]
+    bench = Bench(model=PageModel(tokenizer=Tokenizer()))
+    early = bench.submit(prompt, 12, stop=(first,))
+    late = bench.submit(prompt, 12, stop=(first,), min_tokens=12)
+    bench.run()
+    assert bench.ended[early].reason == "stop" and bench.ended[early].text == letters[:1]
+    assert bench.ended[late].text == letters and len(bench.tokens[late]) == 12

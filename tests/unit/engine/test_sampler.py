@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.utils import GenerationMixin
 
-from rayk.engine.sampler import is_plain, sample, warpers
+from rayk.engine.sampler import _adjusted, is_plain, sample, warpers
 from rayk.engine.sequence import SequenceState
+from rayk.errors import ConfigError
 from rayk.protocol.engine_request import Limits, Request
 from rayk.sampling import SamplingParams, uniforms
 
@@ -131,3 +133,57 @@ def test_rows_that_fail_leave_the_others() -> None:
     sampled = sample(scores, rows, False)
     assert sorted(sampled.failed) == [1, 2]
     assert sampled.tokens[0] == scores[0].argmax()
+
+
+def test_biases_and_penalties_count_what_the_answer_has() -> None:
+    request = Request(0, "r", [4, 4, 1, 7, 7, 9], SamplingParams(), generated=3)
+    scores = logits(1)
+    for settings in (
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": -0.75},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.25, "logit_bias": {7: 2.0, 40: -100.0}},
+    ):
+        given = SamplingParams(**settings)
+        asked = SequenceState(
+            Request(0, "r", request.tokens, given, generated=3), LIMITS.check(request), LIMITS, 0, 0.0
+        )
+        want = scores[0].clone()
+        for token, count in ((7, 2), (9, 1)):  # of the answer; 4 and 1 are the prompt's
+            want[token] -= given.presence_penalty + given.frequency_penalty * count
+        for token, bias in given.logit_bias.items():
+            want[token] += bias
+        before = scores.clone()
+        torch.testing.assert_close(_adjusted(scores, [asked])[0], want)
+        assert torch.equal(scores, before), "the logits are not changed"
+    forced = sequence(logit_bias={33: 100.0})
+    assert sample(scores, [forced], False).tokens.tolist() == [33] and not is_plain(forced)
+
+
+def test_no_end_before_its_time() -> None:
+    scores = torch.zeros(1, 50)
+    scores[0, 8], scores[0, 9] = 5.0, 4.0
+    early = sequence(min_tokens=2, max_new_tokens=4, stop_token_ids=(8,))
+    assert sample(scores, [early], False).tokens.tolist() == [9]
+    late = sequence([1, 2, 3], min_tokens=0, stop_token_ids=(8,))
+    assert sample(scores, [late], False).tokens.tolist() == [8]
+
+
+def test_names_of_vllm_and_of_transformers() -> None:
+    assert SamplingParams(max_tokens=5) == SamplingParams(max_new_tokens=5)
+    assert SamplingParams(min_new_tokens=2, num_return_sequences=3) == SamplingParams(min_tokens=2, n=3)
+    with pytest.raises(ConfigError, match="'max_tokens' and 'max_new_tokens' are one setting"):
+        SamplingParams(max_new_tokens=4, max_tokens=5)
+    wire = msgspec.msgpack.encode(SamplingParams(max_tokens=5, logit_bias={3: 1.5}, prompt_logprobs=0))
+    assert msgspec.msgpack.decode(wire, type=SamplingParams).logit_bias == {3: 1.5}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n": 0}, {"n": True}, {"n": 129}, {"min_tokens": -1}, {"min_tokens": 65}, {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")}, {"logit_bias": {1: 101}}, {"logit_bias": {-1: 1}}, {"logit_bias": [3]},
+        {"logit_bias": {"5": 1}}, {"prompt_logprobs": 21}, {"prompt_logprobs": -1},
+    ],
+)  # fmt: skip
+def test_what_is_no_setting_is_named(settings) -> None:
+    assert str(SamplingParams(**settings).problem()).startswith(next(iter(settings)) + " is ")
