@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from rayk.errors import IntegrityError, ReplicaIndexError, ReplicaRemovedError, ReplicaStateError
+from rayk.errors import ConfigError, IntegrityError, ReplicaIndexError, ReplicaRemovedError, ReplicaStateError
 
 
 class State(StrEnum):
@@ -63,6 +63,7 @@ MOVES: dict[tuple[State, Event], State] = {
     (State.lost, Event.remove): State.removed,
 }
 
+MOST = 4096  # indices of one cluster
 HERE = frozenset({State.ready, State.draining})
 KNOWN = frozenset({State.ready, State.draining, State.lost})
 
@@ -138,7 +139,15 @@ class Membership:
         return free[:count] + list(range(len(self), len(self) + count - min(count, len(free))))
 
     def enlist(self, count: int) -> list[int]:
-        """Plan `count` replicas at vacant() indices, and return these."""
+        """Plan `count` replicas at vacant() indices, and return these. ConfigError for fewer than 1, or more than a
+        cluster can have."""
+        if not 1 <= count <= MOST:
+            raise ConfigError(f"{count} replicas cannot be added: at least 1, and a cluster has at most {MOST:,}")
+        if self.vacant(count)[-1] >= MOST:
+            raise ConfigError(
+                f"{count} more replicas are too many: a cluster has at most {MOST:,} indices, and {len(self):,} are or "
+                "were in use; add fewer, or start another cluster"
+            )
         chosen = self.vacant(count)
         for replica in chosen:
             if replica == len(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import msgspec
@@ -20,38 +21,37 @@ ANY = st.recursive(
 )
 
 
-def of_type(kind: shape.Type) -> st.SearchStrategy[Any]:
+Leaves = Mapping[type[shape.Type], st.SearchStrategy[Any]]
+LEAVES: Leaves = {
+    shape.IntType: INT64,
+    shape.FloatType: st.floats(allow_nan=False),
+    shape.StrType: st.text(max_size=12),
+    shape.BytesType: st.binary(max_size=24),
+    shape.BoolType: st.booleans(),
+    shape.NoneType: st.none(),
+    shape.AnyType: ANY,
+}
+
+
+def of_type(kind: shape.Type, leaves: Leaves = LEAVES) -> st.SearchStrategy[Any]:
+    """Any value of that type; `leaves`: of the types that hold no others."""
     match kind:
-        case shape.IntType():
-            return INT64
-        case shape.FloatType():
-            return st.floats(allow_nan=False)
-        case shape.StrType():
-            return st.text(max_size=12)
-        case shape.BytesType():
-            return st.binary(max_size=24)
-        case shape.BoolType():
-            return st.booleans()
-        case shape.NoneType():
-            return st.none()
-        case shape.AnyType():
-            return ANY
         case shape.ListType(item):
-            return st.lists(of_type(item), max_size=3)
+            return st.lists(of_type(item, leaves), max_size=3)
         case shape.TupleType(items):
-            return st.tuples(*map(of_type, items))
+            return st.tuples(*(of_type(item, leaves) for item in items))
         case shape.DictType(key, value):
-            return st.dictionaries(of_type(key), of_type(value), max_size=3)
+            return st.dictionaries(of_type(key, leaves), of_type(value, leaves), max_size=3)
         case shape.UnionType(types):
-            return st.one_of(*map(of_type, types))
+            return st.one_of(*(of_type(each, leaves) for each in types))
         case shape.StructType(cls=cls, fields=fields):
-            return st.builds(cls, **{field.name: of_type(field.type) for field in fields})
-    raise AssertionError(f"no strategy for {kind}")
+            return st.builds(cls, **{field.name: of_type(field.type, leaves) for field in fields})
+    return leaves[type(kind)]
 
 
-def messages(cls: type[msgspec.Struct]) -> st.SearchStrategy[Any]:
+def messages(cls: type[msgspec.Struct], leaves: Leaves = LEAVES) -> st.SearchStrategy[Any]:
     """Any message of that class."""
-    return of_type(shape.type_info(cls))
+    return of_type(shape.type_info(cls), leaves)
 
 
 def enveloped(message: Any, client: str = "driver", epoch: int = 1, seq: int = 1) -> Any:
