@@ -27,8 +27,7 @@ from rayk.replica.service import ReplicaService
 from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.script import ReplicaReply
-
-from ..unit.protocol.strategies import LEAVES, messages
+from tests.unit.protocol.strategies import LEAVES, messages
 
 PAGE, PAGES = 2, 16
 PARAMS = MHAKVCacheParams(
@@ -68,8 +67,8 @@ class World:
         return ReplicaReply(m.decode_reply(reply).result, data)
 
     def schedule(self, client: str, command: Any) -> m.Result:
-        script = self.scheduler.handle(client, command)
         try:
+            script = self.scheduler.handle(client, command)
             asked = next(script)
             while True:
                 asked = script.send([self.replica("scheduler", a.replica, a.command, a.attached) for a in asked])
