@@ -90,15 +90,15 @@ class SchedulerActor:
 
     def _once(self, envelope: m.SchedulerEnvelope, attached: Sequence[Any]) -> bytes:
         """Carry a command out unless that was done before, or is being done."""
-        client, seq = envelope.client, envelope.seq
-        this = (client, seq)
+        client, seq = this = envelope.client, envelope.seq
+        if not seq:
+            return self._reply(envelope, attached)
         with self._core_lock:
             self._core_lock.wait_for(lambda: this not in self._working)
             repeated = self._answers.repeated(client, seq)
             if repeated is not None:
                 return repeated
-            if seq:
-                self._working.add(this)
+            self._working.add(this)
         reply = b""
         try:
             reply = self._reply(envelope, attached)

@@ -176,7 +176,9 @@ class TextContext:
         deadline: float | None = None,
         pending_future_count: int = 0,
     ) -> None:
-        self.request_id = request_id = checked_request_id(request_id)
+        if type(request_id) is not str or not request_id or not request_id.isascii():
+            request_id = checked_request_id(request_id)
+        self.request_id = request_id
         array = as_int32(tokens, request_id)
         if not len(array):
             raise TokenError(request_id, "a request needs at least one token")

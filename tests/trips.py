@@ -2,10 +2,10 @@
 
     python tests/trips.py
 
-A profile hook follows the calls of one manager over actors in this process (tests/unit/actors/fake.py), over cores, and
-of a Cluster. A change of file is a call or a return that goes from one product file to another. A manager's figures are
-the same in every run; those of a Cluster, whose threads wait for each other, differ by a few. They show whether a
-change made a way shorter or longer.
+A profile hook follows the calls of one manager over actors in this process (tests/unit/actors/fake.py, without what it
+decodes to write down what was said), over cores, and of a Cluster. A change of file is a call or a return that goes
+from one product file to another. A manager's figures are the same in every run; those of a Cluster, whose threads wait
+for each other, differ by a few. They show whether a change made a way shorter or longer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from rayk import Cluster, InferenceSession, PagedKVCacheManager, TextContext, Tick  # noqa: E402  # needs the path
-from tests.unit.actors.fake import FakeRuntime, params, session_on, stamp  # noqa: E402  # needs the path
+from tests.unit.actors.fake import FakeRuntime, content, params, session_on, stamp  # noqa: E402  # needs the path
 from tests.unit.engine.fake import PageModel  # noqa: E402  # needs the path
 
 PRODUCT = tuple(str(ROOT / part) + os.sep for part in ("rayk", "actors", "scheduler"))
@@ -37,10 +37,13 @@ class Trip:
         self.files: set[str] = set()
         self.changes = 0
         self._at = ""
+        self._looking = False  # the fake reads a message
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         """The profile hook."""
-        if event not in ("call", "return"):
+        if frame.f_code is content.__code__:
+            self._looking = event != "return"
+        if self._looking or event not in ("call", "return"):
             return
         where = frame if event == "call" else frame.f_back
         file = os.path.realpath(where.f_code.co_filename) if where is not None else ""

@@ -57,7 +57,8 @@ def _path(tip: Segment) -> CachedPrefix:
 
 def spare_pages(core: ReplicaCore) -> int:
     """Pages that adopt_pages() may take."""
-    core.publish()
+    if core.unpublished:
+        core.publish()
     return max(0, core.pool.empty - core.num_pages // SPARE)
 
 

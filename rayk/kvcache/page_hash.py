@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NewType, overload
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 PageHash = NewType("PageHash", bytes)
@@ -79,6 +80,10 @@ class PageHasher:
             hasher.update(b"-" if part is None else b"+%d:" % len(data))
             hasher.update(data)
         return PageHash(hasher.digest()[: self.width])
+
+    def of(self, key: RootKey, tokens: bytes) -> list[bytes]:
+        """chain() from the first page of that salt and adapter on."""
+        return [*self.chain(self.root(key), tokens)]
 
     def chain(self, parent: PageHash, tokens: bytes) -> list[PageHash]:
         """One hash per full page of `tokens` (raw int32), continuing after `parent`."""
@@ -145,23 +150,22 @@ class PageKeys:
         self._page_size = page_size
         self._roots: dict[RootKey, PageHash] = {}
 
-    def pages(self, length: int, pending: int = 0) -> int:
-        """How many keys a request of `length` tokens has, the last `pending` of them placeholders."""
-        return max(0, length - (pending or 1)) // self._page_size
-
-    def joined(self, tokens: bytes, root: RootKey) -> bytes:
-        """The keys of whole pages (raw int32), one after the other."""
+    def joined(self, tokens: npt.NDArray[np.int32], root: RootKey, pending: int = 0) -> bytes:
+        """The keys of a request, one after the other; the last `pending` tokens are placeholders."""
+        pages = max(0, len(tokens) - (pending or 1)) // self._page_size
+        if not pages:
+            return b""
         parent = self._roots.get(root)
         if parent is None:
             if len(self._roots) >= self.ROOTS:
                 self._roots.clear()
             parent = self._roots[root] = self._hasher.root(root)
-        return b"".join([each[:KEY_BYTES] for each in self._hasher.chain(parent, tokens)])
+        whole = tokens[: pages * self._page_size].tobytes()
+        return b"".join([each[:KEY_BYTES] for each in self._hasher.chain(parent, whole)])
 
     def of(self, tokens: bytes, root: RootKey, pending: int = 0) -> list[int]:
         """The keys of a request (raw int32) as numbers."""
-        pages = self.pages(len(tokens) // 4, pending)
-        return split_keys(self.joined(tokens[: 4 * pages * self._page_size], root)) if pages else []
+        return split_keys(self.joined(np.frombuffer(tokens, np.int32), root, pending))
 
 
 def split_keys(joined: bytes) -> list[int]:

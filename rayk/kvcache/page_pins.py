@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from rayk.context import TextContext
 from rayk.errors import LineError
-from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.page_hash import Mask, PageHasher
 from rayk.kvcache.page_pool import Pages
 from rayk.kvcache.prefix_tree import PrefixTree
@@ -17,17 +16,12 @@ from rayk.params import KVCacheParams
 
 @dataclass(frozen=True)
 class PageExport:
-    """Pages `start` .. `stop` of a prefix, with their ids at the source, which pins them until acknowledged."""
+    """Pages from `start` of a prefix on, with their ids at the source, which pins them until acknowledged."""
 
     export_id: int
     start: int
     hashes: list[bytes]
     pages: Pages
-
-    @property
-    def stop(self) -> int:
-        """The page after the last."""
-        return self.start + len(self.hashes)
 
 
 @dataclass(frozen=True)
@@ -51,15 +45,14 @@ class PageImport:
 class PagePins:
     """A replica's side of page copies, in both directions. It holds tree paths for copies under way."""
 
-    def __init__(self, params: KVCacheParams, tree: PrefixTree, buffers: PageBuffers) -> None:
+    def __init__(self, params: KVCacheParams, tree: PrefixTree) -> None:
         self._params = params
         self._tree = tree
-        self._buffers = buffers
         seed, size = params.kv_hash_seed or b"", params.page_size
         self.hasher = PageHasher(params.page_hash_algo, seed, size)  # of the tree, for an index and the tiers
         self._names = PageHasher("sha256", seed, size)  # of what another replica takes over: nobody can forge them
         self.mask = Mask()  # of the last reset: what was exported before it fits no more
-        self._pinned: dict[int, tuple[Segment, float]] = {}  # export id -> held tip, deadline
+        self._pinned: dict[int, Segment] = {}  # export id -> held tip
         self.take_back: Callable[[int], None] = self.acknowledge  # whose line has to know of it replaces this
         self._made = 0
 
@@ -71,17 +64,18 @@ class PagePins:
     @property
     def tips(self) -> list[Segment]:
         """The held paths, for check_integrity."""
-        return [tip for tip, _ in self._pinned.values()]
+        return list(self._pinned.values())
 
     def hashes(self, ctx: TextContext, pages: int) -> list[bytes]:
         """The chained hashes of the request's first `pages` pages: what identifies them between replicas."""
         tokens = ctx.tokens.data[: pages * self._params.page_size].tobytes()
-        return list(self.mask.all(self._names.chain(self._names.root(ctx.root_key), tokens)))
+        hashes = self._names.of(ctx.root_key, tokens)
+        return list(self.mask.all(hashes)) if self.mask.token else hashes
 
-    def export(self, ctx: TextContext, start: int, stop: int, deadline: float) -> PageExport:
+    def export(self, ctx: TextContext, start: int, stop: int) -> PageExport:
         """The cached pages `start` .. `stop` of that prefix, fewer if evicted meanwhile.
 
-        They are pinned until acknowledge() or the deadline; their place in the eviction order does not change.
+        They are pinned until acknowledge(); their place in the eviction order does not change.
         """
         root = self._tree.hold_root(ctx.root_key)
         tip, pages = self._tree.extend(root, ctx.tokens.data[: stop * self._params.page_size])
@@ -92,24 +86,14 @@ class PagePins:
             self._tree.undo(tip, None)
             raise
         self._made += 1
-        self._pinned[self._made] = (tip, deadline)
+        self._pinned[self._made] = tip
         return PageExport(self._made, start, hashes, ids)
-
-    def direct(self, export: PageExport, target: PageBuffers) -> PageImport:
-        """An export for another replica of this process."""
-
-        def fill(first: int, pages: Pages) -> None:
-            problem = target.copy_pages(pages, self._buffers.all_bytes, export.pages[first : first + len(pages)])
-            if problem is not None:
-                raise LineError("direct", -1, problem)
-
-        return PageImport(export.start, export.hashes, fill)
 
     def acknowledge(self, export_id: int) -> None:
         """The copies have landed or are not wanted: unpin. Unknown ids are ignored, so that it can be repeated."""
-        pinned = self._pinned.pop(export_id, None)
-        if pinned is not None:
-            self._tree.undo(pinned[0], None)
+        tip = self._pinned.pop(export_id, None)
+        if tip is not None:
+            self._tree.undo(tip, None)
 
     def give_up(self, pages: int) -> bool:
         """Unpin all, where that makes `pages` pages free that nobody else holds: a copy can be computed instead, a
@@ -127,10 +111,6 @@ class PagePins:
         for export_id in list(self._pinned):
             self.take_back(export_id)
         return True
-
-    def late(self, now: float) -> list[int]:
-        """Exports that were not acknowledged by their deadline: their reader is gone."""
-        return [export_id for export_id, (_, deadline) in self._pinned.items() if deadline < now]
 
     def usable(self, ctx: TextContext, have: int, stop: int, imports: Sequence[PageImport]) -> int:
         """How many pages `imports` add to the first `have` of the request: every hash must be right."""

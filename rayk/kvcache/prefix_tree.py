@@ -112,6 +112,11 @@ class PrefixTree:
         """The root of that salt and adapter, if anything was ever cached under it."""
         return self._roots.get(key)
 
+    def find(self, key: RootKey, tokens: Tokens) -> Match | None:
+        """match() from the root of that salt and adapter on."""
+        root = self._roots.get(key)
+        return self.match(root, tokens) if root is not None else None
+
     def match(self, start: Segment, tokens: Tokens) -> Match:
         """The longest cached continuation of `start` that `tokens` (int32, whole pages) begins with."""
         size, at, node, end = self._page_size, 0, start, len(tokens)

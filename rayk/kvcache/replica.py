@@ -316,10 +316,10 @@ class ReplicaCore(CacheState):
     def _match(self, ctx: TextContext) -> Match | None:
         if self.unpublished:
             self.publish()
-        root, stop = self.tree.find_root(ctx.root_key), self.reusable_pages(ctx)
-        if root is None or not self.caching or stop < 1:
+        stop = self.reusable_pages(ctx)
+        if not self.caching or stop < 1:
             return None
-        return self.tree.match(root, ctx.tokens.data[: stop * self.page_size])
+        return self.tree.find(ctx.root_key, ctx.tokens.data[: stop * self.page_size])
 
     # -- queries -----------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class CacheState:
         self.pool = PagePool(num_pages)
         self.tree = PrefixTree(params.page_size, self.pool)
         self.caching = params.enable_prefix_caching
-        self.exports = PagePins(params, self.tree, self.buffers)
+        self.exports = PagePins(params, self.tree)
         self.loads: TierLoads | None = None
         self.unpublished: list[ContextBatch] = []  # stepped, and not yet searched for full pages
         self.input_tokens = self.device_hits = self.peer_hits = 0  # hits in pages
@@ -173,8 +173,8 @@ class CacheState:
 
     def reusable_pages(self, ctx: TextContext) -> int:
         """Leading pages of the request that may come from a cache: all full ones before its last token."""
-        placeholders = ctx.pending_future_count
-        return (ctx.tokens.length - (placeholders if placeholders > 1 else 1)) // self.page_size
+        placeholders = 1 if ctx.plain else max(ctx.pending_future_count, 1)
+        return (ctx.tokens.length - placeholders) // self.page_size
 
     # -- pages ---------------------------------------------------------------------------------------
 

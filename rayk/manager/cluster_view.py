@@ -154,9 +154,9 @@ class ClusterView(ABC):
             raise ReplicaRemovedError(replica, len(self._links))
         return link
 
-    def latest(self, what: str) -> list[int]:
-        """That number of every channel, 0 for a hole."""
-        return [getattr(link, what) if link is not None else 0 for link in self._links]
+    def latest(self, *what: str) -> list[list[int]]:
+        """Those numbers of every channel, 0 for a hole."""
+        return [[getattr(link, each) if link is not None else 0 for link in self._links] for each in what]
 
     def _lost(self, replica: int, epoch: int, reason: str) -> RaykError:
         self._dead.add(replica)

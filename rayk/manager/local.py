@@ -6,7 +6,7 @@ Arguments were checked: replica indices are in range, and there is one batch per
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from socket import gethostname
@@ -113,28 +113,39 @@ class LocalCalls(InlineReplicas):
 
     def _alloc_with_copies(self, core: ReplicaCore, ctx: TextContext) -> Reused:
         """alloc() that first fetches from the other replicas what this one misses, pinned there meanwhile."""
-        if not self._held_elsewhere(core, ctx):
+        found = self._held_elsewhere(core, ctx)
+        if not found:
             return core.alloc(ctx)
         request = core.requests.get(ctx.request_id)
         if request is None:
             raise core.not_claimed(ctx.request_id)
-        done = self._admit_with_copies(ctx, core.replica, (request.client, request.generation), claim=False)
+        owner = (request.client, request.generation)
+        done = self._admit_with_copies(ctx, core.replica, owner, found, claim=False)
         if done.error is not None:
             raise done.error
         return Reused(done.device_tokens, done.peer_tokens, done.host_tokens, done.disk_tokens)
 
-    def _held_elsewhere(self, core: ReplicaCore, ctx: TextContext) -> bool:
-        """Whether another replica has more of what the request may reuse."""
+    def _held_elsewhere(self, core: ReplicaCore, ctx: TextContext) -> dict[int, m.Found]:
+        """What each replica has of what the request may reuse; nothing if no other one has more of it."""
         stop = core.may_reuse(ctx)
         have = core.cached_pages(ctx) if stop else 0
-        return have < stop and any(other.cached_pages(ctx) > have for other in self._there if other is not core)
+        if have >= stop:
+            return {}
+        held = {other.replica: other.cached_pages(ctx) for other in self._there if other is not core}
+        if max(held.values()) <= have:
+            return {}
+        tiers = ([tier] for tier in core.tier_hits(ctx)[1:]) if core.loads is not None else ()
+        return {r: m.Found([pages], [stop]) for r, pages in held.items()} | {
+            core.replica: m.Found([have], [stop], *tiers)
+        }
 
-    def _admit_with_copies(self, ctx: TextContext, replica: int, owner: Owner, claim: bool) -> Admission:
+    def _admit_with_copies(
+        self, ctx: TextContext, replica: int, owner: Owner, found: Mapping[int, m.Found], claim: bool
+    ) -> Admission:
         """Claim, unless it is claimed already, and allocate a request that is placed, with pages of other replicas."""
-        batch, outcomes = LocalRows([ctx]), AdmitResults(1)
+        batch, outcomes = LocalRows(local_contexts([ctx])), AdmitResults(1)
         command = m.PlaceMany(batch.contexts, claim=claim, peers=True, prefill_rate=self.prefill_rate)
-        groups = {replica: [0]}
-        self._run(self._placer.carry_out(batch, command, [owner], groups, set(), outcomes))
+        self._run(self._placer.carry_out(batch, command, [owner], {replica: [0]}, set(), outcomes, found))
         return outcomes.admissions([replica])[0]
 
     # -- batches -------------------------------------------------------------------------------
@@ -160,9 +171,9 @@ class LocalCalls(InlineReplicas):
         if named is None:
             self._report()
         try:
-            window, make = ctx.tokens, self._router.keys
+            window, make, pending = ctx.tokens, self._router.keys, 0 if ctx.plain else ctx.pending_future_count
             tokens = window.data[: window.length].tobytes() if make is not None else b""
-            keys = make.of(tokens, ctx.root_key, ctx.pending_future_count) if make is not None else ()
+            keys = make.of(tokens, ctx.root_key, pending) if make is not None else ()
             wish = RouteRequest(window.length, keys, ctx.session_id)
         except (TypeError, ValueError, OverflowError) as error:
             return Admission(-1, cannot_be_sent(ctx.request_id, error))
@@ -172,10 +183,11 @@ class LocalCalls(InlineReplicas):
                 replica = placer.choose(ctx.request_id, wish)
             self.scheduler.members.check_takes(replica)
             placer.add(owner, ctx.request_id, replica, wish)
-            if self._copies and self._held_elsewhere(self.core(replica), ctx):
-                admission = self._admit_with_copies(ctx, replica, owner, claim=True)
+            local = self.local(replica)
+            if self._copies and (found := self._held_elsewhere(local.core, ctx)):
+                admission = self._admit_with_copies(ctx, replica, owner, found, claim=True)
             else:
-                reused, claiming, allocating = self.local(replica).admit(ctx, *owner)
+                reused, claiming, allocating = local.admit(ctx, *owner)
                 self._router.answered(replica, (ctx.request_id,))
                 admission = Admission(replica, None, *reused, claiming, allocating)
         except RaykError as error:

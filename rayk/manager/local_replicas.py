@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from rayk import protocol as m
 from rayk.actors.interface import LaneState
 from rayk.context import TextContext
-from rayk.errors import DrainError, ReplicaRemovedError
+from rayk.errors import DrainError, RaykError, ReplicaRemovedError
 from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.replica import ReplicaCore
 from rayk.params import KVCacheParams
@@ -25,7 +25,8 @@ from rayk.protocol.kv_events import KVEventsConfig
 from rayk.replica.kv_event_publisher import publish_events
 from rayk.replica.local import LocalReplica
 from rayk.scheduler.core import SchedulerCore
-from rayk.scheduler.router.router import IndexFeed, RouterSettings
+from rayk.scheduler.router.prefix_index import IndexFeed
+from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
 from rayk.scheduler.script import ReplicaCall, ReplicaReply
 from rayk.tiers.identity import find_seed, named
@@ -88,9 +89,11 @@ class InlineReplicas(ABC):
         )
         self._generations = self._placer.generations
         self._turn = 0  # looks at the replicas
+        self._there: list[ReplicaCore] = []
         try:
             for r, epoch in enumerate(epochs):
                 self._put(r, self._start(r, epoch))
+                self._introduce(r)
         except BaseException:
             self.close()
             raise
@@ -118,9 +121,14 @@ class InlineReplicas(ABC):
             self._replicas.append(None)
         self._replicas[replica], self.cores[replica] = local, local.core if local is not None else None
 
+    def _introduce(self, replica: int) -> None:
+        """Let the scheduler know by what lines its pages can be had."""
+        port = self.local(replica).port
+        self.scheduler.links.joined(replica, port.me.epoch, port.endpoint)
+
     def _derive(self) -> None:
         """Derive what depends on who is there."""
-        there = self._there
+        there = self._there = [core for core in self.cores if core is not None]
         self._copies = self._params.copies_prefixes and len(there) > 1
         self._only = there[0] if len(self.cores) == 1 and there else None
         self.allocators.clear()
@@ -129,10 +137,6 @@ class InlineReplicas(ABC):
     @abstractmethod
     def _allocator(self, core: ReplicaCore) -> Callable[[TextContext], Any]:
         """alloc() of that replica."""
-
-    @property
-    def _there(self) -> list[ReplicaCore]:
-        return [core for core in self.cores if core is not None]
 
     @property
     def indices(self) -> int:
@@ -192,7 +196,7 @@ class InlineReplicas(ABC):
             calls = next(script)
             while True:
                 try:
-                    replies: list[ReplicaReply] = [self.local(call.replica).reply(call) for call in calls]
+                    replies = [self._reply(call) for call in calls]
                 except BaseException as error:
                     calls = script.throw(error)
                 else:
@@ -202,6 +206,12 @@ class InlineReplicas(ABC):
         except StopIteration as end:
             result: R = end.value
             return result
+
+    def _reply(self, call: ReplicaCall) -> ReplicaReply:
+        try:
+            return ReplicaReply(*self.local(call.replica).answer(call.command, call.attached))
+        except RaykError as error:
+            return ReplicaReply(m.failure(error))
 
     def _report(self) -> None:
         """Tell the router what the replicas still have to prefill, which contexts say themselves, and the watermarks
@@ -259,6 +269,7 @@ class InlineReplicas(ABC):
         for r, local in zip(replicas, made, strict=True):
             self._put(r, local)
             self._ask(m.Join(r, local.epoch, self._num_pages))
+            self._introduce(r)
             if self._router.keys is not None:
                 local.answer(m.StartCacheEvents())
         self._derive()

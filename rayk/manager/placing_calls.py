@@ -131,7 +131,7 @@ class PlacingCalls(ClusterView):
             at = replicas[0] if replicas is not None and not claim else -1
             contexts = self._sender.pack(ctxs[part], at, whole=claim or peers)
             targets = list(replicas[part]) if replicas is not None else []
-            seen, unfilled = self.latest("seen"), self.latest("unfilled")
+            seen, unfilled = self.latest("seen", "unfilled")
             keys = self._page_keys(ctxs[part]) if claim or peers else b""
             how = (stop_on_error, seen, unfilled, self.cluster.joined, False, self.prefill_rate, keys, generations)
             return self.scheduler.send(m.PlaceMany(contexts, targets, claim, peers, self._take_released(), *how))
@@ -201,15 +201,16 @@ class PlacingCalls(ClusterView):
         return became
 
     def _send_offers(self, ctxs: Sequence[TextContext], given_up: Sequence[str], hear: bool) -> Pending:
+        seen, unfilled, turns, used = self.latest("seen", "unfilled", "turn", "used")
         offer = m.Enter(
             self._sender.pack(ctxs, whole=True),
             self._copies,
             self._take_released(),
             list(given_up),
-            self.latest("seen"),
-            self.latest("unfilled"),
-            self.latest("turn"),
-            self.latest("used"),
+            seen,
+            unfilled,
+            turns,
+            used,
             hear,
             self.cluster.joined,
             self._page_keys(ctxs),
@@ -361,12 +362,12 @@ class PlacingCalls(ClusterView):
         keys = self._keys
         if keys is None or len(self._links) < 2:  # else there is no choice
             return b""
-        size, joined = self._params.page_size, []
-        for ctx in ctxs:
-            pages = keys.pages(ctx.tokens.length, 0 if ctx.plain else ctx.pending_future_count)
-            if pages:
-                joined.append(keys.joined(ctx.tokens.data[: pages * size].tobytes(), ctx.root_key))
-        return b"".join(joined)
+        return b"".join(
+            [
+                keys.joined(c.tokens.data[: c.tokens.length], c.root_key, 0 if c.plain else c.pending_future_count)
+                for c in ctxs
+            ]
+        )
 
     def _generation(self, ctx: TextContext) -> int:
         """The claim that a call with this context means: this driver's present one, unless that goes on with another

@@ -125,14 +125,10 @@ def local_contexts(ctxs: Sequence[TextContext]) -> LocalContexts:
 class LocalRows:
     """LocalContexts as PackedContexts are read."""
 
-    def __init__(self, held: Sequence[TextContext]) -> None:
-        self.held = held
-        self.ids = [ctx.request_id for ctx in held]
-
-    @property
-    def contexts(self) -> Contexts:
-        """As part of a command."""
-        return local_contexts(self.held)
+    def __init__(self, contexts: LocalContexts) -> None:
+        self.contexts = contexts
+        self.ids = contexts.ids
+        self.held = contexts.held
 
     @property
     def lengths(self) -> list[int]:
@@ -164,6 +160,8 @@ class LocalRows:
 
     def part(self, rows: Sequence[int]) -> Contexts:
         """The contexts of those rows, in that order."""
+        if len(rows) == len(self.ids):
+            return self.contexts
         return local_contexts([self.held[i] for i in rows])
 
 
@@ -172,7 +170,7 @@ ContextRows = PackedContexts | LocalRows
 
 def rows_of(contexts: Contexts) -> ContextRows:
     """Contexts of a command, readable by row."""
-    return LocalRows(contexts.held) if isinstance(contexts, LocalContexts) else PackedContexts(contexts)
+    return LocalRows(contexts) if isinstance(contexts, LocalContexts) else PackedContexts(contexts)
 
 
 def joined(parts: Sequence[Contexts]) -> Contexts:
@@ -229,9 +227,9 @@ class AdmitResults:
         """As a message has them."""
         return self.numbers.tobytes(), self.seconds.tobytes(), self.failures
 
-    @property
+    @cached_property
     def rows(self) -> list[list[int]]:
-        """`numbers` as Python ints."""
+        """`numbers` as Python ints, once they are all there."""
         rows: list[list[int]] = self.numbers.tolist()
         return rows
 

@@ -93,7 +93,8 @@ class ContextSender:
 
     def mark_sent(self, ctx: TextContext, replica: int) -> None:
         """`replica` keeps the context and has all its tokens; placeholders must be sent again once filled in."""
-        self._sent[ctx.request_id] = (ctx, replica, ctx.tokens.length - ctx.pending_future_count)
+        pending = 0 if ctx.plain else ctx.pending_future_count
+        self._sent[ctx.request_id] = (ctx, replica, ctx.tokens.length - pending)
 
     def knows_another(self, ctx: TextContext) -> bool:
         """Whether a replica has another context for its request."""
@@ -168,10 +169,11 @@ class ContextMirrors:
         if not 0 <= view.processed < view.end <= ctx.tokens.length:
             raise _wrong_window(ctx, view.processed, view.end)
         ctx.tokens.processed, ctx.tokens.end = view.processed, view.end
-        ctx.pending_future_count = view.pending
         ctx.cached_prefix_length = view.cached_prefix
-        ctx.draft_tokens_to_verify = _tokens(view.to_verify)
-        ctx.maybe_accepted_draft_tokens = _tokens(view.accepted)
+        if view.pending or view.to_verify or view.accepted or not ctx.plain:
+            ctx.pending_future_count = view.pending
+            ctx.draft_tokens_to_verify = _tokens(view.to_verify)
+            ctx.maybe_accepted_draft_tokens = _tokens(view.accepted)
         return ctx
 
     def row(self, batch: ContextRows, row: int, keep: bool = True) -> TextContext:
@@ -197,7 +199,7 @@ class ContextMirrors:
             raise _wrong_window(ctx, processed, end)
         window.processed, window.end = processed, end
         ctx.cached_prefix_length = None if cached < 0 else cached
-        if base or pending or traits is not PLAIN:
+        if pending or traits is not PLAIN or not ctx.plain:
             ctx.pending_future_count = pending
             ctx.draft_tokens_to_verify = _tokens(traits.to_verify)
             ctx.maybe_accepted_draft_tokens = _tokens(traits.accepted)

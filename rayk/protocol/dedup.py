@@ -22,7 +22,7 @@ class _Sender(Generic[T]):
 
 
 class ReplyCache(Generic[T]):
-    """Numbers grow from 1 for each sender; 0 is a question, which changes nothing and is not remembered.
+    """Numbers grow from 1 for each sender. Of questions, which have none, nothing is remembered.
 
     A receiver that works on several messages of one sender at once needs a `window` of as many answers at least;
     within it numbers may overtake each other.
@@ -35,7 +35,7 @@ class ReplyCache(Generic[T]):
     def repeated(self, sender: str, seq: int) -> T | None:
         """The answer that this very mutation had before, None for a new one; MessageError for one that is overtaken."""
         known = self._senders.get(sender)
-        if not seq or known is None or seq > known.highest:
+        if known is None or seq > known.highest:
             return None
         answer = known.answers.get(seq)
         if answer is None and seq <= known.highest - self._window:
@@ -44,15 +44,14 @@ class ReplyCache(Generic[T]):
 
     def keep(self, sender: str, seq: int, answer: T) -> None:
         """Remember the answer to a mutation in place of the oldest one."""
-        if seq:
-            known = self._senders.pop(sender, None) or _Sender()
-            self._senders[sender] = known
-            known.highest = max(known.highest, seq)
-            known.answers[seq] = answer
-            while len(known.answers) > self._window:
-                del known.answers[min(known.answers)]
-            if len(self._senders) > SENDERS_REMEMBERED:
-                del self._senders[next(iter(self._senders))]
+        known = self._senders.pop(sender, None) or _Sender()
+        self._senders[sender] = known
+        known.highest = max(known.highest, seq)
+        known.answers[seq] = answer
+        while len(known.answers) > self._window:
+            del known.answers[min(known.answers)]
+        if len(self._senders) > SENDERS_REMEMBERED:
+            del self._senders[next(iter(self._senders))]
 
     def forget(self, sender: str) -> None:
         """The sender left."""

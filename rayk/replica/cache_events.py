@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from rayk.context import TextContext
 from rayk.kvcache.page_hash import KEY_BYTES, PageHash, RootKey
 from rayk.kvcache.page_pool import Pages
-from rayk.protocol.from_replica import NOT_ASKED, CacheDelta
+from rayk.protocol.from_replica import CacheDelta
 
 KEPT = 1 << 18  # pages in batches that can still be asked for
 BEHIND = 1 << 16  # batches that one answer tells of
@@ -61,8 +61,8 @@ class CacheEventLog:
             self._kept -= sum(len(keys) for _, keys in dropped)
 
     def news(self, known: int, free: int) -> CacheDelta | None:
-        """What came after batch `known`; None when that is nothing, or was not asked for."""
-        if known == NOT_ASKED or known == self.number:
+        """What came after batch `known`; None when that is nothing."""
+        if known == self.number:
             return None
         if not max(self._since, self.number - BEHIND) <= known <= self.number:
             whole = b"".join(_keys([page]) for page in self._everything())

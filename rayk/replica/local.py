@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from rayk import protocol as m
 from rayk.context import TextContext
-from rayk.errors import RaykError
 from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.prefix_tree import PageListener
 from rayk.kvcache.replica import ReplicaCore
@@ -14,7 +13,6 @@ from rayk.protocol.columns import ContextRows, LocalRows, LocalView, local_conte
 from rayk.protocol.context_sync import ContextMirrors
 from rayk.replica.cache_events import PrefillBacklog
 from rayk.replica.service import ReplicaService
-from rayk.scheduler.script import ReplicaCall, ReplicaReply
 from rayk.transport.choice import Peer
 from rayk.transport.direct import DirectLine
 
@@ -28,13 +26,6 @@ class LocalReplica(ReplicaService):
         self._unfilled = _NoBacklog()
         self._pools = pools
         pools[self.port.me] = core.buffers
-
-    def reply(self, call: ReplicaCall) -> ReplicaReply:
-        """Answer a call of the scheduler's."""
-        try:
-            return ReplicaReply(*self.answer(call.command, call.attached))
-        except RaykError as error:
-            return ReplicaReply(m.failure(error))
 
     def shutdown(self) -> None:
         """Let go of tiers, exports and pages."""

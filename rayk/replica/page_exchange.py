@@ -61,7 +61,7 @@ class PageExchange:
 
     def _found(self, ctxs: Sequence[TextContext]) -> m.Found:
         core, reusable, space = self._core, [self._core.may_reuse(ctx) for ctx in ctxs], spare_pages(self._core)
-        if core.connector is None:
+        if core.loads is None:
             return m.Found([core.cached_pages(ctx) for ctx in ctxs], reusable, room=space)
         hits = [core.tier_hits(ctx) for ctx in ctxs]
         return m.Found([h[0] for h in hits], reusable, [h[1] for h in hits], [h[2] for h in hits], space)

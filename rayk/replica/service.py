@@ -99,25 +99,28 @@ class ReplicaService:
             if envelope.epoch != self.epoch:
                 raise StaleEpochError(self.core.replica, envelope.epoch, self.epoch)
             self._sender = envelope.client
-            repeated = self._answers.repeated(envelope.client, seq)
-            if repeated is not None:
+            if seq and (repeated := self._answers.repeated(envelope.client, seq)) is not None:
                 return repeated
             result, data = self._run(envelope.command, attached)
         except RaykError as error:
             result = m.failure(error)
             return m.encode(m.Reply(self.epoch, seq, result)), []
         seen = self._journal.close(self._unfilled.total)
-        news = None if envelope.known == m.NOT_ASKED else self._journal.news(envelope.known, self.core.usage.free)
+        news = None
+        if envelope.known not in (m.NOT_ASKED, seen):
+            news = self._journal.news(envelope.known, self.core.free)
         pages = None
         if envelope.pages:
             self._turn += 1
             pages = (self._turn, self.core.usage.used)
         answer = (m.encode(m.Reply(self.epoch, seq, result, seen, self._unfilled.total, news, pages)), data)
-        self._answers.keep(envelope.client, seq, answer)
+        if seq:
+            self._answers.keep(envelope.client, seq, answer)
         return answer
 
     def _run(self, command: m.ReplicaCommand, attached: Sequence[PageData]) -> tuple[m.Result, PageData]:
-        self.port.unpin_late()
+        if self.port.pinned:
+            self.port.unpin_late()
         try:
             return self.answer(command, attached)
         except Exception as error:  # a shipped function or a bug in rayk, too: report it, stay alive
@@ -275,7 +278,7 @@ class ReplicaService:
         self._mirrors.drop(request_id)
 
     def _admit(self, command: m.Admit, attached: Sequence[PageData]) -> m.AdmitDone:
-        imports, arrivals = self._exchange.imports(command.imports, attached)
+        imports, arrivals = self._exchange.imports(command.imports, attached) if command.imports else ([], [])
         uses = {row: [imports[i] for i in of] for row, of in command.uses.items()}
         batch = rows_of(command.contexts)
         claims = list(

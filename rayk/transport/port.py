@@ -65,7 +65,8 @@ class PagePort:
         exports.take_back = lambda export_id: self.unpin([export_id])
         self._clock = clock
         self._lines = {line.kind: line for line in lines}
-        self._used: dict[int, Line] = {}  # export -> its line
+        self.pinned: dict[int, tuple[Line, float]] = {}
+        """The line of each export that is under way, and until when it is waited for."""
         self.endpoint = Endpoint(host_identity(), address, list(self._lines), page_bytes)
 
     # -- the source's side -------------------------------------------------------------------------
@@ -79,7 +80,7 @@ class PagePort:
         if line is None:
             raise LineError(kind, to.replica, f"replica {self.me.replica} has no such line")
         expires = self._clock() + EXPORT_SECONDS
-        export = self._exports.export(ctx, start, stop, expires)
+        export = self._exports.export(ctx, start, stop)
         if not len(export.pages):
             self._exports.acknowledge(export.export_id)
             return PinnedPages(export, b"", expires, [])
@@ -88,21 +89,22 @@ class PagePort:
         except BaseException:
             self._exports.acknowledge(export.export_id)
             raise
-        self._used[export.export_id] = line
+        self.pinned[export.export_id] = line, expires
         data = line.made.pop(export.export_id, []) if isinstance(line, StoreLine) else []
         return PinnedPages(export, offer, expires, data)
 
     def unpin(self, export_ids: Collection[int]) -> None:
         """The copies have landed or are not wanted. Unknown ids are ignored, so that it can be repeated."""
         for export_id in export_ids:
-            line = self._used.pop(export_id, None)
-            if line is not None:
-                line.end(export_id)
+            used = self.pinned.pop(export_id, None)
+            if used is not None:
+                used[0].end(export_id)
             self._exports.acknowledge(export_id)
 
     def unpin_late(self) -> int:
         """The same for exports whose target is gone by all appearances; how many."""
-        late = self._exports.late(self._clock())
+        now = self._clock()
+        late = [export_id for export_id, (_, expires) in self.pinned.items() if expires < now]
         self.unpin(late)
         return len(late)
 

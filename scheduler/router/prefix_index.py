@@ -29,6 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rayk.errors import IntegrityError
+from rayk.kvcache.page_hash import PageHash, RootKey
+from rayk.kvcache.page_pool import Pages
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -347,10 +349,21 @@ class PrefixIndex:
         """Whether any replica holds any leading part of `keys`, so that the lookups below find something."""
         return bool(keys) and bool((self._holders.get(keys[0], 0) | self._holders.get(keys[-1], 0)) & self._live)
 
-    def others(self, replica: int, key: int) -> bool:
-        """Whether another replica holds that page in its device tier, or promised to."""
-        bits = self._holders.get(key, 0) & self._devices & self._live
-        return bool(bits & ~self._bit[self._slot[replica]][0])
+    def more_elsewhere(self, replica: int, keys: Sequence[int]) -> bool:
+        """Whether another replica holds more leading pages of `keys` in its device tier, or promised to, than this one
+        holds; what it only promised does not count."""
+        mine, get, unsure = self._bit[self._slot[replica]][0], self._holders.get, self._unsure
+        others = self._devices & self._live & ~mine
+        low, high = 0, len(keys)
+        if not high or not get(keys[0], 0) & others:
+            return False
+        while low < high:
+            mid = (low + high) // 2
+            if get(keys[mid], 0) & mine and not unsure.get(keys[mid], 0) & mine:
+                low = mid + 1
+            else:
+                high = mid
+        return low < len(keys) and bool(get(keys[low], 0) & others)
 
     def _deepest(self, keys: Sequence[int]) -> tuple[int, int]:
         """How many leading keys anybody holds, and who holds the last of them. All or none of a request are the usual
@@ -453,6 +466,22 @@ class PrefixIndex:
                 raise IntegrityError("prefix index", f"replica {replica}: {self._counts[slot]}, found {counts[slot]}")
             if replica < 0 and slot in self._free and any(counts[slot]):
                 raise IntegrityError("prefix index", f"free slot {slot} has {counts[slot]} entries")
+
+
+class IndexFeed:
+    """Tells an index at once what a replica of this process caches: a listener of its prefix tree."""
+
+    def __init__(self, index: PrefixIndex, replica: int) -> None:
+        self._index = index
+        self._replica = replica
+
+    def stored(self, root: RootKey, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
+        """See PageListener."""
+        self._index.stored(self._replica, short_keys(hashes))
+
+    def removed(self, hashes: Sequence[PageHash]) -> None:
+        """See PageListener."""
+        self._index.removed(self._replica, short_keys(hashes))
 
 
 def _bits(number: int) -> list[int]:

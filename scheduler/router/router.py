@@ -21,15 +21,14 @@ import numpy as np
 
 from rayk import protocol as m
 from rayk.errors import ConfigError
-from rayk.kvcache.page_hash import PageHash, PageHasher, PageKeys, RootKey, split_keys
-from rayk.kvcache.page_pool import Pages
+from rayk.kvcache.page_hash import PageHasher, PageKeys, split_keys
 from rayk.params import AUTO
 from rayk.protocol.admission import AdmissionPolicy
 from rayk.protocol.from_replica import CacheDelta
 from rayk.scheduler.router.cost import Cost
 from rayk.scheduler.router.policies import make_policy, wants_keys
 from rayk.scheduler.router.policy import Candidate, CostTerms, Decision, RouteRequest
-from rayk.scheduler.router.prefix_index import PrefixIndex, short_keys
+from rayk.scheduler.router.prefix_index import PrefixIndex
 from rayk.scheduler.router.replica_loads import BoolArray, ReplicaLoads
 from rayk.scheduler.transfers.indexed_copies import CopyPlanner
 
@@ -80,22 +79,6 @@ class RouterSettings:
     def keys(self) -> PageKeys:
         """What makes the keys of requests' pages."""
         return PageKeys(self.hasher, self.page_size)
-
-
-class IndexFeed:
-    """Tells an index at once what a replica of this process caches: a listener of its prefix tree."""
-
-    def __init__(self, index: PrefixIndex, replica: int) -> None:
-        self._index = index
-        self._replica = replica
-
-    def stored(self, root: RootKey, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
-        """See PageListener."""
-        self._index.stored(self._replica, short_keys(hashes))
-
-    def removed(self, hashes: Sequence[PageHash]) -> None:
-        """See PageListener."""
-        self._index.removed(self._replica, short_keys(hashes))
 
 
 NO_KEYS: Sequence[int] = ()
@@ -240,8 +223,8 @@ class Router:
         return -(-(request.tokens + 1) // self._page_size) * self._page_size if request.tokens else 0
 
     def held_elsewhere(self, replica: int, keys: Sequence[int]) -> bool:
-        """Whether another replica has any of these pages, or soon will."""
-        return bool(keys) and self.index.others(replica, keys[0])
+        """Whether another replica has more of these pages, or soon will."""
+        return self.index.more_elsewhere(replica, keys)
 
     def decision_of(self, request_id: str) -> PastDecision | None:
         """The choice for that request, if it was made here and not long ago."""

@@ -37,15 +37,13 @@ def copy_spans(have: int, resident: Sequence[int], stop: int, order: Sequence[in
 
 
 def profitable_spans(
-    spans: Sequence[Span], copy_seconds: Callable[[Span], float], page_size: int, prefill_rate: float | None
+    spans: Sequence[Span], copy_seconds: Callable[[Span], float], page_size: int, prefill_rate: float
 ) -> list[Span]:
     """The leading spans that are worth copying: as many as save the most time, none if each way costs time.
 
-    `copy_seconds` says what a span's copy takes; `prefill_rate` is in tokens a second. None: all of them, always. A
-    span is no use without those before it, so a slow one may be carried by a fast one behind it.
+    `copy_seconds` says what a span's copy takes; `prefill_rate` is in tokens a second. A span is no use without those
+    before it, so a slow one may be carried by a fast one behind it.
     """
-    if prefill_rate is None:
-        return list(spans)
     best, saved, most = 0, 0.0, 0.0
     for count, span in enumerate(spans, 1):
         saved += (span.stop - span.start) * page_size / prefill_rate - copy_seconds(span)

@@ -89,11 +89,13 @@ class PageTransfers:
         for at, i in enumerate(wanted):
             target = replicas[i]
             for span in self._missing(found, at, target, prefill_rate):
-                traits, tokens = batch.traits(i), batch.tokens(i)[: span.stop * self.page_size * 4]
-                coming = (target, span, traits.cache_salt, traits.adapter, tokens)
-                if coming not in known:  # else an earlier request of this batch brings these pages
+                if len(wanted) > 1:
+                    traits, tokens = batch.traits(i), batch.tokens(i)[: span.stop * self.page_size * 4]
+                    coming = (target, span, traits.cache_salt, traits.adapter, tokens)
+                    if coming in known:
+                        continue  # an earlier request of this batch brings these pages
                     known.add(coming)
-                    orders.append(CopyOrder(i, target, views[at], span))
+                orders.append(CopyOrder(i, target, views[at], span))
         return (yield from self.export(orders))
 
     def _missing(self, found: Mapping[int, m.Found], at: int, target: int, prefill_rate: float | None) -> list[Span]:
@@ -127,10 +129,10 @@ class PageTransfers:
         """
         if max(held) <= have:
             return []
-        order = None
-        if prefill_rate is not None:
-            holders = [replica for replica, pages in enumerate(held) if pages > have]
-            order = self.links.quickest(holders, target, min(max(held), stop) - have)
+        if prefill_rate is None:
+            return copy_spans(have, held, stop)
+        holders = [replica for replica, pages in enumerate(held) if pages > have]
+        order = self.links.quickest(holders, target, min(max(held), stop) - have)
 
         def seconds(span: Span) -> float:
             return self.links.seconds(span.replica, target, span.stop - span.start)

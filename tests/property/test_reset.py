@@ -29,6 +29,8 @@ from rayk.errors import DrainError, InsufficientBlocksError
 from rayk.kvcache.page_pins import PageExport
 from rayk.kvcache.replica import ReplicaCore
 
+from ..unit.kvcache.test_page_pins import direct  # noqa: TID252  # tests/ is no package that has an absolute name
+
 SIZE, PAGES, REPLICAS, STRIDE = 2, 14, 2, 100
 N = st.integers(0, 9)
 OPERATIONS = st.one_of(
@@ -153,7 +155,7 @@ class Life:
         if self.live:
             ctx, r = self.live[n % len(self.live)]
             core, pages = self.core(r), (ctx.tokens.length - 1) // SIZE
-            self.exports.append((core, core.exports.export(ctx, 0, pages, 0), ctx.snapshot()))
+            self.exports.append((core, core.exports.export(ctx, 0, pages), ctx.snapshot()))
 
     def land(self, n: int) -> None:
         """A request with that prefix is admitted at the other replica, with the pages that were pinned for it."""
@@ -166,7 +168,7 @@ class Life:
         self.manager.claim(ctx.request_id, target.replica)
         self.live.append((ctx, target.replica))
         try:
-            target.alloc(ctx, [source.exports.direct(export, target.buffers)])
+            target.alloc(ctx, [direct(source, export, target)])
         except InsufficientBlocksError:
             pass
         else:

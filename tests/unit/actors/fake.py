@@ -69,7 +69,7 @@ class FakeActor:
     queue: deque[Callable[[], None]] = field(default_factory=deque)
 
     def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
-        what = _content(method, args)
+        what = content(method, args)
         self.runtime.note("send", self.label, what)
         refs = [FakeRef(self, control=control) for _ in range(returns)]
 
@@ -144,7 +144,7 @@ class FakeLane:
 
         def run() -> None:
             if self.actor.dead is None:
-                self.actor.runtime.note("run", self.actor.label, _content("handle", (wire,)))
+                self.actor.runtime.note("run", self.actor.label, content("handle", (wire,)))
                 ref.value, ref.ready = self.actor.instance.handle_by_lane(wire), True
 
         self.due.append(run)
@@ -170,7 +170,7 @@ class FakeLane:
         self._note("close")
 
 
-def _content(method: str, args: tuple[Any, ...]) -> str:
+def content(method: str, args: tuple[Any, ...]) -> str:
     """The name of the command in an envelope, else of the method."""
     if method not in ("handle", "handle_with_data"):
         return method

@@ -95,7 +95,7 @@ def test_pages_that_are_pinned_for_a_peer_fail_nobody() -> None:
         bench.submit(range(30), 2)
         bench.run()
         ctx = TextContext("peer", range(30), 99)
-        assert len(bench.core.exports.export(ctx, 0, 7, 0).pages) == 7
+        assert len(bench.core.exports.export(ctx, 0, 7).pages) == 7
         number = bench.submit(prompt, count)
         bench.run()
         assert bench.tokens[number] == expected(prompt, count) and not bench.core.exports.tips

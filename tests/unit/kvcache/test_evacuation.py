@@ -14,7 +14,7 @@ from rayk.kvcache.evacuation import CachedPrefix, adopt_pages, list_prefixes, sp
 from rayk.kvcache.page_pins import PageImport
 from rayk.kvcache.replica import ReplicaCore
 
-from .test_page_pins import PROMPT, broken, core, right_content, serve
+from .test_page_pins import PROMPT, broken, core, direct, right_content, serve
 
 
 def listed(at: ReplicaCore, skip: int = 0, count: int = 99, size: int = 1 << 20) -> list[tuple[list[int], int]]:
@@ -29,7 +29,7 @@ def context(prefix: CachedPrefix) -> TextContext:
 
 def whole(source: ReplicaCore, target: ReplicaCore, prefix: CachedPrefix) -> list[PageImport]:
     ctx = context(prefix)
-    return [source.exports.direct(source.exports.export(ctx, 0, ctx.tokens.length // 2, 0), target.buffers)]
+    return [direct(source, source.exports.export(ctx, 0, ctx.tokens.length // 2), target)]
 
 
 def give(source: ReplicaCore, target: ReplicaCore) -> list[int]:
@@ -184,9 +184,7 @@ def test_a_line_that_breaks_leaves_what_came_before() -> None:
     serve(source, "old", PROMPT)
     [prefix] = list_prefixes(source, 0, 9, 999)
     ctx = context(prefix)
-    first, rest = (
-        source.exports.direct(source.exports.export(ctx, *span, 0), target.buffers) for span in ((0, 1), (1, 3))
-    )
+    first, rest = (direct(source, source.exports.export(ctx, *span), target) for span in ((0, 1), (1, 3)))
     assert adopt_pages(target, ctx, [first, broken(rest)]) == 1
     assert (target.pool.empty, target.usage.cached) == (7, 1)
     target.check_integrity()

@@ -10,9 +10,13 @@ import xxhash
 from rayk import InsufficientBlocksError, MHAKVCacheParams, TextContext
 from rayk.errors import LineError
 from rayk.kvcache.page_hash import PageHasher, PageKeys
-from rayk.kvcache.page_pins import PageImport
+from rayk.kvcache.page_pins import PageExport, PageImport
+from rayk.kvcache.page_pool import Pages
 from rayk.kvcache.replica import ReplicaCore
 from rayk.kvcache.runtime_inputs import LeafInputs
+from rayk.transport.choice import Peer
+from rayk.transport.line import StoreLine
+from rayk.transport.port import EXPORT_SECONDS, PagePort
 
 from ..conftest import values, write_window  # noqa: TID252  # tests/ is no package that has an absolute name
 
@@ -47,9 +51,21 @@ def evict_all(at: ReplicaCore) -> None:
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
 
 
+def direct(source: ReplicaCore, export: PageExport, target: ReplicaCore) -> PageImport:
+    """An export as another replica of this process imports it."""
+
+    def fill(first: int, pages: Pages) -> None:
+        sent = export.pages[first : first + len(pages)]
+        problem = target.buffers.copy_pages(pages, source.buffers.all_bytes, sent)
+        if problem is not None:
+            raise LineError("direct", -1, problem)
+
+    return PageImport(export.start, export.hashes, fill)
+
+
 def fetched(source: ReplicaCore, target: ReplicaCore, ctx: TextContext, start: int, stop: int) -> PageImport:
     """Those pages, as `target` may import them."""
-    return source.exports.direct(source.exports.export(ctx, start, stop, 0), target.buffers)
+    return direct(source, source.exports.export(ctx, start, stop), target)
 
 
 def right_content(at: ReplicaCore, name: str) -> bool:
@@ -62,10 +78,10 @@ def test_copied_pages_hold_the_right_content_and_are_counted() -> None:
     source, target = core(), core(replica=1)
     serve(source, "old", PROMPT)
     ctx = TextContext("new", PROMPT, 99)
-    export = source.exports.export(ctx, 0, 3, 0)
-    assert (export.start, export.stop, len(export.hashes)) == (0, 3, 3)
+    export = source.exports.export(ctx, 0, 3)
+    assert (export.start, len(export.hashes)) == (0, 3)
     target.claim("new")
-    target.alloc(ctx, [source.exports.direct(export, target.buffers)])
+    target.alloc(ctx, [direct(source, export, target)])
     source.exports.acknowledge(export.export_id)
     assert ctx.tokens.processed == ctx.cached_prefix_length == 6
     assert right_content(target, "new")
@@ -202,7 +218,7 @@ def test_a_refused_alloc_with_copies_leaves_no_trace() -> None:
 def test_pins_survive_pressure_and_are_not_free() -> None:
     source = core()
     old = serve(source, "old", PROMPT)
-    export = source.exports.export(old, 0, 2, 0)
+    export = source.exports.export(old, 0, 2)
     assert source.usage.free == 6
     evict_all(source)
     assert source.cached_pages(old) == 2
@@ -216,7 +232,7 @@ def test_pins_are_given_up_for_a_request_that_fits_without_them() -> None:
     """Its copies are computed at their target instead; whose line has to know of it is asked."""
     source, told = core(), []
     old = serve(source, "old", PROMPT)
-    exports = [source.exports.export(old, 0, stop, 0) for stop in (1, 3)]
+    exports = [source.exports.export(old, 0, stop) for stop in (1, 3)]
     acknowledge = source.exports.take_back
     source.exports.take_back = lambda export_id: (told.append(export_id), acknowledge(export_id))[1]
     source.claim("small")
@@ -234,8 +250,8 @@ def test_pins_are_kept_where_giving_them_up_would_not_do() -> None:
     source = core()
     old = serve(source, "old", PROMPT)
     serve(source, "held", [9] * 7, keep=True)  # four pages of its own
-    export = source.exports.export(old, 0, 3, 0)
-    held = source.exports.export(TextContext("h", [9] * 7, 99), 0, 3, 0)  # pages that are not free without the pin
+    export = source.exports.export(old, 0, 3)
+    held = source.exports.export(TextContext("h", [9] * 7, 99), 0, 3)  # pages that are not free without the pin
     source.claim("large")
     with pytest.raises(InsufficientBlocksError, match=r"needs 5 more page.*1 of 8 are free"):
         source.alloc(TextContext("large", [7] * 10, 99))
@@ -251,7 +267,7 @@ def test_a_decode_step_takes_pinned_pages() -> None:
     source = core()
     old = serve(source, "old", PROMPT)
     ctx = serve(source, "runs", [9] * 9, keep=True)  # five pages, the last of which is full now
-    source.exports.export(old, 0, 3, 0)
+    source.exports.export(old, 0, 3)
     ctx.update(8)
     assert source.alloc_many([ctx]) == {} and not source.exports.tips
     source.check_integrity()
@@ -262,7 +278,7 @@ def test_an_export_of_what_was_evicted_meanwhile_is_shorter() -> None:
     old = serve(source, "old", PROMPT)
     source.reset_prefix_cache()
     for start in (0, 1):
-        export = source.exports.export(old, start, 3, 0)
+        export = source.exports.export(old, start, 3)
         assert (export.hashes, len(export.pages)) == ([], 0)
         source.exports.acknowledge(export.export_id)
     source.check_integrity()
@@ -271,24 +287,27 @@ def test_an_export_of_what_was_evicted_meanwhile_is_shorter() -> None:
 def test_acknowledging_twice_or_something_unknown_does_nothing() -> None:
     source = core()
     old = serve(source, "old", PROMPT)
-    export = source.exports.export(old, 0, 3, 0)
+    export = source.exports.export(old, 0, 3)
     for export_id in (export.export_id, export.export_id, 77):
         source.exports.acknowledge(export_id)
     assert source.usage.free == 8
     source.check_integrity()
 
 
-def test_pins_whose_time_is_up_are_known() -> None:
-    source = core()
+def test_pins_whose_time_is_up_are_given_back() -> None:
+    source, now = core(), [0.0]
     old = serve(source, "old", PROMPT)
-    early, late = source.exports.export(old, 0, 3, deadline=10), source.exports.export(old, 0, 1, deadline=20)
-    assert source.exports.late(10) == []
-    assert source.exports.late(11) == [early.export_id]
-    source.exports.acknowledge(early.export_id)
-    assert source.usage.free == 7
-    assert source.exports.late(99) == [late.export_id]
-    source.exports.acknowledge(late.export_id)
-    assert source.usage.free == 8
+    to, line = Peer(1, 1), StoreLine(source.buffers)
+    port = PagePort(Peer(0, 1), source.exports, 1, "127.0.0.1", [line], lambda: now[0])
+    port.pin(old, 0, 3, to, line.kind)
+    now[0] = 10.0
+    port.pin(old, 0, 1, to, line.kind)
+    now[0] = EXPORT_SECONDS
+    assert port.unpin_late() == 0 and source.usage.free == 5
+    now[0] += 1
+    assert port.unpin_late() == 1 and source.usage.free == 7
+    now[0] += 10
+    assert port.unpin_late() == 1 and source.usage.free == 8 and not port.pinned
     source.check_integrity()
 
 
@@ -299,7 +318,7 @@ def test_an_export_does_not_change_the_eviction_order() -> None:
         old = serve(at, "old", PROMPT)
         new = serve(at, "new", [9] * 5)
         if at is pinned:
-            at.exports.acknowledge(at.exports.export(old, 0, 2, 0).export_id)
+            at.exports.acknowledge(at.exports.export(old, 0, 2).export_id)
         order = []
         for pages in range(1, 7):
             at.claim("eater")
@@ -315,7 +334,7 @@ def test_a_request_that_ends_while_its_prefix_is_being_copied() -> None:
     """Export, release, acknowledge, evict: never a hit with another prefix's content."""
     source = core(pages=4)
     old = serve(source, "old", PROMPT, keep=True)
-    export = source.exports.export(old, 0, 2, 0)
+    export = source.exports.export(old, 0, 2)
     source.release("old")
     source.exports.acknowledge(export.export_id)
     source.claim("one page")

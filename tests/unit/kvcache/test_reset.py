@@ -19,6 +19,8 @@ from rayk import (
 )
 from rayk.kvcache.page_hash import TOKEN_BYTES, Mask
 
+from .test_page_pins import direct
+
 SIZE = 4
 PROMPT = list(range(10, 31))  # five pages and a token
 KINDS = ["null", "local", "tiered"]
@@ -174,11 +176,11 @@ def test_pages_that_were_pinned_for_another_replica_come_too_late() -> None:
     world = Weights("null", replicas=2)
     world.manager.release(world.run("a").request_id, 0)
     source, target = (world.manager._calls.core(r) for r in (0, 1))  # type: ignore[attr-defined]  # the inline one's
-    export = source.exports.export(TextContext("x", PROMPT, 99), 0, 5, 0)
+    export = source.exports.export(TextContext("x", PROMPT, 99), 0, 5)
     assert world.change().held == {0: 5, 1: 0}
     ctx = TextContext("b", PROMPT, 99)
     target.claim("b")
-    reused = target.alloc(ctx, [source.exports.direct(export, target.buffers)])
+    reused = target.alloc(ctx, [direct(source, export, target)])
     assert reused.total == 0
     source.exports.acknowledge(export.export_id)
     assert source.free == 32

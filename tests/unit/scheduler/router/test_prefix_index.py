@@ -165,7 +165,9 @@ def test_any_order_of_changes(changes: list[tuple[str, int, int, int, Tier]]) ->
         device = by_tier[Tier.device]
         assert [index.depth(r, keys) for r in range(replicas)] == device
         for r in range(replicas):
-            assert index.others(r, keys[0]) == any(n and other != r for other, n in enumerate(device))
+            sure = model.sure.get(r, set())
+            held = next((at for at, key in enumerate(keys) if key not in sure), len(keys))
+            assert index.more_elsewhere(r, keys) == any(n > held for other, n in enumerate(device) if other != r)
         longest = max(map(max, by_tier))
         holders = [r for r in range(replicas) if longest and longest in [row[r] for row in by_tier]]
         assert index.best(keys) == Best(longest, holders[0] if holders else -1)

@@ -8,7 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayk.params import OBJECT_STORE
 from rayk.scheduler.transfers.copy_cost import LinkEstimate, Span, copy_spans, profitable_spans
+from rayk.scheduler.transfers.links import LinkTable
+from rayk.scheduler.transfers.transfer import PageTransfers
+from rayk.transport.choice import Endpoint
 
 
 def test_spans_follow_the_order_that_is_given() -> None:
@@ -20,8 +24,11 @@ def test_spans_follow_the_order_that_is_given() -> None:
 
 
 def test_without_a_prefill_rate_all_is_copied() -> None:
-    spans = [Span(0, 0, 4), Span(1, 4, 5)]
-    assert profitable_spans(spans, lambda _: 1e9, 16, None) == spans
+    links = LinkTable(lambda: 0.0)
+    links.joined(2, 1, Endpoint("here", "127.0.0.1", [OBJECT_STORE], 1 << 20))
+    for source in (0, 1):
+        links.carried(source, 2, OBJECT_STORE, 1, 1e9)
+    assert PageTransfers(links, 16).plan(2, [4, 5, 0], 0, 5, None) == [Span(0, 0, 4), Span(1, 4, 5)]
 
 
 @pytest.mark.parametrize(("seconds", "copied"), [(0.9, True), (1.1, False)])
