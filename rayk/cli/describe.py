@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 from rich.markup import escape
+
+from rayk.cli.flags import Format
 
 if TYPE_CHECKING:
     from rayk.actors.describe import Decision, ManagerState, ReplicaState, TierState
@@ -16,13 +17,6 @@ if TYPE_CHECKING:
 
 FAR = 10_000  # columns: more than any table has
 DESCRIBE_EPILOG = "Example: rayk describe --name prod --format json"
-
-
-class DescribeFormat(StrEnum):
-    """How the snapshot is printed."""
-
-    table = "table"
-    json = "json"
 
 
 def describe(
@@ -33,9 +27,7 @@ def describe(
     why: Annotated[
         str | None, typer.Option(help="Only this: why the request of that id went where it went.", metavar="ID")
     ] = None,
-    form: Annotated[
-        DescribeFormat, typer.Option("--format", help="json: one object on stdout.")
-    ] = DescribeFormat.table,
+    form: Annotated[Format, typer.Option("--format", help="json: one object on stdout.")] = Format.table,
 ) -> int:
     """One snapshot of a running cluster: plan, replicas, pages, claims."""
     from rich.console import Console
@@ -47,7 +39,7 @@ def describe(
             from rayk.actors.describe import explain
 
             decision = explain(session.ray, name, why)
-            if form is DescribeFormat.json:
+            if form is Format.json:
                 typer.echo(msgspec.json.encode({"command": "describe", "decision": decision}).decode())
             else:
                 _show_decision(decision, Console())
@@ -55,7 +47,7 @@ def describe(
         from rayk.actors.describe import describe as take
 
         states = take(session.ray, name)
-    if form is DescribeFormat.json:
+    if form is Format.json:
         typer.echo(msgspec.json.encode({"command": "describe", "managers": states}).decode())
     else:
         for state in states:

@@ -1,4 +1,4 @@
-"""`rayk generate`: its flags, the prompts that they name, and the outputs printed. Serving is Cluster's."""
+"""`rayk generate`: the prompts that its flags name, and the outputs printed. Serving is Cluster's."""
 
 from __future__ import annotations
 
@@ -8,207 +8,79 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from enum import StrEnum
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
+import msgspec
 import typer
 
+import rayk
+from rayk.bench.measure import Latency
+from rayk.cli.generate_flags import GenerateFlags, GenerateFormat
+from rayk.cluster import Cluster
+from rayk.dispatch.output import Output
 from rayk.errors import ConfigError
+from rayk.quantity import parse_duration
+from rayk.sampling import SamplingParams
+from rayk.session import InferenceSession
 from rayk.values import printable
 
-if TYPE_CHECKING:
-    from rayk.cluster import Cluster
-    from rayk.dispatch.output import Output
-    from rayk.sampling import SamplingParams
-
-GENERATE_EPILOG = 'Example: rayk generate --model ./Qwen3-0.6B --prompt "The capital of France is" --max-new-tokens 16'
-_PROMPTS, _SAMPLING, _CLUSTER, _OUTPUT = "Prompts", "Sampling", "Cluster", "Output"
+CHOSEN = ("temperature", "top_k", "top_p", "min_p", "seed")
+"""Flags that --greedy excludes."""
+AS_GIVEN = (
+    *("replicas", "page_size", "pages", "max_batch_size", "chunk_size", "device", "dtype", "attention", "router"),
+    *("threads", "peer_copies", "host_memory", "disk_dir", "disk_memory"),
+)
+"""Flags that are settings of the cluster."""
 
 log = logging.getLogger("rayk.engine")
 
 
-class GenerateFormat(StrEnum):
-    """How outputs are printed."""
-
-    text = "text"
-    json = "json"
-
-
-def generate(
-    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face checkpoint.", rich_help_panel=_PROMPTS)],
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Text; several may follow each other.", rich_help_panel=_PROMPTS)
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help='Or a file with a line {"id": .., "text": ..} or {"id": .., "tokens": [..]} for each; other fields of '
-            "a line that are sampling settings (max_new_tokens, temperature, ..) go before the flags. A line with a "
-            "field that there is not fails; the others are served.",
-            rich_help_panel=_PROMPTS,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", rich_help_panel=_SAMPLING)] = 64,
-    greedy: Annotated[
-        bool,
-        typer.Option("--greedy", help="The most likely token; so without these.", rich_help_panel=_SAMPLING),
-    ] = False,
-    temperature: Annotated[
-        float | None, typer.Option(help="1 where another of these is given.", rich_help_panel=_SAMPLING)
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Of the k most likely.", rich_help_panel=_SAMPLING)] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Of the most likely with this probability.", rich_help_panel=_SAMPLING)
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Of those at least so likely, relative to the most likely.", rich_help_panel=_SAMPLING),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="The same again for the same seed.", rich_help_panel=_SAMPLING)
-    ] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 makes repetitions less likely.", rich_help_panel=_SAMPLING)
-    ] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="A string that ends an answer; repeatable.", rich_help_panel=_SAMPLING)
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after end-of-sequence tokens.", rich_help_panel=_SAMPLING)
-    ] = False,
-    timeout: Annotated[
-        str | None, typer.Option(help="Time for each request: 30s, 2m.", rich_help_panel=_SAMPLING)
-    ] = None,
-    replicas: Annotated[int, typer.Option(help="Data-parallel replicas.", rich_help_panel=_CLUSTER)] = 1,
-    runtime: Annotated[
-        str, typer.Option(help="ray, or inline: everything in this process.", rich_help_panel=_CLUSTER)
-    ] = "ray",
-    address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster to join; otherwise one that runs, or a new one.", rich_help_panel=_CLUSTER),
-    ] = None,
-    router: Annotated[
-        str,
-        typer.Option(
-            help="cost, round-robin, least-loaded, prefix, session, or module:Class.", rich_help_panel=_CLUSTER
-        ),
-    ] = "cost",
-    chunk_size: Annotated[int, typer.Option(help="Tokens of one forward.", rich_help_panel=_CLUSTER)] = 512,
-    max_batch_size: Annotated[int, typer.Option(help="Requests of one forward.", rich_help_panel=_CLUSTER)] = 64,
-    page_size: Annotated[int, typer.Option(help="Tokens of a page.", rich_help_panel=_CLUSTER)] = 128,
-    pages: Annotated[
-        int | None,
-        typer.Option(help="Pages of a replica; as many as these prompts can use and fit.", rich_help_panel=_CLUSTER),
-    ] = None,
-    peer_copies: Annotated[
-        bool,
-        typer.Option(
-            " /--no-peer-copies",
-            show_default=False,
-            help="Do not copy prefixes between replicas.",
-            rich_help_panel=_CLUSTER,
-        ),
-    ] = True,
-    host_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="A host tier for the replicas of each node: 16GiB, bytes, or 0.5 of what is free.",
-            rich_help_panel=_CLUSTER,
-        ),
-    ] = None,
-    disk_dir: Annotated[
-        Path | None,
-        typer.Option(help="A disk tier in this folder of each node, kept for the next run.", rich_help_panel=_CLUSTER),
-    ] = None,
-    disk_memory: Annotated[
-        str | None, typer.Option(help="What --disk-dir may hold on each node.", rich_help_panel=_CLUSTER)
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, or auto: cuda if there are enough GPUs.", rich_help_panel=_CLUSTER)
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (as the checkpoint has it), float32, bfloat16.", rich_help_panel=_CLUSTER)
-    ] = "auto",
-    attention: Annotated[
-        str | None, typer.Option(help="An attention backend; the fastest that can.", rich_help_panel=_CLUSTER)
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Threads of each replica on a CPU: 1, and inline all.", rich_help_panel=_CLUSTER),
-    ] = None,
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    form: Annotated[
-        GenerateFormat, typer.Option("--format", help="json: one object on stdout.", rich_help_panel=_OUTPUT)
-    ] = GenerateFormat.text,
-) -> int:
-    """Text or token ids from a Hugging Face checkpoint on the cache. Exit code 1 when a request failed."""
-    from rayk.cluster import Cluster
-    from rayk.quantity import parse_duration
-    from rayk.session import InferenceSession
-
-    if more and not prompt:
-        raise ConfigError(f"{more[0]!r} belongs to no flag; give text with --prompt")
-    if (prompt is None) == (prompts is None):
+def generate(flags: GenerateFlags) -> int:
+    """Serve the prompts and print the outputs: 1 when a request failed."""
+    if flags.more and not flags.prompt:
+        raise ConfigError(f"{flags.more[0]!r} belongs to no flag; give text with --prompt")
+    if (flags.prompt is None) == (flags.prompts is None):
         raise ConfigError("give either --prompt TEXT or --prompts FILE.jsonl")
-    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    common = _sampling(
-        greedy,
-        {name: value for name, value in chosen.items() if value is not None},
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-    )
-    seconds = None if timeout is None else parse_duration(timeout)
-    asked = _lines(prompts) if prompts is not None else [{"text": text} for text in [*(prompt or []), *(more or [])]]
+    common = _sampling(flags)
+    seconds = None if flags.timeout is None else parse_duration(flags.timeout)
+    texts = [*(flags.prompt or []), *(flags.more or [])]
+    asked = _lines(flags.prompts) if flags.prompts is not None else [{"text": text} for text in texts]
     ids = [i if line.get("id") is None else line["id"] for i, line in enumerate(asked)]
     sampling = [_changed(common, line) for line in asked]
-    if runtime == "inline" and address is not None:
+    if flags.runtime == "inline" and flags.address is not None:
         raise ConfigError("--address is for --runtime ray")
-    options: dict[str, Any] = {} if runtime == "inline" else {"address": address}
+    options: dict[str, Any] = {} if flags.runtime == "inline" else {"address": flags.address}
+    longest = _longest(asked, sampling) if flags.pages is None else None
     began = perf_counter()
     # Ray and transformers print to this process's stdout, which is for the outputs alone.
     with (
         redirect_stdout(sys.stderr),
-        InferenceSession(runtime, **options) as session,
-        Cluster(
-            model,
-            session,
-            replicas=replicas,
-            page_size=page_size,
-            pages=pages,
-            max_batch_size=max_batch_size,
-            longest=_longest(asked, sampling) if pages is None else None,
-            chunk_size=chunk_size,
-            device=device,
-            dtype=dtype,
-            attention=attention,
-            router=router,
-            threads=threads,
-            peer_copies=peer_copies,
-            host_memory=host_memory,
-            disk_dir=disk_dir,
-            disk_memory=disk_memory,
-        ) as cluster,
+        InferenceSession(flags.runtime, **options) as session,
+        Cluster(flags.model, session, longest=longest, **{name: getattr(flags, name) for name in AS_GIVEN}) as cluster,
     ):
         started = perf_counter()
-        log.info("%s: %d replica(s) ready in %.1f s", model, replicas, started - began)
+        log.info("%s: %d replica(s) ready in %.1f s", flags.model, flags.replicas, started - began)
         outputs = cluster.generate([_prompt(line, i) for i, line in enumerate(asked)], sampling, timeout=seconds)
         answer = report(cluster, ids, outputs, perf_counter() - started)
-    _print(answer, outputs, form)
+    _print(answer, outputs, flags.form)
     return 1 if answer["requests"]["failed"] else 0
 
 
-def _sampling(greedy: bool, chosen: dict[str, Any], **fixed: Any) -> SamplingParams:
-    from rayk.sampling import SamplingParams
-
-    if greedy and chosen:
+def _sampling(flags: GenerateFlags) -> SamplingParams:
+    chosen = {name: value for name in CHOSEN if (value := getattr(flags, name)) is not None}
+    if flags.greedy and chosen:
         raise ConfigError(f"--greedy and --{next(iter(chosen)).replace('_', '-')} exclude each other")
     if chosen:
         chosen = {"temperature": 1.0} | chosen
-    sampling = SamplingParams(**fixed, **chosen)
+    sampling = SamplingParams(
+        max_new_tokens=flags.max_new_tokens,
+        repetition_penalty=flags.repetition_penalty,
+        stop=tuple(flags.stop or ()),
+        ignore_eos=flags.ignore_eos,
+        **chosen,
+    )
     problem = sampling.problem()
     if problem is not None:
         name, _, rest = problem.partition(" ")
@@ -242,8 +114,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _changed(sampling: SamplingParams, line: dict[str, Any]) -> SamplingParams:
     """The settings that a line has of its own go first. What is wrong with them is the matter of its request."""
-    import msgspec
-
     own = {name: line[name] for name in sampling.__struct_fields__ if name in line}
     if isinstance(own.get("stop"), str):
         own["stop"] = (own["stop"],)
@@ -252,8 +122,6 @@ def _changed(sampling: SamplingParams, line: dict[str, Any]) -> SamplingParams:
 
 def _prompt(line: dict[str, Any], index: int) -> dict[str, Any]:
     """A line without its settings. What a prompt does not have stays in, and is refused with the request."""
-    from rayk.sampling import SamplingParams
-
     fields = {name: value for name, value in line.items() if name not in SamplingParams.__struct_fields__}
     return fields | {"id": index if line.get("id") is None else line["id"]}
 
@@ -273,9 +141,6 @@ def _longest(asked: Sequence[dict[str, Any]], sampling: Sequence[SamplingParams]
 
 def report(cluster: Cluster, ids: Sequence[Any], outputs: Sequence[Output], seconds: float) -> dict[str, Any]:
     """The JSON of a run: outputs in the order of the prompts, totals, latencies and rates."""
-    import rayk
-    from rayk.bench.measure import Latency
-
     latency = {"ttft": Latency(), "itl": Latency(), "e2e": Latency()}
     for output in outputs:
         if output.ttft is not None:

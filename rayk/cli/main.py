@@ -17,8 +17,8 @@ from rayk.bench import flags
 from rayk.cli.describe import DESCRIBE_EPILOG, describe
 from rayk.cli.example_model import EXAMPLE_MODEL_EPILOG, example_model
 from rayk.cli.flags import command_of
-from rayk.cli.generate import GENERATE_EPILOG, generate
-from rayk.cli.plan import PLAN_EPILOG, plan
+from rayk.cli.generate_flags import GENERATE_EPILOG, GenerateFlags
+from rayk.cli.plan_flags import PLAN_EPILOG, PlanFlags
 from rayk.errors import NotBuiltError, RaykError
 from rayk.simulate.flags import SIMULATE_EPILOG, SimulateFlags
 
@@ -83,9 +83,9 @@ bench_app.command("scheduler", epilog=flags.SCHEDULER_EPILOG)(_scheduler)
 bench_app.command("overload", epilog=flags.OVERLOAD_EPILOG)(_overload)
 app.add_typer(bench_app, name="bench")
 app.command("report", epilog=flags.REPORT_EPILOG)(command_of(flags.ReportFlags, "rayk.bench.command:report"))
-app.command(epilog=PLAN_EPILOG)(plan)
+app.command("plan", epilog=PLAN_EPILOG)(command_of(PlanFlags, "rayk.cli.plan:plan"))
 app.command(epilog=DESCRIBE_EPILOG)(describe)
-app.command(epilog=GENERATE_EPILOG)(generate)
+app.command("generate", epilog=GENERATE_EPILOG)(command_of(GenerateFlags, "rayk.cli.generate:generate"))
 app.command("example-model", epilog=EXAMPLE_MODEL_EPILOG)(example_model)
 app.command("simulate", epilog=SIMULATE_EPILOG)(command_of(SimulateFlags, "rayk.simulate.command:simulate"))
 for _name in NOT_BUILT_COMMANDS:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import typer
 
-from rayk.cli.plan import _cache_dtypes, _gpu_names, _weight_dtypes, plan
+from rayk.cli import plan as command
+from rayk.cli.flags import command_of
+from rayk.cli.plan_flags import PlanFlags, _cache_dtypes, _gpu_names, _weight_dtypes
 from rayk.errors import ConfigError
-from rayk.planning import node_plan as planning
 from rayk.planning.errors import ModelConfigError
 from rayk.planning.node_plan import DeviceMemory, NodeMemory
 
@@ -22,7 +23,7 @@ PINNED = [
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
     app = typer.Typer()
-    app.command()(plan)
+    app.command()(command_of(PlanFlags, "rayk.cli.plan:plan"))
     code = app(args=list(argv), standalone_mode=False)
     return code, capsys.readouterr().out
 
@@ -100,12 +101,12 @@ def test_without_a_gpu_flag_this_machine_is_planned(
     capsys: pytest.CaptureFixture[str], llama: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = DeviceMemory(0, "A GPU", 80 * GIB, 60 * GIB)
-    monkeypatch.setattr(planning, "measure_node", lambda: NodeMemory("", "here", 0, 0, (gpu,)))
+    monkeypatch.setattr(command, "measure_node", lambda: NodeMemory("", "here", 0, 0, (gpu,)))
     code, found = as_json(capsys, *llama)
     assert code == 0 and found["per_replica"]["memory"] == 60 * GIB and found["nodes"][0]["node"] == "here"
     code, out = run(capsys, *llama, "--tp", "2")
     assert code == 1 and "a replica needs 2" in out.replace("\n", " ")
-    monkeypatch.setattr(planning, "measure_node", lambda: NodeMemory("", "here", 0, 0))
+    monkeypatch.setattr(command, "measure_node", lambda: NodeMemory("", "here", 0, 0))
     with pytest.raises(ConfigError, match="--gpu h100"):
         run(capsys, *llama)
 

@@ -1,0 +1,72 @@
+"""The flags of `rayk generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rayk.cli.flags import group
+
+GENERATE_EPILOG = 'Example: rayk generate --model ./Qwen3-0.6B --prompt "The capital of France is" --max-new-tokens 16'
+
+given, sampled, served, printed = group("Prompts"), group("Sampling"), group("Cluster"), group("Output")
+
+
+class GenerateFormat(StrEnum):
+    """How outputs are printed."""
+
+    text = "text"
+    json = "json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags:
+    """Text or token ids from a Hugging Face checkpoint on the cache. Exit code 1 when a request failed."""
+
+    model: Annotated[Path, given("Folder of a Hugging Face checkpoint.")]
+    prompt: Annotated[list[str] | None, given("Text; several may follow each other.")] = None
+    prompts: Annotated[
+        Path | None,
+        given(
+            'Or a file with a line {"id": .., "text": ..} or {"id": .., "tokens": [..]} for each; other fields of '
+            "a line that are sampling settings (max_new_tokens, temperature, ..) go before the flags. A line with a "
+            "field that there is not fails; the others are served."
+        ),
+    ] = None
+    max_new_tokens: Annotated[int, sampled("Most tokens of an answer.")] = 64
+    greedy: Annotated[bool, sampled("The most likely token; so without these.", "--greedy")] = False
+    temperature: Annotated[float | None, sampled("1 where another of these is given.")] = None
+    top_k: Annotated[int | None, sampled("Of the k most likely.")] = None
+    top_p: Annotated[float | None, sampled("Of the most likely with this probability.")] = None
+    min_p: Annotated[float | None, sampled("Of those at least so likely, relative to the most likely.")] = None
+    seed: Annotated[int | None, sampled("The same again for the same seed.")] = None
+    repetition_penalty: Annotated[float, sampled("Above 1 makes repetitions less likely.")] = 1.0
+    stop: Annotated[list[str] | None, sampled("A string that ends an answer; repeatable.")] = None
+    ignore_eos: Annotated[bool, sampled("Go on after end-of-sequence tokens.", "--ignore-eos")] = False
+    timeout: Annotated[str | None, sampled("Time for each request: 30s, 2m.")] = None
+    replicas: Annotated[int, served("Data-parallel replicas.")] = 1
+    runtime: Annotated[str, served("ray, or inline: everything in this process.")] = "ray"
+    address: Annotated[str | None, served("Ray cluster to join; otherwise one that runs, or a new one.")] = None
+    router: Annotated[str, served("cost, round-robin, least-loaded, prefix, session, or module:Class.")] = "cost"
+    chunk_size: Annotated[int, served("Tokens of one forward.")] = 512
+    max_batch_size: Annotated[int, served("Requests of one forward.")] = 64
+    page_size: Annotated[int, served("Tokens of a page.")] = 128
+    pages: Annotated[int | None, served("Pages of a replica; as many as these prompts can use and fit.")] = None
+    peer_copies: Annotated[
+        bool, served("Do not copy prefixes between replicas.", " /--no-peer-copies", show_default=False)
+    ] = True
+    host_memory: Annotated[
+        str | None, served("A host tier for the replicas of each node: 16GiB, bytes, or 0.5 of what is free.")
+    ] = None
+    disk_dir: Annotated[Path | None, served("A disk tier in this folder of each node, kept for the next run.")] = None
+    disk_memory: Annotated[str | None, served("What --disk-dir may hold on each node.")] = None
+    device: Annotated[str, served("cpu, cuda, or auto: cuda if there are enough GPUs.")] = "auto"
+    dtype: Annotated[str, served("auto (as the checkpoint has it), float32, bfloat16.")] = "auto"
+    attention: Annotated[str | None, served("An attention backend; the fastest that can.")] = None
+    threads: Annotated[int | None, served("Threads of each replica on a CPU: 1, and inline all.")] = None
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None
+    form: Annotated[GenerateFormat, printed("json: one object on stdout.", "--format")] = GenerateFormat.text
