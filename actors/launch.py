@@ -113,7 +113,7 @@ def place_actors(
             groups = runtime.place_each(*wish) if placed else [runtime.place(*wish)]
         except PlanError as error:
             why = "; ".join(refused.values())
-            raise PlanError(f"{error}; left out: {why}" if why else str(error)) from None
+            raise type(error)(f"{error}; left out: {why}" if why else str(error)) from None
     free = [Bundle(group, at) for group in groups for at in range(len(group.node_ids))]
     bundles |= dict(zip(new, free, strict=True))
     return Places({index: bundles[index] for index in indices}, groups)

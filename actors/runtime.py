@@ -37,7 +37,7 @@ from rayk.actors.interface import (
     Node,
     Placement,
 )
-from rayk.errors import CallTimeoutError, ConfigError, PlanError, RaykError, RemoteError
+from rayk.errors import CallTimeoutError, ConfigError, NoPlaceError, RaykError, RemoteError
 
 STREAM_AHEAD = 4
 REASON_LENGTH = 300
@@ -240,12 +240,12 @@ class RayRuntime:
         return remote.options(scheduling_strategy=affinity).remote(*args)
 
     def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> Placement:
-        """One bundle per replica, spread over the nodes not in `avoid`; PlanError when they do not fit in time."""
+        """One bundle per replica, spread over the nodes not in `avoid`; NoPlaceError when they do not fit in time."""
         [placement] = self._await_groups([self._group(bundles, avoid)], bundles, timeout)
         return placement
 
     def place_each(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> list[Placement]:
-        """A placement of its own for each bundle, all asked for at once; PlanError, and none is left, when not all of
+        """A placement of its own for each bundle, all asked for at once; NoPlaceError, and none is left, when not all of
         them fit in time. An autoscaler sees them as long as they wait."""
         return self._await_groups([self._group([bundle], avoid) for bundle in bundles], bundles, timeout)
 
@@ -262,7 +262,7 @@ class RayRuntime:
         deadline = time.monotonic() + timeout
         try:
             if not all(group.wait(max(0.0, deadline - time.monotonic())) for group in groups):
-                raise PlanError(
+                raise NoPlaceError(
                     f"no place for {len(bundles)} replica(s) of {bundles[0]} within {math.ceil(timeout)} s; "
                     f"the cluster offers {_free_resources()}"
                 )
@@ -278,7 +278,7 @@ class RayRuntime:
         while placement_group_table(placement.group).get("state") != "CREATED":
             if time.monotonic() > deadline:
                 late = f"a bundle of a dead node found no other node within {timeout:.0f} s"
-                raise PlanError(f"{late}; add a node, or remove the replica")
+                raise NoPlaceError(f"{late}; add a node, or remove the replica")
             time.sleep(0.05)
         return _placement(placement.group)
 

@@ -17,6 +17,7 @@ RaykError
 ├── InsufficientBlocksError               not enough free pages; nothing was changed
 ├── OverloadedError (RuntimeError)        turned away: too much waits, or a deadline cannot be met; try again later
 ├── PlanError (RuntimeError)              the cluster cannot hold what was asked for; nothing was started
+│   └── NoPlaceError                      .. now: no node has room, and none came in time
 ├── NotBuiltError (NotImplementedError)   a part of the reference that rayk does not have yet
 ├── ClosedError (RuntimeError)            use after shutdown() or close()
 ├── IntegrityError (AssertionError)       a core's own bookkeeping contradicts itself: a bug in rayk
@@ -237,6 +238,10 @@ class PlanError(RaykError, RuntimeError):
     text: ClassVar[str] = "{message}"
 
 
+class NoPlaceError(PlanError):
+    """No node has room for a replica now, and none came in time. Nothing was started; it may be asked for again."""
+
+
 class NotBuiltError(RaykError, NotImplementedError):
     """A part of the reference's surface that rayk does not have yet."""
 
@@ -276,7 +281,7 @@ class ReplicaLostError(ClusterError):
         return (
             f"replica {self.replica} (epoch {self.epoch}) is gone: {self.reason}. Lost: its cached pages and "
             f"{len(self.requests)} claimed request(s){': ' + shown if shown else ''}. "
-            "Send these requests again, and put another in its place with add_replicas() or start a new manager"
+            "Send these requests again; with replace=False put another in its place with add_replicas()"
         )
 
 

@@ -72,7 +72,13 @@ class ReplicaLifecycle:
 
     def enlist(self, count: int) -> list[int]:
         """Take indices for `count` replicas that somebody is going to start."""
-        replicas = self.members.enlist(count)
+        return self._known(self.members.enlist(count))
+
+    def enlist_at(self, replicas: Sequence[int]) -> list[int]:
+        """The same for those indices, which are vacant."""
+        return self._known(self.members.plan(replicas))
+
+    def _known(self, replicas: list[int]) -> list[int]:
         while len(self._router.loads) < len(self.members):
             self._router.join()
         return replicas

@@ -148,12 +148,15 @@ class Membership:
                 f"{count} more replicas are too many: a cluster has at most {MOST:,} indices, and {len(self):,} are or "
                 "were in use; add fewer, or start another cluster"
             )
-        chosen = self.vacant(count)
-        for replica in chosen:
-            if replica == len(self):
+        return self.plan(self.vacant(count))
+
+    def plan(self, replicas: Sequence[int]) -> list[int]:
+        """Plan replicas at those indices, of vacant() ones."""
+        for replica in replicas:
+            while replica >= len(self):
                 self._members.append(Member(State.removed))
             self.apply(replica, Event.plan)
-        return chosen
+        return list(replicas)
 
     def apply(self, replica: int, event: Event, epoch: int = 0) -> State:
         """Let `event` happen and return the new state. `epoch` is the new start's, for `start`.
