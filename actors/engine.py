@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rayk.actors.interface import ActorGoneError, ActorSpec, Bundle, Node, Runtime
+from rayk.actors.interface import Actor, ActorGoneError, ActorSpec, Bundle, Node, Runtime
 from rayk.actors.launch import (
     PLACE_SECONDS,
     PlacedActor,
@@ -27,7 +27,7 @@ from rayk.actors.launch import (
     tier_seed,
     vacate,
 )
-from rayk.errors import ReplicaLostError
+from rayk.errors import CallTimeoutError, ClosedError, ReplicaLostError
 from rayk.planning.node_plan import NodeMemory, measure_node
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ OPEN_SECONDS = 600.0  # to make pages and capture graphs
 STATS_SECONDS = 30.0
 CLOSE_SECONDS = 60.0  # to write what is on its way to disk
 SILENT_SECONDS = 60.0  # an engine reports every second; one that is silent so long hangs
+SOON_SECONDS = 5.0  # the same where others take its place
+STALLED_SECONDS = 6.0  # the same of an engine that is in a step, in a process that reports
 
 
 class EngineActor:
@@ -93,10 +95,13 @@ class EngineActor:
         self._thread.post(0, command)
 
     def reports(self) -> Iterator[bytes]:
-        """The engine's reports, as it makes them."""
+        """The engine's reports, as it makes them, and at least one a second while it gets on."""
         from rayk.protocol.engine import encode
 
         for report in self._thread.reports(0):
+            stalled = self._thread.stalled()
+            if self._settings.replaced and stalled >= STALLED_SECONDS:
+                raise CallTimeoutError(f"the engine of replica {self._replica}", stalled)
             yield encode(report)
 
     def stats(self) -> EngineStats:
@@ -135,6 +140,8 @@ class RayReplicas:
         self._runtime = runtime
         self._source = source
         self._gpus = int(settings.device.startswith("cuda"))
+        self._coming: list[Actor] = []  # that are being started
+        self._closing = False
         self._placed: dict[int, PlacedActor] = {}  # by replica; those that were not removed
         self._dropped: set[int] = set()  # of these
         self._tiers: dict[str, NodeTiers] = {}  # by node id
@@ -146,8 +153,12 @@ class RayReplicas:
         vacate(self._runtime, self._placed, replicas)
         bundles, groups = place_actors(self._runtime, self._placed, replicas, self._gpus, {}, timeout)
         with ended_on_failure(self._runtime, (), groups), starting(self._runtime, self._specs(bundles)) as actors:
+            self._coming = actors
+            if self._closing:
+                raise ClosedError("this Cluster")
             placed = dict(zip(bundles, map(PlacedActor, actors, bundles.values()), strict=True))
             facts = self._open(placed)
+        self._coming = []
         self._placed |= placed
         self._dropped -= set(placed)
         for each in sorted(facts, key=lambda each: each.replica):
@@ -198,8 +209,8 @@ class RayReplicas:
         """ActorGoneError or CallTimeoutError when there will be no more."""
         from rayk.protocol.engine import decode_report
 
-        actor = self._placed[replica].actor
-        for wire in actor.stream("reports", REPORTS_LANE, f"replica {replica}", SILENT_SECONDS):
+        actor, silence = self._placed[replica].actor, SOON_SECONDS if self.settings.replaced else SILENT_SECONDS
+        for wire in actor.stream("reports", REPORTS_LANE, f"replica {replica}", silence):
             yield decode_report(wire)
 
     def stats(self, replica: int) -> EngineStats:
@@ -230,6 +241,14 @@ class RayReplicas:
         except ActorGoneError as error:
             reason = str(error)
         raise ReplicaLostError(replica, self.facts[replica].epoch, [], reason)
+
+    def leaving(self) -> list[int]:
+        draining = self._runtime.draining_nodes()
+        return [r for r, placed in list(self._placed.items()) if placed.bundle.node_id in draining]
+
+    def give_up(self) -> None:
+        self._closing = True
+        self._runtime.stop(self._coming, None)
 
     def drop(self, replica: int) -> None:
         if replica in self._placed:  # it may have died while it was being removed

@@ -40,6 +40,7 @@ from rayk.actors.interface import (
 from rayk.errors import CallTimeoutError, ConfigError, NoPlaceError, RaykError, RemoteError
 
 STREAM_AHEAD = 4
+SLICE = 0.5  # seconds between two looks at a stream
 REASON_LENGTH = 300
 EMBEDDED_SETTINGS = {  # a dead replica is noticed in 0.2 s instead of 1.5 s, a dead node in 3 s instead of 16 s
     "RAY_timeout_ms_task_wait_for_death_info": "100",
@@ -76,9 +77,12 @@ class RayActor:
         items = getattr(self.handle, method).options(**options).remote()
         runtime = RayRuntime()
         while True:
-            ready, _ = ray.wait([items], timeout=silence)
-            if not ready:
-                raise CallTimeoutError(target, silence)
+            passed, last = 0.0, time.monotonic()
+            while not ray.wait([items], timeout=SLICE)[0]:
+                now = time.monotonic()
+                passed, last = passed + min(now - last, 2 * SLICE), now  # no time in which this process was stopped
+                if passed >= silence:
+                    raise CallTimeoutError(target, passed)
             try:
                 ref = next(items)
             except StopIteration:
@@ -233,6 +237,14 @@ class RayRuntime:
         ]
         return sorted(found)
 
+    @staticmethod
+    def draining_nodes() -> dict[str, float]:
+        """Nodes of which Ray was told that they go (a drain, a preemption), and the time (seconds since the epoch) at
+        which they will; 0 where none was named."""
+        from ray._private.state import state  # it has no public name; Ray's own Train library asks so
+
+        return {node_id: deadline / 1e3 for node_id, deadline in state.get_draining_nodes().items()}
+
     def run_on(self, node_id: str, task: Callable[..., Any], *args: Any) -> Any:
         """Start a task on that very node, holding no CPU or GPU; a reference to its result."""
         remote = ray.remote(num_cpus=0, num_gpus=0, max_calls=1, max_retries=0)(task)
@@ -245,8 +257,8 @@ class RayRuntime:
         return placement
 
     def place_each(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> list[Placement]:
-        """A placement of its own for each bundle, all asked for at once; NoPlaceError, and none is left, when not all of
-        them fit in time. An autoscaler sees them as long as they wait."""
+        """A placement of its own for each bundle, all asked for at once; NoPlaceError, and none is left, when not all
+        of them fit in time. An autoscaler sees them as long as they wait."""
         return self._await_groups([self._group([bundle], avoid) for bundle in bundles], bundles, timeout)
 
     def _group(self, bundles: list[dict[str, float]], avoid: Sequence[str]) -> PlacementGroup:

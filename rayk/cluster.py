@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import replace as changed
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from msgspec import structs
 
 from rayk.dispatch.calls import AsyncNews, Call, News
 from rayk.dispatch.dispatcher import Dispatcher
+from rayk.dispatch.keeper import Keeper
 from rayk.dispatch.output import Handle, Output, Update
 from rayk.dispatch.prompts import Prompt, Prompts, Sampling
 from rayk.engine.local_replicas import InlineReplicas
@@ -37,6 +38,7 @@ from rayk.request_errors import RequestCancelledError
 from rayk.sampling import SamplingParams
 from rayk.scheduler.membership import State
 from rayk.scheduler.scaling import Removed
+from rayk.scheduler.supervisor import Replacement
 from rayk.session import InferenceSession
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ log = logging.getLogger("rayk.engine")
 
 AT_ONCE = 100_000  # handles of one call
 AHEAD = 8_192  # requests of one call that are made and sent before others of it end
+REPLACE_SECONDS = 5.0  # to wait for a place for a replacement at a time
 QUEUED_BATCHES = 2  # full batches that a replica is given at a time; what waits here can still go elsewhere
 
 
@@ -67,6 +70,9 @@ class Cluster:
     taken back by close(), for the thread that calls it and for new ones. `kv_events`: "tcp://127.0.0.1:5557", or a
     KVEventsConfig, has replica r publish at port 5557 + r what it caches and drops, for routers that listen to vLLM
     (docs/kv-events.md).
+    A replica that is lost, hangs or is unfit (rayk.kvcache.poison) is replaced by itself, empty; one that cannot be
+    started, or dies at once, is tried again later and later, and given up in the end: replacements() says how that
+    stands, and add_replicas() begins anew. `replace=False`: lost ones stay lost.
     Safe to use from several threads and event loops. close() (also the end of a `with` block) ends it.
     """
 
@@ -99,6 +105,7 @@ class Cluster:
         threads: int | None = None,
         tokenizer: Any = None,
         kv_events: str | KVEventsConfig | None = None,
+        replace: bool = True,
     ) -> None:
         from rayk.scheduler.router.policies import wants_keys
         from rayk.scheduler.router.router import RouterSettings
@@ -125,9 +132,10 @@ class Cluster:
             tiers=tiers,
             kv_events=checked(kv_events, prefix_caching, replicas),
             threads=threads,
+            replaced=replace,
             engine=EngineSettings(chunk_size=chunk_size, watermark=watermark),
         )
-        source = replace(model_source(model, dtype, attention), model_id=model_id)
+        source = changed(model_source(model, dtype, attention), model_id=model_id)
         if disk_dir is not None and source.folder is None:
             source.identity()  # it has none: here, before anything is started
         self._own_session = session is None
@@ -157,7 +165,7 @@ class Cluster:
             plans_copies=settings.peer_copies,
             reports_backlog=False,
         )
-        self._dispatcher = Dispatcher(self._replicas.post, routing, max_retries)
+        self._dispatcher = Dispatcher(self._replicas.post, routing, max_retries, replace=replace)
         if settings.peer_copies:
             index = self._dispatcher.router.index
             self._dispatcher.router.fetching = CopyPlanner(
@@ -167,16 +175,18 @@ class Cluster:
         self._membership = threading.Lock()  # one joins or leaves at a time
         self._session.adopt(self)
         self._readers: dict[int, threading.Thread] = {}
+        self._keeper = Keeper(self._dispatcher, self._start_due, self._replicas.leaving if replace else None)
         for replica in range(replicas):
             self._dispatcher.meet(replica, self.facts[replica].epoch, self.facts[replica].endpoint)
         for replica in range(replicas):
             self._follow(replica)
+        self._keeper.start()
 
     def _start(self, source: ModelSource, settings: ServeSettings) -> Replicas:
         if self._session.name is not None:
             raise NotBuiltError("Cluster in a named session")
         if settings.device == "auto":
-            settings = replace(settings, device=_device(self._session, settings.replicas))
+            settings = changed(settings, device=_device(self._session, settings.replicas))
         if self._session.runtime == "inline":
             return InlineReplicas(source, settings)
         from rayk.actors.engine import RayReplicas
@@ -303,6 +313,7 @@ class Cluster:
             log.warning("replica %d is lost and could not be ended", replica, exc_info=error)
         finally:
             self._dispatcher.lose(replica, reason)
+            self._keeper.wake()
 
     # -- replicas that come and go -----------------------------------------------------------------------
 
@@ -321,16 +332,35 @@ class Cluster:
         with self._membership:
             self._check_open()
             added = self._dispatcher.enlist(n)
-            try:
-                self._replicas.add(added, timeout)
-            except BaseException:
-                self._dispatcher.give_up(added)
-                raise
-            for replica in added:
-                facts = self.facts[replica]
-                self._dispatcher.join(replica, facts.pages, facts.epoch, facts.endpoint)
-                self._follow(replica)
+            self._start_replicas(added, timeout)
             return added
+
+    def _start_replicas(self, replicas: Sequence[int], timeout: float) -> None:
+        try:
+            self._replicas.add(replicas, timeout)
+        except BaseException as error:
+            self._dispatcher.give_up(replicas, error)
+            raise
+        for replica in replicas:
+            facts = self.facts[replica]
+            self._dispatcher.join(replica, facts.pages, facts.epoch, facts.endpoint)
+            self._follow(replica)
+
+    def _start_due(self) -> None:
+        """Start what is due in place of lost replicas, one after the other: one that fails keeps no other away."""
+        with self._membership:
+            for replica in self._dispatcher.take_due():
+                try:
+                    self._start_replicas([replica], REPLACE_SECONDS)
+                    log.warning("replica %d was lost and is replaced", replica)
+                except Exception as error:
+                    if not self._dispatcher.closed:
+                        log.warning("replica %d was lost and cannot be replaced: %s", replica, error)
+
+    def replacements(self) -> list[Replacement]:
+        """What is done about lost replicas: why each was lost or could not be started again, how often in a row that
+        failed, whether it is given up, and seconds until the next attempt. Empty with replace=False."""
+        return self._dispatcher.replacements()
 
     def drain_replica(self, replica: int, *, hand_over: bool = False) -> None:
         """Give a replica no new requests. Those that it has end there, or with `hand_over` go on elsewhere at once:
@@ -430,6 +460,8 @@ class Cluster:
             return
         for handle in self._dispatcher.close():
             handle.end(RequestCancelledError(handle.id, len(handle.tokens)))
+        self._keeper.stop()
+        self._replicas.give_up()
         with self._membership:
             self._replicas.close()
         for reader in self._readers.values():

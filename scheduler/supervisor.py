@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from rayk.errors import IntegrityError, NoPlaceError
+from rayk.errors import IntegrityError
 from rayk.scheduler.lifecycle import ReplicaLifecycle
 from rayk.scheduler.membership import State
 
@@ -40,6 +40,9 @@ class RestartPolicy:
     attempts: int = 5
     most: int = 30
     window: float = 600.0
+
+
+POLICY = RestartPolicy()
 
 
 class Replacement(NamedTuple):
@@ -74,7 +77,7 @@ class Supervisor:
         replace: bool,
         policy: RestartPolicy | None = None,
     ) -> None:
-        self.policy = policy or RestartPolicy()
+        self.policy = policy or POLICY
         self.lifecycle = lifecycle
         self._members = lifecycle.members
         self._clock = clock
@@ -252,8 +255,3 @@ class Supervisor:
         for replica in self._leaving:
             if self._members.state(replica) is State.ready:
                 raise IntegrityError("supervisor", f"replica {replica} is ready and not wanted")
-
-
-def placeless(error: BaseException) -> bool:
-    """Whether a replica could not be started because there was no place for it now."""
-    return isinstance(error, NoPlaceError)

@@ -24,7 +24,7 @@ from rayk.dispatch.engine_scripts import EngineScripts
 from rayk.dispatch.evacuation import Evacuations
 from rayk.dispatch.output import Handle, deliver, end_as_reported
 from rayk.dispatch.placing import Placing
-from rayk.errors import DrainError, RaykError, ReplicaLostError, ReplicaStateError
+from rayk.errors import DrainError, NoPlaceError, RaykError, ReplicaLostError, ReplicaStateError
 from rayk.protocol.admission import AdmissionState
 from rayk.protocol.engine import Cancel, Command, Ended, HandOver, Query, Report
 from rayk.request_errors import RequestCancelledError, RequestError
@@ -32,7 +32,9 @@ from rayk.scheduler.lifecycle import ReplicaLifecycle
 from rayk.scheduler.membership import HERE, Membership, State
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.scaling import Removed
+from rayk.scheduler.supervisor import Replacement, Supervisor
 from rayk.transport.choice import Endpoint
+from rayk.values import told
 
 log = logging.getLogger("rayk.engine")
 
@@ -41,7 +43,7 @@ OFFER_SECONDS = 60.0  # after which a replica goes though somebody has not answe
 
 class Dispatcher:
     """Safe to use from several threads. `settings` are its router's; `post` sends a command to a replica and must not
-    block; `max_retries`: how often a request may lose its replica."""
+    block; `max_retries`: how often a request may lose its replica. With `replace` lost replicas are wanted back."""
 
     def __init__(
         self,
@@ -49,12 +51,14 @@ class Dispatcher:
         settings: RouterSettings,
         max_retries: int,
         clock: Callable[[], float] = monotonic,
+        replace: bool = False,
     ) -> None:
         self._post = post
         self.router = settings.make(clock)
         self.members = Membership([1] * len(settings.pages))
         self._lifecycle = ReplicaLifecycle(self.members, self.router, self._ids_on, lambda ids: None, settings)
         self._lifecycle.on_replica_gone = lambda replica, ids: self._placing.replica_gone(replica)
+        self._supervisor = Supervisor(self._lifecycle, clock, replace)
         self._max_retries = max_retries
         self._clock = clock
         self._handles: dict[int, Handle] = {}  # not over
@@ -158,8 +162,9 @@ class Dispatcher:
         return left
 
     def _pump(self) -> None:
-        """Place what waits; without replicas that answer nothing will be placed."""
-        for handle in self._placing.waiting.handles if not self.members.here else ():
+        """Place what waits; without replicas that answer, now or to come, nothing will be placed."""
+        hopeless = not self.members.here and not self._supervisor.hopeful
+        for handle in self._placing.waiting.handles if hopeless else ():
             self._end(handle, self._lost_error(handle))
         self._placing.pump()
 
@@ -212,7 +217,7 @@ class Dispatcher:
                 return
             self._why_lost = reason
             epoch = self.members.epochs[replica]
-            for lose in (partial(self._lifecycle.lose, epoch=epoch), self._scripts.lose):
+            for lose in (partial(self._supervisor.lose, epoch=epoch, reason=reason), self._scripts.lose):
                 try:
                     lose(replica)
                 except Exception:  # the requests have to be told whatever it is
@@ -220,7 +225,7 @@ class Dispatcher:
             for handle in reversed(self._on(replica)):
                 if handle.unwanted:
                     self._end(handle, RequestCancelledError(handle.id, len(handle.tokens)))
-                elif handle.retries >= self._max_retries or not self.members.here:
+                elif handle.retries >= self._max_retries or not (self.members.here or self._supervisor.hopeful):
                     self._end(handle, self._lost_error(handle))
                 else:
                     handle.retries += 1
@@ -252,16 +257,35 @@ class Dispatcher:
     def enlist(self, count: int) -> list[int]:
         """Indices for `count` replicas that are being started: those of lost ones, then new ones."""
         with self._lock:
-            replicas = self._lifecycle.enlist(count)
-            for replica in replicas:
-                self._lifecycle.start(replica)
-            return replicas
+            return self._started(self._supervisor.enlist(count, ""))
 
-    def give_up(self, replicas: Sequence[int]) -> None:
-        """Those could not be started."""
+    def take_due(self) -> list[int]:
+        """Indices of lost replicas at which others are to be started now, as after enlist()."""
         with self._lock:
+            return self._started(self._supervisor.take("")) if not self.closed else []
+
+    def _started(self, replicas: list[int]) -> list[int]:
+        for replica in replicas:
+            self._lifecycle.start(replica)
+        return replicas
+
+    def seconds(self) -> float | None:
+        """Until take_due() has something; None when it will not, as far as it is known now."""
+        with self._lock:
+            return self._supervisor.seconds() if not self.closed else None
+
+    def replacements(self) -> list[Replacement]:
+        """What is done about lost replicas."""
+        with self._lock:
+            return self._supervisor.replacements() if self._supervisor.replaces else []
+
+    def give_up(self, replicas: Sequence[int], error: BaseException) -> None:
+        """Those could not be started."""
+        with self._turn():
             for replica in replicas:
-                self._lifecycle.give_up(replica)
+                self._supervisor.give_up(replica, told(error), isinstance(error, NoPlaceError))
+            if not self.closed:
+                self._pump()
 
     def meet(self, replica: int, epoch: int, endpoint: Endpoint | None) -> None:
         """Pages can be copied to and from that replica."""
@@ -278,19 +302,20 @@ class Dispatcher:
     def join(self, replica: int, pages: int, epoch: int, endpoint: Endpoint | None) -> None:
         """A replica of enlist(), with so many pages, takes requests from now on; see meet()."""
         with self._turn():
-            self._lifecycle.join(replica, self.members.version, pages)
+            self._supervisor.join(replica, self.members.version, pages)
             self.meet(replica, epoch, endpoint)
             self._pump()
 
-    def drain(self, replica: int) -> None:
-        """Give a replica nothing new; what it has goes on there. ReplicaStateError for a lost one."""
+    def drain(self, replica: int, leaving: bool = True) -> None:
+        """Give a replica nothing new; what it has goes on there. ReplicaStateError for a lost one. Without `leaving`
+        another is to take its place."""
         with self._turn():
-            self._lifecycle.drain(replica)
+            self._supervisor.drain(replica, leaving)
 
     def resume(self, replica: int) -> None:
         """Let a draining replica take requests again."""
         with self._turn():
-            self._lifecycle.resume(replica)
+            self._supervisor.resume(replica)
             self._pump()
 
     def check_live(self, replica: int) -> None:
@@ -352,7 +377,7 @@ class Dispatcher:
                 raise DrainError(replica, dict.fromkeys(left, "it runs there"))
             if self.members.state(replica) is State.ready:  # the drain was taken back
                 raise ReplicaStateError(replica, State.ready, "be removed")
-            self._lifecycle.remove(replica)
+            self._supervisor.remove(replica)
             self._scripts.lose(replica)
             self._disconnect()
             return removed

@@ -9,7 +9,8 @@ left of the token budget with chunks of prompts, admitting requests while pages 
 of which a part is on its way from a tier is left out until it has landed.
 
 Requests keep their place in the queue, and the newest one makes way first, so the oldest always comes to its end. A
-forward that raises is repeated on halves of its batch until the request at fault is alone; only that one fails.
+forward that raises is repeated on halves of its batch until the request at fault is alone; only that one fails. An
+error that leaves the replica unfit (rayk.kvcache.poison) is raised: it is of no request.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rayk.engine.sequence import SequenceState
 from rayk.engine.sequence_table import SequenceTable
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.errors import InsufficientBlocksError, RaykError
+from rayk.kvcache.poison import Poison
 from rayk.kvcache.replica import ReplicaCore
 from rayk.protocol.engine import Query
 from rayk.protocol.engine_reports import MOVED, Event, PromptLogprobs, Tokens
@@ -68,6 +70,7 @@ class Engine:
         self.held_up = False  # the last step could do nothing but wait for the tiers
         self._orders = 0
         self._counters = EngineCounters()
+        self._poison = Poison()
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -286,6 +289,9 @@ class Engine:
         for at, logits in done.whole.items():
             self._score(chunks[at - len(batch)], logits)
         if done.failed:
+            for error in done.failed.values():
+                if self._poison.note(error):
+                    raise error  # of no request: all of them go on elsewhere
             forwarded = [*batch.sequences, *chunks]
             failed = {forwarded[at]: error for at, error in done.failed.items()}
             logits_of = {each: at for at, each in enumerate(each for each in forwarded if each not in failed)}
@@ -297,6 +303,7 @@ class Engine:
             order = [logits_of[each] for each in (*batch.sequences, *chunks)]  # rows have moved up
             self._take(chunks, done.logits[order])
         elif done.logits is not None:
+            self._poison.clear()
             self._take(chunks, done.logits)
 
     def _score(self, sequence: SequenceState, logits: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from rayk.engine.engine import Engine
 from rayk.engine.settings import EngineStats
 from rayk.errors import RaykError, RemoteError
+from rayk.kvcache.progress import Progress
 from rayk.protocol.engine import Cancel, Command, HandOver, Query, Report, Submit
 from rayk.protocol.engine_reports import MOVED, Event, Finished, Tokens
 from rayk.request_errors import RequestCancelledError
@@ -54,6 +55,7 @@ class EngineThread:
         self._stopped = False
         self._failures: dict[int, RemoteError] = {}  # of engines that raised
         self._failure: RemoteError | None = None  # of the thread, and so of all
+        self._progress = Progress()
         self._thread = Thread(target=self._run, name="rayk-engine", daemon=True)
 
     def start(self) -> EngineThread:
@@ -138,6 +140,10 @@ class EngineThread:
     def _failed(self, number: int) -> RemoteError | None:
         return self._failures.get(number) or self._failure
 
+    def stalled(self) -> float:
+        """Seconds for which a step did not get on; to be asked every second. See rayk.kvcache.progress."""
+        return self._progress.stalled()
+
     def fail(self, number: int, error: Exception) -> None:
         """Mark that engine as lost: its reports end with the reason, and it is not stepped again."""
         with self._changed:
@@ -186,10 +192,13 @@ class EngineThread:
 
     def _try(self, number: int, what: Callable[[], None]) -> None:
         """Do something to one engine. What it raises belongs to no request: the engine is lost, with that reason."""
+        self._progress.begin()
         try:
             what()
         except Exception as error:
             self.fail(number, error)
+        finally:
+            self._progress.end()
 
     def _wait(self) -> bool:
         """Until there is something to do; what arrived is done with. False when it is over."""

@@ -138,6 +138,12 @@ class InlineReplicas:
         self._thread_of[replica].remove(replica)
         self._pools.pop(Peer(replica, self.facts[replica].epoch), None)
 
+    def leaving(self) -> list[int]:
+        return []
+
+    def give_up(self) -> None:
+        pass  # a model that is being loaded in this process cannot be interrupted
+
     def drop(self, replica: int) -> None:
         self.remove(replica)
 

@@ -103,6 +103,7 @@ class ServeSettings:
     peer_copies: bool = False  # of prefixes, between replicas
     graphs: bool = True  # decode steps as CUDA graphs
     kv_events: KVEventsConfig | None = None  # where replicas publish what they cache
+    replaced: bool = False  # lost replicas are: one that hangs is soon counted as lost
     threads: int | None = None  # of torch; None: one in a process of a replica's own, the caller's number inline
     engine: EngineSettings = field(default_factory=EngineSettings)
 
@@ -179,6 +180,14 @@ class Replicas(Protocol):
 
     def remove(self, replica: int) -> None:
         """End a replica that has nothing to do any more, or that was dropped; its tiers are left in order."""
+        ...
+
+    def leaving(self) -> list[int]:
+        """Those whose nodes are about to go, as far as it is known."""
+        ...
+
+    def give_up(self) -> None:
+        """Have an add() that is under way fail soon. close() follows."""
         ...
 
     def drop(self, replica: int) -> None:

@@ -141,7 +141,7 @@ def test_cancelling_while_it_computes(session: InferenceSession) -> None:
 
 def test_a_killed_replicas_requests_go_on(session: InferenceSession) -> None:
     others = engine_pids()
-    with Cluster(slow_model, session, **SETTINGS) as cluster:
+    with Cluster(slow_model, session, replace=False, **SETTINGS) as cluster:
         pids = sorted(engine_pids() - others)
         assert len(pids) == 2
         prompts = [[i, i + 1] for i in range(8)]
@@ -161,7 +161,7 @@ def test_a_killed_replicas_requests_go_on(session: InferenceSession) -> None:
 def test_a_silent_replica_counts_as_lost(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayk.actors.engine.SILENT_SECONDS", 4.0)
     others = engine_pids()
-    with Cluster(slow_model, session, **SETTINGS) as cluster:
+    with Cluster(slow_model, session, replace=False, **SETTINGS) as cluster:
         stopped = min(engine_pids() - others)
         handles = cluster.submit_all([[i, i + 1] for i in range(4)], max_new_tokens=60)
         until(lambda: all(len(handle.tokens) > 2 for handle in handles))

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
 from ray import cloudpickle
@@ -59,20 +60,25 @@ def test_one_joins_and_one_leaves_while_requests_run(session: InferenceSession) 
     until(lambda: engine_pids() == others and placements() == groups)
 
 
-def test_a_killed_replica_is_replaced_in_its_place(session: InferenceSession) -> None:
+@pytest.mark.parametrize(("stop", "seconds"), [(signal.SIGKILL, 10.0), (signal.SIGSTOP, 20.0)])
+def test_a_killed_or_hung_replica_is_replaced_in_its_place(
+    session: InferenceSession, stop: signal.Signals, seconds: float
+) -> None:
     groups, others = placements(), engine_pids()
     with Cluster(slow_model, session, **SETTINGS) as cluster:
         doomed = min(engine_pids() - others)
-        handles = cluster.submit_all([[i, i + 1] for i in range(8)], max_new_tokens=40)
+        handles = cluster.submit_all([[i, i + 1] for i in range(8)], max_new_tokens=200)
         until(lambda: all(len(handle.tokens) > 2 for handle in handles))
-        os.kill(doomed, signal.SIGKILL)
-        until(lambda: "lost" in cluster.replica_states())
-        lost = cluster.replica_states().index("lost")
-        assert cluster.add_replicas() == [lost] and len(placements()) == len(groups) + 1
-        assert [handle.result(60).tokens for handle in handles] == [expected([i, i + 1], 40) for i in range(8)]
+        began = time.monotonic()
+        os.kill(doomed, stop)
+        until(lambda: not running([doomed]))
+        until(lambda: cluster.replica_states() == ["ready", "ready"])
+        assert time.monotonic() - began < seconds, "most of it is the start of a process on a busy machine"
+        assert len(placements()) == len(groups) + 1, "in the bundle of the one before"
+        assert [handle.result(60).tokens for handle in handles] == [expected([i, i + 1], 200) for i in range(8)]
         again = cluster.generate([[i, 3] for i in range(20)], max_new_tokens=5)
         assert [output.tokens for output in again] == [expected([i, 3], 5) for i in range(20)]
-        assert {output.replica for output in again} == {0, 1}
+        assert {output.replica for output in again} == {0, 1} and cluster.replacements() == []
     until(lambda: engine_pids() == others and placements() == groups)
 
 

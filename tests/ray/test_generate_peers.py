@@ -59,7 +59,7 @@ def test_every_line_carries_pages(session: InferenceSession, monkeypatch: pytest
 def test_either_side_may_die(session: InferenceSession, seed: int) -> None:
     others, draw = engine_pids(), random.Random(seed)
     asked = prompts(20, 60, seed=seed)
-    with Cluster(slow_model, session, **SETTINGS | {"replicas": 3}) as cluster:
+    with Cluster(slow_model, session, replace=False, **SETTINGS | {"replicas": 3}) as cluster:
         doomed = draw.choice(sorted(engine_pids() - others))
         cluster.generate(asked, max_new_tokens=2)
         handles, moment = cluster.submit_all(asked * 2, max_new_tokens=6), draw.randrange(20)

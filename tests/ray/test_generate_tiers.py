@@ -77,7 +77,7 @@ def test_replicas_share_their_tiers_and_a_restart_finds_the_pages(session: Infer
 def test_an_engine_that_is_killed_leaves_its_tiers_sound(session: InferenceSession, tmp_path: Path, seed: int) -> None:
     before, draw = engine_pids(), random.Random(seed)
     tiers = {"host_memory": 20 * 64, "disk_dir": tmp_path, "disk_memory": "16KiB"}
-    with Cluster(slow_model, session, **tiers, **SETTINGS) as cluster:
+    with Cluster(slow_model, session, replace=False, **tiers, **SETTINGS) as cluster:
         doomed = draw.choice(sorted(engine_pids() - before))
         handles, moment = cluster.submit_all(ASKED * 2, max_new_tokens=6), draw.randrange(1, 50)
         until(lambda: sum(handle.done for handle in handles) >= moment)

@@ -271,7 +271,7 @@ class Dying(InlineReplicas):
 def dying(monkeypatch: pytest.MonkeyPatch, doomed: dict[int, int], **settings: Any) -> Cluster:
     monkeypatch.setattr(Dying, "doomed", doomed, raising=False)
     monkeypatch.setattr("rayk.cluster.InlineReplicas", Dying)
-    settings = {"replicas": len(doomed) + 1} | settings
+    settings = {"replicas": len(doomed) + 1, "replace": False} | settings
     return Cluster(model, page_size=4, pages=64, max_batch_size=4, **settings)
 
 
@@ -322,7 +322,7 @@ def test_a_bug_in_the_engine_is_a_lost_replica(monkeypatch: pytest.MonkeyPatch) 
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(Engine, "step", broken)
-    with Cluster(model, page_size=4, pages=64) as cluster:
+    with Cluster(model, page_size=4, pages=64, replace=False) as cluster:
         [output] = cluster.generate([[1, 2]])
         assert isinstance(output.error, ReplicaLostError) and "ZeroDivisionError: a bug" in str(output.error)
 
@@ -363,7 +363,7 @@ def test_readers_of_its_events_foresee_what_is_cached(monkeypatch: pytest.Monkey
     events = KVEventsConfig(*(f"ipc://{tmp_path}/{name}" for name in ("live", "replay", "all")))
     settings = {"replicas": 2, "page_size": 4, "pages": 30, "max_batch_size": 4, "peer_copies": False}
     readers = [Reader(zmq, f"ipc://{tmp_path}/live{r}", f"ipc://{tmp_path}/replay{r}") for r in ("", "_dp1")]
-    with Cluster(model, kv_events=events, **settings) as cluster:
+    with Cluster(model, kv_events=events, replace=False, **settings) as cluster:
         asked, hits = prompts(12, 40, shared=9), set()
         for prompt in [*asked, *asked]:
             for r, reader in enumerate(readers):

@@ -183,7 +183,7 @@ def test_a_lost_replica_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_thread_that_died_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Cluster(model, replicas=2, host_memory="64KiB", **SETTINGS) as cluster:
+    with Cluster(model, replicas=2, replace=False, host_memory="64KiB", **SETTINGS) as cluster:
         with monkeypatch.context() as broken:
             broken.setattr(Engine, "step", lambda self: 1 / 0)
             assert cluster.generate([[1, 2]])[0].error is not None

@@ -261,7 +261,7 @@ def test_a_replica_that_raises_is_lost_alone(monkeypatch: pytest.MonkeyPatch) ->
         return step(self)
 
     monkeypatch.setattr(Engine, "step", broken)
-    with Cluster(lambda device: PageModel(), replicas=2, page_size=4, pages=64) as cluster:
+    with Cluster(lambda device: PageModel(), replicas=2, page_size=4, pages=64, replace=False) as cluster:
         outputs = cluster.generate([[i, i] for i in range(8)], max_new_tokens=9)
         assert [output.tokens for output in outputs] == [expected([i, i], 9) for i in range(8)]
         assert cluster.replica_states() == ["lost", "ready"]

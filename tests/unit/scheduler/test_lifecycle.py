@@ -69,7 +69,7 @@ class Replicas:
             pass
 
     def carry_out(self, steps: Steps) -> None:
-        assert self.lifecycle.enlist(len(steps.start)) == steps.start
+        assert self.lifecycle.enlist_at(steps.start) == steps.start
         for replica in steps.drain:
             self.lifecycle.drain(replica)
 
