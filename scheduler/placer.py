@@ -34,7 +34,7 @@ from rayk.scheduler.router.policy import RouteRequest
 from rayk.scheduler.router.router import Router
 from rayk.scheduler.script import Part, ReplicaCall, Script
 from rayk.scheduler.transfers.links import LinkTable
-from rayk.scheduler.transfers.transfer import Copies, ExportedSpan, Groups, PageTransfers
+from rayk.scheduler.transfers.transfer import Copies, ExportedSpan, Groups, PageTransfers, distinct
 
 Owner = tuple[str, int]  # a client, and the generation of its claim: which script of all that made it
 
@@ -378,7 +378,7 @@ class Placer:
                 if isinstance(told.result, m.AdmitDone):
                     outcomes.put(rows, told.result)
                     if told.result.arrivals:
-                        parts = [copy for i in rows for copy in copies.get(i, ())]
+                        parts = distinct(copies.get(i, ()) for i in rows)
                         busy = float(np.frombuffer(told.result.seconds).sum())  # claiming and allocating
                         broken += self.transfers.arrived(parts, told.result.arrivals, took - busy)
                 elif isinstance(told.result, m.Failure):

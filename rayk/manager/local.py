@@ -19,6 +19,7 @@ from rayk.context import TextContext
 from rayk.errors import (
     AlreadyClaimedError,
     InsufficientBlocksError,
+    OverloadedError,
     RaykError,
     cannot_be_sent,
 )
@@ -204,15 +205,22 @@ class LocalCalls(InlineReplicas):
 
     def enter(self, ctxs: Sequence[TextContext], given_up: Sequence[str]) -> Settled:
         offers: dict[str, TextContext] = {}
-        became: Settled = []
+        became, self._became = self._became, []
         for ctx in ctxs:
             if ctx.request_id in self._offered or offers.setdefault(ctx.request_id, ctx) is not ctx:
                 became.append((ctx, Admission(-1, AlreadyClaimedError(ctx.request_id, -1))))
         self._offered.update(offers)
         contexts = local_contexts(list(offers.values()))
-        done: m.EnterDone = self._ask(
-            m.Enter(contexts, self._copies, given_up=list(given_up), prefill_rate=self.prefill_rate)
-        )
+        try:
+            done: m.EnterDone = self._ask(
+                m.Enter(contexts, self._copies, given_up=list(given_up), prefill_rate=self.prefill_rate)
+            )
+        except BaseException:  # interrupted: what the queue had not taken up by then is given up
+            for request_id in offers if self._controller is None else self._controller.unknown(ME, offers):
+                given_up_here = Admission(-1, OverloadedError(request_id, "its offer was interrupted", 0.0))
+                became.append((self._offered.pop(request_id), given_up_here))
+            self._became += became
+            raise
         outcomes = AdmitResults.received(done.numbers, done.seconds, done.failures, len(done.ids))
         for request_id, admission in zip(done.ids, outcomes.admissions(done.replicas), strict=True):
             ctx = self._offered.pop(request_id)

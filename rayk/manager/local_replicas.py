@@ -18,6 +18,7 @@ from rayk.context import TextContext
 from rayk.errors import DrainError, RaykError, ReplicaRemovedError
 from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.replica import ReplicaCore
+from rayk.kvcache.tick import Settled
 from rayk.params import KVCacheParams
 from rayk.planning.node_plan import measure_node, plan_replica
 from rayk.protocol.admission import AdmissionPolicy
@@ -35,6 +36,7 @@ from rayk.transport.choice import Peer
 
 R = TypeVar("R")
 ME = ""  # the one driver of the inline runtime
+WEIGHS_LOADS = (m.Enter, m.DrainReplica, m.Describe)  # commands that go by how busy replicas are, or say it
 
 
 class InlineReplicas(ABC):
@@ -66,6 +68,7 @@ class InlineReplicas(ABC):
         self._pools: dict[Peer, PageBuffers] = {}
         self._filling: dict[str, tuple[TextContext, int]] = {}  # requests that may still have tokens to prefill
         self._offered: dict[str, TextContext] = {}  # requests that wait
+        self._became: Settled = []  # of those that a call offered which was interrupted
         self.prefill_rate: float | None = None
         self.allocators: dict[int, Callable[[TextContext], Any]] = {}
         self.cores: list[ReplicaCore | None] = []
@@ -183,7 +186,8 @@ class InlineReplicas(ABC):
 
     def _ask(self, command: m.SchedulerCommand) -> Any:
         """What the scheduler makes of a command; an error that it answers with is raised."""
-        self._report()
+        if isinstance(command, WEIGHS_LOADS):
+            self._report()
         result = self._run(self.scheduler.handle(ME, command))
         if isinstance(result, m.Failure):
             raise m.to_error(result)
@@ -225,7 +229,6 @@ class InlineReplicas(ABC):
                 del self._filling[request_id]
         self._turn += 1
         for core in self._there:
-            core.publish()
             self._router.report(core.replica, waiting[core.replica], 0)
             if self._controller is not None:
                 self._controller.watermarks.report(core.replica, self._turn, core.usage.used)

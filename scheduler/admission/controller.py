@@ -180,6 +180,11 @@ class AdmissionController:
             del self._open[client]
         return self._fates.pop(client, []), len(mine or ())
 
+    def unknown(self, client: str, request_ids: Iterable[str]) -> list[str]:
+        """Those of the driver's requests that neither wait nor are settled."""
+        known = {*self._open.get(client, ()), *(fate.request_id for fate in self._fates.get(client, ()))}
+        return [request_id for request_id in request_ids if request_id not in known]
+
     def on_release(self, request_ids: Iterable[str]) -> None:
         """Those have no place any more; unknown ones are ignored."""
         for request_id in request_ids:

@@ -55,11 +55,15 @@ class AdmissionScripts:
         if command.joined == placer.joined:  # else they may be of replicas that were there before
             placer.router.reports(command.seen, command.unfilled)
         placed: list[tuple[Admitted, Owner]] = []
-        for row in range(len(batch.ids)):
-            self._let_in(placed)  # only what finds no room waits, and counts as waiting for those behind it
-            self._offer(client, batch, row, keys[row] if keys is not None else None)
-        controller.expire()
-        self._let_in(placed)
+        try:
+            for row in range(len(batch.ids)):
+                self._let_in(placed)  # only what finds no room waits, and counts as waiting for those behind it
+                self._offer(client, batch, row, keys[row] if keys is not None else None)
+            controller.expire()
+            self._let_in(placed)
+        except BaseException:  # interrupted, in the process of a driver: those wait again
+            self._settle(placed, AdmitResults(len(placed)))
+            raise
         if placed:
             yield from self._place(placed, command.peers)
         return self._answer(client) if command.hear else m.Done()
@@ -116,10 +120,13 @@ class AdmissionScripts:
             yield from placer.take_back({admitted.ticket.request_id: owner for admitted, owner in placed})
             raise
         finally:
-            for row, (admitted, owner) in enumerate(placed):
-                self._settle(admitted, owner, outcomes, row)
+            self._settle(placed, outcomes)
 
-    def _settle(self, admitted: Admitted, owner: Owner, outcomes: AdmitResults, row: int) -> None:
+    def _settle(self, placed: Sequence[tuple[Admitted, Owner]], outcomes: AdmitResults) -> None:
+        for row, (admitted, owner) in enumerate(placed):
+            self._settle_one(admitted, owner, outcomes, row)
+
+    def _settle_one(self, admitted: Admitted, owner: Owner, outcomes: AdmitResults, row: int) -> None:
         controller, ticket = self._controller, admitted.ticket
         controller.answered(admitted)
         if outcomes.numbers[row, 0] >= 0:

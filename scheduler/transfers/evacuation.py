@@ -148,9 +148,16 @@ class Evacuation:
             going: dict[int, list[int]] = {}
             for i in sorted(copies):
                 going.setdefault(now[i].target, []).append(i)
-            began = self._clock()
-            answers = yield [self._keep(r, [(views[now[i].row], copies[i]) for i in each]) for r, each in going.items()]
-            took, broken = self._clock() - began, list[ExportedSpan]()
+            began, broken = self._clock(), list[ExportedSpan]()
+            keeps = [self._keep(r, [(views[now[i].row], copies[i]) for i in each]) for r, each in going.items()]
+            try:
+                answers = yield keeps
+            except GeneratorExit:
+                raise
+            except BaseException:  # interrupted: nothing stays pinned
+                yield from self._transfers.acknowledge(copies)
+                raise
+            took = self._clock() - began
             for (target, each), told in zip(going.items(), answers, strict=True):
                 if not isinstance(told.result, m.KeepDone):
                     failed.add(target)

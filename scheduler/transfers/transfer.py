@@ -85,18 +85,25 @@ class PageTransfers:
         if found is None:
             found = yield from self.look_up(here, views)
         orders: list[CopyOrder] = []
-        known: set[tuple[Any, ...]] = set()
+        known: dict[tuple[Any, ...], int] = {}
+        sharing: dict[int, list[int]] = {}  # rows, and those whose copies they use, too
         for at, i in enumerate(wanted):
             target = replicas[i]
             for span in self._missing(found, at, target, prefill_rate):
                 if len(wanted) > 1:
                     traits, tokens = batch.traits(i), batch.tokens(i)[: span.stop * self.page_size * 4]
                     coming = (target, span, traits.cache_salt, traits.adapter, tokens)
-                    if coming in known:
-                        continue  # an earlier request of this batch brings these pages
-                    known.add(coming)
+                    first = known.setdefault(coming, i)
+                    if first != i:  # that request brings these pages, unless it is refused
+                        sharing.setdefault(i, []).append(first)
+                        continue
                 orders.append(CopyOrder(i, target, views[at], span))
-        return (yield from self.export(orders))
+        copies = yield from self.export(orders)
+        for i, rows in sharing.items():
+            parts = [copy for row in dict.fromkeys([*rows, i]) for copy in copies.get(row, ())]
+            if parts:
+                copies[i] = sorted(parts, key=_start)
+        return copies
 
     def _missing(self, found: Mapping[int, m.Found], at: int, target: int, prefill_rate: float | None) -> list[Span]:
         """What the request `at` of a lookup gets from others."""
@@ -159,7 +166,7 @@ class PageTransfers:
                         again.append(order)
             orders = again
         for parts in copies.values():
-            parts.sort(key=lambda copy: copy.export.start)
+            parts.sort(key=_start)
         return copies
 
     def _peer(self, replica: int) -> Peer:
@@ -173,12 +180,15 @@ class PageTransfers:
 
     @staticmethod
     def import_descriptors(rows: Iterable[Sequence[ExportedSpan]]) -> ImportDescriptors:
-        """What the target is told of the copies for each of its rows."""
+        """What the target is told of the copies for each of its rows; those of several rows are told once."""
         descriptors, uses, data = list[m.ImportHead](), dict[int, list[int]](), list[Any]()
+        told: dict[int, int] = {}
         for row, parts in enumerate(rows):
             if parts:
-                uses[row] = list(range(len(descriptors), len(descriptors) + len(parts)))
+                uses[row] = [told.setdefault(id(copy), len(told)) for copy in parts]
             for copy in parts:
+                if told[id(copy)] < len(descriptors):
+                    continue
                 export = copy.export
                 how = (copy.kind, *copy.source, export.export_id, export.pages, export.offer, export.expires)
                 descriptors.append(m.ImportHead(export.start, export.hashes, *how))
@@ -209,7 +219,7 @@ class PageTransfers:
         """Have the exports unpinned, and links that broke closed at the source; the target's end is closed already. A
         source that was replaced meanwhile is told nothing: its numbers of exports mean others now."""
         exported: dict[int, list[int]] = {}
-        for copy in (copy for parts in copies.values() for copy in parts):
+        for copy in distinct(copies.values()):
             if self._runs(copy.source):
                 exported.setdefault(copy.source.replica, []).append(copy.export.export_id)
         calls = [ReplicaCall(source, m.Acknowledge(ids)) for source, ids in exported.items()]
@@ -221,6 +231,15 @@ class PageTransfers:
     def _runs(self, source: Peer) -> bool:
         """Whether that replica was neither lost nor replaced, as far as it ever introduced itself."""
         return source.epoch in (0, self._peer(source.replica).epoch)
+
+
+def distinct(rows: Iterable[Sequence[ExportedSpan]]) -> list[ExportedSpan]:
+    """The copies of those rows, each once, in the order in which a target is told of them."""
+    return list({id(copy): copy for parts in rows for copy in parts}.values())
+
+
+def _start(copy: ExportedSpan) -> int:
+    return copy.export.start
 
 
 def _unpin(source: int, result: m.Result) -> list[ReplicaCall]:

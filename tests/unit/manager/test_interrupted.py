@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 import rayk.manager.manager
-from rayk import AdmissionPolicy, PagedKVCacheManager, TextContext
+from rayk import AdmissionPolicy, InferenceSession, PagedKVCacheManager, TextContext
 from rayk.errors import AlreadyClaimedError, BatchError, CallTimeoutError, InsufficientBlocksError
 from rayk.manager import placing_calls
+from rayk.scheduler.admission.controller import AdmissionController
 
-from ..actors.fake import Event, FakeRuntime, manager_on  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..actors.fake import Event, FakeRuntime, manager_on, params  # noqa: TID252  # tests/ is no package that has an absolute name
 
 Call = Callable[[PagedKVCacheManager], Any]
 
@@ -171,3 +172,24 @@ def test_a_call_places_a_bounded_number_of_requests(
             call()
     assert not held(runtime)
     manager.admit(ctxs[:2])
+
+
+def test_an_offer_that_was_interrupted_in_this_process_can_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer, interrupted = AdmissionController.offer, list[str]()
+
+    def interrupt(self: AdmissionController, queued: Any, request_id: str, *rest: Any) -> None:
+        if request_id == "b" and not interrupted:
+            interrupted.append(request_id)
+            raise KeyboardInterrupt
+        offer(self, queued, request_id, *rest)
+
+    monkeypatch.setattr(AdmissionController, "offer", interrupt)
+    with InferenceSession() as session:
+        manager = PagedKVCacheManager(params(2), session, 16, max_batch_size=8, admission=AdmissionPolicy())
+        ctxs = contexts("a", "b")
+        with pytest.raises(KeyboardInterrupt):
+            manager.admit(ctxs)
+        assert [manager.holder(name) for name in "ab"] == [None, None]
+        manager.admit(ctxs)
+        assert None not in [manager.holder(name) for name in "ab"]
+        manager.shutdown()

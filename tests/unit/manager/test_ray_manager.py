@@ -300,6 +300,17 @@ def test_both_directions_in_one_batch(runtime: FakeRuntime, manager: PagedKVCach
     assert metrics.cross_replica_bytes_copied == 4 * manager.params.bytes_per_page
 
 
+def test_a_copy_that_its_first_request_cannot_use_serves_the_next_one(
+    runtime: FakeRuntime, manager: PagedKVCacheManager
+) -> None:
+    serve(manager, context("old", range(9)), 0)
+    large, small = context("large", range(90)), context("small", [*range(9), 99])
+    refused, admitted = manager.try_admit([large, small], [1, 1])
+    assert isinstance(refused.error, InsufficientBlocksError) and admitted.peer_tokens == 8
+    assert contents(manager, "small", 1, 8) == chain(range(9))[:8]
+    manager.release("small", 1)
+
+
 def used_at(runtime: FakeRuntime, wanted: tuple[str, str], label: str) -> list[int]:
     """Pages in use on replica `label` whenever actor `wanted[0]` runs command `wanted[1]`; filled while it runs."""
     seen: list[int] = []

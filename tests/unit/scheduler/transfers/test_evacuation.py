@@ -151,6 +151,30 @@ def filled(count: int, *sizes: int, length: int = 2) -> Replicas:
     return replicas
 
 
+def test_nothing_stays_pinned_for_one_that_is_interrupted() -> None:
+    replicas = filled(3, 16, 8)
+
+    def interrupt(ask: ReplicaCall) -> None:
+        if isinstance(ask.command, m.Keep):
+            raise KeyboardInterrupt
+
+    def play() -> None:
+        script = Evacuation(PageTransfers(replicas.links, 2), lambda: replicas.ready, lambda: 0.0).run(0)
+        asks = next(script)
+        while True:
+            try:
+                replies = [replicas.answer(ask, interrupt) for ask in asks]
+            except KeyboardInterrupt as error:
+                assert replicas.cores[0].exports.tips
+                asks = script.throw(error)
+            else:
+                asks = script.send(replies)
+
+    with pytest.raises(KeyboardInterrupt):
+        play()
+    assert not replicas.cores[0].exports.tips
+
+
 def test_all_goes_to_those_that_are_ready() -> None:
     replicas = filled(4, 16, 8, 8, 8)
     replicas.ready = [0, 1, 3]
