@@ -10,7 +10,7 @@ with the latest deployment that an answer told of, and ends with it, so that wha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -54,9 +54,6 @@ class Calls(BatchCalls, ScalingCalls):
         elif fast_lane:
             self.lay_lanes()
         self.lease = Lease(runtime, self.scheduler, self.client, name, cluster.started_here) if name else None
-
-    def _allocator(self, replica: int) -> Callable[[TextContext], object]:
-        return lambda ctx: wait_for(self.alloc(ctx, replica))
 
     def look(self) -> None:
         """Take note of replicas that other drivers added and removed."""

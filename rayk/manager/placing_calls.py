@@ -28,7 +28,7 @@ from rayk.errors import (
     cannot_be_sent,
 )
 from rayk.kvcache.tick import Admission, Settled, placed
-from rayk.manager.cluster_view import ClusterView, Script, current, result_of
+from rayk.manager.cluster_view import ClusterView, Script, current, result_of, wait_for
 from rayk.protocol.columns import AdmitResults
 from rayk.scheduler.admission.queue import SOONEST
 from rayk.values import checked_request_id
@@ -92,7 +92,8 @@ class PlacingCalls(ClusterView):
 
     @current
     def release(self, request_id: str, replica: int, force: bool = False) -> Script[None]:
-        request_id = checked_request_id(request_id)
+        if type(request_id) is not str or not request_id or not request_id.isascii():
+            request_id = checked_request_id(request_id)
         holder, generation = self._placed.get(request_id, -1), self._claims.get(request_id, 0)
         if holder not in (-1, replica) and not force:
             raise NotClaimedError(request_id, replica, holder)
@@ -107,6 +108,9 @@ class PlacingCalls(ClusterView):
         [admission] = yield from self._place([ctx], [replica], claim=False, stop_on_error=True)
         if admission.error is not None:
             raise admission.error
+
+    def _allocator(self, replica: int) -> Callable[[TextContext], object]:
+        return lambda ctx: wait_for(self.alloc(ctx, replica))
 
     # -- batches -----------------------------------------------------------------------------------
 
