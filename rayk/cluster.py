@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from rayk.dispatch.calls import AsyncNews, Call, News
+from rayk.dispatch.chat import Message, chat_tokens
 from rayk.dispatch.dispatcher import Dispatcher
 from rayk.dispatch.keeper import Keeper
 from rayk.dispatch.output import Handle, Output, Update
@@ -259,6 +260,18 @@ class Cluster:
             ahead = max(1, min(2 * lined_up, self._admission.max_waiting))
         return Call(self._dispatcher, handles, ahead)
 
+    def chat(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling: Sampling = None,
+        *, tools: Sequence[Message] | None = None, timeout: float | None = None, chat_template: str | None = None,
+        template_variables: Mapping[str, Any] | None = None, **changes: Any,
+    ) -> list[Output]:  # fmt: skip
+        """generate() of one chat, or of several: messages ({"role": .., "content": ..}) go through the tokenizer's chat
+        template, or that one. ConfigError where it cannot make a prompt of them."""
+        chats = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        more = dict(template_variables or {}, tools=tools, chat_template=chat_template)
+        prompts = [chat_tokens(self.tokenizer, chat, **more) for chat in chats]  # type: ignore[arg-type]  # as above
+        return self.generate(list[Prompt](prompts), sampling, timeout=timeout, **changes)
+
     def submit(
         self, prompt: Prompt, sampling: SamplingParams | None = None, *, timeout: float | None = None, **changes: Any
     ) -> Handle:
@@ -402,6 +415,17 @@ class Cluster:
     def facts(self) -> Sequence[ReplicaFacts]:
         """What each replica is, lost ones included."""
         return self._replicas.facts
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer of the model. RequestError where there is none."""
+        return self._prompts.tokenizer("chat")
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that prompt and answer of one request may have: the model's limit, and what a replica holds."""
+        size = self._replicas.settings.page_size
+        return min(min(each.max_length, each.pages * size + 1) for each in self.facts)
 
     @property
     def live(self) -> list[int]:

@@ -155,10 +155,11 @@ class Prompts:
                 raise RequestError(name, f"tokens must be a flat sequence of ints, got {shown(given)}")
             return _int32(name, given)
         return _int32(
-            name, self._tokenize(name)(checked_text("text", fields["text"], partial(RequestError, name)))["input_ids"]
+            name, self.tokenizer(name)(checked_text("text", fields["text"], partial(RequestError, name)))["input_ids"]
         )
 
-    def _tokenize(self, name: str) -> Any:
+    def tokenizer(self, name: str) -> Any:
+        """transformers' own, loaded when it is needed first; RequestError of that name where there is none."""
         if self._tokenizer is None:
             if self._source.folder is None or not self._has_tokenizer:
                 raise RequestError(name, f"{self._source} has no tokenizer; send token ids, or pass tokenizer=")

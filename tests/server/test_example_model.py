@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from rayk.cli import main as cli
-from rayk.cli.example_model import WEATHER, write_example_model
+from rayk.cli.example_model import WEATHER, example_model, write_example_model
 from rayk.cluster import Cluster
 from rayk.errors import ConfigError
 
@@ -16,7 +15,7 @@ def test_the_same_bytes_for_the_same_seed_and_a_model_that_is_served(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draws = torch.get_rng_state()
-    assert cli.main(["example-model", str(tmp_path / "a"), "--steps", "2"]) == 0
+    example_model(tmp_path / "a", seed=0, steps=2)
     assert "a Llama of 1" in capsys.readouterr().out
     write_example_model(tmp_path / "b", steps=2)
     write_example_model(tmp_path / "c", seed=1, steps=2)
