@@ -95,8 +95,8 @@ class Cluster(RuleBasedStateMachine):
                 batch = PackedContexts(contexts)
                 for request_id, tokens in zip(batch.ids, batch.lengths, strict=True):
                     held[request_id] = pages_of(tokens)
-                rows = np.zeros((len(batch), 7), np.int64)
-                result = m.AdmitDone(rows.tobytes(), bytes(16 * len(batch)))  # type: ignore[assignment]
+                rows = np.zeros((len(batch.ids), 7), np.int64)
+                result = m.AdmitDone(rows.tobytes(), bytes(16 * len(batch.ids)))  # type: ignore[assignment]
             case m.Release(request_ids):
                 for request_id in request_ids:
                     held.pop(request_id, None)
