@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayk.errors import ConfigError
+from rayk.structured import GUIDED, StructuredOutputs
 from rayk.values import INT64_MAX, checked_text, has_utf8, shown
 
 MAX_LOGPROBS = 20
@@ -35,20 +36,27 @@ def by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for given, value in settings.items():
         name = ALIASES.get(given, given)
+        if given in GUIDED and value is not None:
+            name, value = "structured_outputs", {GUIDED[given]: value}
         if name in found:
             raise ConfigError(f"{given!r} and {name!r} are one setting: give one of them")
         if name not in SamplingParams.__struct_fields__:
             known = ", ".join([*SamplingParams.__struct_fields__, *ALIASES])
             raise ConfigError(f"{given!r} is not a sampling setting; there are {known}")
+        if name == "structured_outputs":
+            value = StructuredOutputs.of(value)
         found[name] = (value,) if name == "stop" and isinstance(value, str) else value
     return found
+
+
+_TRANSLATED = ALIASES.keys() | GUIDED.keys() | {"structured_outputs"}
 
 
 class _Named(msgspec.StructMeta):
     """Understands ALIASES where settings are made."""
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
-        if not ALIASES.keys().isdisjoint(settings):
+        if not _TRANSLATED.isdisjoint(settings):
             settings = by_name(settings)
         return super().__call__(*args, **settings)
 
@@ -67,6 +75,8 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True
     logprobs: None, or report the natural logarithm of each chosen token's probability before any of the settings
     above, and of so many of the most likely ones. prompt_logprobs: the same for the prompt's tokens, all of which are
     computed then.
+    structured_outputs: what shape the answer must have, as a mapping with one of json (a schema), json_object, regex,
+    choice and grammar (also guided_json, ..): min_tokens then holds for nothing.
     n: so many answers (also num_return_sequences), each a request of its own; the i-th has the seed plus i.
     """
 
@@ -87,6 +97,7 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def adjusts(self) -> bool:
@@ -97,6 +108,7 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True
             or self.frequency_penalty
             or self.logit_bias
             or self.min_tokens
+            or self.structured_outputs is not None
         )
 
     @property
@@ -172,6 +184,8 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True
                 f"None or an integer of 0 .. {MAX_LOGPROBS}",
             ),
         ]
+        if self.structured_outputs is not None and (said := self.structured_outputs.problem()) is not None:
+            return f"structured_outputs are none: {said}"
         wrong = [(name, value, rule) for name, value, good, rule in checks if not good]
         return f"{wrong[0][0]} is {shown(wrong[0][1])}, it must be {wrong[0][2]}" if wrong else None
 
@@ -189,7 +203,12 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True
         more: dict[str, Any] = {**whole, **maybe, **real}
         texts = tuple(checked_text("stop", each) for each in self.stop)
         return SamplingParams(
-            stop=texts, stop_token_ids=stops, ignore_eos=bool(self.ignore_eos), logit_bias=biases, **more
+            stop=texts,
+            stop_token_ids=stops,
+            ignore_eos=bool(self.ignore_eos),
+            logit_bias=biases,
+            structured_outputs=self.structured_outputs,
+            **more,
         )
 
     def choice(self, index: int) -> SamplingParams:

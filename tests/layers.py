@@ -27,7 +27,7 @@ LAYERS = (  # highest first
     ("protocol",),
     ("models", "planning", "transport", "tiers", "attention"),
     ("kvcache",),
-    ("context", "params", "sampling", "values", "quantity", "request_errors", "errors"),
+    ("context", "params", "sampling", "structured", "values", "quantity", "request_errors", "errors"),
 )
 HEIGHT = {package: -i for i, layer in enumerate(LAYERS) for package in layer}
 

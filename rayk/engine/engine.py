@@ -30,6 +30,7 @@ from rayk.engine.sampler import Sampler, sample, token_logprobs
 from rayk.engine.sequence import SequenceState
 from rayk.engine.sequence_table import SequenceTable
 from rayk.engine.settings import EngineSettings, EngineStats
+from rayk.engine.structure import Grammars
 from rayk.errors import InsufficientBlocksError, RaykError
 from rayk.kvcache.poison import Poison
 from rayk.kvcache.replica import ReplicaCore
@@ -64,6 +65,7 @@ class Engine:
         if self.settings.report_pages:
             self._cache.report_pages(lambda change: self._events.append(change))
         self._eos = tuple(model.eos_token_ids)
+        self._grammars = Grammars(model.tokenizer, model.vocab_size, self._eos)
         self._table = SequenceTable()
         self._ended: dict[int, str | Exception] = {}  # rows that end with this step, and why
         self._events: list[Event] = []
@@ -84,6 +86,10 @@ class Engine:
         sequence = SequenceState(
             request, tokens, self.limits, self._orders, self._clock(), self._eos, self.model.tokenizer
         )
+        if (shape := request.sampling.structured_outputs) is not None:
+            sequence.structure = self._grammars.begin(request.request_id, shape)
+            if request.generated:
+                sequence.structure.add(*sequence.answer.tolist())
         self._orders += 1
         if request.imports is not None and self.peers is not None:
             sequence.coming = self.peers.incoming(request.number, request.imports)
@@ -284,6 +290,9 @@ class Engine:
             contexts: Sequence[TextContext] = [*batch.contexts, *(each.ctx for each in chunks)]
         else:
             tokens, counts, contexts = batch.last, batch.ones, batch.contexts
+        for each in (*(batch.sequences[row] for row in batch.special), *chunks):
+            if each.structure is not None:
+                each.structure.prepare()
         scored = frozenset(at for at, each in enumerate(chunks, len(batch)) if each.unscored)
         done = forward(self.model, self._cache, contexts, tokens, counts, scored)
         for at, logits in done.whole.items():
@@ -363,9 +372,9 @@ class Engine:
         if len(finished):
             self._ended = {row: "stop" if stopped[row] else "length" for row in finished.tolist()}
         for row in batch.special:
-            sequence = batch.sequences[row]
+            sequence, token, ended = batch.sequences[row], int(tokens[row]), self._ended.get(row)
             try:
-                if sequence.show(int(tokens[row]), self._ended.get(row) == "stop"):
+                if sequence.show(token, ended == "stop") or sequence.complete(token, ended):
                     self._ended[row] = "stop"
                 elif row not in self._ended:
                     self._events += sequence.new_text()

@@ -109,11 +109,13 @@ def _adjusted(scores: torch.Tensor, sequences: Sequence[SequenceState]) -> torch
 
 def _adjust(row: torch.Tensor, sequence: SequenceState) -> None:
     """Change one row, [vocab] float32, in place."""
-    sampling = sequence.sampling
+    sampling, structure = sequence.sampling, sequence.structure
+    if structure is not None:
+        row.masked_fill_(~structure.allowed().to(row.device), -torch.inf)
     if sampling.logit_bias:
         tokens = torch.tensor(list(sampling.logit_bias), device=row.device)
         row[tokens] += torch.tensor(list(sampling.logit_bias.values()), dtype=row.dtype, device=row.device)
-    if sequence.generated < sampling.min_tokens and sequence.stop_ids:
+    if sequence.generated < sampling.min_tokens and sequence.stop_ids and structure is None:
         row[torch.tensor(sequence.stop_ids, device=row.device)] = -torch.inf
     if sampling.repetition_penalty != 1:
         from transformers import RepetitionPenaltyLogitsProcessor

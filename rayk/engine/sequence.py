@@ -8,6 +8,7 @@ from typing import Any
 from rayk.context import IntArray, TextContext
 from rayk.engine.detokenizer import Detokenizer, text_of
 from rayk.engine.page_sharing import IncomingPages
+from rayk.engine.structure import Structure
 from rayk.errors import RaykError
 from rayk.kvcache.request import NOTHING_REUSED, Reused
 from rayk.protocol.engine_reports import Finished, Text
@@ -39,6 +40,7 @@ class SequenceState:
         "scored",
         "seed",
         "stop_ids",
+        "structure",
         "submitted_at",
     )
 
@@ -73,6 +75,7 @@ class SequenceState:
         self.scored = len(tokens) if self.sampling.prompt_logprobs is None or request.generated else 1
         """Tokens of its prompt whose log probabilities were reported, or are not wanted."""
         self.processors: Any = None  # of its logits, made by the sampler when they are needed first
+        self.structure: Structure | None = None  # what its answer may still become, by the engine
         self.paused = False
         self.preemptions = 0
         self.cached: Reused = NOTHING_REUSED
@@ -95,7 +98,7 @@ class SequenceState:
     @property
     def simple(self) -> bool:
         """Whether a new token needs no look of its own: no text and no log probabilities."""
-        return self.detokenizer is None and self.sampling.logprobs is None
+        return self.detokenizer is None and self.sampling.logprobs is None and self.structure is None
 
     @property
     def unscored(self) -> bool:
@@ -122,6 +125,13 @@ class SequenceState:
             self.detokenizer.add(token, may_stop=self.generated >= self.sampling.min_tokens)
         return self.detokenizer.stopped
 
+    def complete(self, token: int, ended: str | Exception | None) -> bool:
+        """Whether that token makes an answer whole that has a structure; nothing where it is over anyway."""
+        if self.structure is None or ended == "stop":
+            return False
+        self.structure.add(token)
+        return self.structure.over
+
     def new_text(self) -> list[Text]:
         """The text since the last call, for a request that streams it: none, or one event."""
         piece = self.detokenizer.piece() if self.request.stream_text and self.detokenizer is not None else ""
@@ -135,7 +145,7 @@ class SequenceState:
         if tokenizer is None:
             return None
         answer = self.answer.tolist()
-        return text_of(tokenizer, answer[:-1] if reason == "stop" else answer)
+        return text_of(tokenizer, answer[:-1] if reason == "stop" and answer[-1] in self.stop_ids else answer)
 
     def finished(self, reason: str, now: float, text: str | None = None, error: RaykError | None = None) -> Finished:
         """Its last event, with the seconds from its submission to its admission, its first token and now."""

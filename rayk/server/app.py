@@ -65,7 +65,7 @@ def application(cluster: Cluster, settings: ServerSettings) -> Starlette:
             more["logprobs"] = body.logprobs
             if body.echo:
                 more["prompt_logprobs"] = body.logprobs
-        sampling = sampling_of(body, REST, **more)
+        sampling = sampling_of(body, REST, settings.limits, **more)
         if body.stream and body.echo and body.logprobs is not None:
             raise HttpError(400, "stream: with echo and logprobs an answer comes as a whole only", "stream")
         tokens, texts = [], []
@@ -95,7 +95,7 @@ def application(cluster: Cluster, settings: ServerSettings) -> Starlette:
             more["logprobs"] = body.top_logprobs or 0
         elif body.top_logprobs:
             raise HttpError(400, "top_logprobs: needs logprobs to be true", "top_logprobs")
-        sampling = sampling_of(body, max(1, cluster.longest - len(tokens)), **more)
+        sampling = sampling_of(body, max(1, cluster.longest - len(tokens)), settings.limits, **more)
         asked = Asked([tokens], [None], sampling)
         _check_size(service, asked, "messages")
         parser = service.parser if body.tools else service.plain_parser

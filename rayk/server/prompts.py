@@ -11,8 +11,9 @@ from rayk.dispatch.chat import chat_tokens
 from rayk.errors import ConfigError
 from rayk.sampling import SamplingParams
 from rayk.server.errors import HttpError
-from rayk.server.requests import ChatBody, CompletionBody, GenerationBody, Json, TokenizeBody
+from rayk.server.requests import ChatBody, CompletionBody, GenerationBody, Json, TokenizeBody, depth
 from rayk.server.settings import Limits
+from rayk.structured import GUIDED
 
 SHORT = 2_000  # characters that are tokenized in the event loop: it takes less time than to hand them to a thread
 OFF = -1  # of top_k, as vLLM has it
@@ -26,14 +27,14 @@ class Asked(NamedTuple):
     sampling: SamplingParams
 
 
-def sampling_of(body: GenerationBody, default_tokens: int, **more: Any) -> SamplingParams:
+def sampling_of(body: GenerationBody, default_tokens: int, limits: Limits, **more: Any) -> SamplingParams:
     """The settings of a body; HttpError 400 names the field that is wrong. Temperature is 1 unless given."""
     if body.best_of not in (None, 1):
         raise HttpError(400, "best_of: only the answers asked for are made; use n", "best_of")
     given: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": default_tokens}
     for name in SamplingParams.__struct_fields__:
         value = getattr(body, name, None)
-        if value is not None and name not in ("logprobs", "stop"):
+        if value is not None and name not in ("logprobs", "stop", "structured_outputs"):
             given[name] = value
     if body.max_tokens is not None:
         given["max_new_tokens"] = body.max_tokens
@@ -43,14 +44,52 @@ def sampling_of(body: GenerationBody, default_tokens: int, **more: Any) -> Sampl
         given["stop_token_ids"] = tuple(body.stop_token_ids)
     if body.top_k == OFF:
         given["top_k"] = 0
+    if (shape := structure_of(body, limits)) is not None:
+        given["structured_outputs"] = shape
     given |= more
-    sampling = SamplingParams(**given)
+    try:
+        sampling = SamplingParams(**given)
+    except ConfigError as error:  # of a structure
+        raise HttpError(400, str(error), "structured_outputs") from None
     problem = sampling.problem()
     if problem is not None:
         name, _, rest = problem.partition(" ")
         name = {"max_new_tokens": "max_tokens"}.get(name, name)
         raise HttpError(400, f"{name} {rest}", name)
     return sampling
+
+
+def structure_of(body: GenerationBody, limits: Limits) -> Json | None:
+    """What shape the answer must have; HttpError 400 names the field that says it wrongly, or twice."""
+    said: dict[str, Json] = {}
+    if (given := body.response_format) is not None:
+        kind, schema = given.get("type"), given.get("json_schema")
+        if kind == "json_object":
+            said["response_format"] = {"json_object": True}
+        elif kind == "json_schema":
+            if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
+                field = "response_format.json_schema.schema"
+                raise HttpError(400, f"{field}: give a JSON schema", field)
+            said["response_format"] = {"json": schema["schema"]}
+        elif kind != "text":
+            raise HttpError(
+                400,
+                f"response_format.type is {kind!r:.100}, it must be text, json_object or json_schema",
+                "response_format.type",
+            )
+    if body.structured_outputs is not None:
+        said["structured_outputs"] = body.structured_outputs
+    for name, field in GUIDED.items():
+        if (given := getattr(body, name)) is not None:
+            said[name] = {field: given}
+    if len(said) > 1:
+        names = list(said)
+        raise HttpError(400, f"{names[1]}: {names[0]} says already what the answer must be", names[1])
+    for name, shape in said.items():
+        if depth(shape, limits.schema_depth) > limits.schema_depth:
+            raise HttpError(400, f"{name}: it is nested deeper than {limits.schema_depth}", name)
+        return shape
+    return None
 
 
 def completion_prompts(body: CompletionBody, limits: Limits) -> list[str | list[int]]:
