@@ -7,109 +7,59 @@ from typing import Any
 import msgspec
 
 from rayk.errors import MessageError, UnsendableError
+from rayk.protocol import from_replica, from_scheduler, to_replica, to_scheduler
 from rayk.protocol.base import Done, Failure, Message
-from rayk.protocol.from_replica import (
-    NOT_ASKED,
-    AdmitDone,
-    BlocksDone,
-    CacheDelta,
-    ContextsDone,
-    Exported,
-    Found,
-    Fraction,
-    InputsDone,
-    KeepDone,
-    MetricsDone,
-    Missing,
-    MovedBack,
-    PrefixesDone,
-    ResetDone,
-    TickDone,
-    TiersDone,
-    UsageDone,
-    Value,
-)
-from rayk.protocol.from_scheduler import (
-    Claimed,
-    Counts,
-    Description,
-    Drained,
-    Enlisted,
-    EnterDone,
-    Explained,
-    Located,
-    PlaceDone,
-    Released,
-    RemoveDone,
-    Unasked,
-)
-from rayk.protocol.to_replica import (
-    Blocks,
-    CheckIntegrity,
-    GetCacheDelta,
-    GetContexts,
-    GetMetrics,
-    GetPrefixes,
-    GetTiers,
-    GetUsage,
-    Inputs,
-    Lookup,
-    ReadPages,
-    ReplicaCommand,
-    UsedFraction,
-)
-from rayk.protocol.to_scheduler import GetRoster, Locate, SchedulerCommand
 
 READ_ONLY = (
-    Lookup,
-    GetPrefixes,
-    Inputs,
-    Blocks,
-    GetUsage,
-    GetCacheDelta,
-    UsedFraction,
-    GetMetrics,
-    ReadPages,
-    CheckIntegrity,
-    GetTiers,
-    GetContexts,
-    GetRoster,
-    Locate,
+    to_replica.Lookup,
+    to_replica.GetPrefixes,
+    to_replica.Inputs,
+    to_replica.Blocks,
+    to_replica.GetUsage,
+    to_replica.GetCacheDelta,
+    to_replica.UsedFraction,
+    to_replica.GetMetrics,
+    to_replica.ReadPages,
+    to_replica.CheckIntegrity,
+    to_replica.GetTiers,
+    to_replica.GetContexts,
+    to_scheduler.GetRoster,
+    to_scheduler.Locate,
 )
 
 
 Result = (
     Done
     | Failure
-    | AdmitDone
-    | PlaceDone
-    | EnterDone
-    | Found
-    | Exported
-    | PrefixesDone
-    | KeepDone
-    | MovedBack
-    | TickDone
-    | InputsDone
-    | Value
-    | BlocksDone
-    | Claimed
-    | Released
-    | UsageDone
-    | Fraction
-    | MetricsDone
-    | ResetDone
-    | TiersDone
-    | Counts
-    | Description
-    | Explained
-    | Enlisted
-    | Located
-    | ContextsDone
-    | Missing
-    | Unasked
-    | Drained
-    | RemoveDone
+    | from_replica.AdmitDone
+    | from_scheduler.PlaceDone
+    | from_scheduler.EnterDone
+    | from_replica.Found
+    | from_replica.Exported
+    | from_replica.PrefixesDone
+    | from_replica.KeepDone
+    | from_replica.MovedBack
+    | from_replica.TickDone
+    | from_replica.InputsDone
+    | from_replica.Value
+    | from_replica.BlocksDone
+    | from_scheduler.Claimed
+    | from_scheduler.Released
+    | from_replica.UsageDone
+    | from_replica.Fraction
+    | from_replica.MetricsDone
+    | from_replica.ResetDone
+    | from_replica.TiersDone
+    | from_scheduler.Counts
+    | from_scheduler.Description
+    | from_scheduler.Explained
+    | from_scheduler.Enlisted
+    | from_scheduler.Located
+    | from_replica.ContextsDone
+    | from_replica.Missing
+    | from_scheduler.Unasked
+    | from_scheduler.Drained
+    | from_scheduler.RemoveDone
 )
 
 
@@ -120,8 +70,8 @@ class ReplicaEnvelope(Message, frozen=True):
     client: str
     epoch: int
     seq: int
-    command: ReplicaCommand
-    known: int = NOT_ASKED
+    command: to_replica.ReplicaCommand
+    known: int = from_replica.NOT_ASKED
     pages: bool = False
 
 
@@ -129,7 +79,7 @@ class SchedulerEnvelope(Message, frozen=True):
     client: str
     epoch: int
     seq: int
-    command: SchedulerCommand
+    command: to_scheduler.SchedulerCommand
 
 
 class Reply(Message, frozen=True):
@@ -144,7 +94,7 @@ class Reply(Message, frozen=True):
     result: Result
     seen: int = 0
     unfilled: int = 0
-    news: CacheDelta | None = None
+    news: from_replica.CacheDelta | None = None
     pages: tuple[int, int] | None = None
     roster: int = 0
 
