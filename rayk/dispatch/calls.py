@@ -17,7 +17,7 @@ from rayk.dispatch.output import Handle, Output, Update
 
 
 class Taker(Protocol):
-    """Who takes requests: a rayk.dispatch.dispatcher.Dispatcher."""
+    """Who takes requests: a rayk.dispatch.requests.Requests."""
 
     def submit(self, handles: Sequence[Handle]) -> None: ...
     def abandon(self, handles: Sequence[Handle]) -> None: ...

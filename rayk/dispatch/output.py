@@ -82,6 +82,7 @@ class Handle:
     ) -> None:
         self.index = index
         self.number = number
+        self.ticket = 0  # of its latest attempt, once it was sent
         self.id = request_id
         self.prompt = prompt
         self.sampling = sampling
@@ -241,10 +242,10 @@ def _tell(call: Callable[[], None]) -> bool:
     return True
 
 
-def deliver(report: Report, handles: Mapping[int, Handle]) -> list[str]:
-    """Give the tokens and texts of a report to its requests, by number; the ids of those whose first from
+def deliver(report: Report, handles: Mapping[int, Handle]) -> list[int]:
+    """Give the tokens and texts of a report to its requests, by ticket; the tickets of those whose first from
     there it was."""
-    first: list[str] = []
+    first: list[int] = []
     for number, start, found in report.prompt_logprobs:
         if (handle := handles.get(number)) is not None:
             handle.add_prompt_logprobs(start, found)
@@ -257,7 +258,7 @@ def deliver(report: Report, handles: Mapping[int, Handle]) -> list[str]:
         if handle is not None:
             if handle.prefilling:
                 handle.prefilling = False
-                first.append(handle.id)
+                first.append(number)
             handle.add(part.tolist(), report.logprobs.get(number, []))
     for number, piece in report.texts:
         if (handle := handles.get(number)) is not None:

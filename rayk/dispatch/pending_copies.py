@@ -9,43 +9,36 @@ seconds, or is lost, costs a recompute.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayk import protocol as m
-from rayk.dispatch.engine_scripts import EngineScripts
 from rayk.dispatch.output import Handle
 from rayk.protocol.engine import Report
 from rayk.protocol.engine_request import Imports
-
-if TYPE_CHECKING:
-    from rayk.scheduler.router.router import Router
-    from rayk.scheduler.transfers.copy_cost import Span
-    from rayk.scheduler.transfers.transfer import Copies, ExportedSpan, PageTransfers
+from rayk.scheduler.serving.engine_scripts import EngineScripts
+from rayk.scheduler.transfers.copy_cost import Span
+from rayk.scheduler.transfers.transfer import Copies, CopyOrder, ExportedSpan, PageTransfers
 
 WAIT = 5.0  # seconds
 
 
 class PendingCopies:
-    """The dispatcher's, under its lock. `send` has a request go to its replica, with a copy or without."""
+    """Of the requests of a driver, under their lock. `send` has one go to its replica, with a copy or without; copies
+    go over the lines of `transfers()`."""
 
     def __init__(
         self,
         scripts: EngineScripts,
         send: Callable[[Handle, Imports | None], None],
-        router: Router,
+        transfers: Callable[[], PageTransfers],
         clock: Callable[[], float],
     ) -> None:
         self._scripts = scripts
         self._send = send
-        self._router = router
+        self._transfers = transfers
         self._clock = clock
-        self._exporting: dict[int, tuple[Handle, float]] = {}  # by the request's number, with the time, oldest first
+        self._exporting: dict[int, tuple[Handle, float]] = {}  # by the request's ticket, with the time, oldest first
         self._sent: dict[int, list[ExportedSpan]] = {}  # likewise
-
-    @property
-    def _transfers(self) -> PageTransfers:
-        assert self._router.fetching is not None  # nobody else orders copies
-        return self._router.fetching.transfers
 
     def waits(self, number: int) -> bool:
         """Whether the request has not gone to its replica yet."""
@@ -53,22 +46,21 @@ class PendingCopies:
 
     def order(self, handle: Handle, spans: Sequence[Span]) -> None:
         """A placed request wants a copy."""
-        from rayk.scheduler.transfers.transfer import CopyOrder
-
         assert handle.replica is not None
-        number, target, tokens = handle.number, handle.replica, spans[-1].stop * self._transfers.page_size
+        transfers = self._transfers()
+        number, target, tokens = handle.ticket, handle.replica, spans[-1].stop * transfers.page_size
         origin = m.Origin(tokens + 1, handle.cache_salt)
         view = m.ContextView("copy", 0, handle.prompt[:tokens].tobytes(), 0, tokens, origin=origin)
-        script = self._transfers.export([CopyOrder(number, target, view, span) for span in spans])
+        script = transfers.export([CopyOrder(number, target, view, span) for span in spans])
         self._exporting[number] = handle, self._clock()
-        self._scripts.start(("copy", number), script, lambda copies: self._exported(handle, copies))
+        self._scripts.start(("copy", number), script, lambda copies: self._exported(number, copies))
 
-    def _exported(self, handle: Handle, copies: Copies) -> None:
-        del self._exporting[handle.number]
+    def _exported(self, number: int, copies: Copies) -> None:
+        handle, _ = self._exporting.pop(number)
         imports = None
         if copies:
-            parts = self._sent[handle.number] = copies[handle.number]
-            told = self._transfers.import_descriptors([parts])
+            parts = self._sent[number] = copies[number]
+            told = self._transfers().import_descriptors([parts])
             imports = Imports(told.imports, told.data)
         self._send(handle, imports)
 
@@ -77,10 +69,12 @@ class PendingCopies:
         for arrivals in report.arrivals:
             parts = self._sent.pop(arrivals.number, None)
             if parts is not None:
-                self._acknowledge(arrivals.number, parts, self._transfers.arrived(parts, arrivals.arrivals))
+                self._acknowledge(arrivals.number, parts, self._transfers().arrived(parts, arrivals.arrivals))
+        if not self._exporting:
+            return
         late = [handle for handle, since in self._exporting.values() if since + WAIT < self._clock()]
         for handle in late:
-            self.forget(handle.number)
+            self.forget(handle.ticket)
             self._send(handle, None)
 
     def forget(self, number: int) -> None:
@@ -92,4 +86,4 @@ class PendingCopies:
             self._acknowledge(number, parts)
 
     def _acknowledge(self, number: int, parts: list[ExportedSpan], broken: Any = ()) -> None:
-        self._scripts.start(("acknowledge", number), self._transfers.acknowledge({number: parts}, broken))
+        self._scripts.start(("acknowledge", number), self._transfers().acknowledge({number: parts}, broken))

@@ -112,6 +112,11 @@ class Engine:
         self._events.append(sequence.finished(MOVED, self._clock()))
         return True
 
+    @property
+    def numbers(self) -> list[int]:
+        """Of all requests that are not over, in their order."""
+        return self._table.numbers
+
     def query(self, query: Query) -> None:
         """Carry out a command of the page exchange; with a number, an Answered is among the next step's events."""
         assert self.peers is not None

@@ -52,6 +52,7 @@ class EngineThread:
         self._changed = Condition()
         self._events: dict[int, list[Event]] = {number: [] for number in self._engines}
         self._unread = 0  # tokens in `_events`
+        self._letting_go: set[int] = set()  # engines whose requests, also new ones, go on elsewhere
         self._stopped = False
         self._failures: dict[int, RemoteError] = {}  # of engines that raised
         self._failure: RemoteError | None = None  # of the thread, and so of all
@@ -89,6 +90,7 @@ class EngineThread:
             with self._changed:
                 self._changed.notify_all()
                 self._failures.pop(number, None)
+                self._letting_go.discard(number)
                 return self._engines.pop(number, None)
 
         engine = self._ask(taken)
@@ -230,6 +232,8 @@ class EngineThread:
         if engine is None or number in self._failures:
             return
         match command:
+            case Submit(asks) if number in self._letting_go:
+                self._report(number, [Finished(ask.number, MOVED) for ask in asks])
             case Submit(asks):
                 for ask in asks:
                     try:
@@ -243,10 +247,10 @@ class EngineThread:
                     if not engine.cancel(each):  # it is over, or never came: its waiter is told
                         unknown = RequestCancelledError("", 0)
                         self._report(number, [Finished(each, "cancelled", error=unknown)])
-            case HandOver(numbers):
-                for each in numbers:
-                    if not engine.hand_over(each):
-                        self._report(number, [Finished(each, MOVED)])
+            case HandOver(on):
+                (self._letting_go.add if on else self._letting_go.discard)(number)
+                for each in engine.numbers if on else ():
+                    engine.hand_over(each)
             case Query():
                 engine.query(command)
 

@@ -29,6 +29,11 @@ class SequenceTable:
         return len(self._all)
 
     @property
+    def numbers(self) -> list[int]:
+        """Of all sequences, as they were submitted."""
+        return list(self._all)
+
+    @property
     def running(self) -> int:
         """Sequences with pages."""
         return len(self.batch) + len(self.prefill) + len(self.parked)

@@ -74,9 +74,10 @@ class Cancel(m.Message, frozen=True):
 
 
 class HandOver(m.Message, frozen=True):
-    """Let go of these requests: they go on elsewhere. Each one's Ended says MOVED, after all of its tokens."""
+    """Let go of all requests, and of those that still come, until this is taken back: they go on elsewhere. Each one's
+    Ended says MOVED, after all of its tokens."""
 
-    numbers: list[int]
+    on: bool
 
 
 class Query(m.Message, frozen=True):

@@ -32,6 +32,7 @@ from rayk.protocol.engine import (
     decode_report,
     encode,
 )
+from rayk.protocol.engine_reports import MOVED, Event, Finished
 from rayk.sampling import SamplingParams
 from rayk.scheduler.membership import State
 from rayk.scheduler.router.router import RouterSettings
@@ -72,19 +73,23 @@ class Replica:
         more = {"report_pages": True, "hash_seed": SEED, "shelf": own, "peers": peers}
         self.bench = Bench(PAGES, PAGE, rows=3, chunk_size=12, model=PageModel(tokenizer=Tokenizer()), **more)
         self.inbox: list[bytes] = []
+        self.letting_go = False
 
     def turn(self, steps: int) -> Report:
-        engine, events = self.bench.engine, []
+        engine, events = self.bench.engine, list[Event]()
         for wire in self.inbox:
             match decode_command(wire):
+                case Submit(asks) if self.letting_go:
+                    events += [Finished(ask.number, MOVED) for ask in asks]
                 case Submit(asks):
                     for ask in asks:
                         engine.submit(ask.request())
                 case Cancel(numbers):
                     for number in numbers:
                         engine.cancel(number)
-                case HandOver(numbers):
-                    for number in numbers:
+                case HandOver(on):
+                    self.letting_go = on
+                    for number in engine.numbers if on else ():
                         engine.hand_over(number)
                 case Query() as query:
                     engine.query(query)
@@ -242,7 +247,7 @@ class Clusters(RuleBasedStateMachine):
     def add(self, count: int, fails: bool = False) -> None:
         for replica in self.dispatcher.enlist(count):
             if fails:
-                self.dispatcher.give_up([replica])
+                self.dispatcher.give_up([replica], RuntimeError("it did not start"))
                 continue
             self.begin(replica)
             self.dispatcher.join(replica, PAGES, *self.end_of(replica))
@@ -260,6 +265,10 @@ class Clusters(RuleBasedStateMachine):
             self.cancelled.add(handle.number)
         self.dispatcher.cancel(handle)
 
+    @property
+    def scripts_run(self) -> bool:
+        return bool(self.dispatcher._scripts._running or self.dispatcher.core.scripts._running)
+
     @invariant()
     def all_agree_on_who_is_there(self) -> None:
         if hasattr(self, "dispatcher"):
@@ -269,11 +278,11 @@ class Clusters(RuleBasedStateMachine):
             placed = {handle.id: handle.replica for handle, _, _ in self.handles if not handle.done}
             counted = {i: each.replica for i, each in router._placed.items()}
             assert counted == {i: replica for i, replica in placed.items() if replica is not None}
-            admission = self.dispatcher._placing.admission
+            admission = self.dispatcher.core.admission
             if admission is not None:
                 admission.check_integrity()
                 assert set(admission._promised) <= set(counted)
-                waiting = {handle.id for handle in self.dispatcher._placing.waiting.handles}
+                waiting = {request.key for request in self.dispatcher.core.waiting.requests}
                 assert set(admission._offered) <= waiting and not admission._refused
 
     @invariant()
@@ -295,7 +304,7 @@ class Clusters(RuleBasedStateMachine):
         if not self.dispatcher.live:
             self.add(1)
         for _ in range(400):
-            if all(handle.done for handle, _, _ in self.handles) and not self.dispatcher._scripts._running:
+            if all(handle.done for handle, _, _ in self.handles) and not self.scripts_run:
                 break
             for replica in self.dispatcher.live:
                 self.dispatcher.on_report(replica, self.replicas[replica].turn(3))

@@ -54,4 +54,5 @@ def idle(cluster: Cluster) -> None:
     dispatcher = cluster._dispatcher
     while dispatcher._handles:  # their last reports are on their way
         threading.Event().wait(0.002)
-    assert not dispatcher._ids and not dispatcher._placing.waiting and not dispatcher.router._placed
+    assert not dispatcher._ids and not dispatcher.core.waiting and not dispatcher.router._placed
+    assert not dispatcher.core.tickets

@@ -38,7 +38,7 @@ def settled(cluster: Cluster) -> None:
     """Nobody waits, nothing is promised, the books are right."""
     while cluster._dispatcher._handles:
         threading.Event().wait(0.002)
-    admission = cluster._dispatcher._placing.admission
+    admission = cluster._dispatcher.core.admission
     assert admission is not None and not admission._offered and not admission._promised and not admission._refused
     admission.check_integrity()
     state = cluster.admission_state()

@@ -34,10 +34,10 @@ def test_a_request_that_lost_its_replica_is_prefilled_again(policy: AdmissionPol
     dispatcher.lose(first, "it died")
     second = handle.replica
     assert second == 1 - first and loads.prefill_backlog[second] == 4
-    dispatcher.on_report(second, report(1, 8))
+    dispatcher.on_report(second, report(handle.ticket, 8))
     assert not loads.prefill_backlog.any() and loads.requests[second] == 1
-    admission = dispatcher._placing.admission
+    admission = dispatcher.core.admission
     assert admission is None or not admission._promised
-    dispatcher.on_report(second, report(1, 9, ended=True))
+    dispatcher.on_report(second, report(handle.ticket, 9, ended=True))
     assert handle.result(0).tokens == [7, 8, 9] and not loads.requests.any() and not loads.held.any()
     assert [replica for replica, _ in posted] == [first, second]

@@ -263,7 +263,7 @@ def test_requests_go_on_while_pages_are_offered(watermarks: threading.Event) -> 
 def test_an_engine_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with Cluster(model, replicas=2, **SETTINGS) as cluster, monkeypatch.context() as patch:
         cluster.generate(prompts(4, 20), max_new_tokens=3)
-        patch.setattr("rayk.dispatch.dispatcher.OFFER_SECONDS", 0.05)
+        patch.setattr("rayk.scheduler.serving.removal.OFFER_SECONDS", 0.05)
         patch.setattr(Engine, "query", lambda self, query: None)
         assert cluster.remove_replica(0) == Removed() and cluster.replica_states() == ["removed", "ready"]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 from rayk import protocol as m
-from rayk.dispatch.engine_scripts import EngineScripts, Rounds
 from rayk.protocol.engine import Command, Query, Report
 from rayk.protocol.engine_reports import Answered
 from rayk.scheduler.script import ReplicaCall
+from rayk.scheduler.serving.engine_scripts import EngineScripts, Rounds
 
 LOOKUP = m.Lookup([])
 
@@ -19,7 +20,7 @@ class Engines:
     def __init__(self, replicas: int = 2) -> None:
         self.live = set(range(replicas))
         self.posted: list[tuple[int, Query]] = []
-        self.scripts = EngineScripts(self._post, lambda: self.live)
+        self.scripts = EngineScripts(self._post, lambda: self.live, count(1))
         self.ended: list[Any] = []
 
     def _post(self, replica: int, command: Command) -> None:

@@ -180,7 +180,7 @@ def test_arrays_of_texts_are_several_prompts(cluster: Cluster) -> None:
 
 
 def test_a_request_that_cannot_be_sent_ends_alone(monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> None:
-    placing = cluster._dispatcher._placing
+    placing = cluster._dispatcher
     post = placing._post
 
     def pickled(replica: int, command: Command) -> None:

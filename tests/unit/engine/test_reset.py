@@ -129,7 +129,7 @@ def test_replicas_that_are_added_later_belong_to_the_others(tiers: dict[str, Any
 
 
 def test_a_lost_replica_is_no_hindrance() -> None:
-    with Cluster(model, **SETTINGS) as cluster:
+    with Cluster(model, **SETTINGS, replace=False) as cluster:
         serve(cluster, 0)
         cluster._replicas.drop(0)
         Versioned.version = 1

@@ -1,12 +1,12 @@
 """Scripts of the scheduler that engines answer: each call is a Query, its reply comes with the reports of its engine.
 
 So what the router is told of pages, which comes before it in the same reports, is never older than what a script knows.
+The scheduler of a Cluster runs evacuations so, a driver the copies of its requests' prefixes.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Generator, Hashable
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator
 from typing import Any, NamedTuple
 
 from rayk import protocol as m
@@ -38,14 +38,17 @@ class _Asked(NamedTuple):
 
 
 class EngineScripts:
-    """The dispatcher's, under its lock. `live()` are the replicas that answer."""
+    """Its owner's, in its turn. `live()` are the replicas that answer; queries get their `numbers` from what no other
+    scripts take any from."""
 
-    def __init__(self, post: Callable[[int, Command], None], live: Callable[[], Collection[int]]) -> None:
+    def __init__(
+        self, post: Callable[[int, Command], None], live: Callable[[], Collection[int]], numbers: Iterator[int]
+    ) -> None:
         self._post = post
         self._live = live
         self._running: dict[Hashable, _Script] = {}
         self._asked: dict[int, _Asked] = {}  # by the number of its query
-        self._numbers = itertools.count(1)
+        self._numbers = numbers
 
     def start(self, key: Hashable, rounds: Rounds, on_end: Callable[[Any], None] = lambda result: None) -> None:
         """Run a script, known by `key` until its result goes to `on_end`: maybe at once."""

@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-from rayk.dispatch.engine_scripts import EngineScripts
+from rayk.scheduler.router.router import Router
 from rayk.scheduler.scaling import Removed
-
-if TYPE_CHECKING:
-    from rayk.scheduler.router.router import Router
+from rayk.scheduler.serving.engine_scripts import EngineScripts
+from rayk.scheduler.transfers.evacuation import Evacuation
 
 
 class Evacuations:
-    """The dispatcher's, under its lock. `ready()` take requests, `on_end()` is called when one is over."""
+    """The scheduler's, in its turn. `ready()` take requests, `on_end()` is called when one is over."""
 
     def __init__(
         self,
@@ -36,8 +34,6 @@ class Evacuations:
         copies = self._router.fetching
         if copies is None or copies.shares_tiers or self.under_way(source):
             return
-        from rayk.scheduler.transfers.evacuation import Evacuation
-
         script = Evacuation(copies.transfers, self._ready, self._clock).run(source)
         self._scripts.start(("evacuation", source), script, lambda removed: self._ended(source, removed))
 

@@ -1,4 +1,5 @@
-"""Admission by policy for the requests of a Cluster: the controller of the managers, with the Cluster as its driver.
+"""Admission by policy for the requests of a Cluster: the controller of the managers, with the scheduler of the Cluster
+as its one driver.
 
 A page is promised from the moment that a request is placed until its first token: from then on it is among those that
 its replica reports in use.
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rayk.dispatch.output import Handle
 from rayk.errors import RaykError
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
 from rayk.protocol.contexts import Traits
@@ -16,6 +16,7 @@ from rayk.scheduler.admission.controller import AdmissionController, Admitted, Q
 from rayk.scheduler.router.policy import RouteRequest
 from rayk.scheduler.router.replica_loads import BoolArray
 from rayk.scheduler.router.router import Router
+from rayk.scheduler.serving.requests import ServedRequest
 
 _CLIENT = ""  # the one driver
 
@@ -26,24 +27,25 @@ class ClusterAdmission:
     def __init__(self, policy: AdmissionPolicy, router: Router, page_size: int, clock: Callable[[], float]) -> None:
         self._controller = AdmissionController(policy, router, page_size, clock)
         self._page_size = page_size
-        self._offered: dict[str, Handle] = {}  # that wait, by id
-        self._refused: dict[int, tuple[Handle, RaykError]] = {}  # and their end is still to be told
-        self._promised: dict[str, tuple[int, int]] = {}  # by id: the replica, and pages promised there
+        self._offered: dict[str, ServedRequest] = {}  # that wait, by key
+        self._refused: dict[str, tuple[ServedRequest, RaykError]] = {}  # and their end is still to be told
+        self._promised: dict[str, tuple[int, int]] = {}  # by key: the replica, and pages promised there
         self._reports = 0
 
-    def _pages(self, request: RouteRequest) -> int:
-        return -(-(request.tokens + 1) // self._page_size)
+    def _pages(self, route: RouteRequest) -> int:
+        return -(-(route.tokens + 1) // self._page_size)
 
     # -- requests ------------------------------------------------------------------------------------
 
-    def offer(self, handle: Handle, request: RouteRequest) -> None:
+    def offer(self, request: ServedRequest, route: RouteRequest) -> None:
         """A new request waits, or is among those turned_away()."""
-        self._offered[handle.id] = handle
-        traits = Traits(tenant=handle.tenant, priority=handle.priority, deadline=handle.deadline)
-        queued = QueuedRequest(_CLIENT, lambda: request, handle)
-        self._controller.offer(queued, handle.id, request.tokens, handle.sampling.max_new_tokens, traits)
+        self._offered[request.key] = request
+        want = request.want
+        traits = Traits(tenant=want.tenant, priority=want.priority, deadline=want.deadline)
+        queued = QueuedRequest(_CLIENT, lambda: route, request)
+        self._controller.offer(queued, request.key, route.tokens, want.new_tokens, traits)
 
-    def turned_away(self) -> Iterator[tuple[Handle, RaykError]]:
+    def turned_away(self) -> Iterator[tuple[ServedRequest, RaykError]]:
         """Those that will not be served, with the reason."""
         self._controller.expire()
         self._collect()
@@ -52,9 +54,9 @@ class ClusterAdmission:
 
     def _collect(self) -> None:
         for outcome in self._controller.settled(_CLIENT)[0]:
-            handle = self._offered.pop(outcome.request_id, None)
-            if handle is not None and outcome.error is not None:
-                self._refused[handle.number] = handle, outcome.error
+            request = self._offered.pop(outcome.request_id, None)
+            if request is not None and outcome.error is not None:
+                self._refused[request.key] = request, outcome.error
 
     def next(self) -> Admitted | None:
         """Whose turn it is, and where it goes; None while nobody has room."""
@@ -64,29 +66,29 @@ class ClusterAdmission:
             self._promised[admitted.ticket.request_id] = (admitted.replica, admitted.ticket.pages)
         return admitted
 
-    def forget(self, handle: Handle) -> None:
+    def forget(self, key: str) -> None:
         """A request is over, wherever it was."""
-        self._refused.pop(handle.number, None)
-        if self._offered.pop(handle.id, None) is not None:
-            self._controller.give_up(_CLIENT, [handle.id])
-            self._collect()  # before another one has this id
-        self._controller.on_release([handle.id])
+        self._refused.pop(key, None)
+        if self._offered.pop(key, None) is not None:
+            self._controller.give_up(_CLIENT, [key])
+            self._collect()  # before another one has this key
+        self._controller.on_release([key])
 
     # -- replicas ------------------------------------------------------------------------------------
 
-    def open(self, request: RouteRequest) -> BoolArray:
+    def open(self, route: RouteRequest) -> BoolArray:
         """Which replicas would take a request that lost its place, [replicas]."""
-        return self._controller.watermarks.open(self._pages(request))
+        return self._controller.watermarks.open(self._pages(route))
 
-    def promise(self, request_id: str, replica: int, request: RouteRequest) -> None:
+    def promise(self, key: str, replica: int, route: RouteRequest) -> None:
         """A request goes to that replica; next() has promised its pages already."""
-        if request_id not in self._promised:
-            self._promised[request_id] = (replica, self._pages(request))
-            self._controller.watermarks.promise(*self._promised[request_id])
+        if key not in self._promised:
+            self._promised[key] = (replica, self._pages(route))
+            self._controller.watermarks.promise(*self._promised[key])
 
-    def settle_promise(self, request_id: str) -> None:
+    def settle_promise(self, key: str) -> None:
         """Its pages are among those that its replica reports, or it left; unknown ones are ignored."""
-        promised = self._promised.pop(request_id, None)
+        promised = self._promised.pop(key, None)
         if promised is not None:
             self._controller.watermarks.settle_promise(*promised)
 
