@@ -24,10 +24,13 @@ from rayk.server.completion import Completion
 from rayk.server.errors import GONE, HttpError, http_error
 from rayk.server.generation import Generation, new_id, now
 from rayk.server.openapi import openapi
-from rayk.server.prompts import SHORT, Asked, chat_prompt, completion_prompts, sampling_of, tokenize
-from rayk.server.requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, read
+from rayk.server.parsing import WHOLE, parsers
+from rayk.server.prompts import SHORT, Asked, chat_prompt, completion_prompts, sampling_of, structure_of, tokenize
+from rayk.server.requests import ChatBody, CompletionBody, DetokenizeBody, ResponsesBody, TokenizeBody, read
+from rayk.server.responses import Responses, as_chat
 from rayk.server.service import Service
 from rayk.server.settings import ServerSettings
+from rayk.server.tools import forced_call
 
 OPEN = frozenset({"/health", "/ready", "/version", "/metrics", "/openapi.json"})  # that need no key
 REST = 16  # tokens of a completion that does not say how many, as OpenAI has it
@@ -81,12 +84,25 @@ def application(cluster: Cluster, settings: ServerSettings) -> Starlette:
 
     async def chat(request: Request) -> ASGIApp:
         service.check_open()
-        body = read(ChatBody, await _body(request, service))
-        model, name = service.check_model(body.model), new_id("chatcmpl")
+        body, name = read(ChatBody, await _body(request, service)), new_id("chatcmpl")
+        asked, parser = await answer_chat(body)
+        form = ChatCompletion(body, asked, name, service.check_model(body.model), service.tokenizer, parser)
+        return Generation(service, body, asked, form, name)
+
+    async def responses(request: Request) -> ASGIApp:
+        service.check_open()
+        body, name = read(ResponsesBody, await _body(request, service)), new_id("resp")
+        asked, parser = await answer_chat(as_chat(body))
+        form = Responses(body, name, service.check_model(body.model), parser)
+        return Generation(service, body, asked, form, name)
+
+    async def answer_chat(body: ChatBody) -> tuple[Asked, Any]:
+        service.check_model(body.model)
         size = sum(len(str(message.get("content"))) for message in body.messages)
         effort = body.reasoning_effort
         if body.tool_choice == "none":
             body.tools = None
+        forced = forced_call(body)
         tokens = await _in_thread_if(size, partial(chat_prompt, cluster, body, effort))
         if body.max_completion_tokens is not None:
             body.max_tokens = body.max_completion_tokens
@@ -95,12 +111,16 @@ def application(cluster: Cluster, settings: ServerSettings) -> Starlette:
             more["logprobs"] = body.top_logprobs or 0
         elif body.top_logprobs:
             raise HttpError(400, "top_logprobs: needs logprobs to be true", "top_logprobs")
+        if forced is not None:
+            if structure_of(body, settings.limits) is not None:
+                raise HttpError(400, "tool_choice: it says already what the answer must be", "tool_choice")
+            more["structured_outputs"] = {"json": forced}
         sampling = sampling_of(body, max(1, cluster.longest - len(tokens)), settings.limits, **more)
         asked = Asked([tokens], [None], sampling)
         _check_size(service, asked, "messages")
-        parser = service.parser if body.tools else service.plain_parser
-        form = ChatCompletion(body, asked, name, model, service.tokenizer, parser)
-        return Generation(service, body, asked, form, name)
+        if forced is not None:
+            return asked, parsers(WHOLE, None)
+        return asked, service.parser if body.tools else service.plain_parser
 
     async def tokenized(request: Request) -> Response:
         body = read(TokenizeBody, await _body(request, service))
@@ -152,6 +172,7 @@ def application(cluster: Cluster, settings: ServerSettings) -> Starlette:
         Route("/v1/models/{model:path}", models),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
         Route("/tokenize", tokenized, methods=["POST"]),
         Route("/detokenize", detokenized, methods=["POST"]),
         Route("/health", health),

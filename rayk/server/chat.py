@@ -10,7 +10,8 @@ import msgspec
 from rayk.dispatch.output import Output, Update
 from rayk.protocol.engine_reports import TokenLogprobs
 from rayk.server.completion import prompt_logprobs, token_text
-from rayk.server.generation import Usage, event, now
+from rayk.server.errors import HttpError
+from rayk.server.generation import DONE, Usage, event, failure, now
 from rayk.server.parsing import AnswerParser, Part
 from rayk.server.prompts import Asked
 from rayk.server.requests import ChatBody, Json
@@ -68,10 +69,10 @@ class ChatCompletion:
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
         self._parsers = [parser() for _ in range(asked.sampling.n)]
 
-    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
+    def whole(self, outputs: Sequence[Output], usage: Usage) -> dict[str, Any]:
         """See Form."""
         choices = [self._choice(index, output) for index, output in enumerate(outputs)]
-        made = self._base | {"object": "chat.completion", "choices": choices}
+        made = self._base | {"object": "chat.completion", "choices": choices, "usage": usage}
         if self._body.prompt_logprobs is not None:
             found = outputs[0].prompt_logprobs or []
             made["prompt_logprobs"] = prompt_logprobs(self._tokenizer, self._asked.tokens[0], found)
@@ -132,8 +133,12 @@ class ChatCompletion:
     def end(self, usage: Usage) -> bytes:
         """See Form."""
         if not self._usage:
-            return b""
-        return event(self._base | {"object": "chat.completion.chunk", "choices": [], "usage": usage})
+            return DONE
+        return event(self._base | {"object": "chat.completion.chunk", "choices": [], "usage": usage}) + DONE
+
+    def fail(self, error: HttpError) -> bytes:
+        """See Form."""
+        return failure(error)
 
 
 def _call(call: Json, index: int | None = None) -> Json:

@@ -9,7 +9,8 @@ import msgspec
 
 from rayk.dispatch.output import Output, Update
 from rayk.protocol.engine_reports import TokenLogprobs
-from rayk.server.generation import Usage, event, now
+from rayk.server.errors import HttpError
+from rayk.server.generation import DONE, Usage, event, failure, now
 from rayk.server.prompts import Asked
 from rayk.server.requests import CompletionBody
 
@@ -50,9 +51,10 @@ class Completion:
     def _prompt_of(self, index: int) -> int:
         return index // self._asked.sampling.n
 
-    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
+    def whole(self, outputs: Sequence[Output], usage: Usage) -> dict[str, Any]:
         """See Form."""
-        return self._base | {"choices": [self._choice(index, output) for index, output in enumerate(outputs)]}
+        choices = [self._choice(index, output) for index, output in enumerate(outputs)]
+        return self._base | {"choices": choices, "usage": usage}
 
     def _choice(self, index: int, output: Output) -> Choice:
         body, prompt = self._body, self._asked.tokens[self._prompt_of(index)]
@@ -128,7 +130,11 @@ class Completion:
 
     def end(self, usage: Usage) -> bytes:
         """See Form."""
-        return event(self._base | {"choices": [], "usage": usage}) if self._usage else b""
+        return (event(self._base | {"choices": [], "usage": usage}) if self._usage else b"") + DONE
+
+    def fail(self, error: HttpError) -> bytes:
+        """See Form."""
+        return failure(error)
 
 
 def token_text(tokenizer: Any, token: int) -> str:

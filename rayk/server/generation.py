@@ -46,7 +46,7 @@ class Usage(msgspec.Struct):
 class Form(Protocol):
     """How answers are written: as one body, or as events."""
 
-    def whole(self, outputs: Sequence[Output]) -> Any:
+    def whole(self, outputs: Sequence[Output], usage: Usage) -> Any:
         """The body, for msgspec."""
         ...
 
@@ -62,10 +62,19 @@ class Form(Protocol):
         """The last events."""
         ...
 
+    def fail(self, error: HttpError) -> bytes:
+        """The last events where it goes wrong after the first."""
+        ...
+
 
 def event(data: Any) -> bytes:
     """A server-sent event."""
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def failure(error: HttpError) -> bytes:
+    """The events of an error in streams of completions."""
+    return event(msgspec.Raw(error.body())) + DONE
 
 
 def new_id(kind: str) -> str:
@@ -165,8 +174,7 @@ class Generation:
             self._count(output, self._asked.sampling.n)
         first = [output.ttft for output in outputs if output.ttft is not None]
         self._first_at = monotonic() - outputs[0].seconds + min(first) if first else None
-        whole = self._form.whole(outputs)
-        whole["usage"] = self.usage()
+        whole = self._form.whole(outputs, self.usage())
         await Response(msgspec.json.encode(whole), media_type="application/json")(scope, receive, send)
 
     async def _stream(self, answers: Answers, send: Send) -> None:
@@ -181,15 +189,14 @@ class Generation:
             except HttpError as error:
                 if not started or error.status == GONE:
                     raise
-                said = event(msgspec.Raw(error.body()))
-                await send({"type": "http.response.body", "body": b"".join([*parts, said, DONE])})
+                await send({"type": "http.response.body", "body": b"".join([*parts, form.fail(error)])})
                 return
             data = b"".join(parts) or HEARTBEAT
             if not started:
                 started = True
                 await send({"type": "http.response.start", "status": 200, "headers": SSE})
             await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": form.end(self.usage()) + DONE})
+        await send({"type": "http.response.body", "body": form.end(self.usage())})
 
     def _more(self, update: Update, form: Form) -> bytes:
         if self._first_at is None and update.tokens:

@@ -6,11 +6,12 @@ from typing import Any
 
 import msgspec
 
-from rayk.server.requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from rayk.server.requests import ChatBody, CompletionBody, DetokenizeBody, ResponsesBody, TokenizeBody
 
 POSTS: dict[str, tuple[type, str]] = {
     "/v1/completions": (CompletionBody, "Complete a prompt."),
     "/v1/chat/completions": (ChatBody, "Answer a chat."),
+    "/v1/responses": (ResponsesBody, "Answer an input."),
     "/tokenize": (TokenizeBody, "Token ids of a prompt or a chat."),
     "/detokenize": (DetokenizeBody, "The text of token ids."),
 }

@@ -21,6 +21,7 @@ OPEN_AT_START = frozenset({"deepseek_r1"})
 
 TOOLS = {"hermes": ("<tool_call>", "</tool_call>"), "qwen": ("<tool_call>", "</tool_call>"), "llama3_json": None}
 """Tags around each call's JSON, by --tool-parser; None: the whole answer is the JSON of a call, or of several."""
+WHOLE = "llama3_json"
 PYTHON_TAG = "<|python_tag|>"
 
 _json = json.JSONDecoder(strict=False)

@@ -96,6 +96,26 @@ class ChatBody(GenerationBody, kw_only=True):
     reasoning_effort: str | None = None
 
 
+class ResponsesBody(GenerationBody, kw_only=True):
+    """POST /v1/responses. Nothing is kept: a conversation comes whole, as `input`."""
+
+    input: str | list[Json]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    text: Json | None = None
+    tools: list[Json] | None = None
+    tool_choice: str | Json | None = None
+    parallel_tool_calls: bool | None = None
+    previous_response_id: str | None = None
+    conversation: str | Json | None = None
+    background: bool | None = None
+    store: bool | None = None
+    metadata: Json | None = None
+    reasoning: Json | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: Json | None = None
+
+
 class TokenizeBody(Body, kw_only=True):
     """POST /tokenize: a prompt, or messages."""
 
