@@ -19,7 +19,7 @@ from rayk.cli.example_model import EXAMPLE_MODEL_EPILOG, example_model
 from rayk.cli.flags import command_of
 from rayk.cli.generate_flags import GENERATE_EPILOG, GenerateFlags
 from rayk.cli.plan_flags import PLAN_EPILOG, PlanFlags
-from rayk.cli.serve import SERVE_EPILOG, serve
+from rayk.cli.serve_flags import BATCH_EPILOG, SERVE_EPILOG, BatchFlags, ServeFlags
 from rayk.errors import NotBuiltError, RaykError
 from rayk.simulate.flags import SIMULATE_EPILOG, SimulateFlags
 
@@ -88,7 +88,8 @@ app.command("plan", epilog=PLAN_EPILOG)(command_of(PlanFlags, "rayk.cli.plan:pla
 app.command(epilog=DESCRIBE_EPILOG)(describe)
 app.command("generate", epilog=GENERATE_EPILOG)(command_of(GenerateFlags, "rayk.cli.generate:generate"))
 app.command("example-model", epilog=EXAMPLE_MODEL_EPILOG)(example_model)
-app.command(epilog=SERVE_EPILOG)(serve)
+app.command("serve", epilog=SERVE_EPILOG)(command_of(ServeFlags, "rayk.cli.serve:serve"))
+app.command("batch", epilog=BATCH_EPILOG)(command_of(BatchFlags, "rayk.cli.serve:batch"))
 app.command("simulate", epilog=SIMULATE_EPILOG)(command_of(SimulateFlags, "rayk.simulate.command:simulate"))
 for _name in NOT_BUILT_COMMANDS:
     _add_refused(_name)

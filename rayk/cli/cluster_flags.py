@@ -1,0 +1,73 @@
+"""The flags of commands that serve a model, and the Cluster that they describe."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rayk.cli.flags import group
+from rayk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rayk.cluster import Cluster
+
+served = group("Cluster")
+
+AS_GIVEN = (
+    *("replicas", "page_size", "pages", "max_batch_size", "chunk_size", "device", "dtype", "attention", "router"),
+    *("threads", "peer_copies", "host_memory", "disk_dir", "disk_memory"),
+)
+"""Flags that are settings of the cluster."""
+
+log = logging.getLogger("rayk.server")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterFlags:
+    """A model on replicas."""
+
+    model: Annotated[Path, served("Folder of a Hugging Face checkpoint.")]
+    replicas: Annotated[int, served("Data-parallel replicas.")] = 1
+    runtime: Annotated[str, served("ray, or inline: everything in this process.")] = "ray"
+    address: Annotated[str | None, served("Ray cluster to join; otherwise one that runs, or a new one.")] = None
+    router: Annotated[str, served("cost, round-robin, least-loaded, prefix, session, or module:Class.")] = "cost"
+    chunk_size: Annotated[int, served("Tokens of one forward.")] = 512
+    max_batch_size: Annotated[int, served("Requests of one forward.")] = 64
+    page_size: Annotated[int, served("Tokens of a page.")] = 128
+    pages: Annotated[int | None, served("Pages of a replica; as many as fit.")] = None
+    peer_copies: Annotated[
+        bool, served("Do not copy prefixes between replicas.", " /--no-peer-copies", show_default=False)
+    ] = True
+    host_memory: Annotated[
+        str | None, served("A host tier for the replicas of each node: 16GiB, bytes, or 0.5 of what is free.")
+    ] = None
+    disk_dir: Annotated[Path | None, served("A disk tier in this folder of each node, kept for the next run.")] = None
+    disk_memory: Annotated[str | None, served("What --disk-dir may hold on each node.")] = None
+    device: Annotated[str, served("cpu, cuda, or auto: cuda if there are enough GPUs.")] = "auto"
+    dtype: Annotated[str, served("auto (as the checkpoint has it), float32, bfloat16.")] = "auto"
+    attention: Annotated[str | None, served("An attention backend; the fastest that can.")] = None
+    threads: Annotated[int | None, served("Threads of each replica on a CPU: 1, and inline all.")] = None
+
+    @contextmanager
+    def open(self, **more: Any) -> Iterator[Cluster]:
+        """The cluster while it is needed; what Ray and transformers print goes to stderr meanwhile."""
+        from rayk.cluster import Cluster
+        from rayk.session import InferenceSession
+
+        if self.runtime == "inline" and self.address is not None:
+            raise ConfigError("--address is for --runtime ray")
+        options: dict[str, Any] = {} if self.runtime == "inline" else {"address": self.address}
+        began = perf_counter()
+        with (
+            redirect_stdout(sys.stderr),
+            InferenceSession(self.runtime, **options) as session,
+            Cluster(self.model, session, **{name: getattr(self, name) for name in AS_GIVEN}, **more) as cluster,
+        ):
+            log.info("%s: %d replica(s) ready in %.1f s", self.model, self.replicas, perf_counter() - began)
+            yield cluster
