@@ -43,13 +43,25 @@ class PagedPool:
         if self.dtype == key.dtype and key.is_cuda and (fused := find_write()) is not None:
             fused(key.contiguous(), value.contiguous(), *self.layer(layer), batch.slots)
             return
+        self._put(layer, key, value, batch.once(("rows", self.layers), lambda: self._rows(batch.slots)))
+
+    def write_slots(self, layer: int, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        """As write(), to these slots, int64 `[tokens]`."""
+        self._put(layer, key, value, self._rows(slots))
+
+    def read_slots(self, layer: int, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values in these slots, int64 `[n]`: each `[n, heads, head_dim]` of that dtype."""
+        found = self._slots.index_select(0, self._rows(slots) + 2 * self.page_size * layer)
+        keys, values = (found.view(self.dtype) if self.dtype in FP8 else found).to(dtype).chunk(2)
+        return keys, values
+
+    def _put(self, layer: int, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor) -> None:
         both = torch.cat([key, value])
         if self.dtype in FP8:
             most = torch.finfo(self.dtype).max
             both = both.clamp(-most, most).to(self.dtype).view(torch.uint8)
         else:
             both = both.to(self.dtype)
-        rows = batch.once(("rows", self.layers), lambda: self._rows(batch.slots))
         self._slots.index_copy_(0, rows + 2 * self.page_size * layer, both)
 
     def _rows(self, slots: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """How transformers' models reach the pages: one attention function in its registry, which hands over to an object.
 
-A model calls the function named `rayk` for each layer, with the keyword arguments that its forward was given. One of
-them, `paged`, is the object that attends in this call. So models, threads and batches share nothing but the name.
+A model calls the function named `rayk` for each layer. What attends in this call is the object that this thread has
+bound with attending(): not every model hands the keyword arguments of its forward down to its layers. So models,
+threads and batches share nothing but the name.
 
 No mask is registered under that name: transformers then makes none, and asks no device whether it needs one.
 """
@@ -9,8 +10,11 @@ No mask is registered under that name: transformers then makes none, and asks no
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +25,11 @@ from rayk.errors import ArchitectureError
 
 NAME = "rayk"
 _registering = threading.Lock()
+_bound = threading.local()
+
+
+class NotCausal(ArchitectureError):
+    """A token sees later ones: no way of running it on pages is right."""
 
 
 class Attention(Protocol):
@@ -42,6 +51,17 @@ def register() -> None:
             AttentionInterface.register(NAME, _attend)
 
 
+@contextmanager
+def attending(attention: Attention) -> Iterator[None]:
+    """What attends in the forwards of this thread, while this lasts."""
+    before = getattr(_bound, "attention", None)
+    _bound.attention = attention
+    try:
+        yield
+    finally:
+        _bound.attention = before
+
+
 def _attend(
     module: Any,
     query: torch.Tensor,
@@ -53,14 +73,14 @@ def _attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
-    paged: Attention | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' signature: `[1, heads, tokens, dim]` each; returns `[1, tokens, heads, dim]`."""
+    paged: Attention | None = getattr(_bound, "attention", None)
     if paged is None:
-        raise ArchitectureError(type(module).__name__, "it is not given the arguments of the model's forward")
+        raise ArchitectureError(type(module).__name__, "its attention was called outside a forward of rayk's")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ArchitectureError(type(module).__name__, "it is not causal")
+        raise NotCausal(type(module).__name__, "it is not causal")
     if attention_mask is not None:
         raise ArchitectureError(type(module).__name__, "it has a mask of the model's own")
     rules = Rules(
@@ -100,17 +120,23 @@ class PagedAttention:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
     ) -> torch.Tensor:
-        dim, wanted = self.pool.head_dim, value.shape[2]
-        query, key, value = (_widened(states, dim) for states in (query, key, value))
+        dim, heads, wanted = self.pool.head_dim, key.shape[1], value.shape[2]
+        query = widened(query, query.shape[1], dim)
         at = self.layers[layer]
+        key, value = (widened(states, self.pool.heads, dim) for states in (key, value))
         self.pool.write(at, key, value, self.batch)
-        found = self.backend.attend(query, *self.pool.layer(at), self.batch, rules)
+        keys, values = self.pool.layer(at)
+        if heads < self.pool.heads:
+            keys, values = keys[:, :, :heads], values[:, :, :heads]
+        found = self.backend.attend(query, keys, values, self.batch, rules)
         return found if wanted == dim else found[..., :wanted]
 
 
-def _widened(states: torch.Tensor, dim: int) -> torch.Tensor:
-    """Zeros behind each head: they change no score, and no value that is kept. MLA has narrower values than keys."""
-    return states if states.shape[2] == dim else pad(states, (0, dim - states.shape[2]))
+def widened(states: torch.Tensor, heads: int, dim: int) -> torch.Tensor:
+    """`[tokens, heads, dim]`, with zeros behind each head and after the last one: they change no score, and no value
+    that is kept. MLA has narrower values than keys, and layers may have fewer heads than others."""
+    more = heads - states.shape[1], dim - states.shape[2]
+    return states if more == (0, 0) else pad(states, (0, more[1], 0, more[0]))
 
 
 @dataclass(frozen=True)
@@ -136,3 +162,45 @@ class Recorder:
         shape = LayerShape(key.shape[1], dim, rules.softcap is not None, rules.sinks is not None)
         self.calls.append((layer, shape))
         return query.new_zeros((*query.shape[:2], value.shape[2]))
+
+
+class Way(Protocol):
+    """How a model runs on pages. shapes: what each of its layers asks of them, in the order of the pool's layers."""
+
+    @property
+    def shapes(self) -> dict[int, LayerShape]: ...
+
+    def logits(
+        self, pool: PagedPool, batch: PagedBatch, backend: Backend | None, tokens: torch.Tensor, every_token: bool
+    ) -> torch.Tensor:
+        """In the model's dtype `[rows, vocab]` after the last token of each row, or `[tokens, vocab]`. tokens: int64
+        `[tokens]` of the packed batch, on the model's device."""
+
+
+@dataclass(frozen=True)
+class ByRegistry:
+    """rayk's attention in place of the model's. offset: what the model adds to positions."""
+
+    model: Any
+    shapes: dict[int, LayerShape]
+    offset: int = 0
+
+    @cached_property
+    def _layers(self) -> dict[int, int]:
+        return {layer: at for at, layer in enumerate(self.shapes)}
+
+    @cached_property
+    def _keeps_rows(self) -> bool:
+        return "logits_to_keep" in signature(self.model.forward).parameters
+
+    def logits(
+        self, pool: PagedPool, batch: PagedBatch, backend: Backend | None, tokens: torch.Tensor, every_token: bool
+    ) -> torch.Tensor:
+        assert backend is not None
+        only = {"logits_to_keep": batch.last} if self._keeps_rows and not every_token else {}
+        positions = batch.positions + self.offset if self.offset else batch.positions
+        with attending(PagedAttention(pool, batch, backend, self._layers)):
+            found: torch.Tensor = self.model(
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False, **only
+            ).logits[0]
+        return found if only or every_token else found[batch.last]

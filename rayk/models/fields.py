@@ -16,6 +16,7 @@ from rayk.errors import ArchitectureError, CheckpointError
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "attention_multiplier": (),
+    "attention_chunk_size": (),
     "attn_logit_softcapping": (0,),
     "attn_temperature_tuning": (False,),
     "clip_qkv": (),
@@ -26,6 +27,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logit_scale": (1,),
     "logits_scaling": (1,),
     "no_rope_layers": ([],),
+    "num_kv_shared_layers": (0,),
     "residual_multiplier": (1,),
     "rotary_pct": (1,),
     "scale_depth": (),

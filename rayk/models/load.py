@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rayk.errors import ArchitectureError, CheckpointError, ConfigError, PlanError
-from rayk.models import architecture
+from rayk.models import architecture, towers
 from rayk.models.bridge import NAME, register
 from rayk.models.checkpoint import CONFIG, TOKENIZERS, check_folder, has_tokenizer, other_copies, stored_tensors
 from rayk.models.fields import refuse_unread
@@ -24,6 +24,7 @@ from rayk.models.tensors import check_taken
 log = logging.getLogger("rayk.models")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions", "max_target_positions")
 
 
 def load_model(
@@ -51,15 +52,14 @@ def load_model(
         _check_dtype(folder, config.dtype)
     model = _weights(folder, model_class, config, dtype, quant_method(raw))
     _check_dtype(folder, model.dtype)
+    if text is not config:
+        towers.drop(model)
     model = _placed(model, where).eval().requires_grad_(False)
     architecture.refuse_unread_rope(model, text)
     limit = architecture.freeze_rope(model)
-    with torch.inference_mode():
-        tokens = architecture.trial_tokens(model.get_input_embeddings().weight.shape[0], where)
-        shapes = architecture.layer_shapes(model, tokens, text.num_hidden_layers)
-        vocab_size = architecture.try_out(model, tokens, shapes)
-    length = _max_length(folder, text, limit, model_class.__name__)
-    return PagedModel(model, shapes, vocab_size, length, _eos(model), _tokenizer(folder), attention)
+    way, vocab_size = architecture.way_of(model, text)
+    length = _max_length(folder, text, limit, model_class.__name__) - architecture.position_offset(model)
+    return PagedModel(model, way, vocab_size, length, _eos(model), _tokenizer(folder), attention)
 
 
 def _device(name: str) -> torch.device:
@@ -74,7 +74,7 @@ def _device(name: str) -> torch.device:
 
 def _config(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
     """transformers' config and model class for what config.json says."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     named = raw.get("architectures") or [raw.get("model_type") or "a model without model_type"]
     name = str(named[0] if isinstance(named, list) else named)
@@ -84,10 +84,14 @@ def _config(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
         if raw.get("model_type") not in _model_types():
             raise ArchitectureError(name, f"model_type {raw.get('model_type')!r} is unknown to transformers") from None
         raise CheckpointError(str(folder), CONFIG, f"is refused by transformers: {_line(error)}") from None
-    mapping = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping:
-        raise ArchitectureError(name, f"model_type {config.model_type!r} is no causal language model in transformers")
-    return config, mapping[type(config)]
+    causal: Any = AutoModelForCausalLM._model_mapping
+    whole: Any = AutoModelForImageTextToText._model_mapping
+    # A causal class may be of the text part alone, and then finds no tensors under the names of the whole model.
+    if type(config) in causal and causal[type(config)].config_class is type(config):
+        return config, causal[type(config)]
+    if type(config) in whole:
+        return config, whole[type(config)]
+    raise ArchitectureError(name, f"model_type {config.model_type!r} is no causal language model in transformers")
 
 
 def _model_types() -> Any:
@@ -99,6 +103,8 @@ def _model_types() -> Any:
 def _weights(folder: Path, model_class: Any, config: Any, dtype: str, quantised: str | None = None) -> Any:
     """The model with all its weights, and all weights of the files in it. transformers would fill in missing ones at
     random, and drop those that it has no place for."""
+    text = config.get_text_config(decoder=True)
+    attention = NAME if architecture.beyond_registry(text, model_class) is None else "eager"
     said: list[str] = []
     try:
         with _progress_on_terminals(), _listening(said):
@@ -106,7 +112,7 @@ def _weights(folder: Path, model_class: Any, config: Any, dtype: str, quantised:
                 folder,
                 config=config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                attn_implementation=NAME,
+                attn_implementation=attention,
                 local_files_only=True,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are in the report, which is clearer
@@ -119,7 +125,6 @@ def _weights(folder: Path, model_class: Any, config: Any, dtype: str, quantised:
         else:
             why = _line(error)
         raise CheckpointError(str(folder), "", f"{what}: {why}") from error
-    text = config.get_text_config(decoder=True)
     check_taken(folder, stored_tensors(folder), model, report, text, quantised is not None)
     return model
 
@@ -173,9 +178,10 @@ def _listening(said: list[str]) -> Iterator[None]:
 
 
 def _max_length(folder: Path, text: Any, limit: int | None, name: str) -> int:
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = next((found for name in POSITIONS if (found := getattr(text, name, None)) is not None), None)
     if not isinstance(positions, int) or positions < 1:
-        raise CheckpointError(str(folder), CONFIG, f"max_position_embeddings must be a number, got {positions!r}")
+        reason = f"max_position_embeddings must be a number, got {positions!r}"
+        raise CheckpointError(str(folder), CONFIG, f"{reason}; add the length that it was trained with")
     if limit is not None and limit < positions:
         log.warning(
             "%s is served up to %d of its %d positions: beyond, its rotary frequencies depend on the longest row of a "

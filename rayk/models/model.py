@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from rayk.attention import Backend, PagedPool, choose, pack
 from rayk.errors import AttentionError, BatchError, ConfigError
 from rayk.kvcache.runtime_inputs import ShardInputs
 from rayk.models.architecture import needs
-from rayk.models.bridge import LayerShape, PagedAttention
+from rayk.models.bridge import ByRegistry, Way
 from rayk.params import MHAKVCacheParams, dtype_name
 
 PAGE_SIZE = 128
@@ -28,7 +27,7 @@ class PagedModel:
     def __init__(
         self,
         model: Any,
-        shapes: dict[int, LayerShape],
+        way: Way,
         vocab_size: int,
         max_length: int,
         eos_token_ids: tuple[int, ...],
@@ -36,11 +35,12 @@ class PagedModel:
         attention: str | None,
     ) -> None:
         self._model = model
-        self._shapes = shapes
-        self._layers = {layer: at for at, layer in enumerate(shapes)}
+        self._way = way
+        self._shapes = list(way.shapes.values())
+        self._kv_heads = max(shape.kv_heads for shape in self._shapes)
+        self._head_dim = max(shape.head_dim for shape in self._shapes)
         self._attention = attention
         self._backends: dict[tuple[torch.dtype, int], Backend] = {}
-        self._keeps_rows = "logits_to_keep" in signature(model.forward).parameters
         self.vocab_size = vocab_size
         self._embedded: int = model.get_input_embeddings().weight.shape[0]
         self.max_length = max_length
@@ -48,7 +48,7 @@ class PagedModel:
         self.tokenizer = tokenizer
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self.backend: str = self._backend(self.dtype, PAGE_SIZE).name
+        self.backend: str = self._name(self.dtype, PAGE_SIZE)
 
     @property
     def architecture(self) -> str:
@@ -61,10 +61,19 @@ class PagedModel:
         tensors = (part for t in (*self._model.parameters(), *self._model.buffers()) for part in _stored(t))
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    def _backend(self, cache_dtype: torch.dtype, page_size: int) -> Backend:
+    def _name(self, cache_dtype: torch.dtype, page_size: int) -> str:
+        backend = self._backend(cache_dtype, page_size)
+        return "transformers" if backend is None else backend.name
+
+    def _backend(self, cache_dtype: torch.dtype, page_size: int) -> Backend | None:
+        """What attends over such pages; None where the model does so itself."""
+        if not isinstance(self._way, ByRegistry):
+            if self._attention is not None:
+                raise AttentionError(f"{self.architecture} attends by itself; leave attention={self._attention!r} out")
+            return None
         key = cache_dtype, page_size
         if key not in self._backends:
-            asked = needs(self._shapes, self.device, self.dtype, cache_dtype, page_size)
+            asked = needs(self._way.shapes, self.device, self.dtype, cache_dtype, page_size)
             self._backends[key] = choose(asked, self._attention)
         return self._backends[key]
 
@@ -92,12 +101,11 @@ class PagedModel:
         if more.get("kvcache_quant_config") is not None:
             raise ConfigError("pages with scales are not read by rayk's attention; use dtype='float8_e4m3fn' alone")
         name = dtype_name(dtype or self.dtype)
-        self.backend = self._backend(getattr(torch, name), page_size).name
-        shape = next(iter(self._shapes.values()))
+        self.backend = self._name(getattr(torch, name), page_size)
         return MHAKVCacheParams(
             dtype=name,
-            n_kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
+            n_kv_heads=self._kv_heads,
+            head_dim=self._head_dim,
             num_layers=len(self._shapes),
             page_size=page_size,
             devices=devices,
@@ -128,17 +136,8 @@ class PagedModel:
         if batch.kv_lengths_host is not None and batch.max_kv > self.max_length:
             raise BatchError(f"a row of {batch.max_kv} tokens, and {self.architecture} has {self.max_length} positions")
         self._check_tokens(tokens)
-        attention = PagedAttention(pool, batch, self._backend(pool.dtype, pool.page_size), self._layers)
-        wanted = None if every_token else batch.last
-        only = {} if wanted is None or not self._keeps_rows else {"logits_to_keep": wanted}
-        found: torch.Tensor = self._model(
-            input_ids=tokens.to(self.device, non_blocking=True)[None],
-            position_ids=batch.positions[None],
-            use_cache=False,
-            paged=attention,
-            **only,
-        ).logits[0]
-        return (found if only or wanted is None else found[wanted]).float()
+        backend = self._backend(pool.dtype, pool.page_size)
+        return self._way.logits(pool, batch, backend, tokens.to(self.device, non_blocking=True), every_token).float()
 
     def _check_tokens(self, tokens: torch.Tensor) -> None:
         """On the host only: on a device it would wait, and a wrong id ends the process there."""
@@ -155,8 +154,7 @@ class PagedModel:
         if inputs.kv_scales is not None:
             raise BatchError("pages with scales are not read by rayk's attention")
         pool = PagedPool(inputs.kv_blocks)
-        shape = next(iter(self._shapes.values()))
-        want = (len(self._shapes), shape.kv_heads, shape.head_dim)
+        want = (len(self._shapes), self._kv_heads, self._head_dim)
         if (pool.layers, pool.heads, pool.head_dim) != want:
             raise BatchError(
                 f"pages of {(pool.layers, pool.heads, pool.head_dim)} (layers, KV heads, head size), "

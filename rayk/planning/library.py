@@ -89,6 +89,8 @@ RUNNING = ("quantization_config", "quantization", "_attn_implementation", "attn_
 def _described(value: Any) -> Any:
     """The fields that describe a model, without those of a way to run it; RoPE's old names as they are called now."""
     if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:  # how transformers writes what JSON has no number for
+            return float(value["__float__"])
         found = {name: _described(v) for name, v in value.items() if name not in RUNNING}
         return {**found, "type": "longrope"} if found.get("type") == "su" else found
     return [_described(v) for v in value] if isinstance(value, list) else value

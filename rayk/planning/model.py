@@ -120,13 +120,15 @@ class Model:
         return len({n for c in self.cached for n in c.layers if c.key_dim})
 
     def expanded(self) -> Model:
-        """The model as rayk's own runner has it: a latent expanded to keys and values for every head."""
-        layers = tuple(
-            CachedLayers(c.layers, c.expanded[0], c.expanded[1], c.expanded[1]) if c.expanded else c
+        """The model as rayk's own runner has it: a latent expanded to keys and values for every head, and all layers,
+        keys and values as wide as the widest, since pages have one shape."""
+        layers = [
+            CachedLayers(c.layers, c.expanded[0], c.expanded[1], c.expanded[1], window=c.window) if c.expanded else c
             for c in self.cached
             if not c.extra_bytes
-        )
-        return replace(self, cached=layers)
+        ]
+        heads, dim = max(c.heads for c in layers), max(max(c.key_dim, c.value_dim) for c in layers)
+        return replace(self, cached=tuple(c._replace(heads=heads, key_dim=dim, value_dim=dim) for c in layers))
 
     def kv_params(self, *, tp: int, page_size: int, kv_dtype: str, dp: int = 1, device: str = "cuda") -> KVCacheParams:
         """Cache parameters of `dp` replicas of `tp` shards. ConfigError, with what divides, when heads do not split,

@@ -108,6 +108,33 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             mamba_d_state=8,
         ),
     ),
+    "falcon": (
+        "FalconConfig",
+        {**common(), "new_decoder_architecture": False, "multi_query": True, "alibi": False},
+    ),
+    "bloom": (
+        "BloomConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "initializer_range": 0.25,
+            "seq_length": POSITIONS,
+        },
+    ),
+    "llama-4": (
+        "Llama4TextConfig",
+        common(
+            head_dim=8,
+            intermediate_size_mlp=48,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            attention_chunk_size=WINDOW,
+            layer_types=["chunked_attention", "full_attention"],
+            no_rope_layers=[1, 0],
+        ),
+    ),
     "gpt-oss": (
         "GptOssConfig",
         common(

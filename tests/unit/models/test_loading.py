@@ -221,15 +221,14 @@ SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "MambaConfig": (SMALL, "MambaForCausalLM cannot run on rayk's pages: it keeps a recurrent state"),
     "JambaConfig": (common(), "JambaForCausalLM .*recurrent state"),
-    "BloomConfig": ({"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "BloomForCausalLM .*registry"),
+    "OpenAIGPTConfig": (
+        {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4},
+        "OpenAIGPTLMHeadModel .*registry; and attending by itself over pages, it caches nothing",
+    ),
     "Lfm2Config": (common(layer_types=["conv", "full_attention"]), "Lfm2ForCausalLM"),
     "BertConfig": (
         {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
         "BertLMHeadModel .*not causal",
-    ),
-    "Llama4TextConfig": (
-        common(head_dim=16, num_local_experts=2, intermediate_size_mlp=48),
-        "Llama4ForCausalLM .*chunk",
     ),
 }
 
@@ -248,7 +247,6 @@ def test_what_cannot_run_on_pages_is_refused_by_name(tmp_path: Path, kind: str) 
         ({"model_type": "unheard_of", "architectures": ["UnheardOf"]}, "UnheardOf .*'unheard_of' is unknown"),
         ({"model_type": "t5"}, "'t5' is no causal"),
         ({"is_causal": False}, "not causal"),
-        ({"num_kv_shared_layers": 1}, "keys and values of others"),
         ({"use_bidirectional_attention": True}, "looks ahead"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layers of type linear_attention; known are"),
     ],
@@ -260,20 +258,32 @@ def test_what_the_config_says(copy: Path, changes: dict[str, Any], says: str) ->
 
 
 def test_a_model_that_pages_change_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PagedPool, "write", lambda *arguments: None)
+    for way in ("write", "write_slots"):
+        monkeypatch.setattr(PagedPool, way, lambda *arguments: None)
     with pytest.raises(ArchitectureError, match=r"LlamaForCausalLM .*differ from those without a cache by"):
         load_model(llama)
+
+
+def test_a_model_that_the_registry_changes_attends_by_itself(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(PagedPool, "write", lambda *arguments: None)
+    assert load_model(llama).backend == "transformers"
+    assert (
+        "LlamaForCausalLM attends by itself, over keys and values that are gathered for it: its logits" in caplog.text
+    )
+    with pytest.raises(AttentionError, match="attends by itself; leave attention='torch-sdpa' out"):
+        load_model(llama, attention="torch-sdpa")
 
 
 def test_a_window_that_is_not_seen_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The windows are far longer than the trial."""
     write(tmp_path, "gemma2", sliding_window=200)
     monkeypatch.setattr("rayk.models.bridge.window_of", lambda module, given: None)
-    with pytest.raises(ArchitectureError, match=r"Gemma2ForCausalLM .*differ from those without a cache by"):
-        load_model(tmp_path)
+    assert load_model(tmp_path).backend == "transformers"
     monkeypatch.undo()
     model = load_model(tmp_path)
-    assert model._model.config.sliding_window == 200
+    assert model.backend == "torch-sdpa" and model._model.config.sliding_window == 200
     windows = {getattr(module, "sliding_window", None) for module in model._model.modules()}
     assert windows == {None, 200}
 
