@@ -29,8 +29,8 @@ BACKEND = "transformers"
 class Rows(NamedTuple):
     """Rows of one forward that have `new_tokens` each.
 
-    order: rows of the batch. tokens: int64 `[rows * new_tokens]`, where their tokens are packed. new: where these go, as
-    flat slots. held: int64 `[rows, longest]`, the slot of each token, of the first one where a row is shorter.
+    order: rows of the batch. tokens: int64 `[rows * new_tokens]`, where their tokens are packed. new: the slots that
+    these go to. held: int64 `[rows, longest]`, the slot of each token, of the first one where a row is shorter.
     mask: int64 `[rows, longest]`, 0 for those. positions: int64 `[rows, new_tokens]`.
     """
 

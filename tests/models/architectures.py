@@ -188,6 +188,8 @@ OWN: dict[str, dict[str, Any]] = {
 
 LARGEST = 100_000_000  # parameters
 NEW_TOKENS = 16
+MEANING = """"equal": every token is that of generate(); "forward": of forward(), which generate() differs from; "not
+made": no small model could be made, or transformers itself does not generate from it."""
 VERDICTS = ("equal", "wrong", "forward", "refused", "not made")
 
 
@@ -390,9 +392,8 @@ def main() -> int:
             parts.append(table(title, tried))
             print(parts[-1], flush=True)
     if args.write:
-        head = f"# Architectures\n\nMade by `python -m tests.models.architectures --write {args.write}`, with "
-        head += f"transformers {transformers.__version__}. "equal": every token is that of generate(); "forward": of forward(), which generate() differs from; "not made": no small model could be made, or transformers itself does not generate from it.\n"
-        args.write.write_text("\n".join([head, *parts]))
+        head = f"# Architectures\n\nMade by `python -m tests.models.architectures --write {args.write}`, with"
+        args.write.write_text("\n".join([f"{head} transformers {transformers.__version__}. {MEANING}\n", *parts]))
     return 1 if bad else 0
 
 
