@@ -1,4 +1,6 @@
-"""Three nodes on one machine, driven by a script of their own: planning on each, spreading, and losing one."""
+"""Three nodes on one machine, driven by a script of their own: what each can hold, planning, spreading, and losing one.
+
+Their memory differs: a replica gets what its node can give, and a node that is too small is left out and named."""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import pytest
 # A raylet's files must not be its neighbour's, and a dead one is to be noticed in seconds, as in an embedded cluster.
 SCRIPT = """
 import json, os, sys, time
+from rayk.actors.describe import describe
 from rayk.actors.runtime import EMBEDDED_SETTINGS
 os.environ.update(EMBEDDED_SETTINGS)
 
@@ -23,19 +26,46 @@ import rayk.actors.launch as start
 from rayk import *
 from rayk.errors import PlanError
 
-FOLDER = sys.argv[1]
-def node(name):
+FOLDER, MIB = sys.argv[1], 1 << 20
+def node(name, memory):
     os.makedirs(f"{FOLDER}/{name}")
-    return dict(num_cpus=1, object_store_memory=80_000_000, temp_dir=f"{FOLDER}/{name}", include_dashboard=False)
+    return dict(num_cpus=1, memory=memory, object_store_memory=80_000_000, temp_dir=f"{FOLDER}/{name}",
+                include_dashboard=False)
+
+def large(replicas):  # pages of 2 MiB
+    return MHAKVCacheParams(dtype="float32", head_dim=64, num_layers=4, n_kv_heads=8, page_size=128,
+                            devices=["cpu"] * replicas, data_parallel_degree=replicas)
 
 p = MHAKVCacheParams(dtype="float32", head_dim=4, num_layers=1, n_kv_heads=1, page_size=4, devices=["cpu"] * 3,
                      data_parallel_degree=3, enable_prefix_caching=True)
 said = {}
 os.makedirs(f"{FOLDER}/ray", exist_ok=True)
-cluster = Nodes(initialize_head=True, head_node_args=node("h"))
-second, third = cluster.add_node(**node("b")), cluster.add_node(**node("c"))
+cluster = Nodes(initialize_head=True, head_node_args=node("h", 1024 * MIB))
+second, third = cluster.add_node(**node("b", 512 * MIB)), cluster.add_node(**node("c", 3 * MIB))
 try:
-    session = InferenceSession(runtime="ray", address=cluster.address, log_to_driver=False)
+    options = dict(runtime="ray", address=cluster.address, log_to_driver=False)
+    with InferenceSession(**options, name="plan") as session:
+        memory = {n.node_id: n.resources["memory"] for n in session.ray.nodes()}
+        with PagedKVCacheManager(large(2), session, None, max_batch_size=8) as manager:
+            [state] = describe(session.ray, "plan")
+            running = manager._calls.cluster
+            said["pages"] = sorted(manager.get_num_pages(r) for r in range(2))
+            said["bound"] = [r.plan.bound for r in state.replicas]
+            said["states"] = [[r.state, r.pages == r.plan.pages, r.allocated_bytes == r.plan.bytes]
+                              for r in state.replicas]
+            said["measured"] = sorted(n.node_id for n in state.nodes) == sorted(memory)
+            said["first"] = max(n.measured_at for n in state.nodes) < min(f.started_at for f in running.facts)
+            said["refused"] = [[int(memory[i]), reason] for i, reason in state.refused.items()]
+    session = InferenceSession(**options)
+    with PagedKVCacheManager(large(2), session, None, max_batch_size=8, uniform=True) as manager:
+        said["uniform"] = [manager.get_num_pages(r) for r in range(2)]
+    with PagedKVCacheManager(large(1), session, None, max_batch_size=8, memory_utilization=0.25) as manager:
+        said["quarter"] = manager.get_num_pages(0)
+    try:
+        PagedKVCacheManager(large(2), session, 300, max_batch_size=8)
+    except RaykError as error:
+        said["too_many"] = [type(error).__name__, str(error)]
+
     ids = sorted(n.node_id for n in session.ray.nodes())
     said["nodes"] = len(ids)
 
@@ -70,7 +100,7 @@ try:
     try:
         make()
     except PlanError as error:
-        said["refused"] = [i in str(error) for i in ids]
+        said["unfit"] = [i in str(error) for i in ids]
     small.clear()
 
     with make() as manager:
@@ -115,7 +145,7 @@ def said(ray_tmpdir: Path) -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(
-        [sys.executable, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -130,8 +160,8 @@ def test_pages_are_copied_between_nodes(said: dict[str, Any]) -> None:
     assert said["copied"] == [8, 8]
 
 
-def test_a_node_that_is_too_small_is_avoided_or_named(said: dict[str, Any]) -> None:
-    assert said["avoided"] and said["refused"] == [True] * 3
+def test_a_node_with_no_room_is_avoided_or_named(said: dict[str, Any]) -> None:
+    assert said["avoided"] and said["unfit"] == [True] * 3
 
 
 def test_only_replicas_of_the_drivers_node_have_fast_lanes(said: dict[str, Any]) -> None:
@@ -142,3 +172,33 @@ def test_only_replicas_of_the_drivers_node_have_fast_lanes(said: dict[str, Any])
 def test_a_lost_node_is_a_lost_replica(said: dict[str, Any]) -> None:
     assert said["lost"] == [True, True] and said["others"] == [True, True]
     assert said["noticed"] < 10
+
+
+def test_each_replica_gets_what_its_node_can_give(said: dict[str, Any]) -> None:
+    assert said["pages"] == [127, 255]  # half of 512 and of 1,024 MiB in pages of 2, less the null page
+    assert said["bound"] == ["memory", "memory"]
+    assert said["states"] == [["ready", True, True]] * 2
+
+
+def test_every_node_was_measured_before_any_replica_existed(said: dict[str, Any]) -> None:
+    assert said["measured"] and said["first"]
+
+
+def test_a_node_that_is_too_small_is_left_out_with_its_reason(said: dict[str, Any]) -> None:
+    [[memory, reason]] = said["refused"]
+    assert memory == 3 << 20
+    assert "1 page(s) of 2097152 bytes (and the null page) do not fit" in reason and "3145728 bytes are free" in reason
+
+
+def test_uniform_replicas_get_the_smallest_number(said: dict[str, Any]) -> None:
+    assert said["uniform"] == [127, 127]
+
+
+def test_a_chosen_share_of_the_memory(said: dict[str, Any]) -> None:
+    assert said["quarter"] in (63, 127)  # a quarter of the node that Ray chose
+
+
+def test_more_pages_than_the_nodes_have_are_refused(said: dict[str, Any]) -> None:
+    kind, text = said["too_many"]
+    assert kind == "PlanError"
+    assert "2 replica(s) asked for, 0 fit" in text and "ask for at most 255 pages" in text
