@@ -1,6 +1,7 @@
 """What all tests share: where things are, one torch thread, and markers set by folder."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from hypothesis import settings
 
 REPO = Path(__file__).resolve().parent.parent
 MARKED_FOLDERS = {"ray": pytest.mark.ray, "gpu": pytest.mark.gpu}
+# Folders whose tests one process runs, in this order: conformance uses the cluster that tests/ray has started.
+USES_RAY = ("tests/ray/", "tests/conformance/", "tests/examples/", "tests/gpu/")
 
 # Threads of torch, Ray's processes and the test itself would share few cores; and with one thread the order
 # of a sum, so its last bit, does not depend on the machine.
@@ -34,7 +37,7 @@ def shared_dir() -> Path:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests/ray and tests/gpu by folder, and skip what needs a CUDA device where there is none."""
     no_cuda = pytest.mark.skip(reason="no CUDA device: GPU test skipped")
     has_cuda = torch.cuda.is_available()
@@ -44,3 +47,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
         if not has_cuda and item.get_closest_marker("gpu"):
             item.add_marker(no_cuda)
+    if hasattr(config, "workerinput"):  # it is one of several processes: the longest work comes first
+        order = [*USES_RAY, ""]
+        items.sort(key=lambda item: next(at for at, path in enumerate(order) if item.nodeid.startswith(path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Among several processes (`make test`) the tests of a file stay together, and all that may start a cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(USES_RAY) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False  # not the file with the most tests first
+    return Together(config, log)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from rayk.errors import ConfigError
@@ -58,13 +59,20 @@ _TOWER = re.compile(r"(^|[._])(vision|visual|audio|vit|image|siglip|clip|encoder
 
 def layer_of(module: Module) -> int | None:
     """The number of the text layer that the module belongs to; None for what is outside of them."""
-    found = None if in_tower(module) else LAYER.search(module.name)
-    return int(found[1]) if found else None
+    return _place(module.name)[0]
 
 
 def in_tower(module: Module) -> bool:
     """Whether it belongs to an encoder of images or sound."""
-    return _TOWER.search(module.name) is not None
+    return _place(module.name)[1]
+
+
+@lru_cache(1 << 14)
+def _place(name: str) -> tuple[int | None, bool]:
+    """Text layer and tower of a name. Plans that are compared ask for the same names again and again."""
+    tower = _TOWER.search(name) is not None
+    found = None if tower else LAYER.search(name)
+    return (int(found[1]) if found else None), tower
 
 
 @dataclass(frozen=True)

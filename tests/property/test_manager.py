@@ -807,4 +807,4 @@ class ManagerMachine(RuleBasedStateMachine):
 
 
 TestManager = ManagerMachine.TestCase
-TestManager.settings = settings(MACHINES, max_examples=12 * MACHINES.max_examples)
+TestManager.settings = settings(MACHINES, max_examples=6 * MACHINES.max_examples)

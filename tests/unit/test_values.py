@@ -27,7 +27,7 @@ class Number(int):
 
 
 SURROGATES = ["\ud800", "a\udfffb", "x" * 100 + "\ud912", "\udc80" * 3]
-NO_TEXT = [5, 5.0, b"abc", ["a"], ("a",), object(), True, *SURROGATES]
+NO_TEXT = [5, 5.0, b"abc", ["a"], ("a",), pytest.param(object(), id="object"), True, *SURROGATES]
 NO_INTEGER = [None, "7", 1.0, 1.5, math.nan, math.inf, True, np.bool_(True), [1], 2**63, -(2**63) - 1, 2**70, 10**5000]
 NO_SECONDS = ["7", b"7", True, math.nan, math.inf, -math.inf, 10**400, -(10**400), [1.0], object(), np.float32("nan")]
 
