@@ -54,12 +54,14 @@ def serve(cluster: Cluster, asked: list[list[int]]) -> Reused:
     return reused
 
 
-def pools() -> list[str]:
-    return [name for name in os.listdir("/dev/shm") if name.startswith("rayk-pool-")]
+def pools(engines: set[int]) -> set[Path]:
+    """The pools in shared memory that those engines have mapped; other tests of this machine have theirs."""
+    lines = [line for engine in engines for line in Path(f"/proc/{engine}/maps").read_text().splitlines()]
+    return {Path(line.split()[5]) for line in lines if "/dev/shm/rayk-pool-" in line}
 
 
 def test_replicas_share_their_tiers_and_a_restart_finds_the_pages(session: InferenceSession, tmp_path: Path) -> None:
-    before = pools()
+    others = engine_pids()
     tiers = {"host_memory": 20 * 64, "disk_dir": tmp_path, "disk_memory": "1MiB"}
     with Cluster(model, session, router="round-robin", **tiers, **SETTINGS) as cluster:
         assert serve(cluster, ASKED).total < WHOLE / 2
@@ -67,7 +69,9 @@ def test_replicas_share_their_tiers_and_a_restart_finds_the_pages(session: Infer
         assert warm.total == WHOLE and warm.disk_tokens > 0
         assert cluster.stats(0).tiers == cluster.stats(1).tiers and cluster.stats(0).tiers.host_total == 20
         assert cluster.stats(0).cache.failed_loads == 0
-    assert pools() == before
+        mapped = pools(engine_pids() - others)
+        assert mapped and all(pool.exists() for pool in mapped)
+    assert not [pool for pool in mapped if pool.exists()]
     with Cluster(model, session, **tiers, **SETTINGS) as cluster:
         again = serve(cluster, ASKED)
         assert again.total == WHOLE and again.disk_tokens > WHOLE / 2
