@@ -25,7 +25,7 @@ def models(draw: st.DrawFn) -> Model:
         1 << 15,
         draw(st.integers(8, 4096)),
     )
-    chosen = draw(st.integers(0, (1 << layers) - 1))  # one draw for all layers: a draw for each takes longer than a plan
+    chosen = draw(st.integers(0, (1 << layers) - 1))  # one draw for all layers, which would take longer than a plan
     attending = tuple(n for n in range(layers) if n % 4 == 0 or chosen >> n & 1)
     cached = [CachedLayers(attending, heads, dim, 0 if latent else dim, latent)]
     if draw(st.booleans()) and not latent:
