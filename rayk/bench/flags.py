@@ -14,9 +14,13 @@ BENCH_EPILOG = "Example: rayk bench --workload chat --replicas 2 --forward verif
 REPORT_EPILOG = "Example: rayk report demo-out/result.json --out report"
 CORE_EPILOG = "Example: rayk bench core --only w1,w3 --repeat 5"
 OVERLOAD_EPILOG = "Example: rayk bench overload --duration 60s --factor 5"
+SERVE_EPILOG = "Example: rayk bench serve --runtime ray --replicas 2 --check"
 SCHEDULER_EPILOG = "Example: rayk bench scheduler --rounds 5 --check"
 CONCURRENCY = 16
 REPEAT = 5
+LEAST_OF_STARLETTE = 0.7
+LEAST_OF_STARLETTE_RAY = 0.5
+MOST_LATER = 0.003  # seconds to the first byte, beyond bare Starlette's
 LEAST_SPEEDUP, LEAST_OF_BARE = 25.0, 0.6
 
 work, cluster, load, cache = group("Workload"), group("Cluster"), group("Load"), group("Cache")
@@ -135,6 +139,26 @@ class SchedulerFlags:
     address: Annotated[str, what("Ray cluster to join; an embedded one otherwise.")] = "local"
     check: Annotated[
         bool, judge(f"Exit with 1 below {LEAST_SPEEDUP:.0f} x one by one or {LEAST_OF_BARE} x bare Ray.", "--check")
+    ] = False
+    form: Annotated[Format, FORMAT] = Format.table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeBenchFlags:
+    """Stream answers of a model that does nothing through the HTTP server, and the same bytes through bare Starlette.
+
+    Tokens per second of a core of the server's process, and the time to the first byte.
+    """
+
+    runtime: Annotated[str, what("inline, or ray: replicas in processes of their own.")] = "inline"
+    replicas: Annotated[int, what("Replicas.", min=1)] = 1
+    streams: Annotated[int, what("Streams at once.", min=1)] = 64
+    prompt: Annotated[int, what("Tokens of a prompt.", min=1)] = 32
+    tokens: Annotated[int, what("Tokens of an answer.", min=1)] = 512
+    rounds: Annotated[int, what("Measurements of each.", min=1)] = 3
+    check: Annotated[
+        bool,
+        judge(f"Exit with 1 below {LEAST_OF_STARLETTE} (ray: {LEAST_OF_STARLETTE_RAY}) of bare Starlette.", "--check"),
     ] = False
     form: Annotated[Format, FORMAT] = Format.table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -249,21 +249,31 @@ def deliver(report: Report, handles: Mapping[int, Handle]) -> list[int]:
     for number, start, found in report.prompt_logprobs:
         if (handle := handles.get(number)) is not None:
             handle.add_prompt_logprobs(start, found)
-    numbers, tokens = report.columns()
-    order = np.argsort(numbers, kind="stable")
-    numbers, tokens = numbers[order], tokens[order]
-    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-    for number, part in zip(numbers[starts].tolist(), np.split(tokens, starts[1:]), strict=False):
+    for number, part in _by_number(report):
         handle = handles.get(number)
         if handle is not None:
             if handle.prefilling:
                 handle.prefilling = False
                 first.append(number)
-            handle.add(part.tolist(), report.logprobs.get(number, []))
+            handle.add(part, report.logprobs.get(number, []))
     for number, piece in report.texts:
         if (handle := handles.get(number)) is not None:
             handle.add_text(piece)
     return first
+
+
+def _by_number(report: Report) -> Iterator[tuple[int, list[int]]]:
+    """Requests and their tokens in the report."""
+    numbers, tokens = report.columns()
+    listed = numbers.tolist()
+    if len(set(listed)) == len(listed):  # one step: a token each
+        yield from zip(listed, ([token] for token in tokens.tolist()), strict=True)
+        return
+    order = np.argsort(numbers, kind="stable")
+    numbers, tokens = numbers[order], tokens[order]
+    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+    for number, part in zip(numbers[starts].tolist(), np.split(tokens, starts[1:]), strict=False):
+        yield number, part.tolist()
 
 
 def end_as_reported(handle: Handle, end: Ended) -> None:

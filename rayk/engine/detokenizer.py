@@ -59,6 +59,9 @@ class Detokenizer:
         return text_of(self._tokenizer, ids)
 
     def _grow(self, more: str, may_stop: bool = True) -> None:
+        if not self._stop:
+            self.text += more
+            return
         begin = max(self._free, len(self.text) - self._longest + 1)
         self.text += more
         if not may_stop:

@@ -45,7 +45,10 @@ class Answers:
         self.stopped: HttpError | None = None
         self._mailbox = mailbox
         self._ready: list[Handle] = []
-        self._told = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._read_at = 0.0
         self._open = 0
 
     def tell(self, handle: Handle) -> None:
@@ -55,13 +58,24 @@ class Answers:
     def put(self, handle: Handle) -> None:
         """The same in the loop."""
         self._ready.append(handle)
-        self._told.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _beat(self, seconds: float) -> None:
+        """Wake who waits for so long; one timer that is set again, not one for each wait."""
+        left = self._read_at + seconds - self._loop.time()
+        if left <= 0:
+            self._wake()
+        self._timer = None if self.over else self._loop.call_later(left if left > 0 else seconds, self._beat, seconds)
 
     def stop(self, error: HttpError) -> None:
         """End it for that reason; the requests are cancelled."""
         if self.stopped is None:
             self.stopped = error
-            self._told.set()
+            self._wake()
             for handle in self.handles:
                 handle.cancel()
 
@@ -80,18 +94,17 @@ class Answers:
 
     async def next(self, seconds: float | None = None) -> list[Update]:
         """What is new, in order of arrival; empty after so many seconds without. HttpError when it was stopped."""
-        if not self._told.is_set():
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._told.wait()
-            except TimeoutError:
-                return []
+        if not self._ready and self.stopped is None:
+            self._read_at = self._loop.time()
+            if self._timer is None and seconds is not None:
+                self._timer = self._loop.call_later(seconds, self._beat, seconds)
+            self._waiter = self._loop.create_future()
+            await self._waiter
         if self.stopped is not None:
             raise self.stopped
-        self._told.clear()
         ready, self._ready = self._ready, []
         updates = []
-        for handle in dict.fromkeys(ready):
+        for handle in ready if len(ready) < 2 else dict.fromkeys(ready):
             update = handle.take()
             if update.output is not None:
                 self._open -= 1
@@ -99,6 +112,11 @@ class Answers:
                 continue
             updates.append(update)
         return updates
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def outputs(self) -> list[Output]:
         """Wait for all of them, in their order; for requests that were submitted without on_news."""

@@ -72,6 +72,11 @@ def event(data: Any) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
+def text_event(head: bytes, index: int, name: bytes, text: str, tail: bytes) -> bytes:
+    """The most frequent event, which says nothing but more text of one choice, without a detour over objects."""
+    return b'%b{"index":%d,%b:%b%b' % (head, index, name, msgspec.json.encode(text), tail)
+
+
 def failure(error: HttpError) -> bytes:
     """The events of an error in streams of completions."""
     return event(msgspec.Raw(error.body())) + DONE
@@ -120,6 +125,7 @@ class Generation:
             raise
         finally:
             watch.cancel()
+            answers.close()
             if not answers.over:
                 answers.stop(HttpError(GONE, "nobody waits any more"))
             service.streams.discard(answers)
@@ -184,14 +190,20 @@ class Generation:
         while not answers.over:
             parts, pending = [pending], b""
             try:
-                for update in await answers.next(service.settings.heartbeat):
+                updates = await answers.next(service.settings.heartbeat)
+                told = bool(updates)
+                for update in updates:
                     parts.append(self._more(update, form))
             except HttpError as error:
                 if not started or error.status == GONE:
                     raise
                 await send({"type": "http.response.body", "body": b"".join([*parts, form.fail(error)])})
                 return
-            data = b"".join(parts) or HEARTBEAT
+            data = b"".join(parts)
+            if not data:
+                if told:
+                    continue
+                data = HEARTBEAT
             if not started:
                 started = True
                 await send({"type": "http.response.start", "status": 200, "headers": SSE})

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -19,6 +20,7 @@ log = logging.getLogger("rayk.server")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BACKLOG = 4096  # connections that the kernel holds until they are accepted
+SWITCH_SECONDS = 0.0005  # in which the event loop gets its turn beside an engine in this process
 LAST = 5  # seconds for answers that were ended to reach their clients
 
 
@@ -95,6 +97,7 @@ def run(
 ) -> bool:
     """Serve until SIGTERM or SIGINT; whether it could begin to. `on_start` is told the port."""
     raise_file_limit()
+    sys.setswitchinterval(SWITCH_SECONDS)
     process = Process(cluster, settings, host, port, on_start)
     process.run()
     return process.started

@@ -1,0 +1,175 @@
+"""`rayk bench serve`: what the front door costs, beside bare Starlette that streams the same bytes in the same run.
+
+Streams are read by this process, and a server is a process of its own, over a model that does nothing. What is measured
+is the CPU time of that process, less that of the engine's thread where it has one: the mock engine is not the door's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+import msgspec
+import psutil
+from rich.console import Console
+
+from rayk.bench.flags import LEAST_OF_STARLETTE, LEAST_OF_STARLETTE_RAY, MOST_LATER, ServeBenchFlags
+from rayk.cli.flags import Format
+from rayk.cli.serve import check_installed
+from rayk.cli.table import make_table
+
+START_SECONDS = 120
+TICK = 0.01  # seconds, of the system's CPU accounts
+
+
+class ServeRates(msgspec.Struct, frozen=True):
+    """Medians over rounds. Rates are tokens per second of a core of the server's process; ttfb in seconds."""
+
+    tokens_per_core_s: float
+    bare_tokens_per_core_s: float
+    of_bare: float
+    tokens_per_s: float
+    chunks: float  # of a stream
+    ttfb_p50: float
+    bare_ttfb_p50: float
+    rss_bytes: int
+
+
+class Stream(NamedTuple):
+    """What came of one request: seconds to the first byte of its body, and the chunks."""
+
+    first: float
+    chunks: list[bytes]
+
+
+class Round(NamedTuple):
+    """All streams of one measurement."""
+
+    streams: list[Stream]
+    cpu: float
+    seconds: float
+
+
+def serve(flags: ServeBenchFlags) -> int:
+    """Measure and print; with --check, 1 below what is asked."""
+    check_installed("rayk bench serve")
+    rates = measure(flags)
+    least = LEAST_OF_STARLETTE if flags.runtime == "inline" else LEAST_OF_STARLETTE_RAY
+    later = rates.ttfb_p50 - rates.bare_ttfb_p50
+    good = rates.of_bare >= least and later <= MOST_LATER
+    if flags.form == Format.json:
+        print(msgspec.json.encode({"command": "bench serve", "rates": rates, "least": least, "good": good}).decode())
+    else:
+        rows = (
+            ("tokens/s of a core", f"{rates.tokens_per_core_s:,.0f}", f"{rates.bare_tokens_per_core_s:,.0f}"),
+            ("first byte, p50", f"{rates.ttfb_p50 * 1e3:.1f} ms", f"{rates.bare_ttfb_p50 * 1e3:.1f} ms"),
+            ("chunks of a stream", f"{rates.chunks:.0f}", f"{rates.chunks:.0f}"),
+            ("memory", f"{rates.rss_bytes / 2**20:,.0f} MiB", ""),
+        )
+        title = f"{flags.streams} streams of {flags.tokens} tokens"
+        Console().print(make_table(title, ("", "rayk", "bare Starlette"), rows, left=("",)))
+        print(f"{rates.of_bare:.2f} of bare Starlette (at least {least}), first byte {later * 1e3:+.1f} ms")
+    return 0 if good or not flags.check else 1
+
+
+def measure(flags: ServeBenchFlags) -> ServeRates:
+    """Rounds of both, in turns."""
+    ours, theirs = list[Round](), list[Round]()
+    settings = (flags.runtime, str(flags.replicas), str(flags.streams), str(flags.tokens))
+    with tempfile.TemporaryDirectory() as folder, _process(*settings) as server:
+        file = Path(folder) / "chunks"
+        with _process("bare", str(file)) as other:
+            for _ in range(1 + flags.rounds):
+                ours.append(asyncio.run(_round(server, flags)))
+                file.write_bytes(msgspec.msgpack.encode([stream.chunks for stream in ours[-1].streams]))
+                theirs.append(asyncio.run(_round(other, flags)))
+        rss = server.process.memory_info().rss
+    del ours[0], theirs[0]  # first calls of everything
+    tokens = flags.streams * flags.tokens
+    rate, bare = (median(tokens / each.cpu for each in rounds) for rounds in (ours, theirs))
+    first, bare_first = (median(s.first for each in rounds for s in each.streams) for rounds in (ours, theirs))
+    chunks = sum(len(stream.chunks) for each in ours for stream in each.streams) / flags.streams / flags.rounds
+    of_bare = median(b.cpu / a.cpu for a, b in zip(ours, theirs, strict=True))
+    return ServeRates(
+        rate, bare, of_bare, median(tokens / each.seconds for each in ours), chunks, first, bare_first, rss
+    )
+
+
+class Server(NamedTuple):
+    """A running one. `engine`: the thread of its engine, or 0."""
+
+    process: psutil.Process
+    port: int
+    engine: int
+
+    def cpu(self) -> float:
+        """Seconds so far."""
+        if not self.engine:
+            times = self.process.cpu_times()
+            return float(times.user + times.system)
+        threads = self.process.threads()
+        return float(sum(each.user_time + each.system_time for each in threads if each.id != self.engine))
+
+
+@contextmanager
+def _process(*arguments: str) -> Iterator[Server]:
+    """A server of rayk.bench.served."""
+    command = [sys.executable, "-m", "rayk.bench.served", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as started:
+        try:
+            assert started.stdout is not None
+            for line in started.stdout:  # Ray says this and that
+                if line.replace(" ", "").strip().isdecimal():
+                    yield Server(psutil.Process(started.pid), *map(int, line.split()))
+                    break
+            else:
+                raise RuntimeError(f"{' '.join(command)} did not start")
+        finally:
+            started.terminate()
+            started.wait(START_SECONDS)
+
+
+async def _round(server: Server, flags: ServeBenchFlags) -> Round:
+    """All streams at once, read to their ends."""
+    prompt = list(range(10, 10 + flags.prompt))
+    body = msgspec.json.encode(
+        {
+            "model": "mock",
+            "prompt": prompt,
+            "max_tokens": flags.tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+        }
+    )
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+    before, began = server.cpu(), perf_counter()
+    streams = await asyncio.gather(*(_read(server.port, head % len(body) + body) for _ in range(flags.streams)))
+    seconds = perf_counter() - began
+    return Round(streams, max(TICK, server.cpu() - before), seconds)
+
+
+async def _read(port: int, request: bytes) -> Stream:
+    """One stream, in HTTP's chunks."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
+    try:
+        began, first, chunks = perf_counter(), 0.0, list[bytes]()
+        writer.write(request)
+        status = await reader.readuntil(b"\r\n\r\n")
+        if not status.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(f"a stream was refused: {status[:200]!r}")
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            first = first or perf_counter() - began
+            chunks.append(await reader.readexactly(size))
+            await reader.readexactly(2)
+        return Stream(first, chunks)
+    finally:
+        writer.close()
