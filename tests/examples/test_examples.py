@@ -1,4 +1,4 @@
-"""The examples run as a user would run them, and print what the README shows."""
+"""The examples run as a user would run them, and print what docs/manager.md shows."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def test_quickstart(repo: Path) -> None:
     assert "first: 0 of 103 tokens reused" in out
     assert "second: 96 of 103 tokens reused" in out
     assert "pages free again: 64 of 64" in out
-    assert out in (repo / "README.md").read_text()
+    assert out in (repo / "docs" / "manager.md").read_text()
 
 
 @pytest.mark.ray
@@ -30,9 +30,9 @@ def test_driver(repo: Path) -> None:
     assert "dave reused 112 of 124 tokens on replica 1" in out
     assert "1 page(s) copied between replicas" in out
     assert "free pages: [256, 256]" in out
-    assert out in (repo / "README.md").read_text()
+    assert out in (repo / "docs" / "manager.md").read_text()
 
 
 def test_autoscale(repo: Path) -> None:
     out = run(repo, "autoscale.py")
-    assert out in (repo / "README.md").read_text()
+    assert out in (repo / "docs" / "manager.md").read_text()
