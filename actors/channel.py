@@ -101,7 +101,8 @@ class Pulse:
     """Whether a process lives, by its ping(), which has a lane of its own. Only time in which somebody looks counts,
     and none in which this process stood still itself."""
 
-    def __init__(self, runtime: Runtime, actor: Actor, target: str) -> None:
+    def __init__(self, runtime: Runtime, actor: Actor, target: str, method: str = "ping") -> None:
+        self._method = method
         self._runtime = runtime
         self._actor = actor
         self._target = target
@@ -110,6 +111,8 @@ class Pulse:
         self._last = 0.0
         self.silence = 0.0
         """Seconds for which ping() was not answered, by the last look."""
+        self.answer: Any = None
+        """What it answered last."""
 
     def look(self) -> float:
         """`silence` now; ActorGoneError when the process died."""
@@ -117,12 +120,12 @@ class Pulse:
             now = monotonic()
             if self._asked is not None:
                 try:
-                    self._runtime.get(self._asked, self._target, 0.0)
+                    self.answer = self._runtime.get(self._asked, self._target, 0.0)
                     self._asked, self.silence = None, 0.0
                 except CallTimeoutError:
                     self.silence += min(now - self._last, 2 * SLICE)
             if self._asked is None:
-                self._asked = self._actor.call("ping", control=True)
+                self._asked = self._actor.call(self._method, control=True)
             self._last = now
             return self.silence
 
@@ -133,6 +136,8 @@ class ActorChannel:
     With `quiet`, an actor whose ping() is not answered for so many seconds is not waited for any longer, and is sent
     nothing until it answers; one that does answer is waited for up to the timeout.
     """
+
+    pulse_method = "ping"
 
     def __init__(
         self,
@@ -153,7 +158,7 @@ class ActorChannel:
         self._client = client
         self._gone = gone
         self._timeout = timeout
-        self._pulse = Pulse(runtime, actor, target)
+        self._pulse = Pulse(runtime, actor, target, self.pulse_method)
         self._numbers = itertools.count(1)
         self._calls = self._sent = self._received = 0
         self.seen = self.unfilled = 0

@@ -32,6 +32,7 @@ class DeploymentConfig:
     host_pages: int = 0  # of the host tier of each node
     admission: AdmissionPolicy | None = None  # how requests wait for room
     kv_events: KVEventsConfig | None = None  # where replicas publish what they cache
+    replace: bool = True  # lost replicas are replaced
 
     @property
     def gpus(self) -> int:
@@ -68,7 +69,8 @@ class Deployment:
     """`handles[r]` is replica r, None where there is none any more. Immutable: each change makes another one.
 
     `nodes` as they were measured last; those `refused` at the start, for a reason each. `tiers` names the nodes' host
-    pools. `version`, `joined` and `states` are those of the scheduler's Membership. `started_here`: by this driver.
+    pools, `name` the detached actors, if they are that. `version`, `joined` and `states` are those of the scheduler's
+    Membership. `started_here`: by this driver.
     """
 
     config: DeploymentConfig
@@ -76,6 +78,7 @@ class Deployment:
     refused: Mapping[str, str] = field(default_factory=dict)
     handles: tuple[ReplicaHandle | None, ...] = ()
     tiers: str = ""
+    name: str | None = None
     scheduler: Actor | None = None
     scheduler_epoch: int = 0
     version: int = 1
@@ -128,6 +131,7 @@ class Deployment:
             "total_num_host_pages": wanted.host_pages == config.host_pages,
             "admission": wanted.admission == config.admission,
             "kv_events": wanted.kv_events == config.kv_events,
+            "replace": wanted.replace == config.replace,
         }
         return ", ".join(what for what, is_same in same.items() if not is_same)
 

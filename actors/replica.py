@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -57,6 +59,7 @@ class ReplicaActor:
     ) -> None:
         import torch
 
+        from rayk.kvcache.progress import Progress
         from rayk.kvcache.replica import ReplicaCore
         from rayk.replica.kv_event_publisher import publish_events
         from rayk.replica.service import ReplicaService
@@ -64,6 +67,7 @@ class ReplicaActor:
 
         self._started_at = time.time()
         self._door = threading.Lock()
+        self._progress = Progress()
         self._torch = torch
         torch.set_num_threads(1)
         devices = _local_devices(params, replica)
@@ -78,20 +82,29 @@ class ReplicaActor:
         self._service = ReplicaService(core, epoch, runtime.dumps, journal=journal, address=runtime.address())
         freeze_startup_objects()
 
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with self._door:
+            self._progress.begin()
+            try:
+                yield
+            finally:
+                self._progress.end()
+
     def handle(self, wire: bytes | int, *rest: Any) -> bytes:
         """Answer a message, see rayk.actors.chunks; what comes after it is page data from other replicas."""
-        with self._door:
+        with self._at_work():
             return self._service.handle(*(joined(wire, rest) if isinstance(wire, int) else (wire, rest)))[0]
 
     def handle_with_data(self, wire: bytes | int, *rest: Any) -> tuple[bytes, PageData]:
         """Answer a message whose result comes with page data."""
-        with self._door:
+        with self._at_work():
             return self._service.handle(*(joined(wire, rest) if isinstance(wire, int) else (wire, rest)))
 
     def handle_by_lane(self, wire: bytes) -> bytes:
         """Answer a message that came by a driver's lane. Nothing comes back when the answer is too long for it: sent
         again by a call, the message is answered from memory."""
-        with self._door:
+        with self._at_work():
             answer, _ = self._service.handle(wire)
         return answer if len(answer) <= LONGEST else b""
 
@@ -104,6 +117,11 @@ class ReplicaActor:
     def ping(self) -> int:
         """The epoch, at once, also while the data lane is busy."""
         return self._service.epoch
+
+    def vitals(self) -> tuple[float, str]:
+        """Seconds for which a message was being answered and did not get on, and why this replica is unfit; at once,
+        as ping()."""
+        return self._progress.stalled(), self._service.poison.reason
 
     def facts(self) -> ReplicaFacts:
         """What this replica really uses, to be compared with its plan."""

@@ -4,11 +4,14 @@
     work       what a driver asked for                     waited for while the replica lives, BUSY_SECONDS at most
     order      what a replica has to do in any case        sent even to one that does not answer, and done when it does
 
+The scheduler looks at every replica twice a second, whether anybody asks it anything or not: vitals(), which has a lane
+of its own, says that its process lives and whether its work gets on (rayk.kvcache.progress).
+
 A replica that leaves a message unanswered for QUESTION_SECONDS is set aside: no question waits for it any more, and
-the router passes it over while others take requests. Its ping(), which has a lane of its own, says if it is only busy.
-When that is not answered either for SILENT_SECONDS, the replica is silent: only orders are sent to it, everything else
-ends at once with a CallTimeoutError that names it, and its state says so. It comes back by itself: with the next answer
-to ping() it is not silent any more, and once everything that it was sent is answered it is not set aside.
+the router passes it over while others take requests. Its vitals() say if it is only busy. When they are not answered
+either, or its work did not get on, for SILENT_SECONDS, the replica is silent: only orders are sent to it, everything
+else ends at once with a CallTimeoutError that names it, and its state says so. It comes back by itself: with the next
+answer it is not silent any more, and once everything that it was sent is answered it is not set aside.
 
 What was given up is not done later in nobody's name. A replica takes messages in the order in which they were sent, so
 behind each that is given up goes the one that undoes it (Ask.undo). Where only its answer says what to undo, that is
@@ -36,6 +39,8 @@ PATIENT = 8  # rounds at a time that are waited for longer than a question is
 class ReplicaChannel(ActorChannel):
     """The scheduler's line to one start of a replica, and how that answers."""
 
+    pulse_method = "vitals"
+
     def __init__(
         self,
         runtime: Runtime,
@@ -47,11 +52,22 @@ class ReplicaChannel(ActorChannel):
     ) -> None:
         super().__init__(runtime, actor, f"replica {replica}", epoch, client, gone)
         self.replica = replica
+        self.silence, self.stalled, self.poison, self.answers = 0.0, 0.0, "", True
+        """Seconds for which its process did not answer, or its work did not get on, and why it is unfit, as it says
+        itself; whether it `answers`."""
         self.aside = self.silent = False
         self.owed: list[tuple[ReplicaCall, Pending]] = []
         """Messages whose answers nobody waits for, in the order they were sent."""
         self.waits = 0
         """Messages that are waited for longer than a question would be."""
+
+    def look(self) -> float:
+        """Seconds for which its process did not answer, or its work did not get on."""
+        silence = super().look()
+        self.silence, self.answers = silence, not silence
+        if self._pulse.answer is not None:
+            self.stalled, self.poison = self._pulse.answer
+        return silence or self.stalled
 
 
 class ReplicaCalls:
@@ -165,19 +181,21 @@ class ReplicaCalls:
         if before != (link.aside, link.silent):
             self._stands(link)
 
-    def tick(self, links: Sequence[ReplicaChannel | None]) -> None:
-        """Look after those that are set aside: read what they answer late, and take them back. Waits for nobody.
-        `links` by replica."""
+    def tick(self, links: Sequence[ReplicaChannel | None], watch: bool = False) -> None:
+        """Look after those that are set aside: read what they answer late, and take them back. With `watch`, look at
+        all of them, so that who dies or hangs is noticed though nobody asks it anything. Waits for nobody. `links` by
+        replica."""
         for link in links:
-            if link is not None and (link.aside or link.owed):
-                silence = _look(link) if link.aside else 0.0
-                with self._lock:
-                    for more in self._read_late(link):
-                        target = links[more.replica]
-                        if target is not None:
-                            self.order(target, more)
-                    if link.aside:
-                        self._note(link, silence, aside=bool(silence or link.owed or link.waits))
+            if link is not None and (watch or link.aside or link.owed):
+                silence = _look(link) if watch or link.aside else 0.0
+                if link.aside or link.owed or silence >= SILENT_SECONDS:
+                    with self._lock:
+                        for more in self._read_late(link):
+                            target = links[more.replica]
+                            if target is not None:
+                                self.order(target, more)
+                        if link.aside or silence >= SILENT_SECONDS:
+                            self._note(link, silence, aside=bool(silence or link.owed or link.waits))
 
     @staticmethod
     def _read_late(link: ReplicaChannel) -> list[ReplicaCall]:

@@ -26,6 +26,7 @@ from rayk.scheduler.script import ReplicaCall, ReplicaReply
 log = logging.getLogger("rayk.scheduler")
 
 LANES = 16  # batches that are under way at once; the driver that waits for each of its batches uses one
+WATCH_TICKS = 2  # of TICK_SECONDS, between two looks at a replica that nobody asks anything
 ROSTER_SECONDS = 1.0  # that a driver which attaches waits for the latest roster
 ANSWERS = 8 * LANES  # remembered for each driver; more than its messages can overtake each other by
 
@@ -41,17 +42,19 @@ class SchedulerActor:
         settings: RouterSettings,
         copies: bool,
         roster: Any,
+        replace: bool = False,
         runtime: Runtime | None = None,
     ) -> None:
         self._client, self._runtime = new_client_id("scheduler"), runtime or _own_runtime()
         self._epoch = epoch
         self._roster = self._shown = roster
-        self._core = SchedulerCore(epochs, settings, copies, monotonic)
+        self._core = SchedulerCore(epochs, settings, copies, monotonic, replace)
         self._core_lock = Condition()  # a script's step and the sending of what it asks are one
         self._questions = ReplicaCalls(self._core_lock, self._stands, monotonic)
         self._links: list[ReplicaChannel | None] = [self._link(r, actor, epochs[r]) for r, actor in enumerate(replicas)]
         self._answers: ReplyCache[bytes] = ReplyCache(ANSWERS)
         self._working: set[tuple[str, int]] = set()  # mutations that a lane is at
+        self._ticks = 0
         freeze_startup_objects()
         if runtime is None:
             Thread(target=self._keep_time, name="rayk-timer", daemon=True).start()
@@ -170,7 +173,7 @@ class SchedulerActor:
 
     def _lost(self, replica: int, epoch: int, reason: str) -> RaykError:
         with self._core_lock:
-            placed = self._core.lifecycle.lose(replica, epoch)
+            placed = self._core.supervisor.lose(replica, epoch, reason)
         return ReplicaLostError(replica, epoch, placed, reason)
 
     def ping(self) -> int:
@@ -200,8 +203,34 @@ class SchedulerActor:
                     asks = orders.send([self._order(ask) for ask in asks])
             except StopIteration:
                 pass
-            links = list(self._links)
-        self._questions.tick(links)
+            here = self._core.members.here
+            links = [link if r in here else None for r, link in enumerate(self._links)]
+        self._ticks += 1
+        self._questions.tick(links, watch=self._ticks % WATCH_TICKS == 0)
+        for link in links:
+            if link is not None:
+                self._take_out(link)
+
+    def _take_out(self, link: ReplicaChannel) -> None:
+        """End a replica that hangs or is unfit: it counts as lost."""
+        silence = link.silence if not link.answers else link.stalled
+        with self._core_lock:
+            members, supervisor = self._core.members, self._core.supervisor
+            reason = supervisor.sick(silence, link.answers, link.poison)
+            if reason is None or members.epochs[link.replica] != link.epoch or link.replica not in members.here:
+                return
+            supervisor.lose(link.replica, link.epoch, reason)
+        log.warning("replica %d is taken out: %s", link.replica, reason)
+        Thread(target=self._runtime.stop, args=([link.actor], None), name="rayk-end", daemon=True).start()
+
+    def due(self) -> int:
+        """How many replacements wait for a driver that starts them."""
+        if not self._core_lock.acquire(timeout=ROSTER_SECONDS):
+            return 0
+        try:
+            return len(self._core.supervisor.due())
+        finally:
+            self._core_lock.release()
 
     def _keep_time(self) -> None:
         while True:

@@ -60,7 +60,8 @@ def _start(runtime: Runtime, config: DeploymentConfig, name: str | None) -> Depl
     params = named(config.params)
     if params.kv_hash_seed is None:
         params = replace(params, kv_hash_seed=tier_seed(runtime, disk_dir(params)))
-    deployment = Deployment(replace(config, params=params), tiers=f"{time.time_ns() // 1_000}-{os.urandom(8).hex()}")
+    tiers = f"{time.time_ns() // 1_000}-{os.urandom(8).hex()}"
+    deployment = Deployment(replace(config, params=params), tiers=tiers, name=name)
     first = plan_scale_out(runtime, deployment, range(params.data_parallel_degree), PLACE_SECONDS)
     actors: list[Actor] = []
     with ended_on_failure(runtime, actors, first.groups):
@@ -78,7 +79,7 @@ def _start_scheduler(runtime: Runtime, deployment: Deployment, name: str | None)
     deployment = replace(deployment, scheduler_epoch=epoch, states=("ready",) * len(deployment.handles))
     replicas = tuple(handle.actor for handle in deployment.running.values())
     settings, copies = config.router_settings(deployment.pages), config.params.copies_prefixes
-    arguments = (epoch, replicas, deployment.epochs, settings, copies, deployment)
+    arguments = (epoch, replicas, deployment.epochs, settings, copies, deployment, config.replace)
     spec = ActorSpec(SchedulerActor, arguments, name=f"{name}/scheduler" if name else None, threads=LANES)
     with starting(runtime, [spec]) as [scheduler]:
         first_answers(runtime, {"the scheduler": scheduler.call("ping", control=True)}, START_SECONDS)

@@ -22,16 +22,23 @@ from rayk.scheduler.placer import Placer
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.scaling import Removed
 from rayk.scheduler.script import Part, ReplicaCall, ReplicaReply, Script
+from rayk.scheduler.supervisor import Supervisor
 from rayk.scheduler.transfers.evacuation import Evacuation
 from rayk.scheduler.transfers.handover import Handover
 from rayk.scheduler.transfers.links import LinkTable
 
 
 class SchedulerCore:
-    """`epochs[r]` is replica r's start; `copies` says whether replicas copy prefixes from each other."""
+    """`epochs[r]` is replica r's start; `copies` says whether replicas copy prefixes from each other, `replace` whether
+    lost ones are wanted back."""
 
     def __init__(
-        self, epochs: Sequence[int], settings: RouterSettings, copies: bool, clock: Callable[[], float]
+        self,
+        epochs: Sequence[int],
+        settings: RouterSettings,
+        copies: bool,
+        clock: Callable[[], float],
+        replace: bool = False,
     ) -> None:
         self.members = Membership(epochs)
         self.router = settings.make(clock)
@@ -50,7 +57,10 @@ class SchedulerCore:
             self.controller = AdmissionController(settings.admission, self.router, settings.page_size, clock)
             self.lifecycle.on_replica_gone = self.controller.on_replica_lost
             self._entry = AdmissionScripts(self.placer, self.controller)
+        self.supervisor = Supervisor(self.lifecycle, clock, replace)
         self.leases = Leases(clock)
+        self.unfinished = False
+        """Whether a driver went in the middle of a start: what it had started then is of no use to anybody."""
         self.owner = ""
         """The driver that started the cluster, until it leaves or its lease ends; '' for nobody."""
         self._linked = self.members.version  # when it was last looked whose links are of no use any more
@@ -108,9 +118,9 @@ class SchedulerCore:
                 return self._look_at(gone)
             case m.RemoveReplica(replica):
                 return self._remove(replica)
-            case m.DrainReplica(replica, released, handover):
+            case m.DrainReplica(replica, released, handover, leaving):
                 self.placer.forget_released(released)
-                self.lifecycle.drain(replica)
+                self.supervisor.drain(replica, leaving)
                 return self._drain(replica, handover)
             case _:
                 return self._change(client, command)
@@ -187,24 +197,26 @@ class SchedulerCore:
 
     def _change(self, client: str, command: m.SchedulerCommand) -> Script:
         """An event of membership; all that has to know of it does when the script has begun."""
-        lifecycle, follow, reset = self.lifecycle, list[int](), list[ReplicaCall]()
+        supervisor, follow, reset = self.supervisor, list[int](), list[ReplicaCall]()
         result: m.Result = m.Done()
         match command:
-            case m.Enlist(count):
-                result = m.Enlisted(lifecycle.enlist(count))
+            case m.Enlist(count, driver):
+                result = m.Enlisted(supervisor.enlist(count, driver or client))
+            case m.Replace(driver):
+                result = m.Enlisted(supervisor.take(driver or client))
             case m.Starting(replica):
-                lifecycle.start(replica)
-            case m.GiveUp(replica):
-                lifecycle.give_up(replica)
+                self.lifecycle.start(replica)
+            case m.GiveUp(replica, reason, placeless):
+                supervisor.give_up(replica, reason, placeless)
             case m.Join(replica, epoch, pages):
-                follow = lifecycle.join(replica, epoch, pages)
+                follow = supervisor.join(replica, epoch, pages)
                 reset = (
                     [ReplicaCall(replica, m.ResetPrefixCache(self._reset, joins=True))]
                     if self._reset is not None
                     else []
                 )
             case m.ResumeReplica(replica):
-                lifecycle.resume(replica)
+                supervisor.resume(replica)
         yield reset + [ReplicaCall(r, m.StartCacheEvents()) for r in follow]
         return result
 
@@ -234,7 +246,7 @@ class SchedulerCore:
                 removed = yield from self._offering.run(replica)
             [told] = yield [ReplicaCall(replica, m.GetMetrics())]
             counted = told.result
-        self.lifecycle.remove(replica)
+        self.supervisor.remove(replica)
         if isinstance(counted, m.MetricsDone):
             self._left += counted.metrics
         self._removed[replica] = m.RemoveDone(*removed)
@@ -267,6 +279,7 @@ class SchedulerCore:
         return m.Done()
 
     def _disowned(self, client: str) -> None:
+        self.unfinished |= bool(self.supervisor.forget(client))
         if self.owner == client:
             self.owner = ""
 
@@ -286,6 +299,8 @@ class SchedulerCore:
             transport=self.links.wanted,
             lines=self.links.table(),
             removed=self._removed,
+            replacements=[m.Replacement(*each) for each in self.supervisor.replacements()],
+            target=self.lifecycle.target,
         )
 
 

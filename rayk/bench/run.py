@@ -81,7 +81,7 @@ def _driver(
         cluster = start(settings, session, workload)
         nodes = [facts.node for facts in cluster.facts]
         return ClusterDriver(cluster, workload, settings, clock, on_tick), nodes
-    options: dict[str, Any] = {"max_batch_size": settings.max_batch_size, "router": settings.router}
+    options: dict[str, Any] = {"max_batch_size": settings.max_batch_size, "router": settings.router, "replace": False}
     manager = PagedKVCacheManager(settings.params(), session, settings.pages, settings.host_pages, **options)
     return ManagerDriver(manager, workload, settings, clock, on_tick), manager.get_node_names()
 

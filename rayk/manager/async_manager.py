@@ -326,6 +326,7 @@ class AsyncPagedKVCacheManager:
     resume_replica = awaited(PagedKVCacheManager.resume_replica)
     remove_replica = awaited(PagedKVCacheManager.remove_replica)
     replica_loads = awaited(PagedKVCacheManager.replica_loads)
+    replacements = awaited(PagedKVCacheManager.replacements)
     replica_states = awaited(PagedKVCacheManager.replica_states)
 
     @property

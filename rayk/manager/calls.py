@@ -80,6 +80,7 @@ class Calls(BatchCalls, ScalingCalls):
             self.scheduler.ask(m.Disconnect())
 
     def _end(self) -> None:
+        self._starter.end()
         if self.lease is not None:
             self.lease.ended.set()
         self.scheduler.quiet = CLOSING_SECONDS

@@ -30,6 +30,7 @@ from rayk.scheduler.router.prefix_index import IndexFeed
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
 from rayk.scheduler.script import ReplicaCall, ReplicaReply
+from rayk.scheduler.supervisor import Replacement
 from rayk.tiers.identity import find_seed, named
 from rayk.tiers.opening import open_connector
 from rayk.transport.choice import Peer
@@ -302,6 +303,10 @@ class InlineReplicas(ABC):
         self._put(replica, None)
         self._derive()
         return Removed(done.cached, done.known, done.taken)
+
+    def replacements(self) -> list[Replacement]:
+        """There are no processes that could be lost."""
+        return []
 
     def lane_states(self) -> list[LaneState]:
         """See PagedKVCacheManager.lane_states()."""

@@ -62,6 +62,7 @@ class Wanted(NamedTuple):
     host_pages: int = 0
     admission: AdmissionPolicy | None = None
     kv_events: KVEventsConfig | None = None
+    replace: bool = True
 
 
 class PagedKVCacheManager(ManagerQueries):
@@ -91,6 +92,11 @@ class PagedKVCacheManager(ManagerQueries):
 
     `kv_events="tcp://127.0.0.1:5557"`, or a KVEventsConfig, has replica r publish at port 5557 + r what it caches and
     drops, for routers that listen to vLLM (docs/kv-events.md).
+
+    On Ray a replica that is lost, hangs or is unfit (rayk.kvcache.poison) is replaced by itself, empty, at its index:
+    one of the drivers starts it. What was claimed there is lost, and said to be with ReplicaLostError. One that cannot
+    be started, or dies at once, is tried again later and later, and given up in the end: replacements() says how that
+    stands, and add_replicas() begins anew. `replace=False`: lost ones stay lost.
     """
 
     def __init__(
@@ -109,6 +115,7 @@ class PagedKVCacheManager(ManagerQueries):
         prefill_rate: float | None = None,
         fast_lane: bool = False,
         kv_events: str | KVEventsConfig | None = None,
+        replace: bool = True,
     ) -> None:
         require_at_least(1, max_batch_size=max_batch_size)
         require_at_least(0, total_num_host_pages=total_num_host_pages)
@@ -138,6 +145,7 @@ class PagedKVCacheManager(ManagerQueries):
             total_num_host_pages,
             admission,
             checked(kv_events, params.enable_prefix_caching, params.data_parallel_degree),
+            replace,
         )
         self._fast_lane = fast_lane
         self._wait: Callable[[Script[Any]], Any] | None = None  # of calls that are scripts

@@ -19,6 +19,7 @@ from rayk.kvcache.page_hash import Mask
 from rayk.kvcache.tick import HitCounts, PrefixCacheReset
 from rayk.params import require_at_least
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
+from rayk.scheduler.supervisor import Replacement
 
 if TYPE_CHECKING:
     from rayk.manager.calls import Calls
@@ -71,6 +72,11 @@ class ManagerQueries(ABC):
         """
         require_at_least(1, n=n)
         return self._run(self._all().add_replicas(n, timeout))
+
+    def replacements(self) -> list[Replacement]:
+        """What is done about lost replicas: why each was lost or could not be started again, how often in a row that
+        failed, whether it is given up, and seconds until the next attempt. Empty with replace=False, and inline."""
+        return self._run(self._all().replacements())
 
     def drain_replica(self, replica_idx: int, deadline: float | None = None, handover: bool = True) -> Drained:
         """Give a replica no new requests. Those that it has go on; without a `deadline` they are named in the result.

@@ -1,64 +1,46 @@
-"""What a driver says and does to add, drain and remove replicas.
-
-The driver plans, places and starts the actors, as at the start of a cluster; the scheduler keeps the books. It hears
-first that indices are wanted, then that their replicas start, and at last that they take requests.
-"""
+"""What a driver says and does to add, drain and remove replicas; rayk.manager.starter starts them."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import partial
 from time import monotonic, sleep
 
+from msgspec import structs
+
 from rayk import protocol as m
-from rayk.actors.deployment import ReplicaHandle
-from rayk.actors.launch import stop_actors
-from rayk.actors.scale_out import ScaleOut, plan_scale_out, start_replicas
-from rayk.errors import DrainError, SchedulerLostError
-from rayk.manager.cluster_view import Script, current, off_loop, result_of
+from rayk.actors.deployment import Deployment
+from rayk.actors.interface import Runtime
+from rayk.errors import DrainError
+from rayk.manager.cluster_view import Script, current, off_loop
 from rayk.manager.placing_calls import PlacingCalls
+from rayk.manager.starter import Starter
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
+from rayk.scheduler.supervisor import Replacement
 
 LOOK_SECONDS = 0.02  # between two looks at a replica that drains
 
 
 class ScalingCalls(PlacingCalls):
-    """`_name` is that of the cluster's detached actors, if they are that."""
+    """Calls about replicas that come and go."""
 
-    _name: str | None
+    def __init__(self, runtime: Runtime, cluster: Deployment) -> None:
+        super().__init__(runtime, cluster)
+        self._starter = Starter(runtime, cluster, self.client)
+        if cluster.config.replace:
+            self._starter.keep()
 
     @current
     def add_replicas(self, count: int, timeout: float) -> Script[list[int]]:
         """Start `count` more replicas; their indices. Whatever fails, nothing is left behind."""
-        enlisted: m.Enlisted = yield from self._ask(self.scheduler, m.Enlist(count))
-        replicas, joined = enlisted.replicas, list[int]()
-        new, handles = ScaleOut([], [], [], {}), list[ReplicaHandle]()
-        try:
-            yield from self.catch_up()  # others may have come meanwhile
-            cluster, name = self.cluster, self._name
-            new = yield from off_loop(lambda: plan_scale_out(self._runtime, cluster, replicas, timeout))
-            for r in replicas:
-                yield from self._ask(self.scheduler, m.Starting(r))
-            handles = yield from off_loop(lambda: start_replicas(self._runtime, cluster, new.planned, name))
-            for r, handle in zip(replicas, handles, strict=True):
-                join = m.Join(r, handle.epoch, handle.plan.pages)
-                [reply] = yield [self.scheduler.send(join, [handle, tuple(new.nodes)])]
-                result_of(reply)
-                joined.append(r)
-        except BaseException:
-            yield from self._take_back([r for r in replicas if r not in joined], new, handles)
-            raise
+        replicas = yield from off_loop(lambda: self._starter.add(count, timeout))
+        yield from self.catch_up()
         return replicas
 
-    def _take_back(self, replicas: list[int], new: ScaleOut, handles: list[ReplicaHandle]) -> Script[None]:
-        """Stop what was started for those indices and let go of them."""
-        joined = {each.epoch: each.bundle.placement for each in new.planned if each.replica not in replicas}
-        actors = [handle.actor for handle in handles if handle.epoch not in joined]
-        groups = [group for group in new.groups if group not in joined.values()]
-        yield from off_loop(lambda: stop_actors(self._runtime, (), groups, actors))
-        with suppress(SchedulerLostError):
-            for r in replicas:
-                yield from self._ask(self.scheduler, m.GiveUp(r))
+    @current
+    def replacements(self) -> Script[list[Replacement]]:
+        """What is done about lost replicas."""
+        known: m.Description = yield from self._ask(self.scheduler, m.Describe(self._take_released()))
+        return [Replacement(*structs.astuple(each)) for each in known.replacements if known.target is not None]
 
     @current
     def drain_replica(self, replica: int, deadline: float | None, handover: bool) -> Script[Drained]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rayk.protocol.admission import AdmissionState
-from rayk.protocol.base import Failure, Message
+from rayk.protocol.base import Failure, Message, MessagePart
 from rayk.protocol.from_replica import LineState
 
 
@@ -59,11 +59,22 @@ class RemoveDone(Message, frozen=True):
     taken: int = 0
 
 
+class Replacement(MessagePart, frozen=True):
+    """See rayk.scheduler.supervisor.Replacement."""
+
+    replica: int
+    reason: str
+    failures: int
+    given_up: bool
+    seconds: float
+
+
 class Description(Message, frozen=True):
     """What the scheduler knows, by replica: how it stands, its start, requests and tokens that are placed there, tokens
     that wait to be prefilled, tokens that the pages of what runs there hold and that all its pages would. And who
     waits, where there is an admission policy; then `levels` are pages in use or promised. `transport` is the kind of
-    line that was asked for, and `removed` what became of the pages of those that were removed."""
+    line that was asked for, and `removed` what became of the pages of those that were removed. `target` replicas are
+    kept, and `replacements` are under way or given up."""
 
     epochs: list[int]
     requests: list[int]
@@ -78,6 +89,8 @@ class Description(Message, frozen=True):
     admission: AdmissionState | None = None
     levels: list[int] = []
     removed: dict[int, RemoveDone] = {}
+    replacements: list[Replacement] = []
+    target: int | None = None
 
 
 class Unasked(Message, frozen=True):

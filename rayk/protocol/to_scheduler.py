@@ -106,9 +106,17 @@ class Explain(Message, frozen=True):
 
 
 class Enlist(Message, frozen=True):
-    """Take indices for `count` replicas that the sender is going to start."""
+    """Take indices for `count` replicas that the sender is going to start, for `driver`: when that is gone, they are
+    free again."""
 
     count: int
+    driver: str = ""
+
+
+class Replace(Message, frozen=True):
+    """The same for replicas that were lost and are to be replaced now, if nobody is about it."""
+
+    driver: str = ""
 
 
 class Starting(Message, frozen=True):
@@ -126,18 +134,21 @@ class Join(Message, frozen=True):
 
 
 class GiveUp(Message, frozen=True):
-    """The replica could not be started."""
+    """The replica could not be started, for that reason; `placeless`: there is no place for it now."""
 
     replica: int
+    reason: str = ""
+    placeless: bool = False
 
 
 class DrainReplica(Message, frozen=True):
     """Give the replica no new requests, and with `handover` move those that it has to others. `released` as in
-    PlaceMany."""
+    PlaceMany. Without `leaving` another is to take its place."""
 
     replica: int
     released: dict[str, int] = {}
     handover: bool = False
+    leaving: bool = True
 
 
 class ResumeReplica(Message, frozen=True):
@@ -175,6 +186,7 @@ SchedulerCommand = (
     | Describe
     | Explain
     | Enlist
+    | Replace
     | Starting
     | Join
     | GiveUp

@@ -29,6 +29,7 @@ from rayk.errors import (
 from rayk.kvcache.connector import TierCount
 from rayk.kvcache.iteration import Forward, run_forward, run_tick
 from rayk.kvcache.page_pins import PageImport
+from rayk.kvcache.poison import Poison
 from rayk.kvcache.prefix_tree import PageListener
 from rayk.kvcache.replica import ReplicaCore
 from rayk.kvcache.request import Reused, refuse_twice
@@ -80,6 +81,7 @@ class ReplicaService:
         self.epoch = epoch
         self._turn = epoch  # microseconds when it started: higher than any number of the replica before it
         self._dumps = dumps
+        self.poison = Poison()
         self._clock = clock
         self._mirrors = ContextMirrors(core.replica) if mirrors is None else mirrors
         self._sender = ""  # of the message that is being answered
@@ -122,9 +124,12 @@ class ReplicaService:
         if self.port.pinned:
             self.port.unpin_late()
         try:
-            return self.answer(command, attached)
+            answer = self.answer(command, attached)
         except Exception as error:  # a shipped function or a bug in rayk, too: report it, stay alive
             return self._failure(error), []
+        if isinstance(command, m.Execute):
+            self.poison.clear()
+        return answer
 
     def answer(self, command: m.ReplicaCommand, attached: Sequence[PageData] = ()) -> tuple[m.Result, PageData]:
         """Carry out one command; `attached` and the second result as in handle(). Raises what the core raises."""
@@ -377,7 +382,7 @@ class ReplicaService:
             step_seconds=done.step_seconds,
             alloc_seconds=done.alloc_seconds,
             released=done.released,
-            failure=self._failure(done.error) if done.error is not None else None,
+            failure=self._tick_failure(command, done.error),
             waiting=sorted(done.waiting),
         )
 
@@ -394,8 +399,16 @@ class ReplicaService:
 
         return call
 
+    def _tick_failure(self, command: m.RunTick, error: Exception | None) -> m.Failure | None:
+        if error is not None:
+            return self._failure(error)
+        if command.fn:
+            self.poison.clear()
+        return None
+
     def _failure(self, error: Exception) -> m.Failure:
         """Any error as a message; what is not rayk's own (a shipped function, a bug) comes with its traceback."""
+        self.poison.note(error)
         if isinstance(error, RaykError):
             return m.failure(error)
         trace = "".join(traceback.format_exception(error))

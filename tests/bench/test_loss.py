@@ -25,7 +25,12 @@ def run(router: str, forward: str, due: dict[int, int], replicas: int = 3) -> Ma
     settings, runtime, ticks = complete(asked, workload, 300), FakeRuntime(), count()
     with session_on(runtime) as session:
         manager = PagedKVCacheManager(
-            settings.params(), session, settings.pages, max_batch_size=settings.max_batch_size, router=router
+            settings.params(),
+            session,
+            settings.pages,
+            max_batch_size=settings.max_batch_size,
+            router=router,
+            replace=False,
         )
 
         def kill(driver: ManagerDriver) -> None:

@@ -18,8 +18,10 @@ from .forwards import chain, contents, params, pid, running, stamp, until
 
 @pytest.fixture
 def manager(session: InferenceSession) -> Iterator[PagedKVCacheManager]:
-    """Two replicas of a test's own."""
-    with PagedKVCacheManager(params(), session, 64, enable_runtime_checks=True, max_batch_size=8) as manager:
+    """Two replicas of a test's own, which are replaced by nobody but the test."""
+    with PagedKVCacheManager(
+        params(), session, 64, enable_runtime_checks=True, max_batch_size=8, replace=False
+    ) as manager:
         yield manager
         manager.check_integrity()
 

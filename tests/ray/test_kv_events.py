@@ -72,7 +72,7 @@ def test_a_router_of_somebody_else_foresees_hits(session: InferenceSession) -> N
 def test_one_that_was_killed_is_followed_by_one_that_begins_anew(session: InferenceSession, tmp_path: Path) -> None:
     others = engine_pids()
     events: Any = KVEventsConfig(*(f"ipc://{tmp_path}/{name}" for name in ("live", "replay", "all")))
-    with Cluster(model, session, kv_events=events, **SETTINGS | {"replicas": 1}) as cluster:
+    with Cluster(model, session, kv_events=events, replace=False, **SETTINGS | {"replicas": 1}) as cluster:
         reader = Reader(zmq, f"ipc://{tmp_path}/live", f"ipc://{tmp_path}/replay")
         reader.until(lambda: reader.next > 0)
         prompt = list(range(30))

@@ -36,7 +36,7 @@ Batch = list[list[TextContext]]
 @contextmanager
 def manager_on(session: InferenceSession) -> Iterator[PagedKVCacheManager]:
     """Two replicas with lanes."""
-    with PagedKVCacheManager(params(), session, 256, max_batch_size=16, fast_lane=True) as manager:
+    with PagedKVCacheManager(params(), session, 256, max_batch_size=16, fast_lane=True, replace=False) as manager:
         yield manager
 
 

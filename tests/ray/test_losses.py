@@ -27,7 +27,7 @@ NOTICED_SECONDS = 10.0
 @pytest.fixture
 def manager(session: InferenceSession) -> Iterator[PagedKVCacheManager]:
     """Two replicas of a test's own."""
-    with PagedKVCacheManager(params(), session, 64, max_batch_size=8) as manager:
+    with PagedKVCacheManager(params(), session, 64, max_batch_size=8, replace=False) as manager:
         yield manager
 
 
@@ -130,7 +130,7 @@ def test_a_replica_that_died_while_nobody_looked(manager: PagedKVCacheManager) -
 
 def test_the_scheduler_is_killed(session: InferenceSession) -> None:
     before = actors("SchedulerActor")
-    with PagedKVCacheManager(params(), session, 64, max_batch_size=8) as manager:
+    with PagedKVCacheManager(params(), session, 64, max_batch_size=8, replace=False) as manager:
         a, b = admit(manager)
         pids = manager.execute([[], []], pid)
         [scheduler] = set(actors("SchedulerActor")) - set(before)

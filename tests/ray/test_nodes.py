@@ -90,7 +90,7 @@ try:
         return ray.get_runtime_context().get_node_id()
 
     def make(pages=16):
-        return PagedKVCacheManager(p, session, pages, max_batch_size=8, fast_lane=True)
+        return PagedKVCacheManager(p, session, pages, max_batch_size=8, fast_lane=True, replace=False)
 
     small.append(ids[0])
     with make() as manager:

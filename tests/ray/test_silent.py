@@ -25,7 +25,9 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def test_a_stopped_replica_harms_only_itself_and_comes_back(session: InferenceSession) -> None:
-    with PagedKVCacheManager(params(), session, 64, max_batch_size=8, enable_runtime_checks=True) as manager:
+    with PagedKVCacheManager(
+        params(), session, 64, max_batch_size=8, enable_runtime_checks=True, replace=False
+    ) as manager:
         pids = manager.execute([[], []], pid)
         warm = [TextContext(f"w{r}", [5] * 64, 200) for r in range(2)]  # a prefix that both have
         manager.try_admit(warm, [0, 1])

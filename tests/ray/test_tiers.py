@@ -37,7 +37,7 @@ def tiered(tmp_path: Path) -> MHAKVCacheParams:
 
 
 def start(session: InferenceSession, tiered: MHAKVCacheParams) -> PagedKVCacheManager:
-    return PagedKVCacheManager(tiered, session, 24, HOST, True, max_batch_size=8)
+    return PagedKVCacheManager(tiered, session, 24, HOST, True, max_batch_size=8, replace=False)
 
 
 def serve(manager: PagedKVCacheManager, n: int, replica: int) -> int:

@@ -54,7 +54,9 @@ def lines(manager: PagedKVCacheManager) -> list[m.LineState]:
 @pytest.mark.parametrize("kind", ["group", "shared-memory", "object-store"])
 def test_copies_in_both_directions_at_once(session: InferenceSession, kind: str) -> None:
     settings = params(page_transport=kind, **LARGE)
-    with PagedKVCacheManager(settings, session, 200, enable_runtime_checks=True, max_batch_size=8) as manager:
+    with PagedKVCacheManager(
+        settings, session, 200, enable_runtime_checks=True, max_batch_size=8, replace=False
+    ) as manager:
         for turn in range(2):  # the second time over lines that are open
             first, second = 2 * turn, 2 * turn + 1
             serve(manager, first, 0)
@@ -80,7 +82,9 @@ def test_a_process_that_is_killed_in_a_copy(session: InferenceSession, side: int
     """No torn page is believed, no pin is left, and nobody hangs."""
     for turn in range(KILLS):
         settings = params(page_transport="group", **LARGE)
-        with PagedKVCacheManager(settings, session, 200, enable_runtime_checks=True, max_batch_size=8) as manager:
+        with PagedKVCacheManager(
+            settings, session, 200, enable_runtime_checks=True, max_batch_size=8, replace=False
+        ) as manager:
             pids = {SOURCE: serve(manager, 1, SOURCE), TARGET: serve(manager, 2, TARGET)}
             ctx, done = TextContext("new", prompt(1), 10_000), []
 

@@ -111,3 +111,9 @@ def make(session: rayk.InferenceSession) -> Iterator[Callable[..., Cache]]:
         if manager._open:
             manager.check_integrity()
         manager.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def nobody_starts_replacements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of drivers without Ray say themselves when a thread of theirs would do something."""
+    monkeypatch.setattr("rayk.manager.starter.Starter.keep", lambda self: None)

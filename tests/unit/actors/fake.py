@@ -238,6 +238,9 @@ class FakeRuntime:
         self._note_or_raise("nodes")
         return [Node(node_id, f"host-of-{node_id}", {"CPU": 2.0}) for node_id in sorted(self.free)]
 
+    def draining_nodes(self) -> dict[str, float]:
+        return {}
+
     def run_on(self, node_id: str, task: Callable[..., Any], *args: Any) -> FakeRef:
         error = self.note("measure", node_id)
         if error is not None:
@@ -402,8 +405,8 @@ def manager_on(
     runtime: FakeRuntime, replicas: int = 2, pages: int | None = 16, name: str | None = None, **changes: Any
 ) -> Iterator[PagedKVCacheManager]:
     """A manager whose actors live in `runtime`, with runtime checks on."""
-    names = ("router", "max_batch_size", "total_num_host_pages", "fast_lane", "admission")
-    options = {"router": "least-loaded"} | {k: changes.pop(k) for k in names if k in changes}
+    names = ("router", "max_batch_size", "total_num_host_pages", "fast_lane", "admission", "replace")
+    options = {"router": "least-loaded", "replace": False} | {k: changes.pop(k) for k in names if k in changes}
     with session_on(runtime, name) as session:
         manager = PagedKVCacheManager(
             params(replicas, **changes), session, pages, enable_runtime_checks=True, **{"max_batch_size": 8} | options

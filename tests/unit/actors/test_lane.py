@@ -14,6 +14,7 @@ from rayk.actors import lane as lanes
 from rayk.actors.graph import LaneError
 from rayk.actors.replica import ReplicaActor
 from rayk.bench.core.ray_path import ray_params
+from rayk.kvcache.progress import Progress
 
 from ...measure.fast_lane import ITERATIONS, _Bench  # noqa: TID252  # tests/ is no package with an absolute name
 from .fake import Event, FakeRuntime, contents, manager_on, params, session_on, stamp
@@ -410,6 +411,7 @@ def test_lane_and_calls_take_turns_in_a_replica() -> None:
 
     actor, service = object.__new__(ReplicaActor), Slow()
     actor._door, actor._service = threading.Lock(), service  # type: ignore[assignment]
+    actor._progress = Progress()
     ways = (actor.handle, actor.handle_with_data, actor.handle_by_lane)
     threads = [threading.Thread(target=call, args=(b"x",)) for call in ways]
     for thread in threads:

@@ -1,0 +1,125 @@
+"""A driver's part in starting replicas: those that a caller adds, and those that take the place of lost ones.
+
+The driver plans, places and starts the actors, as at the start of a cluster; the scheduler keeps the books. It hears
+first that indices are wanted, or grants those that are due, then that their replicas start, and at last that they take
+requests. A thread asks the scheduler several times a second whether a replacement is due; it has a line of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from threading import Event, Lock, Thread
+
+from rayk import protocol as m
+from rayk.actors.channel import ActorChannel, new_client_id
+from rayk.actors.deployment import Deployment, ReplicaHandle
+from rayk.actors.interface import ActorGoneError, Runtime
+from rayk.actors.launch import stop_actors
+from rayk.actors.scale_out import ScaleOut, plan_scale_out, start_replicas
+from rayk.errors import RaykError, SchedulerLostError
+from rayk.values import told
+
+log = logging.getLogger("rayk.scheduler")
+
+POLL_SECONDS = 0.25
+PLACE_SECONDS = 5.0  # to wait for a place for a replacement at a time
+ANSWER_SECONDS = 5.0
+
+
+class Starter:
+    """Starts replicas of `cluster` for that `driver`; what it was starting is free again when the driver is gone."""
+
+    def __init__(self, runtime: Runtime, cluster: Deployment, driver: str) -> None:
+        assert cluster.scheduler is not None
+        self._runtime = runtime
+        self._driver = driver
+        self._scheduler = ActorChannel(
+            runtime,
+            cluster.scheduler,
+            "the scheduler",
+            cluster.scheduler_epoch,
+            new_client_id("starter"),
+            SchedulerLostError,
+        )
+        self._one = Lock()  # starts at a time
+        self._ended = Event()
+
+    def keep(self) -> None:
+        """Start replacements from now on, in a thread."""
+        Thread(target=self._keep, name="rayk-starter", daemon=True).start()
+
+    def end(self) -> None:
+        """Start no more; what is being started is taken back. Returns when that is done."""
+        self._ended.set()
+        with self._one:
+            pass
+
+    def _keep(self) -> None:
+        scheduler = self._scheduler.actor
+        while not self._ended.wait(POLL_SECONDS):
+            try:
+                if self._runtime.get(scheduler.call("due", control=True), "the scheduler", ANSWER_SECONDS):
+                    self._replace()
+            except (RaykError, ActorGoneError):
+                continue  # without a scheduler nobody can be granted anything
+            except Exception:
+                log.exception("a lost replica could not be replaced")
+
+    def _replace(self) -> None:
+        with self._one:
+            granted: m.Enlisted = self._scheduler.ask(m.Replace(self._driver))
+            for replica in granted.replicas:  # one after the other: one that fails keeps no other away
+                try:
+                    self._start([replica], PLACE_SECONDS)
+                    log.warning("replica %d was lost and is replaced", replica)
+                except RaykError as error:
+                    log.warning("replica %d was lost and cannot be replaced: %s", replica, error)
+
+    def add(self, count: int, timeout: float) -> list[int]:
+        """Start `count` more replicas; their indices. Whatever fails, nothing is left behind."""
+        with self._one:
+            enlisted: m.Enlisted = self._scheduler.ask(m.Enlist(count, self._driver))
+            self._start(enlisted.replicas, timeout)
+            return enlisted.replicas
+
+    def _roster(self) -> Deployment:
+        sent = self._scheduler.send(m.GetRoster(), with_data=True)
+        cluster: Deployment = self._scheduler.fetch(sent.wait().data)
+        return cluster
+
+    def _start(self, replicas: Sequence[int], timeout: float) -> None:
+        joined, placeless = list[int](), True
+        new, handles = ScaleOut([], [], [], {}), list[ReplicaHandle]()
+        try:
+            cluster = self._roster()  # others may have come meanwhile
+            new = plan_scale_out(self._runtime, cluster, replicas, timeout)
+            placeless = False
+            for r in replicas:
+                self._scheduler.ask(m.Starting(r))
+            handles = start_replicas(self._runtime, cluster, new.planned, cluster.name)
+            for r, handle in zip(replicas, handles, strict=True):
+                join = m.Join(r, handle.epoch, handle.plan.pages)
+                self._scheduler.send(join, [handle, tuple(new.nodes)]).wait()
+                joined.append(r)
+        except BaseException as error:
+            self._take_back([r for r in replicas if r not in joined], new, handles, error, placeless)
+            raise
+
+    def _take_back(
+        self,
+        replicas: list[int],
+        new: ScaleOut,
+        handles: list[ReplicaHandle],
+        error: BaseException,
+        placeless: bool,
+    ) -> None:
+        """Stop what was started for those indices and let go of them."""
+        joined = {each.epoch: each.bundle.placement for each in new.planned if each.replica not in replicas}
+        actors = [handle.actor for handle in handles if handle.epoch not in joined]
+        groups = [group for group in new.groups if group not in joined.values()]
+        stop_actors(self._runtime, (), groups, actors)
+        with suppress(SchedulerLostError):
+            for r in replicas:
+                self._scheduler.ask(m.GiveUp(r, told(error), placeless))
