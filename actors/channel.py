@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from threading import Lock
 from time import monotonic
 from typing import Any, NamedTuple
@@ -176,6 +177,13 @@ class ActorChannel:
         """Carries what a decode loop says, if there is one."""
         self._crossing: Crossing | None = None  # the last message that went by it
         self._unread = 0  # messages whose answers were not read yet
+
+    def renewed(self, epoch: int) -> ActorChannel:
+        """The line to the actor as it began anew; messages are numbered on."""
+        line = copy(self)
+        line.epoch, line.roster, line._crossing, line._unread = epoch, 0, None, 0
+        line._pulse = Pulse(self._runtime, self.actor, self.target, self.pulse_method)
+        return line
 
     @property
     def traffic(self) -> Traffic:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from rayk.actors.interface import Actor, Runtime
+from rayk.actors.interface import Actor, ActorAwayError, ActorGoneError, Runtime
 from rayk.actors.launch import PlacedActor, close_actors, stop_actors, vacate
 from rayk.actors.replica import ReplicaFacts
+from rayk.errors import SchedulerLostError
 from rayk.params import KVCacheParams
 from rayk.planning.node_plan import NodeMemory, ReplicaPlan, uses_cuda
 from rayk.protocol.admission import AdmissionPolicy
@@ -15,7 +17,26 @@ from rayk.protocol.kv_events import KVEventsConfig
 from rayk.scheduler.membership import State
 from rayk.scheduler.router.router import RouterSettings
 
+AWAY_SECONDS = 0.05  # between two looks whether a scheduler is back
 CLOSE_SECONDS = 30.0  # to write out what is on its way to the tiers
+
+
+def await_roster(runtime: Runtime, scheduler: Actor, seconds: float) -> Deployment:
+    """The latest deployment, as its scheduler knows it; one that was lost and begins anew is waited for.
+    SchedulerLostError when it is gone for good, or not there within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            left = max(0.0, deadline - time.monotonic())
+            deployment = runtime.get(scheduler.call("roster", control=True), "the scheduler", left)
+            assert isinstance(deployment, Deployment)
+            return deployment
+        except ActorAwayError as error:
+            if time.monotonic() >= deadline:
+                raise SchedulerLostError(f"{error}; it was not back within {seconds:.0f} s") from None
+            time.sleep(AWAY_SECONDS)
+        except ActorGoneError as error:
+            raise SchedulerLostError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -139,6 +160,7 @@ class Deployment:
         """End all actors and give all placement groups back; returns when they are gone. Tiers are written out."""
         self._close_tiers(runtime, self.running)
         stop_actors(runtime, self.running.values(), others=() if self.scheduler is None else (self.scheduler,))
+        runtime.keep(self.tiers, None)
 
     def stop_replica(self, runtime: Runtime, replica: int) -> None:
         """End a replica that was removed, and give its place back."""

@@ -9,7 +9,7 @@ import msgspec
 
 from rayk import protocol as m
 from rayk.actors.channel import ActorChannel, new_client_id
-from rayk.actors.deployment import Deployment, ReplicaHandle
+from rayk.actors.deployment import Deployment, ReplicaHandle, await_roster
 from rayk.actors.interface import ActorGoneError, Runtime
 from rayk.errors import CallTimeoutError, ConfigError, RaykError, ReplicaLostError, SchedulerLostError
 from rayk.kvcache.metrics import KVCacheMetrics
@@ -113,11 +113,7 @@ def _managers(runtime: Runtime, name: str) -> list[tuple[str, Deployment, ActorC
     """Name, deployment and a line to the scheduler of each manager of the sessions called `name`."""
     found: list[tuple[str, Deployment, ActorChannel]] = []
     while (actor := runtime.find(f"{name}/{len(found)}/scheduler")) is not None:
-        try:
-            deployment = runtime.get(actor.call("roster", control=True), "the scheduler", ASK_SECONDS)
-        except ActorGoneError as error:
-            raise SchedulerLostError(str(error)) from None
-        assert isinstance(deployment, Deployment)
+        deployment = await_roster(runtime, actor, ASK_SECONDS)
         link = ActorChannel(
             runtime, actor, "the scheduler", deployment.scheduler_epoch, new_client_id("describe"), SchedulerLostError
         )

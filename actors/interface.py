@@ -21,6 +21,10 @@ class ActorGoneError(Exception):
     """The actor's process died or is unreachable; the argument says what Ray knows."""
 
 
+class ActorAwayError(ActorGoneError):
+    """.. and is started again: it may have carried the call out, and answers later ones."""
+
+
 class Node(NamedTuple):
     """A live node of the cluster."""
 
@@ -106,6 +110,9 @@ class Runtime(Protocol):
     def find(self, name: str) -> Actor | None: ...
     def stop(self, actors: Sequence[Actor], placement: Placement | None) -> None: ...
     def dumps(self, value: Any) -> bytes: ...
+    def keep(self, key: str, value: bytes | None) -> None: ...
+    def kept(self, key: str) -> bytes | None: ...
+    def home(self, detached: bool) -> str | None: ...
     def disconnect(self) -> None: ...
 
 
@@ -120,6 +127,8 @@ class ActorSpec:
     name: str | None = None
     lanes: tuple[str, ...] = ()  # more lanes, each with a thread of its own, for calls that last
     threads: int = 1  # so many calls at once in the data lane
+    restarts: bool = False  # when its process dies, its constructor is called in another one
+    home: str | None = None  # the node that it starts on, if that is there
 
 
 class LaneState(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,14 @@ from rayk.actors.chunks import LONGEST, joined
 from rayk.actors.process import freeze_startup_objects
 from rayk.params import KVCacheParams
 from rayk.planning.node_plan import NodeMemory, measure_node
+from rayk.scheduler.recovery import ClaimSeen
 
 if TYPE_CHECKING:
     from rayk.protocol.kv_events import KVEventsConfig
     from rayk.transport.line import PageData
+
+
+DOOR_SECONDS = 1.0  # for which a scheduler that began anew waits for a message that is being carried out
 
 
 class ReplicaFacts(msgspec.Struct, frozen=True):
@@ -117,6 +121,21 @@ class ReplicaActor:
     def ping(self) -> int:
         """The epoch, at once, also while the data lane is busy."""
         return self._service.epoch
+
+    def take_over(self, schedulers: Sequence[str]) -> list[ClaimSeen]:
+        """Do nothing any more that those schedulers say, of which another one has taken the place; what is claimed
+        here. A message that is being carried out is waited for, unless it takes long."""
+        service = self._service
+        waited = self._door.acquire(timeout=DOOR_SECONDS)
+        try:
+            service.fenced.update(schedulers)
+            return [
+                ClaimSeen(i, request.client, request.generation, request.slot_capacity)
+                for i, request in list(service.core.requests.items())
+            ]
+        finally:
+            if waited:
+                self._door.release()
 
     def vitals(self) -> tuple[float, str]:
         """Seconds for which a message was being answered and did not get on, and why this replica is unfit; at once,

@@ -23,6 +23,7 @@ from typing import Any
 import ray
 from ray import exceptions as ray_errors
 from ray.actor import ActorHandle
+from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -31,6 +32,7 @@ from rayk.actors.graph import SEND_SECONDS, GraphLane, LaneError, end, living
 from rayk.actors.interface import (
     CONTROL_GROUP,
     Actor,
+    ActorAwayError,
     ActorGoneError,
     ActorSpec,
     NameTakenError,
@@ -39,6 +41,8 @@ from rayk.actors.interface import (
 )
 from rayk.errors import CallTimeoutError, ConfigError, NoPlaceError, RaykError, RemoteError
 
+KEPT = "rayk"  # the part of Ray's store that keep() uses
+HEAD = "node:__internal_head__"  # a resource that only the head has
 STREAM_AHEAD = 4
 SLICE = 0.5  # seconds between two looks at a stream
 REASON_LENGTH = 300
@@ -297,17 +301,19 @@ class RayRuntime:
     # -- actors ---------------------------------------------------------------------------------
 
     def start(self, spec: ActorSpec) -> RayActor:
-        """Start an actor; its constructor runs in the background. It is never restarted or retried by Ray."""
+        """Start an actor; its constructor runs in the background. No call is ever repeated by Ray."""
         options: dict[str, Any] = {
             "num_cpus": 0,
             "num_gpus": spec.gpus,
-            "max_restarts": 0,
+            "max_restarts": -1 if spec.restarts else 0,
             "max_task_retries": 0,
             "max_concurrency": spec.threads,
         }
         if spec.bundle is not None:
             group: PlacementGroup = spec.bundle.placement.group
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, spec.bundle.number)
+        elif spec.home is not None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(spec.home, soft=True)
         if spec.name is not None and self._namespace is not None:
             options |= {"name": spec.name, "namespace": self._namespace, "lifetime": "detached"}
         wrap: Any = ray.remote  # its overloads leave concurrency_groups out
@@ -341,6 +347,8 @@ class RayRuntime:
             return ray.get(ref, timeout=timeout)
         except ray_errors.GetTimeoutError:
             raise CallTimeoutError(target, timeout) from None
+        except ray_errors.ActorUnavailableError as error:
+            raise ActorAwayError(_short(error)) from None
         except (ray_errors.RayActorError, ray_errors.ActorUnschedulableError) as error:
             raise ActorGoneError(_short(error)) from None
         except ray_errors.RayTaskError as error:
@@ -380,6 +388,31 @@ class RayRuntime:
             deadline = time.monotonic() + 5
             while placement_group_table(placement.group).get("state") != "REMOVED" and time.monotonic() < deadline:
                 time.sleep(0.01)
+
+    @staticmethod
+    def keep(key: str, value: bytes | None) -> None:
+        """Have Ray's head keep a value (None: no more), which outlives this process."""
+        if not ray.is_initialized():
+            return
+        if value is None:
+            internal_kv._internal_kv_del(key, namespace=KEPT)
+        else:
+            internal_kv._internal_kv_put(key, value, overwrite=True, namespace=KEPT)
+
+    @staticmethod
+    def kept(key: str) -> bytes | None:
+        """What keep() was given last."""
+        value: bytes | None = internal_kv._internal_kv_get(key, namespace=KEPT)
+        return value
+
+    @staticmethod
+    def home(detached: bool) -> str | None:
+        """The node of this process; of what is `detached` from it, the head."""
+        if not detached:
+            return str(ray.get_runtime_context().get_node_id())
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+        heads = [n["NodeID"] for n in nodes if n["Alive"] and HEAD in n["Resources"]]
+        return heads[0] if heads else None
 
     def dumps(self, value: Any) -> bytes:
         """Pickle a function or value the way Ray does: by reference where the other side can import it."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
+import time
 from collections.abc import Sequence
+from dataclasses import replace as replace_fields
 from functools import partial
 from threading import Condition, Thread
 from time import monotonic, sleep
@@ -13,19 +16,32 @@ from typing import Any
 from rayk import protocol as m
 from rayk.actors.channel import new_client_id
 from rayk.actors.chunks import joined
-from rayk.actors.interface import Actor, Runtime
+from rayk.actors.interface import Actor, ActorGoneError, Runtime
 from rayk.actors.process import freeze_startup_objects
 from rayk.actors.replica_calls import ReplicaCalls, ReplicaChannel
-from rayk.errors import MessageError, RaykError, ReplicaLostError, StaleEpochError
+from rayk.errors import CallTimeoutError, MessageError, RaykError, ReplicaLostError, StaleEpochError
 from rayk.protocol.dedup import ReplyCache
 from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.leases import TICK_SECONDS
+from rayk.scheduler.recovery import ClaimSeen, Kept, claim_again, keep, rejoin, restore
 from rayk.scheduler.router.router import RouterSettings
-from rayk.scheduler.script import ReplicaCall, ReplicaReply
+from rayk.scheduler.script import ReplicaCall, ReplicaReply, Script
 
 log = logging.getLogger("rayk.scheduler")
 
 LANES = 16  # batches that are under way at once; the driver that waits for each of its batches uses one
+CLAIMS_SECONDS = 2.0  # for which a scheduler that begins anew waits for what replicas say
+REMEMBERED = 8  # schedulers before it whose messages may still be on their way
+KEEP_AT_ONCE = (  # before they are answered
+    m.Join,
+    m.DrainReplica,
+    m.ResumeReplica,
+    m.RemoveReplica,
+    m.EveryReplica,
+    m.Connect,
+    m.Rejoin,
+    m.Disconnect,
+)
 WATCH_TICKS = 2  # of TICK_SECONDS, between two looks at a replica that nobody asks anything
 ROSTER_SECONDS = 1.0  # that a driver which attaches waits for the latest roster
 ANSWERS = 8 * LANES  # remembered for each driver; more than its messages can overtake each other by
@@ -46,18 +62,65 @@ class SchedulerActor:
         runtime: Runtime | None = None,
     ) -> None:
         self._client, self._runtime = new_client_id("scheduler"), runtime or _own_runtime()
+        self._schedulers = [self._client]  # this one, and those before it
+        self._key = roster.tiers if roster is not None else ""
+        self._saved: tuple[Any, ...] = ()
+        before = self._runtime.kept(self._key) if self._key else None
+        kept: Kept | None = pickle.loads(before) if before is not None else None
+        if kept is not None:
+            epoch = time.time_ns() // 1_000
+            roster = replace_fields(kept.roster, scheduler_epoch=epoch)
+            epochs, settings = kept.epochs, roster.config.router_settings(roster.pages)
         self._epoch = epoch
         self._roster = self._shown = roster
         self._core = SchedulerCore(epochs, settings, copies, monotonic, replace)
         self._core_lock = Condition()  # a script's step and the sending of what it asks are one
         self._questions = ReplicaCalls(self._core_lock, self._stands, monotonic)
-        self._links: list[ReplicaChannel | None] = [self._link(r, actor, epochs[r]) for r, actor in enumerate(replicas)]
+        self._links: list[ReplicaChannel | None] = []
+        if kept is None:
+            self._links = [self._link(r, actor, epochs[r]) for r, actor in enumerate(replicas)]
+        else:
+            self._go_on(kept)
         self._answers: ReplyCache[bytes] = ReplyCache(ANSWERS)
         self._working: set[tuple[str, int]] = set()  # mutations that a lane is at
         self._ticks = 0
+        self._save()
         freeze_startup_objects()
         if runtime is None:
             Thread(target=self._keep_time, name="rayk-timer", daemon=True).start()
+
+    def _go_on(self, kept: Kept) -> None:
+        """Take the place of a scheduler that died: the books are made of what was kept and of what replicas say."""
+        self._schedulers = [*kept.schedulers[-REMEMBERED:], self._client]
+        handles = self._roster.running
+        restore(self._core, kept, self._epoch)
+        self._links = [None] * len(self._core.members)
+        for r, handle in handles.items():
+            self._links[r] = self._link(r, handle.actor, handle.epoch)
+        here, before = self._core.members.here, self._schedulers[:-1]
+        asked = {r: handles[r].actor.call("take_over", before, control=True) for r in here}
+        claims: dict[int, list[ClaimSeen] | None] = {}
+        until = monotonic() + CLAIMS_SECONDS
+        for r, ref in asked.items():
+            try:
+                claims[r] = self._runtime.get(ref, f"replica {r}", max(0.0, until - monotonic()))
+            except CallTimeoutError:
+                claims[r] = None
+            except ActorGoneError as error:
+                self._core.supervisor.lose(r, handles[r].epoch, str(error))
+        claim_again(self._core, claims)
+        known = sum(len(seen or ()) for seen in claims.values())
+        log.warning("the scheduler began anew: %d replica(s), %d claim(s)", len(claims), known)
+
+    def _save(self) -> None:
+        """Write down what a successor could not ask anybody for, if it changed. With the lock held, or alone."""
+        core = self._core
+        leases = tuple(sorted(core.leases.drivers.items()))
+        now = core.members.version, core.lifecycle.target, core.owner, leases, core.reset, core.left
+        if self._key and now != self._saved:
+            kept = keep(core, self._standing(), self._schedulers)
+            self._runtime.keep(self._key, self._runtime.dumps(kept))
+            self._saved = now
 
     def _link(self, replica: int, actor: Actor, epoch: int) -> ReplicaChannel:
         lost = partial(self._lost, replica, epoch)
@@ -132,7 +195,7 @@ class SchedulerActor:
                         used = [link.used if link is not None else 0 for link in self._links]
                         self._core.controller.watermarks.reports(turns, used)
                     if script is None:
-                        script = self._core.handle(client, command)
+                        script = self._begin(client, command)
                         asks = next(script)
                         if isinstance(command, m.Join):
                             self._relink(command.replica, attached)
@@ -142,10 +205,17 @@ class SchedulerActor:
                 told = self._questions.hear(asks, sent)
         except StopIteration as end:
             result: m.Result = end.value
-            if isinstance(command, m.RemoveReplica):
+            if isinstance(command, KEEP_AT_ONCE):
                 with self._core_lock:
-                    self._relink(command.replica, ())
+                    if isinstance(command, m.RemoveReplica):
+                        self._relink(command.replica, ())
+                    self._save()
             return result
+
+    def _begin(self, client: str, command: m.SchedulerCommand) -> Script:
+        if isinstance(command, m.Rejoin):
+            return rejoin(self._core, client, command)
+        return self._core.handle(client, command)
 
     def _relink(self, replica: int, attached: Sequence[Any]) -> None:
         """A replica joined at that index, with the handle (and the nodes) that were attached, or left it."""
@@ -203,6 +273,7 @@ class SchedulerActor:
                     asks = orders.send([self._order(ask) for ask in asks])
             except StopIteration:
                 pass
+            self._save()
             here = self._core.members.here
             links = [link if r in here else None for r, link in enumerate(self._links)]
         self._ticks += 1

@@ -7,12 +7,12 @@ import os
 import time
 from dataclasses import replace
 
-from rayk.actors.deployment import Deployment, DeploymentConfig
-from rayk.actors.interface import Actor, ActorGoneError, ActorSpec, NameTakenError, Runtime
+from rayk.actors.deployment import Deployment, DeploymentConfig, await_roster
+from rayk.actors.interface import Actor, ActorSpec, NameTakenError, Runtime
 from rayk.actors.launch import PLACE_SECONDS, START_SECONDS, ended_on_failure, first_answers, starting, tier_seed
 from rayk.actors.scale_out import disk_dir, plan_scale_out, start_replicas
 from rayk.actors.scheduler import LANES, SchedulerActor
-from rayk.errors import ConfigError, PlanError, SchedulerLostError
+from rayk.errors import ConfigError, PlanError
 from rayk.scheduler.router.policies import check_router
 from rayk.tiers.identity import named
 
@@ -45,11 +45,7 @@ def _await_scheduler(runtime: Runtime, name: str) -> Actor:
 
 def _attach(runtime: Runtime, scheduler: Actor, config: DeploymentConfig, name: str) -> Deployment:
     """The deployment that runs under `name`, if it is what was asked for."""
-    try:
-        deployment = runtime.get(scheduler.call("roster", control=True), "the scheduler", START_SECONDS)
-    except ActorGoneError as error:
-        raise SchedulerLostError(str(error)) from None
-    assert isinstance(deployment, Deployment)
+    deployment = await_roster(runtime, scheduler, START_SECONDS)
     differing = deployment.differences(config)
     if differing:
         raise ConfigError(f"{name!r} runs with other settings: {differing}; use the same, or shut it down first")
@@ -80,7 +76,8 @@ def _start_scheduler(runtime: Runtime, deployment: Deployment, name: str | None)
     replicas = tuple(handle.actor for handle in deployment.running.values())
     settings, copies = config.router_settings(deployment.pages), config.params.copies_prefixes
     arguments = (epoch, replicas, deployment.epochs, settings, copies, deployment, config.replace)
-    spec = ActorSpec(SchedulerActor, arguments, name=f"{name}/scheduler" if name else None, threads=LANES)
+    named, home = f"{name}/scheduler" if name else None, runtime.home(detached=name is not None)
+    spec = ActorSpec(SchedulerActor, arguments, name=named, threads=LANES, restarts=True, home=home)
     with starting(runtime, [spec]) as [scheduler]:
         first_answers(runtime, {"the scheduler": scheduler.call("ping", control=True)}, START_SECONDS)
     return replace(deployment, scheduler=scheduler, started_here=True)

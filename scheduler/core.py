@@ -48,8 +48,8 @@ class SchedulerCore:
         self._offering: Evacuation | None = None
         if copies and settings.offers:
             self._offering = Evacuation(self.placer.transfers, lambda: self.members.ready, clock)
-        self._left = KVCacheMetrics()  # what removed replicas had counted
-        self._reset: bytes | None = None  # token of the last one that replicas which join later must know of
+        self.left = KVCacheMetrics()  # what removed replicas had counted
+        self.reset: bytes | None = None  # token of the last one that replicas which join later must know of
         self._removed: dict[int, m.RemoveDone] = {}  # what became of their pages
         self.controller: AdmissionController | None = None
         """Where requests wait, if there is an admission policy."""
@@ -59,6 +59,10 @@ class SchedulerCore:
             self._entry = AdmissionScripts(self.placer, self.controller)
         self.supervisor = Supervisor(self.lifecycle, clock, replace)
         self.leases = Leases(clock)
+        self.born = 0
+        """The first number of claims that this scheduler gave out, where another was before it."""
+        self.unheard: set[int] = set()
+        """Replicas that did not say what is claimed there when it began."""
         self.unfinished = False
         """Whether a driver went in the middle of a start: what it had started then is of no use to anybody."""
         self.owner = ""
@@ -163,10 +167,10 @@ class SchedulerCore:
         yet. The order to forget its pages waits at a silent replica before anything that is asked of it later.
         """
         if isinstance(command, m.ResetPrefixCache) and command.token is not None:
-            self._reset = command.token
+            self.reset = command.token
         asked = list(self.members.here)
         answers = yield [ReplicaCall(r, command, wanted=True) for r in asked]
-        total, silent, held = self._left, dict[int, float](), dict[int, int]()
+        total, silent, held = self.left, dict[int, float](), dict[int, int]()
         gone = [r for r in self.members.known if r not in asked]
         for r, told in zip(asked, answers, strict=True):
             unreached = _unreached(told)
@@ -184,7 +188,7 @@ class SchedulerCore:
             case m.GetMetrics():
                 return m.MetricsDone(total)
             case m.ResetMetrics():
-                self._left = KVCacheMetrics()
+                self.left = KVCacheMetrics()
             case m.CheckIntegrity():
                 return m.Unasked(sorted([*gone, *silent]))
             case m.ResetPrefixCache() | m.Drain() if silent:
@@ -211,9 +215,7 @@ class SchedulerCore:
             case m.Join(replica, epoch, pages):
                 follow = supervisor.join(replica, epoch, pages)
                 reset = (
-                    [ReplicaCall(replica, m.ResetPrefixCache(self._reset, joins=True))]
-                    if self._reset is not None
-                    else []
+                    [ReplicaCall(replica, m.ResetPrefixCache(self.reset, joins=True))] if self.reset is not None else []
                 )
             case m.ResumeReplica(replica):
                 supervisor.resume(replica)
@@ -248,7 +250,7 @@ class SchedulerCore:
             counted = told.result
         self.supervisor.remove(replica)
         if isinstance(counted, m.MetricsDone):
-            self._left += counted.metrics
+            self.left += counted.metrics
         self._removed[replica] = m.RemoveDone(*removed)
         yield []
         return self._removed[replica]

@@ -130,6 +130,12 @@ class Membership:
             if state not in (State.lost, State.ready):
                 raise ReplicaStateError(replica, state, "take new requests")
 
+    def restore(self, states: Sequence[State], epochs: Sequence[int], version: int) -> None:
+        """Stand as another membership did; `version` is above all that it had."""
+        self._members = [Member(state, epoch) for state, epoch in zip(states, epochs, strict=True)]
+        self.version = self.joined = version
+        self._derive()
+
     # -- events ------------------------------------------------------------------------------------
 
     def vacant(self, count: int) -> list[int]:

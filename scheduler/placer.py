@@ -172,6 +172,10 @@ class Placer:
         found = [holder(i) if i in owners and owners[i][0] == client else None for i in request_ids]
         return [-1 if replica is None else replica for replica in found]
 
+    def owned_by(self, client: str) -> dict[str, Owner]:
+        """The claims of a driver, in the books."""
+        return {i: owner for i, owner in self._owners.items() if owner[0] == client}
+
     def release_all(self, client: str) -> Part:
         """Release what a driver has claimed."""
         yield from self.take_back({i: owner for i, owner in self._owners.items() if owner[0] == client})

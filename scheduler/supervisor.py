@@ -16,7 +16,7 @@ What a caller adds, drains and removes moves the target. Pure: the clock is give
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -86,6 +86,16 @@ class Supervisor:
         self._leaving: set[int] = set()  # drained by a caller: not wanted any more
         if replace:
             lifecycle.set_target(len(self._members.here))
+
+    @property
+    def leaving(self) -> list[int]:
+        """Indices whose replicas are not wanted any more."""
+        return sorted(self._leaving)
+
+    def restore(self, target: int | None, leaving: Sequence[int]) -> None:
+        """Go on for another supervisor; nobody has a grant."""
+        self.lifecycle.set_target(target)
+        self._leaving = set(leaving)
 
     @property
     def replaces(self) -> bool:

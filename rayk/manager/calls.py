@@ -54,6 +54,7 @@ class Calls(BatchCalls, ScalingCalls):
         elif fast_lane:
             self.lay_lanes()
         self.lease = Lease(runtime, self.scheduler, self.client, name, cluster.started_here) if name else None
+        self._lease_terms = (self.lease.seconds if self.lease is not None else None, cluster.started_here)
 
     def look(self) -> None:
         """Take note of replicas that other drivers added and removed."""

@@ -18,12 +18,12 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from rayk import protocol as m
 from rayk.actors.channel import ActorChannel, Answer, Pending, hear, new_client_id
-from rayk.actors.deployment import Deployment
+from rayk.actors.deployment import Deployment, await_roster
 from rayk.actors.interface import LaneState, Runtime
 from rayk.actors.lane import FastLane
 from rayk.context import TextContext
@@ -35,11 +35,14 @@ from rayk.errors import (
     ReplicaLostError,
     ReplicaRemovedError,
     SchedulerLostError,
+    StaleEpochError,
 )
 from rayk.protocol.context_sync import ContextSender
 from rayk.scheduler.membership import State
 
 SCHEDULER_SECONDS = 30.0  # for which its process may not answer: longer than a pause that it comes back from
+REJOIN_LOOK = 0.02  # seconds between two looks at a call that goes on with another scheduler
+UNHEARD = (SchedulerLostError, CallTimeoutError, StaleEpochError)  # what a scheduler that does not answer comes to
 LOST_KNOWN = 4096  # claims that were lost and can still be told from none
 
 Reply = Answer | RaykError  # an answer, or why there is none
@@ -70,6 +73,8 @@ class ClusterView(ABC):
         self._lost_claims: deque[str] = deque()  # those of the latter, of which the last LOST_KNOWN are remembered
         self._links: list[ActorChannel | None] = []
         self._lanes_off = "not asked for"  # why lines have no fast lanes; empty when they have
+        self._lease_terms: tuple[float | None, bool] = (None, False)  # seconds, and whether the cluster is its own
+        self._rejoining = False
         self._dead: set[int] = set()  # replicas that died or were removed: the roster that is known is not the latest
         self.scheduler = ActorChannel(
             runtime,
@@ -217,13 +222,16 @@ class ClusterView(ABC):
         """Ask where those requests are, and remember it."""
         if request_ids:
             done: m.Located = yield from self._ask(self.scheduler, m.Locate(request_ids))
-            for request_id, replica in zip(request_ids, done.replicas, strict=True):
-                if self._placed.get(request_id) not in (None, replica):
-                    self._sender.forget(request_id)
-                    if replica < 0:
-                        self._lose(request_id)
-                    else:
-                        self._placed[request_id] = replica
+            self._located(request_ids, done.replicas)
+
+    def _located(self, request_ids: list[str], replicas: list[int]) -> None:
+        for request_id, replica in zip(request_ids, replicas, strict=True):
+            if self._placed.get(request_id) not in (None, replica):
+                self._sender.forget(request_id)
+                if replica < 0:
+                    self._lose(request_id)
+                else:
+                    self._placed[request_id] = replica
 
     def explained(self, error: RaykError) -> Script[RaykError]:
         """The error as it reads once it is known which replicas run and where requests are."""
@@ -247,9 +255,45 @@ class ClusterView(ABC):
                     return ReplicaRemovedError(error.replica, len(self._links))
             elif self.behind:
                 yield from self.catch_up()
-        except (SchedulerLostError, CallTimeoutError):
+        except UNHEARD:
             pass  # what the error says is all that can be known
         return error
+
+    # -- a scheduler that began anew -------------------------------------------------------------
+
+    def rejoin(self, error: RaykError, epoch: int) -> Script[None]:
+        """Go on with the scheduler that took the place of that of `epoch`; `error` when there is none, or when it is
+        the same one that failed to answer. What the call had begun there is undone: it is to be made again."""
+        while self._rejoining:
+            yield from off_loop(partial(sleep, REJOIN_LOOK))
+        if self.scheduler.epoch != epoch:
+            return  # another call has done it
+        self._rejoining = True
+        try:
+            cluster = yield from off_loop(partial(self._successor, error, epoch))
+            line, ids = self.scheduler.renewed(cluster.scheduler_epoch), list(self._placed)
+            claims = [self._placed[i] for i in ids], [self._claims.get(i, 0) for i in ids]
+            found: m.Located = yield from self._ask(line, m.Rejoin(ids, *claims, *self._lease_terms))
+            self.scheduler = line
+            self._located(ids, found.replicas)
+            mine = self.cluster
+            self._connect(replace(cluster, scheduler=mine.scheduler, started_here=mine.started_here))
+        finally:
+            self._rejoining = False
+
+    def _successor(self, error: RaykError, epoch: int) -> Deployment:
+        try:
+            cluster = await_roster(self._runtime, self.scheduler.actor, SCHEDULER_SECONDS)
+        except RaykError:
+            raise error from None
+        if cluster.scheduler_epoch == epoch:
+            raise error
+        return cluster
+
+
+def began_anew(error: RaykError) -> bool:
+    """Whether the scheduler that was asked is gone, so that another one may have to be."""
+    return isinstance(error, SchedulerLostError) or (isinstance(error, StaleEpochError) and error.replica < 0)
 
 
 def current(script: Callable[Concatenate[View, P], Script[T]]) -> Callable[Concatenate[View, P], Script[T]]:
@@ -258,16 +302,21 @@ def current(script: Callable[Concatenate[View, P], Script[T]]) -> Callable[Conca
     @wraps(script)
     def run(self: View, /, *arguments: P.args, **named: P.kwargs) -> Script[T]:
         if self.behind:
-            with suppress(SchedulerLostError, CallTimeoutError):  # what needs no scheduler goes on
+            with suppress(*UNHEARD):  # what needs no scheduler goes on
                 yield from self.catch_up()
-        try:
-            result = yield from script(self, *arguments, **named)
-        except RaykError as error:
-            raise (yield from self.explained(error)) from None
-        if self.behind:
-            with suppress(SchedulerLostError, CallTimeoutError):
-                yield from self.catch_up()
-        return result
+        while True:
+            epoch = self.scheduler.epoch
+            try:
+                result = yield from script(self, *arguments, **named)
+            except RaykError as error:
+                if not began_anew(error):
+                    raise (yield from self.explained(error)) from None
+                yield from self.rejoin(error, epoch)
+                continue
+            if self.behind:
+                with suppress(*UNHEARD):
+                    yield from self.catch_up()
+            return result
 
     return run
 

@@ -26,12 +26,13 @@ class Lease:
         self._name = name
         self._owner = owner
         self.ended = Event()
-        scheduler.ask(m.Connect(LEASE_SECONDS, owner))
+        self.seconds = LEASE_SECONDS
+        scheduler.ask(m.Connect(self.seconds, owner))
         Thread(target=self._renew, name="rayk-lease", daemon=True).start()
 
     def _renew(self) -> None:
         had = True
-        while not self.ended.wait(LEASE_SECONDS / 3):
+        while not self.ended.wait(self.seconds / 3):
             try:
                 has = self._runtime.get(self._scheduler.call("renew", self._client, control=True), "the scheduler", 5)
                 if had and not has:

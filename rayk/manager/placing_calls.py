@@ -62,6 +62,18 @@ class PlacingCalls(ClusterView):
         self._abandoned: list[_Abandoned] = []
         self._became: Settled = []  # settled by an answer whose caller was interrupted
 
+    def rejoin(self, error: RaykError, epoch: int) -> Script[None]:
+        """See ClusterView. What waited for its turn is offered again, in its order."""
+        before = self.scheduler
+        yield from super().rejoin(error, epoch)
+        waiting = list(self._waiting.values())
+        if self.scheduler is before or not waiting:
+            return
+        for _, sent in self._sendable(waiting, lambda part: self._send_offers(waiting[part], [], hear=False)):
+            if isinstance(sent, Pending):
+                [reply] = yield [sent]
+                result_of(reply)
+
     # -- one request -------------------------------------------------------------------------------
 
     @current

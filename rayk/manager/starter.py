@@ -14,11 +14,11 @@ from threading import Event, Lock, Thread
 
 from rayk import protocol as m
 from rayk.actors.channel import ActorChannel, new_client_id
-from rayk.actors.deployment import Deployment, ReplicaHandle
+from rayk.actors.deployment import Deployment, ReplicaHandle, await_roster
 from rayk.actors.interface import ActorGoneError, Runtime
 from rayk.actors.launch import stop_actors
 from rayk.actors.scale_out import ScaleOut, plan_scale_out, start_replicas
-from rayk.errors import RaykError, SchedulerLostError
+from rayk.errors import RaykError, SchedulerLostError, StaleEpochError
 from rayk.values import told
 
 log = logging.getLogger("rayk.scheduler")
@@ -26,6 +26,7 @@ log = logging.getLogger("rayk.scheduler")
 POLL_SECONDS = 0.25
 PLACE_SECONDS = 5.0  # to wait for a place for a replacement at a time
 ANSWER_SECONDS = 5.0
+AWAY_SECONDS = 30.0  # for a scheduler that was lost
 
 
 class Starter:
@@ -63,7 +64,8 @@ class Starter:
                 if self._runtime.get(scheduler.call("due", control=True), "the scheduler", ANSWER_SECONDS):
                     self._replace()
             except (RaykError, ActorGoneError):
-                continue  # without a scheduler nobody can be granted anything
+                with suppress(RaykError):  # without a scheduler nobody can be granted anything
+                    self._rejoin()
             except Exception:
                 log.exception("a lost replica could not be replaced")
 
@@ -80,9 +82,25 @@ class Starter:
     def add(self, count: int, timeout: float) -> list[int]:
         """Start `count` more replicas; their indices. Whatever fails, nothing is left behind."""
         with self._one:
-            enlisted: m.Enlisted = self._scheduler.ask(m.Enlist(count, self._driver))
-            self._start(enlisted.replicas, timeout)
-            return enlisted.replicas
+            try:
+                return self._add(count, timeout)
+            except (SchedulerLostError, StaleEpochError) as error:
+                if not self._rejoin():
+                    raise error
+            return self._add(count, timeout)  # what was begun is taken back
+
+    def _add(self, count: int, timeout: float) -> list[int]:
+        enlisted: m.Enlisted = self._scheduler.ask(m.Enlist(count, self._driver))
+        self._start(enlisted.replicas, timeout)
+        return enlisted.replicas
+
+    def _rejoin(self) -> bool:
+        """Go on with the scheduler that is there now; whether it is another one."""
+        epoch = await_roster(self._runtime, self._scheduler.actor, AWAY_SECONDS).scheduler_epoch
+        began_anew = epoch != self._scheduler.epoch
+        if began_anew:
+            self._scheduler = self._scheduler.renewed(epoch)
+        return began_anew
 
     def _roster(self) -> Deployment:
         sent = self._scheduler.send(m.GetRoster(), with_data=True)
@@ -120,6 +138,6 @@ class Starter:
         actors = [handle.actor for handle in handles if handle.epoch not in joined]
         groups = [group for group in new.groups if group not in joined.values()]
         stop_actors(self._runtime, (), groups, actors)
-        with suppress(SchedulerLostError):
+        with suppress(SchedulerLostError, StaleEpochError):
             for r in replicas:
                 self._scheduler.ask(m.GiveUp(r, told(error), placeless))

@@ -89,6 +89,17 @@ class Connect(Message, frozen=True):
     owner: bool = False
 
 
+class Rejoin(Message, frozen=True):
+    """A driver goes on with a scheduler that began anew: what it has claimed, by id, replica and generation; the rest
+    as in Connect. The answer is Located."""
+
+    ids: list[str]
+    replicas: list[int]
+    generations: list[int]
+    lease_seconds: float | None = None
+    owner: bool = False
+
+
 class Disconnect(Message, frozen=True):
     """A driver leaves: what it still has claimed is released."""
 
@@ -182,6 +193,7 @@ SchedulerCommand = (
     | HitCountsOf
     | EveryReplica
     | Connect
+    | Rejoin
     | Disconnect
     | Describe
     | Explain

@@ -82,6 +82,8 @@ class ReplicaService:
         self._turn = epoch  # microseconds when it started: higher than any number of the replica before it
         self._dumps = dumps
         self.poison = Poison()
+        self.fenced: set[str] = set()
+        """Schedulers whose messages come too late: another one took their place."""
         self._clock = clock
         self._mirrors = ContextMirrors(core.replica) if mirrors is None else mirrors
         self._sender = ""  # of the message that is being answered
@@ -100,6 +102,8 @@ class ReplicaService:
                 raise MessageError(f"a replica does not take {type(envelope.command).__name__}; the scheduler does")
             if envelope.epoch != self.epoch:
                 raise StaleEpochError(self.core.replica, envelope.epoch, self.epoch)
+            if envelope.client in self.fenced:
+                raise MessageError(f"{envelope.client} has a successor: what it says comes too late")
             self._sender = envelope.client
             if seq and (repeated := self._answers.repeated(envelope.client, seq)) is not None:
                 return repeated

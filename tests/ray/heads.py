@@ -99,6 +99,8 @@ def said(driver: Driver) -> dict[str, Any]:
     """The next line of a driver's output."""
     assert driver.stdout is not None
     line = driver.stdout.readline()
+    while "(raylet)" in line:  # Ray shows its warnings there, such as that of a process that was killed
+        line = driver.stdout.readline()
     assert line, f"it ended with {driver.wait(10)}: {stderr(driver)}"
     found: dict[str, Any] = json.loads(line)
     return found

@@ -17,7 +17,7 @@ from ray.util import placement_group_table
 
 from rayk import InferenceSession, PagedKVCacheManager, ReplicaLostError, TextContext, Tick
 from rayk.actors import scale_out
-from rayk.errors import PlanError, RaykError, SchedulerLostError
+from rayk.errors import PlanError, RaykError
 
 from .forwards import BrokenReplica, params, pid, running, until, wait_for_file
 
@@ -126,31 +126,6 @@ def test_a_replica_that_died_while_nobody_looked(manager: PagedKVCacheManager) -
     assert there.error is None and isinstance(lost.error, ReplicaLostError)
     assert manager.admit(batch[1:]) == [1, 1, 1], "the router knows by now"
     assert time.monotonic() - started < NOTICED_SECONDS
-
-
-def test_the_scheduler_is_killed(session: InferenceSession) -> None:
-    before = actors("SchedulerActor")
-    with PagedKVCacheManager(params(), session, 64, max_batch_size=8, replace=False) as manager:
-        a, b = admit(manager)
-        pids = manager.execute([[], []], pid)
-        [scheduler] = set(actors("SchedulerActor")) - set(before)
-        os.kill(scheduler, signal.SIGKILL)
-        killed = time.monotonic()
-        for call in (
-            lambda: manager.claim("x", 0),
-            lambda: manager.try_admit([TextContext("y", range(5), 100)]),
-            manager.reset_prefix_cache,
-        ):
-            with pytest.raises(SchedulerLostError, match="start a new one"):
-                call()
-        assert time.monotonic() - killed < NOTICED_SECONDS
-        manager.step([[a], [b]])
-        assert manager.execute([[], []], pid) == pids, "replicas do not depend on the scheduler's life"
-        manager.release("a", 0)
-        started = time.monotonic()
-        manager.shutdown()
-        assert time.monotonic() - started < NOTICED_SECONDS
-        until(lambda: not running(pids))
 
 
 def test_a_replica_that_cannot_start_leaves_nothing(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,7 @@ class FakeRuntime:
         self.actors: list[FakeActor] = []
         self.placements: list[Placement] = []
         self.lanes: list[FakeLane] = []
+        self.store: dict[str, bytes] = {}
         self.lanes_open = True  # at once; else when a test says so
         self.disconnected = 0
         self.time = 1000.0  # of whoever was given it for a clock
@@ -237,6 +238,18 @@ class FakeRuntime:
     def nodes(self) -> list[Node]:
         self._note_or_raise("nodes")
         return [Node(node_id, f"host-of-{node_id}", {"CPU": 2.0}) for node_id in sorted(self.free)]
+
+    def keep(self, key: str, value: bytes | None) -> None:
+        if value is None:
+            self.store.pop(key, None)
+        else:
+            self.store[key] = value
+
+    def kept(self, key: str) -> bytes | None:
+        return self.store.get(key)
+
+    def home(self, detached: bool) -> str | None:
+        return sorted(self.free)[0] if self.free else None
 
     def draining_nodes(self) -> dict[str, float]:
         return {}
