@@ -98,9 +98,11 @@ def place_actors(
     gpus: int,
     refused: Mapping[str, str],
     timeout: float,
+    name: str | None = None,
 ) -> Places:
     """Bundles for actors of those indices, beside the actors that are `placed`, on nodes that are not `refused` (for a
-    reason each). PlanError, and nothing is held, when there are none within `timeout` seconds."""
+    reason each); groups of detached actors bear a `name`. PlanError, and nothing is held, when there are none within
+    `timeout` seconds."""
     deadline, wanted = time.monotonic() + timeout, {"CPU": SLIVER} | ({"GPU": float(gpus)} if gpus else {})
     bundles: dict[int, Bundle] = {}
     for index in [each for each in indices if _shares_group(placed, each)]:
@@ -110,7 +112,7 @@ def place_actors(
     if new:
         wish = [wanted] * len(new), list(refused), max(0.0, deadline - time.monotonic())
         try:
-            groups = runtime.place_each(*wish) if placed else [runtime.place(*wish)]
+            groups = runtime.place_each(*wish, name) if placed else [runtime.place(*wish, name)]
         except PlanError as error:
             why = "; ".join(refused.values())
             raise type(error)(f"{error}; left out: {why}" if why else str(error)) from None

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import pickle
 import re
 import shutil
 import socket
@@ -21,9 +22,11 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
+from ray import PlacementGroupID
 from ray import exceptions as ray_errors
 from ray.actor import ActorHandle
 from ray.experimental import internal_kv
+from ray.util import list_named_actors
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -255,20 +258,28 @@ class RayRuntime:
         affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
         return remote.options(scheduling_strategy=affinity).remote(*args)
 
-    def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> Placement:
+    def place(
+        self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float, name: str | None = None
+    ) -> Placement:
         """One bundle per replica, spread over the nodes not in `avoid`; NoPlaceError when they do not fit in time."""
-        [placement] = self._await_groups([self._group(bundles, avoid)], bundles, timeout)
+        [placement] = self._await_groups([self._group(bundles, avoid, name)], bundles, timeout)
         return placement
 
-    def place_each(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> list[Placement]:
+    def place_each(
+        self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float, name: str | None = None
+    ) -> list[Placement]:
         """A placement of its own for each bundle, all asked for at once; NoPlaceError, and none is left, when not all
         of them fit in time. An autoscaler sees them as long as they wait."""
-        return self._await_groups([self._group([bundle], avoid) for bundle in bundles], bundles, timeout)
+        return self._await_groups([self._group([bundle], avoid, name) for bundle in bundles], bundles, timeout)
 
-    def _group(self, bundles: list[dict[str, float]], avoid: Sequence[str]) -> PlacementGroup:
+    def _group(self, bundles: list[dict[str, float]], avoid: Sequence[str], name: str | None) -> PlacementGroup:
+        """Detached ones bear the name of what they are for, so that they are found though nobody knows of them."""
         selector = [{"ray.io/node-id": f"!in({','.join(avoid)})"}] * len(bundles) if avoid else None
         lifetime = "detached" if self._namespace is not None else None
-        group: PlacementGroup = placement_group(bundles, "SPREAD", lifetime=lifetime, bundle_label_selector=selector)
+        named = f"{self._namespace}/{name}/{os.urandom(6).hex()}" if lifetime is not None else ""
+        group: PlacementGroup = placement_group(
+            bundles, "SPREAD", name=named, lifetime=lifetime, bundle_label_selector=selector
+        )
         return group
 
     def _await_groups(
@@ -341,6 +352,19 @@ class RayRuntime:
         except ValueError:
             return None
 
+    def actor_names(self) -> list[str]:
+        """The names of all detached actors in this session's namespace."""
+        named = list_named_actors(all_namespaces=True)
+        return sorted(each["name"] for each in named if each["namespace"] == self._namespace)
+
+    def groups(self, name: str) -> list[Placement]:
+        """Placement groups that were made for what is called `name`, or for parts of it; waiting ones have no nodes."""
+        begin, found = f"{self._namespace}/{name}/", list[Placement]()
+        for key, each in placement_group_table().items():
+            if each["state"] != "REMOVED" and each["name"].startswith(begin):
+                found.append(Placement(PlacementGroup(PlacementGroupID.from_hex(key)), ()))
+        return found
+
     def get(self, ref: Any, target: str, timeout: float) -> Any:
         """The result of a call to `target`. ActorGoneError, CallTimeoutError, or what rayk raised there."""
         try:
@@ -390,20 +414,21 @@ class RayRuntime:
                 time.sleep(0.01)
 
     @staticmethod
-    def keep(key: str, value: bytes | None) -> None:
+    def keep(key: str, value: Any) -> None:
         """Have Ray's head keep a value (None: no more), which outlives this process."""
         if not ray.is_initialized():
             return
         if value is None:
             internal_kv._internal_kv_del(key, namespace=KEPT)
         else:
-            internal_kv._internal_kv_put(key, value, overwrite=True, namespace=KEPT)
+            wire = ray.cloudpickle.dumps(value)  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+            internal_kv._internal_kv_put(key, wire, overwrite=True, namespace=KEPT)
 
     @staticmethod
-    def kept(key: str) -> bytes | None:
-        """What keep() was given last."""
-        value: bytes | None = internal_kv._internal_kv_get(key, namespace=KEPT)
-        return value
+    def kept(key: str) -> Any:
+        """What keep() was given last, None if nothing was."""
+        wire: bytes | None = internal_kv._internal_kv_get(key, namespace=KEPT)
+        return pickle.loads(wire) if wire is not None else None
 
     @staticmethod
     def home(detached: bool) -> str | None:

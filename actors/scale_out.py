@@ -70,7 +70,7 @@ def plan_scale_out(runtime: Runtime, deployment: Deployment, replicas: Sequence[
         if room < len(replicas):
             reasons = "; ".join(refused.values()) or "the others have too few GPUs"
             raise PlanError(f"{len(replicas)} replica(s) asked for, {room} fit: {reasons}")
-    bundles, groups = place_actors(runtime, running, replicas, config.gpus, refused, timeout)
+    bundles, groups = place_actors(runtime, running, replicas, config.gpus, refused, timeout, deployment.name)
     with ended_on_failure(runtime, (), groups):
         if not {bundle.node_id for bundle in bundles.values()} <= {node.node_id for node in nodes}:
             nodes = _measure(runtime, deployment)  # one of them came up for this

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import replace as replace_fields
@@ -58,21 +57,20 @@ class SchedulerActor:
         settings: RouterSettings,
         copies: bool,
         roster: Any,
-        replace: bool = False,
         runtime: Runtime | None = None,
     ) -> None:
         self._client, self._runtime = new_client_id("scheduler"), runtime or _own_runtime()
         self._schedulers = [self._client]  # this one, and those before it
         self._key = roster.tiers if roster is not None else ""
         self._saved: tuple[Any, ...] = ()
-        before = self._runtime.kept(self._key) if self._key else None
-        kept: Kept | None = pickle.loads(before) if before is not None else None
+        kept: Kept | None = self._runtime.kept(self._key) if self._key else None
         if kept is not None:
             epoch = time.time_ns() // 1_000
             roster = replace_fields(kept.roster, scheduler_epoch=epoch)
             epochs, settings = kept.epochs, roster.config.router_settings(roster.pages)
         self._epoch = epoch
         self._roster = self._shown = roster
+        replace = roster is not None and roster.config.replace
         self._core = SchedulerCore(epochs, settings, copies, monotonic, replace)
         self._core_lock = Condition()  # a script's step and the sending of what it asks are one
         self._questions = ReplicaCalls(self._core_lock, self._stands, monotonic)
@@ -119,7 +117,7 @@ class SchedulerActor:
         now = core.members.version, core.lifecycle.target, core.owner, leases, core.reset, core.left
         if self._key and now != self._saved:
             kept = keep(core, self._standing(), self._schedulers)
-            self._runtime.keep(self._key, self._runtime.dumps(kept))
+            self._runtime.keep(self._key, kept)
             self._saved = now
 
     def _link(self, replica: int, actor: Actor, epoch: int) -> ReplicaChannel:

@@ -75,7 +75,7 @@ def _start_scheduler(runtime: Runtime, deployment: Deployment, name: str | None)
     deployment = replace(deployment, scheduler_epoch=epoch, states=("ready",) * len(deployment.handles))
     replicas = tuple(handle.actor for handle in deployment.running.values())
     settings, copies = config.router_settings(deployment.pages), config.params.copies_prefixes
-    arguments = (epoch, replicas, deployment.epochs, settings, copies, deployment, config.replace)
+    arguments = (epoch, replicas, deployment.epochs, settings, copies, deployment)
     named, home = f"{name}/scheduler" if name else None, runtime.home(detached=name is not None)
     spec = ActorSpec(SchedulerActor, arguments, name=named, threads=LANES, restarts=True, home=home)
     with starting(runtime, [spec]) as [scheduler]:

@@ -32,3 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == HERE:
             item.add_marker(pytest.mark.timeout(0 if chosen == "long" else 900))
+
+
+@pytest.fixture(autouse=True)
+def nobody_starts_replacements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drivers without Ray have no thread that would."""
+    monkeypatch.setattr("rayk.manager.starter.Starter.keep", lambda self: None)

@@ -217,7 +217,7 @@ class FakeRuntime:
         self.actors: list[FakeActor] = []
         self.placements: list[Placement] = []
         self.lanes: list[FakeLane] = []
-        self.store: dict[str, bytes] = {}
+        self.store: dict[str, Any] = {}
         self.lanes_open = True  # at once; else when a test says so
         self.disconnected = 0
         self.time = 1000.0  # of whoever was given it for a clock
@@ -239,17 +239,23 @@ class FakeRuntime:
         self._note_or_raise("nodes")
         return [Node(node_id, f"host-of-{node_id}", {"CPU": 2.0}) for node_id in sorted(self.free)]
 
-    def keep(self, key: str, value: bytes | None) -> None:
+    def keep(self, key: str, value: Any) -> None:
         if value is None:
             self.store.pop(key, None)
         else:
             self.store[key] = value
 
-    def kept(self, key: str) -> bytes | None:
+    def kept(self, key: str) -> Any:
         return self.store.get(key)
 
     def home(self, detached: bool) -> str | None:
         return sorted(self.free)[0] if self.free else None
+
+    def actor_names(self) -> list[str]:
+        return sorted(actor.name for actor in self.actors if actor.name is not None and actor.dead is None)
+
+    def groups(self, name: str) -> list[Placement]:
+        return list(self.placements)
 
     def draining_nodes(self) -> dict[str, float]:
         return {}
@@ -263,7 +269,9 @@ class FakeRuntime:
             value = msgspec.structs.replace(value, host_free=self.free[node_id], gpus=())
         return FakeRef(None, value=value, ready=True)
 
-    def place(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> Placement:
+    def place(
+        self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float, name: str | None = None
+    ) -> Placement:
         self._note_or_raise("place", tuple(tuple(b.items()) for b in bundles), tuple(avoid))
         usable = [node_id for node_id in sorted(self.free) if node_id not in avoid]
         if not usable:
@@ -272,7 +280,9 @@ class FakeRuntime:
         self.placements.append(placement)
         return placement
 
-    def place_each(self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float) -> list[Placement]:
+    def place_each(
+        self, bundles: list[dict[str, float]], avoid: Sequence[str], timeout: float, name: str | None = None
+    ) -> list[Placement]:
         groups: list[Placement] = []
         try:
             for bundle in bundles:
@@ -419,7 +429,7 @@ def manager_on(
 ) -> Iterator[PagedKVCacheManager]:
     """A manager whose actors live in `runtime`, with runtime checks on."""
     names = ("router", "max_batch_size", "total_num_host_pages", "fast_lane", "admission", "replace")
-    options = {"router": "least-loaded", "replace": False} | {k: changes.pop(k) for k in names if k in changes}
+    options = {"router": "least-loaded"} | {k: changes.pop(k) for k in names if k in changes}
     with session_on(runtime, name) as session:
         manager = PagedKVCacheManager(
             params(replicas, **changes), session, pages, enable_runtime_checks=True, **{"max_batch_size": 8} | options
