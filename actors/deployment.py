@@ -108,6 +108,11 @@ class Deployment:
     started_here: bool = False
 
     @property
+    def key(self) -> str:
+        """Under which the scheduler has kept what a successor needs."""
+        return f"{self.name or ''}/{self.tiers}"
+
+    @property
     def running(self) -> dict[int, ReplicaHandle]:
         """The replicas that were not removed, by index."""
         return {r: handle for r, handle in enumerate(self.handles) if handle is not None}
@@ -160,7 +165,7 @@ class Deployment:
         """End all actors and give all placement groups back; returns when they are gone. Tiers are written out."""
         self._close_tiers(runtime, self.running)
         stop_actors(runtime, self.running.values(), others=() if self.scheduler is None else (self.scheduler,))
-        runtime.keep(self.tiers, None)
+        runtime.keep(self.key, None)
 
     def stop_replica(self, runtime: Runtime, replica: int) -> None:
         """End a replica that was removed, and give its place back."""

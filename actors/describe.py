@@ -69,6 +69,8 @@ class ManagerState(msgspec.Struct, frozen=True, omit_defaults=True):
     coming: dict[int, str] = {}  # indices that are planned or starting
     transport: str = "auto"  # the kind of line that copies were asked to go by
     lines: list[m.LineState] = []
+    target: int | None = None  # replicas that are kept
+    replacements: list[m.Replacement] = []  # of lost ones that are under way or given up
     removed: dict[int, dict[str, int]] = {}  # by index: pages that were cached there, known to others, taken by them
 
 
@@ -141,6 +143,8 @@ def _manager(runtime: Runtime, name: str, deployment: Deployment, scheduler: Act
         coming={r: state for r, state in enumerate(known.states) if state in (State.planned, State.starting)},
         transport=known.transport,
         lines=known.lines,
+        target=known.target,
+        replacements=known.replacements if known.target is not None else [],
         removed={r: Removed(each.cached, each.known, each.taken)._asdict() for r, each in known.removed.items()},
     )
 

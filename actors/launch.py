@@ -9,6 +9,7 @@ The two kinds differ in the actors' class and arguments, and in what they are as
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from rayk.actors.replica import measure
 from rayk.errors import PlanError, RaykError
 from rayk.planning.node_plan import NodeMemory
 from rayk.tiers.identity import read_seed, take_seed
+
+log = logging.getLogger("rayk.scheduler")
 
 PLACE_SECONDS = 60.0
 START_SECONDS = 180.0  # for an actor without a model, or a task on a node
@@ -59,15 +62,21 @@ def measure_nodes(
         memory = node.resources.get("memory")  # what Ray was told that it may use there
         return max(0, int(memory) - (taken or {}).get(node.node_id, 0)) if memory else None
 
-    nodes, disk = runtime.nodes() if nodes is None else nodes, str(disk_dir) if disk_dir is not None else None
+    given, disk = nodes, str(disk_dir) if disk_dir is not None else None
+    if given is None:
+        going = runtime.draining_nodes()  # Ray starts nothing there any more
+        nodes = [node for node in runtime.nodes() if node.node_id not in going]
+    assert nodes is not None
     refs = [runtime.run_on(node.node_id, measure, node.node_id, node.host_name, limit(node), disk) for node in nodes]
-    try:
-        return [
-            runtime.get(ref, f"the planner on node {node.host_name}", START_SECONDS)
-            for node, ref in zip(nodes, refs, strict=True)
-        ]
-    except ActorGoneError as error:
-        raise PlanError(f"a node could not be measured: {error}") from None
+    measured = list[NodeMemory]()
+    for ref, node in zip(refs, nodes, strict=True):
+        try:
+            measured.append(runtime.get(ref, f"the planner on node {node.host_name}", START_SECONDS))
+        except ActorGoneError as error:
+            if given is not None or node in runtime.nodes():
+                raise PlanError(f"a node could not be measured: {error}") from None
+            log.warning("node %s went while it was measured", node.host_name)
+    return measured
 
 
 def tier_seed(runtime: Runtime, folder: Path | None, nodes: Sequence[Node] | None = None) -> bytes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
+from pathlib import Path
 
 YOUNG, MIDDLE, OLD = 50_000, 20, 100
 
@@ -17,3 +19,10 @@ def freeze_startup_objects() -> None:
         gc.collect()
         gc.freeze()
         gc.set_threshold(YOUNG, MIDDLE, OLD)
+
+
+def spare_from_kernel() -> None:
+    """Ray has the kernel's OOM killer take workers first; take this process as one of any program's, if that may be
+    said. (Ray's own memory monitor cannot be told: it takes what it can start again first.)"""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("0")

@@ -431,6 +431,16 @@ class RayRuntime:
         return pickle.loads(wire) if wire is not None else None
 
     @staticmethod
+    def forget(prefix: str) -> None:
+        """Have nothing kept any more whose key begins so."""
+        internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=KEPT)
+
+    @staticmethod
+    def group_key(placement: Placement) -> str:
+        """What tells a placement group from others."""
+        return str(placement.group.id.hex())
+
+    @staticmethod
     def home(detached: bool) -> str | None:
         """The node of this process; of what is `detached` from it, the head."""
         if not detached:

@@ -64,7 +64,8 @@ def plan_scale_out(runtime: Runtime, deployment: Deployment, replicas: Sequence[
     running, config = deployment.running, deployment.config
     vacate(runtime, running, replicas)
     nodes = _measure(runtime, deployment)
-    refused = refused_nodes(nodes, config.params, config.wanted_pages, config.utilization)
+    refused = dict(refused_nodes(nodes, config.params, config.wanted_pages, config.utilization))
+    refused |= {node_id: f"node {node_id} is about to go" for node_id in runtime.draining_nodes()}
     if not running:  # later, an autoscaler may start what is missing
         room = sum(replicas_that_fit(node, config.params) for node in nodes if node.node_id not in refused)
         if room < len(replicas):

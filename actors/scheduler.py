@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace as replace_fields
 from functools import partial
 from threading import Condition, Thread
@@ -16,7 +17,8 @@ from rayk import protocol as m
 from rayk.actors.channel import new_client_id
 from rayk.actors.chunks import joined
 from rayk.actors.interface import Actor, ActorGoneError, Runtime
-from rayk.actors.process import freeze_startup_objects
+from rayk.actors.process import freeze_startup_objects, spare_from_kernel
+from rayk.actors.removal import sweep
 from rayk.actors.replica_calls import ReplicaCalls, ReplicaChannel
 from rayk.errors import CallTimeoutError, MessageError, RaykError, ReplicaLostError, StaleEpochError
 from rayk.protocol.dedup import ReplyCache
@@ -41,6 +43,8 @@ KEEP_AT_ONCE = (  # before they are answered
     m.Rejoin,
     m.Disconnect,
 )
+DRAIN_TICKS = 4  # of TICK_SECONDS, between two looks at which nodes go
+HANDOVER_SECONDS = 1.0  # between two attempts to move what is on such a node
 WATCH_TICKS = 2  # of TICK_SECONDS, between two looks at a replica that nobody asks anything
 ROSTER_SECONDS = 1.0  # that a driver which attaches waits for the latest roster
 ANSWERS = 8 * LANES  # remembered for each driver; more than its messages can overtake each other by
@@ -59,9 +63,10 @@ class SchedulerActor:
         roster: Any,
         runtime: Runtime | None = None,
     ) -> None:
-        self._client, self._runtime = new_client_id("scheduler"), runtime or _own_runtime()
+        session = roster.name.rpartition("/")[0] if roster is not None and roster.name is not None else None
+        self._client, self._runtime = new_client_id("scheduler"), runtime or _own_runtime(session)
         self._schedulers = [self._client]  # this one, and those before it
-        self._key = roster.tiers if roster is not None else ""
+        self._key = roster.key if roster is not None else ""
         self._saved: tuple[Any, ...] = ()
         kept: Kept | None = self._runtime.kept(self._key) if self._key else None
         if kept is not None:
@@ -85,6 +90,7 @@ class SchedulerActor:
         self._save()
         freeze_startup_objects()
         if runtime is None:
+            spare_from_kernel()
             Thread(target=self._keep_time, name="rayk-timer", daemon=True).start()
 
     def _go_on(self, kept: Kept) -> None:
@@ -274,7 +280,12 @@ class SchedulerActor:
             self._save()
             here = self._core.members.here
             links = [link if r in here else None for r, link in enumerate(self._links)]
+            if self._core.unfinished and not self._core.supervisor.granted and self._roster.name is not None:
+                self._core.unfinished = False
+                Thread(target=sweep, args=(self._runtime, self._standing()), name="rayk-sweep", daemon=True).start()
         self._ticks += 1
+        if self._ticks % DRAIN_TICKS == 0:
+            self._move_off()
         self._questions.tick(links, watch=self._ticks % WATCH_TICKS == 0)
         for link in links:
             if link is not None:
@@ -291,6 +302,30 @@ class SchedulerActor:
             supervisor.lose(link.replica, link.epoch, reason)
         log.warning("replica %d is taken out: %s", link.replica, reason)
         Thread(target=self._runtime.stop, args=([link.actor], None), name="rayk-end", daemon=True).start()
+
+    def _move_off(self) -> None:
+        """Have the requests of replicas move whose nodes are about to go, and others started in their place."""
+        if not self._core.supervisor.replaces:
+            return
+        nodes = self._runtime.draining_nodes()
+        with self._core_lock:
+            handles, ready = self._roster.running, list(self._core.members.ready)
+            going = [r for r in ready if handles[r].bundle.node_id in nodes]
+            for r in going:
+                self._core.supervisor.drain(r, leaving=False)
+        for r in going:
+            log.warning("node %s is about to go: replica %d hands over what it has", handles[r].bundle.node_id, r)
+            Thread(target=self._hand_over, args=(r, handles[r].epoch), name="rayk-drain", daemon=True).start()
+
+    def _hand_over(self, replica: int, epoch: int) -> None:
+        """Move what is there to the others, as far as they have room, until nothing is left."""
+        members = self._core.members
+        while replica in members.here and members.epochs[replica] == epoch:
+            with suppress(RaykError):  # it may be lost, or be ready again
+                done = self._run(self._client, m.DrainReplica(replica, {}, handover=True, leaving=False), ())
+                if isinstance(done, m.Drained) and not done.left:
+                    return
+            sleep(HANDOVER_SECONDS)
 
     def due(self) -> int:
         """How many replacements wait for a driver that starts them."""
@@ -325,7 +360,7 @@ class SchedulerActor:
         return self._shown
 
 
-def _own_runtime() -> Runtime:
+def _own_runtime(session: str | None) -> Runtime:
     from rayk.actors.runtime import RayRuntime  # here, so that only a scheduler's process imports Ray for it
 
-    return RayRuntime()
+    return RayRuntime(f"rayk-{session}" if session is not None else None)

@@ -39,7 +39,7 @@ def _await_scheduler(runtime: Runtime, name: str) -> Actor:
         time.sleep(0.05)
     raise PlanError(
         f"replicas of {name!r} exist, but no scheduler came up within {START_SECONDS:.0f} s: the driver that started "
-        "them may have died half-way; kill those actors or use another name"
+        f"them may have died half-way; `rayk down {name.rpartition('/')[0]}` removes what is left"
     )
 
 

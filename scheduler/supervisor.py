@@ -234,6 +234,11 @@ class Supervisor:
         return left
 
     @property
+    def granted(self) -> bool:
+        """Whether somebody starts a replica."""
+        return bool(self._grants)
+
+    @property
     def hopeful(self) -> bool:
         """Whether a replica is on its way, or will be started."""
         return bool(self._grants) or self.seconds() is not None

@@ -71,7 +71,7 @@ def follow(call: Callable[[], Any]) -> Trip:
 def manager_on(kind: str) -> Iterator[PagedKVCacheManager]:
     """Two replicas that copy prefixes from each other."""
     with session_on(FakeRuntime()) if kind == "ray" else InferenceSession() as session:
-        manager = PagedKVCacheManager(params(2), session, 64, max_batch_size=8)
+        manager = PagedKVCacheManager(params(2), session, 64, max_batch_size=8, replace=False)
         yield manager
         manager.shutdown()
 

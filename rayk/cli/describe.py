@@ -64,6 +64,10 @@ def _show(state: ManagerState, console: Any) -> None:
             console.print(f"replica {replica.index} is {replica.state}: {replica.reason}", markup=False)
         if replica.tiers is not None:
             console.print(_tier_line(replica.index, replica.tiers), markup=False)
+    for each in state.replacements:
+        failed = f" after {each.failures} failure(s) in a row" if each.failures else ""
+        then = f"given up{failed}; rayk's add_replicas() begins anew" if each.given_up else f"replaced{failed}"
+        console.print(f"replica {each.replica} was lost and is {then}: {each.reason}", markup=False)
     for index, how in state.coming.items():
         console.print(f"replica {index} is {how}", markup=False)
     for line in state.lines:

@@ -15,6 +15,7 @@ import typer
 
 from rayk.bench import flags
 from rayk.cli.describe import DESCRIBE_EPILOG, describe
+from rayk.cli.down import DOWN_EPILOG, down
 from rayk.cli.example_model import EXAMPLE_MODEL_EPILOG, example_model
 from rayk.cli.flags import command_of
 from rayk.cli.generate_flags import GENERATE_EPILOG, GenerateFlags
@@ -88,6 +89,7 @@ app.add_typer(bench_app, name="bench")
 app.command("report", epilog=flags.REPORT_EPILOG)(command_of(flags.ReportFlags, "rayk.bench.command:report"))
 app.command("plan", epilog=PLAN_EPILOG)(command_of(PlanFlags, "rayk.cli.plan:plan"))
 app.command(epilog=DESCRIBE_EPILOG)(describe)
+app.command(epilog=DOWN_EPILOG)(down)
 app.command("generate", epilog=GENERATE_EPILOG)(command_of(GenerateFlags, "rayk.cli.generate:generate"))
 app.command("example-model", epilog=EXAMPLE_MODEL_EPILOG)(example_model)
 app.command("serve", epilog=SERVE_EPILOG)(command_of(ServeFlags, "rayk.cli.serve:serve"))

@@ -15,7 +15,7 @@ import pytest
 
 # A raylet's files must not be its neighbour's, and a dead one is to be noticed in seconds, as in an embedded cluster.
 SCRIPT = """
-import json, os, sys, time
+import json, os, subprocess, sys, time
 from rayk.actors.describe import describe
 from rayk.actors.runtime import EMBEDDED_SETTINGS
 os.environ.update(EMBEDDED_SETTINGS)
@@ -128,6 +128,27 @@ try:
             said["lost"] = [error.replica == lost, error.requests == [f"r{lost}"]]
         said["noticed"] = time.monotonic() - began
         said["others"] = [manager.contains(f"r{r}", r) for r in range(3) if r != lost]
+
+    with PagedKVCacheManager(p, session, 16, max_batch_size=8) as manager:
+        homes = manager.execute([[], [], []], where)
+        goes = next(home for home in homes if home != here)
+        ctxs = [TextContext(f"d{r}", range(9 * r, 9 * r + 9), 100) for r in range(3)]
+        manager.try_admit(ctxs, [0, 1, 2])
+        drain = ["drain-node", "--address", cluster.address, "--node-id", goes, "--reason",
+                 "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "60"]
+        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *drain], check=True, capture_output=True)
+        began = time.monotonic()
+        def settled():
+            states = manager.replica_states()
+            return states.count("ready") == 3 and len(states) > 3
+        while not settled() and time.monotonic() < began + 40:
+            time.sleep(.1)
+        states = manager.replica_states()
+        gone = [r for r, home in enumerate(homes) if home == goes]
+        said["drained"] = [states[r] for r in gone]
+        said["moved"] = [manager.holder(f"d{r}") not in gone for r in range(3)]
+        wheres = manager.execute([[]] * len(states), where)
+        said["elsewhere"] = [wheres[r] != goes for r, state in enumerate(states) if state == "ready"]
     session.close()
 finally:
     cluster.shutdown()
@@ -167,6 +188,12 @@ def test_a_node_with_no_room_is_avoided_or_named(said: dict[str, Any]) -> None:
 def test_only_replicas_of_the_drivers_node_have_fast_lanes(said: dict[str, Any]) -> None:
     elsewhere = [False, "closed", "it runs on another node, where a lane is no faster than calls"]
     assert said["lanes"] == [elsewhere, elsewhere, [True, "open", ""]]
+
+
+def test_a_node_that_is_drained_is_left_in_time(said: dict[str, Any]) -> None:
+    """Its requests move, others take its replicas' places, and nothing new goes there."""
+    assert set(said["drained"]) == {"draining"} and said["moved"] == [True] * 3
+    assert said["elsewhere"] == [True] * 3
 
 
 def test_a_lost_node_is_a_lost_replica(said: dict[str, Any]) -> None:

@@ -248,6 +248,13 @@ class FakeRuntime:
     def kept(self, key: str) -> Any:
         return self.store.get(key)
 
+    def forget(self, prefix: str) -> None:
+        for key in [key for key in self.store if key.startswith(prefix)]:
+            del self.store[key]
+
+    def group_key(self, placement: Placement) -> str:
+        return str(id(placement.group))
+
     def home(self, detached: bool) -> str | None:
         return sorted(self.free)[0] if self.free else None
 

@@ -1,0 +1,56 @@
+"""The end of detached clusters whose drivers are gone: what a name stands for in Ray is found by that name alone, so
+that it can be removed also when its start, or the start of a replica, was never finished."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import NamedTuple
+
+from rayk.actors.deployment import Deployment, await_roster
+from rayk.actors.interface import Runtime
+from rayk.errors import ConfigError, RaykError
+
+ROSTER_SECONDS = 10.0  # for a scheduler that says which tiers are to be written out
+
+
+class Ended(NamedTuple):
+    """What was there."""
+
+    actors: int
+    groups: int
+
+
+def remove_session(runtime: Runtime, name: str) -> Ended:
+    """End all actors of the sessions called `name` and give all their places back, whoever uses them; ConfigError when
+    there are none. Tiers are written out where a scheduler still says what has any."""
+    names, groups = runtime.actor_names(), runtime.groups(name)
+    if not names and not groups:
+        raise ConfigError(f"no rayk cluster of the name {name!r} runs here, and nothing is left of one")
+    for each in [each for each in names if each.endswith("/scheduler")]:
+        scheduler = runtime.find(each)
+        if scheduler is not None:
+            with suppress(RaykError):
+                await_roster(runtime, scheduler, ROSTER_SECONDS).stop(runtime)
+            runtime.stop([scheduler], None)
+    left = [actor for each in runtime.actor_names() if (actor := runtime.find(each)) is not None]
+    runtime.stop(left, None)
+    for group in runtime.groups(name):
+        runtime.stop((), group)
+    runtime.forget(f"{name}/")
+    return Ended(len(names), len(groups))
+
+
+def sweep(runtime: Runtime, deployment: Deployment) -> Ended:
+    """End what drivers that are gone had begun to start for a detached cluster; nobody may be starting anything."""
+    assert deployment.name is not None
+    running, known = deployment.running, set[str]()
+    for r, handle in running.items():
+        known |= {f"{deployment.name}/replica-{r}", f"{deployment.name}/replica-{r}-{handle.epoch}"}
+    begun = [each for each in runtime.actor_names() if each.startswith(f"{deployment.name}/replica-")]
+    strays = [actor for each in begun if each not in known and (actor := runtime.find(each)) is not None]
+    runtime.stop(strays, None)
+    used = {runtime.group_key(handle.bundle.placement) for handle in running.values()}
+    unused = [group for group in runtime.groups(deployment.name) if runtime.group_key(group) not in used]
+    for group in unused:
+        runtime.stop((), group)
+    return Ended(len(strays), len(unused))

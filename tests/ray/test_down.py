@@ -1,0 +1,151 @@
+"""Detached clusters whose drivers die in the middle of something: what was begun is taken back, and all of it can be
+removed by its name."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from .heads import Driver, Head, Start, said
+
+LOOK = """
+import ray
+from rayk.actors.runtime import RayRuntime
+runtime = RayRuntime(f"rayk-{NAME}")
+
+def left():
+    return [runtime.actor_names(), len(runtime.groups(NAME))]
+"""
+BEGUN = """
+import rayk.manager.starter as starter
+manager = manage(join())
+start = starter.start_replicas
+
+def begin(*given):
+    handles = start(*given)
+    say(begun=[handle.facts.pid for handle in handles])
+    time.sleep(300)
+
+starter.start_replicas = begin
+manager.add_replicas()
+"""
+HALF = """
+import rayk.actors.startup as startup
+
+def begin(runtime, deployment, name):
+    say(begun=[handle.facts.pid for handle in deployment.running.values()])
+    time.sleep(300)
+
+startup._start_scheduler = begin
+manage(join())
+"""
+USE = """
+manager = manage(join())
+say(placed=sorted(manager.admit([TextContext(n, [ord(n)] * 9, 100) for n in "abcd"])))
+time.sleep(300)
+"""
+
+
+@pytest.fixture
+def down(operated: Head) -> Callable[[str], tuple[int, dict[str, Any]]]:
+    """rayk down NAME: its exit code and its object on stdout."""
+    address, environment = operated
+
+    def run(name: str) -> tuple[int, dict[str, Any]]:
+        command = [sys.executable, "-m", "rayk", "down", name, "--address", address, "--format", "json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+        return done.returncode, json.loads(done.stdout) if done.stdout else {"error": done.stderr}
+
+    return run
+
+
+def killed(driver: Driver) -> None:
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(10)
+
+
+def test_what_a_killed_driver_was_adding_is_taken_back(start: Start, down: Any) -> None:
+    """The index is planned no more, its process ends, and its place is given back, for whoever is there."""
+    stays = start(
+        LOOK
+        + """
+session = join()
+manager = manage(session)
+say(ready=True)
+sys.stdin.readline()
+deadline = time.monotonic() + 40
+while ("starting" in manager.replica_states() or len(left()[0]) > 3) and time.monotonic() < deadline:
+    time.sleep(.1)
+say(states=manager.replica_states(), left=left())
+say(added=manager.add_replicas(), left=left())
+time.sleep(300)
+""",
+        "adds",
+    )
+    assert said(stays) == {"ready": True}
+    dies = start(BEGUN, "adds")
+    [process] = said(dies)["begun"]
+    assert process
+    killed(dies)
+    stays.stdin.write("go\n")  # type: ignore[union-attr]
+    stays.stdin.flush()  # type: ignore[union-attr]
+    told = said(stays)
+    assert told["states"] == ["ready", "ready", "removed"], "an index at which nobody ever was"
+    assert len(told["left"][0]) == 3 and told["left"][1] == 1, "two replicas and a scheduler, and their places"
+    told = said(stays)
+    assert told["added"] == [2] and len(told["left"][0]) == 4
+    killed(stays)
+    code, ended = down("adds")
+    assert code == 0 and ended["actors"] == 4 and ended["groups"] == 2
+
+
+@pytest.mark.parametrize("code", [HALF, USE])
+def test_a_cluster_can_always_be_removed(start: Start, down: Any, code: str) -> None:
+    """Whether it runs, or its start was never finished; then the name is free."""
+    driver = start(code, "removed")
+    assert said(driver)
+    killed(driver)
+    code_, ended = down("removed")
+    assert (code_, ended["groups"]) == (0, 1) and ended["actors"] >= 2
+    again = start(LOOK + "join()\nsay(left=left())\n" + USE, "removed")
+    assert said(again) == {"left": [[], 0]}
+    assert said(again) == {"placed": [0, 0, 1, 1]}
+    killed(again)
+    assert down("removed")[0] == 0
+
+
+def test_there_is_nothing_of_that_name(down: Any) -> None:
+    code, told = down("nobody")
+    assert code == 2 and "no rayk cluster of the name 'nobody'" in told["error"]
+
+
+def test_a_dead_drivers_pages_come_back_within_its_lease(start: Start, down: Any) -> None:
+    """A second here; nobody calls the scheduler."""
+    stays = start(
+        """
+manager = manage(join())
+say(ready=True)
+sys.stdin.readline()
+began = time.monotonic()
+while sum(manager.get_num_used_pages(r) for r in range(2)) and time.monotonic() < began + 30:
+    time.sleep(.05)
+say(seconds=time.monotonic() - began)
+time.sleep(300)
+""",
+        "leases",
+    )
+    assert said(stays) == {"ready": True}
+    dies = start(USE, "leases")
+    assert said(dies) == {"placed": [0, 0, 1, 1]}
+    dies.send_signal(signal.SIGKILL)
+    stays.stdin.write("go\n")  # type: ignore[union-attr]
+    stays.stdin.flush()  # type: ignore[union-attr]
+    assert said(stays)["seconds"] < 1.0 + 1.0 + 2.0, "the lease, a second, and what a busy machine takes"
+    killed(stays)
+    assert down("leases")[0] == 0
