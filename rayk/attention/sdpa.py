@@ -9,63 +9,15 @@ read, or overwritten with zeros before it is multiplied by a weight of zero (whi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from rayk.attention.backend import FP8, Needs, Rules
 from rayk.attention.batch import PagedBatch
-
-Ints = npt.NDArray[np.int64]
-
-GROUP_BYTES = 1 << 20
-"""Rows are taken together while their keys stay below this: a few of the caches next to a core."""
-
-QUERY_BLOCK = 256
-"""Query tokens of a row that are scored at once: bounds the mask, and the scores where they are made here."""
-
-
-@dataclass(frozen=True)
-class _Group:
-    """`rows` rows of one token that are gathered together; pages: int64 `[rows * n]`.
-
-    first, end: the slots of the gathered n pages that any row sees. seen: bool `[rows, 1, 1, end - first]`, None where
-    every row sees all. foreign: parts of those slots that some rows do not see, as from, to and a bool mask
-    `[rows, 1, to - from, 1]`: what stands there is zeroed.
-    """
-
-    rows: int
-    pages: torch.Tensor
-    first: int
-    end: int
-    seen: torch.Tensor | None
-    foreign: list[tuple[int, int, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """One row with several tokens: its packed tokens, its pages int64 `[n]`, and the position of the first slot."""
-
-    start: int
-    count: int
-    kv_length: int
-    pages: torch.Tensor
-    origin: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is gathered together, for one batch and window. tokens: int64, of all groups in turn; in_order: they are
-    the whole batch as it is packed."""
-
-    groups: list[_Group]
-    chunks: list[_Chunk]
-    tokens: torch.Tensor
-    in_order: bool
+from rayk.attention.gathering import Chunk, Plan, plan_rows, query_blocks
 
 
 class TorchSdpa:
@@ -87,15 +39,52 @@ class TorchSdpa:
         if batch.is_decode and query.device.type != "cpu":
             return _padded_decode(query, keys, values, batch, rules)
         slot_bytes = keys[0, 0].numel() * query.element_size()
-        plan = batch.once(("plan", rules.window, slot_bytes), lambda: _plan(batch, rules.window, slot_bytes))
+        plan = batch.once(("plan", rules.window, slot_bytes), lambda: plan_rows(batch, rules.window, slot_bytes))
+        if plan.shared:
+            return self._cascade(query, keys, values, plan, rules, batch)
         out = torch.empty_like(query)
         if plan.groups:
-            found = self._decode(query, keys, values, plan, rules)
+            found, _ = self._decode(query, keys, values, plan, rules)
             if not plan.chunks and plan.in_order:
                 return found
             out.index_copy_(0, plan.tokens, found)
         for chunk in plan.chunks:
             self._prefill(query, keys, values, out, chunk, rules, batch)
+        return out
+
+    def _cascade(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: Plan, rules: Rules, batch: PagedBatch
+    ) -> torch.Tensor:
+        """What rows share is scored once for all their tokens, what is left of each row as ever; then every token's
+        parts are weighed by the sums of their exponents, of which the logarithms are kept: exact, not approximate."""
+        own = replace(rules, sinks=None)
+        out, sums = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+        if plan.groups:
+            found, parts = self._decode(query, keys, values, plan, own, sums=True)
+            out.index_copy_(0, plan.tokens, found)
+            sums.index_copy_(0, plan.tokens, parts)
+        for chunk in plan.chunks:
+            self._prefill(query, keys, values, out, chunk, own, batch, sums)
+        heads, dim = keys.shape[2:]
+        stored, values, as_query = _readable(keys, values, query.dtype)
+        for part in plan.shared:
+            count = len(part.pages)
+            k, v = (
+                as_query(torch.index_select(view, 0, part.pages, out=space[:count])).flatten(0, 1).transpose(0, 1)
+                for view, space in zip((stored, values), self._spaces(stored, count), strict=True)
+            )
+            q = query.index_select(0, part.tokens).view(len(part.tokens), heads, -1, dim)
+            found, parts = _summed(q.transpose(0, 1).reshape(1, heads, -1, dim), k[None], v[None], None, own)
+            shape = heads, len(part.tokens), -1
+            theirs = found[0].reshape(*shape, dim).transpose(0, 1).flatten(1, 2)
+            their_sums = parts[0].reshape(shape).transpose(0, 1).flatten(1, 2)
+            ours, our_sums = out.index_select(0, part.tokens), sums.index_select(0, part.tokens)
+            together = torch.logaddexp(our_sums, their_sums)
+            weights = ((each - together).exp()[..., None].to(out.dtype) for each in (our_sums, their_sums))
+            out.index_copy_(0, part.tokens, ours * next(weights) + theirs * next(weights))
+            sums.index_copy_(0, part.tokens, together)
+        if rules.sinks is not None:
+            out *= (sums - torch.logaddexp(sums, rules.sinks.float())).exp()[..., None].to(out.dtype)
         return out
 
     def _spaces(self, view: torch.Tensor, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,9 +101,16 @@ class TorchSdpa:
         return spaces
 
     def _decode(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: _Plan, rules: Rules
-    ) -> torch.Tensor:
-        """The plan's rows of one token, `[rows, heads, dim]` in the plan's order."""
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        plan: Plan,
+        rules: Rules,
+        sums: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The plan's rows of one token, `[rows, heads, dim]` in the plan's order, and, if asked for, the logarithms of
+        the sums of their exponents, float32 `[rows, heads]`."""
         _, size, heads, dim = keys.shape
         if not plan.in_order:
             query = query.index_select(0, plan.tokens)
@@ -122,7 +118,7 @@ class TorchSdpa:
         sinks = None if rules.sinks is None else rules.sinks.view(heads, 1, -1)
         keys, values, as_query = _readable(keys, values, query.dtype)
         spaces = self._spaces(keys, max(len(group.pages) for group in plan.groups))
-        found, at = [], 0
+        found, logs, at = [], [], 0
         for group in plan.groups:
             rows, pages = group.rows, len(group.pages)
             shape = (rows, heads, group.end - group.first, dim)
@@ -136,9 +132,15 @@ class TorchSdpa:
             for start, end, outside in group.foreign:
                 k[:, :, start:end].masked_fill_(outside, 0)
                 v[:, :, start:end].masked_fill_(outside, 0)
-            found.append(_scored(q[at : at + rows], k, v, group.seen, rules, sinks))
+            if sums:
+                scored, log = _summed(q[at : at + rows], k, v, group.seen, rules)
+                logs.append(log)
+            else:
+                scored = _scored(q[at : at + rows], k, v, group.seen, rules, sinks)
+            found.append(scored)
             at += rows
-        return (torch.cat(found) if len(found) > 1 else found[0]).flatten(1, 2)
+        together = torch.cat(found) if len(found) > 1 else found[0]
+        return together.flatten(1, 2), torch.cat(logs).flatten(1, 2) if sums else together
 
     def _prefill(
         self,
@@ -146,9 +148,10 @@ class TorchSdpa:
         keys: torch.Tensor,
         values: torch.Tensor,
         out: torch.Tensor,
-        chunk: _Chunk,
+        chunk: Chunk,
         rules: Rules,
         batch: PagedBatch,
+        sums: torch.Tensor | None = None,
     ) -> None:
         sinks = None if rules.sinks is None else rules.sinks.view(keys.shape[2], -1, 1)
         keys, values, as_query = _readable(keys, values, query.dtype)
@@ -158,10 +161,14 @@ class TorchSdpa:
             for view, space in zip((keys, values), self._spaces(keys, pages), strict=True)
         )
         for start, end, first, last, seen in batch.once(
-            ("blocks", rules.window, chunk.start), lambda: list(_blocks(chunk, rules.window, query.device))
+            ("blocks", rules.window, chunk.start), lambda: list(query_blocks(chunk, rules.window, query.device))
         ):
             q = query[start:end].transpose(0, 1)[None]  # [1, query heads, tokens, dim]
-            found = _scored(q, k[:, :, first:last], v[:, :, first:last], seen, rules, sinks)
+            if sums is None:
+                found = _scored(q, k[:, :, first:last], v[:, :, first:last], seen, rules, sinks)
+            else:
+                found, logs = _summed(q, k[:, :, first:last], v[:, :, first:last], seen, rules)
+                sums[start:end] = logs[0].transpose(0, 1)
             out[start:end] = found[0].transpose(0, 1)
 
 
@@ -173,74 +180,6 @@ def _readable(
     if stored not in FP8:
         return keys, values, lambda gathered: gathered
     return keys.view(torch.uint8), values.view(torch.uint8), lambda gathered: gathered.view(stored).to(dtype)
-
-
-def _plan(batch: PagedBatch, window: int | None, slot_bytes: int) -> _Plan:
-    """Rows of one token in groups of about the same length, the others one by one."""
-    size = batch.page_size
-    host = batch.kv_lengths.tolist() if batch.kv_lengths_host is None else batch.kv_lengths_host
-    lengths, counts = np.array(host), np.array(batch.counts)
-    starts = counts.cumsum() - counts
-    seen = np.zeros_like(lengths) if window is None else np.maximum(lengths - counts + 1 - window, 0)
-    skipped, pages = seen // size, -(-lengths // size)
-    table = batch.table.long()
-    chunks = [
-        _Chunk(int(starts[row]), int(counts[row]), int(lengths[row]), table[row, skipped[row] : pages[row]], origin)
-        for row, origin in zip(np.flatnonzero(counts > 1), (skipped * size)[counts > 1].tolist(), strict=True)
-    ]
-    single = np.flatnonzero(counts == 1)
-    single = single[np.argsort((pages - skipped)[single], kind="stable")]
-    widths = (pages - skipped)[single].tolist()
-    groups, at = [], 0
-    while at < len(single):
-        end = at + 1
-        while end < len(single) and (end + 1 - at) * widths[end] * size * slot_bytes <= GROUP_BYTES:
-            end += 1
-        rows = single[at:end]
-        first = (seen - skipped * size)[rows]
-        groups.append(_group(table, rows, skipped[rows], widths[end - 1], first, (lengths - skipped * size)[rows]))
-        at = end
-    order = starts[single]
-    in_order = len(order) == batch.tokens and bool((order[1:] > order[:-1]).all())
-    return _Plan(groups, chunks, torch.from_numpy(order).to(table.device), in_order)
-
-
-def _group(table: torch.Tensor, rows: Ints, skipped: Ints, width: int, first: Ints, end: Ints) -> _Group:
-    """Rows that all get `width` pages from their `skipped` one on, and see the gathered slots `first` to `end`."""
-    columns = np.minimum(skipped[:, None] + np.arange(width), table.shape[1] - 1)
-    at, places = (torch.from_numpy(index).to(table.device) for index in (rows, columns))
-    pages = table[at[:, None], places].flatten()
-    low, full_from, full_to, high = int(first.min()), int(first.max()), int(end.min()), int(end.max())
-    if low == full_from and full_to == high:
-        return _Group(len(rows), pages, low, high, None, [])
-    slots = np.arange(low, high)
-    seen = torch.from_numpy((slots >= first[:, None]) & (slots < end[:, None])).to(table.device)
-    # Where a row sees nothing of what all others see (windows without a common slot), all of it is foreign to some.
-    parts = [(low, full_from), (full_to, high)] if full_from <= full_to else [(low, high)]
-    foreign = [
-        (start - low, stop - low, ~seen[:, None, start - low : stop - low, None])
-        for start, stop in parts
-        if start < stop
-    ]
-    return _Group(len(rows), pages, low, high, seen[:, None, None], foreign)
-
-
-def _blocks(
-    chunk: _Chunk, window: int | None, device: torch.device
-) -> Iterator[tuple[int, int, int, int, torch.Tensor | None]]:
-    """Packed tokens from, to, gathered slots from, to, and who sees what, bool `[tokens, slots]`; None for all."""
-    before = chunk.kv_length - chunk.count
-    for first in range(0, chunk.count, QUERY_BLOCK):
-        tokens = min(QUERY_BLOCK, chunk.count - first)
-        at = before + first  # position of the block's first token
-        low, high = 0 if window is None else max(0, at + 1 - window), at + tokens
-        slots = torch.arange(low, high, device=device)
-        own = torch.arange(at, at + tokens, device=device)[:, None]
-        seen = slots <= own
-        if window is not None:
-            seen &= slots > own - window
-        start = chunk.start + first
-        yield start, start + tokens, low - chunk.origin, high - chunk.origin, None if tokens == 1 else seen
 
 
 def _scored(
@@ -258,6 +197,15 @@ def _scored(
     if rules.softcap is None and sinks is None:
         gqa = query.shape[1] != keys.shape[1]
         return scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=rules.scale, enable_gqa=gqa)
+    scores = _scores(query, keys, seen, rules)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[None, ..., None].expand(*scores.shape[:4], 1)], dim=-1)
+    weights = scores.softmax(-1)[..., : keys.shape[2]].to(values.dtype)
+    return torch.matmul(weights, values[:, :, None]).flatten(1, 2)
+
+
+def _scores(query: torch.Tensor, keys: torch.Tensor, seen: torch.Tensor | None, rules: Rules) -> torch.Tensor:
+    """float32 `[batch, kv heads, heads of each, tokens, slots]`."""
     batch, heads, tokens, dim = query.shape
     q = query.view(batch, keys.shape[1], heads // keys.shape[1], tokens, dim)  # heads by their kv head
     scores = (q @ keys[:, :, None].transpose(-1, -2)).float() * rules.scale
@@ -265,10 +213,34 @@ def _scored(
         scores = torch.tanh(scores / rules.softcap) * rules.softcap
     if seen is not None:
         scores = scores.masked_fill(~(seen if seen.dim() == 2 else seen[:, :, None]), float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.float()[None, ..., None].expand(*scores.shape[:4], 1)], dim=-1)
-    weights = scores.softmax(-1)[..., : keys.shape[2]].to(values.dtype)
-    return torch.matmul(weights, values[:, :, None]).flatten(1, 2)
+    return scores
+
+
+def _summed(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor | None, rules: Rules
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As _scored() without sinks, and the logarithms of the sums of exponents, float32 `[batch, heads, tokens]`."""
+    if rules.softcap is None and query.device.type == "cpu":
+        return _fused_sums(query, keys, values, seen, rules.scale)
+    scores = _scores(query, keys, seen, rules)
+    logs = scores.logsumexp(-1)
+    weights = scores.sub_(logs[..., None]).exp_().to(values.dtype)
+    return torch.matmul(weights, values[:, :, None]).flatten(1, 2), logs.flatten(1, 2)
+
+
+def _fused_sums(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the kernel that SDPA calls on CPU, which gives the sums; the query heads of a group are passed as tokens."""
+    batch, heads, tokens, dim = query.shape
+    each = heads // keys.shape[1]
+    mask = None if seen is None else torch.zeros((), dtype=query.dtype).where(seen, float("-inf"))
+    if mask is not None and mask.dim() == 2:
+        mask = mask[None, None].expand(1, each, *mask.shape).reshape(1, 1, -1, mask.shape[1])
+    q = query.reshape(batch, keys.shape[1], each * tokens, dim)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, logs = kernel(q, keys, values, 0.0, False, attn_mask=mask, scale=scale)
+    return out.reshape(batch, heads, tokens, dim), logs.reshape(batch, heads, tokens).float()
 
 
 def _padded_decode(
