@@ -454,6 +454,15 @@ class RayRuntime:
         return bytes(ray.cloudpickle.dumps(value))  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
 
 
+def serve_library() -> Any:
+    """Ray Serve. ConfigError that says how to get what it needs and is not there."""
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise ConfigError(f"Ray Serve cannot be loaded ({error}): pip install 'ray[serve]'") from None
+    return serve
+
+
 def _free_resources() -> dict[str, float]:
     """What nobody holds, without the names that Ray makes up for nodes and for bundles of groups."""
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
