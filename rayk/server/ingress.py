@@ -34,7 +34,7 @@ def deployment(
 
     `cluster` is called in each ingress replica: it attaches to a Cluster that runs, or opens one of its own. `models`
     and `settings` are those of ServerSettings, `ingress` is how many there are, unless `autoscaling` says it (Serve's
-    autoscaling_config), and `options` are others of serve.deployment(). Needs Ray's own extra: pip install 'ray[serve]'.
+    autoscaling_config), and `options` are others of serve.deployment(). Needs ray[serve].
     """
     from rayk.actors.runtime import serve_library
 

@@ -20,8 +20,7 @@ def opened() -> Any:
 def test_an_application_of_serve() -> None:
     try:
         app = rayk.server.deployment(opened, ["tiny"], ingress=3, settings={"grace": 5.0})
-    except ConfigError as error:
-        assert "pip install 'ray[serve]'" in str(error)
+    except ConfigError:
         pytest.skip("ray[serve] is not installed")
     assert type(app).__name__ == "Application"
 
