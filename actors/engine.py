@@ -80,7 +80,7 @@ class EngineActor:
             tiers,
             address=RayRuntime().address(),
         )
-        self._thread = EngineThread([engine]).start()
+        self._thread = EngineThread([engine], shared=self._settings.shared).start()
         return facts_of(engine, self._device, host_name, self._source)
 
     def post(self, wire: bytes) -> None:
@@ -94,11 +94,12 @@ class EngineActor:
             raise
         self._thread.post(0, command)
 
-    def reports(self) -> Iterator[bytes]:
-        """The engine's reports, as it makes them, and at least one a second while it gets on."""
+    def reports(self, reader: int = 0) -> Iterator[bytes]:
+        """The engine's reports to that reader (see rayk.engine.outbox), as it makes them, and at least one a second
+        while it gets on."""
         from rayk.protocol.engine import encode
 
-        for report in self._thread.reports(0):
+        for report in self._thread.reports(0, reader):
             stalled = self._thread.stalled()
             if self._settings.replaced and stalled >= STALLED_SECONDS:
                 raise CallTimeoutError(f"the engine of replica {self._replica}", stalled)
@@ -125,6 +126,10 @@ class EngineActor:
         if self._thread is not None:
             self._thread.stop()
 
+    def pid(self) -> int:
+        """This process, on its node."""
+        return os.getpid()
+
     def ping(self) -> int:
         """The replica's index, once its constructor is done."""
         return self._replica
@@ -133,8 +138,9 @@ class EngineActor:
 class RayReplicas:
     """Engine actors of one driver, which end with it. Implements rayk.engine.replicas.Replicas."""
 
-    def __init__(self, runtime: Runtime, source: ModelSource, settings: ServeSettings) -> None:
-        self.tokenizer = None
+    def __init__(self, runtime: Runtime, source: ModelSource, settings: ServeSettings, name: str | None = None) -> None:
+        self.tokenizer: Any = None
+        self._name = name  # of detached ones
         self.settings = settings
         self.facts: list[ReplicaFacts] = []
         self._runtime = runtime
@@ -147,11 +153,15 @@ class RayReplicas:
         self._tiers: dict[str, NodeTiers] = {}  # by node id
         self._pool = f"engines-{os.getpid()}-{os.urandom(8).hex()}"
         self._sent: dict[int, Any] = {}
-        self.add(range(settings.replicas), PLACE_SECONDS)
+
+    def start(self) -> RayReplicas:
+        """Start those of the settings."""
+        self.add(range(self.settings.replicas), PLACE_SECONDS)
+        return self
 
     def add(self, replicas: Sequence[int], timeout: float) -> None:
         vacate(self._runtime, self._placed, replicas)
-        bundles, groups = place_actors(self._runtime, self._placed, replicas, self._gpus, {}, timeout)
+        bundles, groups = place_actors(self._runtime, self._placed, replicas, self._gpus, {}, timeout, self._name)
         with ended_on_failure(self._runtime, (), groups), starting(self._runtime, self._specs(bundles)) as actors:
             self._coming = actors
             if self._closing:
@@ -169,8 +179,11 @@ class RayReplicas:
             seed = tier_seed(self._runtime, self.settings.tiers.disk_dir, self._nodes(bundles.values()))
             self.settings = replace(self.settings, hash_seed=seed)
         for replica, bundle in bundles.items():
-            arguments = (replica, self._source, self.settings)
-            yield ActorSpec(EngineActor, arguments, self._gpus, bundle, lanes=(REPORTS_LANE,))
+            yield self._spec(replica, bundle)
+
+    def _spec(self, replica: int, bundle: Bundle) -> ActorSpec:
+        arguments = (replica, self._source, self.settings)
+        return ActorSpec(EngineActor, arguments, self._gpus, bundle, lanes=(REPORTS_LANE,))
 
     def _nodes(self, bundles: Iterable[Bundle]) -> list[Node]:
         """Where they are, without nodes that died."""

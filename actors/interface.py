@@ -60,7 +60,7 @@ class Actor(Protocol):
         """Start a method; a reference to its result, or a list of `returns` references."""
         ...
 
-    def stream(self, method: str, lane: str, target: str, silence: float) -> Iterator[Any]:
+    def stream(self, method: str, lane: str, target: str, silence: float, *args: Any) -> Iterator[Any]:
         """What a generator of the actor yields. ActorGoneError when the actor is gone, CallTimeoutError when nothing
         came for `silence` seconds."""
         ...
@@ -133,7 +133,8 @@ class ActorSpec:
     gpus: int = 0
     bundle: Bundle | None = None
     name: str | None = None
-    lanes: tuple[str, ...] = ()  # more lanes, each with a thread of its own, for calls that last
+    lanes: tuple[str, ...] = ()  # more lanes, each with `lane_threads` of its own, for calls that last
+    lane_threads: int = 1
     threads: int = 1  # so many calls at once in the data lane
     restarts: bool = False  # when its process dies, its constructor is called in another one
     home: str | None = None  # the node that it starts on, if that is there

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from rayk.actors.deployment import Deployment, await_roster
-from rayk.actors.interface import Runtime
+from rayk.actors.interface import ActorGoneError, Runtime
 from rayk.errors import ConfigError, RaykError
 
 ROSTER_SECONDS = 10.0  # for a scheduler that says which tiers are to be written out
@@ -29,8 +29,13 @@ def remove_session(runtime: Runtime, name: str) -> Ended:
     for each in [each for each in names if each.endswith("/scheduler")]:
         scheduler = runtime.find(each)
         if scheduler is not None:
-            with suppress(RaykError):
-                await_roster(runtime, scheduler, ROSTER_SECONDS).stop(runtime)
+            with suppress(RaykError, ActorGoneError):
+                if each == f"{name}/cluster/scheduler":
+                    served = runtime.get(scheduler.call("roster", control=True), "the scheduler", ROSTER_SECONDS)
+                    runtime.stop([scheduler], None)
+                    served.stop(runtime)
+                else:
+                    await_roster(runtime, scheduler, ROSTER_SECONDS).stop(runtime)
             runtime.stop([scheduler], None)
     left = [actor for each in runtime.actor_names() if (actor := runtime.find(each)) is not None]
     runtime.stop(left, None)

@@ -74,14 +74,14 @@ class RayActor:
             options["concurrency_group"] = CONTROL_GROUP
         return getattr(self.handle, method).options(**options).remote(*args)
 
-    def stream(self, method: str, lane: str, target: str, silence: float) -> Iterator[Any]:
+    def stream(self, method: str, lane: str, target: str, silence: float, *args: Any) -> Iterator[Any]:
         """What a generator of the actor yields, at most STREAM_AHEAD items ahead of the reader.
 
         ActorGoneError when the actor is gone, CallTimeoutError when nothing came for `silence` seconds.
         """
         options: dict[str, Any] = {"num_returns": "streaming", "concurrency_group": lane}
         options["_generator_backpressure_num_objects"] = STREAM_AHEAD
-        items = getattr(self.handle, method).options(**options).remote()
+        items = getattr(self.handle, method).options(**options).remote(*args)
         runtime = RayRuntime()
         while True:
             passed, last = 0.0, time.monotonic()
@@ -328,7 +328,9 @@ class RayRuntime:
         if spec.name is not None and self._namespace is not None:
             options |= {"name": spec.name, "namespace": self._namespace, "lifetime": "detached"}
         wrap: Any = ray.remote  # its overloads leave concurrency_groups out
-        actor_class = wrap(concurrency_groups={CONTROL_GROUP: 1, **dict.fromkeys(spec.lanes, 1)}, num_cpus=0)(spec.cls)
+        actor_class = wrap(
+            concurrency_groups={CONTROL_GROUP: 1, **dict.fromkeys(spec.lanes, spec.lane_threads)}, num_cpus=0
+        )(spec.cls)
         try:
             return RayActor(actor_class.options(**options).remote(*spec.args))
         except (ray_errors.ActorAlreadyExistsError, ValueError) as error:

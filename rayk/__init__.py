@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayk.actors.interface import LaneState
-    from rayk.cluster import Cluster
+    from rayk.cluster import Cluster, attach
     from rayk.context import TextContext
     from rayk.dispatch.output import Handle, Output, Update
     from rayk.errors import InsufficientBlocksError, RaykError, ReplicaLostError
@@ -54,7 +54,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "scheduler.admission.queue": ["AdmissionPolicy", "TenantQuota"],
-    "cluster": ["Cluster"],
+    "cluster": ["Cluster", "attach"],
     "protocol.kv_events": ["KVEventsConfig"],
     "request_errors": [
         "ForwardError",
@@ -142,6 +142,7 @@ __all__ = [
     "Tick",
     "TickResult",
     "Update",
+    "attach",
     "compute_max_seq_len_fitting_in_cache",
     "compute_num_device_blocks",
     "compute_num_host_blocks",

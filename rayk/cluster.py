@@ -28,7 +28,7 @@ from rayk.engine.local_replicas import InlineReplicas
 from rayk.engine.replicas import ModelSource, ReplicaFacts, Replicas, ServeSettings
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.tiers import Size, TierConfig
-from rayk.errors import ClosedError, NotBuiltError, ReplicaLostError, ReplicaStateError
+from rayk.errors import ClosedError, ConfigError, NotOwnerError, ReplicaLostError
 from rayk.kvcache.page_hash import Mask
 from rayk.kvcache.tick import PrefixCacheReset
 from rayk.params import require_at_least
@@ -44,6 +44,10 @@ from rayk.session import InferenceSession
 
 if TYPE_CHECKING:
     from rayk.actors.describe import Decision
+    from rayk.actors.interface import Actor
+    from rayk.actors.serving_roster import ServingRoster
+    from rayk.dispatch.named import NamedDispatcher
+    from rayk.scheduler.router.router import RouterSettings
 
 log = logging.getLogger("rayk.engine")
 
@@ -74,6 +78,8 @@ class Cluster:
     A replica that is lost, hangs or is unfit (rayk.kvcache.poison) is replaced by itself, empty; one that cannot be
     started, or dies at once, is tried again later and later, and given up in the end: replacements() says how that
     stands, and add_replicas() begins anew. `replace=False`: lost ones stay lost.
+    In a session with a name the Cluster of that name is started, or attached to if it runs with the same settings:
+    several drivers use it at once, and it outlives them; attach() takes whatever runs. docs/engine.md says more.
     Safe to use from several threads and event loops. close() (also the end of a `with` block) ends it.
     """
 
@@ -140,59 +146,133 @@ class Cluster:
         if disk_dir is not None and source.folder is None:
             source.identity()  # it has none: here, before anything is started
         self._own_session = session is None
+        self._named = session is not None and session.name is not None
         self._session = session or InferenceSession("inline")
         self._session.check_open()
-        try:
-            self._replicas = self._start(source, settings)
-        except BaseException:
-            if self._own_session:
-                self._session.close()
-            raise
-        settings = self._replicas.settings
         limit: int | None = QUEUED_BATCHES * max_batch_size
         if admission is not None:  # which holds the limit, as one of its marks
             running = min(filter(None, (limit, admission.max_running)))
             admission, limit = structs.replace(admission, max_running=running), None
-        self._admission = admission
-        routing = RouterSettings(
-            router,
-            tuple(facts.pages for facts in self.facts),
-            page_size,
-            settings.hash_algorithm,
-            settings.hash_seed or b"",
-            settings.reports,
-            admission=admission,
-            limit=limit,
-            plans_copies=settings.peer_copies,
-            reports_backlog=False,
-        )
-        self._dispatcher = Dispatcher(self._replicas.post, routing, max_retries, replace=replace)
+
+        def routing(replicas: Replicas) -> RouterSettings:
+            settings = replicas.settings
+            return RouterSettings(
+                router,
+                tuple(facts.pages for facts in replicas.facts),
+                page_size,
+                settings.hash_algorithm,
+                settings.hash_seed or b"",
+                settings.reports,
+                admission=admission,
+                limit=limit,
+                plans_copies=settings.peer_copies,
+                reports_backlog=False,
+            )
+
+        try:
+            if self._session.name is not None:
+                self._open_named(source, settings, routing, max_retries, tokenizer)
+                return
+            started = self._start(source, settings)
+        except BaseException:
+            if self._own_session:
+                self._session.close()
+            raise
+        dispatcher = Dispatcher(started.post, routing(started), max_retries, replace=replace)
         if settings.peer_copies:
-            index = self._dispatcher.router.index
-            self._dispatcher.router.fetching = CopyPlanner(
+            index = dispatcher.router.index
+            dispatcher.router.fetching = CopyPlanner(
                 index, PageTransfers(LinkTable(monotonic), page_size), tiers.wanted
             )
-        self._prompts = Prompts(source, tokenizer or self._replicas.tokenizer, self.facts[0].has_tokenizer)
-        self._membership = threading.Lock()  # one joins or leaves at a time
-        self._session.adopt(self)
-        self._readers: dict[int, threading.Thread] = {}
-        self._keeper = Keeper(self._dispatcher, self._start_due, self._replicas.leaving if replace else None)
-        for replica in range(replicas):
-            self._dispatcher.meet(replica, self.facts[replica].epoch, self.facts[replica].endpoint)
-        for replica in range(replicas):
-            self._follow(replica)
-        self._keeper.start()
+        for facts in started.facts:
+            dispatcher.meet(facts.replica, facts.epoch, facts.endpoint)
+        self._use(started, dispatcher, Prompts(source, tokenizer or started.tokenizer, started.facts[0].has_tokenizer))
 
     def _start(self, source: ModelSource, settings: ServeSettings) -> Replicas:
-        if self._session.name is not None:
-            raise NotBuiltError("Cluster in a named session")
         if settings.device == "auto":
             settings = changed(settings, device=_device(self._session, settings.replicas))
         if self._session.runtime == "inline":
             return InlineReplicas(source, settings)
         from rayk.actors.engine import RayReplicas
 
-        return RayReplicas(self._session.ray, source, settings)
+        return RayReplicas(self._session.ray, source, settings).start()
+
+    def _open_named(
+        self,
+        source: ModelSource,
+        settings: ServeSettings,
+        routing: Callable[[Replicas], RouterSettings],
+        max_retries: int,
+        tokenizer: Any,
+    ) -> None:
+        """Start what others can attach to, or attach."""
+        from rayk.actors.named_engines import NamedReplicas
+        from rayk.actors.serving_startup import await_serving, check_same, cluster_name, find_serving, start_serving
+
+        ray, name = self._session.ray, str(self._session.name)
+        if settings.device == "auto":
+            settings = changed(settings, device=_device(self._session, settings.replicas))
+        replicas = NamedReplicas(ray, cluster_name(name), source, changed(settings, shared=True))
+        replicas.max_retries, replicas.tokenizer = max_retries, tokenizer
+        scheduler = find_serving(ray, name)
+        if scheduler is None and (scheduler := start_serving(ray, name, replicas, routing)) is not None:
+            self._attach(scheduler, owner=True)
+            return
+        self._attach(
+            scheduler or await_serving(ray, name), lambda roster: check_same(roster, replicas, routing(replicas))
+        )
+
+    def _attach(
+        self, scheduler: Actor, check: Callable[[ServingRoster], None] = lambda roster: None, owner: bool = False
+    ) -> None:
+        from rayk.actors.named_engines import NamedReplicas
+        from rayk.actors.serving_link import SchedulerLink
+        from rayk.dispatch.named import NamedDispatcher
+
+        link = SchedulerLink(self._session.ray, scheduler)
+        check(link.roster())
+        roster = link.connect(owner)
+        try:
+            replicas = NamedReplicas.of(self._session.ray, roster)
+            replicas.scheduler = scheduler
+            dispatcher = NamedDispatcher(link, replicas, roster, owner)
+            has_tokenizer = any(facts.has_tokenizer for facts in replicas.facts)
+            dispatcher.follow = self._follow
+            self._use(replicas, dispatcher, Prompts(replicas.source, replicas.tokenizer, has_tokenizer))
+        except BaseException:
+            link.leave()
+            raise
+        dispatcher.start()
+
+    def _use(self, replicas: Replicas, dispatcher: Dispatcher | NamedDispatcher, prompts: Prompts) -> None:
+        """Be the Cluster of these replicas, which run."""
+        self._replicas = replicas
+        self._dispatcher = dispatcher
+        self._prompts = prompts
+        self._membership = threading.Lock()  # one joins or leaves at a time
+        self._session.adopt(self, counts=False)
+        self._readers: dict[int, threading.Thread] = {}
+        leaving = replicas.leaving if replicas.settings.replaced else None
+        self._keeper = Keeper(dispatcher, self._start_due, leaving)
+        for replica in dispatcher.live:
+            self._follow(replica)
+        self._keeper.start()
+
+    @classmethod
+    def attached(cls, session: InferenceSession, own_session: bool = False) -> Cluster:
+        """The Cluster that runs in that named session; see attach()."""
+        from rayk.actors.serving_startup import find_serving
+
+        scheduler = find_serving(session.ray, str(session.name)) if session.name is not None else None
+        if scheduler is None:
+            raise ConfigError(
+                f"no Cluster runs under the name {session.name!r}; start one by Cluster(.., "
+                "session=InferenceSession('ray', name=..)), or look at the address"
+            )
+        cluster = cls.__new__(cls)
+        cluster._session, cluster._own_session, cluster._named = session, own_session, True
+        cluster._attach(scheduler)
+        return cluster
 
     # -- asking ------------------------------------------------------------------------------------
 
@@ -256,8 +336,9 @@ class Cluster:
         handles = self._prompts.handles(prompts, sampling, changes, timeout, on_news)
         lined_up = QUEUED_BATCHES * self._replicas.settings.max_batch_size * len(self.live)
         ahead = max(AHEAD, 2 * lined_up)
-        if self._admission is not None:  # one call alone is not turned away
-            ahead = max(1, min(2 * lined_up, self._admission.max_waiting))
+        admission = self._dispatcher.admission
+        if admission is not None:  # one call alone is not turned away
+            ahead = max(1, min(2 * lined_up, admission.max_waiting))
         return Call(self._dispatcher, handles, ahead)
 
     def chat(
@@ -306,11 +387,12 @@ class Cluster:
 
     def _follow(self, replica: int) -> None:
         """Read a replica's reports from now on, in a thread of its own."""
-        reader = threading.Thread(target=self._read, args=(replica,), name=f"rayk-reports-{replica}", daemon=True)
+        name, era = f"rayk-reports-{replica}", self._dispatcher.era
+        reader = threading.Thread(target=self._read, args=(replica, era), name=name, daemon=True)
         self._readers[replica] = reader
         reader.start()
 
-    def _read(self, replica: int) -> None:
+    def _read(self, replica: int, era: int) -> None:
         """Follow one replica's reports to their end."""
         reason = "its engine was stopped"
         try:
@@ -318,14 +400,16 @@ class Cluster:
                 self._dispatcher.on_report(replica, report)
         except BaseException as error:  # whatever it was, nobody reads what comes from there any more
             reason = str(error) or type(error).__name__
-        if self._dispatcher.closed or self._dispatcher.states[replica] is State.removed:
+        if self._dispatcher.closed or self._readers.get(replica) is not threading.current_thread():
+            return  # or another has its place, and a reader of its own
+        if self._dispatcher.states[replica] is State.removed:
             return
         try:
             self._replicas.drop(replica)
         except Exception as error:
             log.warning("replica %d is lost and could not be ended", replica, exc_info=error)
         finally:
-            self._dispatcher.lose(replica, reason)
+            self._dispatcher.lose(replica, reason, era)
             self._keeper.wake()
 
     # -- replicas that come and go -----------------------------------------------------------------------
@@ -354,9 +438,14 @@ class Cluster:
         except BaseException as error:
             self._dispatcher.give_up(replicas, error)
             raise
-        for replica in replicas:
+        for at, replica in enumerate(replicas):
             facts = self.facts[replica]
-            self._dispatcher.join(replica, facts.pages, facts.epoch, facts.endpoint)
+            try:
+                self._dispatcher.join(replica, facts.pages, facts.epoch, facts.endpoint)
+            except BaseException:  # nobody else knows of them
+                for unknown in replicas[at:]:
+                    self._replicas.remove(unknown)
+                raise
             self._follow(replica)
 
     def _start_due(self) -> None:
@@ -398,11 +487,7 @@ class Cluster:
         """
         with self._membership:
             self._check_open()
-            members = self._dispatcher.members
-            members.check(replica)
-            if members.state(replica) is not State.lost:
-                if not set(members.ready) - {replica}:
-                    raise ReplicaStateError(replica, "the last one that takes requests", "be removed")
+            if self._dispatcher.check_removable(replica) is not State.lost:
                 self.drain_replica(replica, hand_over=hand_over)
             removed = self._dispatcher.remove(replica, timeout)
             self._check_open()
@@ -462,7 +547,9 @@ class Cluster:
         """
         with self._membership:
             self._check_open()
-            return PrefixCacheReset(self._replicas.reset_prefix_cache(self.live, Mask.new()), hits=False)
+            token = Mask.new()
+            self._dispatcher.note_reset(token)
+            return PrefixCacheReset(self._replicas.reset_prefix_cache(self.live, token), hits=False)
 
     def check_integrity(self) -> None:
         """IntegrityError unless the pages of all replicas are where they should be, in their tiers too.
@@ -479,15 +566,35 @@ class Cluster:
             raise ClosedError("this Cluster")
 
     def close(self) -> None:
-        """End the replicas; requests that are not finished are cancelled. Safe to call twice."""
+        """End the replicas; requests that are not finished are cancelled. Safe to call twice. A named Cluster that
+        belongs to another driver goes on without this one."""
+        try:
+            self.shutdown()
+        except NotOwnerError:
+            self.leave()
+
+    def shutdown(self, force: bool = False) -> None:
+        """close(), for all drivers. A named Cluster belongs to the driver that started it, until that leaves or its
+        lease ends: NotOwnerError for others, and nothing is done, unless `force`."""
         if self._dispatcher.closed:
             return
+        if not force:
+            self._dispatcher.check_owned()
+        self._end(self._replicas.close)
+
+    def leave(self) -> None:
+        """Cancel what this driver has and go; a named Cluster goes on for others. Without a name it ends."""
+        if not self._dispatcher.closed:
+            self._end(self._replicas.close if not self._named else lambda: None)
+
+    def _end(self, end_replicas: Callable[[], None]) -> None:
         for handle in self._dispatcher.close():
             handle.end(RequestCancelledError(handle.id, len(handle.tokens)))
         self._keeper.stop()
         self._replicas.give_up()
         with self._membership:
-            self._replicas.close()
+            self._dispatcher.go()
+            end_replicas()
         for reader in self._readers.values():
             if reader is not threading.current_thread():
                 reader.join(timeout=10)
@@ -495,13 +602,23 @@ class Cluster:
         if self._own_session:
             self._session.close()
 
-    shutdown = leave = close  # what a session calls at its end
-
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def attach(name: str, address: str | None = None, **ray_options: Any) -> Cluster:
+    """The Cluster that runs in sessions called `name`, whatever it serves, in a session of its own: several drivers may
+    use it at once. `address` and Ray's options as for InferenceSession; an address is looked for, never started.
+    ConfigError when no Cluster runs there."""
+    session = InferenceSession("ray", address or "auto", name, **ray_options)
+    try:
+        return Cluster.attached(session, own_session=True)
+    except BaseException:
+        session.close()
+        raise
 
 
 def _device(session: InferenceSession, replicas: int) -> str:

@@ -65,10 +65,11 @@ class InferenceSession:
         if self._closed:
             raise ClosedError("this session")
 
-    def adopt(self, manager: _Closable) -> None:
-        """End `manager` with this session. The n-th manager of one named session is the n-th of all of that name."""
+    def adopt(self, manager: _Closable, counts: bool = True) -> None:
+        """End `manager` with this session. The n-th manager that `counts` of one named session is the n-th of all of
+        that name."""
         self._managers.add(manager)
-        self.managers_made += 1
+        self.managers_made += counts
 
     def dismiss(self, manager: _Closable) -> None:
         """`manager` was shut down."""

@@ -10,10 +10,14 @@ import typer
 from rich.markup import escape
 
 from rayk.cli.flags import Format
+from rayk.errors import ConfigError
 
 if TYPE_CHECKING:
     from rayk.actors.describe import Decision, ManagerState, ReplicaState, TierState
+    from rayk.actors.describe_cluster import ClusterState
+    from rayk.actors.interface import Runtime
     from rayk.protocol.admission import AdmissionState
+    from rayk.protocol.from_replica import LineState
 
 FAR = 10_000  # columns: more than any table has
 DESCRIBE_EPILOG = "Example: rayk describe --name prod --format json"
@@ -36,23 +40,81 @@ def describe(
 
     with InferenceSession("ray", address or "auto", name, log_to_driver=False, logging_level="error") as session:
         if why is not None:
-            from rayk.actors.describe import explain
-
-            decision = explain(session.ray, name, why)
+            decision = _explained(session.ray, name, why)
             if form is Format.json:
                 typer.echo(msgspec.json.encode({"command": "describe", "decision": decision}).decode())
             else:
                 _show_decision(decision, Console())
             return 0
-        from rayk.actors.describe import describe as take
-
-        states = take(session.ray, name)
+        states, cluster = _taken(session.ray, name)
     if form is Format.json:
-        typer.echo(msgspec.json.encode({"command": "describe", "managers": states}).decode())
+        found: dict[str, Any] = {"command": "describe", "managers": states}
+        typer.echo(msgspec.json.encode(found | ({"cluster": cluster} if cluster is not None else {})).decode())
     else:
         for state in states:
             _show(state, Console())
-    return 0 if all(r.state not in ("lost", "silent") for state in states for r in state.replicas) else 1
+        if cluster is not None:
+            _show_cluster(cluster, Console())
+    how = [each.state for state in states for each in state.replicas]
+    how += [each.state for each in cluster.replicas] if cluster is not None else []
+    return 0 if not {"lost", "silent"}.intersection(how) else 1
+
+
+def _taken(ray: Runtime, name: str) -> tuple[list[ManagerState], ClusterState | None]:
+    """The managers and the Cluster of that name; ConfigError when there is none of either."""
+    from rayk.actors.describe import describe
+    from rayk.actors.describe_cluster import describe_cluster
+
+    cluster = describe_cluster(ray, name)
+    try:
+        return describe(ray, name), cluster
+    except ConfigError:
+        if cluster is None:
+            raise
+        return [], cluster
+
+
+def _explained(ray: Runtime, name: str, request_id: str) -> Decision:
+    from rayk.actors.describe import Decision, explain
+    from rayk.actors.describe_cluster import explain_in_cluster
+
+    try:
+        return explain(ray, name, request_id)
+    except ConfigError:
+        why = explain_in_cluster(ray, name, request_id)
+        if why is None:
+            raise
+        return Decision.of(why, request_id)
+
+
+def _show_cluster(state: ClusterState, console: Any) -> None:
+    title = f"{state.name}: {state.model}, router {state.router}, pages of {state.page_size} tokens"
+    headings = ("#", "node", "state", "requests", "running", "free / pages", "generated")
+    rows = [
+        [
+            str(each.index),
+            each.node[:12],
+            each.state,
+            f"{each.requests:,}",
+            "" if each.running is None else f"{each.running:,}",
+            "" if each.free_pages is None else f"{each.free_pages:,} / {each.pages:,}",
+            "" if each.generated_tokens is None else f"{each.generated_tokens:,}",
+        ]
+        for each in state.replicas
+    ]
+    _print_table(console, title, headings, rows, ("node", "state"))
+    for each in state.replicas:
+        if each.reason is not None:
+            console.print(f"replica {each.index} is {each.state}: {each.reason}", markup=False)
+    for index, reason in state.failures.items():
+        console.print(f"replica {index} is to be replaced: {reason}", markup=False)
+    for driver in state.drivers:
+        owner = ", which owns it" if driver.owner else ""
+        console.print(f"{driver.name}{owner}: {driver.waiting:,} wait, {driver.placed:,} are placed", markup=False)
+    for line in state.lines:
+        console.print(_line(line), markup=False)
+    if state.admission is not None:
+        _show_admission(state.admission, console)
 
 
 def _show(state: ManagerState, console: Any) -> None:
@@ -71,10 +133,7 @@ def _show(state: ManagerState, console: Any) -> None:
     for index, how in state.coming.items():
         console.print(f"replica {index} is {how}", markup=False)
     for line in state.lines:
-        text = f"copies from replica {line.source} to {line.target} by {line.kind}: {line.copies:,}"
-        text += f", {line.bandwidth / 1e9:.2f} GB/s after {line.latency * 1e3:.2f} ms"
-        text += f"; {line.failures} failed, the last: {line.trouble}" if line.failures else ""
-        console.print(text, markup=False)
+        console.print(_line(line), markup=False)
     for reason in state.refused.values():
         console.print(f"left out: {reason}", markup=False)
     if state.metrics is not None:
@@ -82,6 +141,12 @@ def _show(state: ManagerState, console: Any) -> None:
         console.print(f"{tokens}; {state.drivers} driver(s) attached", markup=False)
     if state.admission is not None:
         _show_admission(state.admission, console)
+
+
+def _line(line: LineState) -> str:
+    text = f"copies from replica {line.source} to {line.target} by {line.kind}: {line.copies:,}"
+    text += f", {line.bandwidth / 1e9:.2f} GB/s after {line.latency * 1e3:.2f} ms"
+    return text + (f"; {line.failures} failed, the last: {line.trouble}" if line.failures else "")
 
 
 def _show_admission(state: AdmissionState, console: Any) -> None:

@@ -13,7 +13,8 @@ from time import monotonic
 from rayk import protocol as m
 from rayk.dispatch.output import Handle
 from rayk.dispatch.requests import Requests
-from rayk.protocol.admission import AdmissionState
+from rayk.errors import NoPlaceError, ReplicaStateError
+from rayk.protocol.admission import AdmissionPolicy, AdmissionState
 from rayk.protocol.engine import Command
 from rayk.scheduler.membership import Membership, State
 from rayk.scheduler.router.router import Router, RouterSettings
@@ -23,6 +24,7 @@ from rayk.scheduler.serving.removal import remove_when_empty
 from rayk.scheduler.supervisor import Replacement
 from rayk.scheduler.transfers.transfer import PageTransfers
 from rayk.transport.choice import Endpoint
+from rayk.values import told
 
 
 class Dispatcher(Requests):
@@ -37,6 +39,7 @@ class Dispatcher(Requests):
         clock: Callable[[], float] = monotonic,
         replace: bool = False,
     ) -> None:
+        self._policy = settings.admission
         numbers = count(1)  # of tickets, and of queries to replicas
         self.core = core = ServingCore(
             post, settings, clock, self._keys_of, numbers, lambda: self._left.notify_all(), replace
@@ -71,7 +74,9 @@ class Dispatcher(Requests):
             self._left.notify_all()
         return left
 
-    def lose(self, replica: int, reason: str) -> None:
+    era = 0  # this driver never comes again
+
+    def lose(self, replica: int, reason: str, era: int = 0) -> None:
         """A replica is gone: what it had goes on elsewhere, as often as was allowed."""
         with self._turn():
             if self.closed or replica not in self.members.known:
@@ -94,6 +99,21 @@ class Dispatcher(Requests):
         """Replicas that answer: ready and draining ones."""
         with self._lock:
             return list(self.members.here)
+
+    @property
+    def ready(self) -> list[int]:
+        """Replicas that take requests."""
+        with self._lock:
+            return list(self.members.ready)
+
+    def check_removable(self, replica: int) -> State:
+        """Its state; the error of membership, or ReplicaStateError for the last one that takes requests."""
+        with self._lock:
+            self.members.check(replica)
+            state = self.members.state(replica)
+            if state is not State.lost and not set(self.members.ready) - {replica}:
+                raise ReplicaStateError(replica, "the last one that takes requests", "be removed")
+            return state
 
     def enlist(self, count: int) -> list[int]:
         """Indices for `count` replicas that are being started: those of lost ones, then new ones."""
@@ -119,7 +139,7 @@ class Dispatcher(Requests):
     def give_up(self, replicas: Sequence[int], error: BaseException) -> None:
         """Those could not be started."""
         with self._turn():
-            self.core.give_up(replicas, error)
+            self.core.give_up(replicas, told(error), isinstance(error, NoPlaceError))
 
     def meet(self, replica: int, epoch: int, endpoint: Endpoint | None) -> None:
         """Pages can be copied to and from that replica."""
@@ -168,12 +188,26 @@ class Dispatcher(Requests):
             self._scripts.lose(replica)
             return removed
 
+    def note_reset(self, token: bytes) -> None:
+        """Nothing: who adds replicas knows of it."""
+
     # -- questions -------------------------------------------------------------------------------------
 
     def explain(self, request_id: str) -> m.Explained:
         """Why a request went where it went; ConfigError when no decision for it is remembered."""
         with self._lock:
             return self.core.explain(request_id)
+
+    @property
+    def admission(self) -> AdmissionPolicy | None:
+        """By what requests wait."""
+        return self._policy
+
+    def check_owned(self) -> None:
+        """Nothing: there is one driver."""
+
+    def go(self) -> None:
+        """Nobody has to be told."""
 
     def admission_state(self) -> AdmissionState | None:
         """A snapshot of the queue, if there is an admission policy."""

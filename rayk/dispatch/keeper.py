@@ -7,9 +7,13 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Event, Thread
+from typing import TYPE_CHECKING
 
-from rayk.dispatch.dispatcher import Dispatcher
 from rayk.errors import RaykError
+
+if TYPE_CHECKING:
+    from rayk.dispatch.dispatcher import Dispatcher
+    from rayk.dispatch.named import NamedDispatcher
 
 log = logging.getLogger("rayk.engine")
 
@@ -21,7 +25,10 @@ class Keeper:
     where nobody is to act."""
 
     def __init__(
-        self, dispatcher: Dispatcher, start_due: Callable[[], None], leaving: Callable[[], list[int]] | None
+        self,
+        dispatcher: Dispatcher | NamedDispatcher,
+        start_due: Callable[[], None],
+        leaving: Callable[[], list[int]] | None,
     ) -> None:
         self._dispatcher = dispatcher
         self._start_due = start_due
@@ -66,5 +73,5 @@ class Keeper:
             with suppress(RaykError):  # it is lost, or drains already
                 self._dispatcher.drain(replica, leaving=False)
         self._told = leaving
-        for replica in leaving if self._dispatcher.members.ready else ():
+        for replica in leaving if self._dispatcher.ready else ():
             self._dispatcher.hand_over(replica)

@@ -78,7 +78,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request. RequestError or QueueFullError refuse it and change nothing."""
-        if self._table.in_use(request.number, request.request_id):
+        if self._table.in_use(request.number, request.key):
             raise RequestError(request.request_id, "this id is in use; wait for its end or take another")
         tokens = self.limits.check(request)
         if len(self._table) >= self.settings.max_queue:
@@ -99,7 +99,7 @@ class Engine:
         """End a request; its Finished comes with the next step's events. False for an unknown or finished one."""
         sequence = self._table.get(number)
         if sequence is not None:
-            self._abort(sequence, "cancelled", RequestCancelledError(sequence.request_id, sequence.generated))
+            self._abort(sequence, "cancelled", RequestCancelledError(sequence.request.request_id, sequence.generated))
         return sequence is not None
 
     def hand_over(self, number: int) -> bool:
@@ -201,7 +201,7 @@ class Engine:
         """End the requests whose time is up."""
         for sequence in self._table.take_late(self._clock()) if self._table.deadlines else ():
             timeout = sequence.request.timeout or 0.0
-            self._abort(sequence, "timeout", RequestTimeoutError(sequence.request_id, timeout))
+            self._abort(sequence, "timeout", RequestTimeoutError(sequence.request.request_id, timeout))
 
     def _grow(self) -> bool:
         """Pages for every decoding row; whether some request had to make way."""
@@ -231,7 +231,7 @@ class Engine:
         """A request that fits an empty replica was refused while nothing else ran: others hold the pages."""
         usage = self.core.usage
         pages = -(-sequence.limit // self.limits.page_size)
-        error = InsufficientBlocksError(sequence.request_id, self.core.replica, pages, usage.free, usage.total)
+        error = InsufficientBlocksError(sequence.request.request_id, self.core.replica, pages, usage.free, usage.total)
         self._abort(sequence, "error", error)
 
     # -- prompts -------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ class Engine:
         self._abort(sequence, "error", self._forward_error(sequence, error))
 
     def _forward_error(self, sequence: SequenceState, error: Exception) -> ForwardError:
-        return ForwardError(sequence.request_id, self.core.replica, type(error).__name__, str(error))
+        return ForwardError(sequence.request.request_id, self.core.replica, type(error).__name__, str(error))
 
     def _take(self, chunks: list[SequenceState], logits: torch.Tensor) -> None:
         """Sample where a prompt or a row is complete, and move everything on."""

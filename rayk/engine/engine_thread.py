@@ -1,8 +1,8 @@
 """The thread that steps engines, with an inbox and an outbox: control calls are answered while it computes.
 
 One engine in a replica's process; several, one after the other, where everything is in one process and shares one
-model. Both boxes are bounded: the engines refuse requests beyond their queues, and they rest while their reader is
-`backlog` tokens behind. An engine that raises ends alone: its reports say why, the others go on.
+model. Both boxes are bounded: the engines refuse requests beyond their queues, and they rest while their one driver
+is `backlog` tokens behind. An engine that raises ends alone: its reports say why, the others go on.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
 from rayk.engine.engine import Engine
+from rayk.engine.outbox import SCHEDULER, Outbox
 from rayk.engine.settings import EngineStats
 from rayk.errors import RaykError, RemoteError
 from rayk.kvcache.progress import Progress
-from rayk.protocol.engine import Cancel, Command, HandOver, Query, Report, Submit
-from rayk.protocol.engine_reports import MOVED, Event, Finished, Tokens
+from rayk.protocol.engine import Cancel, Command, Forget, HandOver, Query, Report, Submit
+from rayk.protocol.engine_reports import MOVED, Event, Finished
+from rayk.protocol.serving import driver_of
 from rayk.request_errors import RequestCancelledError
 
 log = logging.getLogger("rayk.engine")
@@ -44,14 +46,20 @@ class _Asked(NamedTuple):
 class EngineThread:
     """Owns its engines, by number, until remove() or stop(). All methods may be called from any thread."""
 
-    def __init__(self, engines: Sequence[Engine] = (), backlog: int = BACKLOG, heartbeat: float = HEARTBEAT) -> None:
+    def __init__(
+        self,
+        engines: Sequence[Engine] = (),
+        backlog: int = BACKLOG,
+        heartbeat: float = HEARTBEAT,
+        shared: bool = False,
+    ) -> None:
         self._engines = dict(enumerate(engines))
+        self._shared = shared
         self._backlog = backlog
         self._heartbeat = heartbeat
         self._inbox: deque[tuple[int, Command] | _Asked] = deque()
         self._changed = Condition()
-        self._events: dict[int, list[Event]] = {number: [] for number in self._engines}
-        self._unread = 0  # tokens in `_events`
+        self._outboxes = {number: Outbox(shared) for number in self._engines}
         self._letting_go: set[int] = set()  # engines whose requests, also new ones, go on elsewhere
         self._stopped = False
         self._failures: dict[int, RemoteError] = {}  # of engines that raised
@@ -77,7 +85,7 @@ class EngineThread:
         def made() -> Engine:
             engine = make()
             with self._changed:
-                self._engines[number], self._events[number] = engine, []
+                self._engines[number], self._outboxes[number] = engine, Outbox(self._shared)
                 self._failures.pop(number, None)
             return engine
 
@@ -115,29 +123,31 @@ class EngineThread:
             self._inbox.append((engine, command))
             self._changed.notify_all()
 
-    def reports(self, engine: int) -> Iterator[Report]:
-        """What one engine has done, as it does it; empty reports now and then. Ends with it; one reader each.
+    def reports(self, engine: int, reader: int = SCHEDULER) -> Iterator[Report]:
+        """What one engine has done, as it does it; empty reports now and then. Ends with it, and when the reader counts
+        as gone; each part of an outbox has one reader.
 
         RemoteError when the engine or the thread raised: then nothing more will come.
         """
-        watched = self._engines.get(engine)
-        while watched is not None:
+        watched, outbox, batch = self._engines.get(engine), self._outboxes.get(engine), 0
+        while watched is not None and outbox is not None:
             with self._changed:
                 deadline = monotonic() + self._heartbeat
-                while not (self._events[engine] or self._over(engine, watched) or self._failed(engine)):
+                while not (outbox.has(reader) or self._over(engine, watched) or self._failed(engine)):
                     left = deadline - monotonic()
-                    if left <= 0:
+                    if left <= 0 or reader in outbox.gone:
                         break
                     self._changed.wait(left)
-                events, self._events[engine] = self._events[engine], []
-                self._unread -= _count(events)
-                over, failure = self._over(engine, watched) and not events, self._failed(engine)
+                events = outbox.take(reader)
+                over = (self._over(engine, watched) or reader in outbox.gone) and not events
+                failure = self._failed(engine)
                 self._changed.notify_all()
             if failure is not None and not events:
                 raise failure
             if over:
                 return
-            yield Report.of(events, watched.steps, watched.prefill_rate, watched.core.usage.used)
+            batch += 1
+            yield Report.of(events, watched.steps, watched.prefill_rate, watched.core.usage.used, batch)
 
     def _failed(self, number: int) -> RemoteError | None:
         return self._failures.get(number) or self._failure
@@ -210,7 +220,7 @@ class EngineThread:
                 self._inbox.clear()
                 if self._stopped:
                     return False
-                behind = self._unread >= self._backlog
+                behind = sum(outbox.unread for outbox in self._outboxes.values()) >= self._backlog
                 busy = [engine for _, engine in self._sound if engine.busy]
                 held_up = all(engine.held_up for engine in busy)
                 if not arrived and (behind or held_up):
@@ -235,7 +245,11 @@ class EngineThread:
             case Submit(asks) if number in self._letting_go:
                 self._report(number, [Finished(ask.number, MOVED) for ask in asks])
             case Submit(asks):
+                outbox = self._outboxes[number]
+                outbox.expect([ask.number for ask in asks])
                 for ask in asks:
+                    if driver_of(ask.number) in outbox.gone:
+                        continue
                     try:
                         engine.submit(ask.request())
                     except RaykError as error:
@@ -251,14 +265,19 @@ class EngineThread:
                 (self._letting_go.add if on else self._letting_go.discard)(number)
                 for each in engine.numbers if on else ():
                     engine.hand_over(each)
+            case Forget(driver):
+                with self._changed:
+                    self._outboxes[number].forget(driver)
+                    self._changed.notify_all()
+                for each in [n for n in engine.numbers if driver_of(n) == driver]:
+                    engine.cancel(each)
             case Query():
                 engine.query(command)
 
     def _report(self, number: int, events: list[Event]) -> None:
         if events:
             with self._changed:
-                self._events[number] += events
-                self._unread += _count(events)
+                self._outboxes[number].add(events)
                 self._changed.notify_all()
 
 
@@ -281,7 +300,3 @@ def _leave(engine: Engine) -> None:
         engine.core.shutdown()
     except Exception as error:  # its thread may have ended with anything half done
         log.warning("replica %d did not leave its tiers in order", engine.core.replica, exc_info=error)
-
-
-def _count(events: Sequence[Event]) -> int:
-    return sum(len(event.tokens) for event in events if isinstance(event, Tokens))

@@ -103,6 +103,7 @@ class ServeSettings:
     peer_copies: bool = False  # of prefixes, between replicas
     graphs: bool = True  # decode steps as CUDA graphs
     kv_events: KVEventsConfig | None = None  # where replicas publish what they cache
+    shared: bool = False  # by several drivers
     replaced: bool = False  # lost replicas are: one that hangs is soon counted as lost
     threads: int | None = None  # of torch; None: one in a process of a replica's own, the caller's number inline
     engine: EngineSettings = field(default_factory=EngineSettings)

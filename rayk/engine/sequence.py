@@ -56,7 +56,7 @@ class SequenceState:
     ) -> None:
         self.request = request
         self.number = request.number
-        self.request_id = request.request_id
+        self.request_id = request.key  # in the cache; errors name the request's own
         self.sampling = request.sampling
         self.order = order
         self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
@@ -65,7 +65,7 @@ class SequenceState:
         self.prompt_length = len(tokens) - request.generated
         self.limit = self.prompt_length + limits.new_tokens(self.prompt_length, request.sampling)  # of all its tokens
         self.ctx = TextContext(
-            request.request_id,
+            request.key,
             tokens,
             self.limit,
             request.cache_salt,

@@ -18,6 +18,7 @@ from rayk.protocol.engine_reports import (
     MOVED,
     Answered,
     Arrivals,
+    Begun,
     Event,
     Finished,
     Numbers,
@@ -80,6 +81,12 @@ class HandOver(m.Message, frozen=True):
     on: bool
 
 
+class Forget(m.Message, frozen=True):
+    """That driver is gone: end its requests, take nothing of it and report nothing to it any more."""
+
+    driver: int
+
+
 class Query(m.Message, frozen=True):
     """A command of the page exchange (rayk.replica.page_exchange); the answer is an Answered with this number, none is
     wanted for number 0. `data` is as in Imports."""
@@ -89,7 +96,7 @@ class Query(m.Message, frozen=True):
     data: list[list[bytes]] = []
 
 
-Command = Submit | Cancel | HandOver | Query
+Command = Submit | Cancel | HandOver | Forget | Query
 
 
 class Ended(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
@@ -135,7 +142,8 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     `pages`: what was cached (True) or dropped since, in
     order, 8 bytes of each page's hash, by engines that were asked for it. `prefill_rate`: tokens of prompts that it
     computes in a second, 0 while that is not known. `used_pages`: held by requests and transfers. An empty report says
-    that the engine lives.
+    that the engine lives. Where several drivers share an engine, each gets what its requests bring, and the scheduler
+    the rest, with the numbers of those that began and ended: `first` are raw int64. `batch` counts its reports.
     """
 
     numbers: bytes = b""
@@ -150,10 +158,15 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     used_pages: int = 0
     answered: list[Answered] = []
     prompt_logprobs: list[tuple[int, int, list[TokenLogprobs]]] = []
+    first: bytes = b""
+    batch: int = 0
 
     @classmethod
-    def of(cls, events: Sequence[Event], steps: int, prefill_rate: float = 0.0, used_pages: int = 0) -> Report:
+    def of(
+        cls, events: Sequence[Event], steps: int, prefill_rate: float = 0.0, used_pages: int = 0, batch: int = 0
+    ) -> Report:
         """The report of these events."""
+        first = [number for event in events if isinstance(event, Begun) for number in event.numbers]
         columns = [event for event in events if isinstance(event, Tokens)]
         logprobs: dict[int, list[TokenLogprobs]] = {}
         for event in columns:
@@ -172,6 +185,8 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
             used_pages,
             [event for event in events if isinstance(event, Answered)],
             [(event.number, event.start, event.found) for event in events if isinstance(event, PromptLogprobs)],
+            np.array(first, np.int64).tobytes() if first else b"",
+            batch,
         )
 
     def columns(self) -> tuple[Numbers, Numbers]:

@@ -72,6 +72,13 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """The requests with those numbers have their first tokens here: for a scheduler, which sees no tokens."""
+
+    numbers: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class PagesChanged:
     """Pages were cached (`stored`) or dropped; `keys` are 8 bytes of each one's hash, in order."""
 
@@ -94,4 +101,4 @@ class Answered(m.MessagePart, frozen=True):
     data: list[bytes] = []
 
 
-Event = Tokens | PromptLogprobs | Text | Finished | PagesChanged | Arrivals | Answered
+Event = Tokens | Begun | PromptLogprobs | Text | Finished | PagesChanged | Arrivals | Answered

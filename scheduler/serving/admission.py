@@ -41,7 +41,10 @@ class ClusterAdmission:
         """A new request waits, or is among those turned_away()."""
         self._offered[request.key] = request
         want = request.want
-        traits = Traits(tenant=want.tenant, priority=want.priority, deadline=want.deadline)
+        tenant = want.tenant
+        if tenant is None and request.driver:  # drivers take turns, too
+            tenant = f"driver {request.driver}"
+        traits = Traits(tenant=tenant, priority=want.priority, deadline=want.deadline)
         queued = QueuedRequest(_CLIENT, lambda: route, request)
         self._controller.offer(queued, request.key, route.tokens, want.new_tokens, traits)
 

@@ -24,7 +24,6 @@ import numpy as np
 from rayk import protocol as m
 from rayk.errors import (
     DrainError,
-    NoPlaceError,
     NoReplicaError,
     OverloadedError,
     RaykError,
@@ -40,7 +39,7 @@ from rayk.scheduler.lifecycle import ReplicaLifecycle
 from rayk.scheduler.membership import HERE, Membership, State
 from rayk.scheduler.router.policy import RouteRequest
 from rayk.scheduler.router.replica_loads import BoolArray
-from rayk.scheduler.router.router import RouterSettings
+from rayk.scheduler.router.router import NO_KEYS, RouterSettings
 from rayk.scheduler.scaling import Removed
 from rayk.scheduler.serving.admission import ClusterAdmission
 from rayk.scheduler.serving.engine_scripts import EngineScripts
@@ -57,7 +56,8 @@ log = logging.getLogger("rayk.engine")
 class ServingCore:
     """Of one turn at a time. `keys_of(ticket)` makes the keys of requests that came without; `numbers` are those of
     queries to replicas; `on_left()` is called when a request left its replica, or the offers of one are over. With
-    `replace` lost replicas are wanted back."""
+    `replace` lost replicas are wanted back. `starts` are those of the first replicas, where several drivers name them.
+    """
 
     def __init__(
         self,
@@ -68,9 +68,10 @@ class ServingCore:
         numbers: Iterator[int] | None = None,
         on_left: Callable[[], None] = lambda: None,
         replace: bool = False,
+        starts: Sequence[int] | None = None,
     ) -> None:
         self.router = settings.make(clock)
-        self.members = members = Membership([1] * len(settings.pages))
+        self.members = members = Membership(starts or [1] * len(settings.pages))
         self.lifecycle = ReplicaLifecycle(members, self.router, self.ids_on, lambda ids: None, settings)
         self.lifecycle.on_replica_gone = lambda replica, ids: self._replica_gone(replica)
         self.supervisor = Supervisor(self.lifecycle, clock, replace)
@@ -87,6 +88,7 @@ class ServingCore:
         self._clock = clock
         self._keys_of = keys_of
         self._on_left = on_left
+        self._suspected: dict[int, int] = {}  # replicas that a driver hears nothing of, with their starts
         self._freed = False  # there may be room
         self._served: dict[int, ServedRequest] = {}  # by ticket, until they are over
         self._placed: list[PlacedRequest] = []  # to be told
@@ -142,6 +144,11 @@ class ServingCore:
         """All that are not over."""
         return list(self._served)
 
+    @property
+    def requests(self) -> list[ServedRequest]:
+        """Likewise."""
+        return list(self._served.values())
+
     def close(self) -> None:
         """Nothing is placed any more."""
         self.waiting.clear()
@@ -179,6 +186,8 @@ class ServingCore:
         """A replica's next report, in which the requests with the tickets `first` have their first tokens. Who waits
         gets what room that makes with take(), after those that lose their places with it."""
         self._freed = True
+        if replica in self._suspected:
+            self.lifecycle.answers(replica, self._suspected.pop(replica), False, False)
         self.router.apply_cache_changes(replica, report.pages)
         self.router.set_prefill_rate(replica, report.prefill_rate)
         if report.answered:
@@ -212,6 +221,12 @@ class ServingCore:
         for request in lost:
             self._leave(request)
         self._on_left()
+
+    def suspect(self, replica: int, start: int) -> None:
+        """A driver hears nothing of the replica of that start any more: it gets nothing new until it reports again."""
+        if replica in self.members.here and self.members.epochs[replica] == start:
+            self.lifecycle.answers(replica, start, True, True)
+            self._suspected[replica] = start
 
     def _replica_gone(self, replica: int) -> None:
         if self.admission is not None:
@@ -255,11 +270,9 @@ class ServingCore:
             self._refuse(request, error)
 
     def _route(self, request: ServedRequest) -> RouteRequest:
-        want, keys = request.want, list[int]()
-        if want.keys:
-            keys = split_keys(want.keys)
-        elif self._keys_of is not None and self.router.keys is not None:
-            keys = list(self._keys_of(want.ticket))
+        want, keys = request.want, NO_KEYS
+        if self.router.keys is not None:
+            keys = split_keys(want.keys) if self._keys_of is None else self._keys_of(want.ticket)
         return RouteRequest(want.tokens, keys, want.session)
 
     def _choose(self, request: ServedRequest) -> bool:
@@ -315,10 +328,10 @@ class ServingCore:
             self.lifecycle.start(replica)
         return replicas
 
-    def give_up(self, replicas: Sequence[int], error: BaseException) -> None:
-        """Those could not be started."""
+    def give_up(self, replicas: Sequence[int], why: str, placeless: bool = False) -> None:
+        """Those could not be started; `placeless`: there was no place for them."""
         for replica in replicas:
-            self.supervisor.give_up(replica, told(error), isinstance(error, NoPlaceError))
+            self.supervisor.give_up(replica, why, placeless)
         self.pump()
 
     def meet(self, replica: int, epoch: int, endpoint: Endpoint | None) -> None:
@@ -332,9 +345,9 @@ class ServingCore:
             for replica, gone in self.router.fetching.links.peers_to_disconnect().items():
                 self._post(replica, Query(0, m.DropLines(gone)))
 
-    def join(self, replica: int, pages: int, epoch: int, endpoint: Endpoint | None) -> None:
+    def join(self, replica: int, pages: int, epoch: int, endpoint: Endpoint | None, start: int | None = None) -> None:
         """A replica of enlist(), with so many pages, takes requests from now on; see meet()."""
-        self.supervisor.join(replica, self.members.version, pages)
+        self.supervisor.join(replica, start or self.members.version, pages)
         self.meet(replica, epoch, endpoint)
         self.pump()
 

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 from ray import cloudpickle
 
 from rayk import InferenceSession, ReplicaLostError
 from rayk.actors.engine import RayReplicas
 from rayk.cluster import Cluster
-from rayk.errors import NotBuiltError, PlanError
+from rayk.errors import PlanError
 from rayk.protocol.engine import Report
 from rayk.request_errors import RequestCancelledError, RequestError
 
@@ -207,10 +206,3 @@ def placements() -> list[str]:
     from ray.util import placement_group_table
 
     return sorted(i for i, group in placement_group_table().items() if group["state"] != "REMOVED")
-
-
-def test_named_sessions_are_refused(session: InferenceSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ray.is_initialized()
-    monkeypatch.setattr(session, "name", "prod")
-    with pytest.raises(NotBuiltError, match="named"):
-        Cluster(model, session)

@@ -29,7 +29,7 @@ def runtime() -> Iterator[FakeRuntime]:
 def engines(runtime: FakeRuntime, **changes: Any) -> RayReplicas:
     settings: dict[str, Any] = {"replicas": 2, "page_size": 4, "pages": 8, "max_batch_size": 2, "device": "cpu"}
     source = ModelSource(make=lambda device: PageModel(), model_id="fake")
-    return RayReplicas(runtime, source, ServeSettings(**settings | changes))
+    return RayReplicas(runtime, source, ServeSettings(**settings | changes)).start()
 
 
 def groups(runtime: FakeRuntime) -> list[int]:

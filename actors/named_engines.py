@@ -1,0 +1,144 @@
+"""The engines of a Cluster with a name, as one of its drivers sees them: detached actors, which any driver starts and
+ends. Which there are says the scheduler's roster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from rayk.actors.engine import CLOSE_SECONDS, SILENT_SECONDS, SOON_SECONDS, EngineActor, RayReplicas
+from rayk.actors.interface import Actor, ActorSpec, Bundle, Runtime
+from rayk.actors.launch import PlacedActor, close_actors, vacate
+from rayk.actors.serving import DRIVERS, REPORTS_LANE
+from rayk.actors.serving_roster import EngineHandle, ServedModel, ServingRoster
+
+if TYPE_CHECKING:
+    from rayk.engine.replicas import ModelSource, ReplicaFacts, ServeSettings
+    from rayk.protocol.engine import Report
+
+
+class NamedReplicas(RayReplicas):
+    """Implements rayk.engine.replicas.Replicas for the driver with that number; engines are called by `name`."""
+
+    def __init__(self, runtime: Runtime, name: str, source: ModelSource, settings: ServeSettings) -> None:
+        super().__init__(runtime, source, settings, name)
+        self.driver = 0
+        self.scheduler: Actor | None = None
+        """Ends before its engines, so that it takes none for lost."""
+        self.max_retries = 0
+        self.handles: dict[int, EngineHandle] = {}
+        """By index, those that are known here."""
+        self._lock = Lock()
+        self._removed: dict[int, PlacedActor] = {}  # by any driver
+        self._wanted = settings
+
+    @classmethod
+    def of(cls, runtime: Runtime, roster: ServingRoster) -> NamedReplicas:
+        """Those that run already."""
+        served = roster.served
+        settings = replace(served.settings, hash_seed=served.seed)
+        replicas = cls(runtime, roster.name, served.source, settings)
+        replicas._wanted, replicas._tiers, replicas._pool = served.settings, dict(served.tiers), served.pool
+        replicas.max_retries, replicas.tokenizer = served.max_retries, served.tokenizer
+        replicas.follow(roster)
+        return replicas
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the model comes from."""
+        return self._source
+
+    @property
+    def model_name(self) -> str:
+        """For people."""
+        return str(self._source)
+
+    def packed(self) -> bytes:
+        """What other drivers have to know."""
+        served = ServedModel(
+            self._source,
+            self._wanted,
+            self.max_retries,
+            self.tokenizer,
+            self.settings.hash_seed,
+            self._tiers,
+            self._pool,
+        )
+        return served.packed(self._runtime)
+
+    def _spec(self, replica: int, bundle: Bundle) -> ActorSpec:
+        later = f"-{time.time_ns() // 1_000}" if self._placed or self.handles else ""  # others may have had its index
+        arguments, named = (replica, self._source, self.settings), f"{self._name}/engine-{replica}{later}"
+        lanes = {"lanes": (REPORTS_LANE,), "lane_threads": 1 + DRIVERS}
+        return ActorSpec(EngineActor, arguments, self._gpus, bundle, named, **lanes)  # type: ignore[arg-type]  # mypy joins the types
+
+    def add(self, replicas: Sequence[int], timeout: float) -> None:
+        while len(self.facts) < max(replicas):  # others are starting those before
+            self.facts.append(_nobody(len(self.facts)))
+        super().add(replicas, timeout)
+        start = time.time_ns() // 1_000
+        for replica in replicas:
+            placed, facts = self._placed[replica], self.facts[replica]
+            self.handles[replica] = EngineHandle(
+                placed.actor,
+                placed.bundle,
+                start + replica,
+                facts.pages,
+                facts.epoch,
+                facts.endpoint,
+                self._runtime.dumps(facts),
+            )
+
+    def follow(self, roster: ServingRoster) -> list[int]:
+        """Take note of who runs; the indices of engines that were not known here."""
+        self.settings = replace(self.settings, reset_token=roster.reset_token)
+        found = []
+        with self._lock:
+            for replica in range(len(roster.handles)):
+                handle, known = roster.handles[replica], self.handles.get(replica)
+                if handle is None:
+                    self.handles.pop(replica, None)
+                    if replica in self._placed:
+                        self._removed[replica] = self._placed.pop(replica)
+                    if replica == len(self.facts):
+                        self.facts.append(_nobody(replica))
+                elif known is None or known.start != handle.start:
+                    self.handles[replica] = self._placed[replica] = handle
+                    self.facts[replica : replica + 1] = [handle.facts]
+                    found.append(replica)
+        return found
+
+    def reports(self, replica: int) -> Iterator[Report]:
+        from rayk.protocol.engine import decode_report
+
+        actor, silence = self._placed[replica].actor, SOON_SECONDS if self.settings.replaced else SILENT_SECONDS
+        for wire in actor.stream("reports", REPORTS_LANE, f"replica {replica}", silence, self.driver):
+            yield decode_report(wire)
+
+    def post(self, replica: int, command: Any) -> None:
+        if replica in self._placed:  # else another driver has removed it, which its stream tells, too
+            super().post(replica, command)
+
+    def drop(self, replica: int) -> None:
+        """Nothing: the scheduler ends engines of which it hears nothing."""
+
+    def close(self) -> None:
+        if self.scheduler is not None:
+            self._runtime.stop([self.scheduler], None)
+        super().close()
+
+    def remove(self, replica: int) -> None:
+        with self._lock:
+            placed = self._removed.pop(replica, None) or self._placed.pop(replica)
+            self.handles.pop(replica, None)
+        close_actors(self._runtime, [placed.actor], CLOSE_SECONDS)
+        vacate(self._runtime, {**self._placed, replica: placed}, [replica])
+
+
+def _nobody(replica: int) -> ReplicaFacts:
+    from rayk.engine.replicas import ReplicaFacts
+
+    return ReplicaFacts(replica, "", "", "", 0, 0, 0, 0, False)

@@ -1,0 +1,396 @@
+"""The scheduler of a Cluster that several drivers share: an actor around ServingCore. It only translates.
+
+    drivers  --DriverNews-->  post()          requests that want places; one lane, so that each driver's come in order
+             <--SchedulerNews--  answers()    a stream for each driver
+    engines  <--commands--  --Report-->       what is of no driver: pages, use, who began and who ended
+
+Prompts and tokens go between drivers and engines. The engines' streams are read here by a thread each. A driver that
+leaves, or is silent for longer than its lease, has its requests ended everywhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from threading import Condition, Thread
+from time import monotonic, sleep
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from rayk import protocol as m
+from rayk.actors.interface import Runtime
+from rayk.actors.serving_roster import EngineHandle, ServingRoster
+from rayk.errors import ClosedError, ConfigError, MessageError
+from rayk.protocol.admission import AdmissionState
+from rayk.protocol.engine import Command, Forget, decode_report, encode
+from rayk.protocol.serving import (
+    DriverNews,
+    LineNews,
+    Placed,
+    Refused,
+    SchedulerNews,
+    decode_driver_news,
+    driver_of,
+    encode_news,
+)
+from rayk.scheduler.leases import TICK_SECONDS, Leases
+from rayk.scheduler.scaling import Removed
+from rayk.scheduler.serving.core import ServingCore
+from rayk.scheduler.supervisor import Replacement
+from rayk.scheduler.transfers.indexed_copies import CopyPlanner
+from rayk.scheduler.transfers.links import LinkTable
+from rayk.scheduler.transfers.transfer import PageTransfers
+
+log = logging.getLogger("rayk.scheduler")
+
+REPORTS_LANE = "reports"  # of an engine: a thread for each reader
+ANSWERS_LANE = "answers"  # of the scheduler: a thread for each driver
+DRIVERS = 32  # that may use one Cluster at a time
+HEARTBEAT = 1.0  # seconds between answers when there is nothing to say
+SILENT_SECONDS = 60.0  # an engine reports every second; one that is silent so long hangs
+
+
+class ServingState(msgspec.Struct, frozen=True):
+    """What a scheduler knows at a moment: by driver number its name and how many of its requests wait and are placed;
+    by replica how many are there, and why one was lost last."""
+
+    drivers: dict[int, tuple[str, int, int]]
+    owner: str
+    requests: list[int]
+    why_lost: str
+    admission: AdmissionState | None = None
+    lines: list[m.LineState] = []
+
+
+class _Driver:
+    """Who it is, and what it has to be told."""
+
+    def __init__(self, client: str) -> None:
+        self.client = client
+        self.placed: list[Placed] = []
+        self.refused: list[Refused] = []
+        self.roster = 0  # the version that it was told last
+
+
+class ServingActor:
+    """Started by rayk.actors.serving_startup, with the engines that run already."""
+
+    def __init__(self, roster: ServingRoster, runtime: Runtime | None = None) -> None:
+        self._runtime = runtime or _own_runtime()
+        self._roster = roster
+        self._changed = Condition()
+        self._drivers: dict[int, _Driver] = {}
+        self._numbers = itertools.count(1)
+        self._owner = ""
+        self._leases = Leases(monotonic)
+        self._sent: dict[int, Any] = {}
+        routing, starts = roster.routing, [handle.start for handle in roster.running.values()]
+        self._core = core = ServingCore(self._post, routing, monotonic, replace=roster.replaced, starts=starts)
+        if routing.plans_copies:
+            transfers = PageTransfers(LinkTable(monotonic, routing.page_transport), routing.page_size)
+            core.router.fetching = CopyPlanner(core.router.index, transfers, roster.shares_tiers)
+        for replica, handle in roster.running.items():
+            core.meet(replica, handle.epoch, handle.endpoint)
+            self._follow(replica, handle)
+        Thread(target=self._keep_time, name="rayk-timer", daemon=True).start()
+
+    # -- drivers -----------------------------------------------------------------------------------------
+
+    def connect(self, client: str, owner: bool, lease: float) -> tuple[int, ServingRoster]:
+        """A driver comes: its number, by which its tickets are known, and the roster. When it is silent for longer than
+        `lease` seconds its requests end."""
+        with self._changed:
+            if len(self._drivers) >= DRIVERS:
+                raise ConfigError(
+                    f"{DRIVERS} drivers use {self._roster.name!r}, and no more can; close one, or have its requests "
+                    "go through another"
+                )
+            number = next(self._numbers)
+            self._drivers[number] = _Driver(client)
+            self._leases.connect(client, lease)
+            if owner:
+                self._owner = client
+            return number, self._standing()
+
+    def renew(self, client: str) -> bool:
+        """The driver is alive; keeps its lease. False when that has ended."""
+        return self._leases.renew(client)
+
+    def leave(self, number: int) -> None:
+        """The driver goes: its requests end."""
+        with self._changed:
+            self._end(number)
+            self._flush()
+
+    def owner(self) -> str:
+        """The driver that started the Cluster and still uses it; '' when that has left, or its lease has ended."""
+        return self._owner
+
+    def _end(self, number: int) -> None:
+        driver = self._drivers.pop(number, None)
+        if driver is None:
+            return
+        self._leases.leave(driver.client)
+        if self._owner == driver.client:
+            self._owner = ""
+        self._core.drop([ticket for ticket in self._core.tickets if driver_of(ticket) == number])
+        for replica in self._core.members.here:
+            self._post(replica, Forget(number))
+        self._core.supervisor.forget(driver.client)
+        self._core.pump()
+        self._changed.notify_all()
+
+    def _keep_time(self) -> None:
+        while True:
+            sleep(TICK_SECONDS)
+            try:
+                with self._changed:
+                    late = set(self._leases.tick())
+                    for number in [n for n, driver in self._drivers.items() if driver.client in late]:
+                        log.warning("driver %s was silent for longer than its lease", self._drivers[number].client)
+                        self._end(number)
+                    self._flush()
+            except Exception:  # the next tick tries again
+                log.exception("the timer of a Cluster's scheduler failed")
+
+    # -- requests ----------------------------------------------------------------------------------------
+
+    def post(self, number: int, wire: bytes) -> None:
+        """News of a driver; nothing of one whose lease has ended."""
+        news = decode_driver_news(wire)
+        with self._changed:
+            if number in self._drivers:
+                self._hear(news)
+                self._flush()
+
+    def _hear(self, news: DriverNews) -> None:
+        core = self._core
+        for each in news.lines:
+            self._note_line(each)
+        for replica, start in news.unheard:
+            core.suspect(replica, start)
+        core.place(news.wants)
+        core.drop(news.dropped)
+
+    def _note_line(self, news: LineNews) -> None:
+        fetching = self._core.router.fetching
+        if (
+            fetching is None
+            or news.source not in fetching.links.peers
+            or fetching.links.peers[news.source].epoch != news.epoch
+        ):
+            return
+        if news.trouble:
+            fetching.links.failed(news.source, news.target, news.kind, news.trouble)
+        else:
+            fetching.links.carried(news.source, news.target, news.kind, news.pages, news.seconds)
+
+    def _flush(self) -> None:
+        """Sort what the core says by driver, for answers()."""
+        placed, refused = self._core.take()
+        for ticket, replica, spans in placed:
+            driver = self._drivers.get(driver_of(ticket))
+            if driver is not None:
+                driver.placed.append(Placed(ticket, replica, [(span.replica, span.start, span.stop) for span in spans]))
+        for ticket, error in refused:
+            driver = self._drivers.get(driver_of(ticket))
+            if driver is not None:
+                driver.refused.append(Refused(ticket, m.failure(error)))
+        self._changed.notify_all()
+
+    def answers(self, number: int) -> Iterator[bytes]:
+        """News for a driver, as there are any, and now and then without; ends when the driver counts as gone."""
+        for count in itertools.count(1):
+            with self._changed:
+                deadline = monotonic() + HEARTBEAT
+                while (driver := self._drivers.get(number)) is not None and not self._has_news(driver):
+                    left = deadline - monotonic()
+                    if left <= 0:
+                        break
+                    self._changed.wait(left)
+                if driver is None:
+                    return
+                placed, driver.placed = driver.placed, []
+                refused, driver.refused = driver.refused, []
+                driver.roster = version = self._core.members.version
+            yield encode_news(SchedulerNews(count, version, placed, refused))
+
+    def _has_news(self, driver: _Driver) -> bool:
+        return bool(driver.placed or driver.refused or driver.roster != self._core.members.version)
+
+    # -- engines -----------------------------------------------------------------------------------------
+
+    def _post(self, replica: int, command: Command) -> None:
+        handle = self._roster.running.get(replica)
+        if handle is not None:
+            self._sent[replica] = handle.actor.call("post", encode(command))
+
+    def _follow(self, replica: int, handle: EngineHandle) -> None:
+        name = f"rayk-reports-{replica}"
+        Thread(target=self._read, args=(replica, handle), name=name, daemon=True).start()
+
+    def _read(self, replica: int, handle: EngineHandle) -> None:
+        reason = "its engine was stopped"
+        try:
+            wires = handle.actor.stream("reports", REPORTS_LANE, f"replica {replica}", SILENT_SECONDS, 0)
+            for count, wire in enumerate(wires, 1):
+                report = decode_report(wire)
+                if report.batch != count:
+                    raise MessageError(f"replica {replica} sent report {report.batch} after {count - 1}")
+                with self._changed:
+                    if self._is(replica, handle):
+                        self._core.on_report(replica, report, np.frombuffer(report.first, np.int64).tolist())
+                        self._flush()
+        except BaseException as error:  # whatever it was, nobody reads what comes from there any more
+            reason = str(error) or type(error).__name__
+        if self._is(replica, handle):
+            self._runtime.stop([handle.actor], None)  # nothing of it may go on
+        with self._changed:
+            if self._is(replica, handle):
+                self._core.lose(replica, reason)
+                self._core.pump()
+                self._core.disconnect()
+                self._flush()
+
+    def _is(self, replica: int, handle: EngineHandle) -> bool:
+        return self._roster.running.get(replica) is handle
+
+    # -- engines that come and go: a driver starts and ends them ---------------------------------------------
+
+    def enlist(self, number: int, count: int) -> list[int]:
+        """Indices for `count` engines that the driver is going to start."""
+        with self._changed:
+            replicas = self._core.enlist(count, self._client(number))
+            self._changed.notify_all()
+            return replicas
+
+    def take_due(self, number: int) -> list[int]:
+        """Indices of lost engines at which the driver, and no other, is to start others now."""
+        with self._changed:
+            return self._core.take_due(self._client(number))
+
+    def seconds(self) -> float | None:
+        """Until take_due() has something; None when it will not, as far as it is known now."""
+        with self._changed:
+            return self._core.supervisor.seconds()
+
+    def replacements(self) -> list[Replacement]:
+        """What is done about lost engines."""
+        with self._changed:
+            supervisor = self._core.supervisor
+            return supervisor.replacements() if supervisor.replaces else []
+
+    def give_up(self, replicas: Sequence[int], why: str, placeless: bool) -> None:
+        """Those could not be started."""
+        with self._changed:
+            self._core.give_up(replicas, why, placeless)
+            self._flush()
+
+    def _client(self, number: int) -> str:
+        """ClosedError for a driver whose lease has ended."""
+        if number not in self._drivers:
+            raise ClosedError(f"driver {number} of {self._roster.name!r}, whose lease has ended,")
+        return self._drivers[number].client
+
+    def join(self, replica: int, handle: EngineHandle, model: bytes) -> bytes | None:
+        """An engine of enlist() takes requests from now on; the token of the last reset that it has to know of."""
+        with self._changed:
+            self._roster = replace(self._roster.with_engine(replica, handle), model=model)
+            self._core.join(replica, handle.pages, handle.epoch, handle.endpoint, handle.start)
+            self._follow(replica, handle)
+            self._flush()
+            return self._roster.reset_token
+
+    def drain(self, replica: int, leaving: bool) -> None:
+        """See ServingCore."""
+        with self._changed:
+            self._core.drain(replica, leaving)
+            self._flush()
+
+    def resume(self, replica: int) -> None:
+        """See ServingCore."""
+        with self._changed:
+            self._core.resume(replica)
+            self._flush()
+
+    def hand_over(self, replica: int) -> None:
+        """See ServingCore."""
+        with self._changed:
+            self._core.hand_over(replica)
+
+    def requests_on(self, replica: int) -> list[str]:
+        """Ids of what is placed there."""
+        with self._changed:
+            return self._core.ids_on(replica)
+
+    def offer(self, replica: int) -> None:
+        """See ServingCore."""
+        with self._changed:
+            self._core.offer(replica)
+
+    def offering(self, replica: int) -> bool:
+        """Whether its offer is not over."""
+        with self._changed:
+            return self._core.evacuations.under_way(replica)
+
+    def remove(self, replica: int) -> Removed:
+        """See ServingCore; whoever calls ends the engine."""
+        with self._changed:
+            removed = self._core.remove(replica)
+            self._roster = self._roster.with_engine(replica, None)
+            self._flush()
+            return removed
+
+    def note_reset(self, token: bytes) -> None:
+        """Engines that join later have to forget what was cached before that reset."""
+        with self._changed:
+            self._roster = replace(self._roster, reset_token=token)
+
+    # -- questions -----------------------------------------------------------------------------------------
+
+    def ping(self) -> int:
+        """The roster's version."""
+        return self._core.members.version
+
+    def pid(self) -> int:
+        """This process, on its node."""
+        return os.getpid()
+
+    def roster(self) -> ServingRoster:
+        """What a driver needs to attach."""
+        with self._changed:
+            return self._standing()
+
+    def _standing(self) -> ServingRoster:
+        members = self._core.members
+        return replace(self._roster, version=members.version, states=tuple(map(str, members.states)))
+
+    def explain(self, request_id: str) -> m.Explained:
+        """Why a request went where it went; of a driver's the id is its number, a slash and the request's id."""
+        with self._changed:
+            return self._core.explain(request_id)
+
+    def state(self) -> ServingState:
+        """A snapshot."""
+        with self._changed:
+            core, fetching = self._core, self._core.router.fetching
+            counts = {number: [0, 0] for number in self._drivers}
+            requests = [0] * len(core.members)
+            for request in core.requests:
+                counts.setdefault(request.driver, [0, 0])[request.replica >= 0] += 1
+                if request.replica >= 0:
+                    requests[request.replica] += 1
+            drivers = {n: (driver.client, counts[n][0], counts[n][1]) for n, driver in self._drivers.items()}
+            lines = fetching.links.table() if fetching is not None else []
+            return ServingState(drivers, self._owner, requests, core.why_lost, core.admission_state(), lines)
+
+
+def _own_runtime() -> Runtime:
+    from rayk.actors.runtime import RayRuntime  # here, so that only a scheduler's process imports Ray for it
+
+    return RayRuntime()

@@ -1,0 +1,234 @@
+"""A driver's line to the scheduler of a named Cluster: batches of news one way, a stream of answers the other, and
+questions, which are calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from rayk import protocol as m
+from rayk.actors.channel import new_client_id
+from rayk.actors.interface import Actor, ActorGoneError, Runtime
+from rayk.actors.serving import ANSWERS_LANE, ServingState
+from rayk.actors.serving_roster import EngineHandle, ServingRoster
+from rayk.errors import RaykError, SchedulerLostError
+from rayk.protocol.engine import Report
+from rayk.protocol.serving import (
+    DriverNews,
+    LineNews,
+    PlaceRequest,
+    SchedulerNews,
+    decode_scheduler_news,
+    encode_news,
+)
+from rayk.scheduler.scaling import Removed
+from rayk.scheduler.serving.requests import PlacedRequest, RefusedRequest
+from rayk.scheduler.supervisor import Replacement
+from rayk.scheduler.transfers.copy_cost import Span
+from rayk.scheduler.transfers.links import LinkTable
+
+ASK_SECONDS = 30.0
+LEASE_SECONDS = 15.0  # a driver that is silent this long has its requests ended
+SILENT_SECONDS = 20.0  # it says something every second; one that is silent so long is gone
+WANTS = 200  # requests in one message: with the keys of long prompts it stays small
+
+
+class SchedulerLink:
+    """Implements rayk.dispatch.requests.Scheduler: what it is told in a turn goes out at the end of it, and what came
+    meanwhile is taken."""
+
+    def __init__(self, runtime: Runtime, actor: Actor) -> None:
+        self.actor = actor
+        self.client = new_client_id("cluster")
+        self.number = 0
+        self.lost: str | None = None
+        """Why the scheduler is gone, if it is."""
+        self._runtime = runtime
+        self._wants: list[PlaceRequest] = []
+        self._dropped: list[int] = []
+        self._unheard: list[tuple[int, int]] = []
+        self._lines: list[LineNews] = []
+        self._placed: list[PlacedRequest] = []
+        self._refused: list[RefusedRequest] = []
+        self._sent: Any = None
+
+    # -- requests: in a turn of theirs -----------------------------------------------------------------------
+
+    def place(self, wants: Sequence[PlaceRequest]) -> None:
+        """See Scheduler."""
+        if self.lost is not None:
+            self._refused += [RefusedRequest(want.ticket, SchedulerLostError(self.lost)) for want in wants]
+        else:
+            self._wants += wants
+
+    def drop(self, tickets: Sequence[int]) -> None:
+        """See Scheduler."""
+        self._dropped += tickets
+
+    def on_report(self, replica: int, report: Report, first: Sequence[int]) -> None:
+        """Nothing: it hears from its engines itself."""
+
+    def unheard(self, replica: int, start: int) -> None:
+        """Nothing comes from the replica of that start any more."""
+        self._unheard.append((replica, start))
+
+    def note_line(self, news: LineNews) -> None:
+        """What became of a copy."""
+        self._lines.append(news)
+
+    def keep(self, news: SchedulerNews) -> None:
+        """What came, until it is taken."""
+        self._placed += [PlacedRequest(p.ticket, p.replica, [Span(*span) for span in p.spans]) for p in news.placed]
+        self._refused += [RefusedRequest(each.ticket, m.to_error(each.why)) for each in news.refused]
+
+    def take(self) -> tuple[list[PlacedRequest], list[RefusedRequest]]:
+        """See Scheduler."""
+        if self.lost is None and (self._wants or self._dropped or self._unheard or self._lines):
+            wants, self._wants = self._wants, []
+            dropped, self._dropped = self._dropped, []
+            unheard, self._unheard = self._unheard, []
+            lines, self._lines = self._lines, []
+            parts = [wants[at : at + WANTS] for at in range(0, len(wants), WANTS)] or [[]]
+            for part in parts[:-1]:
+                self._send(DriverNews(part))
+            self._send(DriverNews(parts[-1], dropped, unheard, lines))
+        placed, self._placed = self._placed, []
+        refused, self._refused = self._refused, []
+        return placed, refused
+
+    def _send(self, news: DriverNews) -> None:
+        self._sent = self.actor.call("post", self.number, encode_news(news))
+
+    def answers(self) -> Iterator[SchedulerNews]:
+        """What it says, until it takes this driver for gone; raises when nothing more will come."""
+        for wire in self.actor.stream("answers", ANSWERS_LANE, "the scheduler", SILENT_SECONDS, self.number):
+            yield decode_scheduler_news(wire)
+
+    # -- calls ---------------------------------------------------------------------------------------------
+
+    def _ask(self, method: str, *args: Any, seconds: float = ASK_SECONDS) -> Any:
+        try:
+            return self._runtime.get(self.actor.call(method, *args, control=True), "the scheduler", seconds)
+        except ActorGoneError as error:
+            raise SchedulerLostError(str(error)) from None
+
+    def connect(self, owner: bool) -> ServingRoster:
+        """Come, or come again with another number."""
+        self.number, roster = self._ask("connect", self.client, owner, LEASE_SECONDS)
+        assert isinstance(roster, ServingRoster)
+        return roster
+
+    def renew(self) -> bool:
+        """Keep the lease; False when it has ended. True, too, where the scheduler cannot be asked."""
+        try:
+            return bool(self._ask("renew", self.client, seconds=5.0))
+        except RaykError:
+            return True
+
+    def leave(self) -> None:
+        """Go; a scheduler that is gone needs to hear nothing."""
+        with suppress(RaykError):
+            self._ask("leave", self.number, seconds=5.0)
+
+    def owner(self) -> str:
+        """The driver that owns the Cluster, '' for nobody, and without a scheduler."""
+        try:
+            return str(self._ask("owner", seconds=5.0))
+        except RaykError:
+            return ""
+
+    def roster(self) -> ServingRoster:
+        """As it is now."""
+        roster = self._ask("roster")
+        assert isinstance(roster, ServingRoster)
+        return roster
+
+    def enlist(self, count: int) -> list[int]:
+        """See ServingActor; so the others."""
+        return list(self._ask("enlist", self.number, count))
+
+    def take_due(self) -> list[int]:
+        """Indices at which this driver is to start engines now."""
+        return list(self._ask("take_due", self.number))
+
+    def seconds(self) -> float | None:
+        """Until take_due() has something."""
+        seconds: float | None = self._ask("seconds")
+        return seconds
+
+    def replacements(self) -> list[Replacement]:
+        """What is done about lost engines."""
+        return list(self._ask("replacements"))
+
+    def give_up(self, replicas: Sequence[int], why: str, placeless: bool) -> None:
+        """Those could not be started."""
+        self._ask("give_up", list(replicas), why, placeless)
+
+    def join(self, replica: int, handle: EngineHandle, model: bytes) -> bytes | None:
+        """It takes requests from now on; the token of the last reset."""
+        token: bytes | None = self._ask("join", replica, handle, model)
+        return token
+
+    def drain(self, replica: int, leaving: bool) -> None:
+        """Nothing new goes there."""
+        self._ask("drain", replica, leaving)
+
+    def resume(self, replica: int) -> None:
+        """It takes requests again."""
+        self._ask("resume", replica)
+
+    def hand_over(self, replica: int) -> None:
+        """It lets go of all that it has."""
+        self._ask("hand_over", replica)
+
+    def requests_on(self, replica: int) -> list[str]:
+        """What is placed there."""
+        return list(self._ask("requests_on", replica))
+
+    def offer(self, replica: int) -> None:
+        """Begin to offer what it has cached."""
+        self._ask("offer", replica)
+
+    def offering(self, replica: int) -> bool:
+        """Whether that is under way."""
+        return bool(self._ask("offering", replica))
+
+    def remove(self, replica: int) -> Removed:
+        """Forget it."""
+        removed = self._ask("remove", replica)
+        assert isinstance(removed, Removed)
+        return removed
+
+    def note_reset(self, token: bytes) -> None:
+        """Engines that join later have to know of that reset."""
+        self._ask("note_reset", token)
+
+    def explain(self, key: str) -> m.Explained:
+        """Why that request went where it went."""
+        explained: m.Explained = self._ask("explain", key)
+        return explained
+
+    def state(self) -> ServingState:
+        """A snapshot."""
+        state = self._ask("state")
+        assert isinstance(state, ServingState)
+        return state
+
+
+class ToldLinks(LinkTable):
+    """The links as one driver sees them; the scheduler is told what became of copies."""
+
+    def __init__(self, link: SchedulerLink, *more: Any) -> None:
+        super().__init__(*more)
+        self._link = link
+
+    def carried(self, source: int, target: int, kind: str, pages: int, seconds: float) -> None:
+        super().carried(source, target, kind, pages, seconds)
+        if source in self.peers:
+            self._link.note_line(LineNews(source, self.peers[source].epoch, target, kind, pages, seconds))
+
+    def failed(self, source: int, target: int, kind: str, reason: str) -> None:
+        super().failed(source, target, kind, reason)
+        if source in self.peers:
+            self._link.note_line(LineNews(source, self.peers[source].epoch, target, kind, trouble=reason))
