@@ -66,13 +66,9 @@ class TorchSdpa:
         for chunk in plan.chunks:
             self._prefill(query, keys, values, out, chunk, own, batch, sums)
         heads, dim = keys.shape[2:]
-        stored, values, as_query = _readable(keys, values, query.dtype)
         for part in plan.shared:
-            count = len(part.pages)
-            k, v = (
-                as_query(torch.index_select(view, 0, part.pages, out=space[:count])).flatten(0, 1).transpose(0, 1)
-                for view, space in zip((stored, values), self._spaces(stored, count), strict=True)
-            )
+            gathered = self._gathered(keys, values, part.pages, query.dtype)
+            k, v = (each.flatten(0, 1).transpose(0, 1) for each in gathered)
             q = query.index_select(0, part.tokens).view(len(part.tokens), heads, -1, dim)
             found, parts = _summed(q.transpose(0, 1).reshape(1, heads, -1, dim), k[None], v[None], None, own)
             shape = heads, len(part.tokens), -1
@@ -100,6 +96,17 @@ class TorchSdpa:
         spaces: tuple[torch.Tensor, torch.Tensor] = known[key]
         return spaces
 
+    def _gathered(
+        self, keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """These pages of both, `[pages, page_size, heads, dim]` of that dtype, in this thread's workspace until the
+        next call. A latent, key and value at once, is gathered once."""
+        same = values.data_ptr() == keys.data_ptr()
+        keys, values, as_query = _readable(keys, values, dtype)
+        first, second = (space[: len(pages)] for space in self._spaces(keys, len(pages)))
+        k = as_query(torch.index_select(keys, 0, pages, out=first))
+        return k, k if same else as_query(torch.index_select(values, 0, pages, out=second))
+
     def _decode(
         self,
         query: torch.Tensor,
@@ -116,19 +123,13 @@ class TorchSdpa:
             query = query.index_select(0, plan.tokens)
         q = query.view(len(query), heads, -1, dim)  # [rows, kv heads, query heads of each, dim]
         sinks = None if rules.sinks is None else rules.sinks.view(heads, 1, -1)
-        keys, values, as_query = _readable(keys, values, query.dtype)
-        spaces = self._spaces(keys, max(len(group.pages) for group in plan.groups))
         found, logs, at = [], [], 0
         for group in plan.groups:
             rows, pages = group.rows, len(group.pages)
             shape = (rows, heads, group.end - group.first, dim)
             strides = (pages // rows * size * heads * dim, dim, heads * dim, 1)
-            k, v = (
-                as_query(torch.index_select(view, 0, group.pages, out=space[:pages])).as_strided(
-                    shape, strides, group.first * heads * dim
-                )
-                for view, space in zip((keys, values), spaces, strict=True)
-            )
+            gathered = self._gathered(keys, values, group.pages, query.dtype)
+            k, v = (each.as_strided(shape, strides, group.first * heads * dim) for each in gathered)
             for start, end, outside in group.foreign:
                 k[:, :, start:end].masked_fill_(outside, 0)
                 v[:, :, start:end].masked_fill_(outside, 0)
@@ -154,12 +155,8 @@ class TorchSdpa:
         sums: torch.Tensor | None = None,
     ) -> None:
         sinks = None if rules.sinks is None else rules.sinks.view(keys.shape[2], -1, 1)
-        keys, values, as_query = _readable(keys, values, query.dtype)
-        pages = len(chunk.pages)
-        k, v = (
-            as_query(torch.index_select(view, 0, chunk.pages, out=space[:pages])).flatten(0, 1).transpose(0, 1)[None]
-            for view, space in zip((keys, values), self._spaces(keys, pages), strict=True)
-        )
+        gathered = self._gathered(keys, values, chunk.pages, query.dtype)
+        k, v = (each.flatten(0, 1).transpose(0, 1)[None] for each in gathered)
         for start, end, first, last, seen in batch.once(
             ("blocks", rules.window, chunk.start), lambda: list(query_blocks(chunk, rules.window, query.device))
         ):

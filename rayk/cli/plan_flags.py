@@ -83,7 +83,7 @@ class PlanFlags:
     kv_dtype: Annotated[
         str, sized("Dtype of the cache; auto is the checkpoint's own.", autocompletion=_cache_dtypes)
     ] = "auto"
-    mla: Annotated[str, sized("latent, or expanded to keys and values as rayk's own runner has it.")] = "latent"
+    mla: Annotated[str, sized("latent, or expanded to keys and values of every head.")] = "latent"
     max_length: Annotated[str | None, sized("Tokens that a request must be able to have: 131072 or 128k.")] = None
     max_batch_size: Annotated[
         int | None, sized("Requests that run at once; with a length it caps the pages to what they can use.")

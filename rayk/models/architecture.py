@@ -2,8 +2,7 @@
 
 A model can if all that it remembers of earlier tokens are the keys and values of causal attention. Best is if that
 attention goes through transformers' registry, where rayk's stands in for it; if not, the model attends by itself over
-what is gathered for it (rayk.models.own_attention). MLA (DeepSeek) passes: without a cache of its own, transformers
-expands the latent to keys and values for every head before the registry is asked, and those are what the pages hold.
+what is gathered for it (rayk.models.own_attention). MLA (DeepSeek) is kept as its latent (rayk.models.latent).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from rayk.attention import PagedPool, choose, pack
 from rayk.attention.backend import Needs
 from rayk.errors import ArchitectureError, RaykError
 from rayk.models.bridge import NAME, ByRegistry, LayerShape, NotCausal, Recorder, Way, attending
+from rayk.models.latent import expand_again, keep_latents
 
 log = logging.getLogger("rayk.models")
 
@@ -131,6 +131,11 @@ def way_of(model: Any, config: Any) -> tuple[Way, int]:
     reason = beyond_registry(config, type(model))
     if reason is None:
         try:
+            if keep_latents(model):
+                try:
+                    return _by_registry(model, tokens, config.num_hidden_layers, offset)
+                except Exception:  # of whatever kind: then it is expanded
+                    expand_again(model)
             return _by_registry(model, tokens, config.num_hidden_layers, offset)
         except ArchitectureError as error:
             reason = error.message if error.architecture == name else f"{error.architecture}: {error.message}"
@@ -207,6 +212,8 @@ def layer_shapes(model: Any, tokens: torch.Tensor, layers: int) -> dict[int, Lay
     with attending(recorder):
         model(input_ids=tokens, position_ids=positions, use_cache=False)
     shapes = dict(recorder.calls)
+    if len({shape.latent for shape in shapes.values()}) > 1:
+        raise ArchitectureError(name, "some of its layers keep a latent, others keys and values")
     if len(recorder.calls) != layers or len(shapes) != layers:
         raise ArchitectureError(
             name,
@@ -275,7 +282,7 @@ class _Trial:
     def __init__(self, model: Any, way: Way, rows: int) -> None:
         shapes = list(way.shapes.values())
         heads, dim = max(shape.kv_heads for shape in shapes), max(shape.head_dim for shape in shapes)
-        dims = (2 * rows + 1, len(shapes), 2, TRIAL_PAGE, heads, dim)
+        dims = (2 * rows + 1, len(shapes), 1 if shapes[0].latent else 2, TRIAL_PAGE, heads, dim)
         device = model.device
         self._pool = PagedPool(torch.zeros(dims, dtype=model.dtype, device=device).transpose(1, 2))
         self._way = way

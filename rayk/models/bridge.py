@@ -24,6 +24,8 @@ from rayk.attention import Backend, PagedBatch, PagedPool, Rules
 from rayk.errors import ArchitectureError
 
 NAME = "rayk"
+LATENT = "_rayk_latent"
+"""The attribute of an attention module whose keys are a latent (rayk.models.latent)."""
 _registering = threading.Lock()
 _bound = threading.local()
 
@@ -36,10 +38,16 @@ class Attention(Protocol):
     """What attends in one forward."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rules: Rules,
+        latent: bool = False,
     ) -> torch.Tensor:
         """query, key, value: `[tokens, heads, dim]` of the packed batch; as many of them as the query, of the value's
-        dim."""
+        dim. latent: keys are values, too, and kept once."""
 
 
 def register() -> None:
@@ -60,6 +68,11 @@ def attending(attention: Attention) -> Iterator[None]:
         yield
     finally:
         _bound.attention = before
+
+
+def is_attending() -> bool:
+    """Whether this thread is in such a forward."""
+    return getattr(_bound, "attention", None) is not None
 
 
 def _attend(
@@ -90,7 +103,11 @@ def _attend(
         s_aux,
     )
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    return paged.attend(module.layer_idx, query, key, value, rules)[None], None
+    latent = module.__dict__.get(LATENT)
+    if latent is None:
+        return paged.attend(module.layer_idx, query, key, value, rules)[None], None
+    found = paged.attend(module.layer_idx, latent.query(query), key, key, rules, latent=True)
+    return latent.output(found)[None], None
 
 
 def window_of(module: Any, given: int | None) -> int | None:
@@ -118,7 +135,13 @@ class PagedAttention:
     layers: Mapping[int, int]
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rules: Rules,
+        latent: bool = False,
     ) -> torch.Tensor:
         dim, heads, wanted = self.pool.head_dim, key.shape[1], value.shape[2]
         query = widened(query, query.shape[1], dim)
@@ -147,6 +170,7 @@ class LayerShape:
     head_dim: int
     softcap: bool
     sinks: bool
+    latent: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,10 +180,16 @@ class Recorder:
     calls: list[tuple[int, LayerShape]] = field(default_factory=list)
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rules: Rules,
+        latent: bool = False,
     ) -> torch.Tensor:
         dim = max(key.shape[2], value.shape[2])
-        shape = LayerShape(key.shape[1], dim, rules.softcap is not None, rules.sinks is not None)
+        shape = LayerShape(key.shape[1], dim, rules.softcap is not None, rules.sinks is not None, latent)
         self.calls.append((layer, shape))
         return query.new_zeros((*query.shape[:2], value.shape[2]))
 

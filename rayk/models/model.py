@@ -12,7 +12,7 @@ from rayk.errors import AttentionError, BatchError, ConfigError
 from rayk.kvcache.runtime_inputs import ShardInputs
 from rayk.models.architecture import needs
 from rayk.models.bridge import ByRegistry, Way
-from rayk.params import MHAKVCacheParams, dtype_name
+from rayk.params import MHAKVCacheParams, MLAKVCacheParams, dtype_name
 
 PAGE_SIZE = 128
 
@@ -39,6 +39,8 @@ class PagedModel:
         self._shapes = list(way.shapes.values())
         self._kv_heads = max(shape.kv_heads for shape in self._shapes)
         self._head_dim = max(shape.head_dim for shape in self._shapes)
+        self._latent = self._shapes[0].latent
+        self._query_heads: int = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", 1)
         self._attention = attention
         self._backends: dict[tuple[torch.dtype, int], Backend] = {}
         self.vocab_size = vocab_size
@@ -84,8 +86,9 @@ class PagedModel:
         data_parallel_degree: int | None = None,
         dtype: str | None = None,
         **more: Any,
-    ) -> MHAKVCacheParams:
-        """The cache of this model: one replica per device. `more` goes to MHAKVCacheParams as it is.
+    ) -> MHAKVCacheParams | MLAKVCacheParams:
+        """The cache of this model: one replica per device. `more` goes to MHAKVCacheParams, or to
+        MLAKVCacheParams for a model of latents, as it is.
 
         dtype: of the pages, the model's own unless given ("float8_e4m3fn" where the backend reads it). From here on
         `backend` is what attends over such pages. ConfigError for more than one device a replica; AttentionError where
@@ -102,16 +105,18 @@ class PagedModel:
             raise ConfigError("pages with scales are not read by rayk's attention; use dtype='float8_e4m3fn' alone")
         name = dtype_name(dtype or self.dtype)
         self.backend = self._name(getattr(torch, name), page_size)
-        return MHAKVCacheParams(
-            dtype=name,
-            n_kv_heads=self._kv_heads,
-            head_dim=self._head_dim,
-            num_layers=len(self._shapes),
-            page_size=page_size,
-            devices=devices,
-            data_parallel_degree=replicas,
+        shared: dict[str, Any] = {
+            "dtype": name,
+            "head_dim": self._head_dim,
+            "num_layers": len(self._shapes),
+            "page_size": page_size,
+            "devices": devices,
+            "data_parallel_degree": replicas,
             **more,
-        )
+        }
+        if self._latent:
+            return MLAKVCacheParams(num_q_heads=self._query_heads, **shared)
+        return MHAKVCacheParams(n_kv_heads=self._kv_heads, **shared)
 
     @torch.inference_mode()
     def logits(
@@ -155,7 +160,7 @@ class PagedModel:
             raise BatchError("pages with scales are not read by rayk's attention")
         pool = PagedPool(inputs.kv_blocks)
         want = (len(self._shapes), self._kv_heads, self._head_dim)
-        if (pool.layers, pool.heads, pool.head_dim) != want:
+        if (pool.layers, pool.heads, pool.head_dim) != want or pool.kv_dim != (1 if self._latent else 2):
             raise BatchError(
                 f"pages of {(pool.layers, pool.heads, pool.head_dim)} (layers, KV heads, head size), "
                 f"{self.architecture} needs {want}; make the cache with its cache_params()"

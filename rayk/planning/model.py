@@ -119,9 +119,16 @@ class Model:
         """Layers that keep keys and values of tokens."""
         return len({n for c in self.cached for n in c.layers if c.key_dim})
 
+    def served(self) -> Model:
+        """The model as rayk's own runner has it: a latent as it is; of others, all layers, keys and values as wide as
+        the widest, since pages have one shape, and heads as often as a token goes to them (JetMoe)."""
+        if all(c.latent for c in self.cached):
+            return self
+        return self.expanded()
+
     def expanded(self) -> Model:
-        """The model as rayk's own runner has it: a latent expanded to keys and values for every head, and all layers,
-        keys and values as wide as the widest, since pages have one shape."""
+        """As served() has it, and a latent expanded to keys and values for every head: what rayk's runner does where
+        the expansion is quantised."""
         layers = [
             CachedLayers(c.layers, c.expanded[0], c.expanded[1], c.expanded[1], window=c.window) if c.expanded else c
             for c in self.cached

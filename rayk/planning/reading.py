@@ -340,10 +340,11 @@ def _noted(model: Model, notes: list[str]) -> Model:
         notes.append(f"{extra:,} bytes of a token are the indexer's keys (8 bits and a scale each 128)")
     if any(c.expanded for c in model.cached):
         own = model.expanded().token_bytes()
-        notes.append(
-            "a token is what the model itself keeps (MLA: its latent), for engines with a kernel for that; rayk's own "
-            f"runner expands it to {own:,} bytes (--mla expanded)"
-        )
+        if any(c.latent for c in model.cached):
+            what = "a token is its latent (MLA); rayk's own runner keeps that, but where its expansion is quantised"
+            notes.append(f"{what}: then keys and values of every head, {own:,} bytes (--mla expanded)")
+        else:
+            notes.append(f"a token is what the model itself keeps; rayk's own runner keeps {own:,} bytes of it")
     if model.refused is not None:
         notes.append(
             f"rayk's own runner does not take it ({model.refused}); the plan is for another engine on its pages"
