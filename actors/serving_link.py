@@ -31,7 +31,7 @@ from rayk.scheduler.transfers.links import LinkTable
 ASK_SECONDS = 30.0
 LEASE_SECONDS = 15.0  # a driver that is silent this long has its requests ended
 SILENT_SECONDS = 20.0  # it says something every second; one that is silent so long is gone
-WANTS = 200  # requests in one message: with the keys of long prompts it stays small
+MESSAGE_BYTES = 90_000  # of one message; beyond 100 KiB Ray goes through its object store
 
 
 class SchedulerLink:
@@ -89,10 +89,14 @@ class SchedulerLink:
             dropped, self._dropped = self._dropped, []
             unheard, self._unheard = self._unheard, []
             lines, self._lines = self._lines, []
-            parts = [wants[at : at + WANTS] for at in range(0, len(wants), WANTS)] or [[]]
-            for part in parts[:-1]:
-                self._send(DriverNews(part))
-            self._send(DriverNews(parts[-1], dropped, unheard, lines))
+            part, size = list[PlaceRequest](), 0
+            for want in wants:
+                if part and size + len(want.keys) > MESSAGE_BYTES:
+                    self._send(DriverNews(part, [], unheard))
+                    part, size, unheard = [], 0, []
+                part.append(want)
+                size += len(want.keys) + 100
+            self._send(DriverNews(part, dropped, unheard, lines))
         placed, self._placed = self._placed, []
         refused, self._refused = self._refused, []
         return placed, refused

@@ -38,6 +38,7 @@ from rayk.scheduler.membership import State
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.scaling import Removed
 from rayk.scheduler.serving.removal import OFFER_SECONDS
+from rayk.scheduler.serving.requests import PlacedRequest, RefusedRequest
 from rayk.scheduler.supervisor import Replacement
 from rayk.scheduler.transfers.transfer import PageTransfers
 from rayk.transport.choice import Endpoint
@@ -82,6 +83,7 @@ class NamedDispatcher(Requests):
         self._looking = threading.RLock()  # one takes note of the roster at a time, or comes again
         self._states = [State(state) for state in roster.states]
         self._version = roster.version
+        self._unheard: set[int] = set()  # replicas whose streams ended here, and that the scheduler still has
         self._ended = threading.Event()
         self.follow: Callable[[int], None] = lambda replica: None
         self.links = ToldLinks(link, monotonic, roster.routing.page_transport)
@@ -175,6 +177,7 @@ class NamedDispatcher(Requests):
         before = set(self._replicas.handles)
         found = self._replicas.follow(roster)
         with self._turn():
+            self._unheard.difference_update(found)
             for replica in before.intersection(found):
                 self._lost(replica, "another took its place")
             self._states, self._version = [State(state) for state in roster.states], roster.version
@@ -199,8 +202,20 @@ class NamedDispatcher(Requests):
             handle = self._replicas.handles.get(replica)
             if self.closed or handle is None:
                 return
+            self._unheard.add(replica)
             self._link.unheard(replica, handle.start)
             self._lost(replica, reason)
+
+    def _carry_out(self, placed: Sequence[PlacedRequest], refused: Sequence[RefusedRequest]) -> None:
+        """Some of it was decided before the scheduler knew what this driver knows. A replica that was lost here is
+        listened to again: it may be back, or it is heard at once that it is not. What was to go to one that has left is
+        asked for again."""
+        for replica in self._unheard.intersection(each.replica for each in placed):
+            self._unheard.discard(replica)
+            self.follow(replica)
+        super()._carry_out([each for each in placed if each.replica in self._replicas.handles], refused)
+        gone = [each.ticket for each in placed if each.replica not in self._replicas.handles]
+        self._ask_again([handle for ticket in reversed(gone) if (handle := self._handles.get(ticket)) is not None])
 
     # -- replicas that come and go: see Dispatcher ---------------------------------------------------------------
 

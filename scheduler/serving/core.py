@@ -201,11 +201,10 @@ class ServingCore:
             self.admission.report(replica, report.used_pages)
         for end in report.ended:
             request = self._served.get(end.number)
-            if request is not None and request.replica == replica:
-                if end.moved:
-                    self._leave(request)
-                else:
-                    self.drop([end.number])
+            if request is not None and end.moved:
+                self._leave(request)
+            elif request is not None:
+                self.drop([end.number])
 
     def lose(self, replica: int, reason: str) -> None:
         """A replica is gone with what it had; the drivers of its requests will ask again."""
