@@ -75,6 +75,8 @@ class Cluster:
     taken back by close(), for the thread that calls it and for new ones. `kv_events`: "tcp://127.0.0.1:5557", or a
     KVEventsConfig, has replica r publish at port 5557 + r what it caches and drops, for routers that listen to vLLM
     (docs/kv-events.md).
+    `kv_dtype`: of the pages, such as "float8_e4m3fn" for half of bfloat16's room (docs/models.md); the model's own
+    unless given.
     A replica that is lost, hangs or is unfit (rayk.kvcache.poison) is replaced by itself, empty; one that cannot be
     started, or dies at once, is tried again later and later, and given up in the end: replacements() says how that
     stands, and add_replicas() begins anew. `replace=False`: lost ones stay lost.
@@ -113,6 +115,7 @@ class Cluster:
         tokenizer: Any = None,
         kv_events: str | KVEventsConfig | None = None,
         replace: bool = True,
+        kv_dtype: str | None = None,
     ) -> None:
         from rayk.scheduler.router.policies import wants_keys
         from rayk.scheduler.router.router import RouterSettings
@@ -138,6 +141,7 @@ class Cluster:
             peer_copies=prefix_caching and peer_copies,
             tiers=tiers,
             kv_events=checked(kv_events, prefix_caching, replicas),
+            kv_dtype=kv_dtype,
             threads=threads,
             replaced=replace,
             engine=EngineSettings(chunk_size=chunk_size, watermark=watermark),

@@ -33,6 +33,8 @@ from rayk.transport.port import PagePort, open_lines
 
 log = logging.getLogger("rayk.engine")
 
+PAGE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
@@ -102,6 +104,7 @@ class ServeSettings:
     tiers: TierConfig = field(default_factory=TierConfig)
     peer_copies: bool = False  # of prefixes, between replicas
     graphs: bool = True  # decode steps as CUDA graphs
+    kv_dtype: str | None = None  # of the pages; None: the model's own
     kv_events: KVEventsConfig | None = None  # where replicas publish what they cache
     shared: bool = False  # by several drivers
     replaced: bool = False  # lost replicas are: one that hangs is soon counted as lost
@@ -120,6 +123,10 @@ class ServeSettings:
         require(
             self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
             f"device {self.device!r} is not 'auto', 'cpu' or 'cuda'",
+        )
+        require(
+            self.kv_dtype is None or self.kv_dtype in PAGE_DTYPES,
+            f"kv_dtype {self.kv_dtype!r} is not one of {', '.join(PAGE_DTYPES)}, or None for the model's own",
         )
         require(self.prefix_caching or not self.tiers.wanted, "host and disk tiers need prefix_caching=True")
 
@@ -244,6 +251,7 @@ def open_engine(
         enable_prefix_caching=settings.prefix_caching,
         kv_hash_algo=settings.hash_algorithm,
         kv_hash_seed=settings.hash_seed,
+        **({} if settings.kv_dtype is None else {"dtype": settings.kv_dtype}),
         **more,
     )
     assert isinstance(params, KVCacheParams)

@@ -81,6 +81,18 @@ def set_file(name: str, value: Any) -> Callable[[Path], None]:
 
 
 BF16 = torch.ones(2, dtype=torch.bfloat16)
+TOOLS: dict[str, dict[str, Any]] = {
+    "awq": {"bits": 4, "group_size": 32},
+    "gptq": {"bits": 4, "group_size": 128},
+    "bitsandbytes": {"load_in_4bit": True},
+    "compressed-tensors": {"format": "float-quantized", "config_groups": {}},
+    "fp8": {"weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+    "mxfp4": {},
+    "aqlm": {},
+    "quanto": {"weights": "int8"},
+}
+"""Methods that transformers reads with a package that the tests do not have, and fields of theirs."""
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "adapter's config": (set_file("adapter_config.json", {}), r"adapter_config.json: is an adapter.*merge_and_unload"),
     "adapter's weights": (set_file("adapter_model.bin", 0), r"adapter_model.bin: is an adapter"),
@@ -105,10 +117,13 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         set_config(text_config={"quantization_config": {"quant_method": "brandnew"}}),
         r"quant_method 'brandnew' is unknown",
     ),
-    "a tool that is not here": (
-        set_config(quantization_config={"quant_method": "awq", "bits": 4, "group_size": 32}),
-        r"quant_method 'awq' cannot be loaded here: .*pip install",
-    ),
+    **{
+        f"no tool for {method}": (
+            set_config(quantization_config={"quant_method": method, **fields}),
+            rf"quant_method '{method}' cannot be loaded here: .*pip install",
+        )
+        for method, fields in TOOLS.items()
+    },
     "outliers of a batch": (
         set_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
         r"8-bit bitsandbytes .*others in its batch; set llm_int8_threshold to 0.0",
