@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from copy import copy
 from threading import Lock
@@ -13,9 +14,10 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from rayk import protocol as m
-from rayk.actors.chunks import PIECE, cut
-from rayk.actors.interface import Actor, ActorGoneError, Runtime
-from rayk.actors.lane import SPOKEN, Crossing, FastLane
+from rayk.actors.connection import Sent
+from rayk.actors.frames import SocketError
+from rayk.actors.interface import Actor, ActorGoneError, PathState, Runtime
+from rayk.actors.path import MessagePath
 from rayk.errors import CallTimeoutError, RaykError
 
 CALL_SECONDS = 120.0  # an answer that takes longer means a hung process
@@ -89,8 +91,7 @@ def hear(
     `wires` is what arrival() had of each, if that was waited for."""
     on_way = [pending for pending in sent if isinstance(pending, Pending)]
     started = monotonic() if since is None else since
-    called = not any(isinstance(pending.ref, Crossing) for pending in on_way)
-    if wires is None and called and len(on_way) == len(sent) > 1:
+    if wires is None and len(on_way) == len(sent) > 1:
         wires = on_way[0].link.fetch_all([pending.ref for pending in on_way], monotonic() - started)
     if wires is not None and None not in wires:
         return [Answer(p.link.decoded(wire), p.data) for wire, p in zip(wires, on_way, strict=True)]
@@ -173,15 +174,12 @@ class ActorChannel:
         """Whether answers have to say how many pages are in use."""
         self.turn = self.used = 0
         """The latest such number, and the answer it is of."""
-        self.lane: FastLane | None = None
-        """Carries what a decode loop says, if there is one."""
-        self._crossing: Crossing | None = None  # the last message that went by it
-        self._unread = 0  # messages whose answers were not read yet
+        self._path = MessagePath(runtime, actor, target)
 
     def renewed(self, epoch: int) -> ActorChannel:
         """The line to the actor as it began anew; messages are numbered on."""
         line = copy(self)
-        line.epoch, line.roster, line._crossing, line._unread = epoch, 0, None, 0
+        line.epoch, line.roster = epoch, 0
         line._pulse = Pulse(self._runtime, self.actor, self.target, self.pulse_method)
         return line
 
@@ -202,48 +200,22 @@ class ActorChannel:
         self._calls += 1
         self._sent += len(wire)
         try:
-            if self.lane is not None and isinstance(command, SPOKEN):
-                crossing = self._cross(self.lane, wire)
-                if crossing is not None:
-                    return Pending(self, crossing, None)
-            if self._crossing is not None:
-                self._land(self._crossing, self._timeout)
-            self._unread += 1
-            arguments = cut(wire) if len(wire) > PIECE else (wire,)
-            if with_data:
-                ref, data = self.actor.call("handle_with_data", *arguments, returns=2)
-                return Pending(self, ref, data)
-            return Pending(self, self.actor.call("handle", *arguments, *attached), None)
+            if not attached and not with_data:
+                sent = self._path.send(wire)
+                if sent is not None:
+                    return Pending(self, sent, None)
+            ref, *data = self._path.call(wire, attached, with_data)
+            return Pending(self, ref, data[0] if data else None)
         except ActorGoneError as error:
             raise self._gone(str(error)) from None
 
-    # A lane and calls are two ways, and what goes by one may overtake what goes by the other. So a message goes by the
-    # lane only when every earlier answer was read, and a call only when the lane's answer is there.
+    def path(self, replica: int) -> PathState:
+        """What carries messages now."""
+        return self._path.state(replica)
 
-    def _cross(self, lane: FastLane, wire: bytes) -> Crossing | None:
-        """Send by the lane; None when a call has to be made."""
-        if self._unread and not lane.closed:
-            lane.give_up("an earlier answer was never read")
-        crossing = lane.send(wire)
-        if crossing is not None:
-            self._crossing = crossing
-            self._unread += 1
-        return crossing
-
-    def _land(self, crossing: Crossing, timeout: float) -> None:
-        """Have the answer of what went by the lane, or send the same message again by a call. It bears its number: if
-        it was done, or is being done, the replica answers from memory; if it still comes, it is refused as late."""
-        if crossing.answer is None and crossing.call is None:
-            assert self.lane is not None
-            self.lane.receive(crossing, timeout)
-            if crossing.answer is None:
-                crossing.call = self.actor.call("handle", *cut(crossing.wire))
-        self._crossing = None
-
-    def close_lane(self) -> None:
-        """Take the lane down; later messages go by calls."""
-        if self.lane is not None:
-            self.lane.close()
+    def close(self) -> None:
+        """Let go of the socket; what is still sent goes by calls."""
+        self._path.close()
 
     def ask(self, command: Any) -> Any:
         """Send and wait: the result, or the error it stands for."""
@@ -256,7 +228,6 @@ class ActorChannel:
     def decoded(self, wire: bytes) -> m.Result:
         """The result in an answer that came over this line."""
         self._received += len(wire)
-        self._unread -= 1
         reply = m.decode_reply(wire)
         if reply.seen > self.seen:
             self.seen, self.unfilled = reply.seen, reply.unfilled
@@ -277,12 +248,14 @@ class ActorChannel:
 
     def fetch_all(self, refs: Sequence[Any], waited: float = 0.0, within: float | None = None) -> list[Any] | None:
         """The values behind references of any actors; None when one of them has to be asked for by itself."""
+        if any(isinstance(ref, Sent) for ref in refs):
+            return None
         return self._runtime.get_all(refs, max(0.0, self._timeout - waited) if within is None else within)
 
     def wire_within(self, ref: Any, seconds: float) -> Any:
         """The value behind a reference, or the error of an actor that is gone; None when it is not there in time."""
         try:
-            return self._runtime.get(ref, self.target, seconds)
+            return self._get(ref, seconds)
         except CallTimeoutError:
             return None
         except RaykError as error:
@@ -293,42 +266,63 @@ class ActorChannel:
     async def arrival(self, ref: Any) -> Any:
         """The value behind a reference, once it is there; None when it will not come any more."""
         with suppress(Exception):  # read() says what it was
-            future = asyncio.wrap_future(self._runtime.future(ref))
-            if self.quiet is None:
-                return await asyncio.wait_for(future, self._timeout)
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio says it was lost
-            started = monotonic()
-            while not (await asyncio.wait([future], timeout=SLICE))[0]:
-                if monotonic() - started > self._timeout or self.look() >= self.quiet:
-                    return None
-            return future.result()
-        return None
-
-    def fetch(self, ref: Any, waited: float = 0.0) -> Any:
-        """The value behind a reference of this actor's, or of what went by its lane."""
-        started = monotonic() - waited
-        try:
-            if isinstance(ref, Crossing):
-                self._land(ref, max(0.0, self._timeout - waited))
+            if isinstance(ref, Sent):
+                try:
+                    return await self._arrived(ref.line.future(ref))
+                except SocketError:
+                    self._path.resend(ref.line)
                 if ref.answer is not None:
                     return ref.answer
-                waited, ref = monotonic() - started, ref.call
+                ref = ref.call
+            return await self._arrived(self._runtime.future(ref))
+        return None
+
+    async def _arrived(self, coming: Future[Any]) -> Any:
+        future = asyncio.wrap_future(coming)
+        if self.quiet is None:
+            return await asyncio.wait_for(future, self._timeout)
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio says it was lost
+        started = monotonic()
+        while not (await asyncio.wait([future], timeout=SLICE))[0]:
+            if monotonic() - started > self._timeout or self.look() >= self.quiet:
+                return None
+        return future.result()
+
+    def fetch(self, ref: Any, waited: float = 0.0) -> Any:
+        """The value behind a reference of this actor's."""
+        try:
             return self._wait(ref, max(0.0, self._timeout - waited))
         except CallTimeoutError as error:
             raise CallTimeoutError(self.target, error.seconds) from None
         except ActorGoneError as error:
             raise self._gone(str(error)) from None
 
+    def _get(self, ref: Any, seconds: float) -> Any:
+        """The same, within so many seconds, or CallTimeoutError."""
+        if isinstance(ref, Sent):
+            if ref.call is None:
+                try:
+                    answer = ref.line.wait(ref, seconds)
+                    if answer is None:
+                        raise CallTimeoutError(self.target, seconds)
+                except SocketError:
+                    self._path.resend(ref.line)
+                    answer = ref.answer
+                if answer is not None:
+                    return answer
+            ref = ref.call
+        return self._runtime.get(ref, self.target, seconds)
+
     def _wait(self, ref: Any, left: float) -> Any:
         if self.quiet is None:
             try:
-                return self._runtime.get(ref, self.target, left)
+                return self._get(ref, left)
             except CallTimeoutError:
                 raise CallTimeoutError(self.target, self._timeout) from None
         while True:
             part = 0.0 if self._pulse.silence >= self.quiet else min(left, SLICE)
             try:
-                return self._runtime.get(ref, self.target, part)
+                return self._get(ref, part)
             except CallTimeoutError:
                 left -= part
                 if left <= 0:

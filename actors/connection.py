@@ -13,9 +13,11 @@ from concurrent.futures import Future
 from contextlib import suppress
 from threading import Condition, Lock, Thread
 from time import monotonic
+from typing import Any
 
 from rayk.actors.frames import FrameReader, SocketError, introduce, pieces
-from rayk.actors.listener import HANDSHAKE_SECONDS, SEND_SECONDS, SocketAddress, machine
+from rayk.actors.interface import SocketAddress
+from rayk.actors.listener import HANDSHAKE_SECONDS, SEND_SECONDS, machine
 
 CONNECT_SECONDS = 2.0
 
@@ -23,13 +25,15 @@ CONNECT_SECONDS = 2.0
 class Sent:
     """A message on its way. `answer` is there once it came."""
 
-    __slots__ = ("answer", "future", "number", "wire")
+    __slots__ = ("answer", "call", "future", "line", "number", "wire")
 
-    def __init__(self, number: int, wire: bytes) -> None:
+    def __init__(self, line: Connection, number: int, wire: bytes) -> None:
+        self.line = line
         self.number = number
         self.wire = wire
         self.answer: bytes | None = None
         self.future: Future[bytes] | None = None
+        self.call: Any = None  # a reference to the answer, of what had to be sent again by a call
 
 
 class Connection:
@@ -52,6 +56,7 @@ class Connection:
         self._poll.register(end, select.POLLIN)
         self._frames = FrameReader()
         self._on_way: dict[int, Sent] = {}
+        self._left: list[Sent] = []  # when it was cut
         self._writing = Lock()
         self._reading = Lock()
         self._arrived = Condition()
@@ -68,7 +73,7 @@ class Connection:
             if self.cut:
                 raise SocketError(self.cut)
             self.sent += 1
-            sent = self._on_way[self.sent] = Sent(self.sent, wire)
+            sent = self._on_way[self.sent] = Sent(self, self.sent, wire)
         try:
             for piece in pieces(sent.number, wire):
                 with self._writing:
@@ -140,6 +145,12 @@ class Connection:
                 self._reader.start()
         return sent.future
 
+    def take_left(self) -> list[Sent]:
+        """What was sent and not answered when it was cut, in its order; once."""
+        with self._arrived:
+            left, self._left = self._left, []
+        return left
+
     def close(self, reason: str = "it was closed") -> None:
         """Cut it."""
         self._fail(reason)
@@ -187,9 +198,10 @@ class Connection:
             with suppress(OSError):
                 self._end.shutdown(socket.SHUT_RDWR)  # whoever reads it wakes up
             self._end.close()
-            left, self._on_way = self._on_way, {}
+            self._left, self._on_way = list(self._on_way.values()), {}
+            left = self._left
             self._arrived.notify_all()
-        for sent in left.values():
+        for sent in left:
             if sent.future is not None:
                 _settle(sent.future, SocketError(reason))
 

@@ -53,8 +53,24 @@ class Bundle(NamedTuple):
         return self.placement.node_ids[self.number]
 
 
+class SocketAddress(NamedTuple):
+    """Where an actor listens: `path` on the machine `machine`, `port` at `host` for others (0: not for them). Whoever
+    has it may connect: it travels by Ray only, and is not to be logged."""
+
+    machine: str
+    path: str
+    host: str
+    port: int
+    key: bytes
+
+    def __repr__(self) -> str:
+        return f"SocketAddress(path={self.path!r}, host={self.host!r}, port={self.port})"
+
+
 class Actor(Protocol):
-    """A started actor; can be sent to other actors."""
+    """A started actor; can be sent to other actors. `socket`: where it takes messages, too, if that is known."""
+
+    socket: SocketAddress | None
 
     def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
         """Start a method; a reference to its result, or a list of `returns` references."""
@@ -66,35 +82,10 @@ class Actor(Protocol):
         ...
 
 
-class Lane(Protocol):
-    """A faster way into an actor's handle_by_lane() than a call, for one message at a time; nobody else can use it."""
-
-    @property
-    def open(self) -> bool:
-        """Whether it carries messages now."""
-        ...
-
-    @property
-    def rested(self) -> bool:
-        """Whether it was taken down because nothing was said: another one may be opened."""
-        ...
-
-    def send(self, wire: bytes) -> Any:
-        """Send a message; what get() takes, or None while it is not open: then nothing was sent. LaneError when it did
-        not open, or when the message may have arrived or not."""
-        ...
-
-    def get(self, ref: Any, timeout: float) -> bytes:
-        """The answer, which can be had once. LaneError when it did not come."""
-        ...
-
-    def close(self) -> None:
-        """Have it taken down, and do not wait for that."""
-        ...
-
-
 class Runtime(Protocol):
-    """What rayk needs of a cluster."""
+    """What rayk needs of a cluster. `sockets`: whether messages go by sockets where they can."""
+
+    sockets: bool
 
     def nodes(self) -> list[Node]: ...
     def draining_nodes(self) -> dict[str, float]: ...
@@ -107,7 +98,6 @@ class Runtime(Protocol):
     ) -> list[Placement]: ...
     def await_place(self, placement: Placement, timeout: float) -> Placement: ...
     def start(self, spec: ActorSpec) -> Actor: ...
-    def open_lane(self, actor: Actor, node_id: str) -> Lane: ...
     def get(self, ref: Any, target: str, timeout: float) -> Any: ...
     def get_all(self, refs: Sequence[Any], timeout: float) -> list[Any] | None: ...
     def future(self, ref: Any) -> Future[Any]: ...
@@ -122,6 +112,7 @@ class Runtime(Protocol):
     def forget(self, prefix: str) -> None: ...
     def home(self, detached: bool) -> str | None: ...
     def disconnect(self) -> None: ...
+    def address(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -140,14 +131,14 @@ class ActorSpec:
     home: str | None = None  # the node that it starts on, if that is there
 
 
-class LaneState(NamedTuple):
-    """The fast lane to one replica, of which `messages` went by it.
+class PathState(NamedTuple):
+    """What carries a driver's messages to one replica.
 
-    `state`: "off" (there is none), "unused" (it opens at the first message), "opening", "open", "resting" (it opens
-    again at the next message) or "closed" (for good). `reason` says why it is off or closed.
+    `kind`: "unix" or "tcp" (a socket), "calls" (Ray's, for `reason`), or "direct" (within this process). `messages`
+    went by sockets so far.
     """
 
     replica: int
-    state: str
+    kind: str
     reason: str = ""
     messages: int = 0

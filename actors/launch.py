@@ -170,6 +170,14 @@ def first_answers(runtime: Runtime, calls: Mapping[str, Any], timeout: float) ->
     return answers
 
 
+def find_sockets(runtime: Runtime, actors: Mapping[str, Actor]) -> None:
+    """Have actors, by their names in errors, listen on sockets, and note where."""
+    if runtime.sockets:
+        calls = {target: actor.call("listen", control=True) for target, actor in actors.items()}
+        for actor, socket in zip(actors.values(), first_answers(runtime, calls, START_SECONDS), strict=True):
+            actor.socket = socket
+
+
 def close_actors(runtime: Runtime, actors: Iterable[Actor], timeout: float) -> None:
     """Have actors write out what is on its way to their tiers, and let go of them, as long as they live."""
     closing = []

@@ -20,11 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import Condition, Lock, Thread
-from typing import NamedTuple
 
 import psutil
 
 from rayk.actors.frames import KEY_BYTES, FrameReader, SocketError, admit, pieces
+from rayk.actors.interface import SocketAddress
 
 log = logging.getLogger("rayk.actors")
 
@@ -33,20 +33,6 @@ HANDSHAKE_SECONDS = 5.0
 SEND_SECONDS = 30.0  # for the other side to take what is sent; after that it is cut off
 _TIMEVAL = struct.Struct("@ll")
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
-
-
-class SocketAddress(NamedTuple):
-    """Where an actor listens: `path` on the machine `machine`, `port` at `host` for others (0: not for them). Whoever
-    has it may connect: it travels by Ray only, and is not to be logged."""
-
-    machine: str
-    path: str
-    host: str
-    port: int
-    key: bytes
-
-    def __repr__(self) -> str:
-        return f"SocketAddress(path={self.path!r}, host={self.host!r}, port={self.port})"
 
 
 class Listener:
@@ -185,6 +171,15 @@ class _Connection:
         with suppress(OSError):
             self.end.shutdown(socket.SHUT_RDWR)
         self.end.close()
+
+
+def listening(answer: Callable[[bytes], bytes], host: str, threads: int = 1) -> Listener | None:
+    """A listener; None, with a warning, where there can be none."""
+    try:
+        return Listener(answer, host, threads)
+    except OSError as error:
+        log.warning("no socket can be listened on (%s): messages come by calls", error.strerror or error)
+        return None
 
 
 def machine() -> str:

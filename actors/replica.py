@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psutil
 
-from rayk.actors.chunks import LONGEST, joined
+from rayk.actors.chunks import joined
+from rayk.actors.interface import SocketAddress
+from rayk.actors.listener import Listener, listening
 from rayk.actors.process import freeze_startup_objects
 from rayk.params import KVCacheParams
 from rayk.planning.node_plan import NodeMemory, measure_node
@@ -24,6 +26,8 @@ from rayk.scheduler.recovery import ClaimSeen
 if TYPE_CHECKING:
     from rayk.protocol.kv_events import KVEventsConfig
     from rayk.transport.line import PageData
+
+BEHIND_SECONDS = 60.0  # for which a call waits for messages that were sent before it by a socket
 
 
 DOOR_SECONDS = 1.0  # for which a scheduler that began anew waits for a message that is being carried out
@@ -45,8 +49,8 @@ class ReplicaFacts(msgspec.Struct, frozen=True):
 
 
 class ReplicaActor:
-    """Started by rayk.actors.scale_out. Messages are answered one after the other, those that come by a driver's fast
-    lane, on a thread of its own, too; ping() has a lane of its own."""
+    """Started by rayk.actors.scale_out. Messages are answered one after the other, those that come by sockets, too;
+    ping() has a lane of its own."""
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class ReplicaActor:
         self._started_at = time.time()
         self._door = threading.Lock()
         self._progress = Progress()
+        self._listener: Listener | None = None
         self._torch = torch
         torch.set_num_threads(1)
         devices = _local_devices(params, replica)
@@ -95,25 +100,36 @@ class ReplicaActor:
             finally:
                 self._progress.end()
 
-    def handle(self, wire: bytes | int, *rest: Any) -> bytes:
+    def handle(self, first: Any, *rest: Any) -> bytes:
         """Answer a message, see rayk.actors.chunks; what comes after it is page data from other replicas."""
-        with self._at_work():
-            return self._service.handle(*(joined(wire, rest) if isinstance(wire, int) else (wire, rest)))[0]
+        return self.handle_with_data(first, *rest)[0]
 
-    def handle_with_data(self, wire: bytes | int, *rest: Any) -> tuple[bytes, PageData]:
-        """Answer a message whose result comes with page data."""
+    def handle_with_data(self, first: Any, *rest: Any) -> tuple[bytes, PageData]:
+        """Answer a message whose result comes with page data. What begins with a pair waits for so many messages of
+        that connection."""
+        if isinstance(first, tuple):
+            if self._listener is not None:
+                self._listener.handled(first[0], first[1], BEHIND_SECONDS)
+            first, *rest = rest  # type: ignore[assignment]  # a list or a tuple
         with self._at_work():
-            return self._service.handle(*(joined(wire, rest) if isinstance(wire, int) else (wire, rest)))
+            return self._service.handle(*(joined(first, rest) if isinstance(first, int) else (first, rest)))
 
-    def handle_by_lane(self, wire: bytes) -> bytes:
-        """Answer a message that came by a driver's lane. Nothing comes back when the answer is too long for it: sent
-        again by a call, the message is answered from memory."""
+    def _by_socket(self, wire: bytes) -> bytes:
         with self._at_work():
-            answer, _ = self._service.handle(wire)
-        return answer if len(answer) <= LONGEST else b""
+            return self._service.handle(wire)[0]
+
+    def listen(self) -> SocketAddress | None:
+        """Take messages from a socket, too, from now on."""
+        if self._listener is None:
+            from rayk.actors.runtime import RayRuntime
+
+            self._listener = listening(self._by_socket, RayRuntime().address())
+        return self._listener.address if self._listener is not None else None
 
     def close(self) -> None:
         """Finish transfers and let go of the tiers; the last thing that is asked of a replica."""
+        if self._listener is not None:
+            self._listener.close()
         with self._door:
             self._service.port.close()
             self._service.core.shutdown()

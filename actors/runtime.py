@@ -7,7 +7,6 @@ errors to two of its own, ActorGoneError and CallTimeoutError: who calls knows w
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import pickle
@@ -31,7 +30,6 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rayk.actors.address import host_and_port, knock, make_temp_dir, refusal, running_address
-from rayk.actors.graph import SEND_SECONDS, GraphLane, LaneError, end, living
 from rayk.actors.interface import (
     CONTROL_GROUP,
     Actor,
@@ -41,7 +39,9 @@ from rayk.actors.interface import (
     NameTakenError,
     Node,
     Placement,
+    SocketAddress,
 )
+from rayk.actors.listener import sweep
 from rayk.errors import CallTimeoutError, ConfigError, NoPlaceError, RaykError, RemoteError
 
 KEPT = "rayk"  # the part of Ray's store that keep() uses
@@ -63,8 +63,9 @@ EMBEDDED_SETTINGS = {  # a dead replica is noticed in 0.2 s instead of 1.5 s, a 
 class RayActor:
     """A Ray actor handle; picklable, so that actors can be given each other."""
 
-    def __init__(self, handle: ActorHandle[Any]) -> None:
+    def __init__(self, handle: ActorHandle[Any], socket: SocketAddress | None = None) -> None:
         self.handle = handle
+        self.socket = socket
 
     def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
         if returns == 1 and not control:
@@ -97,59 +98,11 @@ class RayActor:
             yield runtime.get(ref, target, silence)
 
 
-class RayGraph:
-    """A compiled graph of one call. A thread of Ray's watches the actor: when it dies, send() and get() hear of it.
-
-    It is open once something came back: a graph on an actor that runs another one compiles, and carries nothing.
-    """
-
-    def __init__(self, handle: ActorHandle[Any]) -> None:
-        self._handle = handle
-        self._graph: Any = None
-
-    def open(self, timeout: float) -> None:
-        from ray.dag import InputNode
-
-        try:
-            with InputNode() as wire:
-                answer: Any = self._handle.handle_by_lane.bind(wire)
-            self._graph = answer.experimental_compile(_submit_timeout=SEND_SECONDS, _max_inflight_executions=1)
-            self._graph.execute(b"").get(timeout=timeout)  # no message: what comes back is a refusal
-        except Exception as error:  # Ray names none for an actor that has a graph already, or does not answer
-            raise LaneError(_short(error)) from error
-
-    def send(self, wire: bytes) -> Any:
-        try:
-            return self._graph.execute(wire)
-        except Exception as error:  # nor for a graph that was torn down
-            raise LaneError(_short(error)) from error
-
-    def get(self, ref: Any, timeout: float) -> bytes:
-        try:
-            answer: bytes = ref.get(timeout=timeout)
-            return answer
-        except Exception as error:  # a dead actor, a closed channel, or an answer that was waited for before
-            raise LaneError(_short(error)) from error
-
-    def close(self) -> None:
-        graph = self._graph
-        if graph is not None:
-            graph.teardown()
-            self._graph = None  # a process of Ray's goes with it
-
-    def kill(self) -> None:
-        ray.kill(self._handle, no_restart=True)
-
-
-def _hush(record: logging.LogRecord) -> bool:
-    """Leave out Ray's traceback of a graph whose actor is dead: who uses a lane says so in a sentence."""
-    return not record.getMessage().startswith("Error cancelling worker task")
-
-
 class RayRuntime:
     """A connection to Ray. Inside an actor make it with RayRuntime(); a driver uses connect()."""
 
-    def __init__(self, namespace: str | None = None) -> None:
+    def __init__(self, namespace: str | None = None, sockets: bool = True) -> None:
+        self.sockets = sockets
         self._namespace = namespace
         self._temp_dir: str | None = None
         self._owns_connection = False
@@ -158,9 +111,9 @@ class RayRuntime:
     # -- the connection ------------------------------------------------------------------------
 
     @classmethod
-    def connect(cls, address: str | None, namespace: str | None, **options: Any) -> RayRuntime:
+    def connect(cls, address: str | None, namespace: str | None, sockets: bool = True, **options: Any) -> RayRuntime:
         """Join the cluster at `address` (None: a running one if there is one), or start an embedded one ("local")."""
-        runtime = cls(namespace)
+        runtime = cls(namespace, sockets)
         if ray.is_initialized():
             if address not in (None, "auto") and not _same_place(address, ray.get_runtime_context().gcs_address):
                 raise ConfigError(f"this process is connected to Ray already; address {address!r} is another cluster")
@@ -208,11 +161,7 @@ class RayRuntime:
             raise
 
     def disconnect(self) -> None:
-        """End the embedded Ray with all its processes and files, or leave the cluster that was joined.
-
-        What ends the connection ends all lanes of this process first: a thread that is still in one would abort it.
-        """
-        end(living(None if self._owns_connection else self))
+        """End the embedded Ray with all its processes and files, or leave the cluster that was joined."""
         if not self._owns_connection:
             return
         self._owns_connection = False
@@ -338,14 +287,6 @@ class RayRuntime:
                 raise NameTakenError(spec.name) from error
             raise
 
-    def open_lane(self, actor: Actor, node_id: str) -> GraphLane:
-        """A lane, which opens by and by, to an actor that runs on that node; LaneError unless it is this one."""
-        assert isinstance(actor, RayActor)
-        if node_id != ray.get_runtime_context().get_node_id():
-            raise LaneError("it runs on another node, where a lane is no faster than calls")
-        logging.getLogger("ray.dag.compiled_dag_node").addFilter(_hush)
-        return GraphLane(RayGraph(actor.handle), self)
-
     def find(self, name: str) -> RayActor | None:
         """The detached actor of that name in this session's namespace, or None."""
         try:
@@ -409,6 +350,7 @@ class RayRuntime:
         for actor in actors:
             with contextlib.suppress(Exception):
                 ray.get(actor.call("ping", control=True), timeout=5)
+        sweep()
         if placement is not None:
             remove_placement_group(placement.group)
             deadline = time.monotonic() + 5

@@ -15,6 +15,7 @@ from rayk.actors.interface import ActorSpec, Bundle, Placement, Runtime
 from rayk.actors.launch import (
     START_SECONDS,
     ended_on_failure,
+    find_sockets,
     first_answers,
     measure_nodes,
     place_actors,
@@ -134,6 +135,7 @@ def start_replicas(
             f"replica {this.replica}": a.call("facts", control=True) for this, a in zip(planned, actors, strict=True)
         }
         facts: list[ReplicaFacts] = first_answers(runtime, calls, START_SECONDS)
+        find_sockets(runtime, {f"replica {this.replica}": a for this, a in zip(planned, actors, strict=True)})
     for this, took in zip(planned, facts, strict=True):
         pages = Component("pages", this.plan.bytes, took.allocated)
         if pages.is_off:

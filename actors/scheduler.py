@@ -16,7 +16,8 @@ from typing import Any
 from rayk import protocol as m
 from rayk.actors.channel import new_client_id
 from rayk.actors.chunks import joined
-from rayk.actors.interface import Actor, ActorGoneError, Runtime
+from rayk.actors.interface import Actor, ActorGoneError, Runtime, SocketAddress
+from rayk.actors.listener import Listener, listening
 from rayk.actors.process import freeze_startup_objects, spare_from_kernel
 from rayk.actors.removal import sweep
 from rayk.actors.replica_calls import ReplicaCalls, ReplicaChannel
@@ -75,6 +76,7 @@ class SchedulerActor:
             epochs, settings = kept.epochs, roster.config.router_settings(roster.pages)
         self._epoch = epoch
         self._roster = self._shown = roster
+        self._listener: Listener | None = None
         replace = roster is not None and roster.config.replace
         self._core = SchedulerCore(epochs, settings, copies, monotonic, replace)
         self._core_lock = Condition()  # a script's step and the sending of what it asks are one
@@ -133,19 +135,21 @@ class SchedulerActor:
         link.pages = self._core.controller is not None
         return link
 
-    def handle_with_data(self, first: bytes | int, *rest: Any) -> tuple[bytes, Any]:
+    def handle_with_data(self, first: Any, *rest: Any) -> tuple[bytes, Any]:
         """Answer a message that asks for the roster, which comes beside the answer."""
         answer = self.handle(first, *rest)
         with self._core_lock:
             return answer, self._standing()
 
-    def handle(self, first: bytes | int, *rest: Any) -> bytes:
+    def handle(self, first: Any, *rest: Any) -> bytes:
         """Answer a message (see rayk.actors.chunks); the handle of a replica that joins is attached. Never raises for
         what a sender did wrong or a replica failed to do.
 
         Several lanes call this at once: while one waits for replicas, others take the next batches.
         """
         seq = 0
+        if isinstance(first, tuple):  # what went by a socket before; the lanes keep no order either
+            first, *rest = rest  # type: ignore[assignment]  # a list or a tuple
         try:
             wire, attached = joined(first, rest) if isinstance(first, int) else (first, rest)
             envelope = m.decode_envelope(wire)
@@ -249,6 +253,12 @@ class SchedulerActor:
         with self._core_lock:
             placed = self._core.supervisor.lose(replica, epoch, reason)
         return ReplicaLostError(replica, epoch, placed, reason)
+
+    def listen(self) -> SocketAddress | None:
+        """Take messages from a socket, too, from now on."""
+        if self._listener is None:
+            self._listener = listening(self.handle, self._runtime.address(), LANES)
+        return self._listener.address if self._listener is not None else None
 
     def ping(self) -> int:
         """The epoch, at once, also while the data lane is busy."""

@@ -9,7 +9,15 @@ from dataclasses import replace
 
 from rayk.actors.deployment import Deployment, DeploymentConfig, await_roster
 from rayk.actors.interface import Actor, ActorSpec, NameTakenError, Runtime
-from rayk.actors.launch import PLACE_SECONDS, START_SECONDS, ended_on_failure, first_answers, starting, tier_seed
+from rayk.actors.launch import (
+    PLACE_SECONDS,
+    START_SECONDS,
+    ended_on_failure,
+    find_sockets,
+    first_answers,
+    starting,
+    tier_seed,
+)
 from rayk.actors.scale_out import disk_dir, plan_scale_out, start_replicas
 from rayk.actors.scheduler import LANES, SchedulerActor
 from rayk.errors import ConfigError, PlanError
@@ -49,6 +57,7 @@ def _attach(runtime: Runtime, scheduler: Actor, config: DeploymentConfig, name: 
     differing = deployment.differences(config)
     if differing:
         raise ConfigError(f"{name!r} runs with other settings: {differing}; use the same, or shut it down first")
+    find_sockets(runtime, {"the scheduler": scheduler})
     return replace(deployment, scheduler=scheduler)
 
 
@@ -80,4 +89,5 @@ def _start_scheduler(runtime: Runtime, deployment: Deployment, name: str | None)
     spec = ActorSpec(SchedulerActor, arguments, name=named, threads=LANES, restarts=True, home=home)
     with starting(runtime, [spec]) as [scheduler]:
         first_answers(runtime, {"the scheduler": scheduler.call("ping", control=True)}, START_SECONDS)
+        find_sockets(runtime, {"the scheduler": scheduler})
     return replace(deployment, scheduler=scheduler, started_here=True)

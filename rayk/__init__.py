@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayk.actors.interface import LaneState
+    from rayk.actors.interface import PathState
     from rayk.cluster import Cluster, attach
     from rayk.context import TextContext
     from rayk.dispatch.output import Handle, Output, Update
@@ -70,7 +70,7 @@ _HOMES = {
     "context": ["TextContext"],
     "errors": ["InsufficientBlocksError", "RaykError", "ReplicaLostError"],
     "kvcache.runtime_inputs": ["BatchCharacteristics"],
-    "actors.interface": ["LaneState"],
+    "actors.interface": ["PathState"],
     "manager.manager": ["PagedKVCacheManager"],
     "planning": [
         "SIGNAL_BUFFER_BYTES",
@@ -116,7 +116,6 @@ __all__ = [
     "KVCacheQuantizationConfig",
     "KVConnectorConfig",
     "KVEventsConfig",
-    "LaneState",
     "MHAKVCacheParams",
     "MLAKVCacheParams",
     "MemoryEstimator",
@@ -126,6 +125,7 @@ __all__ = [
     "Output",
     "PagedKVCacheManager",
     "PagedMemoryPlanner",
+    "PathState",
     "PrefixCacheReset",
     "QueueFullError",
     "RaykError",

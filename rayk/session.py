@@ -29,11 +29,18 @@ class InferenceSession:
 
     `address=None` joins the Ray that this process is connected to, or one that runs on this machine or that
     RAY_ADDRESS names, and starts an embedded one otherwise; "local" always starts an embedded one. With `name=`
-    actors are detached: they outlive this driver, and another session of that name uses them.
+    actors are detached: they outlive this driver, and another session of that name uses them. Messages to actors go
+    by sockets where they can, and by Ray's calls otherwise; `sockets=False`: by calls only.
     """
 
     def __init__(
-        self, runtime: str = "inline", address: str | None = None, name: str | None = None, **ray_options: Any
+        self,
+        runtime: str = "inline",
+        address: str | None = None,
+        name: str | None = None,
+        *,
+        sockets: bool = True,
+        **ray_options: Any,
     ) -> None:
         if runtime not in RUNTIMES:
             raise ConfigError(f"runtime {runtime!r} is not one of {RUNTIMES}")
@@ -49,7 +56,7 @@ class InferenceSession:
         if runtime == "ray":
             from rayk.actors.runtime import RayRuntime
 
-            self._ray = RayRuntime.connect(address, namespace=f"rayk-{name}" if name else None, **ray_options)
+            self._ray = RayRuntime.connect(address, f"rayk-{name}" if name else None, sockets, **ray_options)
         atexit.register(self.close)
 
     @property

@@ -43,8 +43,7 @@ def run_bench(
     and closing, may take longer than a process is given to end. The session is closed either way; what cannot be closed
     any more after a lost replica is not an error of its own.
     """
-    address = {} if settings.runtime == "inline" else {"address": settings.address}
-    session = InferenceSession(settings.runtime, **address)
+    session = InferenceSession(settings.runtime, settings.address if settings.runtime == "ray" else None)
     error: BaseException | None = None
     with StopSignals() as signals:
         try:

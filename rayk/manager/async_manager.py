@@ -117,8 +117,6 @@ class AsyncPagedKVCacheManager:
         admission: AdmissionPolicy | None = None,
         **options: Any,
     ) -> None:
-        if options.pop("fast_lane", False):
-            log.warning("no fast lanes for an event loop, which could not await their answers: it has calls")
         self.sync = PagedKVCacheManager(
             params,
             session,

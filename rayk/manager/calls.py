@@ -40,19 +40,11 @@ CLOSING_SECONDS = 5.0  # for which a scheduler may not answer a driver that leav
 class Calls(BatchCalls, ScalingCalls):
     """The calls of one driver on one running cluster. With a `name` that outlives this driver, so its claims have a
     lease.
-
-    `fast_lane`: ticks go by lanes (rayk.actors.lane), unless the cluster has a name: a replica has one lane, not one
-    for each driver, and it would stay when its driver is killed.
     """
 
-    def __init__(self, runtime: Runtime, cluster: Deployment, name: str | None = None, fast_lane: bool = False) -> None:
+    def __init__(self, runtime: Runtime, cluster: Deployment, name: str | None = None) -> None:
         super().__init__(runtime, cluster)
         self._name = name
-        if fast_lane and name is not None:
-            log.warning("no fast lanes to replicas of a named session, which several drivers share: %r has calls", name)
-            self.have_no_lanes("a named session, whose drivers share its replicas")
-        elif fast_lane:
-            self.lay_lanes()
         self.lease = Lease(runtime, self.scheduler, self.client, name, cluster.started_here) if name else None
         self._lease_terms = (self.lease.seconds if self.lease is not None else None, cluster.started_here)
 
@@ -71,7 +63,7 @@ class Calls(BatchCalls, ScalingCalls):
         self._end()
         with suppress(RaykError):  # a dead or silent scheduler cannot say which replicas were added
             self.look()
-        self.have_no_lanes("shut down")
+        self.close_sockets()
         self.cluster.stop(self._runtime)
 
     def leave(self) -> None:
@@ -79,6 +71,7 @@ class Calls(BatchCalls, ScalingCalls):
         self._end()
         with suppress(SchedulerLostError, CallTimeoutError):  # nothing is left to be released, or the lease ends
             self.scheduler.ask(m.Disconnect())
+        self.close_sockets()
 
     def _end(self) -> None:
         self._starter.end()

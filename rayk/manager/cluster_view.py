@@ -24,8 +24,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from rayk import protocol as m
 from rayk.actors.channel import ActorChannel, Answer, Pending, hear, new_client_id
 from rayk.actors.deployment import Deployment, await_roster
-from rayk.actors.interface import LaneState, Runtime
-from rayk.actors.lane import FastLane
+from rayk.actors.interface import PathState, Runtime
 from rayk.context import TextContext
 from rayk.errors import (
     CallTimeoutError,
@@ -72,7 +71,6 @@ class ClusterView(ABC):
         self._claims: dict[str, int] = {}  # the generation of each claim; of one that was lost, until it is made anew
         self._lost_claims: deque[str] = deque()  # those of the latter, of which the last LOST_KNOWN are remembered
         self._links: list[ActorChannel | None] = []
-        self._lanes_off = "not asked for"  # why lines have no fast lanes; empty when they have
         self._lease_terms: tuple[float | None, bool] = (None, False)  # seconds, and whether the cluster is its own
         self._rejoining = False
         self._dead: set[int] = set()  # replicas that died or were removed: the roster that is known is not the latest
@@ -115,7 +113,7 @@ class ClusterView(ABC):
                 self._links.append(None)
             link = self._links[r]
             if link is not None and (handle is None or link.epoch != handle.epoch):
-                link.close_lane()
+                link.close()
             if handle is None:
                 self._links[r] = None
                 self.allocators.pop(r, None)
@@ -126,31 +124,16 @@ class ClusterView(ABC):
                 )
                 link.pages = self.queued
                 self.allocators[r] = self._allocator(r)
-        if not self._lanes_off:
-            self.lay_lanes()
 
-    def lay_lanes(self) -> None:
-        """Have a fast lane to each replica from now on, for calls that are waited for and not awaited."""
-        self._lanes_off = ""
-        for link, handle in zip(self._links, self.cluster.handles, strict=False):
-            if link is not None and handle is not None and link.lane is None:
-                link.lane = FastLane(self._runtime, handle.actor, handle.bundle.node_id, link.target)
-
-    def have_no_lanes(self, reason: str) -> None:
-        """Take them down, and have no more."""
-        self._lanes_off = reason
-        for link in self._links:
+    def close_sockets(self) -> None:
+        """What is still sent goes by calls."""
+        for link in (*self._links, self.scheduler):
             if link is not None:
-                link.close_lane()
+                link.close()
 
-    def lane_states(self) -> list[LaneState]:
-        """How the lane to each replica that runs stands."""
-        off = LaneState(-1, "off", self._lanes_off)
-        return [
-            link.lane.state(r) if link.lane is not None else off._replace(replica=r)
-            for r, link in enumerate(self._links)
-            if link is not None
-        ]
+    def path_states(self) -> list[PathState]:
+        """What carries messages to each replica that runs."""
+        return [link.path(r) for r, link in enumerate(self._links) if link is not None]
 
     def link(self, replica: int) -> ActorChannel:
         """The channel to that replica; ReplicaRemovedError for a hole."""

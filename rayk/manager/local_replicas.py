@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from rayk import protocol as m
-from rayk.actors.interface import LaneState
+from rayk.actors.interface import PathState
 from rayk.context import TextContext
 from rayk.errors import DrainError, RaykError, ReplicaRemovedError
 from rayk.kvcache.buffers import PageBuffers
@@ -308,9 +308,9 @@ class InlineReplicas(ABC):
         """There are no processes that could be lost."""
         return []
 
-    def lane_states(self) -> list[LaneState]:
-        """See PagedKVCacheManager.lane_states()."""
-        return [LaneState(core.replica, "off", "in this process") for core in self._there]
+    def path_states(self) -> list[PathState]:
+        """See PagedKVCacheManager.path_states()."""
+        return [PathState(core.replica, "direct", "in this process") for core in self._there]
 
     def replica_loads(self) -> list[ReplicaLoad]:
         """See PagedKVCacheManager.replica_loads()."""

@@ -83,13 +83,6 @@ class PagedKVCacheManager(ManagerQueries):
     room and for their turn (tenant, priority and deadline of the context count, see rayk.scheduler.admission.queue), or
     are turned away with OverloadedError: admit() and try_admit() return when that is settled, enter() at once.
 
-    `fast_lane=True` is for steady decode loops on Ray: tick(), step() and execute() go to replicas of this node
-    through shared memory in place of a Ray call, as soon as the first of them has opened the way. It pays with few
-    requests on each replica, and less and less from 64 on; with more replicas than cores it may lose, and a lane that
-    was used in the last seconds takes a core (docs/measurements/fast-lane.md). Results and errors are the same. When a
-    lane fails, or there can be none (a replica on another node, a named session), one warning says so and calls are
-    used; see lane_states(). Inline and AsyncPagedKVCacheManager do without.
-
     `kv_events="tcp://127.0.0.1:5557"`, or a KVEventsConfig, has replica r publish at port 5557 + r what it caches and
     drops, for routers that listen to vLLM (docs/kv-events.md).
 
@@ -113,7 +106,6 @@ class PagedKVCacheManager(ManagerQueries):
         memory_utilization: float | None = None,
         admission: AdmissionPolicy | None = None,
         prefill_rate: float | None = None,
-        fast_lane: bool = False,
         kv_events: str | KVEventsConfig | None = None,
         replace: bool = True,
     ) -> None:
@@ -147,7 +139,6 @@ class PagedKVCacheManager(ManagerQueries):
             checked(kv_events, params.enable_prefix_caching, params.data_parallel_degree),
             replace,
         )
-        self._fast_lane = fast_lane
         self._wait: Callable[[Script[Any]], Any] | None = None  # of calls that are scripts
         self._calls: Calls | LocalCalls = self._start(session, wanted)
         self._admission = BlockingAdmission(self._enter, self._give_back) if admission is not None else None
@@ -190,7 +181,7 @@ class PagedKVCacheManager(ManagerQueries):
 
         name = f"{session.name}/{session.managers_made}" if session.name is not None else None
         config = DeploymentConfig(self.params, *wanted)
-        calls = Calls(session.ray, start_deployment(session.ray, config, name), name, self._fast_lane)
+        calls = Calls(session.ray, start_deployment(session.ray, config, name), name)
         self._wait = calls.run
         return calls
 

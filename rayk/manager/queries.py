@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from rayk.actors.interface import LaneState
+from rayk.actors.interface import PathState
 from rayk.context import TextContext
 from rayk.errors import ConfigError
 from rayk.kvcache.metrics import KVCacheMetrics
@@ -109,9 +109,9 @@ class ManagerQueries(ABC):
         """How each replica index stands: planned, starting, ready, draining, lost or removed."""
         return self._then(self._all().replica_loads(), lambda loads: [load.state for load in loads])
 
-    def lane_states(self) -> list[LaneState]:
-        """Whether fast lanes are used, to which replicas, and why not. One for each replica that runs."""
-        return self._all().lane_states()
+    def path_states(self) -> list[PathState]:
+        """What carries messages to each replica that runs: a socket, or calls and why."""
+        return self._all().path_states()
 
     def holder(self, request_id: str) -> int | None:
         """The replica that has this driver's request, as far as it knows; None when it has no claim of it."""

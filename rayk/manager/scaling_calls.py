@@ -67,7 +67,7 @@ class ScalingCalls(PlacingCalls):
         yield from self.catch_up()
         cluster = self.cluster
         done: m.RemoveDone = yield from self._ask(self.scheduler, m.RemoveReplica(replica))
-        self.link(replica).close_lane()  # while its other end runs
+        self.link(replica).close()
         yield from off_loop(lambda: cluster.stop_replica(self._runtime, replica))
         return Removed(done.cached, done.known, done.taken)
 

@@ -35,7 +35,7 @@ def join():
     return InferenceSession(runtime="ray", address=ADDRESS, name=NAME, log_to_driver=False)
 
 def manage(session):
-    return PagedKVCacheManager(p, session, 16, max_batch_size=4, fast_lane=NAME is None)
+    return PagedKVCacheManager(p, session, 16, max_batch_size=4)
 
 def pid(inputs, batch):
     return os.getpid()

@@ -10,7 +10,7 @@ from .heads import Start, said, stderr, tell
 SERVE = """
 manager = manage(join())
 placed = manager.admit([TextContext(n, [ord(n)] * 9, 100) for n in "abcd"])
-while NAME is None and {each.state for each in manager.lane_states()} != {"open"}:
+while NAME is None and {each.kind for each in manager.path_states()} != {"unix"}:
     manager.execute([[], []], pid)
 say(placed=placed, pids=manager.execute([[], []], pid))
 time.sleep(120)

@@ -90,7 +90,7 @@ try:
         return ray.get_runtime_context().get_node_id()
 
     def make(pages=16):
-        return PagedKVCacheManager(p, session, pages, max_batch_size=8, fast_lane=True, replace=False)
+        return PagedKVCacheManager(p, session, pages, max_batch_size=8, replace=False)
 
     small.append(ids[0])
     with make() as manager:
@@ -111,10 +111,9 @@ try:
         ctxs[0].update(1)
         manager.step([ctxs[:1], [], []])
         deadline = time.monotonic() + 20
-        while "opening" in [each.state for each in manager.lane_states()] and time.monotonic() < deadline:
+        while "calls" in [each.kind for each in manager.path_states()] and time.monotonic() < deadline:
             manager.step([[], [], []])
-        here = ray.get_runtime_context().get_node_id()
-        said["lanes"] = sorted([homes[each.replica] == here, each.state, each.reason] for each in manager.lane_states())
+        said["paths"] = [each.kind for each in manager.path_states()]
         said["copied"] = [x.peer_tokens for x in manager.try_admit(ctxs[1:], [1, 2])]
 
         lost = homes.index(third.node_id)
@@ -185,9 +184,8 @@ def test_a_node_with_no_room_is_avoided_or_named(said: dict[str, Any]) -> None:
     assert said["avoided"] and said["unfit"] == [True] * 3
 
 
-def test_only_replicas_of_the_drivers_node_have_fast_lanes(said: dict[str, Any]) -> None:
-    elsewhere = [False, "closed", "it runs on another node, where a lane is no faster than calls"]
-    assert said["lanes"] == [elsewhere, elsewhere, [True, "open", ""]]
+def test_messages_go_by_sockets(said: dict[str, Any]) -> None:
+    assert said["paths"] == ["unix"] * 3, "these nodes are one machine"
 
 
 def test_a_node_that_is_drained_is_left_in_time(said: dict[str, Any]) -> None:

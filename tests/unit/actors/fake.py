@@ -24,7 +24,6 @@ from rayk import InferenceSession, MHAKVCacheParams, PagedKVCacheManager
 from rayk import protocol as m
 from rayk.actors.chunks import joined
 from rayk.actors.engine import EngineActor
-from rayk.actors.graph import LaneError
 from rayk.actors.interface import ActorGoneError, ActorSpec, NameTakenError, Node, Placement
 from rayk.actors.replica import ReplicaActor
 from rayk.actors.runtime import RayRuntime
@@ -66,6 +65,7 @@ class FakeActor:
     stopped: bool = False
     hung: bool = False
     busy: bool = False
+    socket: None = None
     queue: deque[Callable[[], None]] = field(default_factory=deque)
 
     def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
@@ -122,54 +122,6 @@ class FakeActor:
         return core
 
 
-@dataclass(eq=False)
-class FakeLane:
-    """A lane of its own beside the actor's calls: what it carries runs when it is waited for, or by deliver()."""
-
-    actor: FakeActor
-    open: bool = True
-    rested: bool = False
-    due: deque[Callable[[], None]] = field(default_factory=deque)
-
-    def _note(self, what: str) -> None:
-        error = self.actor.runtime.note(f"lane-{what}", self.actor.label)
-        if error is not None:
-            raise error
-
-    def send(self, wire: bytes) -> FakeRef | None:
-        if not self.open:
-            return None
-        self._note("send")
-        ref = FakeRef(self.actor)
-
-        def run() -> None:
-            if self.actor.dead is None:
-                self.actor.runtime.note("run", self.actor.label, content("handle", (wire,)))
-                ref.value, ref.ready = self.actor.instance.handle_by_lane(wire), True
-
-        self.due.append(run)
-        self._note("sent")
-        return ref
-
-    def deliver(self) -> None:
-        """What is on its way arrives."""
-        while self.due:
-            self.due.popleft()()
-
-    def get(self, ref: FakeRef, timeout: float) -> bytes:
-        self._note("get")
-        self.deliver()
-        self._note("got")
-        if not ref.ready:
-            raise LaneError("channel closed")
-        answer: bytes = ref.value
-        return answer
-
-    def close(self) -> None:
-        self.open = False
-        self._note("close")
-
-
 def content(method: str, args: tuple[Any, ...]) -> str:
     """The name of the command in an envelope, else of the method."""
     if method not in ("handle", "handle_with_data"):
@@ -203,6 +155,8 @@ def _shipped(value: Any) -> Any:
 class FakeRuntime:
     """`free` gives each node's memory in bytes. `fail(event)` may return an error for that event."""
 
+    sockets = False
+
     def __init__(
         self,
         free: dict[str, int] | None = None,
@@ -216,9 +170,7 @@ class FakeRuntime:
         self.events: list[Event] = []
         self.actors: list[FakeActor] = []
         self.placements: list[Placement] = []
-        self.lanes: list[FakeLane] = []
         self.store: dict[str, Any] = {}
-        self.lanes_open = True  # at once; else when a test says so
         self.disconnected = 0
         self.time = 1000.0  # of whoever was given it for a clock
         self.due: list[tuple[float, Callable[[], None]]] = []  # what happens when
@@ -319,11 +271,6 @@ class FakeRuntime:
             actor.dead = f"{type(error).__name__}: {error}"
         return actor
 
-    def open_lane(self, actor: FakeActor, node_id: str) -> FakeLane:
-        self._note_or_raise("lane-open", actor.label, node_id)
-        self.lanes.append(FakeLane(actor, self.lanes_open))
-        return self.lanes[-1]
-
     def get(self, ref: FakeRef, target: str, timeout: float) -> Any:
         self.note("read", ref.actor.label if ref.actor is not None else target)
         if ref.late:
@@ -331,6 +278,9 @@ class FakeRuntime:
         if ref.late:
             raise CallTimeoutError(target, timeout)
         return _resolve(ref)
+
+    def address(self) -> str:
+        return "127.0.0.1"
 
     def pass_(self, seconds: float) -> None:
         """Time goes by, and the scheduler does what is due."""
@@ -348,7 +298,6 @@ class FakeRuntime:
                     self.ticking = False
 
     def get_all(self, refs: Sequence[FakeRef], timeout: float) -> list[Any] | None:
-        assert all(isinstance(ref, FakeRef) for ref in refs), "what went by a lane is not Ray's to wait for"
         return None  # get() is asked for each, so that it is seen which was read
 
     def future(self, ref: FakeRef) -> Future[Any]:
@@ -407,7 +356,7 @@ class FakeRuntime:
 def session_on(runtime: FakeRuntime, name: str | None = None) -> Iterator[InferenceSession]:
     """A Ray session whose cluster is `runtime`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RayRuntime, "connect", classmethod(lambda cls, address, namespace, **options: runtime))
+        patch.setattr(RayRuntime, "connect", classmethod(lambda cls, address, namespace, sockets, **options: runtime))
         session = InferenceSession(runtime="ray", name=name)
     try:
         yield session
@@ -435,7 +384,7 @@ def manager_on(
     runtime: FakeRuntime, replicas: int = 2, pages: int | None = 16, name: str | None = None, **changes: Any
 ) -> Iterator[PagedKVCacheManager]:
     """A manager whose actors live in `runtime`, with runtime checks on."""
-    names = ("router", "max_batch_size", "total_num_host_pages", "fast_lane", "admission", "replace")
+    names = ("router", "max_batch_size", "total_num_host_pages", "admission", "replace")
     options = {"router": "least-loaded"} | {k: changes.pop(k) for k in names if k in changes}
     with session_on(runtime, name) as session:
         manager = PagedKVCacheManager(
