@@ -15,7 +15,7 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -197,15 +197,16 @@ def _folder() -> Path:
     if folder.stat().st_uid != os.getuid() or folder.is_symlink():
         raise OSError(errno.EPERM, f"{folder} belongs to another user")
     os.chmod(folder, 0o700)
-    sweep(folder)
+    sweep(folder=folder)
     return folder
 
 
-def sweep(folder: Path | None = None) -> None:
-    """Remove sockets of processes that are gone."""
+def sweep(ended: Iterable[str] = (), folder: Path | None = None) -> None:
+    """Remove sockets of processes that are gone, also those that `ended` just now."""
     folder = folder or Path(tempfile.gettempdir()) / f"rayk-sockets-{os.getuid()}"
+    over = {Path(path) for path in ended}
     for path in folder.glob("*-*"):
         pid = path.name.partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+        if path in over or (pid.isdigit() and not psutil.pid_exists(int(pid))):
             with suppress(OSError):
                 path.unlink()

@@ -350,7 +350,7 @@ class RayRuntime:
         for actor in actors:
             with contextlib.suppress(Exception):
                 ray.get(actor.call("ping", control=True), timeout=5)
-        sweep()
+        sweep([actor.socket.path for actor in actors if actor.socket is not None])
         if placement is not None:
             remove_placement_group(placement.group)
             deadline = time.monotonic() + 5

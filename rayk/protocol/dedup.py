@@ -25,11 +25,12 @@ class ReplyCache(Generic[T]):
     """Numbers grow from 1 for each sender. Of questions, which have none, nothing is remembered.
 
     A receiver that works on several messages of one sender at once needs a `window` of as many answers at least;
-    within it numbers may overtake each other.
+    within it numbers may overtake each other. `remembered`: answers to keep for messages that are sent again, if more.
     """
 
-    def __init__(self, window: int = 1) -> None:
+    def __init__(self, window: int = 1, remembered: int = 0) -> None:
         self._window = window
+        self._remembered = max(window, remembered)
         self._senders: dict[str, _Sender[T]] = {}
 
     def repeated(self, sender: str, seq: int) -> T | None:
@@ -42,13 +43,15 @@ class ReplyCache(Generic[T]):
             raise MessageError(f"{sender} sent number {seq} after {known.highest}: a late duplicate, ignored")
         return answer
 
-    def keep(self, sender: str, seq: int, answer: T) -> None:
-        """Remember the answer to a mutation in place of the oldest one."""
+    def keep(self, sender: str, seq: int, answer: T, large: bool = False) -> None:
+        """Remember the answer to a mutation in place of the oldest one; a `large` one in place of all."""
         known = self._senders.pop(sender, None) or _Sender()
+        if large:
+            known.answers.clear()
         self._senders[sender] = known
         known.highest = max(known.highest, seq)
         known.answers[seq] = answer
-        while len(known.answers) > self._window:
+        while len(known.answers) > self._remembered:
             del known.answers[min(known.answers)]
         if len(self._senders) > SENDERS_REMEMBERED:
             del self._senders[next(iter(self._senders))]

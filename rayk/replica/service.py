@@ -45,6 +45,7 @@ from rayk.transport.line import Line, PageData
 from rayk.transport.port import PagePort, open_lines
 
 REFUSED = (-1,) * RESULTS
+REMEMBERED = 64  # answers to each sender, whose socket may be cut with so many on their way
 T = TypeVar("T")
 
 
@@ -88,7 +89,7 @@ class ReplicaService:
         self._mirrors = ContextMirrors(core.replica) if mirrors is None else mirrors
         self._sender = ""  # of the message that is being answered
         self._exchange = PageExchange(core, self.port, partial(self._mirrors.context, keep=False))
-        self._answers: ReplyCache[tuple[bytes, PageData]] = ReplyCache()
+        self._answers: ReplyCache[tuple[bytes, PageData]] = ReplyCache(remembered=REMEMBERED)
 
     def handle(self, wire: bytes, attached: Sequence[PageData] = ()) -> tuple[bytes, PageData]:
         """Answer one envelope. `attached` holds page data for its imports; the second result goes with Exported
@@ -121,7 +122,7 @@ class ReplicaService:
             pages = (self._turn, self.core.usage.used)
         answer = (m.encode(m.Reply(self.epoch, seq, result, seen, self._unfilled.total, news, pages)), data)
         if seq:
-            self._answers.keep(envelope.client, seq, answer)
+            self._answers.keep(envelope.client, seq, answer, large=bool(data))
         return answer
 
     def _run(self, command: m.ReplicaCommand, attached: Sequence[PageData]) -> tuple[m.Result, PageData]:
