@@ -24,7 +24,7 @@ from rayk.kvcache.replica import ReplicaCore
 from rayk.protocol.columns import AdmitResults
 from rayk.protocol.context_sync import ContextSender
 from rayk.protocol.dedup import SENDERS_REMEMBERED
-from rayk.replica.service import ReplicaService
+from rayk.replica.service import REMEMBERED, ReplicaService
 from rayk.transport.port import EXPORT_SECONDS
 
 from ..actors.fake import FakeRuntime, params  # noqa: TID252  # tests/ is no package that has an absolute name
@@ -155,8 +155,22 @@ def test_an_export_repeated_is_one_export(client: Client, service: ReplicaServic
 def test_a_late_number_is_refused(client: Client, service: ReplicaService) -> None:
     for request_id in "abc":
         client.send(m.Claim(request_id))
+    client.send(m.Claim("d"), seq=9)
+    error = client.error(m.Release(["a"]), seq=7)
+    assert isinstance(error, MessageError) and "number 7 after 9" in str(error)
+    for seq in range(10, 10 + REMEMBERED):
+        client.send(m.ResetMetrics(), seq=seq)
     error = client.error(m.Release(["a"]), seq=2)
-    assert isinstance(error, MessageError) and "number 2 after 3" in str(error)
+    assert isinstance(error, MessageError) and "number 2 after" in str(error), "its answer is forgotten"
+    assert list(service.core.requests) == ["a", "b", "c", "d"]
+
+
+def test_answers_are_remembered_for_messages_that_are_sent_again(client: Client, service: ReplicaService) -> None:
+    wires = []
+    for request_id in "abc":
+        client.send(m.Claim(request_id))
+        wires.append(client.wire)
+    assert [client.raw(wire).result for wire in wires] == [m.Done()] * 3
     assert list(service.core.requests) == ["a", "b", "c"]
 
 
