@@ -136,7 +136,8 @@ class ActorChannel:
     """One sender's line to one actor. `gone(reason)` makes the error for an actor whose process died.
 
     With `quiet`, an actor whose ping() is not answered for so many seconds is not waited for any longer, and is sent
-    nothing until it answers; one that does answer is waited for up to the timeout.
+    nothing until it answers; one that does answer is waited for up to the timeout. Without `sockets` it makes calls,
+    and need not be closed.
     """
 
     pulse_method = "ping"
@@ -151,6 +152,7 @@ class ActorChannel:
         gone: Callable[[str], RaykError],
         timeout: float = CALL_SECONDS,
         quiet: float | None = None,
+        sockets: bool = True,
     ) -> None:
         self.actor = actor
         self.quiet = quiet
@@ -174,7 +176,7 @@ class ActorChannel:
         """Whether answers have to say how many pages are in use."""
         self.turn = self.used = 0
         """The latest such number, and the answer it is of."""
-        self._path = MessagePath(runtime, actor, target)
+        self._path = MessagePath(runtime, actor, target, sockets)
 
     def renewed(self, epoch: int) -> ActorChannel:
         """The line to the actor as it began anew; messages are numbered on."""

@@ -117,7 +117,13 @@ def _managers(runtime: Runtime, name: str) -> list[tuple[str, Deployment, ActorC
     while (actor := runtime.find(f"{name}/{len(found)}/scheduler")) is not None:
         deployment = await_roster(runtime, actor, ASK_SECONDS)
         link = ActorChannel(
-            runtime, actor, "the scheduler", deployment.scheduler_epoch, new_client_id("describe"), SchedulerLostError
+            runtime,
+            actor,
+            "the scheduler",
+            deployment.scheduler_epoch,
+            new_client_id("describe"),
+            SchedulerLostError,
+            sockets=False,
         )
         found.append((f"{name}/{len(found)}", deployment, link))
     if not found:
@@ -163,7 +169,8 @@ def _replica(runtime: Runtime, r: int, handle: ReplicaHandle, known: m.Descripti
     if known.states[r] == State.silent:
         return ReplicaState(state=State.silent, reason="its process does not answer", **common)
     try:
-        link = ActorChannel(runtime, actor, f"replica {r}", epoch, new_client_id("describe"), lost, ASK_SECONDS)
+        client = new_client_id("describe")
+        link = ActorChannel(runtime, actor, f"replica {r}", epoch, client, lost, ASK_SECONDS, sockets=False)
         usage: m.UsageDone = link.ask(m.GetUsage())
         tiers: m.TiersDone = link.ask(m.GetTiers())
         now = runtime.get(actor.call("facts", control=True), f"replica {r}", ASK_SECONDS)

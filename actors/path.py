@@ -28,14 +28,14 @@ AGAIN_SECONDS, LONGEST_SECONDS = 1.0, 60.0  # until a socket that failed is trie
 class MessagePath:
     """Of one channel to `actor`; `target` names it in warnings."""
 
-    def __init__(self, runtime: Runtime, actor: Actor, target: str) -> None:
+    def __init__(self, runtime: Runtime, actor: Actor, target: str, sockets: bool = True) -> None:
         self._runtime = runtime
         self._actor = actor
         self._target = target
         self._lock = Lock()  # of the next six
         self._line: Connection | None = None
         self._reason = "" if actor.socket is not None else "it listens on no socket"
-        self._opening = self._closed = False
+        self._opening, self._closed = False, not sockets
         self._again_at, self._pause = 0.0, AGAIN_SECONDS
         self._last_call: Any = None  # of which it is not known that it was answered
         self._messages = 0

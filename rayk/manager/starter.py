@@ -43,6 +43,7 @@ class Starter:
             cluster.scheduler_epoch,
             new_client_id("starter"),
             SchedulerLostError,
+            sockets=False,
         )
         self._one = Lock()  # starts at a time
         self._ended = Event()
