@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from rayk.actors.deployment import Deployment, await_roster
-from rayk.actors.interface import ActorGoneError, Runtime
+from rayk.actors.interface import Actor, ActorGoneError, Placement, Runtime
 from rayk.errors import ConfigError, RaykError
 
 ROSTER_SECONDS = 10.0  # for a scheduler that says which tiers are to be written out
@@ -45,17 +45,27 @@ def remove_session(runtime: Runtime, name: str) -> Ended:
     return Ended(len(names), len(groups))
 
 
-def sweep(runtime: Runtime, deployment: Deployment) -> Ended:
-    """End what drivers that are gone had begun to start for a detached cluster; nobody may be starting anything."""
+class Strays(NamedTuple):
+    """What drivers that are gone had begun to start."""
+
+    actors: list[Actor]
+    groups: list[Placement]
+
+    def end(self, runtime: Runtime) -> None:
+        """End them."""
+        runtime.stop(self.actors, None)
+        for group in self.groups:
+            runtime.stop((), group)
+
+
+def find_strays(runtime: Runtime, deployment: Deployment) -> Strays:
+    """What bears a detached cluster's name and is not in it; nobody may begin to start anything meanwhile."""
     assert deployment.name is not None
     running, known = deployment.running, set[str]()
     for r, handle in running.items():
         known |= {f"{deployment.name}/replica-{r}", f"{deployment.name}/replica-{r}-{handle.epoch}"}
     begun = [each for each in runtime.actor_names() if each.startswith(f"{deployment.name}/replica-")]
-    strays = [actor for each in begun if each not in known and (actor := runtime.find(each)) is not None]
-    runtime.stop(strays, None)
+    actors = [actor for each in begun if each not in known and (actor := runtime.find(each)) is not None]
     used = {runtime.group_key(handle.bundle.placement) for handle in running.values()}
-    unused = [group for group in runtime.groups(deployment.name) if runtime.group_key(group) not in used]
-    for group in unused:
-        runtime.stop((), group)
-    return Ended(len(strays), len(unused))
+    groups = [group for group in runtime.groups(deployment.name) if runtime.group_key(group) not in used]
+    return Strays(actors, groups)

@@ -19,7 +19,7 @@ from rayk.actors.chunks import joined
 from rayk.actors.interface import Actor, ActorGoneError, Runtime, SocketAddress
 from rayk.actors.listener import Listener, listening
 from rayk.actors.process import freeze_startup_objects, spare_from_kernel
-from rayk.actors.removal import sweep
+from rayk.actors.removal import find_strays
 from rayk.actors.replica_calls import ReplicaCalls, ReplicaChannel
 from rayk.errors import CallTimeoutError, MessageError, RaykError, ReplicaLostError, StaleEpochError
 from rayk.protocol.dedup import ReplyCache
@@ -52,7 +52,8 @@ ANSWERS = 8 * LANES  # remembered for each driver; more than its messages can ov
 
 
 class SchedulerActor:
-    """Started by rayk.actors.startup. `roster` is handed to drivers that attach by name."""
+    """Started by rayk.actors.startup. What it begins with lies in Ray's store under `key` (rayk.scheduler.recovery), so
+    that Ray can start it again whoever is there; without a key, which is for tests, with these replicas."""
 
     def __init__(
         self,
@@ -61,19 +62,23 @@ class SchedulerActor:
         epochs: Sequence[int],
         settings: RouterSettings,
         copies: bool,
-        roster: Any,
+        key: str = "",
         runtime: Runtime | None = None,
     ) -> None:
-        session = roster.name.rpartition("/")[0] if roster is not None and roster.name is not None else None
-        self._client, self._runtime = new_client_id("scheduler"), runtime or _own_runtime(session)
+        self._client, self._runtime = new_client_id("scheduler"), runtime or _own_runtime(key.split("/", 1)[0])
         self._schedulers = [self._client]  # this one, and those before it
-        self._key = roster.key if roster is not None else ""
+        self._key = key
+        roster: Any = None
         self._saved: tuple[Any, ...] = ()
-        kept: Kept | None = self._runtime.kept(self._key) if self._key else None
+        kept: Kept | None = self._runtime.kept(key) if key else None
+        if key and kept is None:
+            raise RuntimeError(f"nothing is kept of the cluster {key!r}: it was shut down")
         if kept is not None:
-            epoch = time.time_ns() // 1_000
+            if kept.schedulers:
+                epoch = time.time_ns() // 1_000
             roster = replace_fields(kept.roster, scheduler_epoch=epoch)
-            epochs, settings = kept.epochs, roster.config.router_settings(roster.pages)
+            replicas, epochs = [handle.actor for handle in roster.running.values()], kept.epochs
+            settings = roster.config.router_settings(roster.pages)
         self._epoch = epoch
         self._roster = self._shown = roster
         self._listener: Listener | None = None
@@ -82,7 +87,7 @@ class SchedulerActor:
         self._core_lock = Condition()  # a script's step and the sending of what it asks are one
         self._questions = ReplicaCalls(self._core_lock, self._stands, monotonic)
         self._links: list[ReplicaChannel | None] = []
-        if kept is None:
+        if kept is None or not kept.schedulers:
             self._links = [self._link(r, actor, epochs[r]) for r, actor in enumerate(replicas)]
         else:
             self._go_on(kept)
@@ -292,7 +297,8 @@ class SchedulerActor:
             links = [link if r in here else None for r, link in enumerate(self._links)]
             if self._core.unfinished and not self._core.supervisor.granted and self._roster.name is not None:
                 self._core.unfinished = False
-                Thread(target=sweep, args=(self._runtime, self._standing()), name="rayk-sweep", daemon=True).start()
+                strays = find_strays(self._runtime, self._standing())
+                Thread(target=strays.end, args=(self._runtime,), name="rayk-sweep", daemon=True).start()
         self._ticks += 1
         if self._ticks % DRAIN_TICKS == 0:
             self._move_off()
@@ -370,7 +376,7 @@ class SchedulerActor:
         return self._shown
 
 
-def _own_runtime(session: str | None) -> Runtime:
+def _own_runtime(session: str) -> Runtime:
     from rayk.actors.runtime import RayRuntime  # here, so that only a scheduler's process imports Ray for it
 
-    return RayRuntime(f"rayk-{session}" if session is not None else None)
+    return RayRuntime(f"rayk-{session}" if session else None)

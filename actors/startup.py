@@ -21,6 +21,7 @@ from rayk.actors.launch import (
 from rayk.actors.scale_out import disk_dir, plan_scale_out, start_replicas
 from rayk.actors.scheduler import LANES, SchedulerActor
 from rayk.errors import ConfigError, PlanError
+from rayk.scheduler.recovery import Kept
 from rayk.scheduler.router.policies import check_router
 from rayk.tiers.identity import named
 
@@ -82,12 +83,16 @@ def _start(runtime: Runtime, config: DeploymentConfig, name: str | None) -> Depl
 def _start_scheduler(runtime: Runtime, deployment: Deployment, name: str | None) -> Deployment:
     config, epoch = deployment.config, time.time_ns() // 1_000
     deployment = replace(deployment, scheduler_epoch=epoch, states=("ready",) * len(deployment.handles))
-    replicas = tuple(handle.actor for handle in deployment.running.values())
     settings, copies = config.router_settings(deployment.pages), config.params.copies_prefixes
-    arguments = (epoch, replicas, deployment.epochs, settings, copies, deployment)
+    runtime.keep(deployment.key, Kept(deployment, list(deployment.epochs), list(deployment.states)))
+    arguments = (epoch, (), (), settings, copies, deployment.key)
     named, home = f"{name}/scheduler" if name else None, runtime.home(detached=name is not None)
     spec = ActorSpec(SchedulerActor, arguments, name=named, threads=LANES, restarts=True, home=home)
-    with starting(runtime, [spec]) as [scheduler]:
-        first_answers(runtime, {"the scheduler": scheduler.call("ping", control=True)}, START_SECONDS)
-        find_sockets(runtime, {"the scheduler": scheduler})
+    try:
+        with starting(runtime, [spec]) as [scheduler]:
+            first_answers(runtime, {"the scheduler": scheduler.call("ping", control=True)}, START_SECONDS)
+            find_sockets(runtime, {"the scheduler": scheduler})
+    except BaseException:
+        runtime.keep(deployment.key, None)
+        raise
     return replace(deployment, scheduler=scheduler, started_here=True)

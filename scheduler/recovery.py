@@ -33,16 +33,17 @@ class ClaimSeen(NamedTuple):
 
 @dataclass(frozen=True)
 class Kept:
-    """`roster` is what drivers attach by. `schedulers` are the names of those that came before: replicas do nothing any
-    more that they say. Reset tokens and counters of removed replicas are as in SchedulerCore."""
+    """`roster` is what drivers attach by, and all that there is at first. `schedulers` are the names of those that came
+    before: replicas do nothing any more that they say. Reset tokens and counters of removed replicas are as in
+    SchedulerCore."""
 
     roster: Any
     epochs: list[int]
     states: list[str]
-    target: int | None
-    leaving: list[int]
-    owner: str
-    leases: dict[str, float]
+    target: int | None = None
+    leaving: list[int] = field(default_factory=list)
+    owner: str = ""
+    leases: dict[str, float] = field(default_factory=dict)
     reset: bytes | None = None
     left: Any = None
     schedulers: list[str] = field(default_factory=list)

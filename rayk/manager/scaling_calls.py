@@ -10,8 +10,8 @@ from msgspec import structs
 from rayk import protocol as m
 from rayk.actors.deployment import Deployment
 from rayk.actors.interface import Runtime
-from rayk.errors import DrainError
-from rayk.manager.cluster_view import Script, current, off_loop
+from rayk.errors import DrainError, RaykError, ReplicaRemovedError
+from rayk.manager.cluster_view import Script, began_anew, current, off_loop
 from rayk.manager.placing_calls import PlacingCalls
 from rayk.manager.starter import Starter
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
@@ -25,6 +25,7 @@ class ScalingCalls(PlacingCalls):
 
     def __init__(self, runtime: Runtime, cluster: Deployment) -> None:
         super().__init__(runtime, cluster)
+        self._removing: dict[int, Deployment] = {}  # as it was when that began
         self._starter = Starter(runtime, cluster, self.client)
         if cluster.config.replace:
             self._starter.keep()
@@ -33,7 +34,12 @@ class ScalingCalls(PlacingCalls):
     def add_replicas(self, count: int, timeout: float) -> Script[list[int]]:
         """Start `count` more replicas; their indices. Whatever fails, nothing is left behind."""
         replicas = yield from off_loop(lambda: self._starter.add(count, timeout))
-        yield from self.catch_up()
+        try:
+            yield from self.catch_up()
+        except RaykError as error:
+            if not began_anew(error):
+                raise
+            yield from self.rejoin(error, self.scheduler.epoch)  # here, or they would be added again
         return replicas
 
     @current
@@ -65,9 +71,22 @@ class ScalingCalls(PlacingCalls):
     def remove_replica(self, replica: int) -> Script[Removed]:
         """Forget a replica, then end its process and give its place back; what became of its pages."""
         yield from self.catch_up()
-        cluster = self.cluster
-        done: m.RemoveDone = yield from self._ask(self.scheduler, m.RemoveReplica(replica))
-        self.link(replica).close()
+        begun = self._removing.pop(replica, None)  # with a scheduler that was lost meanwhile
+        self._removing[replica] = cluster = begun or self.cluster
+        try:
+            done: m.RemoveDone = yield from self._ask(self.scheduler, m.RemoveReplica(replica))
+        except ReplicaRemovedError:
+            if begun is None:
+                del self._removing[replica]
+                raise
+            done = m.RemoveDone()
+        except RaykError as error:
+            if not began_anew(error):
+                del self._removing[replica]
+            raise
+        del self._removing[replica]
+        if (link := self._links[replica]) is not None:
+            link.close()
         yield from off_loop(lambda: cluster.stop_replica(self._runtime, replica))
         return Removed(done.cached, done.known, done.taken)
 

@@ -4,6 +4,7 @@ removed by its name."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -118,6 +119,27 @@ def test_a_cluster_can_always_be_removed(start: Start, down: Any, code: str) -> 
     assert said(again) == {"placed": [0, 0, 1, 1]}
     killed(again)
     assert down("removed")[0] == 0
+
+
+LOSE = """
+manager = manage(join())
+ctx = TextContext("a", range(9), 100)
+say(placed=manager.admit([ctx]), pid=manager._calls.scheduler_pid())
+manager.leave()
+say(left=True)
+"""
+
+
+def test_a_scheduler_begins_anew_without_the_driver_that_started_it(start: Start, down: Any) -> None:
+    first = start(LOSE, "orphan")
+    process = said(first)["pid"]
+    assert said(first) == {"left": True} and first.wait(30) == 0
+    os.kill(process, signal.SIGKILL)
+    second = start(USE, "orphan")
+    assert said(second) == {"placed": [0, 0, 1, 1]}
+    killed(second)
+    code, ended = down("orphan")
+    assert code == 0 and ended["actors"] == 3
 
 
 def test_there_is_nothing_of_that_name(down: Any) -> None:

@@ -52,7 +52,7 @@ def test_the_others_get_their_tokens(cluster: Cluster, seed: int) -> None:
 
 
 def test_a_command_that_cannot_be_read_ends_the_replica_and_not_its_requests(session: InferenceSession) -> None:
-    with Cluster(model, session, replicas=2, page_size=4, pages=64) as cluster:
+    with Cluster(model, session, replicas=2, page_size=4, pages=64, replace=False) as cluster:
         told = threading.Event()
         handles = cluster.submit_all([[i, 1] for i in range(6)], max_new_tokens=150, on_news=lambda _: told.set())
         assert told.wait(20)
