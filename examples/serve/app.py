@@ -1,8 +1,11 @@
-"""A model behind Ray Serve: two ingress replicas, each with a Cluster of its own in its process.
+"""A model behind Ray Serve: two ingress replicas over one named cluster, whose engines belong to neither.
 
     rayk example-model /tmp/tiny
     pip install 'ray[serve]' 'rayk[server]'
+    ray start --head
+    python examples/serve/app.py              # starts the cluster "prod" and leaves it
     serve run examples/serve/config.yaml      # http://127.0.0.1:8000/v1
+    rayk down prod                            # when it is no longer needed
 
 RAYK_MODEL names another folder.
 """
@@ -12,11 +15,17 @@ import os
 import rayk
 from rayk.server import deployment
 
-MODEL = os.environ.get("RAYK_MODEL", "/tmp/tiny")
+NAME = "prod"
 
 
 def cluster() -> rayk.Cluster:
-    return rayk.Cluster(MODEL, pages=256, threads=1)
+    """In each ingress replica."""
+    return rayk.attach(NAME)
 
 
-app = deployment(cluster, ["tiny"], settings={"tool_parser": "hermes"}, ray_actor_options={"num_cpus": 0.5})
+app = deployment(cluster, ["tiny"], settings={"tool_parser": "hermes"}, ray_actor_options={"num_cpus": 0.1})
+
+if __name__ == "__main__":
+    with rayk.InferenceSession("ray", "auto", NAME) as session:
+        rayk.Cluster(os.environ.get("RAYK_MODEL", "/tmp/tiny"), session, replicas=2, pages=256)
+        print(f"the cluster {NAME!r} is ready")

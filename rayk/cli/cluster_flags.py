@@ -36,6 +36,9 @@ class ClusterFlags:
     replicas: Annotated[int, served("Data-parallel replicas.")] = 1
     runtime: Annotated[str, served("ray, or inline: everything in this process.")] = "ray"
     address: Annotated[str | None, served("Ray cluster to join; otherwise one that runs, or a new one.")] = None
+    name: Annotated[
+        str | None, served("A named cluster: attach to it, or start it. It outlives this command; rayk down ends it.")
+    ] = None
     router: Annotated[str, served("cost, round-robin, least-loaded, prefix, session, or module:Class.")] = "cost"
     chunk_size: Annotated[int, served("Tokens of one forward.")] = 512
     max_batch_size: Annotated[int, served("Requests of one forward.")] = 64
@@ -60,14 +63,14 @@ class ClusterFlags:
         from rayk.cluster import Cluster
         from rayk.session import InferenceSession
 
-        if self.runtime == "inline" and self.address is not None:
-            raise ConfigError("--address is for --runtime ray")
-        options: dict[str, Any] = {} if self.runtime == "inline" else {"address": self.address}
+        options: dict[str, Any] = {"address": self.address, "name": self.name}
+        if self.runtime == "inline":
+            for name in ("address", "name"):
+                if options.pop(name) is not None:
+                    raise ConfigError(f"--{name} is for --runtime ray")
         began = perf_counter()
-        with (
-            redirect_stdout(sys.stderr),
-            InferenceSession(self.runtime, **options) as session,
-            Cluster(self.model, session, **{name: getattr(self, name) for name in AS_GIVEN}, **more) as cluster,
-        ):
-            log.info("%s: %d replica(s) ready in %.1f s", self.model, self.replicas, perf_counter() - began)
+        # The session's end leaves a named cluster, and ends one without a name.
+        with redirect_stdout(sys.stderr), InferenceSession(self.runtime, **options) as session:
+            cluster = Cluster(self.model, session, **{name: getattr(self, name) for name in AS_GIVEN}, **more)
+            log.info("%s: %d replica(s) ready in %.1f s", self.model, len(cluster.live), perf_counter() - began)
             yield cluster

@@ -79,3 +79,26 @@ def test_a_replica_is_killed_in_the_middle_of_50_streams(session: InferenceSessi
         assert [len(each) for each in found[:3]] == [1, 2, 1]
         assert all("a" in json.loads(each[0]) for at, each in enumerate(found) if at % 5 == 0 and each[0].endswith("}"))
         assert pids[0] not in engine_pids()
+
+
+def test_two_servers_over_one_named_cluster(session: InferenceSession, tmp_path: Path) -> None:
+    """One stops in the middle: its own streams come to their ends, and the other's do not notice."""
+    write_example_model(tmp_path / "tiny", steps=2)
+    with InferenceSession("ray", name="door") as named:
+        owner = Cluster(tmp_path / "tiny", named, replicas=2, page_size=16, pages=600, max_batch_size=64)
+        guest = Cluster.attached(InferenceSession("ray", name="door"), own_session=True)
+        try:
+            with serve(owner, models=("tiny",)) as first, ThreadPoolExecutor(20) as threads:
+                with serve(guest, models=("tiny",), grace=60.0) as second:
+                    servers, begun = (first, second), threading.Semaphore(0)
+                    running = [threads.submit(texts, servers[at % 2], at // 2, begun) for at in range(20)]
+                    for _ in range(40):
+                        assert begun.acquire(timeout=60)
+                # the second has stopped, after its streams had ended
+                found = [each.result(120) for each in running]
+                assert found[0::2] == found[1::2], "both say the same"
+                guest.close()
+                assert texts(first, 2, begun) == found[4]
+        finally:
+            guest.close()
+            owner.shutdown()
