@@ -25,8 +25,8 @@ class EngineState(msgspec.Struct, frozen=True, omit_defaults=True):
     index: int
     state: str
     node: str = ""
-    pages: int = 0
-    requests: int = 0
+    pages: int | None = None
+    requests: int | None = None
     running: int | None = None
     free_pages: int | None = None
     generated_tokens: int | None = None

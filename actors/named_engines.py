@@ -76,8 +76,8 @@ class NamedReplicas(RayReplicas):
         return ActorSpec(EngineActor, arguments, self._gpus, bundle, named, **lanes)  # type: ignore[arg-type]  # mypy joins the types
 
     def add(self, replicas: Sequence[int], timeout: float) -> None:
-        while len(self.facts) < max(replicas):  # others are starting those before
-            self.facts.append(_nobody(len(self.facts)))
+        while self.facts and len(self.facts) < max(replicas):  # others are starting those before
+            self.facts.append(_nobody(len(self.facts), self.facts[0]))
         super().add(replicas, timeout)
         start = time.time_ns() // 1_000
         for replica in replicas:
@@ -95,7 +95,7 @@ class NamedReplicas(RayReplicas):
     def follow(self, roster: ServingRoster) -> list[int]:
         """Take note of who runs; the indices of engines that were not known here."""
         self.settings = replace(self.settings, reset_token=roster.reset_token)
-        found = []
+        found, running = [], roster.running
         with self._lock:
             for replica in range(len(roster.handles)):
                 handle, known = roster.handles[replica], self.handles.get(replica)
@@ -104,7 +104,7 @@ class NamedReplicas(RayReplicas):
                     if replica in self._placed:
                         self._removed[replica] = self._placed.pop(replica)
                     if replica == len(self.facts):
-                        self.facts.append(_nobody(replica))
+                        self.facts.append(_nobody(replica, next(iter(running.values())).facts))
                 elif known is None or known.start != handle.start:
                     self.handles[replica] = self._placed[replica] = handle
                     self.facts[replica : replica + 1] = [handle.facts]
@@ -138,7 +138,6 @@ class NamedReplicas(RayReplicas):
         vacate(self._runtime, {**self._placed, replica: placed}, [replica])
 
 
-def _nobody(replica: int) -> ReplicaFacts:
-    from rayk.engine.replicas import ReplicaFacts
-
-    return ReplicaFacts(replica, "", "", "", 0, 0, 0, 0, False)
+def _nobody(replica: int, other: ReplicaFacts) -> ReplicaFacts:
+    """At an index where this driver never saw anybody: the model's facts, without a place."""
+    return replace(other, replica=replica, node="", device="", epoch=0, endpoint=None, memory=())

@@ -95,7 +95,7 @@ def _show_cluster(state: ClusterState, console: Any) -> None:
             str(each.index),
             each.node[:12],
             each.state,
-            f"{each.requests:,}",
+            "" if each.requests is None else f"{each.requests:,}",
             "" if each.running is None else f"{each.running:,}",
             "" if each.free_pages is None else f"{each.free_pages:,} / {each.pages:,}",
             "" if each.generated_tokens is None else f"{each.generated_tokens:,}",

@@ -6,8 +6,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,7 +18,7 @@ import typer
 import rayk
 from rayk.bench.measure import Latency
 from rayk.cli.generate_flags import GenerateFlags, GenerateFormat
-from rayk.cluster import Cluster
+from rayk.cluster import Cluster, attach
 from rayk.dispatch.output import Output
 from rayk.errors import ConfigError
 from rayk.quantity import parse_duration
@@ -51,21 +51,34 @@ def generate(flags: GenerateFlags) -> int:
     sampling = [_changed(common, line) for line in asked]
     if flags.runtime == "inline" and flags.address is not None:
         raise ConfigError("--address is for --runtime ray")
-    options: dict[str, Any] = {} if flags.runtime == "inline" else {"address": flags.address}
+    if (flags.model is None) == (flags.name is None):
+        raise ConfigError("give either --model DIR or --name NAME of a Cluster that runs")
     longest = _longest(asked, sampling) if flags.pages is None else None
-    began = perf_counter()
     # Ray and transformers print to this process's stdout, which is for the outputs alone.
-    with (
-        redirect_stdout(sys.stderr),
-        InferenceSession(flags.runtime, **options) as session,
-        Cluster(flags.model, session, longest=longest, **{name: getattr(flags, name) for name in AS_GIVEN}) as cluster,
-    ):
+    with redirect_stdout(sys.stderr), _opened(flags, longest) as cluster:
         started = perf_counter()
-        log.info("%s: %d replica(s) ready in %.1f s", flags.model, flags.replicas, started - began)
         outputs = cluster.generate([_prompt(line, i) for i, line in enumerate(asked)], sampling, timeout=seconds)
         answer = report(cluster, ids, outputs, perf_counter() - started)
     _print(answer, outputs, flags.form)
     return 1 if answer["requests"]["failed"] else 0
+
+
+@contextmanager
+def _opened(flags: GenerateFlags, longest: int | None) -> Iterator[Cluster]:
+    """The Cluster that runs under the name, or one for these prompts."""
+    if flags.name is not None:
+        with attach(flags.name, flags.address, log_to_driver=False) as cluster:
+            yield cluster
+        return
+    assert flags.model is not None
+    options: dict[str, Any] = {} if flags.runtime == "inline" else {"address": flags.address}
+    began = perf_counter()
+    with (
+        InferenceSession(flags.runtime, **options) as session,
+        Cluster(flags.model, session, longest=longest, **{name: getattr(flags, name) for name in AS_GIVEN}) as cluster,
+    ):
+        log.info("%s: %d replica(s) ready in %.1f s", flags.model, flags.replicas, perf_counter() - began)
+        yield cluster
 
 
 def _sampling(flags: GenerateFlags) -> SamplingParams:

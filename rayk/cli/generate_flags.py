@@ -27,7 +27,8 @@ class GenerateFormat(StrEnum):
 class GenerateFlags:
     """Text or token ids from a Hugging Face checkpoint on the cache. Exit code 1 when a request failed."""
 
-    model: Annotated[Path, given("Folder of a Hugging Face checkpoint.")]
+    model: Annotated[Path | None, given("Folder of a Hugging Face checkpoint.")] = None
+    name: Annotated[str | None, given("Or the name of a Cluster that runs; it has its own settings.")] = None
     prompt: Annotated[list[str] | None, given("Text; several may follow each other.")] = None
     prompts: Annotated[
         Path | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -191,6 +192,21 @@ def test_it_is_described(
     assert [driver.owner for driver in state.drivers] == [True, False]
     _show_cluster(state, Console(width=200))
     assert "which owns it" in capsys.readouterr().out
+
+
+def test_the_command_line_takes_its_name(owner: Cluster, tmp_path: Path) -> None:
+    import ray
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": "a", "tokens": [4, 4], "max_new_tokens": 5}')
+    address = ray.get_runtime_context().gcs_address
+    flags = ["--name", "prod", "--address", address, "--prompts", str(prompts), "--format", "json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rayk", "generate", *flags], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["outputs"][0]["tokens"] == expected([4, 4], 5)
+    quiet(owner)
 
 
 def test_a_driver_that_was_stopped_for_long_goes_on(owner: Cluster, guest: Cluster) -> None:
