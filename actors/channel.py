@@ -176,12 +176,14 @@ class ActorChannel:
         """Whether answers have to say how many pages are in use."""
         self.turn = self.used = 0
         """The latest such number, and the answer it is of."""
+        self._sockets = sockets
         self._path = MessagePath(runtime, actor, target, sockets)
 
     def renewed(self, epoch: int) -> ActorChannel:
         """The line to the actor as it began anew; messages are numbered on."""
         line = copy(self)
         line.epoch, line.roster = epoch, 0
+        line._path = MessagePath(self._runtime, self.actor, self.target, self._sockets)
         line._pulse = Pulse(self._runtime, self.actor, self.target, self.pulse_method)
         return line
 

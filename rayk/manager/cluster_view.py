@@ -25,6 +25,7 @@ from rayk import protocol as m
 from rayk.actors.channel import ActorChannel, Answer, Pending, hear, new_client_id
 from rayk.actors.deployment import Deployment, await_roster
 from rayk.actors.interface import PathState, Runtime
+from rayk.actors.launch import find_sockets
 from rayk.context import TextContext
 from rayk.errors import (
     CallTimeoutError,
@@ -271,6 +272,8 @@ class ClusterView(ABC):
             raise error from None
         if cluster.scheduler_epoch == epoch:
             raise error
+        with suppress(RaykError):  # then messages go by calls
+            find_sockets(self._runtime, {"the scheduler": self.scheduler.actor})
         return cluster
 
 

@@ -55,6 +55,7 @@ def test_claims_are_there_and_the_next_call_succeeds(manager: PagedKVCacheManage
     manager.claim("next", 0)
     calls: Any = manager._calls
     assert calls.scheduler_pid() != first and manager.execute([[], []], pid) == pids, "replicas go on as they are"
+    until(lambda: calls.scheduler.path(-1).kind != "calls")  # its new process listens, too
     assert [manager.holder(name) for name in "ab"] == [0, 1]
     for name, r in (("a", 0), ("b", 1), ("next", 0)):
         with pytest.raises(AlreadyClaimedError):
