@@ -66,7 +66,7 @@ def test_a_cluster_answers_from_latents_with_tiers_and_a_shared_prefix(folder: P
                     attention_mask=torch.ones_like(tokens),
                     do_sample=False,
                     max_new_tokens=12,
-                    min_new_tokens=12,
+                    eos_token_id=None,
                 )
                 assert output.tokens == want[0, len(text) :].tolist()
         cluster.check_integrity()

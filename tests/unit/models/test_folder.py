@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -86,11 +87,11 @@ TOOLS: dict[str, dict[str, Any]] = {
     "gptq": {"bits": 4, "group_size": 128},
     "bitsandbytes": {"load_in_4bit": True},
     "compressed-tensors": {"format": "float-quantized", "config_groups": {}},
-    "fp8": {"weight_block_size": [128, 128], "activation_scheme": "dynamic"},
-    "mxfp4": {},
     "aqlm": {},
     "quanto": {"weights": "int8"},
 }
+if importlib.util.find_spec("accelerate") is None:
+    TOOLS |= {"fp8": {"weight_block_size": [128, 128], "activation_scheme": "dynamic"}, "mxfp4": {}}
 """Methods that transformers reads with a package that the tests do not have, and fields of theirs."""
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
