@@ -17,7 +17,7 @@ JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format types bench bench-instructions valgrind profile gpu-report clean
+.PHONY: help setup demo test lint format types bench bench-instructions valgrind profile gpu-report clients clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,12 @@ gpu-report: $(STAMP)  ## run the GPU tests and show what they print
 	f"torch {torch.__version__} sees no CUDA device, so every GPU test will be skipped")'
 	@if [ ! -d tests/gpu ]; then echo "gpu-report: there is no tests/gpu in this tree" >&2; exit 1; fi
 	$(BIN)/python -m pytest tests/gpu -m gpu -s $(PYTEST_ARGS)
+
+clients: $(STAMP)  ## schemathesis and lm-eval against the HTTP server (by hand; installs them into .venv-clients)
+	@test -x .venv-clients/bin/st || { $(PYTHON) -m venv .venv-clients && \
+		.venv-clients/bin/pip install -qq --disable-pip-version-check schemathesis lm-eval tenacity && \
+		.venv-clients/bin/pip install -qq --disable-pip-version-check --no-deps accelerate; }
+	$(BIN)/python tests/clients/run.py "$$(echo .venv-clients/lib/python3*/site-packages)" "$$PWD/.venv-clients/bin/st"
 
 clean:  ## remove caches, builds and output (.venv stays; rm -rf .venv starts afresh)
 	rm -rf build dist rayk.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out bench-out profile-out
