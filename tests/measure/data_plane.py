@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ import psutil
 
 from rayk.actors.connection import Connection
 from rayk.actors.listener import Listener
-from rayk.bench.core.ray_path import cpu_seconds, iterate, ray_params, start_lanes
+from rayk.bench.core.ray_path import iterate, ray_params, start_lanes
 from rayk.context import TextContext
 from rayk.kvcache.tick import Tick
 from rayk.manager.calls import Calls
@@ -110,6 +111,16 @@ def _time(manager: PagedKVCacheManager, requests: Sequence[Sequence[TextContext]
 def _pids(manager: PagedKVCacheManager) -> list[int]:
     assert isinstance(manager._calls, Calls)
     return manager._calls.replica_pids()
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """CPU seconds of those processes so far, to the nanosecond: Linux counts what each thread ran."""
+    ran = 0
+    for pid in pids:
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):  # it has ended
+                ran += int((thread / "schedstat").read_text().split()[0])
+    return ran / 1e9
 
 
 def _row(calls: Taken, sockets: Taken) -> str:
