@@ -130,7 +130,11 @@ class SchedulerActor:
         now = core.members.version, core.lifecycle.target, core.owner, leases, core.reset, core.left
         if self._key and now != self._saved:
             kept = keep(core, self._standing(), self._schedulers)
-            self._runtime.keep(self._key, kept)
+            try:
+                self._runtime.keep(self._key, kept)
+            except Exception:  # Ray's head does not answer: the next tick tries again
+                log.exception("a successor could not be told of what changed")
+                return
             self._saved = now
 
     def _link(self, replica: int, actor: Actor, epoch: int) -> ReplicaChannel:
