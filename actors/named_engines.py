@@ -9,10 +9,17 @@ from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from rayk.actors.engine import CLOSE_SECONDS, SILENT_SECONDS, SOON_SECONDS, EngineActor, RayReplicas
+from rayk.actors.engine import (
+    CLOSE_SECONDS,
+    REPORTS_LANE,
+    SILENT_SECONDS,
+    SOON_SECONDS,
+    EngineActor,
+    RayReplicas,
+)
 from rayk.actors.interface import Actor, ActorSpec, Bundle, Runtime
 from rayk.actors.launch import PlacedActor, close_actors, vacate
-from rayk.actors.serving import DRIVERS, REPORTS_LANE
+from rayk.actors.serving import DRIVERS
 from rayk.actors.serving_roster import EngineHandle, ServedModel, ServingRoster
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from rayk import protocol as m
+from rayk.actors.engine import REPORTS_LANE, SILENT_SECONDS, SOON_SECONDS
 from rayk.actors.interface import Runtime
 from rayk.actors.serving_roster import EngineHandle, ServingRoster
 from rayk.errors import ClosedError, ConfigError, MessageError
@@ -48,11 +49,9 @@ from rayk.scheduler.transfers.transfer import PageTransfers
 
 log = logging.getLogger("rayk.scheduler")
 
-REPORTS_LANE = "reports"  # of an engine: a thread for each reader
 ANSWERS_LANE = "answers"  # of the scheduler: a thread for each driver
 DRIVERS = 32  # that may use one Cluster at a time
 HEARTBEAT = 1.0  # seconds between answers when there is nothing to say
-SILENT_SECONDS = 60.0  # an engine reports every second; one that is silent so long hangs
 
 
 class ServingState(msgspec.Struct, frozen=True):
@@ -235,9 +234,9 @@ class ServingActor:
         Thread(target=self._read, args=(replica, handle), name=name, daemon=True).start()
 
     def _read(self, replica: int, handle: EngineHandle) -> None:
-        reason = "its engine was stopped"
+        reason, silence = "its engine was stopped", SOON_SECONDS if self._roster.replaced else SILENT_SECONDS
         try:
-            wires = handle.actor.stream("reports", REPORTS_LANE, f"replica {replica}", SILENT_SECONDS, 0)
+            wires = handle.actor.stream("reports", REPORTS_LANE, f"replica {replica}", silence, 0)
             for count, wire in enumerate(wires, 1):
                 report = decode_report(wire)
                 if report.batch != count:

@@ -33,6 +33,7 @@ from rayk.errors import (
     SchedulerLostError,
 )
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
+from rayk.protocol.engine import Cancel
 from rayk.protocol.serving import DRIVER_SHIFT
 from rayk.scheduler.membership import State
 from rayk.scheduler.router.router import RouterSettings
@@ -83,7 +84,8 @@ class NamedDispatcher(Requests):
         self._looking = threading.RLock()  # one takes note of the roster at a time, or comes again
         self._states = [State(state) for state in roster.states]
         self._version = roster.version
-        self._unheard: set[int] = set()  # replicas whose streams ended here, and that the scheduler still has
+        self._unheard: dict[int, list[int]] = {}
+        """Replicas whose streams ended here, which may still run, and the tickets that they had."""
         self._ended = threading.Event()
         self.follow: Callable[[int], None] = lambda replica: None
         self.links = ToldLinks(link, monotonic, roster.routing.page_transport)
@@ -177,7 +179,8 @@ class NamedDispatcher(Requests):
         before = set(self._replicas.handles)
         found = self._replicas.follow(roster)
         with self._turn():
-            self._unheard.difference_update(found)
+            for replica in found:
+                self._unheard.pop(replica, None)
             for replica in before.intersection(found):
                 self._lost(replica, "another took its place")
             self._states, self._version = [State(state) for state in roster.states], roster.version
@@ -202,7 +205,8 @@ class NamedDispatcher(Requests):
             handle = self._replicas.handles.get(replica)
             if self.closed or handle is None:
                 return
-            self._unheard.add(replica)
+            here = [ticket for ticket, each in self._handles.items() if each.replica == replica]
+            self._unheard[replica] = self._unheard.get(replica, []) + here
             self._link.unheard(replica, handle.start)
             self._lost(replica, reason)
 
@@ -210,9 +214,10 @@ class NamedDispatcher(Requests):
         """Some of it was decided before the scheduler knew what this driver knows. A replica that was lost here is
         listened to again: it may be back, or it is heard at once that it is not. What was to go to one that has left is
         asked for again."""
-        for replica in self._unheard.intersection(each.replica for each in placed):
-            self._unheard.discard(replica)
+        for replica in {each.replica for each in placed}.intersection(self._unheard):
+            left = self._unheard.pop(replica)
             self.follow(replica)
+            self._post(replica, Cancel(left))  # before the same ids come there again
         super()._carry_out([each for each in placed if each.replica in self._replicas.handles], refused)
         gone = [each.ticket for each in placed if each.replica not in self._replicas.handles]
         self._ask_again([handle for ticket in reversed(gone) if (handle := self._handles.get(ticket)) is not None])

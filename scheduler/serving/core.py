@@ -32,7 +32,7 @@ from rayk.errors import (
 )
 from rayk.kvcache.page_hash import split_keys
 from rayk.protocol.admission import AdmissionState
-from rayk.protocol.engine import Command, HandOver, Query, Report
+from rayk.protocol.engine import Cancel, Command, HandOver, Query, Report
 from rayk.protocol.serving import DRIVER_SHIFT, PlaceRequest
 from rayk.request_errors import RequestError, RequestTimeoutError
 from rayk.scheduler.lifecycle import ReplicaLifecycle
@@ -106,6 +106,8 @@ class ServingCore:
             if want.again:
                 before = self._served.pop(want.again, None)
                 if before is not None:
+                    if before.replica in self.members.here:  # its driver hears nothing from there; should it go on
+                        self._post(before.replica, Cancel([want.again]))
                     self._leave(before)
                 self._served[want.ticket] = request
                 self.waiting.put_back(request)

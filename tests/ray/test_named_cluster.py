@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -166,6 +167,20 @@ def test_a_killed_replica_costs_no_token_and_comes_back(owner: Cluster, guest: C
         outputs = cluster.generate(prompts, max_new_tokens=4)
         assert [output.tokens for output in outputs] == [expected(prompt, 4) for prompt in prompts]
         assert {output.replica for output in outputs} == {0, 1}
+    quiet(owner)
+
+
+def test_a_hung_replica_is_replaced(owner: Cluster, guest: Cluster, named: InferenceSession) -> None:
+    handle = owner._replicas.handles[1]  # type: ignore[attr-defined]  # a named one's
+    pid, began = named.ray.get(handle.actor.call("pid", control=True), "it", 10), time.monotonic()
+    mine = owner.submit_all([[i, 13] for i in range(12)], max_new_tokens=150)
+    until(lambda: any(each.replica == 1 and each.tokens for each in mine))
+    os.kill(pid, signal.SIGSTOP)
+    assert [(each.result(60).error, each.retries) for each in mine if each.result(60).error is not None] == []
+    assert [each.result(60).tokens for each in mine] == [expected([i, 13], 150) for i in range(12)]
+    until(lambda: owner._replicas.handles[1].start != handle.start, 60)  # type: ignore[attr-defined]  # as above
+    assert time.monotonic() - began < 40, "not after the minute that it takes where nobody is replaced"
+    until(lambda: guest.replica_states()[:2] == ["ready", "ready"] and not running([pid]))
     quiet(owner)
 
 

@@ -14,7 +14,7 @@ from rayk.dispatch.named import NamedDispatcher
 from rayk.dispatch.output import Handle
 from rayk.errors import ReplicaLostError
 from rayk.protocol.base import failure
-from rayk.protocol.engine import Command, Submit
+from rayk.protocol.engine import Cancel, Command, Submit
 from rayk.protocol.serving import (
     DRIVER_SHIFT,
     DriverNews,
@@ -119,6 +119,7 @@ def test_a_place_at_a_replica_that_was_just_lost_here_is_tried() -> None:
     assert first.retries == 1 and driver.followed == []
     driver.hear((second, 0))
     assert driver.followed == [0] and driver.sent == [(0, "r0"), (0, "r1")]
+    assert driver.posted[1] == (0, Cancel([before])), "it may still run there, by the same id"
     driver.dispatcher.lose(0, "it died", 3)
     assert (first.retries, second.retries) == (1, 1) and driver.told[-1].wants[0].request_id == "r1"
     for _ in range(2):

@@ -9,7 +9,7 @@ import pytest
 
 from rayk.errors import ConfigError, OverloadedError
 from rayk.protocol.admission import AdmissionPolicy, TenantQuota
-from rayk.protocol.engine import Ended, HandOver, Report
+from rayk.protocol.engine import Cancel, Ended, HandOver, Report
 from rayk.protocol.engine_reports import MOVED
 from rayk.protocol.serving import DRIVER_SHIFT, PlaceRequest, driver_of
 from rayk.request_errors import RequestTimeoutError
@@ -103,6 +103,19 @@ def test_a_replica_of_which_a_driver_hears_nothing_waits_for_its_next_report() -
     served.core.on_report(0, Report(), [])
     served.ask(TWO, range(1, 9))
     assert 0 in served.where.values() and served.core.members.ready == [0, 1]
+
+
+def test_what_a_driver_asks_for_again_is_ended_where_it_was() -> None:
+    """Should the replica run: its pages are for others, and its id may come there again."""
+    served = Served(replicas=2, limit=None)
+    served.ask(ONE, range(1, 2))
+    there = served.where[ONE + 1]
+    served.core.suspect(there, 1)
+    served.core.place([PlaceRequest(ONE + 2, "r1", 4, 5, again=ONE + 1)])
+    served.take()
+    assert served.posted == [(there, Cancel([ONE + 1]))] and served.where[ONE + 2] == 1 - there
+    served.core.on_report(there, Report(ended=[Ended(ONE + 1, "cancelled")]), [])
+    assert served.core.tickets == [ONE + 2]
 
 
 def test_a_driver_without_tenants_does_not_push_out_another() -> None:
