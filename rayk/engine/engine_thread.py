@@ -133,7 +133,7 @@ class EngineThread:
         while watched is not None and outbox is not None:
             with self._changed:
                 deadline = monotonic() + self._heartbeat
-                while not (outbox.has(reader) or self._over(engine, watched) or self._failed(engine)):
+                while not (outbox.events.get(reader) or self._over(engine, watched) or self._failed(engine)):
                     left = deadline - monotonic()
                     if left <= 0 or reader in outbox.gone:
                         break
@@ -246,9 +246,10 @@ class EngineThread:
                 self._report(number, [Finished(ask.number, MOVED) for ask in asks])
             case Submit(asks):
                 outbox = self._outboxes[number]
-                outbox.expect([ask.number for ask in asks])
+                if outbox.shared:
+                    outbox.expect([ask.number for ask in asks])
                 for ask in asks:
-                    if driver_of(ask.number) in outbox.gone:
+                    if outbox.gone and driver_of(ask.number) in outbox.gone:
                         continue
                     try:
                         engine.submit(ask.request())

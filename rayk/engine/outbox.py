@@ -20,15 +20,12 @@ class Outbox:
         self.shared = shared
         self.gone: set[int] = set()
         """Drivers that will read nothing any more."""
-        self._events: dict[int, list[Event]] = {}  # by reader
-        self._expected: set[int] = set()  # requests without a token
-        self._unread = 0
-
-    @property
-    def unread(self) -> int:
+        self.events: dict[int, list[Event]] = {}
+        """By reader, what there is for it; take() takes it."""
+        self.unread = 0
         """Tokens that its one driver has not read. A driver among several holds up nobody: what lies here for it is
         bounded by what its requests may generate, and goes with its lease."""
-        return self._unread
+        self._expected: set[int] = set()  # requests without a token
 
     def expect(self, numbers: Iterable[int]) -> None:
         """Those requests come: the first token of each will be told of."""
@@ -38,8 +35,8 @@ class Outbox:
     def add(self, events: Sequence[Event]) -> None:
         """More has happened."""
         if not self.shared:
-            self._events.setdefault(SCHEDULER, []).extend(events)
-            self._unread += _count(events)
+            self.events.setdefault(SCHEDULER, []).extend(events)
+            self.unread += _count(events)
             return
         for event in events:
             if isinstance(event, Tokens):
@@ -67,23 +64,19 @@ class Outbox:
 
     def _put(self, reader: int, event: Event) -> None:
         if reader not in self.gone:
-            self._events.setdefault(reader, []).append(event)
-
-    def has(self, reader: int) -> bool:
-        """Whether there is something for that reader."""
-        return bool(self._events.get(reader))
+            self.events.setdefault(reader, []).append(event)
 
     def take(self, reader: int) -> list[Event]:
         """What there is for that reader, in order."""
-        events = self._events.pop(reader, [])
+        events = self.events.pop(reader, [])
         if not self.shared:
-            self._unread -= _count(events)
+            self.unread -= _count(events)
         return events
 
     def forget(self, driver: int) -> None:
         """That driver is gone."""
         self.gone.add(driver)
-        self._events.pop(driver, None)
+        self.events.pop(driver, None)
 
 
 def _count(events: Sequence[Event]) -> int:

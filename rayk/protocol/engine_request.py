@@ -12,7 +12,7 @@ import numpy as np
 from rayk.context import IntArray, as_int32
 from rayk.errors import TokenError
 from rayk.protocol.base import MessagePart
-from rayk.protocol.serving import driver_of
+from rayk.protocol.serving import DRIVER_SHIFT
 from rayk.protocol.to_replica import ImportHead
 from rayk.request_errors import RequestError
 from rayk.sampling import SamplingParams
@@ -50,7 +50,7 @@ class Request:
     @property
     def key(self) -> str:
         """Its id among the requests of all drivers."""
-        driver = driver_of(self.number)
+        driver = self.number >> DRIVER_SHIFT
         return f"{driver}/{self.request_id}" if driver else self.request_id
 
 

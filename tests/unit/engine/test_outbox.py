@@ -26,9 +26,9 @@ def seen(events: list[Event]) -> list[tuple[int, int]]:
 def test_the_only_driver_reads_all_and_may_be_behind() -> None:
     outbox = Outbox(shared=False)
     outbox.add([tokens((1, 5), (2, 6)), PagesChanged(True, b""), Finished(1, "stop")])
-    assert outbox.unread == 2 and outbox.has(SCHEDULER)
+    assert outbox.unread == 2 and outbox.events[SCHEDULER]
     assert [type(event) for event in outbox.take(SCHEDULER)] == [Tokens, PagesChanged, Finished]
-    assert outbox.unread == 0 and not outbox.has(SCHEDULER)
+    assert outbox.unread == 0 and not outbox.events
 
 
 def test_each_driver_reads_of_its_requests_and_the_scheduler_no_token() -> None:
