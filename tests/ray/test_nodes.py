@@ -130,6 +130,7 @@ try:
 
     with PagedKVCacheManager(p, session, 16, max_batch_size=8) as manager:
         homes = manager.execute([[], [], []], where)
+        here = ray.get_runtime_context().get_node_id()
         goes = next(home for home in homes if home != here)
         ctxs = [TextContext(f"d{r}", range(9 * r, 9 * r + 9), 100) for r in range(3)]
         manager.try_admit(ctxs, [0, 1, 2])
