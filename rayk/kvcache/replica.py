@@ -21,6 +21,7 @@ from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.kvcache.page_pins import PageImport
 from rayk.kvcache.page_pool import Pages
 from rayk.kvcache.prefix_tree import Match, PageListener
+from rayk.kvcache.progress import waiting
 from rayk.kvcache.request import NEVER, NOTHING_REUSED, Request, Reused, Usage
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, BatchShape, ReplicaInputs
 from rayk.kvcache.segment import Segment
@@ -233,7 +234,8 @@ class ReplicaCore(CacheState):
         """Wait until nothing is on its way to or from a tier."""
         if self.loads is not None:
             self.loads.land_all()
-            self.loads.connector.drain()
+            with waiting():
+                self.loads.connector.drain()
 
     def read_pages(self, page_ids: Sequence[int]) -> list[torch.Tensor]:
         """Host copies of those pages, one tensor per buffer; waits for loads."""

@@ -18,6 +18,7 @@ from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.kvcache.page_hash import Mask, PageHash, RootKey
 from rayk.kvcache.page_pins import PagePins
 from rayk.kvcache.page_pool import Pages
+from rayk.kvcache.progress import waiting
 from rayk.kvcache.request import Request
 
 Commit = Callable[[TextContext, Request, int], None]
@@ -220,7 +221,8 @@ class TierLoads:
         if load.landed >= 0:
             return
         try:
-            load.landed = min(load.transfer.wait(), load.pages)
+            with waiting():
+                load.landed = min(load.transfer.wait(), load.pages)
         except Exception as error:
             self._warn("load", error)
             load.landed = 0
@@ -254,7 +256,8 @@ class TierLoads:
         self._kept_out = set(mask.all(list(held)))
         self._new_hashes, self._new_pages, self._used = [], [], []
         try:
-            self.connector.reset()
+            with waiting():
+                self.connector.reset()
         except Exception as error:
             self._warn("forget its pages", error)
 

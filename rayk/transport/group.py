@@ -25,6 +25,7 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
 from rayk.errors import LineError
+from rayk.kvcache import progress
 from rayk.kvcache.page_pool import Pages
 from rayk.params import GROUP
 from rayk.transport.choice import Peer
@@ -115,7 +116,8 @@ class GroupLine:
         known = self._in.get(export.source.replica)
         if known is None or known[:2] != (export.source, told):
             self._close_incoming(export.source.replica)
-            group = _join(1, told.address, told.port, told.token, self._seconds, None)
+            with progress.waiting():
+                group = _join(1, told.address, told.port, told.token, self._seconds, None)
             self._in[export.source.replica] = known = export.source, told, group
         return known[2]
 
@@ -127,7 +129,8 @@ class GroupLine:
             self._post_receives(group, export, first, pages, waiting, scattered)
             deadline = monotonic() + self._seconds + len(export.pages) * sum(self._widths) / SLOWEST
             for work in waiting:
-                work.wait(timedelta(seconds=max(1e-3, deadline - monotonic())))
+                with progress.waiting():
+                    work.wait(timedelta(seconds=max(1e-3, deadline - monotonic())))
         finally:
             waiting.clear()  # or an error's traceback would keep them, and gloo their memory
         for buffer, mine, rows in scattered:

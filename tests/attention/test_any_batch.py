@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayk.attention import sdpa
+from rayk.attention import gathering
 from rayk.attention.sdpa import TorchSdpa, _padded_decode
 
 from ..unit.attention.cases import make_case, rules_of  # noqa: TID252  # tests are no package
@@ -25,7 +25,7 @@ ROWS = st.lists(
     window=st.one_of(st.none(), st.integers(1, 50)),
     softcap=st.sampled_from([None, 1.5]),
     sinks=st.booleans(),
-    group_bytes=st.sampled_from([1, 4096, sdpa.GROUP_BYTES]),
+    group_bytes=st.sampled_from([1, 4096, gathering.GROUP_BYTES]),
     seed=st.integers(0, 5),
 )
 def test_any_batch(rows, page_size, heads, window, softcap, sinks, group_bytes, seed) -> None:
@@ -35,7 +35,7 @@ def test_any_batch(rows, page_size, heads, window, softcap, sinks, group_bytes, 
     rules = rules_of(4, window=window, softcap=softcap, sinks=torch.linspace(-1, 2, heads[0]) if sinks else None)
     want = case.expected(rules)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sdpa, "GROUP_BYTES", group_bytes)
+        patch.setattr(gathering, "GROUP_BYTES", group_bytes)
         got = TorchSdpa().attend(case.query, *case.views, case.batch, rules)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     if case.batch.is_decode:

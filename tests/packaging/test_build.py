@@ -20,6 +20,7 @@ PACKAGES = [
     "rayk/scheduler",
     "rayk/scheduler/admission",
     "rayk/scheduler/router",
+    "rayk/scheduler/serving",
     "rayk/scheduler/transfers",
     "rayk/attention",
     "rayk/bench",

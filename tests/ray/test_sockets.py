@@ -25,12 +25,6 @@ WAIT = 20.0
 
 
 @pytest.fixture(scope="module")
-def session(ray_tmpdir: Path) -> Iterator[InferenceSession]:
-    with InferenceSession("ray", "local") as session:
-        yield session
-
-
-@pytest.fixture(scope="module")
 def shared(session: InferenceSession) -> Iterator[PagedKVCacheManager]:
     with PagedKVCacheManager(params(2), session, 64, max_batch_size=8) as manager:
         yield manager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from rayk.kvcache.progress import Progress, thread_seconds
+from rayk.kvcache.progress import Progress, thread_seconds, waiting
 
 
 class Watched:
@@ -33,6 +33,15 @@ def test_only_work_that_does_not_get_on_is_stalled() -> None:
     assert watched.look() == 0.5
     watched.progress.end()
     assert watched.look() == 0.0
+
+
+def test_waiting_for_a_disk_or_a_peer_is_no_hang() -> None:
+    watched = Watched()
+    watched.progress.begin()
+    watched.look()
+    with waiting():
+        assert [watched.look() for _ in range(9)] == [0.0] * 9
+    assert [watched.look() for _ in range(2)] == [0.5, 1.0], "what comes after it may be one"
 
 
 def test_a_process_that_stood_still_itself_counts_a_second() -> None:
