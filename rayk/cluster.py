@@ -1,60 +1,42 @@
 """Cluster: a model served from several replicas. Prompts in; answers, or tokens as they come, out.
 
-rayk.dispatch.prompts makes requests of prompts, rayk.dispatch.dispatcher places and follows them, and
-rayk.engine.replicas is what replicas are. Here they meet: each replica has one thread that reads its reports, and
-replicas come and go.
+rayk.dispatch.startup starts it, rayk.dispatch.prompts makes requests of prompts, rayk.dispatch.dispatcher places and
+follows them, and by rayk.dispatch.lifecycle replicas come and go.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace as changed
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from msgspec import structs
-
+from rayk.dispatch import startup
 from rayk.dispatch.calls import AsyncNews, Call, News
 from rayk.dispatch.chat import Message, chat_tokens
-from rayk.dispatch.dispatcher import Dispatcher
-from rayk.dispatch.keeper import Keeper
+from rayk.dispatch.lifecycle import Lifecycle
 from rayk.dispatch.output import Handle, Output, Update
-from rayk.dispatch.prompts import Prompt, Prompts, Sampling
-from rayk.engine.local_replicas import InlineReplicas
-from rayk.engine.replicas import ModelSource, ReplicaFacts, Replicas, ServeSettings
+from rayk.dispatch.prompts import Prompt, Sampling
+from rayk.dispatch.startup import QUEUED_BATCHES, Started, Startup, model_source
+from rayk.engine.replicas import ReplicaFacts, ServeSettings
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.tiers import Size, TierConfig
-from rayk.errors import ClosedError, ConfigError, NotOwnerError, ReplicaLostError
-from rayk.kvcache.page_hash import Mask
+from rayk.errors import NotOwnerError
 from rayk.kvcache.tick import PrefixCacheReset
 from rayk.params import require_at_least
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
 from rayk.protocol.kv_events import KVEventsConfig
 from rayk.replica.kv_event_publisher import checked
-from rayk.request_errors import RequestCancelledError
 from rayk.sampling import SamplingParams
-from rayk.scheduler.membership import State
 from rayk.scheduler.scaling import Removed
 from rayk.scheduler.supervisor import Replacement
 from rayk.session import InferenceSession
 
 if TYPE_CHECKING:
     from rayk.actors.describe import Decision
-    from rayk.actors.interface import Actor
-    from rayk.actors.serving_roster import ServingRoster
-    from rayk.dispatch.named import NamedDispatcher
-    from rayk.scheduler.router.router import RouterSettings
-
-log = logging.getLogger("rayk.engine")
 
 AT_ONCE = 100_000  # handles of one call
 AHEAD = 8_192  # requests of one call that are made and sent before others of it end
-REPLACE_SECONDS = 5.0  # to wait for a place for a replacement at a time
-QUEUED_BATCHES = 2  # full batches that a replica is given at a time; what waits here can still go elsewhere
 
 
 class Cluster:
@@ -118,15 +100,10 @@ class Cluster:
         kv_dtype: str | None = None,
     ) -> None:
         from rayk.scheduler.router.policies import wants_keys
-        from rayk.scheduler.router.router import RouterSettings
-        from rayk.scheduler.transfers.indexed_copies import CopyPlanner
-        from rayk.scheduler.transfers.links import LinkTable
-        from rayk.scheduler.transfers.transfer import PageTransfers
 
         keyed = wants_keys(router)  # ConfigError for one that there is not
         require_at_least(0, max_retries=max_retries)
         folder = None if disk_dir is None else Path(disk_dir).expanduser().resolve()
-        tiers = TierConfig(host_memory=host_memory, disk_dir=folder, disk_memory=disk_memory)
         settings = ServeSettings(
             replicas=replicas,
             page_size=page_size,
@@ -139,7 +116,7 @@ class Cluster:
             graphs=graphs,
             reports=prefix_caching and (peer_copies or keyed),
             peer_copies=prefix_caching and peer_copies,
-            tiers=tiers,
+            tiers=TierConfig(host_memory=host_memory, disk_dir=folder, disk_memory=disk_memory),
             kv_events=checked(kv_events, prefix_caching, replicas),
             kv_dtype=kv_dtype,
             threads=threads,
@@ -149,134 +126,31 @@ class Cluster:
         source = changed(model_source(model, dtype, attention), model_id=model_id)
         if disk_dir is not None and source.folder is None:
             source.identity()  # it has none: here, before anything is started
-        self._own_session = session is None
-        self._named = session is not None and session.name is not None
-        self._session = session or InferenceSession("inline")
-        self._session.check_open()
-        limit: int | None = QUEUED_BATCHES * max_batch_size
-        if admission is not None:  # which holds the limit, as one of its marks
-            running = min(filter(None, (limit, admission.max_running)))
-            admission, limit = structs.replace(admission, max_running=running), None
-
-        def routing(replicas: Replicas) -> RouterSettings:
-            settings = replicas.settings
-            return RouterSettings(
-                router,
-                tuple(facts.pages for facts in replicas.facts),
-                page_size,
-                settings.hash_algorithm,
-                settings.hash_seed or b"",
-                settings.reports,
-                admission=admission,
-                limit=limit,
-                plans_copies=settings.peer_copies,
-                reports_backlog=False,
-            )
-
-        try:
-            if self._session.name is not None:
-                self._open_named(source, settings, routing, max_retries, tokenizer)
-                return
-            started = self._start(source, settings)
-        except BaseException:
-            if self._own_session:
-                self._session.close()
-            raise
-        dispatcher = Dispatcher(started.post, routing(started), max_retries, replace=replace)
-        if settings.peer_copies:
-            index = dispatcher.router.index
-            dispatcher.router.fetching = CopyPlanner(
-                index, PageTransfers(LinkTable(monotonic), page_size), tiers.wanted
-            )
-        for facts in started.facts:
-            dispatcher.meet(facts.replica, facts.epoch, facts.endpoint)
-        self._use(started, dispatcher, Prompts(source, tokenizer or started.tokenizer, started.facts[0].has_tokenizer))
-
-    def _start(self, source: ModelSource, settings: ServeSettings) -> Replicas:
-        if settings.device == "auto":
-            settings = changed(settings, device=_device(self._session, settings.replicas))
-        if self._session.runtime == "inline":
-            return InlineReplicas(source, settings)
-        from rayk.actors.engine import RayReplicas
-
-        return RayReplicas(self._session.ray, source, settings).start()
-
-    def _open_named(
-        self,
-        source: ModelSource,
-        settings: ServeSettings,
-        routing: Callable[[Replicas], RouterSettings],
-        max_retries: int,
-        tokenizer: Any,
-    ) -> None:
-        """Start what others can attach to, or attach."""
-        from rayk.actors.named_engines import NamedReplicas
-        from rayk.actors.serving_startup import await_serving, check_same, cluster_name, find_serving, start_serving
-
-        ray, name = self._session.ray, str(self._session.name)
-        if settings.device == "auto":
-            settings = changed(settings, device=_device(self._session, settings.replicas))
-        replicas = NamedReplicas(ray, cluster_name(name), source, changed(settings, shared=True))
-        replicas.max_retries, replicas.tokenizer = max_retries, tokenizer
-        scheduler = find_serving(ray, name)
-        if scheduler is None and (scheduler := start_serving(ray, name, replicas, routing)) is not None:
-            self._attach(scheduler, owner=True)
-            return
-        self._attach(
-            scheduler or await_serving(ray, name), lambda roster: check_same(roster, replicas, routing(replicas))
+        where = session or InferenceSession("inline")
+        where.check_open()
+        self._open(
+            where, session is None, Startup(where, source, settings, router, admission, max_retries, tokenizer).run
         )
-
-    def _attach(
-        self, scheduler: Actor, check: Callable[[ServingRoster], None] = lambda roster: None, owner: bool = False
-    ) -> None:
-        from rayk.actors.named_engines import NamedReplicas
-        from rayk.actors.serving_link import SchedulerLink
-        from rayk.dispatch.named import NamedDispatcher
-
-        link = SchedulerLink(self._session.ray, scheduler)
-        check(link.roster())
-        roster = link.connect(owner)
-        try:
-            replicas = NamedReplicas.of(self._session.ray, roster)
-            replicas.scheduler = scheduler
-            dispatcher = NamedDispatcher(link, replicas, roster, owner)
-            has_tokenizer = any(facts.has_tokenizer for facts in replicas.facts)
-            dispatcher.follow = self._follow
-            self._use(replicas, dispatcher, Prompts(replicas.source, replicas.tokenizer, has_tokenizer))
-        except BaseException:
-            link.leave()
-            raise
-        dispatcher.start()
-
-    def _use(self, replicas: Replicas, dispatcher: Dispatcher | NamedDispatcher, prompts: Prompts) -> None:
-        """Be the Cluster of these replicas, which run."""
-        self._replicas = replicas
-        self._dispatcher = dispatcher
-        self._prompts = prompts
-        self._membership = threading.Lock()  # one joins or leaves at a time
-        self._session.adopt(self, counts=False)
-        self._readers: dict[int, threading.Thread] = {}
-        leaving = replicas.leaving if replicas.settings.replaced else None
-        self._keeper = Keeper(dispatcher, self._start_due, leaving)
-        for replica in dispatcher.live:
-            self._follow(replica)
-        self._keeper.start()
 
     @classmethod
     def attached(cls, session: InferenceSession, own_session: bool = False) -> Cluster:
         """The Cluster that runs in that named session; see attach()."""
-        from rayk.actors.serving_startup import find_serving
-
-        scheduler = find_serving(session.ray, str(session.name)) if session.name is not None else None
-        if scheduler is None:
-            raise ConfigError(
-                f"no Cluster runs under the name {session.name!r}; start one by Cluster(.., "
-                "session=InferenceSession('ray', name=..)), or look at the address"
-            )
         cluster = cls.__new__(cls)
-        cluster._session, cluster._own_session, cluster._named = session, own_session, True
-        cluster._attach(scheduler)
+        cluster._open(session, own_session, lambda: startup.attach(session))
         return cluster
+
+    def _open(self, session: InferenceSession, own_session: bool, start: Callable[[], Started]) -> None:
+        self._session, self._own_session = session, own_session
+        try:
+            started = start()
+        except BaseException:
+            if own_session:
+                session.close()
+            raise
+        self._replicas, self._dispatcher, self._prompts = started.replicas, started.dispatcher, started.prompts
+        self._lifecycle = Lifecycle(started.replicas, started.dispatcher)
+        session.adopt(self, counts=False)
+        self._lifecycle.start()
 
     # -- asking ------------------------------------------------------------------------------------
 
@@ -387,35 +261,6 @@ class Cluster:
             raise
         return handles
 
-    # -- hearing ---------------------------------------------------------------------------------------
-
-    def _follow(self, replica: int) -> None:
-        """Read a replica's reports from now on, in a thread of its own."""
-        name, era = f"rayk-reports-{replica}", self._dispatcher.era
-        reader = threading.Thread(target=self._read, args=(replica, era), name=name, daemon=True)
-        self._readers[replica] = reader
-        reader.start()
-
-    def _read(self, replica: int, era: int) -> None:
-        """Follow one replica's reports to their end."""
-        reason = "its engine was stopped"
-        try:
-            for report in self._replicas.reports(replica):
-                self._dispatcher.on_report(replica, report)
-        except BaseException as error:  # whatever it was, nobody reads what comes from there any more
-            reason = str(error) or type(error).__name__
-        if self._dispatcher.closed or self._readers.get(replica) is not threading.current_thread():
-            return  # or another has its place, and a reader of its own
-        if self._dispatcher.states[replica] is State.removed:
-            return
-        try:
-            self._replicas.drop(replica)
-        except Exception as error:
-            log.warning("replica %d is lost and could not be ended", replica, exc_info=error)
-        finally:
-            self._dispatcher.lose(replica, reason, era)
-            self._keeper.wake()
-
     # -- replicas that come and go -----------------------------------------------------------------------
 
     def replica_states(self) -> list[str]:
@@ -430,38 +275,7 @@ class Cluster:
         says what is missing; then nothing is left behind.
         """
         require_at_least(1, n=n)
-        with self._membership:
-            self._check_open()
-            added = self._dispatcher.enlist(n)
-            self._start_replicas(added, timeout)
-            return added
-
-    def _start_replicas(self, replicas: Sequence[int], timeout: float) -> None:
-        try:
-            self._replicas.add(replicas, timeout)
-        except BaseException as error:
-            self._dispatcher.give_up(replicas, error)
-            raise
-        for at, replica in enumerate(replicas):
-            facts = self.facts[replica]
-            try:
-                self._dispatcher.join(replica, facts.pages, facts.epoch, facts.endpoint)
-            except BaseException:  # nobody else knows of them
-                for unknown in replicas[at:]:
-                    self._replicas.remove(unknown)
-                raise
-            self._follow(replica)
-
-    def _start_due(self) -> None:
-        """Start what is due in place of lost replicas, one after the other: one that fails keeps no other away."""
-        with self._membership:
-            for replica in self._dispatcher.take_due():
-                try:
-                    self._start_replicas([replica], REPLACE_SECONDS)
-                    log.warning("replica %d was lost and is replaced", replica)
-                except Exception as error:
-                    if not self._dispatcher.closed:
-                        log.warning("replica %d was lost and cannot be replaced: %s", replica, error)
+        return self._lifecycle.add(n, timeout)
 
     def replacements(self) -> list[Replacement]:
         """What is done about lost replicas: why each was lost or could not be started again, how often in a row that
@@ -471,9 +285,7 @@ class Cluster:
     def drain_replica(self, replica: int, *, hand_over: bool = False) -> None:
         """Give a replica no new requests. Those that it has end there, or with `hand_over` go on elsewhere at once:
         nothing that was streamed changes, and it is no retry. ReplicaStateError for a lost one."""
-        self._dispatcher.drain(replica)
-        if hand_over:
-            self._dispatcher.hand_over(replica)
+        self._lifecycle.drain(replica, hand_over)
 
     def resume_replica(self, replica: int) -> None:
         """Let a draining replica take requests again."""
@@ -489,14 +301,7 @@ class Cluster:
         DrainError after `timeout` seconds: it drains on, and resume_replica() takes that back. ReplicaStateError, and
         nothing changes, for the last one that takes requests.
         """
-        with self._membership:
-            self._check_open()
-            if self._dispatcher.check_removable(replica) is not State.lost:
-                self.drain_replica(replica, hand_over=hand_over)
-            removed = self._dispatcher.remove(replica, timeout)
-            self._check_open()
-            self._replicas.remove(replica)
-            return removed
+        return self._lifecycle.remove(replica, hand_over, timeout)
 
     # -- the cluster -----------------------------------------------------------------------------------
 
@@ -549,11 +354,8 @@ class Cluster:
         empty when they end. Cancel them where that is not enough. Replicas that are added later take nothing of before,
         either. CallTimeoutError names a replica that does not answer; it has to be removed, or asked again.
         """
-        with self._membership:
-            self._check_open()
-            token = Mask.new()
-            self._dispatcher.note_reset(token)
-            return PrefixCacheReset(self._replicas.reset_prefix_cache(self.live, token), hits=False)
+        self._check_open()
+        return self._lifecycle.reset_prefix_cache()
 
     def check_integrity(self) -> None:
         """IntegrityError unless the pages of all replicas are where they should be, in their tiers too.
@@ -561,13 +363,10 @@ class Cluster:
         Waits for what is on its way to a tier, and keeps each engine from its work meanwhile.
         """
         self._check_open()
-        for replica in self.live:
-            with suppress(ReplicaLostError):  # it has no pages
-                self._replicas.check(replica)
+        self._lifecycle.check_integrity()
 
     def _check_open(self) -> None:
-        if self._dispatcher.closed:
-            raise ClosedError("this Cluster")
+        self._lifecycle.check_open()
 
     def close(self) -> None:
         """End the replicas; requests that are not finished are cancelled. Safe to call twice. A named Cluster that
@@ -589,19 +388,10 @@ class Cluster:
     def leave(self) -> None:
         """Cancel what this driver has and go; a named Cluster goes on for others. Without a name it ends."""
         if not self._dispatcher.closed:
-            self._end(self._replicas.close if not self._named else lambda: None)
+            self._end(self._replicas.close if self._session.name is None else lambda: None)
 
     def _end(self, end_replicas: Callable[[], None]) -> None:
-        for handle in self._dispatcher.close():
-            handle.end(RequestCancelledError(handle.id, len(handle.tokens)))
-        self._keeper.stop()
-        self._replicas.give_up()
-        with self._membership:
-            self._dispatcher.go()
-            end_replicas()
-        for reader in self._readers.values():
-            if reader is not threading.current_thread():
-                reader.join(timeout=10)
+        self._lifecycle.end(end_replicas)
         self._session.dismiss(self)
         if self._own_session:
             self._session.close()
@@ -623,26 +413,3 @@ def attach(name: str, address: str | None = None, **ray_options: Any) -> Cluster
     except BaseException:
         session.close()
         raise
-
-
-def _device(session: InferenceSession, replicas: int) -> str:
-    """Where replicas run if nobody says: on GPUs if each has one (in this process they may share)."""
-    if session.runtime == "inline":
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    gpus = sum(int(node.resources.get("GPU", 0)) for node in session.ray.nodes())
-    return "cuda" if gpus >= replicas else "cpu"
-
-
-def model_source(
-    model: str | Path | Callable[[str], Any], dtype: str = "auto", attention: str | None = None
-) -> ModelSource:
-    """Where the model comes from; CheckpointError when the folder has none."""
-    if callable(model):
-        return ModelSource(make=model, dtype=dtype, attention=attention)
-    from rayk.models.checkpoint import check_folder
-
-    folder = Path(model).expanduser().resolve()
-    check_folder(folder)  # here, before anything is started
-    return ModelSource(folder=folder, dtype=dtype, attention=attention)

@@ -67,6 +67,9 @@ class Dispatcher(Requests):
         handle, make = self._handles[ticket], self.router.keys
         return make.of(handle.prompt.tobytes(), (handle.cache_salt, None)) if make is not None else ()
 
+    def start(self, follow: Callable[[int], None]) -> None:
+        """Nothing is heard from elsewhere. `follow(replica)` has the reports of an engine read that is new here."""
+
     def close(self) -> list[Handle]:
         with self._lock:
             left = super().close()

@@ -70,8 +70,7 @@ class Tickets:
 
 
 class NamedDispatcher(Requests):
-    """Does for Cluster what Dispatcher does, by a scheduler that others use, too. `follow(replica)` has the reports of
-    an engine read that is new here."""
+    """Does for Cluster what Dispatcher does, by a scheduler that others use, too."""
 
     def __init__(self, link: SchedulerLink, replicas: NamedReplicas, roster: ServingRoster, owner: bool) -> None:
         self._link = link
@@ -87,7 +86,7 @@ class NamedDispatcher(Requests):
         self._unheard: dict[int, list[int]] = {}
         """Replicas whose streams ended here, which may still run, and the tickets that they had."""
         self._ended = threading.Event()
-        self.follow: Callable[[int], None] = lambda replica: None
+        self._follow: Callable[[int], None] = lambda replica: None
         self.links = ToldLinks(link, monotonic, roster.routing.page_transport)
         transfers = PageTransfers(self.links, roster.routing.page_size)
         super().__init__(
@@ -107,8 +106,9 @@ class NamedDispatcher(Requests):
         self._replicas.driver = self._link.number
         self._meet(roster)
 
-    def start(self) -> None:
+    def start(self, follow: Callable[[int], None]) -> None:
         """Hear the scheduler, and keep the lease."""
+        self._follow = follow
         threading.Thread(target=self._listen, name="rayk-answers", daemon=True).start()
         threading.Thread(target=self._renew, name="rayk-lease", daemon=True).start()
 
@@ -163,7 +163,7 @@ class NamedDispatcher(Requests):
                 self._ask_again(list(reversed(self._handles.values())))
             self._take(roster)
             for replica in self._here():
-                self.follow(replica)
+                self._follow(replica)
             threading.Thread(target=self._listen, name="rayk-answers", daemon=True).start()
             return True
 
@@ -172,7 +172,7 @@ class NamedDispatcher(Requests):
         with self._looking:
             roster = self._link.roster()
             for replica in self._take(roster):
-                self.follow(replica)
+                self._follow(replica)
             return roster
 
     def _take(self, roster: ServingRoster) -> list[int]:
@@ -216,7 +216,7 @@ class NamedDispatcher(Requests):
         asked for again."""
         for replica in {each.replica for each in placed}.intersection(self._unheard):
             left = self._unheard.pop(replica)
-            self.follow(replica)
+            self._follow(replica)
             self._post(replica, Cancel(left))  # before the same ids come there again
         super()._carry_out([each for each in placed if each.replica in self._replicas.handles], refused)
         gone = [each.ticket for each in placed if each.replica not in self._replicas.handles]

@@ -191,7 +191,7 @@ def test_nothing_is_left_behind(session: InferenceSession) -> None:
     assert handle.result(1).finish_reason == "cancelled"
     until(lambda: not running(sorted(new)))
     until(lambda: engine_pids() == before)
-    assert not any(reader.is_alive() for reader in cluster._readers.values())
+    assert not any(reader.is_alive() for reader in cluster._lifecycle.readers.values())
 
 
 def test_a_model_that_cannot_be_loaded(session: InferenceSession) -> None:

@@ -270,7 +270,7 @@ class Dying(InlineReplicas):
 
 def dying(monkeypatch: pytest.MonkeyPatch, doomed: dict[int, int], **settings: Any) -> Cluster:
     monkeypatch.setattr(Dying, "doomed", doomed, raising=False)
-    monkeypatch.setattr("rayk.cluster.InlineReplicas", Dying)
+    monkeypatch.setattr("rayk.dispatch.startup.InlineReplicas", Dying)
     settings = {"replicas": len(doomed) + 1, "replace": False} | settings
     return Cluster(model, page_size=4, pages=64, max_batch_size=4, **settings)
 

@@ -48,7 +48,7 @@ class Driver:
         self.link = SchedulerLink(SimpleNamespace(get=lambda ref, target, seconds: ref), actor)  # type: ignore[arg-type]  # as above
         self.link.number = 3
         self.dispatcher = NamedDispatcher(self.link, self.engines, roster, True)  # type: ignore[arg-type]  # as above
-        self.dispatcher.follow = self.followed.append
+        self.dispatcher._follow = self.followed.append
         self._news = count(1)
 
     def _call(self, method: str, *args: Any, control: bool = False) -> Any:

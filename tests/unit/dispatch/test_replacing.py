@@ -103,7 +103,7 @@ class Failing(InlineReplicas):
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts follow each other at once."""
-    monkeypatch.setattr("rayk.cluster.InlineReplicas", Failing)
+    monkeypatch.setattr("rayk.dispatch.startup.InlineReplicas", Failing)
     monkeypatch.setattr(Failing, "error", None)
     quick = RestartPolicy(pause=0.01, longest_pause=0.01, place_pause=0.01)
     monkeypatch.setattr("rayk.scheduler.supervisor.POLICY", quick)
