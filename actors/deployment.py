@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rayk.actors.interface import Actor, ActorAwayError, ActorGoneError, Runtime
-from rayk.actors.launch import PlacedActor, close_actors, stop_actors, vacate
+from rayk.actors.launch import PlacedActor, close_actors, proof_for, stop_actors, vacate
 from rayk.actors.replica import ReplicaFacts
+from rayk.actors.secret import Lock
 from rayk.errors import SchedulerLostError
 from rayk.params import KVCacheParams
 from rayk.planning.node_plan import NodeMemory, ReplicaPlan, uses_cuda
@@ -23,12 +24,14 @@ CLOSE_SECONDS = 30.0  # to write out what is on its way to the tiers
 
 def await_roster(runtime: Runtime, scheduler: Actor, seconds: float) -> Deployment:
     """The latest deployment, as its scheduler knows it; one that was lost and begins anew is waited for.
-    SchedulerLostError when it is gone for good, or not there within so many seconds."""
+    SchedulerLostError when it is gone for good, or not there within so many seconds; SecretError when it has another
+    secret than the runtime's."""
     deadline = time.monotonic() + seconds
     while True:
         try:
             left = max(0.0, deadline - time.monotonic())
-            deployment = runtime.get(scheduler.call("roster", control=True), "the scheduler", left)
+            proof = proof_for(runtime, scheduler, left)
+            deployment = runtime.get(scheduler.call("roster", proof, control=True), "the scheduler", left)
             assert isinstance(deployment, Deployment)
             return deployment
         except ActorAwayError as error:
@@ -91,7 +94,7 @@ class Deployment:
 
     `nodes` as they were measured last; those `refused` at the start, for a reason each. `tiers` names the nodes' host
     pools, `name` the detached actors, if they are that. `version`, `joined` and `states` are those of the scheduler's
-    Membership. `started_here`: by this driver.
+    Membership. `started_here`: by this driver; `lock`: what it was locked with.
     """
 
     config: DeploymentConfig
@@ -106,6 +109,7 @@ class Deployment:
     joined: int = 1
     states: tuple[str, ...] = ()
     started_here: bool = False
+    lock: Lock | None = None
 
     @property
     def key(self) -> str:

@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from rayk.actors.secret import Secret
+
 CONTROL_GROUP = "ctl"  # answers while the data lane is busy
 
 
@@ -83,9 +85,11 @@ class Actor(Protocol):
 
 
 class Runtime(Protocol):
-    """What rayk needs of a cluster. `sockets`: whether messages go by sockets where they can."""
+    """What rayk needs of a cluster. `sockets`: whether messages go by sockets where they can; `secret`: of the named
+    cluster that this driver starts or attaches to."""
 
     sockets: bool
+    secret: Secret | None
 
     def nodes(self) -> list[Node]: ...
     def draining_nodes(self) -> dict[str, float]: ...

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from rayk.actors.interface import Actor, ActorGoneError, ActorSpec, Bundle, Node, Placement, Runtime
 from rayk.actors.replica import measure
+from rayk.actors.secret import Challenge, Proof
 from rayk.errors import PlanError, RaykError
 from rayk.planning.node_plan import NodeMemory
 from rayk.tiers.identity import read_seed, take_seed
@@ -44,6 +45,14 @@ class Places(NamedTuple):
 
     bundles: dict[int, Bundle]
     groups: list[Placement]
+
+
+def proof_for(runtime: Runtime, scheduler: Actor, seconds: float) -> Proof | None:
+    """What the secret of this driver's session, if it has one, gives that scheduler; see Door.challenge()."""
+    if runtime.secret is None:
+        return None
+    asked: Challenge = runtime.get(scheduler.call("challenge", control=True), "the scheduler", seconds)
+    return runtime.secret.prove(asked)
 
 
 # -- nodes -----------------------------------------------------------------------------------------------

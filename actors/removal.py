@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from rayk.actors.deployment import Deployment, await_roster
 from rayk.actors.interface import Actor, ActorGoneError, Placement, Runtime
-from rayk.errors import ConfigError, RaykError
+from rayk.actors.launch import proof_for
+from rayk.actors.serving_roster import ServingRoster
+from rayk.errors import ConfigError, RaykError, SecretError
 
 ROSTER_SECONDS = 10.0  # for a scheduler that says which tiers are to be written out
 
@@ -20,29 +22,43 @@ class Ended(NamedTuple):
     groups: int
 
 
-def remove_session(runtime: Runtime, name: str) -> Ended:
+def remove_session(runtime: Runtime, name: str, force: bool = False) -> Ended:
     """End all actors of the sessions called `name` and give all their places back, whoever uses them; ConfigError when
-    there are none. Tiers are written out where a scheduler still says what has any."""
+    there are none. Tiers are written out where a scheduler still says what has any. SecretError, and nothing is done,
+    where one has another secret than the runtime's, unless `force`."""
     names, groups = runtime.actor_names(), runtime.groups(name)
     if not names and not groups:
         raise ConfigError(f"no rayk cluster of the name {name!r} runs here, and nothing is left of one")
+    schedulers, rosters = [], []
     for each in [each for each in names if each.endswith("/scheduler")]:
         scheduler = runtime.find(each)
         if scheduler is not None:
-            with suppress(RaykError, ActorGoneError):
-                if each == f"{name}/cluster/scheduler":
-                    served = runtime.get(scheduler.call("roster", control=True), "the scheduler", ROSTER_SECONDS)
-                    runtime.stop([scheduler], None)
-                    served.stop(runtime)
-                else:
-                    await_roster(runtime, scheduler, ROSTER_SECONDS).stop(runtime)
-            runtime.stop([scheduler], None)
+            schedulers.append(scheduler)
+            try:
+                rosters.append(_roster(runtime, scheduler, each == f"{name}/cluster/scheduler"))
+            except SecretError:
+                if not force:
+                    raise
+            except (RaykError, ActorGoneError):
+                pass  # it says nothing any more
+    runtime.stop(schedulers, None)
+    for roster in rosters:
+        with suppress(RaykError, ActorGoneError):
+            roster.stop(runtime)
     left = [actor for each in runtime.actor_names() if (actor := runtime.find(each)) is not None]
     runtime.stop(left, None)
     for group in runtime.groups(name):
         runtime.stop((), group)
     runtime.forget(f"{name}/")
     return Ended(len(names), len(groups))
+
+
+def _roster(runtime: Runtime, scheduler: Actor, serves: bool) -> Deployment | ServingRoster:
+    if not serves:
+        return await_roster(runtime, scheduler, ROSTER_SECONDS)
+    call = scheduler.call("roster", proof_for(runtime, scheduler, ROSTER_SECONDS), control=True)
+    served: ServingRoster = runtime.get(call, "the scheduler", ROSTER_SECONDS)
+    return served
 
 
 class Strays(NamedTuple):

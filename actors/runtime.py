@@ -42,6 +42,7 @@ from rayk.actors.interface import (
     SocketAddress,
 )
 from rayk.actors.listener import sweep
+from rayk.actors.secret import Secret
 from rayk.errors import CallTimeoutError, ConfigError, NoPlaceError, RaykError, RemoteError
 
 KEPT = "rayk"  # the part of Ray's store that keep() uses
@@ -103,6 +104,7 @@ class RayRuntime:
 
     def __init__(self, namespace: str | None = None, sockets: bool = True) -> None:
         self.sockets = sockets
+        self.secret: Secret | None = None
         self._namespace = namespace
         self._temp_dir: str | None = None
         self._owns_connection = False

@@ -21,6 +21,7 @@ from rayk.actors.listener import Listener, listening
 from rayk.actors.process import freeze_startup_objects, spare_from_kernel
 from rayk.actors.removal import find_strays
 from rayk.actors.replica_calls import ReplicaCalls, ReplicaChannel
+from rayk.actors.secret import Challenge, Door, Proof
 from rayk.errors import CallTimeoutError, MessageError, RaykError, ReplicaLostError, StaleEpochError
 from rayk.protocol.dedup import ReplyCache
 from rayk.scheduler.core import SchedulerCore
@@ -81,6 +82,7 @@ class SchedulerActor:
             settings = roster.config.router_settings(roster.pages)
         self._epoch = epoch
         self._roster = self._shown = roster
+        self._door = Door(roster.name, roster.lock) if roster is not None else Door(None, None)
         self._listener: Listener | None = None
         replace = roster is not None and roster.config.replace
         self._core = SchedulerCore(epochs, settings, copies, monotonic, replace)
@@ -364,9 +366,14 @@ class SchedulerActor:
             except Exception:  # the next tick tries again
                 log.exception("the scheduler's timer failed")
 
-    def roster(self) -> Any:
+    def challenge(self) -> Challenge:
+        """What a driver with a secret has to answer."""
+        return self._door.challenge()
+
+    def roster(self, proof: Proof | None = None) -> Any:
         """What a driver needs to attach: a Deployment, a moment old if a data lane is at work for long. Renewals
         and ping() come by the same lane as this call, and wait for it."""
+        self._door.check(proof)
         if self._core_lock.acquire(timeout=ROSTER_SECONDS):
             try:
                 return self._standing()

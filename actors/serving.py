@@ -25,6 +25,7 @@ import numpy as np
 from rayk import protocol as m
 from rayk.actors.engine import REPORTS_LANE, SILENT_SECONDS, SOON_SECONDS
 from rayk.actors.interface import Runtime
+from rayk.actors.secret import Challenge, Door, Proof
 from rayk.actors.serving_roster import EngineHandle, ServingRoster
 from rayk.errors import ClosedError, ConfigError, MessageError
 from rayk.protocol.admission import AdmissionState
@@ -82,6 +83,7 @@ class ServingActor:
     def __init__(self, roster: ServingRoster, runtime: Runtime | None = None) -> None:
         self._runtime = runtime or _own_runtime()
         self._roster = roster
+        self._door = Door(roster.name, roster.lock)
         self._changed = Condition()
         self._drivers: dict[int, _Driver] = {}
         self._numbers = itertools.count(1)
@@ -100,9 +102,14 @@ class ServingActor:
 
     # -- drivers -----------------------------------------------------------------------------------------
 
-    def connect(self, client: str, owner: bool, lease: float) -> tuple[int, ServingRoster]:
+    def challenge(self) -> Challenge:
+        """What a driver with a secret has to answer."""
+        return self._door.challenge()
+
+    def connect(self, client: str, owner: bool, lease: float, proof: Proof | None = None) -> tuple[int, ServingRoster]:
         """A driver comes: its number, by which its tickets are known, and the roster. When it is silent for longer than
         `lease` seconds its requests end."""
+        self._door.check(proof)
         with self._changed:
             if len(self._drivers) >= DRIVERS:
                 raise ConfigError(
@@ -360,8 +367,9 @@ class ServingActor:
         """This process, on its node."""
         return os.getpid()
 
-    def roster(self) -> ServingRoster:
+    def roster(self, proof: Proof | None = None) -> ServingRoster:
         """What a driver needs to attach."""
+        self._door.check(proof)
         with self._changed:
             return self._standing()
 

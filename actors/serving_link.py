@@ -10,6 +10,8 @@ from typing import Any
 from rayk import protocol as m
 from rayk.actors.channel import new_client_id
 from rayk.actors.interface import Actor, ActorGoneError, Runtime
+from rayk.actors.launch import proof_for
+from rayk.actors.secret import Proof
 from rayk.actors.serving import ANSWERS_LANE, ServingState
 from rayk.actors.serving_roster import EngineHandle, ServingRoster
 from rayk.errors import RaykError, SchedulerLostError
@@ -117,9 +119,15 @@ class SchedulerLink:
         except ActorGoneError as error:
             raise SchedulerLostError(str(error)) from None
 
+    def _proof(self) -> Proof | None:
+        try:
+            return proof_for(self._runtime, self.actor, ASK_SECONDS)
+        except ActorGoneError as error:
+            raise SchedulerLostError(str(error)) from None
+
     def connect(self, owner: bool) -> ServingRoster:
         """Come, or come again with another number."""
-        self.number, roster = self._ask("connect", self.client, owner, LEASE_SECONDS)
+        self.number, roster = self._ask("connect", self.client, owner, LEASE_SECONDS, self._proof())
         assert isinstance(roster, ServingRoster)
         return roster
 
@@ -144,7 +152,7 @@ class SchedulerLink:
 
     def roster(self) -> ServingRoster:
         """As it is now."""
-        roster = self._ask("roster")
+        roster = self._ask("roster", self._proof())
         assert isinstance(roster, ServingRoster)
         return roster
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayk.actors.interface import Actor, Runtime
 from rayk.actors.launch import PlacedActor, close_actors, stop_actors
+from rayk.actors.secret import Lock
 from rayk.scheduler.router.router import RouterSettings
 from rayk.transport.choice import Endpoint
 
@@ -74,6 +75,7 @@ class ServingRoster:
     states: tuple[str, ...] = ()
     reset_token: bytes | None = None  # of the last reset of the prefix cache
     scheduler: Actor | None = None
+    lock: Lock | None = None  # what it was locked with
 
     @property
     def running(self) -> dict[int, EngineHandle]:

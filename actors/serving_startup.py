@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 from rayk.actors.engine import LOAD_SECONDS, OPEN_SECONDS
 from rayk.actors.interface import Actor, ActorSpec, NameTakenError, Runtime
@@ -16,9 +15,6 @@ from rayk.actors.serving import ANSWERS_LANE, DRIVERS, ServingActor
 from rayk.actors.serving_roster import ServingRoster
 from rayk.errors import ConfigError, PlanError
 from rayk.scheduler.router.router import RouterSettings
-
-if TYPE_CHECKING:
-    pass
 
 
 def cluster_name(name: str) -> str:
@@ -48,6 +44,7 @@ def start_serving(
         settings.tiers.wanted,
         settings.replaced,
         handles,
+        lock=runtime.secret.lock() if runtime.secret is not None else None,
     )
     placed = list(handles)
     with ended_on_failure(runtime, [each.actor for each in placed], [each.bundle.placement for each in placed]):

@@ -67,7 +67,8 @@ def _start(runtime: Runtime, config: DeploymentConfig, name: str | None) -> Depl
     if params.kv_hash_seed is None:
         params = replace(params, kv_hash_seed=tier_seed(runtime, disk_dir(params)))
     tiers = f"{time.time_ns() // 1_000}-{os.urandom(8).hex()}"
-    deployment = Deployment(replace(config, params=params), tiers=tiers, name=name)
+    lock = runtime.secret.lock() if runtime.secret is not None else None
+    deployment = Deployment(replace(config, params=params), tiers=tiers, name=name, lock=lock)
     first = plan_scale_out(runtime, deployment, range(params.data_parallel_degree), PLACE_SECONDS)
     actors: list[Actor] = []
     with ended_on_failure(runtime, actors, first.groups):

@@ -58,7 +58,8 @@ class Cluster:
     KVEventsConfig, has replica r publish at port 5557 + r what it caches and drops, for routers that listen to vLLM
     (docs/kv-events.md).
     `kv_dtype`: of the pages, such as "float8_e4m3fn" for half of bfloat16's room (docs/models.md); the model's own
-    unless given.
+    unless given. `isolate_tenants`: no request reuses, counts or is sped up by pages of another `tenant`; those without
+    one share theirs. It costs what tenants have in common, such as a system prompt.
     A replica that is lost, hangs or is unfit (rayk.kvcache.poison) is replaced by itself, empty; one that cannot be
     started, or dies at once, is tried again later and later, and given up in the end: replacements() says how that
     stands, and add_replicas() begins anew. `replace=False`: lost ones stay lost.
@@ -98,6 +99,7 @@ class Cluster:
         kv_events: str | KVEventsConfig | None = None,
         replace: bool = True,
         kv_dtype: str | None = None,
+        isolate_tenants: bool = False,
     ) -> None:
         from rayk.scheduler.router.policies import wants_keys
 
@@ -120,6 +122,7 @@ class Cluster:
             kv_events=checked(kv_events, prefix_caching, replicas),
             kv_dtype=kv_dtype,
             threads=threads,
+            isolate_tenants=isolate_tenants,
             replaced=replace,
             engine=EngineSettings(chunk_size=chunk_size, watermark=watermark),
         )
@@ -403,11 +406,11 @@ class Cluster:
         self.close()
 
 
-def attach(name: str, address: str | None = None, **ray_options: Any) -> Cluster:
+def attach(name: str, address: str | None = None, *, secret: str | bytes | None = None, **ray_options: Any) -> Cluster:
     """The Cluster that runs in sessions called `name`, whatever it serves, in a session of its own: several drivers may
-    use it at once. `address` and Ray's options as for InferenceSession; an address is looked for, never started.
-    ConfigError when no Cluster runs there."""
-    session = InferenceSession("ray", address or "auto", name, **ray_options)
+    use it at once. `address`, `secret` and Ray's options as for InferenceSession; an address is looked for, never
+    started. ConfigError when no Cluster runs there, SecretError when it has another secret."""
+    session = InferenceSession("ray", address or "auto", name, secret=secret, **ray_options)
     try:
         return Cluster.attached(session, own_session=True)
     except BaseException:

@@ -19,7 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from rayk.errors import TokenError
-from rayk.values import INT64_MAX, checked_integer, checked_optional_text, checked_request_id, checked_seconds
+from rayk.values import (
+    INT64_MAX,
+    LONGEST_NAME,
+    checked_integer,
+    checked_optional_name,
+    checked_request_id,
+    checked_seconds,
+)
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 PLACEHOLDER = -1
@@ -176,7 +183,7 @@ class TextContext:
         deadline: float | None = None,
         pending_future_count: int = 0,
     ) -> None:
-        if type(request_id) is not str or not request_id or not request_id.isascii():
+        if type(request_id) is not str or not request_id.isascii() or not 0 < len(request_id) <= LONGEST_NAME:
             request_id = checked_request_id(request_id)
         self.request_id = request_id
         array = as_int32(tokens, request_id)
@@ -194,10 +201,10 @@ class TextContext:
         # Nearly all requests have none of these.
         if not (cache_salt is adapter is session_id is tenant is None and deadline is None):
             error = partial(TokenError, request_id)
-            cache_salt = checked_optional_text("cache_salt", cache_salt, error)
-            adapter = checked_optional_text("adapter", adapter, error)
-            session_id = checked_optional_text("session_id", session_id, error)
-            tenant = checked_optional_text("tenant", tenant, error)
+            cache_salt = checked_optional_name("cache_salt", cache_salt, error)
+            adapter = checked_optional_name("adapter", adapter, error)
+            session_id = checked_optional_name("session_id", session_id, error)
+            tenant = checked_optional_name("tenant", tenant, error)
             deadline = None if deadline is None else checked_seconds("deadline", deadline, error)
         if type(priority) is not int or priority:
             priority = checked_integer("priority", priority, error=partial(TokenError, request_id))

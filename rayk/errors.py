@@ -29,6 +29,7 @@ RaykError
     ├── StaleContextError                 a replica misses tokens of a request; the client sends them again
     ├── NoReplicaError                    no replica takes requests: all are lost, draining or silent
     ├── NotOwnerError (ValueError)        another driver started the named cluster that is to be shut down
+    ├── SecretError (ValueError)          a named cluster has another secret, or none where one was given
     ├── LineError                         a line between two replicas does not carry pages
     │   └── PagesGoneError                the source needed the pages of a copy itself; nothing is wrong with the line
     ├── ReplicaStateError (ValueError)    what was asked for does not fit how the replica stands, such as draining
@@ -337,6 +338,14 @@ class NotOwnerError(ClusterError, ValueError):
         "cluster {name!r} was started by driver {owner}, which still uses it: leave() goes without it, and "
         "shutdown(force=True) ends it for all"
     )
+
+
+class SecretError(ClusterError, ValueError):
+    """A driver does not have the secret of a named cluster. Nothing was done."""
+
+    name: str
+    message: str
+    text: ClassVar[str] = "cluster {name!r}: {message}; give its secret (secret=, --secret-file or RAYK_SECRET)"
 
 
 class LineError(ClusterError):

@@ -30,7 +30,8 @@ class InferenceSession:
     `address=None` joins the Ray that this process is connected to, or one that runs on this machine or that
     RAY_ADDRESS names, and starts an embedded one otherwise; "local" always starts an embedded one. With `name=`
     actors are detached: they outlive this driver, and another session of that name uses them. Messages to actors go
-    by sockets where they can, and by Ray's calls otherwise; `sockets=False`: by calls only.
+    by sockets where they can, and by Ray's calls otherwise; `sockets=False`: by calls only. With a `secret` what is
+    started under the name can be attached to with that secret only (SECURITY.md says what that is good for).
     """
 
     def __init__(
@@ -40,12 +41,15 @@ class InferenceSession:
         name: str | None = None,
         *,
         sockets: bool = True,
+        secret: str | bytes | None = None,
         **ray_options: Any,
     ) -> None:
         if runtime not in RUNTIMES:
             raise ConfigError(f"runtime {runtime!r} is not one of {RUNTIMES}")
         if runtime == "inline" and (address is not None or name is not None or ray_options):
             raise ConfigError("address, name and Ray options need runtime='ray'")
+        if secret is not None and name is None:
+            raise ConfigError("a secret is for a session with a name, to which others can attach")
         self.runtime = runtime
         self.name = name
         self._ray: Runtime | None = None
@@ -55,8 +59,11 @@ class InferenceSession:
         self.managers_made = 0
         if runtime == "ray":
             from rayk.actors.runtime import RayRuntime
+            from rayk.actors.secret import Secret
 
+            known = Secret(secret) if secret is not None else None
             self._ray = RayRuntime.connect(address, f"rayk-{name}" if name else None, sockets, **ray_options)
+            self._ray.secret = known
         atexit.register(self.close)
 
     @property

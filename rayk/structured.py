@@ -55,4 +55,6 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
         for text in (*texts, *choices):
             if not isinstance(text, str) or not 0 < len(text) <= LONGEST or not has_utf8(text):
                 return f"texts have 1 .. {LONGEST} characters that UTF-8 can carry"
+        if (size := sum(map(len, choices if self.choice else ()))) > LONGEST:
+            return f"the choices have {size} characters in all, at most {LONGEST} may be"
         return None

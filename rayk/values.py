@@ -14,6 +14,7 @@ from typing import Any
 from rayk.errors import ConfigError, RaykError
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+LONGEST_NAME = 1 << 14  # characters of an id, a salt, an adapter, a session or a tenant
 SHOWN = 10**30  # a larger integer is not written out
 
 Refusal = Callable[[str], RaykError]  # makes the error of a refused value from its text
@@ -32,18 +33,26 @@ def checked_text(name: str, value: Any, error: Refusal = ConfigError) -> str:
     return value if type(value) is str else str.__str__(value)
 
 
-def checked_optional_text(name: str, value: Any, error: Refusal = ConfigError) -> str | None:
+def checked_name(name: str, value: Any, error: Refusal = ConfigError) -> str:
+    """The same, of at most LONGEST_NAME characters."""
+    text = checked_text(name, value, error)
+    if len(text) > LONGEST_NAME:
+        raise error(f"{name} has {len(text)} characters, at most {LONGEST_NAME} may be; send a digest of it")
+    return text
+
+
+def checked_optional_name(name: str, value: Any, error: Refusal = ConfigError) -> str | None:
     """The same, or None."""
     if value is None or isinstance(value, str):
-        return None if value is None else checked_text(name, value, error)
+        return None if value is None else checked_name(name, value, error)
     raise error(f"{name} must be a str or None, got {shown(value)}")
 
 
 def checked_request_id(request_id: Any, error: Refusal = ConfigError) -> str:
-    """`request_id` if it is a str of at least one character that UTF-8 can carry."""
-    if type(request_id) is str and request_id.isascii() and request_id:
+    """`request_id` if it is a str of 1 to LONGEST_NAME characters that UTF-8 can carry."""
+    if type(request_id) is str and request_id.isascii() and 0 < len(request_id) <= LONGEST_NAME:
         return request_id
-    text = checked_text("a request id", request_id, error)
+    text = checked_name("a request id", request_id, error)
     if not text:
         raise error("a request id must not be empty")
     return text

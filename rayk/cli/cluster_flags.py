@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rayk.cli.flags import group
+from rayk.cli.flags import SECRET_TEXT, group, secret_of
 from rayk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class ClusterFlags:
     name: Annotated[
         str | None, served("A named cluster: attach to it, or start it. It outlives this command; rayk down ends it.")
     ] = None
+    secret_file: Annotated[Path | None, served(SECRET_TEXT)] = None
     router: Annotated[str, served("cost, round-robin, least-loaded, prefix, session, or module:Class.")] = "cost"
     chunk_size: Annotated[int, served("Tokens of one forward.")] = 512
     max_batch_size: Annotated[int, served("Requests of one forward.")] = 64
@@ -68,6 +69,10 @@ class ClusterFlags:
             for name in ("address", "name"):
                 if options.pop(name) is not None:
                     raise ConfigError(f"--{name} is for --runtime ray")
+        if self.name is not None:
+            options["secret"] = secret_of(self.secret_file)
+        elif self.secret_file is not None:
+            raise ConfigError("--secret-file is for --name")
         began = perf_counter()
         # The session's end leaves a named cluster, and ends one without a name.
         with redirect_stdout(sys.stderr), InferenceSession(self.runtime, **options) as session:

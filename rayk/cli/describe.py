@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 from rich.markup import escape
 
-from rayk.cli.flags import Format
+from rayk.cli.flags import SECRET_TEXT, Format, secret_of
 from rayk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def describe(
     address: Annotated[
         str | None, typer.Option(help="The Ray cluster; the one that runs here or that RAY_ADDRESS names otherwise.")
     ] = None,
+    secret_file: Annotated[Path | None, typer.Option(help=SECRET_TEXT)] = None,
     why: Annotated[
         str | None, typer.Option(help="Only this: why the request of that id went where it went.", metavar="ID")
     ] = None,
@@ -38,7 +40,8 @@ def describe(
 
     from rayk.session import InferenceSession
 
-    with InferenceSession("ray", address or "auto", name, log_to_driver=False, logging_level="error") as session:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "secret": secret_of(secret_file)}
+    with InferenceSession("ray", address or "auto", name, **quiet) as session:
         if why is not None:
             decision = _explained(session.ray, name, why)
             if form is Format.json:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
 import typer
+
+from rayk.cli.flags import SECRET_TEXT, secret_of
 
 DOWN_EPILOG = "Example: rayk down prod"
 
@@ -15,6 +18,8 @@ def down(
     address: Annotated[
         str | None, typer.Option(help="The Ray cluster; the one that runs here or that RAY_ADDRESS names otherwise.")
     ] = None,
+    secret_file: Annotated[Path | None, typer.Option(help=SECRET_TEXT)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also without its secret.")] = False,
     form: Annotated[str, typer.Option("--format", help="json: one object on stdout.")] = "table",
 ) -> int:
     """End a named cluster for all of its drivers: replicas, scheduler, places; also after a start that was never
@@ -25,8 +30,9 @@ def down(
 
     if form not in ("table", "json"):
         raise ConfigError(f"--format is {form!r}; it is table or json")
-    with InferenceSession("ray", address or "auto", name, log_to_driver=False, logging_level="error") as session:
-        ended = remove_session(session.ray, name)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "secret": secret_of(secret_file)}
+    with InferenceSession("ray", address or "auto", name, **quiet) as session:
+        ended = remove_session(session.ray, name, force)
     if form == "json":
         typer.echo(msgspec.json.encode({"command": "down", "name": name, **ended._asdict()}).decode())
     else:

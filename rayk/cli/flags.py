@@ -16,13 +16,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import typer
 
-from rayk.errors import NotBuiltError
+from rayk.errors import ConfigError, NotBuiltError
 
 
 class Format(StrEnum):
@@ -42,6 +44,22 @@ def group(panel: str) -> Callable[..., Any]:
 
 
 FORMAT = group("Output")("json: one object on stdout.", "--format")
+SECRET_TEXT = "With --name, a file with the cluster's secret; RAYK_SECRET has it otherwise. Never on the command line."
+SECRET_VARIABLE = "RAYK_SECRET"
+
+
+def secret_of(file: Path | None) -> str | None:
+    """What the file has, without space around it; else the variable, if it is set. ConfigError for a file that cannot
+    be read or is empty."""
+    if file is None:
+        return os.environ.get(SECRET_VARIABLE)
+    try:
+        text = file.expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--secret-file {file} cannot be read: {error}") from None
+    if not text:
+        raise ConfigError(f"--secret-file {file} is empty; write the secret into it")
+    return text
 
 
 def command_of(kind: type[Any], target: str, refused: Sequence[str] = ()) -> Callable[..., int]:

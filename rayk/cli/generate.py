@@ -17,6 +17,7 @@ import typer
 
 import rayk
 from rayk.bench.measure import Latency
+from rayk.cli.flags import secret_of
 from rayk.cli.generate_flags import GenerateFlags, GenerateFormat
 from rayk.cluster import Cluster, attach
 from rayk.dispatch.output import Output
@@ -53,6 +54,8 @@ def generate(flags: GenerateFlags) -> int:
         raise ConfigError("--address is for --runtime ray")
     if (flags.model is None) == (flags.name is None):
         raise ConfigError("give either --model DIR or --name NAME of a Cluster that runs")
+    if flags.secret_file is not None and flags.name is None:
+        raise ConfigError("--secret-file is for --name")
     longest = _longest(asked, sampling) if flags.pages is None else None
     # Ray and transformers print to this process's stdout, which is for the outputs alone.
     with redirect_stdout(sys.stderr), _opened(flags, longest) as cluster:
@@ -67,7 +70,7 @@ def generate(flags: GenerateFlags) -> int:
 def _opened(flags: GenerateFlags, longest: int | None) -> Iterator[Cluster]:
     """The Cluster that runs under the name, or one for these prompts."""
     if flags.name is not None:
-        with attach(flags.name, flags.address, log_to_driver=False) as cluster:
+        with attach(flags.name, flags.address, secret=secret_of(flags.secret_file), log_to_driver=False) as cluster:
             yield cluster
         return
     assert flags.model is not None

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from rayk.cli.flags import group
+from rayk.cli.flags import SECRET_TEXT, group
 
 GENERATE_EPILOG = 'Example: rayk generate --model ./Qwen3-0.6B --prompt "The capital of France is" --max-new-tokens 16'
 
@@ -29,6 +29,7 @@ class GenerateFlags:
 
     model: Annotated[Path | None, given("Folder of a Hugging Face checkpoint.")] = None
     name: Annotated[str | None, given("Or the name of a Cluster that runs; it has its own settings.")] = None
+    secret_file: Annotated[Path | None, given(SECRET_TEXT)] = None
     prompt: Annotated[list[str] | None, given("Text; several may follow each other.")] = None
     prompts: Annotated[
         Path | None,

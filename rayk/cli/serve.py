@@ -28,6 +28,7 @@ def serve(flags: ServeFlags) -> int:
     settings = ServerSettings(
         models=flags.models,
         keys=read_keys(flags.api_key_file) if flags.api_key_file is not None else (),
+        isolate_keys=flags.isolate_tenants,
         request_timeout=None if flags.request_timeout is None else parse_duration(flags.request_timeout),
         grace=parse_duration(flags.grace),
         tool_parser=flags.tool_parser,
@@ -41,7 +42,7 @@ def serve(flags: ServeFlags) -> int:
     def say(port: int) -> None:
         log.info("http://%s:%d/v1 serves %s", flags.host, port, ", ".join(settings.models))
 
-    with flags.open(admission=policy) as cluster:
+    with flags.open(admission=policy, isolate_tenants=flags.isolate_tenants) as cluster:
         return 0 if run(cluster, settings, flags.host, flags.port, say) else 1
 
 

@@ -43,6 +43,9 @@ class ServeFlags(AnswerFlags):
     max_requests: Annotated[int, limits("Requests that are open at once; more get 429.")] = 4096
     max_body: Annotated[str, limits("Longest body.")] = "16MiB"
     max_waiting: Annotated[int | None, limits("Requests that may wait for room; more get 429. No limit.")] = None
+    isolate_tenants: Annotated[
+        bool, limits("No request reuses pages of one with another API key or user (its field).", "--isolate-tenants")
+    ] = False
     patience: Annotated[str, limits("With --max-waiting, how long one waits for room.")] = "30s"
 
 

@@ -21,13 +21,14 @@ from rayk.context import IntArray, as_int32
 from rayk.dispatch.output import Handle
 from rayk.engine.replicas import ModelSource
 from rayk.errors import ConfigError, RaykError, TokenError
+from rayk.kvcache.page_hash import tenant_salt
 from rayk.protocol.engine_request import timeout_problem
 from rayk.request_errors import RequestError
 from rayk.sampling import SamplingParams, by_name
 from rayk.values import (
     INT64_MIN,
     checked_integer,
-    checked_optional_text,
+    checked_optional_name,
     checked_request_id,
     checked_seconds,
     checked_text,
@@ -48,10 +49,13 @@ NAMES = ("cache_salt", "session", "tenant")
 
 class Prompts:
     """Makes handles, numbered as they come. `tokenizer`: for text, where `source` has none; `has_tokenizer`: whether
-    the replicas have one, to turn answers into text."""
+    the replicas have one, to turn answers into text. With a `tenant_key` each tenant has a root of its own."""
 
-    def __init__(self, source: ModelSource, tokenizer: Any, has_tokenizer: bool) -> None:
+    def __init__(
+        self, source: ModelSource, tokenizer: Any, has_tokenizer: bool, tenant_key: bytes | None = None
+    ) -> None:
         self._source = source
+        self._tenant_key = tenant_key
         self._tokenizer = tokenizer
         self._has_tokenizer = has_tokenizer
         self._numbers = count(1)
@@ -119,7 +123,7 @@ class Prompts:
             _check(name, fields)
             tokens = self._tokens(name, fields)
             refused_as = partial(RequestError, name)
-            more = {each: checked_optional_text(each, fields.get(each), refused_as) for each in NAMES}
+            more = {each: checked_optional_name(each, fields.get(each), refused_as) for each in NAMES}
             more["priority"] = checked_integer("priority", fields.get("priority", 0), error=refused_as)
             if (deadline := fields.get("deadline")) is not None:
                 more["deadline"] = checked_seconds("deadline", deadline, refused_as)
@@ -131,6 +135,8 @@ class Prompts:
             error = RequestError(name, f"it cannot be read: {told(raised)}")
         if error is None and sampling.prompt_logprobs is not None:
             more["cache_salt"] = f"prompt-logprobs-{secrets.token_hex(16)}"  # none of its prompt is to be found cached
+        if error is None and self._tenant_key is not None:
+            more["cache_salt"] = tenant_salt(self._tenant_key, more["tenant"], more["cache_salt"])
         if error is None and sampling.seed is None and not sampling.greedy:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))  # so that it can go on elsewhere
         handle = Handle(

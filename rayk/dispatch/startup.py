@@ -72,8 +72,7 @@ class Startup:
             dispatcher.router.fetching = CopyPlanner(dispatcher.router.index, transfers, settings.tiers.wanted)
         for facts in replicas.facts:
             dispatcher.meet(facts.replica, facts.epoch, facts.endpoint)
-        tokenizer = self.tokenizer or replicas.tokenizer
-        return Started(replicas, dispatcher, Prompts(self.source, tokenizer, replicas.facts[0].has_tokenizer))
+        return Started(replicas, dispatcher, _prompts(replicas, self.source, self.tokenizer or replicas.tokenizer))
 
     def routing(self, replicas: Replicas) -> RouterSettings:
         """How requests are placed on these replicas."""
@@ -144,11 +143,15 @@ def _attach(
         replicas = NamedReplicas.of(session.ray, roster)
         replicas.scheduler = scheduler
         dispatcher = NamedDispatcher(link, replicas, roster, owner)
-        has_tokenizer = any(facts.has_tokenizer for facts in replicas.facts)
-        return Started(replicas, dispatcher, Prompts(replicas.source, replicas.tokenizer, has_tokenizer))
+        return Started(replicas, dispatcher, _prompts(replicas, replicas.source, replicas.tokenizer))
     except BaseException:
         link.leave()
         raise
+
+
+def _prompts(replicas: Replicas, source: ModelSource, tokenizer: Any) -> Prompts:
+    has_tokenizer = any(facts.has_tokenizer for facts in replicas.facts)
+    return Prompts(source, tokenizer, has_tokenizer, replicas.settings.tenant_key)
 
 
 def model_source(

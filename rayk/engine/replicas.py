@@ -98,7 +98,7 @@ class ServeSettings:
     prefix_caching: bool = True
     utilization: float | None = None
     longest: int | None = None
-    hash_seed: bytes | None = None  # of pages' hashes; None where they are not needed
+    hash_seed: bytes | None = field(default=None, repr=False)  # of pages' hashes; None where they are not needed
     reset_token: bytes | None = None  # of the last reset of the prefix cache
     reports: bool = False  # whether engines report what they cache and drop
     tiers: TierConfig = field(default_factory=TierConfig)
@@ -107,6 +107,7 @@ class ServeSettings:
     kv_dtype: str | None = None  # of the pages; None: the model's own
     kv_events: KVEventsConfig | None = None  # where replicas publish what they cache
     shared: bool = False  # by several drivers
+    isolate_tenants: bool = False  # each has a root of its own
     replaced: bool = False  # lost replicas are: one that hangs is soon counted as lost
     threads: int | None = None  # of torch; None: one in a process of a replica's own, the caller's number inline
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -132,8 +133,14 @@ class ServeSettings:
 
     @property
     def names_pages(self) -> bool:
-        """Whether pages have to have the same names at all replicas."""
-        return self.reports or self.peer_copies or self.tiers.wanted or self.kv_events is not None
+        """Whether pages have to have the same names at all replicas, or roots the same salts at all drivers."""
+        named = self.reports or self.peer_copies or self.tiers.wanted or self.kv_events is not None
+        return named or self.isolate_tenants
+
+    @property
+    def tenant_key(self) -> bytes | None:
+        """What the roots of tenants are made with; None where they share theirs."""
+        return self.hash_seed if self.isolate_tenants else None
 
     @property
     def hash_algorithm(self) -> str:

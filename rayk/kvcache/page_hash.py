@@ -9,6 +9,7 @@ sha256 resists an adversary; xxh3_128 is for clusters whose users trust each oth
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,17 @@ RootKey = tuple[str | None, str | None]  # cache salt and adapter
 WIDTHS = {"sha256": 32, "xxh3_128": 16}  # bytes of a hash
 TOKEN_BYTES = 32  # of a mask
 KEY_BYTES = 8  # of a hash, where a key will do: two pages that share them cost a miss, never a wrong answer
+
+
+def tenant_salt(key: bytes, tenant: str | None, cache_salt: str | None) -> str:
+    """The cache salt of a tenant's requests that ask for `cache_salt`, where tenants are kept apart. Requests without a
+    tenant are one of their own. Without the cluster's key nobody names a salt that is another tenant's."""
+    hasher = hmac.new(key, b"rayk tenant", "sha256")
+    for part in (tenant, cache_salt):
+        data = b"" if part is None else part.encode()
+        hasher.update(b"-" if part is None else b"+%d:" % len(data))
+        hasher.update(data)
+    return hasher.hexdigest()
 
 
 class PageHashes(Sequence[PageHash]):

@@ -38,6 +38,7 @@ def shared_zeros(shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor
     token = os.urandom(12).hex()
     descriptor = os.memfd_create(_NAME + token)
     try:
+        os.fchmod(descriptor, 0o600)  # else whoever may look into this process may write, too
         os.ftruncate(descriptor, max(1, size))
         memory = mmap.mmap(descriptor, max(1, size))
     except BaseException:

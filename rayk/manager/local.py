@@ -36,7 +36,7 @@ from rayk.manager.local_replicas import ME, InlineReplicas
 from rayk.protocol.columns import AdmitResults, LocalRows, local_contexts
 from rayk.scheduler.placer import Owner
 from rayk.scheduler.router.policy import RouteRequest
-from rayk.values import checked_request_id
+from rayk.values import LONGEST_NAME, checked_request_id
 
 Work = TypeVar("Work", bound=Sequence[Any])
 
@@ -49,7 +49,7 @@ class LocalCalls(InlineReplicas):
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> None:
         core = self.cores[replica]
         assert core is not None
-        if type(request_id) is not str or not request_id or not request_id.isascii():
+        if type(request_id) is not str or not request_id.isascii() or not 0 < len(request_id) <= LONGEST_NAME:
             request_id = checked_request_id(request_id)
         if not self._router.loads.ready[replica]:
             self.scheduler.members.check_takes(replica)

@@ -78,8 +78,7 @@ class PlacingCalls(ClusterView):
 
     @current
     def claim(self, request_id: str, replica: int, dummy: bool = False) -> Script[None]:
-        if type(request_id) is not str or not request_id or not request_id.isascii():
-            request_id = checked_request_id(request_id)
+        request_id = checked_request_id(request_id)
         yield from self._noted()
         command = m.ClaimOne(request_id, replica, dummy, self._take_released())
         done = yield from self._placed_by(self.scheduler.send(command), [request_id], replica)
@@ -104,8 +103,7 @@ class PlacingCalls(ClusterView):
 
     @current
     def release(self, request_id: str, replica: int, force: bool = False) -> Script[None]:
-        if type(request_id) is not str or not request_id or not request_id.isascii():
-            request_id = checked_request_id(request_id)
+        request_id = checked_request_id(request_id)
         holder, generation = self._placed.get(request_id, -1), self._claims.get(request_id, 0)
         if holder not in (-1, replica) and not force:
             raise NotClaimedError(request_id, replica, holder)

@@ -10,6 +10,7 @@ from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -105,9 +106,12 @@ class Generation:
         self._completion_tokens = 0
         self._cached_tokens = 0
         self._first_at: float | None = None
+        self._salt: str | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, began, status = self._service, monotonic(), 200
+        given = Headers(scope=scope).get("authorization", "")
+        self._salt = service.settings.salt_of(given, self._body.cache_salt)
         answers = Answers(service.mailbox())
         service.streams.add(answers)
         watch = asyncio.ensure_future(_gone(receive, answers))
@@ -137,7 +141,7 @@ class Generation:
     async def _submit(self, answers: Answers, streams: bool) -> None:
         """Hand the prompts over. Not in the event loop: what is behind a Cluster may be another process."""
         body, service = self._body, self._service
-        more = {"cache_salt": body.cache_salt, "priority": body.priority or 0, "tenant": body.user}
+        more = {"cache_salt": self._salt, "priority": body.priority or 0, "tenant": body.user}
         prompts = [
             {"id": f"{self._name}-{at}", "tokens": tokens, **more} for at, tokens in enumerate(self._asked.tokens)
         ]

@@ -30,10 +30,12 @@ class Limits:
 class ServerSettings:
     """`models`: names that clients may use, the first one is what answers say. Seconds: `request_timeout` for each
     request (None: none), `heartbeat` between comments in a stream that has nothing to say, `grace` for streams when
-    the server is told to stop. `keys`: of which a client has to have one; none: no key is asked for."""
+    the server is told to stop. `keys`: of which a client has to have one; none: no key is asked for. `isolate_keys`:
+    clients with different keys share no cached prefix."""
 
     models: tuple[str, ...]
     keys: tuple[str, ...] = field(default=(), repr=False)
+    isolate_keys: bool = False
     request_timeout: float | None = None
     heartbeat: float = 15.0
     grace: float = 30.0
@@ -55,6 +57,13 @@ class ServerSettings:
         for digest in self._digests:  # type: ignore[attr-defined]  # set above, of a frozen class
             found |= hmac.compare_digest(given, digest)
         return found
+
+    def salt_of(self, authorization: str, cache_salt: str | None) -> str | None:
+        """The cache salt of a request that came with that header and asks for `cache_salt`."""
+        if not self.isolate_keys:
+            return cache_salt
+        client = _digest(authorization.partition(" ")[2].strip()).hex()
+        return client if cache_salt is None else f"{client}/{cache_salt}"
 
 
 def _digest(key: str) -> bytes:

@@ -14,6 +14,7 @@ The locks belong to open file descriptions: two attachments in one process exclu
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -36,6 +37,7 @@ GATE_SECONDS = 300.0  # whoever makes a segment may have a large folder to look 
 
 _MAGIC = 0x7261796B_74696572
 _MUTEX, _GATE, _SEATS = 1 << 40, (1 << 40) + 1, (1 << 40) + 2  # beyond any file's end
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 _FLOCK = struct.Struct("@hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid
 
 Words = npt.NDArray[np.uint64]
@@ -127,12 +129,14 @@ class Segment:
     ) -> Segment:
         """Map the segment at `path` (None: a private one), making it if nobody uses it; `init` fills a new one.
 
-        ConfigError when it is in use with another `key` (settings) or size; PlanError when a new one needs more than
+        OSError where there is a file that others may read or write, or a link. ConfigError when it is in use with
+        another `key` (settings) or size; PlanError when a new one needs more than
         `room` bytes or the memory file system has less.
         """
         while True:
-            fd = os.memfd_create("rayk") if path is None else os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            fd = os.memfd_create("rayk") if path is None else os.open(path, _FLAGS, 0o600)
             try:
+                os.fchmod(fd, 0o600) if path is None else _check_own(fd, path)
                 with _Lock(fd, _GATE, GATE_SECONDS):
                     if path is None or _same_file(fd, path):
                         return cls._enter(path, fd, size, key, init, room)
@@ -201,6 +205,12 @@ class Segment:
             # Closing would be enough; unlocking first keeps _Lock.release() valid.
         os.close(self._fd)
         return last
+
+
+def _check_own(fd: int, path: Path) -> None:
+    found = os.fstat(fd)
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise OSError(errno.EPERM, "it is another user's, or others may open it; remove it", str(path))
 
 
 def sweep(folder: Path, prefix: str) -> int:

@@ -25,6 +25,7 @@ from rayk.errors import (
     ReplicaRemovedError,
     ReplicaStateError,
     SchedulerLostError,
+    SecretError,
 )
 from rayk.request_errors import RequestCancelledError, RequestError
 
@@ -234,6 +235,37 @@ def test_a_driver_that_was_stopped_for_long_goes_on(owner: Cluster, guest: Clust
     assert [handle.result(60).tokens for handle in handles] == [expected([i, 11], 60) for i in range(20)]
     assert link.number > before
     quiet(owner)
+
+
+def test_a_secret_keeps_others_out(session: InferenceSession, tmp_path: Path) -> None:
+    """And tenants that are kept apart are, whichever driver they come by."""
+    import ray
+
+    word = "correct horse battery"
+    with InferenceSession("ray", name="locked", secret=word) as first:
+        cluster = Cluster(model, first, isolate_tenants=True, **SETTINGS)
+        for secret in (None, "another secret"):
+            with (
+                InferenceSession("ray", name="locked", secret=secret) as other,
+                pytest.raises(SecretError, match="locked"),
+            ):
+                Cluster.attached(other)
+        with InferenceSession("ray", name="locked", secret=word) as second, Cluster.attached(second) as guest:
+            for driver, tenant, cached in ((cluster, "a", 0), (guest, "b", 0), (guest, "a", 16), (cluster, "b", 16)):
+                [output] = driver.generate([{"tokens": list(range(17)), "tenant": tenant}], max_new_tokens=2)
+                assert output.tokens == expected(list(range(17)), 2) and output.cached_tokens == cached
+        address = ray.get_runtime_context().gcs_address
+        command = [sys.executable, "-m", "rayk", "down", "locked", "--address", address]
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert refused.returncode == 2 and "'locked/cluster': it was started with a secret" in refused.stderr
+        assert cluster.replica_states() == ["ready", "ready"]
+        (tmp_path / "secret").write_text(word)
+        done = subprocess.run(
+            [*command, "--secret-file", str(tmp_path / "secret")], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0 and "3 actor(s) ended" in done.stdout
+        assert word not in done.stdout + done.stderr + refused.stderr
+        cluster.leave()
 
 
 def test_it_can_always_be_removed(session: InferenceSession) -> None:

@@ -127,6 +127,16 @@ def test_keys_are_never_logged(served: Served, caplog: pytest.LogCaptureFixture)
     assert KEY not in repr(ServerSettings(models=("m",), keys=(KEY,)))
 
 
+def test_clients_with_different_keys_share_no_prefix_where_that_is_asked_for() -> None:
+    apart, together = (
+        ServerSettings(models=("m",), keys=("a", "b"), isolate_keys=isolate) for isolate in (True, False)
+    )
+    salts = {apart.salt_of(f"Bearer {key}", salt) for key in ("a", "b") for salt in (None, "", "x")}
+    assert len(salts) == 6 and not any(salt is None or "Bearer" in salt for salt in salts)
+    assert apart.salt_of("bearer  a", "x") == apart.salt_of("Bearer a ", "x")
+    assert together.salt_of("Bearer a", "x") == "x" and together.salt_of("Bearer a", None) is None
+
+
 def test_keys_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# ours\nsk-1\n\n sk-2 \n")

@@ -12,7 +12,7 @@ import torch
 
 from rayk import TextContext
 from rayk.errors import ConfigError, TokenError
-from rayk.values import checked_integer, checked_optional_text, checked_request_id, checked_seconds, checked_text
+from rayk.values import checked_integer, checked_optional_name, checked_request_id, checked_seconds, checked_text
 
 
 class Text(str):
@@ -34,7 +34,7 @@ NO_SECONDS = ["7", b"7", True, math.nan, math.inf, -math.inf, 10**400, -(10**400
 
 @pytest.mark.parametrize("value", NO_TEXT, ids=ascii)
 def test_no_text_is_refused(value: Any) -> None:
-    for checked in (checked_text, checked_optional_text):
+    for checked in (checked_text, checked_optional_name):
         with pytest.raises(ConfigError, match="the name") as caught:
             checked("the name", value)
         str(caught.value).encode()
@@ -56,7 +56,7 @@ def test_no_seconds_are_refused(value: Any) -> None:
 
 
 def test_none_is_text_only_where_it_may_be_left_out_and_an_id_is_never_empty() -> None:
-    assert checked_optional_text("salt", None) is None
+    assert checked_optional_name("salt", None) is None
     with pytest.raises(ConfigError, match="None"):
         checked_text("salt", None)
     for nothing in (None, "", Text("")):
@@ -68,7 +68,7 @@ def test_none_is_text_only_where_it_may_be_left_out_and_an_id_is_never_empty() -
     "value", ["a", "ä", "日本", "\U0001f600", "\x00", " ", Text("r1"), np.str_("r2"), "x" * 10_000]
 )
 def test_text_comes_back_as_a_plain_str_that_a_message_carries(value: str) -> None:
-    for text in (checked_text("t", value), checked_optional_text("t", value), checked_request_id(value)):
+    for text in (checked_text("t", value), checked_optional_name("t", value), checked_request_id(value)):
         assert type(text) is str
         assert text == value
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(text)) == value

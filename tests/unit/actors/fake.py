@@ -28,6 +28,7 @@ from rayk.actors.interface import ActorGoneError, ActorSpec, NameTakenError, Nod
 from rayk.actors.replica import ReplicaActor
 from rayk.actors.runtime import RayRuntime
 from rayk.actors.scheduler import SchedulerActor
+from rayk.actors.secret import Secret
 from rayk.errors import CallTimeoutError, PlanError
 from rayk.kvcache.replica import ReplicaCore
 from rayk.planning.node_plan import NodeMemory
@@ -156,6 +157,7 @@ class FakeRuntime:
     """`free` gives each node's memory in bytes. `fail(event)` may return an error for that event."""
 
     sockets = False
+    secret: Secret | None = None
 
     def __init__(
         self,
@@ -353,11 +355,11 @@ class FakeRuntime:
 
 
 @contextmanager
-def session_on(runtime: FakeRuntime, name: str | None = None) -> Iterator[InferenceSession]:
+def session_on(runtime: FakeRuntime, name: str | None = None, secret: str | None = None) -> Iterator[InferenceSession]:
     """A Ray session whose cluster is `runtime`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RayRuntime, "connect", classmethod(lambda cls, address, namespace, sockets, **options: runtime))
-        session = InferenceSession(runtime="ray", name=name)
+        session = InferenceSession(runtime="ray", name=name, secret=secret)
     try:
         yield session
     finally:
@@ -381,12 +383,13 @@ def params(replicas: int = 2, **changes: Any) -> MHAKVCacheParams:
 
 @contextmanager
 def manager_on(
-    runtime: FakeRuntime, replicas: int = 2, pages: int | None = 16, name: str | None = None, **changes: Any
-) -> Iterator[PagedKVCacheManager]:
+    runtime: FakeRuntime, replicas: int = 2, pages: int | None = 16, name: str | None = None,
+    secret: str | None = None, **changes: Any,
+) -> Iterator[PagedKVCacheManager]:  # fmt: skip
     """A manager whose actors live in `runtime`, with runtime checks on."""
     names = ("router", "max_batch_size", "total_num_host_pages", "admission", "replace")
     options = {"router": "least-loaded"} | {k: changes.pop(k) for k in names if k in changes}
-    with session_on(runtime, name) as session:
+    with session_on(runtime, name, secret) as session:
         manager = PagedKVCacheManager(
             params(replicas, **changes), session, pages, enable_runtime_checks=True, **{"max_batch_size": 8} | options
         )

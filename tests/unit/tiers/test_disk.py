@@ -16,6 +16,7 @@ from rayk.tiers import disk as module
 from rayk.tiers import files, folder
 from rayk.tiers.disk import DiskTier
 from rayk.tiers.files import HEADER_BYTES
+from rayk.tiers.identity import take_seed
 from rayk.tiers.pause import Pause
 
 BYTES = 500
@@ -83,6 +84,19 @@ def test_pages_come_back_and_the_oldest_go(open_tier: Open, tmp_path: Path) -> N
     assert on_disk(tmp_path) == 4 * FILE
     assert (tier.capacity, tier.used) == (4 * FILE // BYTES, 4)
     tier.check_integrity()
+
+
+def test_nobody_else_reads_its_files(open_tier: Open, tmp_path: Path) -> None:
+    """Whatever the umask is: pages, locks, and the seed that names them."""
+    before = os.umask(0)
+    try:
+        tier = open_tier(8)
+        assert tier.write(key(1), page(1))
+        take_seed(tmp_path)
+    finally:
+        os.umask(before)
+    found = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(found) >= 3 and {path.stat().st_mode & 0o777 for path in found} == {0o600}
 
 
 def test_the_budget_holds_at_every_moment(open_tier: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

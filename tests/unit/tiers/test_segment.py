@@ -1,5 +1,7 @@
 """Shared memory that outlives any of its users."""
 
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +37,29 @@ def test_a_private_one_has_no_name() -> None:
     one.body[0] = 1
     assert two.body[0] == 7
     one.close(), two.close()
+
+
+def test_nobody_else_may_open_it(shm: Path, tmp_path: Path) -> None:
+    """Whatever the umask is; a file that others could have made, or a link, is not used."""
+    before = os.umask(0)
+    try:
+        segment = attach(shm)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(shm.stat().st_mode) == 0o600
+    segment.close()
+    private = attach(None)
+    assert stat.S_IMODE(os.fstat(private._fd).st_mode) == 0o600
+    private.close()
+    shm.write_bytes(bytes(8192))
+    shm.chmod(0o666)
+    with pytest.raises(OSError, match="others may open it"):
+        attach(shm)
+    shm.unlink()
+    shm.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        attach(shm)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_other_settings_are_refused_while_it_is_used_and_replaced_afterwards(shm: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 
@@ -135,6 +136,7 @@ def test_other_layouts_pools_and_pages_are_refused(ends) -> None:
 
 def test_memory_is_mapped_read_only_and_goes_with_its_tensor() -> None:
     tensor, file = shared_zeros((2, 3), torch.float32)
+    assert os.fstat(file.descriptor).st_mode & 0o777 == 0o600
     tensor.fill_(1.5)
     seen = map_shared(file)
     assert seen.view(np.float32).tolist() == [1.5] * 6
