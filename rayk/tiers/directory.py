@@ -192,6 +192,11 @@ class Directory:
             self._state[found] = WRITING
             return found.tolist()
 
+    def clear(self) -> None:
+        """Forget them where there is nothing to clean up: their slots are free at once."""
+        with self._segment:
+            self._empty(np.flatnonzero((self._state == READY) & (self._pins == 0)).tolist())
+
     def restore(self, slot: int, key: bytes) -> bool:
         """While the tier is opened: the page is in that slot already. False if the slot or the page is taken."""
         with self._segment:
@@ -214,13 +219,21 @@ class Directory:
         """Take over what participants held that died: their pins are gone, and the slots that they were writing are
         the caller's to clean up and abandon(). With `own_seat` also what the last holder of this seat left behind."""
         with self._segment:
-            dead = self._segment.dead_seats()
-            lost: list[int] = []
-            for seat in [*dead, self._seat] if own_seat else dead:
-                lost += self._reap_seat(seat)
-                if seat != self._seat:
-                    self._segment.seats[seat] = 0
-            return lost
+            return self._reap(own_seat)
+
+    def free_dead(self, own_seat: bool = False) -> None:
+        """reap() where there is nothing to clean up: the slots are free at once."""
+        with self._segment:
+            self._empty(self._reap(own_seat))
+
+    def _reap(self, own_seat: bool) -> list[int]:
+        dead = self._segment.dead_seats()
+        lost: list[int] = []
+        for seat in [*dead, self._seat] if own_seat else dead:
+            lost += self._reap_seat(seat)
+            if seat != self._seat:
+                self._segment.seats[seat] = 0
+        return lost
 
     def _reap_seat(self, seat: int) -> list[int]:
         row = self._pinned[seat]

@@ -31,7 +31,7 @@ from rayk.tiers.directory import FULL, PRESENT, Directory
 from rayk.tiers.files import HEADER_BYTES, Head, PageBytes, Verdict, read_head, read_page, remove, write_page
 from rayk.tiers.folder import SHARED_MEMORY, take_lane
 from rayk.tiers.pause import Pause
-from rayk.tiers.segment import Segment, sweep
+from rayk.tiers.segment import Segment, sweep, when_free
 
 log = logging.getLogger("rayk.tiers")
 
@@ -270,7 +270,7 @@ class DiskTier:
             if error.errno in _OCCUPIED:
                 self._set_aside(slot, error)
             else:
-                directory.abandon([slot])
+                when_free(directory.abandon, [slot])
                 self._warn(self._writing, _why(error), self._clock() - began)
             return False
         if self._clock() - began < SLOW_SECONDS:  # else it is no sign that all is well
@@ -278,7 +278,7 @@ class DiskTier:
         if resets != self._resets:  # nobody may find it any more
             self._clean([slot])
             return False
-        directory.publish([slot])
+        when_free(directory.publish, [slot])
         return True
 
     def read(self, key: bytes, into: PageBytes) -> bool:
@@ -298,7 +298,7 @@ class DiskTier:
         except OSError as error:
             self._unreadable(path, key, error, self._clock() - began)
         finally:
-            directory.unpin([slot])
+            when_free(directory.unpin, [slot])
         if verdict is None:
             return False
         self._in_a_row = 0
@@ -343,7 +343,7 @@ class DiskTier:
                 self._unclean += slots[i:]
                 self._warn(self._writing, _why(error), self._clock() - began)
                 return
-            self._directory.abandon([slot])
+            when_free(self._directory.abandon, [slot])
 
     def _set_aside(self, slot: int, error: OSError) -> None:
         self._aside.add(slot)
@@ -351,8 +351,9 @@ class DiskTier:
 
     def _reap(self, own_seat: bool = False) -> None:
         assert self._directory is not None
+        lost = self._directory.reap(own_seat)
         again, self._unclean = self._unclean, []
-        self._clean(again + self._directory.reap(own_seat))
+        self._clean(again + lost)
 
     def reset(self) -> None:
         """Forget and remove all pages that nobody reads."""

@@ -34,12 +34,12 @@ class HostPool:
 
     def reap(self, own_seat: bool = False) -> None:
         """Free what dead replicas held."""
-        self.directory.abandon(self.directory.reap(own_seat))
+        self.directory.free_dead(own_seat)
 
     def reset(self) -> None:
         """Forget all pages that nobody holds."""
         self.reap()
-        self.directory.abandon(self.directory.seize_all())
+        self.directory.clear()
 
     def close(self) -> None:
         """Detach; the last one gives the memory back."""

@@ -21,9 +21,10 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ from rayk.errors import ConfigError, PlanError
 HEADER_BYTES = 4096
 MAX_PARTICIPANTS = 64
 BUSY_SECONDS = 1.0  # a lock that is held for longer belongs to a stopped process: do without the tier
+AGAIN_SECONDS = 0.02  # until the lock is tried again by who has to have it
 GATE_SECONDS = 300.0  # whoever makes a segment may have a large folder to look through
 
 _MAGIC = 0x7261796B_74696572
@@ -41,10 +43,20 @@ _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 _FLOCK = struct.Struct("@hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid
 
 Words = npt.NDArray[np.uint64]
+T = TypeVar("T")
 
 
 class SegmentBusyError(Exception):
     """Another process has held the lock for BUSY_SECONDS: it is stopped. Internal; a tier answers it with a miss."""
+
+
+def when_free(work: Callable[[Sequence[int]], T], slots: Sequence[int]) -> T:
+    """Give back what nobody else can, however long a stopped neighbour holds the lock: on a thread that may wait."""
+    while True:
+        try:
+            return work(slots)
+        except SegmentBusyError:
+            time.sleep(AGAIN_SECONDS)
 
 
 def byte_range(kind: int, start: int, length: int = 1) -> bytes:
@@ -67,7 +79,7 @@ class _Lock:
         self._threads = threading.Lock()
 
     def acquire(self) -> None:
-        if not self._threads.acquire(timeout=self._patience):
+        if not self._threads.acquire(timeout=self._seconds):
             raise SegmentBusyError
         deadline = 0.0
         while True:

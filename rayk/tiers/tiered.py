@@ -14,6 +14,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from time import monotonic
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from rayk.kvcache.page_copies import PageCopier, Rows, Ticket
 from rayk.tiers.directory import FULL, PRESENT
 from rayk.tiers.disk import SLOW_SECONDS, DiskTier
 from rayk.tiers.pool import HostPool
-from rayk.tiers.segment import SegmentBusyError
+from rayk.tiers.segment import SegmentBusyError, when_free
 from rayk.tiers.workers import READ, WRITE, Workers
 
 log = logging.getLogger("rayk.tiers")
@@ -100,11 +101,12 @@ class TieredConnector:
     def offload(self, hashes: Sequence[bytes], pages: Pages) -> None:
         try:
             slots = self._directory.reserve(hashes)
-            if FULL in slots:
-                self._host.reap()
         except SegmentBusyError:
             self.counters.skipped += len(hashes)
             return
+        if FULL in slots:
+            with suppress(SegmentBusyError):  # the next one will do it
+                self._host.reap()
         if min(slots, default=0) >= 0:  # all are new, as most are
             self._store(hashes, pages, slots)
             return
@@ -249,12 +251,12 @@ class TieredConnector:
             good = self._disk.read(key, row[0])
         finally:
             if slot >= 0 and not good:
-                directory.abandon([slot])
+                when_free(directory.abandon, [slot])
         if not good:
             return _Fetched()
         if slot < 0:
             return _Fetched(row=row, read=True)
-        directory.publish([slot], pin=[slot])
+        when_free(lambda slots: directory.publish(slots, pin=slots), [slot])
         return _Fetched(slot, read=True)
 
     def _land(self, parts: Sequence[_Fetched], pages: Pages) -> _Copying:

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -252,6 +253,36 @@ def test_a_busy_tier_is_a_miss_and_what_was_copied_is_published_later(replica: C
     r.tiers.poll()
     lock.acquire = acquire
     assert r.load(1) == 1
+    r.tiers.check_integrity()
+
+
+@pytest.mark.parametrize("method", ["publish", "abandon", "unpin"])
+def test_what_a_worker_holds_is_given_back_however_busy_a_tier_is(
+    replica: Callable[..., Replica], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = replica(host=2, disk=8)
+    r.offload(1, 2, 3, 4)  # 3 and 4 straight to disk
+    r.tiers.drain()
+    disk = r.tiers._disk
+    assert disk is not None and disk._directory is not None
+    if method == "abandon":  # one file is gone, one is broken
+        disk._path(2).unlink()
+        disk._path(3).write_bytes(b"no page")
+    refused: list[str] = []
+    for directory in (r.tiers._directory, disk._directory):
+        work = getattr(directory, method)
+
+        def busy(*args: Any, work: Any = work, **more: Any) -> Any:
+            if threading.current_thread().name.startswith("rayk-tier") and len(refused) < 3:
+                refused.append(method)
+                raise SegmentBusyError
+            return work(*args, **more)
+
+        monkeypatch.setattr(directory, method, busy)
+    r.offload(5, 6)
+    r.load(3, 4)
+    r.tiers.drain()
+    assert refused
     r.tiers.check_integrity()
 
 
