@@ -12,7 +12,8 @@ DEMO_OUT ?= demo-out
 BENCH_ARGS ?= core
 BASELINE := docs/measurements/core-baseline.json
 PYTEST_ARGS ?=
-# All tests run in two processes: what uses Ray in one, the rest in the other. Named files run in one, so that -s and --pdb work.
+# All tests run in two processes, file by file; each starts one cluster for all its files. Named files run in one, so that
+# -s and --pdb work.
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
@@ -31,7 +32,7 @@ demo: $(STAMP)  ## serve generated chats from 2 replicas, check every page, writ
 	$(BIN)/rayk bench $(DEMO_ARGS) --out $(DEMO_OUT)
 
 test: $(STAMP)  ## run all tests (those that need a GPU are skipped without one)
-	TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m pytest $(if $(filter tests%,$(PYTEST_ARGS)),,tests -n $(JOBS)) $(PYTEST_ARGS)
+	TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m pytest $(if $(filter tests%,$(PYTEST_ARGS)),,tests -n $(JOBS) --dist loadfile --no-loadscope-reorder) $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff: rules and formatting; the order of layers
 	$(BIN)/ruff check .

@@ -1,16 +1,17 @@
-"""What all tests share: where things are, one torch thread, and markers set by folder."""
+"""What all tests share: where things are, one torch thread, patience, and markers set by folder."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+from .patience import scaled
+
 REPO = Path(__file__).resolve().parent.parent
 MARKED_FOLDERS = {"ray": pytest.mark.ray, "gpu": pytest.mark.gpu}
-# Folders whose tests one process runs, in this order: conformance uses the cluster that tests/ray has started.
-USES_RAY = ("tests/ray/", "tests/conformance/", "tests/examples/", "tests/gpu/")
+# What starts clusters comes first: it waits a lot, and what computes alone then fills both processes to the end.
+USES_RAY = ("tests/ray/", "tests/conformance/", "tests/examples/")
 
 # Threads of torch, Ray's processes and the test itself would share few cores; and with one thread the order
 # of a sum, so its last bit, does not depend on the machine.
@@ -19,6 +20,13 @@ torch.set_num_threads(1)
 # A deadline per example measures how busy the machine is; pytest-timeout catches what hangs.
 settings.register_profile("rayk", deadline=None, print_blob=True)
 settings.load_profile("rayk")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-timeout looks
+def pytest_configure(config: pytest.Config) -> None:
+    """Give a test on a busy machine more than the `timeout` of a quiet one."""
+    if config.getoption("timeout") is None:
+        config.option.timeout = scaled(float(config.getini("timeout")))
 
 
 @pytest.fixture(scope="session")
@@ -47,19 +55,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(marker)
         if not has_cuda and item.get_closest_marker("gpu"):
             item.add_marker(no_cuda)
-    if hasattr(config, "workerinput"):  # it is one of several processes: the longest work comes first
-        order = [*USES_RAY, ""]
-        items.sort(key=lambda item: next(at for at, path in enumerate(order) if item.nodeid.startswith(path)))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Among several processes (`make test`) the tests of a file stay together, and all that may start a cluster."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Together(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "ray" if nodeid.startswith(USES_RAY) else nodeid.partition("::")[0]
-
-    config.option.loadscopereorder = False  # not the file with the most tests first
-    return Together(config, log)
+    if hasattr(config, "workerinput"):  # it is one of several processes
+        items.sort(key=lambda item: not item.nodeid.startswith(USES_RAY))

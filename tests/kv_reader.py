@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from .patience import scaled
+
 END = b"\xff" * 8
 WAIT = 20.0  # seconds
 
@@ -32,9 +34,9 @@ class Reader:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Read until it holds."""
-        deadline = time.monotonic() + WAIT
+        began = time.monotonic()
         while not condition():
-            assert time.monotonic() < deadline, f"still not after {WAIT:.0f} s; batch {self.next}, {self.pages}"
+            assert time.monotonic() - began < scaled(WAIT), f"batch {self.next}, {self.pages}"
             if self.socket.poll(20):
                 self.take(*self.socket.recv_multipart())
 

@@ -13,6 +13,7 @@ import pytest
 
 from rayk import InferenceSession, PagedKVCacheManager
 
+from ..patience import scaled  # noqa: TID252  # tests/ is no package that has an absolute name
 from .forwards import PAGES, params
 from .heads import ONCE, Driver, Head, Start, ray_head
 
@@ -70,7 +71,7 @@ def start(operated: Head, tmp_path: Path) -> Iterator[Start]:
 
     def run(code: str, name: str = "") -> Driver:
         script = tmp_path / f"driver_{len(drivers)}.py"
-        script.write_text(ONCE + code)
+        script.write_text(f"SCALE = {scaled(1.0)}\n" + ONCE + code)
         command = [sys.executable, str(script), address, name]
         with (tmp_path / f"driver_{len(drivers)}.err").open("w") as errors:
             drivers.append(

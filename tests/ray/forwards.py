@@ -93,15 +93,6 @@ def wait_for_file(folder: str) -> Callable[[Any, Any], int]:
     return forward
 
 
-def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """What `condition` returns once that is true; AssertionError after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"still false after {seconds:.0f} s: {condition}"
-        time.sleep(0.02)
-    return value
-
-
 def running(pids: Sequence[int]) -> list[int]:
     """Those of `pids` that are alive, zombies left out."""
     alive = []

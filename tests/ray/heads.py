@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from .forwards import until
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
 
 HEAD = (
     "start --head --block --node-ip-address=127.0.0.1 --include-dashboard=false --metrics-export-port=0 "
@@ -26,7 +26,7 @@ import json, os, sys, time, rayk
 import rayk.manager.lease as client
 from rayk import *
 
-client.LEASE_SECONDS = 1.0
+client.LEASE_SECONDS = 1.0 * SCALE
 p = MHAKVCacheParams(dtype="float32", head_dim=4, num_layers=1, n_kv_heads=1, page_size=4, devices=["cpu"] * 2,
                      data_parallel_degree=2, enable_prefix_caching=True)
 ADDRESS, NAME = sys.argv[1], sys.argv[2] or None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 
-from .forwards import running, until
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
+from .forwards import running
 from .heads import Start, said, stderr, tell
 
 SERVE = """
@@ -26,7 +27,7 @@ def test_a_killed_driver_takes_its_actors_with_it(start: Start) -> None:
     until(lambda: not running(found["pids"]))
     second = start("""
 with join() as session:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 20 * SCALE
     while groups() and time.monotonic() < deadline:
         time.sleep(.05)
     say(groups=groups())
@@ -54,7 +55,7 @@ def test_a_named_cluster_outlives_its_drivers(start: Start) -> None:
     second = start(
         """
 import ray, threading
-deadline = time.monotonic() + 20
+deadline = time.monotonic() + 20 * SCALE
 session = join()
 manager = manage(session)
 while True:  # nobody says anything to the scheduler: it looks at the clock by itself

@@ -13,7 +13,8 @@ from ray.util import placement_group_table
 from rayk import InferenceSession, PagedKVCacheManager, Removed, TextContext
 from rayk.errors import NotClaimedError, PlanError, ReplicaLostError, ReplicaRemovedError
 
-from .forwards import chain, contents, params, pid, running, stamp, until
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
+from .forwards import chain, contents, params, pid, running, stamp
 
 
 @pytest.fixture

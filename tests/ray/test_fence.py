@@ -68,7 +68,7 @@ sys.stdin.readline()
 manager.shutdown(force=True)
 """
 OTHER = """
-deadline = time.monotonic() + 30
+deadline = time.monotonic() + 30 * SCALE
 while manager.contains("r", 0) and time.monotonic() < deadline:
     time.sleep(.05)
 prompt = [50 + i for i in range(9)]

@@ -15,9 +15,10 @@ from rayk import InferenceSession
 from rayk.cluster import Cluster
 from rayk.errors import PlanError, ReplicaRemovedError
 
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine import fake  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine.fake import expected  # noqa: TID252  # as above
-from .forwards import running, until
+from .forwards import running
 from .test_generate import SETTINGS, engine_pids, placements, slow_model
 
 cloudpickle.register_pickle_by_value(fake)

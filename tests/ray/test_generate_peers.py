@@ -16,10 +16,10 @@ from rayk.params import GROUP, OBJECT_STORE, SHARED_MEMORY
 from rayk.scheduler.transfers.indexed_copies import CopyPlanner
 from rayk.scheduler.transfers.links import LinkTable
 
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine import fake  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine.fake import expected  # noqa: TID252  # as above
 from ..unit.engine.test_engine import prompts  # noqa: TID252  # as above
-from .forwards import until
 from .test_generate import engine_pids, model, slow_model
 
 cloudpickle.register_pickle_by_value(fake)

@@ -16,10 +16,10 @@ from rayk import InferenceSession
 from rayk.cluster import Cluster
 from rayk.kvcache.request import Reused
 
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine import fake  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine.fake import PageModel, Tokenizer, expected  # noqa: TID252  # as above
 from ..unit.engine.test_engine import prompts  # noqa: TID252  # as above
-from .forwards import until
 from .test_generate import engine_pids
 
 cloudpickle.register_pickle_by_value(fake)

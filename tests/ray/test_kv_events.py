@@ -16,8 +16,9 @@ from rayk import InferenceSession, KVEventsConfig, PagedKVCacheManager, TextCont
 from rayk.cluster import Cluster
 
 from ..kv_reader import Reader  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..unit.engine import fake  # noqa: TID252  # as above
-from .forwards import PAGE, params, stamp, until
+from .forwards import PAGE, params, stamp
 from .test_generate import SETTINGS, engine_pids, model
 
 cloudpickle.register_pickle_by_value(fake)

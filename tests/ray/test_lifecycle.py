@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from .forwards import running, until
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
+from .forwards import running
 
 ONCE = """
 import os, psutil, sys, time, rayk

@@ -19,7 +19,8 @@ from rayk import InferenceSession, PagedKVCacheManager, ReplicaLostError, TextCo
 from rayk.actors import scale_out
 from rayk.errors import PlanError, RaykError
 
-from .forwards import BrokenReplica, params, pid, running, until, wait_for_file
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
+from .forwards import BrokenReplica, params, pid, running, wait_for_file
 
 NOTICED_SECONDS = 10.0
 

@@ -18,7 +18,7 @@ from rayk.actors.channel import ActorChannel
 from rayk.actors.interface import SocketAddress
 from rayk.manager.calls import Calls
 
-from .forwards import until
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
 from .test_manager import params
 
 WAIT = 20.0

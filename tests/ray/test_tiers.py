@@ -16,7 +16,8 @@ from rayk.tiers.disk import DiskTier
 from rayk.tiers.files import HEADER_BYTES
 from rayk.tiers.identity import fingerprint
 
-from .forwards import PAGE, chain, contents, params, stamp, until
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
+from .forwards import PAGE, chain, contents, params, stamp
 
 HOST, DISK = 16, 64  # pages
 SEED = bytes(range(32))

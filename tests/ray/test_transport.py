@@ -14,7 +14,8 @@ from rayk import InferenceSession, PagedKVCacheManager, ReplicaLostError, TextCo
 from rayk import protocol as m
 from rayk.errors import RaykError
 
-from .forwards import PAGE, chain, contents, params, stamp, until
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
+from .forwards import PAGE, chain, contents, params, stamp
 
 PROMPT = 64 * PAGE + 1  # 64 pages that can be copied, and a token
 LARGE: dict[str, Any] = {"n_kv_heads": 8, "head_dim": 64, "num_layers": 8}  # pages of half a MiB

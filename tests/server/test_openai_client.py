@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
 from .conftest import KEY, Served
 
 CHAT = [{"role": "user", "content": "Count from two to nine."}]
-
-
-def until(condition: Any) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("it does not come to that")
 
 
 def test_models(served: Served) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from rayk.engine.local_replicas import InlineReplicas
 from rayk.errors import NoPlaceError, ReplicaLostError
 from rayk.scheduler.supervisor import RestartPolicy
 
+from ...patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
 from ..engine.fake import PageModel, expected  # noqa: TID252  # tests/ is no package
 from .test_cluster import dying
 
@@ -23,13 +22,6 @@ SETTINGS: dict[str, Any] = {"page_size": 4, "pages": 64, "max_batch_size": 4}
 
 def model(device: str) -> PageModel:
     return PageModel()
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.005)
 
 
 def test_a_lost_replica_comes_back_and_nobodys_tokens_change(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 
 from rayk.kvcache.progress import Progress, thread_seconds, waiting
+
+from ...patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
 
 
 class Watched:
@@ -68,10 +69,7 @@ def test_real_threads() -> None:
         for thread in threads:
             thread.start()
         before = [thread_seconds(thread.ident or 0) for thread in threads]
-        deadline = time.monotonic() + 20
-        while thread_seconds(threads[0].ident or 0) - before[0] < 0.02:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        until(lambda: thread_seconds(threads[0].ident or 0) - before[0] >= 0.02)
         assert thread_seconds(threads[1].ident or 0) - before[1] < 0.001
         over.set()
     for thread in threads:
