@@ -112,6 +112,11 @@ class Deployment:
     lock: Lock | None = None
 
     @property
+    def title(self) -> str:
+        """What its actors' titles begin with."""
+        return f"rayk-{self.tiers[-8:]}"
+
+    @property
     def key(self) -> str:
         """Under which the scheduler has kept what a successor needs."""
         return f"{self.name or ''}/{self.tiers}"

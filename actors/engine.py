@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayk.actors.interface import Actor, ActorGoneError, ActorSpec, Bundle, Node, Runtime
@@ -27,7 +29,9 @@ from rayk.actors.launch import (
     tier_seed,
     vacate,
 )
+from rayk.actors.report import start_reporting
 from rayk.errors import CallTimeoutError, ClosedError, ReplicaLostError
+from rayk.metrics.reading import Labels, Reading, Reporter
 from rayk.planning.node_plan import NodeMemory, measure_node
 
 if TYPE_CHECKING:
@@ -59,6 +63,7 @@ class EngineActor:
         self._device = "cuda:0" if settings.device.startswith("cuda") else settings.device
         self._model = source.load(self._device)
         self._thread: Any = None
+        self._reporter: Reporter | None = None
 
     def open(
         self, sharing: int, host_name: str, node: NodeMemory | None = None, tiers: NodeTiers | None = None
@@ -81,7 +86,17 @@ class EngineActor:
             address=RayRuntime().address(),
         )
         self._thread = EngineThread([engine], shared=self._settings.shared).start()
+        model = Path(str(self._source)).name if self._settings.vllm_metrics else None
+        self._reporter = start_reporting(RayRuntime(), partial(self._read, engine.core.params.bytes_per_page), model)
         return facts_of(engine, self._device, host_name, self._source)
+
+    def __repr__(self) -> str:  # how Ray's dashboard and logs call it
+        return f"rayk engine {self._replica}"
+
+    def _read(self, page_bytes: int, labels: Labels) -> list[Reading]:
+        from rayk.engine.readings import read_engine
+
+        return list(read_engine(self._thread.stats(0), page_bytes, labels | {"replica_idx": str(self._replica)}))
 
     def post(self, wire: bytes) -> None:
         """Give the engine a command. One that cannot be decoded ends the replica with that reason."""
@@ -123,6 +138,8 @@ class EngineActor:
 
     def close(self) -> None:
         """End the engine and leave the tiers in order; the last thing that is asked of it."""
+        if self._reporter is not None:
+            self._reporter.stop()
         if self._thread is not None:
             self._thread.stop()
 
@@ -152,6 +169,7 @@ class RayReplicas:
         self._dropped: set[int] = set()  # of these
         self._tiers: dict[str, NodeTiers] = {}  # by node id
         self._pool = f"engines-{os.getpid()}-{os.urandom(8).hex()}"
+        self.title = f"rayk-{self._pool[-8:]}"  # of its metrics, where it has no name
         self._sent: dict[int, Any] = {}
 
     def start(self) -> RayReplicas:
@@ -183,7 +201,9 @@ class RayReplicas:
 
     def _spec(self, replica: int, bundle: Bundle) -> ActorSpec:
         arguments = (replica, self._source, self.settings)
-        return ActorSpec(EngineActor, arguments, self._gpus, bundle, lanes=(REPORTS_LANE,))
+        return ActorSpec(
+            EngineActor, arguments, self._gpus, bundle, lanes=(REPORTS_LANE,), title=f"{self.title}/engine-{replica}"
+        )
 
     def _nodes(self, bundles: Iterable[Bundle]) -> list[Node]:
         """Where they are, without nodes that died."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from rayk.actors.secret import Secret
+from rayk.metrics.reading import Exporter, Labels
 
 CONTROL_GROUP = "ctl"  # answers while the data lane is busy
 
@@ -115,13 +116,15 @@ class Runtime(Protocol):
     def kept(self, key: str) -> Any: ...
     def forget(self, prefix: str) -> None: ...
     def home(self, detached: bool) -> str | None: ...
+    def exporter(self) -> tuple[Exporter, Labels] | None: ...
     def disconnect(self) -> None: ...
     def address(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class ActorSpec:
-    """How to start an actor of a plain class. With a `name` it is detached: it outlives its driver."""
+    """How to start an actor of a plain class. With a `name` it is detached: it outlives its driver; its `title`
+    (of nobody else in the cluster, but for a number that follows) is for those who look where it is not."""
 
     cls: type
     args: tuple[Any, ...]
@@ -132,6 +135,7 @@ class ActorSpec:
     lane_threads: int = 1
     threads: int = 1  # so many calls at once in the data lane
     restarts: bool = False  # when its process dies, its constructor is called in another one
+    title: str = ""
     home: str | None = None  # the node that it starts on, if that is there
 
 

@@ -19,6 +19,8 @@ from rayk.actors.chunks import joined
 from rayk.actors.interface import SocketAddress
 from rayk.actors.listener import Listener, listening
 from rayk.actors.process import freeze_startup_objects
+from rayk.actors.report import start_reporting
+from rayk.metrics.reading import Labels, Reading
 from rayk.params import KVCacheParams
 from rayk.planning.node_plan import NodeMemory, measure_node
 from rayk.scheduler.recovery import ClaimSeen
@@ -89,7 +91,15 @@ class ReplicaActor:
 
         runtime = RayRuntime()
         self._service = ReplicaService(core, epoch, runtime.dumps, journal=journal, address=runtime.address())
+        start_reporting(runtime, self._read)
         freeze_startup_objects()
+
+    def __repr__(self) -> str:  # how Ray's dashboard and logs call it
+        return f"rayk replica {self._service.core.replica}"
+
+    def _read(self, labels: Labels) -> list[Reading]:
+        with self._door:
+            return self._service.read(labels | {"replica_idx": str(self._service.core.replica)})
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

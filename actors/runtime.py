@@ -7,6 +7,7 @@ errors to two of its own, ActorGoneError and CallTimeoutError: who calls knows w
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import pickle
@@ -16,7 +17,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -26,6 +27,7 @@ from ray import exceptions as ray_errors
 from ray.actor import ActorHandle
 from ray.experimental import internal_kv
 from ray.util import list_named_actors
+from ray.util import metrics as ray_metrics
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -44,6 +46,8 @@ from rayk.actors.interface import (
 from rayk.actors.listener import sweep
 from rayk.actors.secret import Secret
 from rayk.errors import CallTimeoutError, ConfigError, NoPlaceError, RaykError, RemoteError
+from rayk.metrics.histogram import Histogram
+from rayk.metrics.reading import Labels, Reading, Value
 
 KEPT = "rayk"  # the part of Ray's store that keep() uses
 HEAD = "node:__internal_head__"  # a resource that only the head has
@@ -109,6 +113,7 @@ class RayRuntime:
         self._temp_dir: str | None = None
         self._owns_connection = False
         self._saved_environment: dict[str, str | None] = {}
+        self._starts = itertools.count()
 
     # -- the connection ------------------------------------------------------------------------
 
@@ -278,6 +283,8 @@ class RayRuntime:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(spec.home, soft=True)
         if spec.name is not None and self._namespace is not None:
             options |= {"name": spec.name, "namespace": self._namespace, "lifetime": "detached"}
+        elif spec.title:  # for the dashboard
+            options["name"] = f"{spec.title}-{next(self._starts)}"
         wrap: Any = ray.remote  # its overloads leave concurrency_groups out
         actor_class = wrap(
             concurrency_groups={CONTROL_GROUP: 1, **dict.fromkeys(spec.lanes, spec.lane_threads)}, num_cpus=0
@@ -395,9 +402,52 @@ class RayRuntime:
         heads = [n["NodeID"] for n in nodes if n["Alive"] and HEAD in n["Resources"]]
         return heads[0] if heads else None
 
+    @staticmethod
+    def exporter() -> tuple[RayMetrics, Labels] | None:
+        """What takes this process's metrics to its node's agent, and what says whose they are; None without Ray."""
+        if not ray.is_initialized():
+            return None
+        context = ray.get_runtime_context()
+        name = (context.get_actor_name() if context.worker.mode == ray.WORKER_MODE else None) or ""
+        return RayMetrics(), {"cluster": name.rpartition("/")[0], "node": socket.gethostname()}
+
     def dumps(self, value: Any) -> bytes:
         """Pickle a function or value the way Ray does: by reference where the other side can import it."""
         return bytes(ray.cloudpickle.dumps(value))  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+
+
+class RayMetrics:
+    """Ray's metrics, which its agent on each node shows to Prometheus as ray_NAME. An Exporter: Ray counts for itself,
+    so it is told what came since the last time."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Any] = {}
+        self._told: dict[tuple[str, tuple[str, ...]], Value] = {}
+
+    def write(self, readings: Iterable[Reading]) -> None:
+        for metric, labels, value in readings:
+            name = metric.name.removesuffix("_total").replace(":", "_")  # Ray adds the one and takes no other
+            if name not in self._metrics:
+                given: dict[str, Any] = {"description": metric.help, "tag_keys": metric.labels}
+                if metric.kind == "histogram":
+                    given["boundaries"] = list(metric.buckets)
+                self._metrics[name] = getattr(ray_metrics, metric.kind.capitalize())(name, **given)
+            tags, ours = dict(zip(metric.labels, labels, strict=True)), self._metrics[name]
+            told, self._told[name, labels] = self._told.get((name, labels)), value
+            if isinstance(value, Histogram):
+                assert told is None or isinstance(told, Histogram)
+                for at, count in enumerate(value.counts):
+                    new = count - (told.counts[at] if told is not None else 0)
+                    total = value.sums[at] - (told.sums[at] if told is not None else 0.0)
+                    for _ in range(new):  # each at the mean of its bucket's new ones: counts and sum are exact
+                        ours.observe(total / new, tags)
+            elif metric.kind == "gauge":
+                ours.set(value, tags)
+            else:
+                before = told if isinstance(told, (int, float)) else 0
+                new_count = value - before if value >= before else value  # it began anew
+                if new_count > 0:
+                    ours.inc(new_count, tags)
 
 
 def serve_library() -> Any:

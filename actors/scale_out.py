@@ -128,7 +128,9 @@ def start_replicas(
         arguments = (config.params, this.replica, *sizes, *more)
         later = f"-{this.epoch}" if deployment.handles else ""
         named = f"{name}/replica-{this.replica}{later}" if name else None
-        return ActorSpec(ReplicaActor, arguments, config.gpus, this.bundle, named)
+        return ActorSpec(
+            ReplicaActor, arguments, config.gpus, this.bundle, named, title=f"{deployment.title}/replica-{this.replica}"
+        )
 
     with starting(runtime, map(spec, planned)) as actors:
         calls = {

@@ -21,11 +21,14 @@ from rayk.actors.listener import Listener, listening
 from rayk.actors.process import freeze_startup_objects, spare_from_kernel
 from rayk.actors.removal import find_strays
 from rayk.actors.replica_calls import ReplicaCalls, ReplicaChannel
+from rayk.actors.report import start_reporting
 from rayk.actors.secret import Challenge, Door, Proof
 from rayk.errors import CallTimeoutError, MessageError, RaykError, ReplicaLostError, StaleEpochError
+from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.dedup import ReplyCache
 from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.leases import TICK_SECONDS
+from rayk.scheduler.readings import read_scheduler
 from rayk.scheduler.recovery import ClaimSeen, Kept, claim_again, keep, rejoin, restore
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.script import ReplicaCall, ReplicaReply, Script
@@ -101,6 +104,14 @@ class SchedulerActor:
         if runtime is None:
             spare_from_kernel()
             Thread(target=self._keep_time, name="rayk-timer", daemon=True).start()
+            start_reporting(self._runtime, self._read)
+
+    def __repr__(self) -> str:  # how Ray's dashboard and logs call it
+        return "rayk scheduler"
+
+    def _read(self, labels: Labels) -> list[Reading]:
+        with self._core_lock:
+            return list(read_scheduler(self._core, labels))
 
     def _go_on(self, kept: Kept) -> None:
         """Take the place of a scheduler that died: the books are made of what was kept and of what replicas say."""
@@ -322,7 +333,6 @@ class SchedulerActor:
             if reason is None or members.epochs[link.replica] != link.epoch or link.replica not in members.here:
                 return
             supervisor.lose(link.replica, link.epoch, reason)
-        log.warning("replica %d is taken out: %s", link.replica, reason)
         Thread(target=self._runtime.stop, args=([link.actor], None), name="rayk-end", daemon=True).start()
 
     def _move_off(self) -> None:

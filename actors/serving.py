@@ -25,9 +25,11 @@ import numpy as np
 from rayk import protocol as m
 from rayk.actors.engine import REPORTS_LANE, SILENT_SECONDS, SOON_SECONDS
 from rayk.actors.interface import Runtime
+from rayk.actors.report import start_reporting
 from rayk.actors.secret import Challenge, Door, Proof
 from rayk.actors.serving_roster import EngineHandle, ServingRoster
 from rayk.errors import ClosedError, ConfigError, MessageError
+from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.admission import AdmissionState
 from rayk.protocol.engine import Command, Forget, decode_report, encode
 from rayk.protocol.serving import (
@@ -41,6 +43,7 @@ from rayk.protocol.serving import (
     encode_news,
 )
 from rayk.scheduler.leases import TICK_SECONDS, Leases
+from rayk.scheduler.readings import read_serving
 from rayk.scheduler.scaling import Removed
 from rayk.scheduler.serving.core import ServingCore
 from rayk.scheduler.supervisor import Replacement
@@ -99,6 +102,11 @@ class ServingActor:
             core.meet(replica, handle.epoch, handle.endpoint)
             self._follow(replica, handle)
         Thread(target=self._keep_time, name="rayk-timer", daemon=True).start()
+        if runtime is None:
+            start_reporting(self._runtime, self.readings)
+
+    def __repr__(self) -> str:  # how Ray's dashboard and logs call it
+        return "rayk scheduler"
 
     # -- drivers -----------------------------------------------------------------------------------------
 
@@ -381,6 +389,11 @@ class ServingActor:
         """Why a request went where it went; of a driver's the id is its number, a slash and the request's id."""
         with self._changed:
             return self._core.explain(request_id)
+
+    def readings(self, labels: Labels) -> list[Reading]:
+        """Its metrics."""
+        with self._changed:
+            return list(read_serving(self._core, len(self._drivers), labels))
 
     def state(self) -> ServingState:
         """A snapshot."""

@@ -15,6 +15,7 @@ from rayk.actors.secret import Proof
 from rayk.actors.serving import ANSWERS_LANE, ServingState
 from rayk.actors.serving_roster import EngineHandle, ServingRoster
 from rayk.errors import RaykError, SchedulerLostError
+from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.engine import Report
 from rayk.protocol.serving import (
     DriverNews,
@@ -142,6 +143,11 @@ class SchedulerLink:
         """Go; a scheduler that is gone needs to hear nothing."""
         with suppress(RaykError):
             self._ask("leave", self.number, seconds=5.0)
+
+    def readings(self, labels: Labels) -> list[Reading]:
+        """Its metrics."""
+        found: list[Reading] = self._ask("readings", labels)
+        return found
 
     def owner(self) -> str:
         """The driver that owns the Cluster, '' for nobody, and without a scheduler."""

@@ -88,7 +88,15 @@ def _start_scheduler(runtime: Runtime, deployment: Deployment, name: str | None)
     runtime.keep(deployment.key, Kept(deployment, list(deployment.epochs), list(deployment.states)))
     arguments = (epoch, (), (), settings, copies, deployment.key)
     named, home = f"{name}/scheduler" if name else None, runtime.home(detached=name is not None)
-    spec = ActorSpec(SchedulerActor, arguments, name=named, threads=LANES, restarts=True, home=home)
+    spec = ActorSpec(
+        SchedulerActor,
+        arguments,
+        name=named,
+        threads=LANES,
+        restarts=True,
+        home=home,
+        title=f"{deployment.title}/scheduler",
+    )
     try:
         with starting(runtime, [spec]) as [scheduler]:
             first_answers(runtime, {"the scheduler": scheduler.call("ping", control=True)}, START_SECONDS)

@@ -7,6 +7,7 @@ follows them, and by rayk.dispatch.lifecycle replicas come and go.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,13 @@ from rayk.dispatch.lifecycle import Lifecycle
 from rayk.dispatch.output import Handle, Output, Update
 from rayk.dispatch.prompts import Prompt, Sampling
 from rayk.dispatch.startup import QUEUED_BATCHES, Started, Startup, model_source
+from rayk.engine.readings import read_engine
 from rayk.engine.replicas import ReplicaFacts, ServeSettings
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.tiers import Size, TierConfig
-from rayk.errors import NotOwnerError
+from rayk.errors import NotOwnerError, RaykError
 from rayk.kvcache.tick import PrefixCacheReset
+from rayk.metrics.reading import Reading
 from rayk.params import require_at_least
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
 from rayk.protocol.kv_events import KVEventsConfig
@@ -60,6 +63,7 @@ class Cluster:
     `kv_dtype`: of the pages, such as "float8_e4m3fn" for half of bfloat16's room (docs/models.md); the model's own
     unless given. `isolate_tenants`: no request reuses, counts or is sped up by pages of another `tenant`; those without
     one share theirs. It costs what tenants have in common, such as a system prompt.
+    `vllm_metrics`: replicas on Ray export their metrics under vLLM's names, too (docs/metrics.md).
     A replica that is lost, hangs or is unfit (rayk.kvcache.poison) is replaced by itself, empty; one that cannot be
     started, or dies at once, is tried again later and later, and given up in the end: replacements() says how that
     stands, and add_replicas() begins anew. `replace=False`: lost ones stay lost.
@@ -100,6 +104,7 @@ class Cluster:
         replace: bool = True,
         kv_dtype: str | None = None,
         isolate_tenants: bool = False,
+        vllm_metrics: bool = False,
     ) -> None:
         from rayk.scheduler.router.policies import wants_keys
 
@@ -123,6 +128,7 @@ class Cluster:
             kv_dtype=kv_dtype,
             threads=threads,
             isolate_tenants=isolate_tenants,
+            vllm_metrics=vllm_metrics,
             replaced=replace,
             engine=EngineSettings(chunk_size=chunk_size, watermark=watermark),
         )
@@ -334,6 +340,18 @@ class Cluster:
         self._check_open()
         self._dispatcher.check_live(replica)
         return self._replicas.stats(replica)
+
+    def readings(self) -> list[Reading]:
+        """Metrics of its scheduler and of the replicas that answer, as of now (docs/metrics.md)."""
+        self._lifecycle.check_open()
+        labels = {"cluster": f"{self._session.name}/cluster" if self._session.name else "", "node": ""}
+        found = self._dispatcher.readings(labels)
+        for replica in self.live:
+            facts = self.facts[replica]
+            with suppress(RaykError):  # lost, or it does not answer: the others are told of
+                of = labels | {"replica_idx": str(replica), "node": facts.node}
+                found += read_engine(self._replicas.stats(replica), facts.page_bytes, of)
+        return found
 
     def explain(self, request_id: str) -> Decision:
         """Why a request went where it went, with the costs of the best candidates. ConfigError when that is not

@@ -15,6 +15,7 @@ What a caller adds, drains and removes moves the target. Pure: the clock is give
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from typing import NamedTuple
 from rayk.errors import IntegrityError
 from rayk.scheduler.lifecycle import ReplicaLifecycle
 from rayk.scheduler.membership import State
+
+log = logging.getLogger("rayk.scheduler")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Supervisor:
         self._clock = clock
         self._troubles: dict[int, _Trouble] = {}
         self._grants: dict[int, str] = {}  # index -> who starts a replica there
+        self.lost = self.replaced = 0
+        """How many were lost, and how many took the place of one, since the start."""
         self._leaving: set[int] = set()  # drained by a caller: not wanted any more
         if replace:
             lifecycle.set_target(len(self._members.here))
@@ -130,6 +135,8 @@ class Supervisor:
         fits = members.epochs[replica] == epoch and members.state(replica) in (State.ready, State.draining)
         placed = self.lifecycle.lose(replica, epoch)
         if fits:
+            self.lost += 1
+            log.warning("replica %d is lost with %d request(s) placed there: %s", replica, len(placed), reason)
             self._failed(replica, reason)
         return placed
 
@@ -170,6 +177,7 @@ class Supervisor:
         self._leaving.discard(replica)
         if (trouble := self._troubles.get(replica)) is not None:
             trouble.joins.append(self._clock())
+            self.replaced += 1
         if self.lifecycle.target is not None:
             self.lifecycle.set_target(max(self.lifecycle.target, self._wanted_here))
         return follow

@@ -27,6 +27,7 @@ LAYERS = (  # highest first
     ("protocol",),
     ("models", "planning", "transport", "tiers", "attention"),
     ("kvcache",),
+    ("metrics",),
     ("context", "params", "sampling", "structured", "values", "quantity", "request_errors", "errors"),
 )
 HEIGHT = {package: -i for i, layer in enumerate(LAYERS) for package in layer}

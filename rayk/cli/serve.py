@@ -33,6 +33,7 @@ def serve(flags: ServeFlags) -> int:
         grace=parse_duration(flags.grace),
         tool_parser=flags.tool_parser,
         reasoning_parser=flags.reasoning_parser,
+        vllm_metrics=flags.vllm_metrics,
         limits=Limits(body_bytes=parse_size(flags.max_body, 0), requests=flags.max_requests),
     )
     policy = None
@@ -42,7 +43,8 @@ def serve(flags: ServeFlags) -> int:
     def say(port: int) -> None:
         log.info("http://%s:%d/v1 serves %s", flags.host, port, ", ".join(settings.models))
 
-    with flags.open(admission=policy, isolate_tenants=flags.isolate_tenants) as cluster:
+    more = {"isolate_tenants": flags.isolate_tenants, "vllm_metrics": flags.vllm_metrics}
+    with flags.open(admission=policy, **more) as cluster:
         return 0 if run(cluster, settings, flags.host, flags.port, say) else 1
 
 

@@ -14,9 +14,11 @@ from rayk import protocol as m
 from rayk.dispatch.output import Handle
 from rayk.dispatch.requests import Requests
 from rayk.errors import NoPlaceError, ReplicaStateError
+from rayk.metrics.reading import Labels, Reading, Reporter
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
 from rayk.protocol.engine import Command
 from rayk.scheduler.membership import Membership, State
+from rayk.scheduler.readings import read_serving
 from rayk.scheduler.router.router import Router, RouterSettings
 from rayk.scheduler.scaling import Removed
 from rayk.scheduler.serving.core import ServingCore
@@ -47,6 +49,8 @@ class Dispatcher(Requests):
         here, hopeful = lambda: core.members.here, lambda: core.hopeful
         super().__init__(post, core, max_retries, clock, numbers, here, hopeful, self._transfers)
         self._left = threading.Condition(self._lock)  # a request left its replica
+        self.reporter: Reporter | None = None
+        """Of its metrics, on Ray."""
 
     @property
     def router(self) -> Router:
@@ -71,6 +75,8 @@ class Dispatcher(Requests):
         """Nothing is heard from elsewhere. `follow(replica)` has the reports of an engine read that is new here."""
 
     def close(self) -> list[Handle]:
+        if self.reporter is not None:
+            self.reporter.stop()
         with self._lock:
             left = super().close()
             self.core.close()
@@ -200,6 +206,11 @@ class Dispatcher(Requests):
         """Why a request went where it went; ConfigError when no decision for it is remembered."""
         with self._lock:
             return self.core.explain(request_id)
+
+    def readings(self, labels: Labels) -> list[Reading]:
+        """Metrics of the scheduler."""
+        with self._lock:
+            return list(read_serving(self.core, 1, labels))
 
     @property
     def admission(self) -> AdmissionPolicy | None:

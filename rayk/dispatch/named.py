@@ -32,6 +32,7 @@ from rayk.errors import (
     ReplicaStateError,
     SchedulerLostError,
 )
+from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
 from rayk.protocol.engine import Cancel
 from rayk.protocol.serving import DRIVER_SHIFT
@@ -341,6 +342,13 @@ class NamedDispatcher(Requests):
             return self._link.explain(f"{self._link.number}/{request_id}")
         except ConfigError:
             return self._link.explain(request_id)
+
+    def readings(self, labels: Labels) -> list[Reading]:
+        """Metrics of the scheduler; none while it is not there."""
+        try:
+            return self._link.readings(labels)
+        except RaykError:
+            return []
 
     def admission_state(self) -> AdmissionState | None:
         """A snapshot of the queue, if there is an admission policy."""

@@ -331,15 +331,18 @@ class Requests:
     def _lost(self, replica: int, reason: str) -> None:
         """A replica is gone: what it had goes on elsewhere, as often as was allowed."""
         self._scripts.lose(replica)
-        again = []
+        again, ended = [], 0
         for handle in reversed([handle for handle in self._handles.values() if handle.replica == replica]):
             if handle.unwanted:
                 self._end(handle, RequestCancelledError(handle.id, len(handle.tokens)))
             elif handle.retries >= self._max_retries or not self._hopeful():
+                ended += 1
                 self._end(handle, ReplicaLostError(replica, 0, [handle.id], reason))
             else:
                 handle.retries += 1
                 again.append(handle)
+        if again or ended:
+            log.warning("replica %d is lost: %d request(s) go on elsewhere, %d end with it", replica, len(again), ended)
         self._ask_again(again)
 
 

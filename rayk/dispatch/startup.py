@@ -60,18 +60,25 @@ class Startup:
         if self.session.name is not None:
             return self._open_named(settings)
         replicas: Replicas
+        title = ""
         if self.session.runtime == "inline":
             replicas = InlineReplicas(self.source, settings)
         else:
             from rayk.actors.engine import RayReplicas
 
-            replicas = RayReplicas(self.session.ray, self.source, settings).start()
+            replicas = on_ray = RayReplicas(self.session.ray, self.source, settings).start()
+            title = on_ray.title
         dispatcher = Dispatcher(replicas.post, self.routing(replicas), self.max_retries, replace=settings.replaced)
         if settings.peer_copies:
             transfers = PageTransfers(LinkTable(monotonic), settings.page_size)
             dispatcher.router.fetching = CopyPlanner(dispatcher.router.index, transfers, settings.tiers.wanted)
         for facts in replicas.facts:
             dispatcher.meet(facts.replica, facts.epoch, facts.endpoint)
+        if title:
+            from rayk.actors.report import start_reporting
+
+            own = {"cluster": title}
+            dispatcher.reporter = start_reporting(self.session.ray, lambda labels: dispatcher.readings(labels | own))
         return Started(replicas, dispatcher, _prompts(replicas, self.source, self.tokenizer or replicas.tokenizer))
 
     def routing(self, replicas: Replicas) -> RouterSettings:

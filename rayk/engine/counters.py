@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rayk.engine.settings import Times
+
 
 class PrefillRate:
     """How fast prompts are computed: what the last forwards took, each counting a tenth less than the next one."""
@@ -30,6 +32,7 @@ class EngineCounters:
         self.steps = self.finished = self.failed = self.preemptions = self.peak_used_pages = 0
         self.prompt_tokens = self.generated_tokens = self.recomputed_tokens = 0
         self.prefill = PrefillRate()
+        self.times = Times.none()
 
     def record_use(self, pages: int) -> None:
         """So many pages are in use. They are at their most after an admission, or when a request ends."""

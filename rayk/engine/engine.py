@@ -29,7 +29,7 @@ from rayk.engine.page_sharing import PageSharing
 from rayk.engine.sampler import Sampler, sample, token_logprobs
 from rayk.engine.sequence import SequenceState
 from rayk.engine.sequence_table import SequenceTable
-from rayk.engine.settings import EngineSettings, EngineStats
+from rayk.engine.settings import EngineSettings, EngineStats, Times
 from rayk.engine.structure import Grammars
 from rayk.errors import InsufficientBlocksError, RaykError
 from rayk.kvcache.poison import Poison
@@ -71,6 +71,7 @@ class Engine:
         self._events: list[Event] = []
         self.held_up = False  # the last step could do nothing but wait for the tiers
         self._orders = 0
+        self._stepped_at = 0.0  # the last one with a forward
         self._counters = EngineCounters()
         self._poison = Poison()
 
@@ -168,6 +169,8 @@ class Engine:
             cache.reused,
             self.core.metrics,
             cache.tiers,
+            usage.cached,
+            Times(*(each.read() for each in counters.times)),
         )
 
     # -- one step ----------------------------------------------------------------------------------
@@ -182,8 +185,13 @@ class Engine:
         if runs:
             self._counters.steps += 1
             began, tokens = self._clock(), sum(each.ctx.tokens.active_length for each in chunks)
+            decodes = bool(self._table.batch)
             self._forward(chunks)
-            self._counters.prefill.record(tokens, self._clock() - began)
+            now = self._clock()
+            self._counters.prefill.record(tokens, now - began)
+            if decodes:
+                self._counters.times.itl.add(now - self._stepped_at)
+            self._stepped_at = now
         self.held_up = not (runs or refused or self._events) and self.core.loads_under_way
         events, self._events = self._events, []
         return events
@@ -271,6 +279,7 @@ class Engine:
                 sequence.coming = None
             if sequence.admitted_at is None:
                 sequence.admitted_at = self._clock()
+                self._counters.times.queue.add(sequence.admitted_at - sequence.submitted_at)
                 self._counters.prompt_tokens += sequence.prompt_length
             else:
                 self._counters.recomputed_tokens += sequence.ctx.tokens.active_length
@@ -349,7 +358,9 @@ class Engine:
         if started:
             now = self._clock()
             for each in started:
-                each.first_token_at = each.first_token_at or now
+                if each.first_token_at is None:
+                    each.first_token_at = now
+                    self._counters.times.ttft.add(now - each.submitted_at)
             self._table.decode_next(started)
             chunks = [each for each in chunks if each not in started]
         if batch:
@@ -422,4 +433,7 @@ class Engine:
                 reason, error = "error", self._forward_error(sequence, raised)
         self._counters.finished += error is None
         self._counters.failed += error is not None
-        self._events.append(sequence.finished(reason, self._clock(), text, error))
+        now = self._clock()
+        if error is None:
+            self._counters.times.e2e.add(now - sequence.submitted_at)
+        self._events.append(sequence.finished(reason, now, text, error))

@@ -109,6 +109,7 @@ class ServeSettings:
     shared: bool = False  # by several drivers
     isolate_tenants: bool = False  # each has a root of its own
     replaced: bool = False  # lost replicas are: one that hangs is soon counted as lost
+    vllm_metrics: bool = False  # metrics under vLLM's names, too
     threads: int | None = None  # of torch; None: one in a process of a replica's own, the caller's number inline
     engine: EngineSettings = field(default_factory=EngineSettings)
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from rayk.kvcache.connector import TierCount
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.kvcache.request import Reused
+from rayk.metrics.histogram import Histogram
+from rayk.metrics.table import SECONDS
 from rayk.params import require, require_at_least
 
 
@@ -29,11 +31,25 @@ class EngineSettings:
         require(0 <= self.watermark < 1, f"watermark is {self.watermark}, it must be at least 0 and below 1")
 
 
+class Times(NamedTuple):
+    """How long requests took at an engine, as the metrics rayk_queue_seconds, .. have it."""
+
+    queue: Histogram
+    ttft: Histogram
+    itl: Histogram
+    e2e: Histogram
+
+    @classmethod
+    def none(cls) -> Times:
+        """Nothing so far."""
+        return cls(*(Histogram(SECONDS) for _ in cls._fields))
+
+
 class EngineStats(NamedTuple):
     """Counters since the start, and what there is now. Tokens of prompts count at first admissions.
 
     `cached_tokens` are those of `reused` together. `loading` of the running requests wait for a tier. `cache` has the
-    counters of pages, `tiers` what this node's tiers hold.
+    counters of pages, `tiers` what this node's tiers hold; free pages may be cached ones.
     """
 
     steps: int
@@ -53,3 +69,5 @@ class EngineStats(NamedTuple):
     reused: Reused
     cache: KVCacheMetrics
     tiers: TierCount
+    cached_pages: int
+    times: Times

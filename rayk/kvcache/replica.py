@@ -355,13 +355,13 @@ class ReplicaCore(CacheState):
     @property
     def metrics(self) -> KVCacheMetrics:
         """Counters since reset_metrics()."""
-        return self._counters() - self._counted_before
+        return self.counters() - self._counted_before
 
     def reset_metrics(self) -> None:
         """Counters to zero."""
-        self._counted_before = self._counters()
+        self._counted_before = self.counters()
 
-    def _counters(self) -> KVCacheMetrics:
+    def counters(self) -> KVCacheMetrics:
         """Counters since the start."""
         copied = self.peer_hits + self.pages_adopted
         counters = KVCacheMetrics(

@@ -50,7 +50,7 @@ class TierLoads:
     def __init__(self, connector: Connector, pins: PagePins, page_size: int, commit: Commit) -> None:
         self.connector = connector
         self.under_way: dict[str, TierLoad] = {}
-        self._found = 0  # pages that alloc found, less what then failed to land
+        self.found_pages = self.found_on_disk = 0  # that alloc found, less what then failed to land; of these
         self._commit = commit
         self._hasher = pins.hasher
         self._size = page_size
@@ -173,7 +173,7 @@ class TierLoads:
         window.processed = reached
         if reached >= window.end:  # the load covers the chunk: keep its size, move it on
             window.end = min(window.length, reached + active)
-        self._found += count
+        self.found_pages += count
         if transfer.poll():
             self._land(load)
             self._move_back(ctx, load)
@@ -181,6 +181,7 @@ class TierLoads:
         else:
             self.under_way[ctx.request_id] = load
         host = found.tiers[:count].count(Tier.HOST)
+        self.found_on_disk += count - host
         return host, count - host
 
     def _begin(self, hashes: Sequence[bytes], pages: Pages) -> Transfer:
@@ -226,7 +227,7 @@ class TierLoads:
         except Exception as error:
             self._warn("load", error)
             load.landed = 0
-        self._found -= load.pages - load.landed
+        self.found_pages -= load.pages - load.landed
         if load.landed:
             assert load.request.ctx is not None
             self._landing = True
@@ -266,7 +267,7 @@ class TierLoads:
         self.connector.poll()
         counters = self.connector.counters
         return KVCacheMetrics(
-            cache_tokens=self._found * self._size,
+            cache_tokens=self.found_pages * self._size,
             h2d_blocks_copied=counters.h2d,
             d2h_blocks_copied=counters.d2h,
             disk_blocks_written=counters.disk_written,

@@ -31,10 +31,14 @@ from rayk.kvcache.iteration import Forward, run_forward, run_tick
 from rayk.kvcache.page_pins import PageImport
 from rayk.kvcache.poison import Poison
 from rayk.kvcache.prefix_tree import PageListener
+from rayk.kvcache.readings import read_core
 from rayk.kvcache.replica import ReplicaCore
 from rayk.kvcache.request import Reused, refuse_twice
 from rayk.kvcache.runtime_inputs import BatchCharacteristics, ReplicaInputs
 from rayk.kvcache.tick import Tick
+from rayk.metrics.histogram import Histogram
+from rayk.metrics.reading import Labels, Reading, reading
+from rayk.metrics.table import MICROSECONDS
 from rayk.protocol.columns import RESULTS, ContextRows, rows_of
 from rayk.protocol.context_sync import ContextMirrors, moved
 from rayk.protocol.dedup import ReplyCache
@@ -45,6 +49,7 @@ from rayk.transport.line import Line, PageData
 from rayk.transport.port import PagePort, open_lines
 
 REFUSED = (-1,) * RESULTS
+UNREAD = 1024  # admissions whose times are kept until somebody reads them
 REMEMBERED = 64  # answers to each sender, whose socket may be cut with so many on their way
 T = TypeVar("T")
 
@@ -90,6 +95,8 @@ class ReplicaService:
         self._sender = ""  # of the message that is being answered
         self._exchange = PageExchange(core, self.port, partial(self._mirrors.context, keep=False))
         self._answers: ReplyCache[tuple[bytes, PageData]] = ReplyCache(remembered=REMEMBERED)
+        self._took: list[list[float]] = []  # by claims and allocs, turn by turn, until somebody reads it
+        self._claims, self._allocs = Histogram(MICROSECONDS), Histogram(MICROSECONDS)
 
     def handle(self, wire: bytes, attached: Sequence[PageData] = ()) -> tuple[bytes, PageData]:
         """Answer one envelope. `attached` holds page data for its imports; the second result goes with Exported
@@ -310,7 +317,23 @@ class ReplicaService:
         untried = len(batch.ids) - len(numbers) // RESULTS
         numbers += REFUSED * untried
         seconds += (0.0, 0.0) * untried
+        self._took.append(seconds)
+        if len(self._took) > UNREAD:
+            self._count_times()
         return m.AdmitDone(array("q", numbers).tobytes(), array("d", seconds).tobytes(), failures, reported(arrivals))
+
+    def _count_times(self) -> None:
+        took, self._took = self._took, []
+        for seconds in took:
+            self._claims.add(*seconds[::2])
+            self._allocs.add(*seconds[1::2])
+
+    def read(self, labels: Labels) -> list[Reading]:
+        """Its metrics. Nobody may send it anything meanwhile."""
+        self._count_times()
+        times = {"claim": self._claims, "alloc": self._allocs}
+        found = [reading(f"rayk_{name}_seconds", each.read(), labels) for name, each in times.items()]
+        return [*found, *read_core(self.core, labels)]
 
     def _admit_one(
         self,

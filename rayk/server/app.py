@@ -161,7 +161,8 @@ def application(cluster: Cluster, settings: ServerSettings) -> Starlette:
         return _json({"version": __version__})
 
     async def metrics(request: Request) -> Response:
-        text = await asyncio.to_thread(service.metrics.text, cluster, len(service.streams))
+        own = service.metrics.read(len(service.streams))
+        text = await asyncio.to_thread(service.metrics.text, cluster, own)
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def schema(request: Request) -> Response:

@@ -1,65 +1,78 @@
-"""What a server counts, in Prometheus' text form: its requests, and what its replicas say of themselves."""
+"""What a server counts, and Prometheus' text form of it and of what its Cluster says of itself."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from rayk.cluster import Cluster
-from rayk.errors import RaykError
+from rayk.metrics.histogram import Histogram
+from rayk.metrics.reading import Reading, aliases, reading
+from rayk.metrics.table import SECONDS
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-STATES = ("ready", "draining", "lost", "removed", "starting")
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
 class ServerMetrics:
-    """Of one server. Names are those of docs/serving.md."""
+    """Of one server, which counts in its event loop. `vllm_model`: metrics have vLLM's names too, with that model."""
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        made: dict[str, Any] = {"registry": self._registry}
-        self._requests = Counter("rayk_server_requests", "Requests for tokens, by status.", ["status"], **made)
-        self._tokens = Counter("rayk_server_tokens", "Tokens of prompts and answers.", ["kind"], **made)
-        self._seconds = Histogram("rayk_server_request_seconds", "Until the last byte.", buckets=SECONDS, **made)
-        self._first = Histogram("rayk_server_first_token_seconds", "Until the first.", buckets=SECONDS, **made)
-        self._open = Gauge("rayk_server_open_requests", "Requests for tokens that are not over.", **made)
-        self._states = Gauge(
-            "rayk_replica_state", "1 for the state that a replica is in.", ["replica_idx", "state"], **made
-        )
-        self._pages = Gauge("rayk_pages", "Pages of a replica.", ["replica_idx", "state"], **made)
-        self._phases = Gauge("rayk_requests", "Requests of a replica.", ["replica_idx", "phase"], **made)
-        self._engine = Gauge(
-            "rayk_engine_tokens", "Tokens of a replica since its start.", ["replica_idx", "kind"], **made
-        )
+    def __init__(self, vllm_model: str | None = None) -> None:
+        self._vllm_model = vllm_model
+        self._requests, self._tokens = Counter[str](), Counter[str]()
+        self._seconds, self._first = Histogram(SECONDS), Histogram(SECONDS)
 
     def ended(self, status: int, seconds: float, first: float | None, prompt: int, cached: int, generated: int) -> None:
         """A request for tokens is over."""
-        self._requests.labels(str(status)).inc()
-        self._seconds.observe(seconds)
+        self._requests[str(status)] += 1
+        self._seconds.add(seconds)
         if first is not None:
-            self._first.observe(max(0.0, first))
-        for kind, count in (("prompt", prompt), ("cached", cached), ("generated", generated)):
-            self._tokens.labels(kind).inc(count)
+            self._first.add(max(1e-6, first))
+        self._tokens.update(prompt=prompt, cached=cached, generated=generated)
 
-    def text(self, cluster: Cluster, open_requests: int) -> bytes:
-        """All of it now. Asks the replicas: not for an event loop."""
-        self._open.set(open_requests)
-        for replica, state in enumerate(cluster.replica_states()):
-            for each in STATES:
-                self._states.labels(str(replica), each).set(each == state)
-        for replica in cluster.live:
-            try:
-                stats = cluster.stats(replica)
-            except RaykError:  # lost, or it does not answer: the others are told of
-                continue
-            name = str(replica)
-            self._pages.labels(name, "total").set(stats.pages)
-            self._pages.labels(name, "free").set(stats.free_pages)
-            self._phases.labels(name, "waiting").set(stats.waiting)
-            self._phases.labels(name, "running").set(stats.running)
-            self._engine.labels(name, "prompt").set(stats.prompt_tokens)
-            self._engine.labels(name, "cached").set(stats.cached_tokens)
-            self._engine.labels(name, "generated").set(stats.generated_tokens)
-        found: bytes = generate_latest(self._registry)
-        return found
+    def read(self, open_requests: int) -> list[Reading]:
+        """Of the server alone; in its event loop."""
+        found = [reading("rayk_server_open_requests", open_requests, {})]
+        found += [reading("rayk_server_requests_total", n, {}, status=s) for s, n in self._requests.items()]
+        found += [reading("rayk_server_tokens_total", n, {}, kind=kind) for kind, n in self._tokens.items()]
+        found.append(reading("rayk_server_request_seconds", self._seconds.read(), {}))
+        return [*found, reading("rayk_server_first_token_seconds", self._first.read(), {})]
+
+    def text(self, cluster: Cluster, own: Iterable[Reading]) -> bytes:
+        """All of it, with the server's `own`. Asks the replicas: not for an event loop."""
+        found = [*own, *cluster.readings()]
+        if self._vllm_model is not None:
+            found += aliases(found, self._vllm_model)
+        registry = CollectorRegistry()
+        registry.register(_Collector(found))
+        return bytes(generate_latest(registry))
+
+
+class _Collector:
+    """Shows readings to prometheus_client."""
+
+    def __init__(self, readings: Iterable[Reading]) -> None:
+        self._readings = readings
+
+    def collect(self) -> Iterator[Metric]:
+        """Metrics of all readings."""
+        families: dict[str, Family] = {}
+        for metric, labels, value in self._readings:
+            family = families.get(metric.name)
+            if family is None:
+                kinds: dict[str, type[Family]] = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+                made = kinds.get(metric.kind, HistogramMetricFamily)
+                family = families[metric.name] = made(metric.name, metric.help, labels=metric.labels)
+            if isinstance(value, Histogram):
+                assert isinstance(family, HistogramMetricFamily)
+                so_far, buckets = 0, list[tuple[str, float]]()
+                for bound, count in zip((*map(str, value.bounds), "+Inf"), value.counts, strict=True):
+                    so_far += count
+                    buckets.append((bound, so_far))
+                family.add_metric(labels, buckets, value.total)
+            else:
+                assert not isinstance(family, HistogramMetricFamily)
+                family.add_metric(labels, value)
+        yield from families.values()

@@ -23,7 +23,7 @@ class Service:
     def __init__(self, cluster: Cluster, settings: ServerSettings) -> None:
         self.cluster = cluster
         self.settings = settings
-        self.metrics = ServerMetrics()
+        self.metrics = ServerMetrics(settings.models[0] if settings.vllm_metrics else None)
         self.streams: set[Answers] = set()
         self.draining = False
         self.parser = parsers(settings.tool_parser, settings.reasoning_parser)

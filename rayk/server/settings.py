@@ -31,7 +31,7 @@ class ServerSettings:
     """`models`: names that clients may use, the first one is what answers say. Seconds: `request_timeout` for each
     request (None: none), `heartbeat` between comments in a stream that has nothing to say, `grace` for streams when
     the server is told to stop. `keys`: of which a client has to have one; none: no key is asked for. `isolate_keys`:
-    clients with different keys share no cached prefix."""
+    clients with different keys share no cached prefix. `vllm_metrics`: /metrics has vLLM's names, too."""
 
     models: tuple[str, ...]
     keys: tuple[str, ...] = field(default=(), repr=False)
@@ -41,6 +41,7 @@ class ServerSettings:
     grace: float = 30.0
     tool_parser: str | None = None
     reasoning_parser: str | None = None
+    vllm_metrics: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

@@ -31,6 +31,8 @@ from rayk.errors import (
     ReplicaStateError,
 )
 from rayk.kvcache.page_hash import split_keys
+from rayk.metrics.histogram import Histogram
+from rayk.metrics.table import SECONDS
 from rayk.protocol.admission import AdmissionState
 from rayk.protocol.engine import Cancel, Command, HandOver, Query, Report
 from rayk.protocol.serving import DRIVER_SHIFT, PlaceRequest
@@ -82,6 +84,10 @@ class ServingCore:
             self.admission = ClusterAdmission(settings.admission, self.router, settings.page_size, clock)
         self.scripts = EngineScripts(post, lambda: members.here, numbers or itertools.count(1))
         self.evacuations = Evacuations(self.scripts, self.router, lambda: members.ready, on_left, clock)
+        self.retries = 0
+        """Requests that asked again, since they lost their place."""
+        self.placing = Histogram(SECONDS)
+        """How long they waited for places."""
         self.why_lost = ""
         """Of the replica that was lost last."""
         self._post = post
@@ -98,12 +104,15 @@ class ServingCore:
 
     def place(self, wants: Sequence[PlaceRequest]) -> None:
         """Requests want places: what becomes of them comes with take(), now or later."""
+        now = self._clock()
         for want in wants:
             driver, late_at = want.ticket >> DRIVER_SHIFT, None
             if want.left is not None:
-                late_at = self._clock() + want.left
-            request = ServedRequest(want, driver, f"{driver}/{want.request_id}" if driver else want.request_id, late_at)
+                late_at = now + want.left
+            key = f"{driver}/{want.request_id}" if driver else want.request_id
+            request = ServedRequest(want, driver, key, late_at, since=now)
             if want.again:
+                self.retries += 1
                 before = self._served.pop(want.again, None)
                 if before is not None:
                     if before.replica in self.members.here:  # its driver hears nothing from there; should it go on
@@ -303,6 +312,7 @@ class ServingCore:
         router.place(request.key, replica, route, spans[-1].stop if spans else 0)
         self.waiting.take(request)
         request.replica = replica
+        self.placing.add(max(1e-6, self._clock() - request.since))
         if self.admission is not None:
             self.admission.promise(request.key, replica, route)
         self._placed.append(PlacedRequest(request.want.ticket, replica, spans))

@@ -21,6 +21,7 @@ class ServedRequest(msgspec.Struct, gc=False, eq=False):
     key: str
     late_at: float | None
     replica: int = -1
+    since: float = 0.0  # it waits
 
     @property
     def ticket(self) -> int:

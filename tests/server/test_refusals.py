@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,10 @@ def test_open_routes_ids_and_metrics(served: Served) -> None:
     answer = served.send("GET", "/version", **{"x-request-id": "mine"})
     assert answer.getheader("x-request-id") == "mine"
     text = served.send("GET", "/metrics").read().decode()
-    assert 'rayk_replica_state{replica_idx="1",state="ready"} 1.0' in text
-    assert 'rayk_pages{replica_idx="0",state="total"} 400.0' in text
+    assert 'rayk_replica_state{cluster="",replica_idx="1",state="ready"} 1.0' in text
+    pages = re.findall(r'rayk_pages{cluster="",node="[^"]*",replica_idx="0",state="\w+"} (\S+)', text)
+    assert len(pages) == 3 and sum(map(float, pages)) == 400.0
+    assert "vllm:" not in text
     schema = json.loads(served.send("GET", "/openapi.json").read())
     assert "prompt" in schema["components"]["schemas"]["CompletionBody"]["required"]
     assert set(schema["paths"]) >= {"/v1/completions", "/v1/chat/completions", "/tokenize"}
