@@ -19,6 +19,7 @@ from rayk.dispatch.lifecycle import Lifecycle
 from rayk.dispatch.output import Handle, Output, Update
 from rayk.dispatch.prompts import Prompt, Sampling
 from rayk.dispatch.startup import QUEUED_BATCHES, Started, Startup, model_source
+from rayk.engine.local_replicas import InlineReplicas
 from rayk.engine.readings import read_engine
 from rayk.engine.replicas import ReplicaFacts, ServeSettings
 from rayk.engine.settings import EngineSettings, EngineStats
@@ -270,6 +271,12 @@ class Cluster:
             raise
         return handles
 
+    def deliver_in(self, call_soon_threadsafe: Callable[[Callable[[], None]], object] | None) -> None:
+        """Have what replicas in this process report told in that event loop, so that no thread has to run between an
+        engine and who waits there; None takes it back. Replicas elsewhere have a thread each all the same."""
+        if isinstance(self._replicas, InlineReplicas):
+            self._replicas.deliver_in(call_soon_threadsafe, self._dispatcher.on_report)
+
     # -- replicas that come and go -----------------------------------------------------------------------
 
     def replica_states(self) -> list[str]:
@@ -323,6 +330,11 @@ class Cluster:
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the model. RequestError where there is none."""
         return self._prompts.tokenizer("chat")
+
+    @property
+    def inline(self) -> bool:
+        """Whether the replicas are in this process, so that no call waits for another one."""
+        return self._session.runtime == "inline"
 
     @property
     def longest(self) -> int:

@@ -22,7 +22,7 @@ import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from rayk.cluster import Cluster
@@ -96,19 +96,17 @@ def serve(runtime: str, replicas: int, streams: int, tokens: int) -> None:
 
 
 def bare(file: Path) -> None:
-    """Starlette that streams what the file has: a list of chunks for each stream, in turns."""
+    """Starlette that streams what the file had when it was told to /load it: a list of chunks for each stream, in
+    turns."""
     turn = count()
-    read: tuple[float, list[list[bytes]]] = (0.0, [])
+    streams: list[list[bytes]] = []
 
-    def streams() -> list[list[bytes]]:
-        nonlocal read
-        if read[0] != (written := file.stat().st_mtime):
-            read = (written, msgspec.msgpack.decode(file.read_bytes(), type=list[list[bytes]]))
-        return read[1]
+    async def load(request: Request) -> Response:
+        streams[:] = msgspec.msgpack.decode(file.read_bytes(), type=list[list[bytes]])
+        return Response()
 
     async def chunks() -> AsyncIterator[bytes]:
-        found = streams()
-        for chunk in found[next(turn) % len(found)]:
+        for chunk in streams[next(turn) % len(streams)]:
             yield chunk
             await asyncio.sleep(0)  # others take turns, as they do where each waits for its tokens
 
@@ -116,17 +114,13 @@ def bare(file: Path) -> None:
         msgspec.json.decode(await request.body())
         return StreamingResponse(chunks(), media_type="text/event-stream")
 
-    app = Starlette(routes=[Route("/v1/completions", answer, methods=["POST"])])
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, access_log=False))
+    class Bare(uvicorn.Server):
+        async def startup(self, sockets: list[Any] | None = None) -> None:
+            await super().startup(sockets)
+            say(self.servers[0].sockets[0].getsockname()[1])
 
-    async def main() -> None:
-        task = asyncio.ensure_future(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        say(server.servers[0].sockets[0].getsockname()[1])
-        await task
-
-    asyncio.run(main())
+    app = Starlette(routes=[Route("/v1/completions", answer, methods=["POST"]), Route("/load", load)])
+    Bare(uvicorn.Config(app, port=0, lifespan="off", log_config=None, access_log=False, server_header=False)).run()
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 
 from rayk.context import IntArray
 from rayk.errors import RaykError
@@ -25,6 +23,8 @@ from rayk.sampling import SamplingParams
 from rayk.values import told
 
 log = logging.getLogger("rayk.engine")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class Output:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(msgspec.Struct, frozen=True):
     """More of one answer: number `index` of the call. `output` comes with the last one."""
 
     index: int
@@ -67,7 +66,7 @@ class Update:
     tokens: list[int]
     text: str
     output: Output | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = []
 
 
 class Handle:
@@ -109,6 +108,7 @@ class Handle:
         self._pieces: list[str] = []
         self._taken = 0
         self._over = False
+        self._output: Output | None = None  # until it is taken
         self._told = False  # somebody was told of what is not taken yet
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs | None] = [None]
@@ -146,41 +146,42 @@ class Handle:
         return self.future.done()
 
     def take(self) -> Update:
-        """What came since the last call."""
+        """What came since the last call; the output once."""
         with self._lock:
             self._told = False
-            output = self.future.result() if self.future.done() else None
-            logprobs = self._logprobs[self._taken : len(self.tokens)]
-            tokens, self._taken = self.tokens[self._taken :], len(self.tokens)
-            text, self._pieces = "".join(self._pieces), []
-        return Update(self.index, self.id, tokens, text, output, logprobs)
+            output, self._output = self._output, None
+            before, self._taken = self._taken, len(self.tokens)
+            tokens = self.tokens[before:]
+            logprobs = self._logprobs[before : self._taken] if self._logprobs else []
+            pieces, self._pieces = self._pieces, []
+        return Update(self.index, self.id, tokens, "".join(pieces), output, logprobs)
 
     # -- for the reader of reports ----------------------------------------------------------------------
 
-    def add(self, tokens: list[int], logprobs: list[TokenLogprobs]) -> None:
-        """More tokens."""
-        now = monotonic()
+    def add(self, now: float, tokens: list[int], text: str = "", logprobs: Sequence[TokenLogprobs] = ()) -> None:
+        """More of the answer came at that time."""
         with self._lock:
-            if self._first_at is None:
-                self._first_at = now
+            if not tokens:
+                pass
+            elif self._first_at is None:
+                self._first_at = self._last_at = now
                 if len(tokens) > 1:
                     self._gaps.append((0.0, len(tokens) - 1))
             else:
                 self._gaps.append((now - self._last_at, len(tokens)))
-            self._last_at = now
+                self._last_at = now
             self.tokens += tokens
-            self._logprobs += logprobs
-        self._tell()
+            if text:
+                self._pieces.append(text)
+            if logprobs:
+                self._logprobs += logprobs
+            told, self._told = self._told, True
+        if not told:
+            self._tell()
 
     def add_prompt_logprobs(self, start: int, found: list[TokenLogprobs]) -> None:
         """Those of the prompt's tokens from `start` on; what was known from there on is replaced."""
         self._prompt_logprobs[start:] = found
-
-    def add_text(self, piece: str) -> None:
-        """More text."""
-        with self._lock:
-            self._pieces.append(piece)
-        self._tell()
 
     def record_end(self, end: Ended) -> None:
         """The request left a replica. What was cached, and how long it waited there, is of its first admission."""
@@ -219,21 +220,22 @@ class Handle:
                 self._cached,
                 self._prompt_logprobs if self.sampling.prompt_logprobs is not None else None,
             )
-        _tell(partial(self.future.set_result, output))  # its callbacks may look at the handle
-        self._tell()
+            self._output = output
+            told, self._told = self._told, True
+        _tell(self.future.set_result, output)  # its callbacks may look at the handle
+        if not told:
+            self._tell()
 
     def _tell(self) -> None:
-        with self._lock:
-            told, self._told = self._told, True
-        if self.on_news is not None and not told and not _tell(partial(self.on_news, self)):
+        if self.on_news is not None and not _tell(self.on_news, self):
             self.on_news = None
 
 
-def _tell(call: Callable[[], None]) -> bool:
+def _tell(call: Callable[[T], None], argument: T) -> bool:
     """Call what somebody gave us; whether it went well. It may be of a closed event loop, and must not end the thread
     that reads reports, whatever it raises."""
     try:
-        call()
+        call(argument)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
@@ -245,35 +247,36 @@ def _tell(call: Callable[[], None]) -> bool:
 def deliver(report: Report, handles: Mapping[int, Handle]) -> list[int]:
     """Give the tokens and texts of a report to its requests, by ticket; the tickets of those whose first from
     there it was."""
-    first: list[int] = []
+    first, now = list[int](), monotonic()
     for number, start, found in report.prompt_logprobs:
         if (handle := handles.get(number)) is not None:
             handle.add_prompt_logprobs(start, found)
-    for number, part in _by_number(report):
+    numbers, tokens = (column.tolist() for column in report.columns())
+    parts, texts, logprobs = (
+        {n: [token] for n, token in zip(numbers, tokens, strict=True)},
+        dict(report.texts),
+        report.logprobs,
+    )
+    if len(parts) < len(numbers):  # of several steps
+        parts = {number: [] for number in parts}
+        for number, token in zip(numbers, tokens, strict=True):
+            parts[number].append(token)
+    if len(texts) < len(report.texts):
+        texts = dict.fromkeys(texts, "")
+        for number, piece in report.texts:
+            texts[number] += piece
+    for number, part in parts.items():
         handle = handles.get(number)
         if handle is not None:
             if handle.prefilling:
                 handle.prefilling = False
                 first.append(number)
-            handle.add(part, report.logprobs.get(number, []))
-    for number, piece in report.texts:
+            text = texts.pop(number, "") if texts else ""
+            handle.add(now, part, text, logprobs.get(number, ()) if logprobs else ())
+    for number, piece in texts.items():  # of tokens that were reported before
         if (handle := handles.get(number)) is not None:
-            handle.add_text(piece)
+            handle.add(now, [], piece)
     return first
-
-
-def _by_number(report: Report) -> Iterator[tuple[int, list[int]]]:
-    """Requests and their tokens in the report."""
-    numbers, tokens = report.columns()
-    listed = numbers.tolist()
-    if len(set(listed)) == len(listed):  # one step: a token each
-        yield from zip(listed, ([token] for token in tokens.tolist()), strict=True)
-        return
-    order = np.argsort(numbers, kind="stable")
-    numbers, tokens = numbers[order], tokens[order]
-    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-    for number, part in zip(numbers[starts].tolist(), np.split(tokens, starts[1:]), strict=False):
-        yield number, part.tolist()
 
 
 def end_as_reported(handle: Handle, end: Ended) -> None:

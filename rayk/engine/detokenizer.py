@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+RUN = 8  # tokens that are decoded with each new one, at most, before the run begins anew
 UNFINISHED = "�"  # what a tokenizer shows for bytes that are no whole character (yet)
 
 
@@ -17,8 +18,8 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
 class Detokenizer:
     """The text of one answer while it grows. `tokenizer.decode(ids, skip_special_tokens=True)` is all it needs.
 
-    A token's text may depend on the tokens before it, so a short run of them is decoded with and without the new
-    ones, and the difference is new text; it waits while it ends in the middle of a character.
+    A token's text may depend on the tokens before it, so a short run of them is decoded with each new one, and the
+    difference to what it was is new text; it waits while it ends in the middle of a character.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
@@ -29,6 +30,7 @@ class Detokenizer:
         self._longest = max((len(each) for each in stop), default=0)
         self._ids: list[int] = []
         self._start = self._read = 0  # ids[start:read] are shown, and decide how the next ones look
+        self._shown = ""  # their text
         self._sent = 0
         self._free = 0  # characters of the text in which no stop string counts
 
@@ -36,17 +38,18 @@ class Detokenizer:
         """One more token. `stopped` tells whether it completed a stop string; `text` then ends before that. What is
         complete before it `may_stop` ends nothing."""
         self._ids.append(token)
-        shown, new = self._decode(self._ids[self._start : self._read]), self._decode(self._ids[self._start :])
-        if len(new) > len(shown) and not new.endswith(UNFINISHED):
-            self._grow(new[len(shown) :], may_stop)
-            self._start, self._read = self._read, len(self._ids)
+        new = self._decode(self._start)
+        if len(new) > len(self._shown) and not new.endswith(UNFINISHED):
+            self._grow(new[len(self._shown) :], may_stop)
+            before, self._read, self._shown = self._read, len(self._ids), new
+            if self._read - self._start > RUN:
+                self._start, self._shown = before, self._decode(before)
 
     def finish(self) -> None:
         """There will be no more tokens: what waited for the rest of a character is shown as it is."""
         if self._read < len(self._ids) and not self.stopped:
-            shown, new = self._decode(self._ids[self._start : self._read]), self._decode(self._ids[self._start :])
-            self._grow(new[len(shown) :])
-            self._start = self._read = len(self._ids)
+            self._grow(self._decode(self._start)[len(self._shown) :])
+            self._start, self._read, self._shown = len(self._ids), len(self._ids), ""
         self._stop = ()
 
     def piece(self) -> str:
@@ -55,8 +58,8 @@ class Detokenizer:
         piece, self._sent = self.text[self._sent : end], max(self._sent, end)
         return piece
 
-    def _decode(self, ids: list[int]) -> str:
-        return text_of(self._tokenizer, ids)
+    def _decode(self, start: int) -> str:
+        return text_of(self._tokenizer, self._ids[start:])
 
     def _grow(self, more: str, may_stop: bool = True) -> None:
         if not self._stop:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,6 +34,8 @@ HELD_UP = 0.0005  # seconds between looks at the tiers when everything waits for
 BACKLOG = 1 << 16  # tokens
 
 T = TypeVar("T")
+InLoop = Callable[[Callable[[], None]], object]
+OnReport = Callable[[int, Report], None]
 
 
 class _Asked(NamedTuple):
@@ -65,6 +67,9 @@ class EngineThread:
         self._failures: dict[int, RemoteError] = {}  # of engines that raised
         self._failure: RemoteError | None = None  # of the thread, and so of all
         self._progress = Progress()
+        self._loop: tuple[InLoop, OnReport] | None = None
+        self._called = False  # the loop was, and has not come yet
+        self._delivery = Lock()  # held by the loop while it delivers
         self._thread = Thread(target=self._run, name="rayk-engine", daemon=True)
 
     def start(self) -> EngineThread:
@@ -133,21 +138,62 @@ class EngineThread:
         while watched is not None and outbox is not None:
             with self._changed:
                 deadline = monotonic() + self._heartbeat
-                while not (outbox.events.get(reader) or self._over(engine, watched) or self._failed(engine)):
+                while not (self._readable(outbox, reader) or self._over(engine, watched) or self._failed(engine)):
                     left = deadline - monotonic()
                     if left <= 0 or reader in outbox.gone:
                         break
                     self._changed.wait(left)
-                events = outbox.take(reader)
-                over = (self._over(engine, watched) or reader in outbox.gone) and not events
-                failure = self._failed(engine)
+                failure, over = self._failed(engine), self._over(engine, watched) or reader in outbox.gone
+                events = outbox.take(reader) if failure or over or self._readable(outbox, reader) else []
                 self._changed.notify_all()
+            if failure or over:
+                with self._delivery:  # what the loop took before is delivered
+                    pass
             if failure is not None and not events:
                 raise failure
-            if over:
+            if over and not events:
                 return
             batch += 1
-            yield Report.of(events, watched.steps, watched.prefill_rate, watched.core.usage.used, batch)
+            yield _report_of(watched, events, batch)
+
+    def _readable(self, outbox: Outbox, reader: int) -> bool:
+        return self._loop is None and bool(outbox.events.get(reader))
+
+    def deliver_in(self, loop: InLoop | None, on_report: OnReport) -> None:
+        """Have `on_report` called with what engines have done by an event loop, which `loop` hands a call to (it is
+        call_soon_threadsafe), so that no other thread has to run for it. The iterators of reports() then have only
+        empty ones, and the end. None, and a loop that is closed: they have all of it again."""
+        with self._changed:
+            self._loop = None if loop is None else (loop, on_report)
+            self._called = False
+            self._changed.notify_all()
+
+    def _call_loop(self) -> None:
+        """There is something to report."""
+        if self._loop is not None and not self._called:
+            try:
+                self._loop[0](self._deliver)
+                self._called = True
+            except RuntimeError:  # it is closed
+                self._loop = None
+        if self._loop is None:
+            self._changed.notify_all()
+
+    def _deliver(self) -> None:
+        """In the loop."""
+        with self._delivery:
+            with self._changed:
+                self._called, loop = False, self._loop
+                if self._behind:
+                    self._changed.notify_all()
+                sound = self._sound if loop is not None else []
+                taken = [(n, engine, events) for n, engine in sound if (events := self._outboxes[n].take(SCHEDULER))]
+            for number, engine, events in taken:
+                assert loop is not None
+                try:
+                    loop[1](number, _report_of(engine, events))
+                except Exception as error:  # nobody reads what comes from there any more
+                    self.fail(number, error)
 
     def _failed(self, number: int) -> RemoteError | None:
         return self._failures.get(number) or self._failure
@@ -220,7 +266,7 @@ class EngineThread:
                 self._inbox.clear()
                 if self._stopped:
                     return False
-                behind = sum(outbox.unread for outbox in self._outboxes.values()) >= self._backlog
+                behind = self._behind
                 busy = [engine for _, engine in self._sound if engine.busy]
                 held_up = all(engine.held_up for engine in busy)
                 if not arrived and (behind or held_up):
@@ -236,6 +282,11 @@ class EngineThread:
                 self._try(number, engine.rest)
             if not behind and any(engine.busy for _, engine in self._sound):
                 return True
+
+    @property
+    def _behind(self) -> bool:
+        """Whether nobody reads what engines report: they rest."""
+        return sum(outbox.unread for outbox in self._outboxes.values()) >= self._backlog
 
     def _apply(self, number: int, command: Command) -> None:
         engine = self._engines.get(number)
@@ -279,7 +330,11 @@ class EngineThread:
         if events:
             with self._changed:
                 self._outboxes[number].add(events)
-                self._changed.notify_all()
+                self._call_loop()
+
+
+def _report_of(engine: Engine, events: Sequence[Event], batch: int = 0) -> Report:
+    return Report.of(events, engine.steps, engine.prefill_rate, engine.core.usage.used, batch)
 
 
 def _remote(engine: Engine | None, error: BaseException) -> RemoteError:

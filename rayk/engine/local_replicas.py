@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from rayk.engine.engine import Engine
-from rayk.engine.engine_thread import EngineThread
+from rayk.engine.engine_thread import EngineThread, InLoop, OnReport
 from rayk.engine.replicas import ModelSource, ReplicaFacts, ServeSettings, check_engine, facts_of, open_engine
 from rayk.engine.settings import EngineStats
 from rayk.engine.threads import TorchThreads
@@ -48,6 +48,7 @@ class InlineReplicas:
         self._pools: dict[Peer, PageBuffers] = {}
         self._torch_threads = None if settings.threads is None else TorchThreads(settings.threads)
         self._thread = EngineThread().start()
+        self._delivery: tuple[InLoop | None, OnReport] = (None, lambda replica, report: None)
         self._thread_of: list[EngineThread] = []  # by replica: a thread that died takes its replicas with it
         try:
             self.add(range(settings.replicas), 0)
@@ -64,6 +65,7 @@ class InlineReplicas:
                 self._models[device] = self._source.load(device)
         if self._thread.failed:
             self._thread = EngineThread().start()
+            self._thread.deliver_in(*self._delivery)
         node, sharing, added = self._node(), Counter(devices.values()), list[ReplicaFacts]()
         try:
             for replica, device in devices.items():
@@ -114,6 +116,11 @@ class InlineReplicas:
 
     def reports(self, replica: int) -> Iterator[Report]:
         return self._thread_of[replica].reports(replica)
+
+    def deliver_in(self, loop: InLoop | None, on_report: OnReport) -> None:
+        """See EngineThread: from now on."""
+        self._delivery = (loop, on_report)
+        self._thread.deliver_in(loop, on_report)
 
     def stats(self, replica: int) -> EngineStats:
         return self._call(replica, Engine.stats)

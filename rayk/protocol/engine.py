@@ -5,7 +5,9 @@ A report holds everything since the last one, whatever the number of steps; its 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -166,25 +168,28 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
         cls, events: Sequence[Event], steps: int, prefill_rate: float = 0.0, used_pages: int = 0, batch: int = 0
     ) -> Report:
         """The report of these events."""
-        first = [number for event in events if isinstance(event, Begun) for number in event.numbers]
-        columns = [event for event in events if isinstance(event, Tokens)]
+        kinds: dict[type[Event], list[Any]] = defaultdict(list)
+        for event in events:
+            kinds[type(event)].append(event)
+        columns: list[Tokens] = kinds[Tokens]
+        first = [number for event in kinds[Begun] for number in event.numbers]
         logprobs: dict[int, list[TokenLogprobs]] = {}
-        for event in columns:
-            for number, found in event.logprobs.items():
+        for each in columns:
+            for number, found in each.logprobs.items():
                 logprobs.setdefault(number, []).append(found)
         return cls(
-            np.concatenate([event.numbers for event in columns]).tobytes() if columns else b"",
-            np.concatenate([event.tokens for event in columns]).astype(np.int32).tobytes() if columns else b"",
+            np.concatenate([each.numbers for each in columns]).tobytes() if columns else b"",
+            np.concatenate([each.tokens for each in columns]).astype(np.int32).tobytes() if columns else b"",
             logprobs,
-            [(event.number, event.piece) for event in events if isinstance(event, Text)],
-            [Ended.of(event) for event in events if isinstance(event, Finished)],
-            [(event.stored, event.keys) for event in events if isinstance(event, PagesChanged)],
+            [(event.number, event.piece) for event in kinds[Text]],
+            [Ended.of(event) for event in kinds[Finished]],
+            [(event.stored, event.keys) for event in kinds[PagesChanged]],
             steps,
-            [event for event in events if isinstance(event, Arrivals)],
+            kinds[Arrivals],
             prefill_rate,
             used_pages,
-            [event for event in events if isinstance(event, Answered)],
-            [(event.number, event.start, event.found) for event in events if isinstance(event, PromptLogprobs)],
+            kinds[Answered],
+            [(event.number, event.start, event.found) for event in kinds[PromptLogprobs]],
             np.array(first, np.int64).tobytes() if first else b"",
             batch,
         )

@@ -22,7 +22,7 @@ from rayk.errors import RaykError
 from rayk.server.chat import ChatCompletion
 from rayk.server.completion import Completion
 from rayk.server.errors import GONE, HttpError, http_error
-from rayk.server.generation import Generation, new_id, now
+from rayk.server.generation import RAW, Generation, new_id, now
 from rayk.server.openapi import openapi
 from rayk.server.parsing import WHOLE, parsers
 from rayk.server.prompts import SHORT, Asked, chat_prompt, completion_prompts, sampling_of, structure_of, tokenize
@@ -210,6 +210,8 @@ class Door:
         name = headers.get("x-request-id", "")
         if not (0 < len(name) <= 128 and name.isascii() and name.isprintable()):
             name = new_id("req")
+
+        scope[RAW] = send
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -11,7 +11,7 @@ from rayk.dispatch.output import Output, Update
 from rayk.protocol.engine_reports import TokenLogprobs
 from rayk.server.completion import prompt_logprobs, token_text
 from rayk.server.errors import HttpError
-from rayk.server.generation import DONE, Usage, event, failure, now, text_event
+from rayk.server.generation import DONE, Usage, event, failure, heads, now, text_event
 from rayk.server.parsing import AnswerParser, Part
 from rayk.server.prompts import Asked
 from rayk.server.requests import ChatBody, Json
@@ -67,8 +67,8 @@ class ChatCompletion:
         self._tokenizer = tokenizer
         self._base = {"id": name, "created": now(), "model": model}
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
-        base = msgspec.json.encode(self._base | {"object": "chat.completion.chunk"})
-        self._head = b"data: " + base[:-1] + b',"choices":['
+        base = self._base | {"object": "chat.completion.chunk"}
+        self._heads = heads(base, b'"delta":{"content":', range(asked.sampling.n))
         self._tail = b'},"logprobs":null,"finish_reason":null}]' + (b',"usage":null' if self._usage else b"") + b"}\n\n"
         self._plain = not body.logprobs and not body.return_token_ids
         self._parsers = [parser() for _ in range(asked.sampling.n)]
@@ -122,7 +122,7 @@ class ChatCompletion:
         if self._plain and output is None and not part.calls and not part.reasoning:
             if not part.content:  # it waits for the rest of a tag
                 return b""
-            return text_event(self._head, update.index, b'"delta":{"content"', part.content, self._tail)
+            return text_event(self._heads[update.index], part.content, self._tail)
         calls = [_call(call, at) for at, call in enumerate(part.calls, parser.calls - len(part.calls))]
         delta = Message(None, part.content or None, part.reasoning or None, calls or None)
         logprobs = self._logprobs(update.tokens, update.logprobs) if self._body.logprobs and update.tokens else None

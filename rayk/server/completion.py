@@ -10,7 +10,7 @@ import msgspec
 from rayk.dispatch.output import Output, Update
 from rayk.protocol.engine_reports import TokenLogprobs
 from rayk.server.errors import HttpError
-from rayk.server.generation import DONE, Usage, event, failure, now, text_event
+from rayk.server.generation import DONE, Usage, event, failure, heads, now, text_event
 from rayk.server.prompts import Asked
 from rayk.server.requests import CompletionBody
 
@@ -45,7 +45,7 @@ class Completion:
         self._tokenizer = tokenizer
         self._base = {"id": name, "object": "text_completion", "created": now(), "model": model}
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
-        self._head = b"data: " + msgspec.json.encode(self._base)[:-1] + b',"choices":['
+        self._heads = heads(self._base, b'"text":', range(len(asked.tokens) * asked.sampling.n))
         self._tail = b',"logprobs":null,"finish_reason":null}]' + (b',"usage":null' if self._usage else b"") + b"}\n\n"
         self._plain = body.logprobs is None and not body.return_token_ids
         self._offsets: dict[int, int] = {}  # by choice: characters so far
@@ -117,7 +117,7 @@ class Completion:
         """See Form."""
         index, logprobs = update.index, None
         if self._plain and update.output is None:
-            return text_event(self._head, index, b'"text"', update.text, self._tail)
+            return text_event(self._heads[index], update.text, self._tail)
         if self._body.logprobs is not None and update.tokens:
             logprobs = Logprobs([], [], [], [])
             offset = self._offsets.get(index, len(self._echo(index)) if self._body.echo else 0)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
+from asyncio.tasks import _enter_task, _leave_task
+from collections.abc import Awaitable, Coroutine, Generator, Sequence
+from functools import partial
 from time import monotonic, time
+from types import coroutine
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -26,8 +29,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rayk.server")
 
+_encode = msgspec.json.Encoder().encode
+
 HEARTBEAT = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"
+RAW = "rayk.send"  # in a scope: `send` without what wraps it further in, for events of a stream that has begun
 SSE = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -73,9 +79,15 @@ def event(data: Any) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def text_event(head: bytes, index: int, name: bytes, text: str, tail: bytes) -> bytes:
+def heads(base: dict[str, Any], name: bytes, choices: range) -> list[bytes]:
+    """What the most frequent events begin with, for each choice."""
+    head = b"data: " + msgspec.json.encode(base)[:-1]
+    return [b'%b,"choices":[{"index":%d,%b' % (head, index, name) for index in choices]
+
+
+def text_event(head: bytes, text: str, tail: bytes) -> bytes:
     """The most frequent event, which says nothing but more text of one choice, without a detour over objects."""
-    return b'%b{"index":%d,%b:%b%b' % (head, index, name, msgspec.json.encode(text), tail)
+    return head + _encode(text) + tail
 
 
 def failure(error: HttpError) -> bytes:
@@ -117,7 +129,7 @@ class Generation:
         watch = asyncio.ensure_future(_gone(receive, answers))
         try:
             if self._body.stream:
-                await self._stream(answers, send)
+                await self._stream(answers, scope, send)
             else:
                 await self._whole(answers, scope, receive, send)
         except HttpError as error:
@@ -139,7 +151,7 @@ class Generation:
             )  # fmt: skip
 
     async def _submit(self, answers: Answers, streams: bool) -> None:
-        """Hand the prompts over. Not in the event loop: what is behind a Cluster may be another process."""
+        """Hand the prompts over."""
         body, service = self._body, self._service
         more = {"cache_salt": self._salt, "priority": body.priority or 0, "tenant": body.user}
         prompts = [
@@ -149,7 +161,7 @@ class Generation:
         on_news = answers.tell if streams else None
         submit = service.cluster.submit_all
         try:
-            handles = await service.in_thread(
+            handles = await service.submit(
                 lambda: submit(prompts, self._asked.sampling, timeout=timeout, on_news=on_news)
             )
         except Exception as error:
@@ -187,41 +199,112 @@ class Generation:
         whole = self._form.whole(outputs, self.usage())
         await Response(msgspec.json.encode(whole), media_type="application/json")(scope, receive, send)
 
-    async def _stream(self, answers: Answers, send: Send) -> None:
+    async def _stream(self, answers: Answers, scope: Scope, send: Send) -> None:
+        stream = EventStream(self, answers, self._form, send, scope.get(RAW, send))
         await self._submit(answers, streams=True)
-        service, form, pending = self._service, self._form, self._form.begin()
-        started = False
-        while not answers.over:
-            parts, pending = [pending], b""
-            try:
-                updates = await answers.next(service.settings.heartbeat)
-                told = bool(updates)
-                for update in updates:
-                    parts.append(self._more(update, form))
-            except HttpError as error:
-                if not started or error.status == GONE:
-                    raise
-                await send({"type": "http.response.body", "body": b"".join([*parts, form.fail(error)])})
-                return
-            data = b"".join(parts)
-            if not data:
-                if told:
-                    continue
-                data = HEARTBEAT
-            if not started:
-                started = True
-                await send({"type": "http.response.start", "status": 200, "headers": SSE})
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": form.end(self.usage())})
+        await stream.run(self._service.settings.heartbeat)
 
-    def _more(self, update: Update, form: Form) -> bytes:
+    def events(self, update: Update) -> bytes:
+        """What a stream says of an update. HttpError where it is the end of one that failed."""
         if self._first_at is None and update.tokens:
             self._first_at = monotonic()
         if update.output is not None:
             if update.output.error is not None:
                 raise self._failed(update.output.error)
             self._count(update.output, self._asked.sampling.n)
-        return form.more(update)
+        return self._form.more(update)
+
+
+class EventStream:
+    """Events of one request on their way to its client. The pass of the event loop that brings news writes them itself,
+    in the name of the request's task, which goes on only when there is something to wait for: a client that reads
+    slowly, or the end."""
+
+    def __init__(self, generation: Generation, answers: Answers, form: Form, start: Send, send: Send) -> None:
+        self._generation = generation
+        self._answers = answers
+        self._form = form
+        self._start = start
+        self._send = send
+        self._task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
+        self._begun = form.begin()  # not sent yet
+        self._started = self._ended = False
+        self._left: Awaitable[None] | None = None  # of a write that has to wait
+        self._error: BaseException | None = None
+
+    async def run(self, heartbeat: float) -> None:
+        """To the end. HttpError for what went wrong before the first byte, or when the client is gone."""
+        answers = self._answers
+        answers.on_news = self._write
+        while True:
+            if self._left is not None:
+                left, self._left = self._left, None
+                await left
+            elif self._error is not None:
+                raise self._error
+            elif self._ended:
+                return
+            elif not await answers.wait(heartbeat):
+                await self._put(self._begun or HEARTBEAT)
+            elif (answers.ready or answers.stopped is not None) and (data := self._events()):
+                await self._put(data)
+
+    def _write(self) -> bool:
+        """Send what is new; whether the task has to go on."""
+        assert self._task is not None
+        _enter_task(self._loop, self._task)
+        try:
+            if data := self._events():
+                writing = self._put(data)
+                self._left = _resumed(writing, writing.send(None))
+                return True
+        except StopIteration:  # it is written
+            pass
+        except BaseException as error:
+            self._error = error
+            return True
+        finally:
+            _leave_task(self._loop, self._task)
+        return self._ended
+
+    def _events(self) -> bytes:
+        """Of all that is new. The last of them end it."""
+        answers, data = self._answers, b""
+        try:
+            for update in answers.take():
+                data += self._generation.events(update)
+            if answers.over:
+                data += self._form.end(self._generation.usage())
+                self._ended = True
+        except HttpError as error:
+            if not self._started or error.status == GONE:
+                raise
+            data += self._form.fail(error)
+            self._ended = True
+        return self._begun + data if self._begun and data else data
+
+    async def _put(self, data: bytes) -> None:
+        if not self._started:
+            self._started, self._begun = True, b""
+            await self._start({"type": "http.response.start", "status": 200, "headers": SSE})
+        await self._send({"type": "http.response.body", "body": data, "more_body": not self._ended})
+
+
+@coroutine
+def _resumed(begun: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    """The rest of a coroutine that somebody else began and that waits for something."""
+    while True:
+        try:
+            sent = yield waits_for
+        except BaseException as error:
+            go_on = partial(begun.throw, error)
+        else:
+            go_on = partial(begun.send, sent)
+        try:
+            waits_for = go_on()
+        except StopIteration:
+            return
 
 
 async def _gone(receive: Receive, answers: Answers) -> None:

@@ -38,10 +38,13 @@ class Service:
         if loop not in self._mailboxes:
             self._mailboxes = {known: box for known, box in self._mailboxes.items() if not known.is_closed()}
             self._mailboxes[loop] = Mailbox()
+            self.cluster.deliver_in(loop.call_soon_threadsafe)
         return self._mailboxes[loop]
 
-    async def in_thread(self, call: Callable[[], T]) -> T:
-        """Do what may wait for another process."""
+    async def submit(self, call: Callable[[], T]) -> T:
+        """Have the Cluster take requests. Not in the event loop where that may wait for another process."""
+        if self.cluster.inline:
+            return call()
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     @property
@@ -84,3 +87,5 @@ class Service:
         except TimeoutError:
             for answers in list(self.streams):
                 answers.stop(self.unavailable())
+        finally:
+            self.cluster.deliver_in(None)  # this loop may end
