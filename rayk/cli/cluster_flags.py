@@ -29,17 +29,18 @@ log = logging.getLogger("rayk.server")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterFlags:
-    """A model on replicas."""
+class PlaceFlags:
+    """How many replicas, and where."""
 
-    model: Annotated[Path, served("Folder of a Hugging Face checkpoint.")]
     replicas: Annotated[int, served("Data-parallel replicas.")] = 1
     runtime: Annotated[str, served("ray, or inline: everything in this process.")] = "ray"
     address: Annotated[str | None, served("Ray cluster to join; otherwise one that runs, or a new one.")] = None
-    name: Annotated[
-        str | None, served("A named cluster: attach to it, or start it. It outlives this command; rayk down ends it.")
-    ] = None
-    secret_file: Annotated[Path | None, served(SECRET_TEXT)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFlags:
+    """What replicas are."""
+
     router: Annotated[str, served("cost, round-robin, least-loaded, prefix, session, or module:Class.")] = "cost"
     chunk_size: Annotated[int, served("Tokens of one forward.")] = 512
     max_batch_size: Annotated[int, served("Requests of one forward.")] = 64
@@ -57,6 +58,28 @@ class ClusterFlags:
     dtype: Annotated[str, served("auto (as the checkpoint has it), float32, bfloat16.")] = "auto"
     attention: Annotated[str | None, served("An attention backend; the fastest that can.")] = None
     threads: Annotated[int | None, served("Threads of each replica on a CPU: 1, and inline all.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlag:
+    """Which model."""
+
+    model: Annotated[Path, served("Folder of a Hugging Face checkpoint.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameFlags:
+    """Which named cluster."""
+
+    name: Annotated[
+        str | None, served("A named cluster: attach to it, or start it. It outlives this command; rayk down ends it.")
+    ] = None
+    secret_file: Annotated[Path | None, served(SECRET_TEXT)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterFlags(EngineFlags, NameFlags, PlaceFlags, ModelFlag):  # the last one's come first in --help
+    """A model on replicas."""
 
     @contextmanager
     def open(self, **more: Any) -> Iterator[Cluster]:

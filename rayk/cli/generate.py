@@ -17,6 +17,7 @@ import typer
 
 import rayk
 from rayk.bench.measure import Latency
+from rayk.cli.cluster_flags import AS_GIVEN
 from rayk.cli.flags import secret_of
 from rayk.cli.generate_flags import GenerateFlags, GenerateFormat
 from rayk.cluster import Cluster, attach
@@ -29,11 +30,6 @@ from rayk.values import printable
 
 CHOSEN = ("temperature", "top_k", "top_p", "min_p", "seed")
 """Flags that --greedy excludes."""
-AS_GIVEN = (
-    *("replicas", "page_size", "pages", "max_batch_size", "chunk_size", "device", "dtype", "attention", "router"),
-    *("threads", "peer_copies", "host_memory", "disk_dir", "disk_memory"),
-)
-"""Flags that are settings of the cluster."""
 
 log = logging.getLogger("rayk.engine")
 

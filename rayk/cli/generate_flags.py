@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
+from rayk.cli.cluster_flags import EngineFlags, PlaceFlags, served
 from rayk.cli.flags import SECRET_TEXT, group
 
 GENERATE_EPILOG = 'Example: rayk generate --model ./Qwen3-0.6B --prompt "The capital of France is" --max-new-tokens 16'
 
-given, sampled, served, printed = group("Prompts"), group("Sampling"), group("Cluster"), group("Output")
+given, sampled, printed = group("Prompts"), group("Sampling"), group("Output")
 
 
 class GenerateFormat(StrEnum):
@@ -24,8 +25,8 @@ class GenerateFormat(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateFlags:
-    """Text or token ids from a Hugging Face checkpoint on the cache. Exit code 1 when a request failed."""
+class AskedFlags:
+    """What is asked, and how it is answered."""
 
     model: Annotated[Path | None, given("Folder of a Hugging Face checkpoint.")] = None
     name: Annotated[str | None, given("Or the name of a Cluster that runs; it has its own settings.")] = None
@@ -50,25 +51,12 @@ class GenerateFlags:
     stop: Annotated[list[str] | None, sampled("A string that ends an answer; repeatable.")] = None
     ignore_eos: Annotated[bool, sampled("Go on after end-of-sequence tokens.", "--ignore-eos")] = False
     timeout: Annotated[str | None, sampled("Time for each request: 30s, 2m.")] = None
-    replicas: Annotated[int, served("Data-parallel replicas.")] = 1
-    runtime: Annotated[str, served("ray, or inline: everything in this process.")] = "ray"
-    address: Annotated[str | None, served("Ray cluster to join; otherwise one that runs, or a new one.")] = None
-    router: Annotated[str, served("cost, round-robin, least-loaded, prefix, session, or module:Class.")] = "cost"
-    chunk_size: Annotated[int, served("Tokens of one forward.")] = 512
-    max_batch_size: Annotated[int, served("Requests of one forward.")] = 64
-    page_size: Annotated[int, served("Tokens of a page.")] = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags(EngineFlags, PlaceFlags, AskedFlags):  # the last one's come first in --help
+    """Text or token ids from a Hugging Face checkpoint on the cache. Exit code 1 when a request failed."""
+
     pages: Annotated[int | None, served("Pages of a replica; as many as these prompts can use and fit.")] = None
-    peer_copies: Annotated[
-        bool, served("Do not copy prefixes between replicas.", " /--no-peer-copies", show_default=False)
-    ] = True
-    host_memory: Annotated[
-        str | None, served("A host tier for the replicas of each node: 16GiB, bytes, or 0.5 of what is free.")
-    ] = None
-    disk_dir: Annotated[Path | None, served("A disk tier in this folder of each node, kept for the next run.")] = None
-    disk_memory: Annotated[str | None, served("What --disk-dir may hold on each node.")] = None
-    device: Annotated[str, served("cpu, cuda, or auto: cuda if there are enough GPUs.")] = "auto"
-    dtype: Annotated[str, served("auto (as the checkpoint has it), float32, bfloat16.")] = "auto"
-    attention: Annotated[str | None, served("An attention backend; the fastest that can.")] = None
-    threads: Annotated[int | None, served("Threads of each replica on a CPU: 1, and inline all.")] = None
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None
     form: Annotated[GenerateFormat, printed("json: one object on stdout.", "--format")] = GenerateFormat.text
