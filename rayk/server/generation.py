@@ -245,10 +245,11 @@ class EventStream:
                 raise self._error
             elif self._ended:
                 return
+            elif answers.ready or answers.stopped is not None:
+                if data := self._events():
+                    await self._put(data)
             elif not await answers.wait(heartbeat):
                 await self._put(self._begun or HEARTBEAT)
-            elif (answers.ready or answers.stopped is not None) and (data := self._events()):
-                await self._put(data)
 
     def _write(self) -> bool:
         """Send what is new; whether the task has to go on."""

@@ -17,6 +17,7 @@ def opened() -> Any:
     raise AssertionError("it is opened in an ingress replica")
 
 
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")  # by ray.serve
 def test_an_application_of_serve() -> None:
     try:
         app = rayk.server.deployment(opened, ["tiny"], ingress=3, settings={"grace": 5.0})

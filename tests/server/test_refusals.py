@@ -112,7 +112,10 @@ def test_open_routes_ids_and_metrics(served: Served) -> None:
         assert answer.getheader("x-request-id")
     answer = served.send("GET", "/version", **{"x-request-id": "mine"})
     assert answer.getheader("x-request-id") == "mine"
+    for stream in (True, False):
+        assert served.send("POST", "/v1/completions", PLAIN | {"stream": stream, "user": "metrics"}).read()
     text = served.send("GET", "/metrics").read().decode()
+    assert re.search(r'rayk_server_requests_total{[^}]*status="200"}', text) and 'status="499"' not in text
     assert 'rayk_replica_state{cluster="",replica_idx="1",state="ready"} 1.0' in text
     pages = re.findall(r'rayk_pages{cluster="",node="[^"]*",replica_idx="0",state="\w+"} (\S+)', text)
     assert len(pages) == 3 and sum(map(float, pages)) == 400.0

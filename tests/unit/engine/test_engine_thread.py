@@ -157,6 +157,51 @@ def test_a_bug_ends_the_reports_with_its_trace(monkeypatch: pytest.MonkeyPatch) 
     hosted.stop()
 
 
+def test_a_loop_delivers_what_engines_do_and_threads_hear_of_the_end_alone() -> None:
+    bench, got, ended, calls = Bench(pages=200), list[Report](), threading.Event(), list[Any]()
+
+    def on_report(engine: int, report: Report) -> None:
+        assert engine == 0
+        got.append(report)
+        if report.ended:
+            ended.set()
+
+    hosted = host(bench, heartbeat=0.01)
+    hosted.deliver_in(lambda call: calls.append(call), on_report)
+    reports = hosted.reports(0)
+    hosted.post(0, Submit([ask(1, count=30), ask(2, count=5)]))
+    while not ended.is_set() or sum(len(report.ended) for report in got) < 2:
+        assert not next(reports).tokens, "the loop has them"
+        while calls:
+            calls.pop()()
+    tokens, reasons = collect(got, 2)
+    assert tokens == {1: expected([1, 1, 2], 30), 2: expected([2, 1, 2], 5)} and reasons == {1: "length", 2: "length"}
+
+    def closed(call: Any) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    hosted.deliver_in(closed, on_report)
+    hosted.post(0, Submit([ask(3, count=9)]))
+    assert collect(reports, 1)[0] == {3: expected([3, 1, 2], 9)}, "threads have them again"
+    hosted.stop()
+
+
+def test_what_the_loop_has_not_taken_is_reported_before_the_failure() -> None:
+    hosted = host(Bench(pages=200), heartbeat=0.01)
+    taken = threading.Event()
+    hosted.deliver_in(lambda call: taken.set(), lambda engine, report: None)
+    reports = hosted.reports(0)
+    hosted.post(0, Submit([ask(1, count=4)]))
+    assert taken.wait(10)
+    hosted.call(0, lambda engine: None)  # two steps later
+    hosted.fail(0, ZeroDivisionError("a bug"))
+    found = list[int]()
+    with pytest.raises(RemoteError, match="a bug"):
+        found.extend(token for report in reports for token in report.columns()[1].tolist())
+    assert found and found == expected([1, 1, 2], 4)[: len(found)]
+    hosted.stop()
+
+
 def test_the_loops_cost_is_measured() -> None:
     cost = loop_cost(8, 20)
     assert (cost.batch, cost.steps) == (8, 20) and 0 < cost.seconds < 0.05
