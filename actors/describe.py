@@ -12,6 +12,7 @@ from rayk.actors.channel import ActorChannel, new_client_id
 from rayk.actors.deployment import Deployment, ReplicaHandle, await_roster
 from rayk.actors.interface import ActorGoneError, Runtime
 from rayk.errors import CallTimeoutError, ConfigError, RaykError, ReplicaLostError, SchedulerLostError
+from rayk.kvcache.connector import TierCount
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.planning.node_plan import NodeMemory, ReplicaPlan
 from rayk.protocol.admission import AdmissionState
@@ -29,6 +30,13 @@ class TierState(msgspec.Struct, frozen=True, omit_defaults=True):
     disk_pages: int = 0
     disk_used: int = 0
     trouble: str = ""
+
+    @classmethod
+    def of(cls, count: m.TiersDone | TierCount) -> TierState | None:
+        """None where there are no tiers."""
+        if not count.host_total:
+            return None
+        return cls(count.host_total, count.host_used, count.disk_total, count.disk_used, count.trouble)
 
 
 class ReplicaState(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -189,9 +197,7 @@ def _replica(runtime: Runtime, r: int, handle: ReplicaHandle, known: m.Descripti
         peak_bytes=now.peak,
         requests=known.requests[r],
         tokens=known.tokens[r],
-        tiers=TierState(tiers.host_total, tiers.host_used, tiers.disk_total, tiers.disk_used, tiers.trouble)
-        if tiers.host_total
-        else None,
+        tiers=TierState.of(tiers),
         promised_pages=known.levels[r] if known.levels else None,
         **common,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from rayk import protocol as m
+from rayk.actors.describe import TierState
 from rayk.actors.interface import ActorGoneError, Runtime
 from rayk.actors.serving_link import SchedulerLink
 from rayk.actors.serving_roster import EngineHandle
@@ -31,6 +32,12 @@ class EngineState(msgspec.Struct, frozen=True, omit_defaults=True):
     free_pages: int | None = None
     generated_tokens: int | None = None
     reason: str | None = None
+    waiting: int | None = None  # there
+    cached_pages: int | None = None  # of the free ones
+    prompt_tokens: int | None = None
+    reused_tokens: dict[str, int] = {}  # of these, by tier
+    preemptions: int | None = None
+    tiers: TierState | None = None
 
 
 class DriverState(msgspec.Struct, frozen=True):
@@ -103,5 +110,14 @@ def _engine(
     except (ActorGoneError, CallTimeoutError, RaykError) as error:
         return EngineState(reason=str(error), **common)
     return EngineState(
-        running=stats.running, free_pages=stats.free_pages, generated_tokens=stats.generated_tokens, **common
+        running=stats.running,
+        free_pages=stats.free_pages,
+        generated_tokens=stats.generated_tokens,
+        waiting=stats.waiting,
+        cached_pages=stats.cached_pages,
+        prompt_tokens=stats.prompt_tokens,
+        reused_tokens=dict(zip(("device", "peer", "host", "disk"), stats.reused, strict=True)),
+        preemptions=stats.preemptions,
+        tiers=TierState.of(stats.tiers),
+        **common,
     )

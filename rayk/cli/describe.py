@@ -49,7 +49,7 @@ def describe(
             else:
                 _show_decision(decision, Console())
             return 0
-        states, cluster = _taken(session.ray, name)
+        states, cluster = taken(session.ray, name)
     if form is Format.json:
         found: dict[str, Any] = {"command": "describe", "managers": states}
         typer.echo(msgspec.json.encode(found | ({"cluster": cluster} if cluster is not None else {})).decode())
@@ -63,7 +63,7 @@ def describe(
     return 0 if not {"lost", "silent"}.intersection(how) else 1
 
 
-def _taken(ray: Runtime, name: str) -> tuple[list[ManagerState], ClusterState | None]:
+def taken(ray: Runtime, name: str) -> tuple[list[ManagerState], ClusterState | None]:
     """The managers and the Cluster of that name; ConfigError when there is none of either."""
     from rayk.actors.describe import describe
     from rayk.actors.describe_cluster import describe_cluster
@@ -92,7 +92,7 @@ def _explained(ray: Runtime, name: str, request_id: str) -> Decision:
 
 def _show_cluster(state: ClusterState, console: Any) -> None:
     title = f"{state.name}: {state.model}, router {state.router}, pages of {state.page_size} tokens"
-    headings = ("#", "node", "state", "requests", "running", "free / pages", "generated")
+    headings = ("#", "node", "state", "requests", "running", "used / pages", "cached", "reused", "generated")
     rows = [
         [
             str(each.index),
@@ -100,7 +100,9 @@ def _show_cluster(state: ClusterState, console: Any) -> None:
             each.state,
             "" if each.requests is None else f"{each.requests:,}",
             "" if each.running is None else f"{each.running:,}",
-            "" if each.free_pages is None else f"{each.free_pages:,} / {each.pages:,}",
+            "" if each.free_pages is None else f"{(each.pages or 0) - each.free_pages:,} / {each.pages:,}",
+            "" if each.cached_pages is None else f"{each.cached_pages:,}",
+            f"{sum(each.reused_tokens.values()) / each.prompt_tokens:.1%}" if each.prompt_tokens else "",
             "" if each.generated_tokens is None else f"{each.generated_tokens:,}",
         ]
         for each in state.replicas
@@ -109,6 +111,8 @@ def _show_cluster(state: ClusterState, console: Any) -> None:
     for each in state.replicas:
         if each.reason is not None:
             console.print(f"replica {each.index} is {each.state}: {each.reason}", markup=False)
+        if each.tiers is not None:
+            console.print(_tier_line(each.index, each.tiers), markup=False)
     for index, reason in state.failures.items():
         console.print(f"replica {index} is to be replaced: {reason}", markup=False)
     for driver in state.drivers:

@@ -21,11 +21,11 @@ from rayk.cli.flags import command_of
 from rayk.cli.generate_flags import GENERATE_EPILOG, GenerateFlags
 from rayk.cli.plan_flags import PLAN_EPILOG, PlanFlags
 from rayk.cli.serve_flags import BATCH_EPILOG, SERVE_EPILOG, BatchFlags, ServeFlags
-from rayk.errors import NotBuiltError, RaykError
+from rayk.cli.top import TOP_EPILOG, top
+from rayk.errors import RaykError
 from rayk.simulate.flags import SIMULATE_EPILOG, SimulateFlags
 
 INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
-NOT_BUILT_COMMANDS = ("top",)
 NOT_BUILT_FLAGS = (
     "--warmup",
     "--think-time",
@@ -63,17 +63,6 @@ def _root(
     pass
 
 
-def _add_refused(name: str) -> None:
-    @app.command(
-        name,
-        hidden=True,
-        add_help_option=False,
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )
-    def refused() -> None:
-        raise NotBuiltError(f"rayk {name}")
-
-
 _core = command_of(flags.CoreFlags, "rayk.bench.core.command:core")
 _scheduler = command_of(flags.SchedulerFlags, "rayk.bench.scheduler_cost:scheduler")
 _overload = command_of(flags.OverloadFlags, "rayk.bench.overload:overload")
@@ -89,14 +78,13 @@ app.add_typer(bench_app, name="bench")
 app.command("report", epilog=flags.REPORT_EPILOG)(command_of(flags.ReportFlags, "rayk.bench.command:report"))
 app.command("plan", epilog=PLAN_EPILOG)(command_of(PlanFlags, "rayk.cli.plan:plan"))
 app.command(epilog=DESCRIBE_EPILOG)(describe)
+app.command(epilog=TOP_EPILOG)(top)
 app.command(epilog=DOWN_EPILOG)(down)
 app.command("generate", epilog=GENERATE_EPILOG)(command_of(GenerateFlags, "rayk.cli.generate:generate"))
 app.command("example-model", epilog=EXAMPLE_MODEL_EPILOG)(example_model)
 app.command("serve", epilog=SERVE_EPILOG)(command_of(ServeFlags, "rayk.cli.serve:serve"))
 app.command("batch", epilog=BATCH_EPILOG)(command_of(BatchFlags, "rayk.cli.serve:batch"))
 app.command("simulate", epilog=SIMULATE_EPILOG)(command_of(SimulateFlags, "rayk.simulate.command:simulate"))
-for _name in NOT_BUILT_COMMANDS:
-    _add_refused(_name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

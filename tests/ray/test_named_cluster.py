@@ -17,7 +17,8 @@ from ray import cloudpickle
 from rayk import Cluster, Handle, InferenceSession
 from rayk.actors.describe_cluster import describe_cluster
 from rayk.actors.removal import remove_session
-from rayk.cli.describe import _show_cluster
+from rayk.cli.cluster_view import ClusterView
+from rayk.cli.describe import _show_cluster, taken
 from rayk.errors import (
     ConfigError,
     DrainError,
@@ -209,6 +210,16 @@ def test_it_is_described(
     assert [driver.owner for driver in state.drivers] == [True, False]
     _show_cluster(state, Console(width=200))
     assert "which owns it" in capsys.readouterr().out
+    view = ClusterView()
+    view.take(0.0, *taken(named.ray, "prod"))
+    owner.generate([[7, 8, 9]] * 4, max_new_tokens=5)
+    view.take(1.0, *taken(named.ray, "prod"))
+    assert [row.state for row in view.rows] == ["ready", "ready"]
+    assert sum(row.generated or 0 for row in view.rows) == 20 and sum(row.prompt or 0 for row in view.rows) == 12
+    assert all((row.used or 0) + (row.cached or 0) + (row.free or 0) == state.replicas[0].pages for row in view.rows)
+    names = {each.metric.name for each in guest.readings()}
+    assert {"rayk_placement_seconds", "rayk_replica_state", "rayk_tokens_total", "rayk_ttft_seconds"} <= names
+    assert view.line.startswith("2 ready")
 
 
 def test_the_command_line_takes_its_name(owner: Cluster, tmp_path: Path) -> None:

@@ -126,11 +126,6 @@ def test_flags_that_are_not_built_are_refused_by_name(capsys: pytest.CaptureFixt
     assert run(capsys, "bench", flag, "1") == (2, "", f"rayk: {flag} is not built yet\n")
 
 
-@pytest.mark.parametrize("name", cli.NOT_BUILT_COMMANDS)
-def test_commands_that_are_not_built_are_refused_by_name(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    assert run(capsys, name, "--config", "x", "y") == (2, "", f"rayk: rayk {name} is not built yet\n")
-
-
 def test_help_has_groups_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "bench", "--help")
     assert code == 0 and "Example: rayk bench" in out
