@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 from rayk import protocol as m
 from rayk.actors.connection import Sent
 from rayk.actors.frames import SocketError
-from rayk.actors.interface import Actor, ActorGoneError, PathState, Runtime
+from rayk.actors.interface import Actor, ActorGoneError, Runtime
 from rayk.actors.path import MessagePath
 from rayk.errors import CallTimeoutError, RaykError
+from rayk.protocol.lines import PathState
 
 CALL_SECONDS = 120.0  # an answer that takes longer means a hung process
 SLICE = 0.5  # seconds between two looks at a process that takes long to answer

@@ -51,6 +51,7 @@ class Connection:
         self.cut = ""
         self.sent = 0
         """Messages so far."""
+        self._sent_bytes = self._answered_bytes = 0
         self._end = end
         self._poll = select.poll()
         self._poll.register(end, select.POLLIN)
@@ -67,12 +68,18 @@ class Connection:
         """Messages that were not answered yet."""
         return len(self._on_way)
 
+    @property
+    def unanswered(self) -> int:
+        """Bytes of these."""
+        return self._sent_bytes - self._answered_bytes
+
     def send(self, wire: bytes) -> Sent:
         """SocketError when it cannot be sent: the other side did not get it whole."""
         with self._writing:
             if self.cut:
                 raise SocketError(self.cut)
             self.sent += 1
+            self._sent_bytes += len(wire)
             sent = self._on_way[self.sent] = Sent(self, self.sent, wire)
         try:
             for piece in pieces(sent.number, wire):
@@ -131,6 +138,14 @@ class Connection:
                 break
         return sent.answer
 
+    def look(self) -> None:
+        """Take the answers that are here, unless another thread reads."""
+        if self._reading.acquire(blocking=False):
+            try:
+                self._read(0.0)
+            finally:
+                self._release()
+
     def future(self, sent: Sent) -> Future[bytes]:
         """The answer, or SocketError, without a thread that waits for it."""
         with self._arrived:
@@ -186,6 +201,7 @@ class Connection:
         for number, answer in messages:
             sent = self._on_way.pop(number, None)
             if sent is not None:
+                self._answered_bytes += len(sent.wire)
                 sent.answer = answer
                 if sent.future is not None:
                     _settle(sent.future, answer)

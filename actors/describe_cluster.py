@@ -9,19 +9,21 @@ import msgspec
 from rayk import protocol as m
 from rayk.actors.describe import TierState
 from rayk.actors.interface import ActorGoneError, Runtime
+from rayk.actors.serving import ServingState
 from rayk.actors.serving_link import SchedulerLink
 from rayk.actors.serving_roster import EngineHandle
 from rayk.actors.serving_startup import find_serving
 from rayk.errors import CallTimeoutError, RaykError
 from rayk.protocol.admission import AdmissionState
+from rayk.protocol.lines import PathState
 from rayk.scheduler.membership import State
 
 ASK_SECONDS = 10.0
 
 
 class EngineState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One replica. `requests` are placed there by the scheduler, `running` have pages. What a lost one cannot answer is
-    absent, for that `reason`."""
+    """One replica. `requests` are placed there by the scheduler, `running` have pages; `path` carries what those two
+    tell each other. What a lost one cannot answer is absent, for that `reason`."""
 
     index: int
     state: str
@@ -38,6 +40,7 @@ class EngineState(msgspec.Struct, frozen=True, omit_defaults=True):
     reused_tokens: dict[str, int] = {}  # of these, by tier
     preemptions: int | None = None
     tiers: TierState | None = None
+    path: PathState | None = None
 
 
 class DriverState(msgspec.Struct, frozen=True):
@@ -74,7 +77,7 @@ def describe_cluster(runtime: Runtime, name: str) -> ClusterState | None:
     for replica, state in enumerate(roster.states):
         handle = roster.running.get(replica)
         if state != State.removed:
-            replicas.append(_engine(runtime, replica, state, handle, known.requests[replica], known.why_lost))
+            replicas.append(_engine(runtime, replica, state, handle, known))
     return ClusterState(
         name=roster.name,
         model=roster.model_name,
@@ -99,12 +102,12 @@ def explain_in_cluster(runtime: Runtime, name: str, request_id: str) -> m.Explai
 
 
 def _engine(
-    runtime: Runtime, replica: int, state: str, handle: EngineHandle | None, requests: int, why_lost: str
+    runtime: Runtime, replica: int, state: str, handle: EngineHandle | None, known: ServingState
 ) -> EngineState:
     if handle is None or state in (State.lost, State.planned, State.starting):
-        return EngineState(replica, state, reason=why_lost if state == State.lost else None)
+        return EngineState(replica, state, reason=known.why_lost if state == State.lost else None)
     common: dict[str, Any] = {"index": replica, "state": state, "node": handle.bundle.node_id}
-    common |= {"pages": handle.pages, "requests": requests}
+    common |= {"pages": handle.pages, "requests": known.requests[replica], "path": known.paths.get(replica)}
     try:
         stats = runtime.get(handle.actor.call("stats", control=True), f"replica {replica}", ASK_SECONDS)
     except (ActorGoneError, CallTimeoutError, RaykError) as error:

@@ -13,14 +13,16 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from rayk.actors.interface import Actor, ActorGoneError, ActorSpec, Bundle, Node, Runtime
+from rayk.actors.interface import Actor, ActorGoneError, ActorSpec, Bundle, Node, Runtime, SocketAddress
 from rayk.actors.launch import (
     PLACE_SECONDS,
     PlacedActor,
     close_actors,
     ended_on_failure,
+    find_sockets,
     first_answers,
     measure_nodes,
     place_actors,
@@ -29,10 +31,13 @@ from rayk.actors.launch import (
     tier_seed,
     vacate,
 )
+from rayk.actors.mailbox import Mailbox
+from rayk.actors.post_line import PostLine
 from rayk.actors.report import start_reporting
 from rayk.errors import CallTimeoutError, ClosedError, ReplicaLostError
 from rayk.metrics.reading import Labels, Reading, Reporter
 from rayk.planning.node_plan import NodeMemory, measure_node
+from rayk.protocol.lines import PathState
 
 if TYPE_CHECKING:
     from rayk.engine.replicas import ModelSource, ReplicaFacts, ServeSettings
@@ -51,7 +56,8 @@ STALLED_SECONDS = 6.0  # the same of an engine that is in a step, in a process t
 
 
 class EngineActor:
-    """post() and open() run one after the other; reports() and control calls have lanes of their own."""
+    """handle() and open() run one after the other; read() and control calls have lanes of their own. Messages come by
+    sockets, too: see rayk.actors.mailbox."""
 
     def __init__(self, replica: int, source: ModelSource, settings: ServeSettings) -> None:
         import torch
@@ -64,6 +70,7 @@ class EngineActor:
         self._model = source.load(self._device)
         self._thread: Any = None
         self._reporter: Reporter | None = None
+        self._mailbox = Mailbox(self._post, self._reports, lambda error: self._thread.fail(0, error))
 
     def open(
         self, sharing: int, host_name: str, node: NodeMemory | None = None, tiers: NodeTiers | None = None
@@ -98,23 +105,31 @@ class EngineActor:
 
         return list(read_engine(self._thread.stats(0), page_bytes, labels | {"replica_idx": str(self._replica)}))
 
-    def post(self, wire: bytes) -> None:
+    def handle(self, first: Any, *rest: Any) -> None:
         """Give the engine a command. One that cannot be decoded ends the replica with that reason."""
-        from rayk.protocol.engine import decode_command
+        self._mailbox.handle(first, *rest)
 
-        try:
-            command = decode_command(wire)
-        except Exception as error:
-            self._thread.fail(0, error)
-            raise
+    def read(self, wire: bytes) -> bytes:
+        """The next of the engine's reports to a driver (see rayk.engine.outbox), as it makes them, and at least one a
+        second while it gets on."""
+        return self._mailbox.read(wire)
+
+    def listen(self) -> SocketAddress | None:
+        """Take messages from sockets, too, from now on."""
+        return self._mailbox.listen()
+
+    def _post(self, driver: int, wire: bytes) -> None:
+        from rayk.protocol.engine import Forget, decode_command
+
+        command = decode_command(wire)
+        if isinstance(command, Forget):
+            self._mailbox.forget(command.driver)
         self._thread.post(0, command)
 
-    def reports(self, reader: int = 0) -> Iterator[bytes]:
-        """The engine's reports to that reader (see rayk.engine.outbox), as it makes them, and at least one a second
-        while it gets on."""
+    def _reports(self, driver: int) -> Iterator[bytes]:
         from rayk.protocol.engine import encode
 
-        for report in self._thread.reports(0, reader):
+        for report in self._thread.reports(0, driver):
             stalled = self._thread.stalled()
             if self._settings.replaced and stalled >= STALLED_SECONDS:
                 raise CallTimeoutError(f"the engine of replica {self._replica}", stalled)
@@ -140,6 +155,7 @@ class EngineActor:
         """End the engine and leave the tiers in order; the last thing that is asked of it."""
         if self._reporter is not None:
             self._reporter.stop()
+        self._mailbox.close()
         if self._thread is not None:
             self._thread.stop()
 
@@ -171,6 +187,8 @@ class RayReplicas:
         self._pool = f"engines-{os.getpid()}-{os.urandom(8).hex()}"
         self.title = f"rayk-{self._pool[-8:]}"  # of its metrics, where it has no name
         self._sent: dict[int, Any] = {}
+        self._lines: dict[int, PostLine] = {}  # made when they are needed
+        self._opening = Lock()  # of these
 
     def start(self) -> RayReplicas:
         """Start those of the settings."""
@@ -186,7 +204,10 @@ class RayReplicas:
                 raise ClosedError("this Cluster")
             placed = dict(zip(bundles, map(PlacedActor, actors, bundles.values()), strict=True))
             facts = self._open(placed)
+            find_sockets(self._runtime, {f"replica {replica}": each.actor for replica, each in placed.items()})
         self._coming = []
+        for replica in placed:
+            self._let_go(replica)
         self._placed |= placed
         self._dropped -= set(placed)
         for each in sorted(facts, key=lambda each: each.replica):
@@ -233,18 +254,42 @@ class RayReplicas:
             self._tiers[at], memory[at] = config.reserve(node, f"{self._pool}-{at}")
         return memory
 
+    def _line(self, replica: int) -> PostLine | None:
+        """To the one that is there now, None when nobody is."""
+        with self._opening:
+            placed, line = self._placed.get(replica), self._lines.get(replica)
+            if line is None and placed is not None and not self._closing:
+                line = PostLine(self._runtime, placed.actor, f"replica {replica}", REPORTS_LANE)
+                self._lines[replica] = line
+            return line
+
+    def _let_go(self, replica: int) -> None:
+        with self._opening:
+            line = self._lines.pop(replica, None)
+        if line is not None:
+            line.close()
+
     def post(self, replica: int, command: Command) -> None:
         from rayk.protocol.engine import encode
 
-        self._sent[replica] = self._placed[replica].actor.call("post", encode(command))
+        line = self._line(replica)
+        if line is not None:  # else it was removed, which its stream tells, too
+            line.post(encode(command))
+
+    driver = 0  # the only one
 
     def reports(self, replica: int) -> Iterator[Report]:
         """ActorGoneError or CallTimeoutError when there will be no more."""
         from rayk.protocol.engine import decode_report
 
-        actor, silence = self._placed[replica].actor, SOON_SECONDS if self.settings.replaced else SILENT_SECONDS
-        for wire in actor.stream("reports", REPORTS_LANE, f"replica {replica}", silence):
-            yield decode_report(wire)
+        line, silence = self._line(replica), SOON_SECONDS if self.settings.replaced else SILENT_SECONDS
+        if line is None:
+            raise ActorGoneError("it was removed")
+        return map(decode_report, line.stream(silence, self.driver))
+
+    def path(self, replica: int) -> PathState:
+        line = self._line(replica)
+        return line.path(replica) if line is not None else PathState(replica, "calls", "it was removed")
 
     def stats(self, replica: int) -> EngineStats:
         stats: EngineStats = self._answer(replica, self._ask(replica, "stats"), STATS_SECONDS)
@@ -281,15 +326,20 @@ class RayReplicas:
 
     def give_up(self) -> None:
         self._closing = True
+        for replica in list(self._lines):
+            self._let_go(replica)
         self._runtime.stop(self._coming, None)
 
     def drop(self, replica: int) -> None:
         if replica in self._placed:  # it may have died while it was being removed
             self._dropped.add(replica)
+            self._let_go(replica)
             self._runtime.stop([self._placed[replica].actor], None)
 
     def remove(self, replica: int) -> None:
         """Its place goes back when no other replica has a bundle of the same placement group."""
+        self._let_go(replica)
+        self._let_go(replica)
         self._close_tiers([replica])
         vacate(self._runtime, self._placed, [replica])
         del self._placed[replica]

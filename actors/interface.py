@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -75,13 +75,9 @@ class Actor(Protocol):
 
     socket: SocketAddress | None
 
-    def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
-        """Start a method; a reference to its result, or a list of `returns` references."""
-        ...
-
-    def stream(self, method: str, lane: str, target: str, silence: float, *args: Any) -> Iterator[Any]:
-        """What a generator of the actor yields. ActorGoneError when the actor is gone, CallTimeoutError when nothing
-        came for `silence` seconds."""
+    def call(self, method: str, *args: Any, returns: int = 1, control: bool = False, lane: str = "") -> Any:
+        """Start a method, in a lane of that name or in the data lane; a reference to its result, or a list of `returns`
+        references."""
         ...
 
 
@@ -137,16 +133,3 @@ class ActorSpec:
     restarts: bool = False  # when its process dies, its constructor is called in another one
     title: str = ""
     home: str | None = None  # the node that it starts on, if that is there
-
-
-class PathState(NamedTuple):
-    """What carries a driver's messages to one replica.
-
-    `kind`: "unix" or "tcp" (a socket), "calls" (Ray's, for `reason`), or "direct" (within this process). `messages`
-    went by sockets so far.
-    """
-
-    replica: int
-    kind: str
-    reason: str = ""
-    messages: int = 0

@@ -41,7 +41,8 @@ class Listener:
     def __init__(self, answer: Callable[[bytes], bytes], host: str, threads: int = 1) -> None:
         self._answer = answer
         self._pool = ThreadPoolExecutor(threads, "rayk-answers") if threads > 1 else None
-        self._lock = Condition()  # of the next two
+        self._lock = Condition()  # of the next three
+        self._awaited = 0  # threads in handled()
         self._connections: dict[bytes, _Connection] = {}
         self._open = True
         key = os.urandom(KEY_BYTES)
@@ -65,7 +66,11 @@ class Listener:
             connection = self._connections.get(label)
             if connection is None:
                 return True
-            return self._lock.wait_for(lambda: connection.handled >= count or connection.closed, seconds)
+            self._awaited += 1
+            try:
+                return self._lock.wait_for(lambda: connection.handled >= count or connection.closed, seconds)
+            finally:
+                self._awaited -= 1
 
     def close(self) -> None:
         """Listen no more, and cut what is connected."""
@@ -146,8 +151,9 @@ class Listener:
             return
         finally:
             connection.handled += 1
-            with self._lock:
-                self._lock.notify_all()
+            if self._awaited:  # whoever begins to wait looks for itself
+                with self._lock:
+                    self._lock.notify_all()
         connection.send(number, answer)
 
 

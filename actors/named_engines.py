@@ -4,16 +4,14 @@ ends. Which there are says the scheduler's roster."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rayk.actors.engine import (
     CLOSE_SECONDS,
     REPORTS_LANE,
-    SILENT_SECONDS,
-    SOON_SECONDS,
     EngineActor,
     RayReplicas,
 )
@@ -24,7 +22,6 @@ from rayk.actors.serving_roster import EngineHandle, ServedModel, ServingRoster
 
 if TYPE_CHECKING:
     from rayk.engine.replicas import ModelSource, ReplicaFacts, ServeSettings
-    from rayk.protocol.engine import Report
 
 
 class NamedReplicas(RayReplicas):
@@ -110,24 +107,15 @@ class NamedReplicas(RayReplicas):
                     self.handles.pop(replica, None)
                     if replica in self._placed:
                         self._removed[replica] = self._placed.pop(replica)
+                        self._let_go(replica)
                     if replica == len(self.facts):
                         self.facts.append(_nobody(replica, next(iter(running.values())).facts))
                 elif known is None or known.start != handle.start:
+                    self._let_go(replica)
                     self.handles[replica] = self._placed[replica] = handle
                     self.facts[replica : replica + 1] = [handle.facts]
                     found.append(replica)
         return found
-
-    def reports(self, replica: int) -> Iterator[Report]:
-        from rayk.protocol.engine import decode_report
-
-        actor, silence = self._placed[replica].actor, SOON_SECONDS if self.settings.replaced else SILENT_SECONDS
-        for wire in actor.stream("reports", REPORTS_LANE, f"replica {replica}", silence, self.driver):
-            yield decode_report(wire)
-
-    def post(self, replica: int, command: Any) -> None:
-        if replica in self._placed:  # else another driver has removed it, which its stream tells, too
-            super().post(replica, command)
 
     def drop(self, replica: int) -> None:
         """Nothing: the scheduler ends engines of which it hears nothing."""
@@ -141,6 +129,7 @@ class NamedReplicas(RayReplicas):
         with self._lock:
             placed = self._removed.pop(replica, None) or self._placed.pop(replica)
             self.handles.pop(replica, None)
+            self._let_go(replica)
         close_actors(self._runtime, [placed.actor], CLOSE_SECONDS)
         vacate(self._runtime, {**self._placed, replica: placed}, [replica])
 

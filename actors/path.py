@@ -1,4 +1,4 @@
-"""The way of a channel's messages to one actor: a socket where there is one, else Ray's calls.
+"""The way of messages to one actor: a socket where there is one, else Ray's calls.
 
 A socket is opened on a thread of its own, and again some time after it failed; until it is open messages go by calls.
 What went by a socket that was cut is sent again by calls, in its order: messages bear numbers, so that what was done is
@@ -16,8 +16,9 @@ from typing import Any
 from rayk.actors.chunks import PIECE, cut
 from rayk.actors.connection import Connection, Sent
 from rayk.actors.frames import SocketError
-from rayk.actors.interface import Actor, ActorGoneError, PathState, Runtime, SocketAddress
+from rayk.actors.interface import Actor, ActorGoneError, Runtime, SocketAddress
 from rayk.errors import CallTimeoutError, RaykError
+from rayk.protocol.lines import PathState
 
 log = logging.getLogger("rayk.actors")
 
@@ -26,12 +27,14 @@ AGAIN_SECONDS, LONGEST_SECONDS = 1.0, 60.0  # until a socket that failed is trie
 
 
 class MessagePath:
-    """Of one channel to `actor`; `target` names it in warnings."""
+    """Of one channel to `actor`; `target` names it in warnings. Unless it `repeats`, what a socket that was cut left is
+    its sender's to send again."""
 
-    def __init__(self, runtime: Runtime, actor: Actor, target: str, sockets: bool = True) -> None:
+    def __init__(self, runtime: Runtime, actor: Actor, target: str, sockets: bool = True, repeats: bool = True) -> None:
         self._runtime = runtime
         self._actor = actor
         self._target = target
+        self._repeats = repeats
         self._lock = Lock()  # of the next six
         self._line: Connection | None = None
         self._reason = "" if actor.socket is not None else "it listens on no socket"
@@ -39,17 +42,22 @@ class MessagePath:
         self._again_at, self._pause = 0.0, AGAIN_SECONDS
         self._last_call: Any = None  # of which it is not known that it was answered
         self._messages = 0
+        self._answered_at = monotonic()  # by the last look
         if actor.socket is not None:
             self._open()
 
-    def send(self, wire: bytes) -> Sent | None:
-        """By the socket; None when a call has to be made."""
+    def send(self, wire: bytes, room: int | None = None, most: int = 0) -> Sent | None:
+        """By the socket; None when a call has to be made: also when more than `room` bytes, or `most` messages, would
+        be on their way there."""
         line = self._line
         if line is None:
-            if self._again_at and monotonic() >= self._again_at:
-                self._open()
+            self._open_again()
             return None
         if self._last_call is not None and not self._last_is_done():
+            return None
+        if room is not None and len(line):
+            line.look()
+        if room is not None and (line.unanswered + len(wire) > room or len(line) >= most):
             return None
         try:
             sent = line.send(wire)
@@ -85,8 +93,25 @@ class MessagePath:
             if self._line is line:
                 self._line = None
                 self._failed(line.cut)
-            for sent in line.take_left():
+            for sent in line.take_left() if self._repeats else ():
                 sent.call = self._call(sent.wire)[0]
+
+    def look(self, patience: float) -> None:
+        """Take answers that nobody waits for; to be called every second. What a socket left that was cut, or that
+        answered nothing for longer than `patience`, is sent again."""
+        line = self._line
+        if line is None:
+            self._open_again()
+            return
+        before = len(line)
+        if before:
+            line.look()
+        if not before or len(line) < before:
+            self._answered_at = monotonic()
+        elif monotonic() - self._answered_at > patience:
+            line.close(f"it answered nothing for {patience:g} s")
+        if line.cut:
+            self.resend(line)
 
     def _last_is_done(self) -> bool:
         try:
@@ -114,6 +139,10 @@ class MessagePath:
             line.close()
 
     # -- opening ---------------------------------------------------------------------------------
+
+    def _open_again(self) -> None:
+        if self._again_at and monotonic() >= self._again_at:
+            self._open()
 
     def _open(self) -> None:
         with self._lock:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -101,15 +100,6 @@ class ReplicaActor:
         with self._door:
             return self._service.read(labels | {"replica_idx": str(self._service.core.replica)})
 
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        with self._door:
-            self._progress.begin()
-            try:
-                yield
-            finally:
-                self._progress.end()
-
     def handle(self, first: Any, *rest: Any) -> bytes:
         """Answer a message, see rayk.actors.chunks; what comes after it is page data from other replicas."""
         return self.handle_with_data(first, *rest)[0]
@@ -121,12 +111,18 @@ class ReplicaActor:
             if self._listener is not None:
                 self._listener.handled(first[0], first[1], BEHIND_SECONDS)
             first, *rest = rest  # type: ignore[assignment]  # a list or a tuple
-        with self._at_work():
-            return self._service.handle(*(joined(first, rest) if isinstance(first, int) else (first, rest)))
+        return self._handle(*(joined(first, rest) if isinstance(first, int) else (first, rest)))
 
     def _by_socket(self, wire: bytes) -> bytes:
-        with self._at_work():
-            return self._service.handle(wire)[0]
+        return self._handle(wire)[0]
+
+    def _handle(self, wire: Any, attached: Sequence[PageData] = ()) -> tuple[bytes, PageData]:
+        with self._door:
+            self._progress.begin()
+            try:
+                return self._service.handle(wire, attached)
+            finally:
+                self._progress.end()
 
     def listen(self) -> SocketAddress | None:
         """Take messages from a socket, too, from now on."""

@@ -51,8 +51,6 @@ from rayk.metrics.reading import Labels, Reading, Value
 
 KEPT = "rayk"  # the part of Ray's store that keep() uses
 HEAD = "node:__internal_head__"  # a resource that only the head has
-STREAM_AHEAD = 4
-SLICE = 0.5  # seconds between two looks at a stream
 REASON_LENGTH = 300
 EMBEDDED_SETTINGS = {  # a dead replica is noticed in 0.2 s instead of 1.5 s, a dead node in 3 s instead of 16 s
     "RAY_timeout_ms_task_wait_for_death_info": "100",
@@ -72,35 +70,14 @@ class RayActor:
         self.handle = handle
         self.socket = socket
 
-    def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
-        if returns == 1 and not control:
+    def call(self, method: str, *args: Any, returns: int = 1, control: bool = False, lane: str = "") -> Any:
+        lane = CONTROL_GROUP if control else lane
+        if returns == 1 and not lane:
             return getattr(self.handle, method).remote(*args)
         options: dict[str, Any] = {"num_returns": returns}
-        if control:
-            options["concurrency_group"] = CONTROL_GROUP
+        if lane:
+            options["concurrency_group"] = lane
         return getattr(self.handle, method).options(**options).remote(*args)
-
-    def stream(self, method: str, lane: str, target: str, silence: float, *args: Any) -> Iterator[Any]:
-        """What a generator of the actor yields, at most STREAM_AHEAD items ahead of the reader.
-
-        ActorGoneError when the actor is gone, CallTimeoutError when nothing came for `silence` seconds.
-        """
-        options: dict[str, Any] = {"num_returns": "streaming", "concurrency_group": lane}
-        options["_generator_backpressure_num_objects"] = STREAM_AHEAD
-        items = getattr(self.handle, method).options(**options).remote(*args)
-        runtime = RayRuntime()
-        while True:
-            passed, last = 0.0, time.monotonic()
-            while not ray.wait([items], timeout=SLICE)[0]:
-                now = time.monotonic()
-                passed, last = passed + min(now - last, 2 * SLICE), now  # no time in which this process was stopped
-                if passed >= silence:
-                    raise CallTimeoutError(target, passed)
-            try:
-                ref = next(items)
-            except StopIteration:
-                return
-            yield runtime.get(ref, target, silence)
 
 
 class RayRuntime:

@@ -1,11 +1,10 @@
 """The scheduler of a Cluster that several drivers share: an actor around ServingCore. It only translates.
 
-    drivers  --DriverNews-->  post()          requests that want places; one lane, so that each driver's come in order
-             <--SchedulerNews--  answers()    a stream for each driver
-    engines  <--commands--  --Report-->       what is of no driver: pages, use, who began and who ended
+    drivers  --DriverNews-->  <--SchedulerNews--    requests that want places, and where they go
+    engines  <--commands--  --Report-->             what is of no driver: pages, use, who began and who ended
 
-Prompts and tokens go between drivers and engines. The engines' streams are read here by a thread each. A driver that
-leaves, or is silent for longer than its lease, has its requests ended everywhere.
+Prompts and tokens go between drivers and engines. The engines' streams are read here by a thread each, drivers have a
+Mailbox. A driver that leaves, or is silent for longer than its lease, has its requests ended everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +23,9 @@ import numpy as np
 
 from rayk import protocol as m
 from rayk.actors.engine import REPORTS_LANE, SILENT_SECONDS, SOON_SECONDS
-from rayk.actors.interface import Runtime
+from rayk.actors.interface import Runtime, SocketAddress
+from rayk.actors.mailbox import Mailbox
+from rayk.actors.post_line import PostLine
 from rayk.actors.report import start_reporting
 from rayk.actors.secret import Challenge, Door, Proof
 from rayk.actors.serving_roster import EngineHandle, ServingRoster
@@ -32,6 +33,7 @@ from rayk.errors import ClosedError, ConfigError, MessageError
 from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.admission import AdmissionState
 from rayk.protocol.engine import Command, Forget, decode_report, encode
+from rayk.protocol.lines import PathState
 from rayk.protocol.serving import (
     DriverNews,
     LineNews,
@@ -60,7 +62,7 @@ HEARTBEAT = 1.0  # seconds between answers when there is nothing to say
 
 class ServingState(msgspec.Struct, frozen=True):
     """What a scheduler knows at a moment: by driver number its name and how many of its requests wait and are placed;
-    by replica how many are there, and why one was lost last."""
+    by replica how many are there, and why one was lost last; `paths` carry what the scheduler and engines say."""
 
     drivers: dict[int, tuple[str, int, int]]
     owner: str
@@ -68,6 +70,7 @@ class ServingState(msgspec.Struct, frozen=True):
     why_lost: str
     admission: AdmissionState | None = None
     lines: list[m.LineState] = []
+    paths: dict[int, PathState] = {}
 
 
 class _Driver:
@@ -92,7 +95,8 @@ class ServingActor:
         self._numbers = itertools.count(1)
         self._owner = ""
         self._leases = Leases(monotonic)
-        self._sent: dict[int, Any] = {}
+        self._lines: dict[int, PostLine] = {}  # to engines
+        self._mailbox = Mailbox(self._heard, self._answers, lambda error: log.error("news of a driver: %s", error))
         routing, starts = roster.routing, [handle.start for handle in roster.running.values()]
         self._core = core = ServingCore(self._post, routing, monotonic, replace=roster.replaced, starts=starts)
         if routing.plans_copies:
@@ -155,6 +159,7 @@ class ServingActor:
         self._core.drop([ticket for ticket in self._core.tickets if driver_of(ticket) == number])
         for replica in self._core.members.here:
             self._post(replica, Forget(number))
+        self._mailbox.forget(number)
         self._core.supervisor.forget(driver.client)
         self._core.pump()
         self._changed.notify_all()
@@ -174,8 +179,19 @@ class ServingActor:
 
     # -- requests ----------------------------------------------------------------------------------------
 
-    def post(self, number: int, wire: bytes) -> None:
+    def handle(self, first: Any, *rest: Any) -> None:
         """News of a driver; nothing of one whose lease has ended."""
+        self._mailbox.handle(first, *rest)
+
+    def read(self, wire: bytes) -> bytes:
+        """News for a driver, as there are any, and now and then without; over when it counts as gone."""
+        return self._mailbox.read(wire)
+
+    def listen(self) -> SocketAddress | None:
+        """Take messages from sockets, too, from now on."""
+        return self._mailbox.listen()
+
+    def _heard(self, number: int, wire: bytes) -> None:
         news = decode_driver_news(wire)
         with self._changed:
             if number in self._drivers:
@@ -205,7 +221,7 @@ class ServingActor:
             fetching.links.carried(news.source, news.target, news.kind, news.pages, news.seconds)
 
     def _flush(self) -> None:
-        """Sort what the core says by driver, for answers()."""
+        """Sort what the core says by driver, for read()."""
         placed, refused = self._core.take()
         for ticket, replica, spans in placed:
             driver = self._drivers.get(driver_of(ticket))
@@ -217,8 +233,7 @@ class ServingActor:
                 driver.refused.append(Refused(ticket, m.failure(error)))
         self._changed.notify_all()
 
-    def answers(self, number: int) -> Iterator[bytes]:
-        """News for a driver, as there are any, and now and then without; ends when the driver counts as gone."""
+    def _answers(self, number: int) -> Iterator[bytes]:
         for count in itertools.count(1):
             with self._changed:
                 deadline = monotonic() + HEARTBEAT
@@ -240,19 +255,19 @@ class ServingActor:
     # -- engines -----------------------------------------------------------------------------------------
 
     def _post(self, replica: int, command: Command) -> None:
-        handle = self._roster.running.get(replica)
-        if handle is not None:
-            self._sent[replica] = handle.actor.call("post", encode(command))
+        line = self._lines.get(replica)
+        if line is not None and replica in self._roster.running:
+            line.post(encode(command))
 
     def _follow(self, replica: int, handle: EngineHandle) -> None:
+        self._lines[replica] = PostLine(self._runtime, handle.actor, f"replica {replica}", REPORTS_LANE)
         name = f"rayk-reports-{replica}"
-        Thread(target=self._read, args=(replica, handle), name=name, daemon=True).start()
+        Thread(target=self._read, args=(replica, handle, self._lines[replica]), name=name, daemon=True).start()
 
-    def _read(self, replica: int, handle: EngineHandle) -> None:
+    def _read(self, replica: int, handle: EngineHandle, line: PostLine) -> None:
         reason, silence = "its engine was stopped", SOON_SECONDS if self._roster.replaced else SILENT_SECONDS
         try:
-            wires = handle.actor.stream("reports", REPORTS_LANE, f"replica {replica}", silence, 0)
-            for count, wire in enumerate(wires, 1):
+            for count, wire in enumerate(line.stream(silence), 1):
                 report = decode_report(wire)
                 if report.batch != count:
                     raise MessageError(f"replica {replica} sent report {report.batch} after {count - 1}")
@@ -262,6 +277,7 @@ class ServingActor:
                         self._flush()
         except BaseException as error:  # whatever it was, nobody reads what comes from there any more
             reason = str(error) or type(error).__name__
+        line.close()
         if self._is(replica, handle):
             self._runtime.stop([handle.actor], None)  # nothing of it may go on
         with self._changed:
@@ -357,6 +373,7 @@ class ServingActor:
         with self._changed:
             removed = self._core.remove(replica)
             self._roster = self._roster.with_engine(replica, None)
+            self._lines.pop(replica).close()
             self._flush()
             return removed
 
@@ -407,7 +424,8 @@ class ServingActor:
                     requests[request.replica] += 1
             drivers = {n: (driver.client, counts[n][0], counts[n][1]) for n, driver in self._drivers.items()}
             lines = fetching.links.table() if fetching is not None else []
-            return ServingState(drivers, self._owner, requests, core.why_lost, core.admission_state(), lines)
+            paths = {replica: self._lines[replica].path(replica) for replica in self._roster.running}
+            return ServingState(drivers, self._owner, requests, core.why_lost, core.admission_state(), lines, paths)
 
 
 def _own_runtime() -> Runtime:

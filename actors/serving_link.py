@@ -10,7 +10,8 @@ from typing import Any
 from rayk import protocol as m
 from rayk.actors.channel import new_client_id
 from rayk.actors.interface import Actor, ActorGoneError, Runtime
-from rayk.actors.launch import proof_for
+from rayk.actors.launch import find_sockets, proof_for
+from rayk.actors.post_line import PostLine
 from rayk.actors.secret import Proof
 from rayk.actors.serving import ANSWERS_LANE, ServingState
 from rayk.actors.serving_roster import EngineHandle, ServingRoster
@@ -54,7 +55,7 @@ class SchedulerLink:
         self._lines: list[LineNews] = []
         self._placed: list[PlacedRequest] = []
         self._refused: list[RefusedRequest] = []
-        self._sent: Any = None
+        self._line: PostLine | None = None
 
     # -- requests: in a turn of theirs -----------------------------------------------------------------------
 
@@ -105,12 +106,17 @@ class SchedulerLink:
         return placed, refused
 
     def _send(self, news: DriverNews) -> None:
-        self._sent = self.actor.call("post", self.number, encode_news(news))
+        self._open().post(encode_news(news), self.number)
 
     def answers(self) -> Iterator[SchedulerNews]:
         """What it says, until it takes this driver for gone; raises when nothing more will come."""
-        for wire in self.actor.stream("answers", ANSWERS_LANE, "the scheduler", SILENT_SECONDS, self.number):
-            yield decode_scheduler_news(wire)
+        return map(decode_scheduler_news, self._open().stream(SILENT_SECONDS, self.number))
+
+    def _open(self) -> PostLine:
+        """The line, which who only asks does not need."""
+        if self._line is None:
+            self._line = PostLine(self._runtime, self.actor, "the scheduler", ANSWERS_LANE)
+        return self._line
 
     # -- calls ---------------------------------------------------------------------------------------------
 
@@ -130,6 +136,8 @@ class SchedulerLink:
         """Come, or come again with another number."""
         self.number, roster = self._ask("connect", self.client, owner, LEASE_SECONDS, self._proof())
         assert isinstance(roster, ServingRoster)
+        find_sockets(self._runtime, {"the scheduler": self.actor})
+        self._open()
         return roster
 
     def renew(self) -> bool:
@@ -143,6 +151,8 @@ class SchedulerLink:
         """Go; a scheduler that is gone needs to hear nothing."""
         with suppress(RaykError):
             self._ask("leave", self.number, seconds=5.0)
+        if self._line is not None:
+            self._line.close()
 
     def readings(self, labels: Labels) -> list[Reading]:
         """Its metrics."""

@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayk.actors.interface import PathState
     from rayk.cluster import Cluster, attach
     from rayk.context import TextContext
     from rayk.dispatch.output import Handle, Output, Update
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     )
     from rayk.protocol.admission import AdmissionPolicy, TenantQuota
     from rayk.protocol.kv_events import KVEventsConfig
+    from rayk.protocol.lines import PathState
     from rayk.request_errors import (
         ForwardError,
         QueueFullError,
@@ -70,7 +70,7 @@ _HOMES = {
     "context": ["TextContext"],
     "errors": ["InsufficientBlocksError", "RaykError", "ReplicaLostError"],
     "kvcache.runtime_inputs": ["BatchCharacteristics"],
-    "actors.interface": ["PathState"],
+    "protocol.lines": ["PathState"],
     "manager.manager": ["PagedKVCacheManager"],
     "planning": [
         "SIGNAL_BUFFER_BYTES",

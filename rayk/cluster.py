@@ -30,6 +30,7 @@ from rayk.metrics.reading import Reading
 from rayk.params import require_at_least
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
 from rayk.protocol.kv_events import KVEventsConfig
+from rayk.protocol.lines import PathState
 from rayk.replica.kv_event_publisher import checked
 from rayk.sampling import SamplingParams
 from rayk.scheduler.scaling import Removed
@@ -346,6 +347,11 @@ class Cluster:
     def live(self) -> list[int]:
         """Replicas that answer, draining ones included."""
         return self._dispatcher.live
+
+    def path_states(self) -> list[PathState]:
+        """What carries this driver's messages to each replica that answers, and its reports: a socket, or Ray's calls,
+        and then why."""
+        return [self._replicas.path(replica) for replica in self.live]
 
     def stats(self, replica: int = 0) -> EngineStats:
         """Counters of one replica's engine. ReplicaLostError for a lost one, CallTimeoutError for one that hangs."""

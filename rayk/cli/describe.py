@@ -92,7 +92,7 @@ def _explained(ray: Runtime, name: str, request_id: str) -> Decision:
 
 def _show_cluster(state: ClusterState, console: Any) -> None:
     title = f"{state.name}: {state.model}, router {state.router}, pages of {state.page_size} tokens"
-    headings = ("#", "node", "state", "requests", "running", "used / pages", "cached", "reused", "generated")
+    headings = ("#", "node", "state", "requests", "running", "used / pages", "cached", "reused", "generated", "path")
     rows = [
         [
             str(each.index),
@@ -104,11 +104,14 @@ def _show_cluster(state: ClusterState, console: Any) -> None:
             "" if each.cached_pages is None else f"{each.cached_pages:,}",
             f"{sum(each.reused_tokens.values()) / each.prompt_tokens:.1%}" if each.prompt_tokens else "",
             "" if each.generated_tokens is None else f"{each.generated_tokens:,}",
+            each.path.kind if each.path is not None else "",
         ]
         for each in state.replicas
     ]
-    _print_table(console, title, headings, rows, ("node", "state"))
+    _print_table(console, title, headings, rows, ("node", "state", "path"))
     for each in state.replicas:
+        if each.path is not None and each.path.kind == "calls":
+            console.print(f"replica {each.index} is reached by calls: {each.path.reason}", markup=False)
         if each.reason is not None:
             console.print(f"replica {each.index} is {each.state}: {each.reason}", markup=False)
         if each.tiers is not None:

@@ -23,6 +23,7 @@ from rayk.errors import ConfigError, ReplicaLostError
 from rayk.kvcache.buffers import PageBuffers
 from rayk.planning.node_plan import NodeMemory, measure_node
 from rayk.protocol.engine import Command, Report
+from rayk.protocol.lines import PathState
 from rayk.tiers.identity import take_seed
 from rayk.transport.choice import Peer
 from rayk.transport.direct import DirectLine
@@ -121,6 +122,9 @@ class InlineReplicas:
         """See EngineThread: from now on."""
         self._delivery = (loop, on_report)
         self._thread.deliver_in(loop, on_report)
+
+    def path(self, replica: int) -> PathState:
+        return PathState(replica, "direct", "in this process")
 
     def stats(self, replica: int) -> EngineStats:
         return self._call(replica, Engine.stats)

@@ -25,6 +25,7 @@ from rayk.params import KVCacheParams, require, require_at_least
 from rayk.planning.node_plan import Component, NodeMemory, ReplicaPlan, plan_replica
 from rayk.protocol.engine import Command, Report
 from rayk.protocol.kv_events import KVEventsConfig
+from rayk.protocol.lines import PathState
 from rayk.replica.kv_event_publisher import publish_events
 from rayk.tiers.opening import open_connector
 from rayk.transport.choice import Endpoint, Peer
@@ -179,6 +180,10 @@ class Replicas(Protocol):
 
     def reports(self, replica: int) -> Iterator[Report]:
         """What it does, until it is removed; raises when there will be no more for another reason."""
+        ...
+
+    def path(self, replica: int) -> PathState:
+        """What carries commands and reports."""
         ...
 
     def stats(self, replica: int) -> EngineStats:

@@ -6,6 +6,7 @@ Messages go straight to the replicas. Tokens are sent once: later messages carry
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -154,9 +155,20 @@ class BatchCalls(PlacingCalls):
 
     @current
     def execute(self, batches: Batches, fn: Forward) -> Script[list[Any]]:
-        pickled = self._runtime.dumps(fn)
+        pickled = self._pickled(fn)
         values = yield from self._forward(batches, lambda r, views: m.Execute(views, pickled))
         return [pickle.loads(value.data) if value is not None else None for value in values]
+
+    _by_reference: tuple[Forward | None, bytes] = (None, b"")
+    """The last function that replicas import, and how that is said."""
+
+    def _pickled(self, fn: Forward) -> bytes:
+        known, pickled = self._by_reference
+        if known is not fn:
+            pickled = self._runtime.dumps(fn)
+            if _is_imported(fn) and pickle.loads(pickled) is fn:
+                self._by_reference = fn, pickled
+        return pickled
 
     @current
     def runtime_inputs(
@@ -185,7 +197,7 @@ class BatchCalls(PlacingCalls):
 
     @current
     def tick(self, ticks: Sequence[Tick], fn: Forward | None) -> Script[list[TickResult]]:
-        pickled = self._runtime.dumps(fn) if fn is not None else b""
+        pickled = self._pickled(fn) if fn is not None else b""
         contexts = [list({id(c): c for c in (*t.step, *t.alloc, *t.execute)}.values()) for t in ticks]
         leaving = [[self._claims.get(request_id, 0) for request_id in t.release] for t in ticks]
 
@@ -238,3 +250,9 @@ class BatchCalls(PlacingCalls):
             released=done.released,
             error=m.to_error(done.failure) if done.failure is not None else None,
         )
+
+
+def _is_imported(fn: Forward) -> bool:
+    """Whether it is a module's function. Any other, and one of a script, travels by value, which may change."""
+    module = getattr(fn, "__module__", "__main__")
+    return module != "__main__" and getattr(sys.modules.get(module), getattr(fn, "__qualname__", ""), None) is fn

@@ -24,7 +24,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from rayk import protocol as m
 from rayk.actors.channel import ActorChannel, Answer, Pending, hear, new_client_id
 from rayk.actors.deployment import Deployment, await_roster
-from rayk.actors.interface import PathState, Runtime
+from rayk.actors.interface import Runtime
 from rayk.actors.launch import find_sockets
 from rayk.context import TextContext
 from rayk.errors import (
@@ -38,6 +38,7 @@ from rayk.errors import (
     StaleEpochError,
 )
 from rayk.protocol.context_sync import ContextSender
+from rayk.protocol.lines import PathState
 from rayk.scheduler.membership import State
 
 SCHEDULER_SECONDS = 30.0  # for which its process may not answer: longer than a pause that it comes back from

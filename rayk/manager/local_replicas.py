@@ -13,7 +13,6 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from rayk import protocol as m
-from rayk.actors.interface import PathState
 from rayk.context import TextContext
 from rayk.errors import DrainError, RaykError, ReplicaRemovedError
 from rayk.kvcache.buffers import PageBuffers
@@ -23,6 +22,7 @@ from rayk.params import KVCacheParams
 from rayk.planning.node_plan import measure_node, plan_replica
 from rayk.protocol.admission import AdmissionPolicy
 from rayk.protocol.kv_events import KVEventsConfig
+from rayk.protocol.lines import PathState
 from rayk.replica.kv_event_publisher import publish_events
 from rayk.replica.local import LocalReplica
 from rayk.scheduler.core import SchedulerCore

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from rayk.actors.interface import PathState
 from rayk.context import TextContext
 from rayk.errors import ConfigError
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.kvcache.page_hash import Mask
 from rayk.kvcache.tick import HitCounts, PrefixCacheReset
 from rayk.params import require_at_least
+from rayk.protocol.lines import PathState
 from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad
 from rayk.scheduler.supervisor import Replacement
 

@@ -56,7 +56,7 @@ def test_a_command_that_cannot_be_read_ends_the_replica_and_not_its_requests(ses
         told = threading.Event()
         handles = cluster.submit_all([[i, 1] for i in range(6)], max_new_tokens=150, on_news=lambda _: told.set())
         assert told.wait(20)
-        cluster._replicas._placed[0].actor.call("post", b"\xc1")
+        cluster._replicas._placed[0].actor.call("handle", b"\xc1")
         assert [handle.result(30).tokens for handle in handles] == [expected([i, 1], 150) for i in range(6)]
         assert cluster.replica_states() == ["lost", "ready"]
 

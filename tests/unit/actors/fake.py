@@ -69,7 +69,7 @@ class FakeActor:
     socket: None = None
     queue: deque[Callable[[], None]] = field(default_factory=deque)
 
-    def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
+    def call(self, method: str, *args: Any, returns: int = 1, control: bool = False, lane: str = "") -> Any:
         what = content(method, args)
         self.runtime.note("send", self.label, what)
         refs = [FakeRef(self, control=control) for _ in range(returns)]

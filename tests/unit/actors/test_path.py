@@ -59,7 +59,7 @@ class Actor:
                 self.answers.keep(envelope.client, envelope.seq, reply)
             return reply
 
-    def call(self, method: str, *args: Any, returns: int = 1, control: bool = False) -> Any:
+    def call(self, method: str, *args: Any, returns: int = 1, control: bool = False, lane: str = "") -> Any:
         if control:
             return self.pool.submit(lambda: 1)
         if isinstance(args[0], tuple):
@@ -67,9 +67,6 @@ class Actor:
             self.behind.append((label, count))
             self.listener.handled(label, count, WAIT)
         return self.pool.submit(self.answer, "call", args[0])
-
-    def stream(self, method: str, lane: str, target: str, silence: float) -> Iterator[Any]:
-        raise NotImplementedError
 
 
 class Runtime:

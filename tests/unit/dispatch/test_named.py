@@ -15,6 +15,7 @@ from rayk.dispatch.output import Handle
 from rayk.errors import ReplicaLostError
 from rayk.protocol.base import failure
 from rayk.protocol.engine import Cancel, Command, Submit
+from rayk.protocol.lines import Post, decode_line
 from rayk.protocol.serving import (
     DRIVER_SHIFT,
     DriverNews,
@@ -44,17 +45,19 @@ class Driver:
         self.engines = SimpleNamespace(
             handles=dict(enumerate(running)), max_retries=2, post=lambda *sent: self.posted.append(sent)
         )
-        actor: Any = SimpleNamespace(call=self._call)
-        self.link = SchedulerLink(SimpleNamespace(get=lambda ref, target, seconds: ref), actor)  # type: ignore[arg-type]  # as above
+        actor: Any = SimpleNamespace(call=self._call, socket=None)
+        runtime = SimpleNamespace(get=lambda ref, target, seconds: ref, sockets=False)
+        self.link = SchedulerLink(runtime, actor)  # type: ignore[arg-type]  # as above
         self.link.number = 3
         self.dispatcher = NamedDispatcher(self.link, self.engines, roster, True)  # type: ignore[arg-type]  # as above
         self.dispatcher._follow = self.followed.append
         self._news = count(1)
 
     def _call(self, method: str, *args: Any, control: bool = False) -> Any:
-        if method == "post":
-            assert args[0] == 3
-            self.told.append(decode_driver_news(args[1]))
+        if method == "handle":
+            post = decode_line(args[0])
+            assert isinstance(post, Post) and post.driver == 3 and post.number == len(self.told) + 1
+            self.told.append(decode_driver_news(post.body))
         return method == "renew"
 
     def submit(self, *prompts: list[int], **more: Any) -> list[Handle]:

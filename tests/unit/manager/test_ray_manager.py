@@ -519,3 +519,24 @@ def test_alloc_sends_missing_tokens_again(runtime: FakeRuntime, manager: PagedKV
     runtime.actor("replica-0").service._mirrors.drop("r")
     manager.alloc(ctx, 0)
     assert manager.get_req_blocks("r", 0)
+
+
+def test_a_function_that_replicas_import_is_pickled_once_and_others_as_they_are_now(
+    manager: PagedKVCacheManager, runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickled, ctx, dumps = list[Any](), context("a"), runtime.dumps
+    monkeypatch.setattr(runtime, "dumps", lambda value: [pickled.append(value), dumps(value)][1])
+    manager.try_admit([ctx], [0])
+    for _ in range(3):
+        assert manager.execute([[ctx], []], stamp)[0] == 6
+    assert pickled == [stamp]
+    answers = [7]
+
+    def own(inputs: Any, batch: Any) -> int:
+        return answers[-1]
+
+    for expected in (7, 8):
+        answers.append(expected)
+        assert manager.execute([[ctx], []], own)[0] == expected, "by value"
+    assert pickled == [stamp, own, own]
+    manager.release("a", 0)
