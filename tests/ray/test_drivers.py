@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
-from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..patience import scaled, until  # noqa: TID252  # tests/ is no package that has an absolute name
 from .forwards import running
 from .heads import Start, said, stderr, tell
 
@@ -130,3 +133,11 @@ manager.shutdown(force=True)
     tell(drivers[0])
     assert drivers[0].wait(20) == 0
     until(lambda: not running(first))
+
+
+def test_many_drivers_at_once_lose_nothing() -> None:
+    """A small one of tests/measure/many_drivers.py."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "measure" / "many_drivers.py"), "16", "6", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(120))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "768 of 768 requests admitted, stepped and released; 0 pages are held" in done.stdout
