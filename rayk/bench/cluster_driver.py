@@ -7,15 +7,16 @@ quotes an earlier answer it quotes what the model really answered. Answers have 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rayk.bench.loop import ClosedLoop
-from rayk.bench.measure import Measured
+from rayk.bench.measure import Answered, Measured
 from rayk.bench.settings import BenchSettings
 from rayk.errors import ReplicaLostError
 from rayk.kvcache.tick import Admission
@@ -71,7 +72,13 @@ class ClusterDriver(ClosedLoop):
             self._news.put(handle)
 
     def _step(self) -> None:
-        handle = self._news.get()
+        wait = max(0.0, self._start + self._feed.next_at - self._clock()) if self._sending else math.inf
+        try:
+            handle = self._news.get(timeout=wait if math.isfinite(wait) else None)
+        except Empty:
+            self._now = self._clock()
+            self._sample()
+            return
         self._now = self._clock()
         self.measured.ticks += 1
         if handle.done and handle.number in self._open:
@@ -113,6 +120,8 @@ class ClusterDriver(ClosedLoop):
         measured.latency["e2e"].add(output.seconds)
         if output.ttft is not None:
             measured.latency["ttft"].add(output.ttft)
+            itl = (output.seconds - output.ttft) / max(1, len(output.tokens) - 1)
+            measured.answered.append(Answered(output.ttft, itl, output.seconds))
         for gap, count in output.gaps:
             measured.latency["itl"].add(gap / count, count)
         processed = request.prompt_length + len(output.tokens) - 1

@@ -15,10 +15,11 @@ from rich.console import Console
 from rayk.bench.flags import CONCURRENCY, BenchFlags, ReportFlags
 from rayk.bench.hf import fitted, model_shape
 from rayk.bench.progress import progress_view, summary_table
-from rayk.bench.report import write_report, write_words
+from rayk.bench.report import write_comparison, write_report, write_words
 from rayk.bench.result import BenchResult, read_result
 from rayk.bench.run import run_bench
 from rayk.bench.settings import ARRIVING_BATCH, VERIFY_BUDGET, BenchSettings, complete, with_tiers
+from rayk.bench.sweep import saturate, sweep
 from rayk.cli.flags import Format
 from rayk.errors import ConfigError, RaykError
 from rayk.quantity import parse_duration
@@ -43,6 +44,23 @@ log = logging.getLogger("rayk.bench")
 
 def bench(flags: BenchFlags) -> int:
     """Serve and report: 0, or 1 when a request was lost or a checked slot was wrong."""
+    if flags.sweep is not None and flags.saturate is not None:
+        raise ConfigError("--sweep and --saturate exclude each other")
+    if flags.sweep is not None or flags.saturate is not None:
+        return (sweep if flags.sweep is not None else saturate)(flags, _measured)
+    result, well = _measured(flags)
+    if flags.form is Format.json:
+        print(result.to_json().decode(), flush=True)
+    else:
+        console = Console()
+        console.print(summary_table(result))
+        if flags.out is not None:
+            console.print(f"report: {flags.out / 'report.html'}", soft_wrap=True, highlight=False)
+    return 0 if well else 1
+
+
+def _measured(flags: BenchFlags) -> tuple[BenchResult, bool]:
+    """One run, and whether it went well; what did not is logged."""
     settings, length = _settings(flags), None
     if flags.model is not None:
         shape = model_shape(flags.model)
@@ -64,23 +82,15 @@ def bench(flags: BenchFlags) -> int:
     except BaseException:  # before there was anything to report
         folder.leave()
         raise
-    if flags.form is Format.json:
-        print(outcome.result.to_json().decode(), flush=True)
-    else:
-        console = Console()
-        console.print(summary_table(outcome.result))
-        if flags.out is not None:
-            console.print(f"report: {flags.out / 'report.html'}", soft_wrap=True, highlight=False)
     if (error := outcome.error) is not None:
         text = str(error) or ("stopped by the user" if isinstance(error, KeyboardInterrupt) else "")
         if not isinstance(error, (RaykError, KeyboardInterrupt)):
             text = f"{type(error).__name__}: {text}"
             log.debug("where:", exc_info=error)
         log.error("the run stopped: %s", text)
-        return 1
-    if folder.unwritten:
+    elif folder.unwritten:
         log.error("%s: the report is not whole", folder.unwritten)
-    return 0 if outcome.result.ok and not folder.unwritten else 1
+    return outcome.result, error is None and outcome.result.ok and not folder.unwritten
 
 
 def _settings(flags: BenchFlags) -> BenchSettings:
@@ -93,6 +103,18 @@ def _settings(flags: BenchFlags) -> BenchSettings:
         raise ConfigError("--concurrency and --speed exclude each other: so many in flight, or as they arrive")
     concurrency = CONCURRENCY if flags.concurrency is None else flags.concurrency
     rows = concurrency if flags.speed is None else ARRIVING_BATCH
+    think = flags.think_time
+    if think is not None and think not in ("recorded", "none"):
+        try:
+            think_time: float | None = float(think)
+        except ValueError:
+            raise ConfigError(f"--think-time {think!r} is not recorded, none or a factor such as 0.5") from None
+    else:
+        think_time = {None: None, "none": 0.0, "recorded": 1.0}[think]
+    if think_time is not None and not 0 <= think_time < math.inf:
+        raise ConfigError(f"--think-time is {think_time}, at least 0 is needed")
+    seconds = {name: getattr(flags, name) for name in ("warmup", "slo_ttft", "slo_itl")}
+    times = {name: None if text is None else parse_duration(text) for name, text in seconds.items()}
     budget = flags.token_budget
     if budget is None and (flags.forward != "none" or flags.prefill_rate is not None):
         budget = MODEL_BUDGET if flags.forward == "hf" else VERIFY_BUDGET
@@ -103,6 +125,10 @@ def _settings(flags: BenchFlags) -> BenchSettings:
         model=None if flags.model is None else str(flags.model),
         token_budget=budget,
         duration_s=duration_s,
+        think_time=think_time,
+        warmup_s=times["warmup"],
+        slo_ttft=times["slo_ttft"],
+        slo_itl=times["slo_itl"],
         **{name: getattr(flags, name) for name in AS_GIVEN},
     )
 
@@ -176,17 +202,27 @@ def make_folder(path: Path) -> None:
 
 
 def report(flags: ReportFlags) -> int:
-    """Write the report of a result.json beside it, or into --out; 0, or 2 by way of ConfigError."""
-    found, folder = read_result(flags.result), flags.out or flags.result.parent
+    """Write the report of a result.json beside it, or into --out, of several that of all into --out or here; 0, or 2
+    by way of ConfigError."""
+    results = [read_result(path) for path in flags.result]
+    several = len(results) > 1
+    folder = flags.out or (Path() if several else flags.result[0].parent)
     try:
-        written = [str(each) for each in write_report(found, folder)]
+        if several:
+            names = [path.parent.name or path.stem for path in flags.result]
+            labels = names if len(set(names)) == len(names) else [str(path) for path in flags.result]
+            paths = write_comparison(list(zip(labels, results, strict=True)), folder)
+        else:
+            paths = write_report(results[0], folder)
+        written = [str(each) for each in paths]
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}); use --out DIR") from None
     if flags.form is Format.json:
         print(msgspec.json.encode({"command": "report", "files": written}).decode())
         return 0
     console = Console()
-    console.print(summary_table(found))
+    if not several:
+        console.print(summary_table(results[0]))
     for each in written:
         console.print(each, soft_wrap=True, highlight=False)
     return 0

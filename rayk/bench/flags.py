@@ -54,6 +54,23 @@ class BenchFlags:
     speed: Annotated[
         float | None, load("Instead: send requests as they arrive, so many times as fast as recorded.")
     ] = None
+    think_time: Annotated[
+        str | None,
+        load(
+            "Or so many users (--concurrency) who ask one session after the other, and think between turns: recorded, "
+            "none, or a factor on what was recorded."
+        ),
+    ] = None
+    warmup: Annotated[str | None, load("Leave out what ends in the first 10s, 1m of the run.")] = None
+    slo_ttft: Annotated[str | None, load("Goodput: most time to the first token: 500ms, 2s.")] = None
+    slo_itl: Annotated[str | None, load("Goodput: most time between tokens, in the mean of a request.")] = None
+    sweep: Annotated[
+        str | None, load("A run for each value of a flag, and a report of all: replicas=1,2,4 or speed=1,2,4.")
+    ] = None
+    saturate: Annotated[
+        float | None,
+        load("Search for the highest --speed at which that share of requests meets the objectives (--slo-..): 0.9."),
+    ] = None
     prefill_rate: Annotated[
         float | None,
         load("With --forward none: tokens a second that each replica prefills, one request after the other."),
@@ -89,9 +106,10 @@ class BenchFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFlags:
-    """Write report.html, PNGs and a markdown summary again from a result.json."""
+    """Write report.html, PNGs and a markdown summary again from a result.json; of several, one report beside each
+    other."""
 
-    result: Annotated[Path, typer.Argument(help="The result.json of a run.")]
+    result: Annotated[list[Path], typer.Argument(help="The result.json of a run; several for a comparison.")]
     out: Annotated[Path | None, output("Folder to write to; beside the result otherwise.")] = None
     form: Annotated[Format, FORMAT] = Format.table
 

@@ -13,7 +13,7 @@ from time import sleep
 from typing import Any
 
 from rayk.bench.measure import Measured, ReplicaCounts, Sample
-from rayk.bench.request_source import Arrivals, Feed
+from rayk.bench.request_source import Arrivals, Feed, Source, Users
 from rayk.bench.settings import BenchSettings
 from rayk.workloads.request import BenchRequest, Workload
 
@@ -24,7 +24,8 @@ class ClosedLoop(ABC):
     """Serves one workload, once. `measured` is complete up to the moment, whenever run() ends.
 
     Sending stops after `duration_s`; what is in flight is finished. With `speed` requests are sent when they arrive,
-    however many are in flight.
+    however many are in flight; with a think time so many users ask one after the other (rayk.bench.request_source).
+    What ends in the first `warmup_s` seconds is left out.
     """
 
     def __init__(
@@ -38,7 +39,12 @@ class ClosedLoop(ABC):
         self.workload, self.settings = workload, settings
         self.measured = Measured([ReplicaCounts() for _ in range(settings.replicas)])
         speed = settings.speed
-        self._feed = Feed(workload.requests, None if speed is None else Arrivals(workload, speed, settings.seed))
+        self._feed: Source
+        if settings.think_time is not None:
+            self._feed = Users(workload, settings.concurrency, settings.think_time, settings.seed)
+        else:
+            self._feed = Feed(workload.requests, None if speed is None else Arrivals(workload, speed, settings.seed))
+        self._timed = settings.prefill_rate is not None or speed is not None or settings.think_time is not None
         self._clock, self._wait, self._on_tick = clock, wait, on_tick
         self._start = self._now = 0.0
         self._in_flight = 0
@@ -80,6 +86,8 @@ class ClosedLoop(ABC):
                 if not self._in_flight and not (self._sending and self._feed.next_at < math.inf):
                     break
                 self._step()
+                if not self.measured.warmup and self.elapsed >= (self.settings.warmup_s or math.inf):
+                    self.measured.warm(self.elapsed, self._in_flight)
                 self._on_tick(self)
             self._look()
         except (Exception, KeyboardInterrupt) as error:  # whatever it is, what was measured is kept
@@ -95,10 +103,12 @@ class ClosedLoop(ABC):
     @property
     def _sending(self) -> bool:
         """Whether requests are still sent."""
-        return self.settings.duration_s is None or self.elapsed < self.settings.duration_s
+        if self.settings.duration_s is None:
+            return True
+        return self.elapsed < self.settings.duration_s + (self.settings.warmup_s or 0.0)
 
     def _send(self) -> None:
-        most = self.settings.concurrency if self.settings.speed is None else math.inf
+        most = self.settings.concurrency if not self.settings.open_loop else math.inf
         while self._sending and self._in_flight < most and (request := self._feed.take(self.elapsed)) is not None:
             self.measured.submitted += 1
             self._in_flight += 1
@@ -107,7 +117,7 @@ class ClosedLoop(ABC):
     def _left(self, request: BenchRequest, error: Exception | None = None) -> None:
         """A request is done, or failed for good; the next turn of its session may be sent."""
         self._in_flight -= 1
-        self._feed.finished(request.index)
+        self._feed.finished(request.index, self.elapsed)
         if error is None:
             self.measured.completed += 1
         else:
@@ -122,4 +132,5 @@ class ClosedLoop(ABC):
     def _append_sample(self) -> None:
         measured, self._sampled_at = self.measured, self._now
         used = [counts.used_pages for counts in measured.replicas]
-        measured.samples.append(Sample(self.elapsed, used, self.running, self.waiting, measured.completed))
+        counts = measured.completed, measured.prompt, measured.cached, measured.generated
+        measured.samples.append(Sample(self.elapsed, used, self.running, self.waiting, *counts))

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayk.bench.in_flight import Flight, Lane, Prefill
 from rayk.bench.loop import ClosedLoop
+from rayk.bench.measure import Answered
 from rayk.bench.settings import BenchSettings
 from rayk.bench.verify import forward
 from rayk.errors import InsufficientBlocksError, ReplicaLostError
@@ -62,7 +63,6 @@ class ManagerDriver(ClosedLoop):
         self.lost: dict[int, ReplicaLostError] = {}
         self._queue = Lane(-1)  # for all replicas, when a router places
         self._round_robin, self._verify = settings.router == "round-robin", settings.forward == "verify"
-        self._timed = rate is not None or settings.speed is not None
         self._tick_end, self._admissions = 0.0, 0
 
     @property
@@ -285,7 +285,9 @@ class ManagerDriver(ClosedLoop):
             generated += 1
             flight.last_tick, flight.last_token_at = tick, now
             if not flight.left:
-                measured.latency["e2e"].add(now - flight.submitted_at)
+                e2e, first = now - flight.submitted_at, flight.first_token_at - flight.submitted_at
+                measured.latency["e2e"].add(e2e)
+                measured.answered.append(Answered(first, (e2e - first) / max(1, flight.request.output_length - 1), e2e))
         measured.generated += generated
         lane.executed = executed
         if lane.finished:

@@ -7,6 +7,7 @@ The driver writes, `result.py` and `progress.py` read. Recording is appending to
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -56,6 +57,13 @@ LATENCIES = ("claim", "alloc", "step", "admit", "tick", "ttft", "itl", "e2e")
 """claim, alloc, step: inside a replica. admit, tick: round trips that the driver sees. The rest: of requests."""
 
 
+COUNTS = (
+    *("completed", "preempted", "prompt", "device_tokens", "peer_tokens", "host_tokens", "disk_tokens"),
+    *("recomputed", "retried", "generated"),
+)
+"""What begins at 0 after a warm-up."""
+
+
 @dataclass(slots=True)
 class ReplicaCounts:
     """What one replica did. `used_pages` is the last known number, None before the first reply."""
@@ -72,14 +80,31 @@ class ReplicaCounts:
         self.peak_used_pages = max(used_pages, self.peak_used_pages or 0)
 
 
-class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Something that went wrong: the error's class, its text, when (seconds into the run), and where if known."""
+class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Something that went wrong `at` so many seconds into the run.
+
+    By itself: `kind` is the class of an error and `message` its text, with replica and request if known. Or on purpose
+    (rayk.bench.chaos): `kind` as in --chaos, `target` who was hit, seconds until it was noticed and until it was over:
+    the replica was replaced and took requests, another scheduler answered, the dead driver's lease had ended, the
+    sockets were back, the disk was as before. Absent: that did not happen before the run ended.
+    """
 
     kind: str
-    message: str
-    t: float
+    at: float
+    message: str | None = None
     replica: int | None = None
     request: str | None = None
+    target: str | None = None
+    noticed_s: float | None = None
+    recovered_s: float | None = None
+
+
+class Answered(NamedTuple):
+    """A request that was served to its end: seconds to its first token, between its tokens (mean), and altogether."""
+
+    ttft: float
+    itl: float
+    e2e: float
 
 
 @dataclass(slots=True)
@@ -91,6 +116,9 @@ class Sample:
     running: int
     waiting: int
     completed: int
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0
 
 
 @dataclass(slots=True)
@@ -120,6 +148,8 @@ class Measured:
     events: list[Event] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    answered: list[Answered] = field(default_factory=list)
+    warmup: float = 0.0  # until then nothing counts but what failed
 
     @property
     def cached(self) -> int:
@@ -136,8 +166,25 @@ class Measured:
         """Cached over prompt tokens of first admissions; None before the first."""
         return self.cached / self.prompt if self.prompt else None
 
+    def warm(self, t: float, in_flight: int) -> None:
+        """The warm-up ends, with so many requests in flight: what ended or was admitted by now counts no more."""
+        self.warmup, self.submitted = t, in_flight
+        for name in COUNTS:
+            setattr(self, name, 0)
+        self.latency = {name: Latency() for name in LATENCIES}
+        self.answered = []
+        for counts in self.replicas:
+            counts.requests = counts.prompt = counts.cached = 0
+
+    def counts(self, t: float) -> bool:
+        """Whether an admission at `t` does."""
+        return t >= self.warmup
+
     def admit(self, t: float, replica: int, prompt: int, admission: Admission) -> None:
         """Count the first admission of a request."""
+        if not self.counts(t):
+            self.admitted.append((t, prompt, admission.reused_tokens))
+            return
         self.prompt += prompt
         for tier in ("device_tokens", "peer_tokens", "host_tokens", "disk_tokens"):
             setattr(self, tier, getattr(self, tier) + getattr(admission, tier))
@@ -150,10 +197,11 @@ class Measured:
     def gain(self, admission: int, replica: int, tokens: int) -> None:
         """So many more tokens of the request of that admission (a place in `admitted`) were cached when its prefill
         began."""
-        self.device_tokens += tokens
         t, prompt, cached = self.admitted[admission]
         self.admitted[admission] = t, prompt, cached + tokens
-        self.replicas[replica].cached += tokens
+        if self.counts(t):
+            self.device_tokens += tokens
+            self.replicas[replica].cached += tokens
 
     def lose(self, replica: int, tokens: int) -> None:
         """So many tokens that an admission counted did not arrive from a tier: they were computed."""
@@ -177,4 +225,5 @@ class Measured:
     def fault(self, error: BaseException, t: float, request_id: str | None = None) -> None:
         """Note what went wrong, with the replica that the error names, if any."""
         text = str(error) or "stopped by the user"
-        self.faults.append(Fault(type(error).__name__, text, t, getattr(error, "replica", None), request_id))
+        replica = getattr(error, "replica", None)
+        self.faults.append(Fault(kind=type(error).__name__, at=t, message=text, replica=replica, request=request_id))

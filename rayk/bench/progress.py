@@ -129,6 +129,12 @@ def summary_rows(result: BenchResult) -> list[tuple[str, str]]:
         if (took := result.latency.get(name)) is not None:
             points = (("p50", took.p50), ("p90", took.p90), ("p99", took.p99))
             rows.append((label, "  ".join(f"{point} {show_seconds(value)}" for point, value in points)))
+    if result.goodput is not None:
+        good = result.goodput
+        text = f"{good.met} requests within the objectives, {good.share:.1%}, {good.requests_per_s:.1f} a second"
+        rows.append(("goodput", text))
+    if result.warmup is not None:
+        rows.append(("warm-up", f"what ended in the first {result.warmup:.1f} s is left out"))
     through = result.throughput
     text = f"{through.requests_per_s:.1f} requests/s, {through.prompt_tokens_per_s:,.0f} prompt and "
     text += f"{through.generated_tokens_per_s:,.0f} generated tokens/s over {result.elapsed:.1f} s"

@@ -6,6 +6,7 @@ None and defaults are left out when encoding. CLI.md's fields keep their names; 
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -114,6 +115,17 @@ class Throughput(_Form, frozen=True, kw_only=True):
     generated_tokens_per_s: float
 
 
+class Goodput(_Form, frozen=True, kw_only=True):
+    """Requests that met the objectives (seconds to the first token, seconds between tokens in the mean of a request):
+    how many, their share of those that were to be served, and how many a second."""
+
+    ttft: float | None = None
+    itl: float | None = None
+    met: int
+    share: float
+    requests_per_s: float
+
+
 class ReplicaResult(_Form, frozen=True, kw_only=True):
     """One replica."""
 
@@ -143,6 +155,9 @@ class Series(_Form, frozen=True, kw_only=True):
     running: list[int]
     waiting: list[int]
     completed: list[int]
+    prompt: list[int] = []
+    cached: list[int] = []
+    generated: list[int] = []
     hit_rate: HitRateSeries | None = None
 
 
@@ -165,6 +180,8 @@ class BenchResult(_Form, frozen=True, kw_only=True):
     verify: VerifyCounts | None = None
     tiers: TierUse | None = None
     imbalance: float | None = None
+    goodput: Goodput | None = None
+    warmup: float | None = None  # seconds at its start that are left out of all but faults, verify and series
 
     @property
     def ok(self) -> bool:
@@ -203,7 +220,8 @@ def make_result(
     size, total = settings.page_size, settings.pages * settings.replicas
     pooled = replay(measured.events, workload.requests, size, total) if simulated else None
     infinite = replay(measured.events, workload.requests, size, None) if simulated else None
-    elapsed = measured.elapsed
+    elapsed = measured.elapsed - measured.warmup
+    counted = [measured.counts(t) for t, _, _ in measured.admitted]
     per_s = 1 / elapsed if elapsed > 0 else 0.0
     computed = [counts.prompt - counts.cached for counts in measured.replicas]
     share = 1 / measured.prompt if measured.prompt else None
@@ -223,8 +241,8 @@ def make_result(
         tokens=_read(Tokens, measured),
         hit_rate=HitRate(
             measured=measured.hit_rate,
-            simulated_pooled=pooled.hit_rate if pooled else None,
-            infinite=infinite.hit_rate if infinite else None,
+            simulated_pooled=_hit_rate(pooled, counted),
+            infinite=_hit_rate(infinite, counted),
             by_tier=ByTier(**by_tier),
         ),
         verify=_read(VerifyCounts, measured) if settings.forward == "verify" else None,
@@ -251,7 +269,28 @@ def make_result(
         faults=measured.faults,
         series=_series(measured, pooled, infinite),
         elapsed=elapsed,
+        goodput=_goodput(settings, measured, per_s),
+        warmup=measured.warmup or None,
     )
+
+
+def _hit_rate(replayed: Replayed | None, counted: Sequence[bool]) -> float | None:
+    """Of the admissions that count; the cache was filled by all."""
+    if replayed is None:
+        return None
+    prompt = sum(tokens for tokens, counts in zip(replayed.prompt, counted, strict=False) if counts)
+    cached = sum(tokens for tokens, counts in zip(replayed.cached, counted, strict=False) if counts)
+    return cached / prompt if prompt else None
+
+
+def _goodput(settings: BenchSettings, measured: Measured, per_s: float) -> Goodput | None:
+    ttft, itl = settings.slo_ttft, settings.slo_itl
+    if ttft is None and itl is None:
+        return None
+    most_ttft, most_itl = ttft if ttft is not None else math.inf, itl if itl is not None else math.inf
+    met = sum(each.ttft <= most_ttft and each.itl <= most_itl for each in measured.answered)
+    share = met / max(1, measured.completed + measured.failed)
+    return Goodput(ttft=ttft, itl=itl, met=met, share=share, requests_per_s=met * per_s)
 
 
 def _read(form: type[T], measured: Measured) -> T:
@@ -283,17 +322,25 @@ def _summary(latency: Latency) -> LatencySummary:
 
 def _series(measured: Measured, pooled: Replayed | None, infinite: Replayed | None) -> Series:
     samples = [measured.samples[i] for i in _picked(len(measured.samples))]
+    counted = np.array([measured.counts(t) for t, _, _ in measured.admitted], bool)
     hit_rate = None
-    if measured.admitted and pooled and infinite:
-        at = _picked(len(measured.admitted))
-        prompt = np.cumsum([prompt for _, prompt, _ in measured.admitted])
+    if counted.any() and pooled and infinite:
+        at = _picked(int(counted.sum()))
+        times, prompts, cached = (np.array(column)[counted] for column in zip(*measured.admitted, strict=True))
+        prompt = np.cumsum(prompts)
+
+        def rate(tokens: Any) -> list[float]:
+            found: list[float] = (np.cumsum(tokens) / prompt)[at].tolist()
+            return found
+
         hit_rate = HitRateSeries(
-            t=[measured.admitted[i][0] for i in at],
-            measured=(np.cumsum([cached for _, _, cached in measured.admitted]) / prompt)[at].tolist(),
-            pooled=(np.cumsum(pooled.cached) / prompt)[at].tolist(),
-            infinite=(np.cumsum(infinite.cached) / prompt)[at].tolist(),
+            t=times[at].tolist(),
+            measured=rate(cached),
+            pooled=rate(np.array(pooled.cached)[counted]),
+            infinite=rate(np.array(infinite.cached)[counted]),
         )
-    columns = {name: [getattr(sample, name) for sample in samples] for name in ("t", "running", "waiting", "completed")}
+    names = ("t", "running", "waiting", "completed", "prompt", "cached", "generated")
+    columns = {name: [getattr(sample, name) for sample in samples] for name in names}
     used = [[sample.used_pages[r] for sample in samples] for r in range(len(measured.replicas))]
     return Series(**columns, used_pages=used, hit_rate=hit_rate)
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from rayk.engine.tiers import LEAST_HOST_PAGES
-from rayk.errors import ConfigError, NotBuiltError
+from rayk.errors import ConfigError
 from rayk.params import KVConnectorConfig, MHAKVCacheParams
 from rayk.planning.node_plan import measure_node, planned_pages
 from rayk.quantity import parse_size, show_bytes
@@ -46,6 +46,10 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
     token_budget: int | None = VERIFY_BUDGET
     duration_s: float | None = None
     speed: float | None = None
+    think_time: float | None = None
+    warmup_s: float | None = None
+    slo_ttft: float | None = None
+    slo_itl: float | None = None
     prefill_rate: float | None = None
     layers: int = 2
     kv_heads: int = 2
@@ -81,8 +85,13 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("--forward hf needs --model DIR, and --model is for --forward hf")
         if self.prefill_rate is not None and self.forward != "none":
             raise ConfigError(f"--prefill-rate is for --forward none; --forward {self.forward} takes its own time")
-        if self.speed is not None and self.forward == "hf":
-            raise NotBuiltError("--speed with --forward hf")
+        if self.think_time is not None and self.speed is not None:
+            raise ConfigError("--think-time and --speed exclude each other: users who ask in turns, or as they arrive")
+
+    @property
+    def open_loop(self) -> bool:
+        """Whether its source alone says when requests are sent."""
+        return self.speed is not None or self.think_time is not None
 
     def params(self) -> MHAKVCacheParams:
         """The cache's parameters. ConfigError for shapes that do not fit together."""

@@ -27,12 +27,7 @@ from rayk.simulate.flags import SIMULATE_EPILOG, SimulateFlags
 
 INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 NOT_BUILT_FLAGS = (
-    "--warmup",
-    "--think-time",
-    "--slo-ttft",
-    "--slo-itl",
     "--chaos",
-    "--sweep",
     "--nodes",
 )
 

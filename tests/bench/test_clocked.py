@@ -11,7 +11,7 @@ from rayk.bench.manager_driver import ManagerDriver
 from rayk.bench.request_source import Arrivals, Feed
 from rayk.bench.result import make_result
 from rayk.bench.settings import BenchSettings, complete
-from rayk.errors import ConfigError, NotBuiltError
+from rayk.errors import ConfigError
 from rayk.manager.manager import PagedKVCacheManager
 from rayk.session import InferenceSession
 from rayk.simulate.model import Case, Simulator
@@ -172,9 +172,9 @@ def test_times_that_cannot_be_had(values: dict[str, object], problem: str) -> No
         BenchSettings(**values)  # type: ignore[arg-type]
 
 
-def test_a_model_is_not_sent_requests_as_they_arrive() -> None:
-    with pytest.raises(NotBuiltError, match="--speed with --forward hf"):
-        BenchSettings(forward="hf", model="x", speed=2.0)
+def test_users_do_not_arrive() -> None:
+    with pytest.raises(ConfigError, match="--think-time and --speed"):
+        BenchSettings(think_time=1.0, speed=2.0)
 
 
 def test_a_workload_that_arrives_at_once_is_sent_at_once(timed: Timed) -> None:

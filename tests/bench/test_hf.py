@@ -56,6 +56,19 @@ def test_scarce_pages_and_two_replicas(bench) -> None:
     assert result["tokens"]["recomputed"] >= 0
 
 
+def test_requests_that_arrive_and_users_who_think(bench, tmp_path: Path) -> None:
+    """Open loop, and a sweep over how fast: each run lasts as long as its arrivals do."""
+    load = ["--workload", "chat", "--requests", "8", "--replicas", "1", "--pages", "400"]
+    code, found, err = bench(*load, "--sweep", "speed=40,80", "--slo-ttft", "30s", "--out", str(tmp_path / "s"))
+    assert code == 0, err
+    slow, fast = found["results"]
+    assert found["flag"] == "speed" and slow["elapsed"] > 1.2 * fast["elapsed"] > 0
+    assert slow["requests"]["completed"] == 8 and slow["goodput"]["share"] == 1.0
+    assert (tmp_path / "s" / "speed-40" / "report.html").exists() and (tmp_path / "s" / "scaling.png").exists()
+    code, found, err = bench(*load, "--think-time", "0.001", "--concurrency", "2")
+    assert code == 0 and found["requests"]["completed"] == 8, err
+
+
 def test_tiers_keep_what_the_device_has_no_room_for(bench, tmp_path: Path) -> None:
     """What an infinite cache would hit is hit, most of it from the tiers; another run on the folder hits more."""
     scarce = ["--workload", "chat", "--requests", "25", "--replicas", "1", "--concurrency", "1", "--pages", "64"]

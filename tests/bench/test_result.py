@@ -11,13 +11,15 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from rayk.bench.figures import COLORS, FIGURES, VARIABLES
 from rayk.bench.manager_driver import ManagerDriver
 from rayk.bench.measure import Fault, Latency, Measured, ReplicaCounts
-from rayk.bench.progress import LoggedProgress, progress_view, state_line, summary_table
-from rayk.bench.report import write_report
+from rayk.bench.progress import LoggedProgress, progress_view, state_line, summary_rows, summary_table
+from rayk.bench.report import headline, swept, write_comparison, write_report
 from rayk.bench.result import BenchResult, make_result, read_result
 from rayk.bench.settings import BenchSettings, complete
 from rayk.errors import ConfigError
+from rayk.quantity import show_seconds
 from rayk.workloads import generators as workloads
 from rayk.workloads.request import Workload
 
@@ -82,9 +84,9 @@ def test_a_report_is_made_from_the_json_alone(serve: Serve, chat: Workload, tmp_
     path.write_bytes(result_of(serve, chat).to_json())
     result = read_result(path)
     written = {each.name for each in write_report(result, tmp_path / "new" / "folder")}
-    assert written == {"report.html", "summary.md", "hit_rate.png", "latency.png", "pages.png", "load.png"}
+    assert written == {"report.html", "summary.md"} | {f"{name}.png" for name in FIGURES}
     html = (tmp_path / "new" / "folder" / "report.html").read_text()
-    assert html.count("<svg") == 4 and "Hit rate over time" in html and "40/40" in html
+    assert html.count("<svg") == len(FIGURES) == 6 and "Hit rate over time" in html and "40/40" in html
     assert not re.search(r'(src|href)="(https?:)?//', html)  # nothing is loaded from elsewhere
     assert (tmp_path / "new" / "folder" / "pages.png").read_bytes().startswith(b"\x89PNG")
     assert "| hit rate |" in (tmp_path / "new" / "folder" / "summary.md").read_text()
@@ -93,10 +95,79 @@ def test_a_report_is_made_from_the_json_alone(serve: Serve, chat: Workload, tmp_
 def test_a_report_of_a_run_that_was_lost_at_once(tmp_path: Path, chat: Workload) -> None:
     measured = Measured([ReplicaCounts()])
     result = make_result(BenchSettings(runtime="inline", replicas=1, pages=5), chat, measured)
-    faulty = msgspec.structs.replace(result, faults=[Fault("ReplicaLostError", "<gone>", 0.5)])
+    faulty = msgspec.structs.replace(result, faults=[Fault(kind="ReplicaLostError", message="<gone>", at=0.5)])
     write_report(faulty, tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert not faulty.ok and "The run failed" in html and "&lt;gone&gt;" in html
+
+
+def test_the_first_screen_answers_what_a_manager_asks(serve: Serve, chat: Workload) -> None:
+    result = result_of(serve, chat, slo_ttft=100.0, slo_itl=1e-9)
+    tiles = {tile.what: tile for tile in headline(result)}
+    assert "one pooled cache" in tiles["of prompt tokens reused"].more
+    assert tiles["within the objectives"].value == "0.0%", "nobody is that fast between tokens"
+    assert f"{result.tokens.cached:,} tokens not computed, at an assumed 10,000" in tiles["of GPU time saved"].more
+    assert tiles["of GPU time saved"].value == show_seconds(result.tokens.cached / 10_000)
+    assert "p99" in tiles["to the first token (p50)"].more and "of a replica's pages" in tiles[
+        "imbalance (most computed over mean)"
+    ].more  # fmt: skip
+    easy = result_of(serve, chat, slo_ttft=100.0).goodput
+    assert easy is not None and easy.met == 40 and easy.share == 1.0 and easy.itl is None
+
+
+def test_faults_are_on_the_time_axes(serve: Serve, chat: Workload, tmp_path: Path) -> None:
+    result = result_of(serve, chat)
+    fault = Fault(kind="kill-replica", at=result.elapsed / 2, target="replica 1", recovered_s=result.elapsed / 4)
+    write_report(msgspec.structs.replace(result, faults=[fault]), tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("fault, until it was over") >= 4 and "<td>replica 1</td>" in html and "var(--bad)" in html
+
+
+def _luminance(color: str) -> float:
+    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(p * w for p, w in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
+
+
+def test_colours_can_be_seen_on_both_backgrounds(serve: Serve, chat: Workload, tmp_path: Path) -> None:
+    """Lines stand out from the card by WCAG's 3:1 (the pink and the sky blue, seventh hands, by 2:1), text by 4.5:1."""
+    write_report(result_of(serve, chat), tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    light, dark = (dict(re.findall(r"(--\w+): (#[0-9a-f]+)", part)) for part in html.split("@media")[:2])
+    assert set(VARIABLES.values()) <= set(light) and set(light) == set(dark) and len(COLORS) == 8
+    assert not [color for color in COLORS if f"stroke: {color}" in html], "a figure has a colour of its own"
+    for theme in (light, dark):
+        theme = {name: "#ffffff" if color == "#fff" else color for name, color in theme.items()}
+        card = _luminance(theme["--card"])
+        for name, color in theme.items():
+            high, low = sorted((_luminance(color), card), reverse=True)
+            least = {"--ink": 4.5, "--ink2": 4.5, "--quiet": 4.5, "--good": 4.5, "--bad": 4.5, "--c3": 2, "--c5": 2}
+            if (name.startswith("--c") and name != "--card") or name in least:
+                assert (high + 0.05) / (low + 0.05) >= least.get(name, 3), (name, color)
+
+
+def test_runs_beside_each_other(serve: Serve, chat: Workload, tmp_path: Path) -> None:
+    runs = [(f"c {c}", result_of(serve, chat, max_batch_size=c)) for c in (8, 2, 4)]
+    assert swept(runs) == ("max_batch_size", [8.0, 2.0, 4.0])
+    written = {path.name for path in write_comparison(runs, tmp_path)}
+    assert written == {"scaling.png", "ttft.png", "itl.png", "e2e.png", "comparison.html"}
+    html = (tmp_path / "comparison.html").read_text()
+    assert html.index("c 2") < html.index("c 4") < html.index("c 8"), "in the order of what was swept"
+    assert html.count("40/40") == 3 and "Scaling" in html and not re.search(r'(src|href)="(https?:)?//', html)
+
+
+def test_a_warm_up_is_left_out(serve: Serve, chat: Workload) -> None:
+    whole, warm = result_of(serve, chat), result_of(serve, chat, warmup_s=0.02)
+    assert warm.warmup is not None and warm.warmup >= 0.02 and whole.warmup is None
+    assert 0 < warm.requests.completed < 40 and warm.requests.submitted == warm.requests.completed
+    assert 0 <= warm.requests.completed - warm.latency["e2e"].count <= 8, "those that were about to be released then"
+    assert warm.requests.completed < whole.latency["e2e"].count
+    assert 0 < warm.tokens.prompt < whole.tokens.prompt and sum(r.requests for r in warm.replicas) < 40
+    assert warm.series.hit_rate is not None and warm.series.hit_rate.t[0] >= warm.warmup
+    assert warm.series.hit_rate.measured[-1] == pytest.approx(warm.hit_rate.measured)
+    assert warm.series.hit_rate.pooled[-1] == pytest.approx(warm.hit_rate.simulated_pooled)
+    assert warm.verify is not None and whole.verify is not None
+    assert "left out" in dict(summary_rows(warm))["warm-up"]
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
