@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic
@@ -59,7 +59,8 @@ class Output:
 
 
 class Update(msgspec.Struct, frozen=True):
-    """More of one answer: number `index` of the call. `output` comes with the last one."""
+    """More of one answer: number `index` of the call. `output` comes with the last one. `text` is that of `pieces`, as
+    they came: one for each token that completed some text."""
 
     index: int
     id: str
@@ -67,6 +68,7 @@ class Update(msgspec.Struct, frozen=True):
     text: str
     output: Output | None = None
     logprobs: list[TokenLogprobs] = []
+    pieces: list[str] = []
 
 
 class Handle:
@@ -154,11 +156,13 @@ class Handle:
             tokens = self.tokens[before:]
             logprobs = self._logprobs[before : self._taken] if self._logprobs else []
             pieces, self._pieces = self._pieces, []
-        return Update(self.index, self.id, tokens, "".join(pieces), output, logprobs)
+        return Update(self.index, self.id, tokens, "".join(pieces), output, logprobs, pieces)
 
     # -- for the reader of reports ----------------------------------------------------------------------
 
-    def add(self, now: float, tokens: list[int], text: str = "", logprobs: Sequence[TokenLogprobs] = ()) -> None:
+    def add(
+        self, now: float, tokens: list[int], pieces: Sequence[str] = (), logprobs: Sequence[TokenLogprobs] = ()
+    ) -> None:
         """More of the answer came at that time."""
         with self._lock:
             if not tokens:
@@ -171,8 +175,7 @@ class Handle:
                 self._gaps.append((now - self._last_at, len(tokens)))
                 self._last_at = now
             self.tokens += tokens
-            if text:
-                self._pieces.append(text)
+            self._pieces += pieces
             if logprobs:
                 self._logprobs += logprobs
             told, self._told = self._told, True
@@ -252,31 +255,31 @@ def deliver(report: Report, handles: Mapping[int, Handle]) -> list[int]:
         if (handle := handles.get(number)) is not None:
             handle.add_prompt_logprobs(start, found)
     numbers, tokens = (column.tolist() for column in report.columns())
-    parts, texts, logprobs = (
-        {n: [token] for n, token in zip(numbers, tokens, strict=True)},
-        dict(report.texts),
-        report.logprobs,
-    )
-    if len(parts) < len(numbers):  # of several steps
-        parts = {number: [] for number in parts}
-        for number, token in zip(numbers, tokens, strict=True):
-            parts[number].append(token)
-    if len(texts) < len(report.texts):
-        texts = dict.fromkeys(texts, "")
-        for number, piece in report.texts:
-            texts[number] += piece
+    parts, logprobs = _by_number(zip(numbers, tokens, strict=True)), report.logprobs
+    texts = _by_number(report.texts)
     for number, part in parts.items():
         handle = handles.get(number)
         if handle is not None:
             if handle.prefilling:
                 handle.prefilling = False
                 first.append(number)
-            text = texts.pop(number, "") if texts else ""
-            handle.add(now, part, text, logprobs.get(number, ()) if logprobs else ())
-    for number, piece in texts.items():  # of tokens that were reported before
+            pieces = texts.pop(number, ()) if texts else ()
+            handle.add(now, part, pieces, logprobs.get(number, ()) if logprobs else ())
+    for number, pieces in texts.items():  # of tokens that were reported before
         if (handle := handles.get(number)) is not None:
-            handle.add(now, [], piece)
+            handle.add(now, [], pieces)
     return first
+
+
+def _by_number(given: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
+    """The values of each number, in their order."""
+    pairs = list(given)
+    found = {number: [value] for number, value in pairs}
+    if len(found) < len(pairs):  # of several steps
+        found = {number: [] for number in found}
+        for number, value in pairs:
+            found[number].append(value)
+    return found
 
 
 def end_as_reported(handle: Handle, end: Ended) -> None:

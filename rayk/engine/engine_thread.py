@@ -32,6 +32,7 @@ log = logging.getLogger("rayk.engine")
 HEARTBEAT = 1.0  # seconds between reports when nothing happens
 HELD_UP = 0.0005  # seconds between looks at the tiers when everything waits for them
 BACKLOG = 1 << 16  # tokens
+SWITCH_SECONDS = 5.0  # for readers of reports to be done with what they have
 
 T = TypeVar("T")
 InLoop = Callable[[Callable[[], None]], object]
@@ -70,6 +71,8 @@ class EngineThread:
         self._loop: tuple[InLoop, OnReport] | None = None
         self._called = False  # the loop was, and has not come yet
         self._delivery = Lock()  # held by the loop while it delivers
+        self._reading = 0  # reports that readers have and are not done with
+        self._switching = False
         self._thread = Thread(target=self._run, name="rayk-engine", daemon=True)
 
     def start(self) -> EngineThread:
@@ -129,38 +132,41 @@ class EngineThread:
             self._changed.notify_all()
 
     def reports(self, engine: int, reader: int = SCHEDULER) -> Iterator[Report]:
-        """What one engine has done, as it does it; empty reports now and then. Ends with it, when the reader counts as
-        gone, and when the same reader began another one: what happens from then on is in that one's reports.
+        """What one engine has done, as it does it; empty reports now and then. Ends with it, and when the reader counts
+        as gone; each part of an outbox has one reader.
 
         RemoteError when the engine or the thread raised: then nothing more will come.
         """
-        watched, outbox, batch, me = self._engines.get(engine), self._outboxes.get(engine), 0, object()
-        if outbox is not None:
-            with self._changed:
-                outbox.current[reader] = me
-                self._changed.notify_all()
+        watched, outbox, batch = self._engines.get(engine), self._outboxes.get(engine), 0
         while watched is not None and outbox is not None:
             with self._changed:
                 deadline = monotonic() + self._heartbeat
                 while not (self._readable(outbox, reader) or self._over(engine, watched) or self._failed(engine)):
                     left = deadline - monotonic()
-                    if left <= 0 or reader in outbox.gone or outbox.current[reader] is not me:
+                    if left <= 0 or reader in outbox.gone:
                         break
                     self._changed.wait(left)
-                if outbox.current[reader] is not me:
-                    return
                 failure, over = self._failed(engine), self._over(engine, watched) or reader in outbox.gone
                 events = outbox.take(reader) if failure or over or self._readable(outbox, reader) else []
+                counts = bool(events) and not (failure or over)
+                self._reading += counts
                 self._changed.notify_all()
-            if failure or over:
-                with self._delivery:  # what the loop took before is delivered
-                    pass
-            if failure is not None and not events:
-                raise failure
-            if over and not events:
-                return
-            batch += 1
-            yield _report_of(watched, events, batch)
+            try:
+                if failure or over:
+                    with self._delivery:  # what the loop took before is delivered
+                        pass
+                if failure is not None and not events:
+                    raise failure
+                if over and not events:
+                    return
+                batch += 1
+                yield _report_of(watched, events, batch)
+            finally:
+                if counts:
+                    with self._changed:
+                        self._reading -= 1
+                        if self._switching:
+                            self._changed.notify_all()
 
     def _readable(self, outbox: Outbox, reader: int) -> bool:
         return self._loop is None and bool(outbox.events.get(reader))
@@ -169,9 +175,13 @@ class EngineThread:
         """Have `on_report` called with what engines have done by an event loop, which `loop` hands a call to (it is
         call_soon_threadsafe), so that no other thread has to run for it. The iterators of reports() then have only
         empty ones, and the end. None, and a loop that is closed: they have all of it again."""
-        with self._changed:
-            self._loop = None if loop is None else (loop, on_report)
-            self._called = False
+        with self._delivery, self._changed:
+            self._loop, self._called = None if loop is None else (loop, on_report), False
+            self._switching = True
+            self._changed.wait_for(lambda: not self._reading, SWITCH_SECONDS)  # what readers have comes first
+            self._switching = False
+            if any(outbox.events for outbox in self._outboxes.values()):
+                self._call_loop()
             self._changed.notify_all()
 
     def _call_loop(self) -> None:

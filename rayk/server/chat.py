@@ -11,7 +11,7 @@ from rayk.dispatch.output import Output, Update
 from rayk.protocol.engine_reports import TokenLogprobs
 from rayk.server.completion import prompt_logprobs, token_text
 from rayk.server.errors import HttpError
-from rayk.server.generation import DONE, Usage, event, failure, heads, now, text_event
+from rayk.server.generation import DONE, Usage, event, failure, heads, now, text_events
 from rayk.server.parsing import AnswerParser, Part
 from rayk.server.prompts import Asked
 from rayk.server.requests import ChatBody, Json
@@ -117,12 +117,17 @@ class ChatCompletion:
 
     def more(self, update: Update) -> bytes:
         """See Form."""
-        output, parser = update.output, self._parsers[update.index]
-        part: Part = parser.feed(update.text, final=output is not None)
+        output, parser, text, before = update.output, self._parsers[update.index], update.text, b""
+        if self._plain and parser.plain:
+            if output is None:
+                return text_events(self._heads[update.index], update.pieces, self._tail)
+            before = text_events(self._heads[update.index], update.pieces[:-1], self._tail)
+            text = "".join(update.pieces[-1:])
+        part: Part = parser.feed(text, final=output is not None)
         if self._plain and output is None and not part.calls and not part.reasoning:
             if not part.content:  # it waits for the rest of a tag
                 return b""
-            return text_event(self._heads[update.index], part.content, self._tail)
+            return text_events(self._heads[update.index], [part.content], self._tail)
         calls = [_call(call, at) for at, call in enumerate(part.calls, parser.calls - len(part.calls))]
         delta = Message(None, part.content or None, part.reasoning or None, calls or None)
         logprobs = self._logprobs(update.tokens, update.logprobs) if self._body.logprobs and update.tokens else None
@@ -132,7 +137,7 @@ class ChatCompletion:
         made = Delta(update.index, delta, logprobs, reason)
         if self._body.return_token_ids:
             made.token_ids = update.tokens
-        return self._event(made)
+        return before + self._event(made)
 
     def _event(self, choice: Delta) -> bytes:
         more: dict[str, Any] = {"usage": None} if self._usage else {}

@@ -10,7 +10,7 @@ import msgspec
 from rayk.dispatch.output import Output, Update
 from rayk.protocol.engine_reports import TokenLogprobs
 from rayk.server.errors import HttpError
-from rayk.server.generation import DONE, Usage, event, failure, heads, now, text_event
+from rayk.server.generation import DONE, Usage, event, failure, heads, now, text_events
 from rayk.server.prompts import Asked
 from rayk.server.requests import CompletionBody
 
@@ -115,19 +115,21 @@ class Completion:
 
     def more(self, update: Update) -> bytes:
         """See Form."""
-        index, logprobs = update.index, None
-        if self._plain and update.output is None:
-            return text_event(self._heads[index], update.text, self._tail)
+        index, text, logprobs, before = update.index, update.text, None, b""
+        if self._plain:
+            if update.output is None:
+                return text_events(self._heads[index], update.pieces, self._tail)
+            before, text = text_events(self._heads[index], update.pieces[:-1], self._tail), "".join(update.pieces[-1:])
         if self._body.logprobs is not None and update.tokens:
             logprobs = Logprobs([], [], [], [])
             offset = self._offsets.get(index, len(self._echo(index)) if self._body.echo else 0)
             self.add_logprobs(logprobs, update.tokens, update.logprobs, offset)
             self._offsets[index] = offset + sum(map(len, logprobs.tokens))
         reason = None if update.output is None else update.output.finish_reason
-        choice = Choice(index, update.text, logprobs, reason)
+        choice = Choice(index, text, logprobs, reason)
         if self._body.return_token_ids:
             choice.token_ids = update.tokens
-        return self._event(choice)
+        return before + self._event(choice)
 
     def _event(self, choice: Choice) -> bytes:
         more: dict[str, Any] = {"usage": None} if self._usage else {}

@@ -85,9 +85,10 @@ def heads(base: dict[str, Any], name: bytes, choices: range) -> list[bytes]:
     return [b'%b,"choices":[{"index":%d,%b' % (head, index, name) for index in choices]
 
 
-def text_event(head: bytes, text: str, tail: bytes) -> bytes:
-    """The most frequent event, which says nothing but more text of one choice, without a detour over objects."""
-    return head + _encode(text) + tail
+def text_events(head: bytes, pieces: Sequence[str], tail: bytes) -> bytes:
+    """The most frequent events, which say nothing but more text of one choice, without a detour over objects: one for
+    each token's text."""
+    return b"".join([head + _encode(piece) + tail for piece in pieces])
 
 
 def failure(error: HttpError) -> bytes:

@@ -63,9 +63,14 @@ class AnswerParser:
         self._strips = self._state is not State.plain  # white space at this place
         self._text = ""  # that is not told yet
 
+    @property
+    def plain(self) -> bool:
+        """Whether all that comes is content as it is."""
+        return self._state is State.plain and not self._strips
+
     def feed(self, piece: str, final: bool = False) -> Part:
         """More of the text, or the last of it."""
-        if self._state is State.plain and not self._strips:
+        if self.plain:
             return Part(piece)
         self._text += piece
         content, thought, calls = list[str](), list[str](), list[Json]()
