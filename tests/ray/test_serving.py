@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import ray
 
 from rayk import InferenceSession
 from rayk.cli.example_model import write_example_model
@@ -40,7 +46,7 @@ def body(at: int) -> dict[str, Any]:
             return asked
 
 
-def texts(served: Served, at: int, begun: threading.Semaphore) -> list[str]:
+def texts(served: Served | Another, at: int, begun: threading.Semaphore) -> list[str]:
     """The answers to one request, read to its end."""
     connection = HTTPConnection("127.0.0.1", served.port, timeout=120)
     try:
@@ -81,24 +87,54 @@ def test_a_replica_is_killed_in_the_middle_of_50_streams(session: InferenceSessi
         assert pids[0] not in engine_pids()
 
 
-def test_two_servers_over_one_named_cluster(session: InferenceSession, tmp_path: Path) -> None:
-    """One stops in the middle: its own streams come to their ends, and the other's do not notice."""
+class Another(NamedTuple):
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+
+@contextmanager
+def command(model: Path, name: str, repo: Path) -> Iterator[Another]:
+    """`rayk serve` over the cluster of that name."""
+    flags = ["--model", str(model), "--name", name, "--address", ray.get_runtime_context().gcs_address, "--port", "0"]
+    more = ["--replicas", "2", "--page-size", "16", "--pages", "600", "--grace", "60s"]
+    started = [sys.executable, "-m", "rayk", "serve", *flags, *more]
+    with subprocess.Popen(started, stderr=subprocess.PIPE, text=True, cwd=repo) as process:
+        try:
+            assert process.stderr is not None
+            address = next(line.split()[0] for line in process.stderr if "/v1 serves" in line)
+            yield Another(process, int(address.removesuffix("/v1").rpartition(":")[2]))
+        finally:
+            process.kill()
+
+
+def test_two_servers_over_one_named_cluster(session: InferenceSession, tmp_path: Path, repo: Path) -> None:
+    """One is told to stop in the middle: its own streams come to their ends, and the other's do not notice; nor does
+    anybody when a replica is killed."""
     write_example_model(tmp_path / "tiny", steps=2)
     with InferenceSession("ray", name="door") as named:
-        owner = Cluster(tmp_path / "tiny", named, replicas=2, page_size=16, pages=600, max_batch_size=64)
-        guest = Cluster.attached(InferenceSession("ray", name="door"), own_session=True)
+        owner = Cluster(tmp_path / "tiny", named, replicas=2, page_size=16, pages=600)
         try:
-            with serve(owner, models=("tiny",)) as first, ThreadPoolExecutor(20) as threads:
-                with serve(guest, models=("tiny",), grace=60.0) as second:
-                    servers, begun = (first, second), threading.Semaphore(0)
-                    running = [threads.submit(texts, servers[at % 2], at // 2, begun) for at in range(20)]
-                    for _ in range(40):
-                        assert begun.acquire(timeout=60)
-                # the second has stopped, after its streams had ended
+            with (
+                serve(owner, models=("tiny",)) as first,
+                command(tmp_path / "tiny", "door", repo) as second,
+                ThreadPoolExecutor(STREAMS) as threads,
+            ):
+                servers, begun = (first, second), threading.Semaphore(0)
+                running = [threads.submit(texts, servers[at % 2], at // 2, begun) for at in range(20)]
+                for _ in range(40):
+                    assert begun.acquire(timeout=60)
+                second.process.terminate()
                 found = [each.result(120) for each in running]
                 assert found[0::2] == found[1::2], "both say the same"
-                guest.close()
-                assert texts(first, 2, begun) == found[4]
+                assert second.process.wait(60) == 0
+                pids, begun = sorted(engine_pids()), threading.Semaphore(0)
+                running = [threads.submit(texts, first, at % 10, begun) for at in range(STREAMS)]
+                for _ in range(3 * STREAMS):
+                    assert begun.acquire(timeout=60)
+                os.kill(pids[0], signal.SIGKILL)
+                assert [each.result(120) for each in running] == found[0::2] * (STREAMS // 10)
+                assert pids[0] not in engine_pids()
         finally:
-            guest.close()
             owner.shutdown()
