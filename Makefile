@@ -63,11 +63,14 @@ gpu-report: $(STAMP)  ## run the GPU tests and show what they print
 	@if [ ! -d tests/gpu ]; then echo "gpu-report: there is no tests/gpu in this tree" >&2; exit 1; fi
 	$(BIN)/python -m pytest tests/gpu -m gpu -s $(PYTEST_ARGS)
 
-clients: $(STAMP)  ## schemathesis and lm-eval against the HTTP server (by hand; installs them into .venv-clients)
-	@test -x .venv-clients/bin/st || { $(PYTHON) -m venv .venv-clients && \
-		.venv-clients/bin/pip install -qq --disable-pip-version-check schemathesis lm-eval tenacity && \
+clients: $(STAMP)  ## foreign clients, routers and Ray Serve (by hand; installs them into .venv-clients)
+	@test -x .venv-clients/bin/serve || { $(PYTHON) -m venv .venv-clients && \
+		for site in .venv-clients/lib/python3*/site-packages; do echo "$$PWD"/$(VENV)/lib/python3*/site-packages > $$site/rayk.pth; done && \
+		.venv-clients/bin/pip install -qq --disable-pip-version-check \
+			schemathesis lm-eval tenacity guidellm smg vllm-router 'ray[serve,data]' && \
 		.venv-clients/bin/pip install -qq --disable-pip-version-check --no-deps accelerate; }
-	$(BIN)/python tests/clients/run.py "$$(echo .venv-clients/lib/python3*/site-packages)" "$$PWD/.venv-clients/bin/st"
+	$(BIN)/python tests/clients/run.py .venv-clients
+	PYTHONPATH="$$PWD" .venv-clients/bin/python examples/serve/foreign.py
 
 clean:  ## remove caches, builds and output (.venv stays; rm -rf .venv starts afresh)
 	rm -rf build dist rayk.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out bench-out profile-out
