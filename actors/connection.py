@@ -51,7 +51,9 @@ class Connection:
         self.cut = ""
         self.sent = 0
         """Messages so far."""
-        self._sent_bytes = self._answered_bytes = 0
+        self._sent_bytes = 0
+        self.answered = 0
+        """Bytes of messages that were answered."""
         self._end = end
         self._poll = select.poll()
         self._poll.register(end, select.POLLIN)
@@ -70,8 +72,8 @@ class Connection:
 
     @property
     def unanswered(self) -> int:
-        """Bytes of these."""
-        return self._sent_bytes - self._answered_bytes
+        """Bytes of those."""
+        return self._sent_bytes - self.answered
 
     def send(self, wire: bytes) -> Sent:
         """SocketError when it cannot be sent: the other side did not get it whole."""
@@ -201,7 +203,7 @@ class Connection:
         for number, answer in messages:
             sent = self._on_way.pop(number, None)
             if sent is not None:
-                self._answered_bytes += len(sent.wire)
+                self.answered += len(sent.wire)
                 sent.answer = answer
                 if sent.future is not None:
                     _settle(sent.future, answer)

@@ -19,7 +19,7 @@ from rayk.protocol.base import failure
 from rayk.protocol.lines import Part, Post, Read, decode_line, encode_line
 
 BEHIND_SECONDS = 60.0  # for which a call waits for posts that were sent before it by a socket
-SENDERS = 1024  # that are remembered; beyond that the one that came first is forgotten
+SENDERS = 1024  # that are remembered; beyond that the one that was silent for longest is forgotten
 
 
 class Mailbox:
@@ -84,18 +84,18 @@ class Mailbox:
 
     def _take(self, post: Post) -> None:
         with self._posting:
-            last = self._taken.get(post.sender, 0)
+            last = self._taken.pop(post.sender, 0)
+            self._taken[post.sender] = max(last, post.number)
+            if len(self._taken) > SENDERS:
+                del self._taken[next(iter(self._taken))]
             if post.number <= last:  # it was sent again
                 return
             try:
                 if post.number > last + 1:
                     raise MessageError(f"{post.sender} sent post {post.number} after {last}")
-                self._taken[post.sender] = post.number
                 self._post(post.driver, post.body)
             except Exception as error:
                 self._failed(error)
-            while len(self._taken) > SENDERS:
-                del self._taken[next(iter(self._taken))]
 
     # -- streams -------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class MessagePath:
         self._again_at, self._pause = 0.0, AGAIN_SECONDS
         self._last_call: Any = None  # of which it is not known that it was answered
         self._messages = 0
-        self._answered_at = monotonic()  # by the last look
+        self._answered, self._answered_at = 0, monotonic()  # bytes by the last look, and when they grew
         if actor.socket is not None:
             self._open()
 
@@ -103,11 +103,10 @@ class MessagePath:
         if line is None:
             self._open_again()
             return
-        before = len(line)
-        if before:
+        if len(line):
             line.look()
-        if not before or len(line) < before:
-            self._answered_at = monotonic()
+        if not len(line) or line.answered != self._answered:
+            self._answered, self._answered_at = line.answered, monotonic()
         elif monotonic() - self._answered_at > patience:
             line.close(f"it answered nothing for {patience:g} s")
         if line.cut:

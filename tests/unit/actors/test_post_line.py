@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from rayk.actors import mailbox, post_line
 from rayk.actors import path as paths
-from rayk.actors import post_line
 from rayk.actors.interface import ActorGoneError
 from rayk.actors.mailbox import Mailbox
 from rayk.actors.path import MessagePath
@@ -235,7 +235,9 @@ def test_an_engine_that_is_silent_or_gone(engine: Engine, line: PostLine, monkey
         next(line.stream(WAIT))
 
 
-def test_a_mailbox_takes_no_post_out_of_order_and_gives_no_part_twice_to_two(engine: Engine) -> None:
+def test_a_mailbox_takes_no_post_out_of_order_and_gives_no_part_twice_to_two(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     box = engine.mailbox
     for number in (1, 1, 2, 1, 2):
         box.handle(encode_line(Post("a", number, 0, b"%d" % number)))
@@ -246,6 +248,12 @@ def test_a_mailbox_takes_no_post_out_of_order_and_gives_no_part_twice_to_two(eng
 
     def read(name: str, number: int, heard: int = 0) -> Any:
         return decode_part(box.read(encode_line(Read(name, 0, number, heard))))
+
+    monkeypatch.setattr(mailbox, "SENDERS", 3)
+    for who in "bcdefg":
+        for sender, number in (("a", 3 + ord(who) - ord("b")), (who, 1)):
+            box.handle(encode_line(Post(sender, number, 0, b"%d" % number)))
+    assert len(engine.failures) == 1, "who still says something is not forgotten"
 
     engine.more.release()
     engine.more.release()
