@@ -99,7 +99,7 @@ def _distributions(axes: Axes, curves: Sequence[tuple[str, Sequence[float]]]) ->
         axes.plot(seconds, shares, color=COLORS[at % len(COLORS)], ls=DASHES[at % len(DASHES)], label=label)
     axes.set(xlabel="seconds", ylabel="share at most so long", ylim=(0, 1.02), xscale="log")
     if curves:
-        axes.legend(loc="upper left")
+        axes.legend(loc="best")
 
 
 def latency(result: BenchResult) -> Figure:
