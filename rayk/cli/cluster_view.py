@@ -76,10 +76,9 @@ class ClusterView:
         new, reasons = list[str](), dict[tuple[str, int], str | None]()
         for manager in managers:
             for each in manager.replicas:
-                free = None
-                if each.pages is not None and each.used_pages is not None:
-                    free = each.pages - each.used_pages - (each.cached_pages or 0)
-                used, cached = each.used_pages, each.cached_pages
+                used, free, cached = each.used_pages, None, None  # of a manager's free ones nobody counts the cached
+                if each.pages is not None and used is not None:
+                    free = each.pages - used
                 common = (manager.name, each.index, each.node, each.state, each.requests)
                 self.rows.append(Row(*common, None, used, cached, free))
                 reasons[manager.name, each.index] = each.reason

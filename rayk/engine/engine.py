@@ -169,7 +169,7 @@ class Engine:
             cache.reused,
             self.core.metrics,
             cache.tiers,
-            usage.cached,
+            usage.free - self.core.pool.empty,
             Times(*(each.read() for each in counters.times)),
         )
 

@@ -12,8 +12,8 @@ from rayk.metrics.reading import Labels, Reading, reading
 
 def read_engine(stats: EngineStats, page_bytes: int, labels: Labels) -> Iterator[Reading]:
     """Of an engine with those counters."""
-    usage = Usage(stats.pages, stats.free_pages, stats.cached_pages)
-    yield from read_pages(usage, stats.cache, stats.prompt_tokens, stats.reused, stats.tiers, page_bytes, labels)
+    usage, idle = Usage(stats.pages, stats.free_pages, stats.cached_pages), stats.cached_pages
+    yield from read_pages(usage, idle, stats.cache, stats.prompt_tokens, stats.reused, stats.tiers, page_bytes, labels)
     for phase, requests in (("waiting", stats.waiting), ("running", stats.running)):
         yield reading("rayk_requests", requests, labels, phase=phase)
     tokens = {

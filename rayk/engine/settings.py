@@ -49,7 +49,7 @@ class EngineStats(NamedTuple):
     """Counters since the start, and what there is now. Tokens of prompts count at first admissions.
 
     `cached_tokens` are those of `reused` together. `loading` of the running requests wait for a tier. `cache` has the
-    counters of pages, `tiers` what this node's tiers hold; free pages may be cached ones.
+    counters of pages, `tiers` what this node's tiers hold; `cached_pages` of the free ones are cached.
     """
 
     steps: int

@@ -13,6 +13,7 @@ from rayk.metrics.reading import Labels, Reading, reading
 
 def read_pages(
     usage: Usage,
+    idle: int,
     counted: KVCacheMetrics,
     queried: int,
     reused: Reused,
@@ -20,8 +21,9 @@ def read_pages(
     page_bytes: int,
     labels: Labels,
 ) -> Iterator[Reading]:
-    """Of a replica with those pages and counters; prompt tokens that were `queried`, and those of them `reused`."""
-    states = {"used": usage.used, "cached": usage.cached, "free": usage.free - usage.cached}
+    """Of a replica with those pages and counters; `idle` pages are cached without a holder, prompt tokens were
+    `queried`, and those of them `reused`."""
+    states = {"used": usage.used, "cached": idle, "free": usage.free - idle}
     for state, pages in states.items():
         yield reading("rayk_pages", pages, labels, state=state)
     yield reading("rayk_prefix_tokens_queried_total", queried, labels)
@@ -55,5 +57,8 @@ def read_core(core: ReplicaCore, labels: Labels) -> Iterator[Reading]:
     reused = Reused(core.device_hits * size, core.peer_hits * size, (found - on_disk) * size, on_disk * size)
     tiers = core.connector.count() if core.connector is not None else TierCount()
     page_bytes = core.params.bytes_per_page
-    yield from read_pages(core.usage, counted, counted.prompt_tokens, reused, tiers, page_bytes, labels)
+    usage = core.usage
+    yield from read_pages(
+        usage, usage.free - core.pool.empty, counted, counted.prompt_tokens, reused, tiers, page_bytes, labels
+    )
     yield reading("rayk_requests", len(core.requests), labels, phase="claimed")

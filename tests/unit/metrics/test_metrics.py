@@ -98,7 +98,7 @@ def everything(cluster: Cluster) -> Iterator[Reading]:
     server.ended(200, 0.5, 0.1, 3, 1, 2)
     yield from server.read(1)
     tiers = TierCount(8, 3, 16, 4)
-    yield from read_pages(Usage(4, 3, 1), KVCacheMetrics(), 9, Reused(1, 2, 3, 4), tiers, 64, OF)
+    yield from read_pages(Usage(4, 3, 2), 1, KVCacheMetrics(), 9, Reused(1, 2, 3, 4), tiers, 64, OF)
     core = SchedulerCore([1, 2], RouterSettings("least-loaded", (8, 8), 4, "sha256", b"", False), True, lambda: 0.0)
     core.links.joined(0, 1, Endpoint("here", "127.0.0.1", [], 64))
     core.links.joined(1, 2, Endpoint("here", "127.0.0.1", [], 64))
@@ -115,6 +115,15 @@ def test_everything_in_the_table_is_read(cluster: Cluster) -> None:
     with PagedKVCacheManager(params, InferenceSession("inline"), 8, max_batch_size=4) as manager:
         read |= {each.metric.name for each in manager._calls.local(0).read(OF)}  # type: ignore[union-attr]  # inline
     assert read == set(METRICS)
+
+
+def test_pages_are_in_one_state_each_while_requests_hold_cached_ones(cluster: Cluster) -> None:
+    handles = cluster.submit_all([[1, 2, 3, 4, 5, 6, 7, 8, 9]] * 6, max_new_tokens=40)
+    kept, states = InMemory(), ("used", "cached", "free")
+    while not all(handle.done for handle in handles):
+        kept.write(cluster.readings())
+        assert sum(kept.total("rayk_pages", state=state) for state in states) == 128
+        assert all(value >= 0 for value in kept.values["rayk_pages"].values())  # type: ignore[operator]  # numbers
 
 
 def test_a_reading_has_all_its_labels() -> None:
