@@ -15,7 +15,7 @@ from threading import Condition, Lock, Thread
 from time import monotonic
 from typing import Any
 
-from rayk.actors.frames import FrameReader, SocketError, introduce, pieces
+from rayk.actors.frames import FrameReader, SocketError, introduce, pieces, watch_link
 from rayk.actors.interface import SocketAddress
 from rayk.actors.listener import HANDSHAKE_SECONDS, SEND_SECONDS, machine
 
@@ -248,6 +248,5 @@ def _connect(address: SocketAddress) -> tuple[socket.socket, str]:
         end = socket.create_connection((address.host, address.port), CONNECT_SECONDS)
     except OSError as error:
         raise SocketError(f"{address.host}:{address.port} does not answer: {error.strerror or error}") from None
-    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    watch_link(end)
     return end, "tcp"

@@ -26,10 +26,23 @@ UNFINISHED = 64  # messages of which pieces are missing, at a time
 KEY_BYTES = 32
 _NONCE = 32
 _LABEL = 8  # of a connection
+LINK_SECONDS = 5.0  # after which a network that carries nothing any more counts as cut
 
 
 class SocketError(Exception):
     """A socket that does not carry messages (any more); the argument says why."""
+
+
+def watch_link(end: socket.socket) -> None:
+    """Have a TCP socket fail when the network between its ends is cut: a node that is lost closes nothing, and the
+    kernel's own patience is a quarter of an hour. What was sent has to be acknowledged within LINK_SECONDS, and a
+    silent end is asked every second whether it is there."""
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, max(1, int(LINK_SECONDS)))
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(LINK_SECONDS * 1e3))
 
 
 def pieces(number: int, wire: bytes) -> Iterator[bytes]:

@@ -123,7 +123,7 @@ def place_actors(
     `timeout` seconds."""
     deadline, wanted = time.monotonic() + timeout, {"CPU": SLIVER} | ({"GPU": float(gpus)} if gpus else {})
     bundles: dict[int, Bundle] = {}
-    for index in [each for each in indices if _shares_group(placed, each)]:
+    for index in [each for each in indices if shares_group(placed, each)]:
         placement, at = placed[index].bundle
         bundles[index] = Bundle(runtime.await_place(placement, deadline - time.monotonic()), at)
     new, groups = [index for index in indices if index not in bundles], list[Placement]()
@@ -139,7 +139,7 @@ def place_actors(
     return Places({index: bundles[index] for index in indices}, groups)
 
 
-def _shares_group(placed: Mapping[int, PlacedActor], index: int) -> bool:
+def shares_group(placed: Mapping[int, PlacedActor], index: int) -> bool:
     """Whether others use the placement group of that one."""
     group = placed[index].bundle.placement.group if index in placed else None
     return any(each.bundle.placement.group == group for other, each in placed.items() if other != index)
@@ -203,7 +203,7 @@ def vacate(runtime: Runtime, placed: Mapping[int, PlacedActor], indices: Iterabl
     """End what is left of actors of those indices, and give placement groups back unless others use them."""
     for index in indices:
         if index in placed:
-            group = None if _shares_group(placed, index) else placed[index].bundle.placement
+            group = None if shares_group(placed, index) else placed[index].bundle.placement
             runtime.stop([placed[index].actor], group)
 
 

@@ -23,7 +23,7 @@ from threading import Condition, Lock, Thread
 
 import psutil
 
-from rayk.actors.frames import KEY_BYTES, FrameReader, SocketError, admit, pieces
+from rayk.actors.frames import KEY_BYTES, FrameReader, SocketError, admit, pieces, watch_link
 from rayk.actors.interface import SocketAddress
 
 log = logging.getLogger("rayk.actors")
@@ -32,7 +32,6 @@ CONNECTIONS = 1024  # at a time
 HANDSHAKE_SECONDS = 5.0
 SEND_SECONDS = 30.0  # for the other side to take what is sent; after that it is cut off
 _TIMEVAL = struct.Struct("@ll")
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 
 
 class Listener:
@@ -103,10 +102,7 @@ class Listener:
         try:
             end.settimeout(HANDSHAKE_SECONDS)
             if end.family != socket.AF_UNIX:
-                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option, value in _KEEPALIVE:
-                    end.setsockopt(socket.IPPROTO_TCP, option, value)
+                watch_link(end)
             if len(self._connections) >= CONNECTIONS:
                 raise SocketError(f"there are {CONNECTIONS} connections already")
             label = admit(end, self.address.key)
@@ -196,9 +192,14 @@ def machine() -> str:
     return socket.gethostname()
 
 
+def socket_folder() -> Path:
+    """Where this user's sockets are."""
+    return Path(tempfile.gettempdir()) / f"rayk-sockets-{os.getuid()}"
+
+
 def _folder() -> Path:
-    """The folder of this user's sockets, without those of processes that are gone."""
-    folder = Path(tempfile.gettempdir()) / f"rayk-sockets-{os.getuid()}"
+    """The folder of this user's sockets, made if need be, without those of processes that are gone."""
+    folder = socket_folder()
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid() or folder.is_symlink():
         raise OSError(errno.EPERM, f"{folder} belongs to another user")
@@ -209,7 +210,7 @@ def _folder() -> Path:
 
 def sweep(ended: Iterable[str] = (), folder: Path | None = None) -> None:
     """Remove sockets of processes that are gone, also those that `ended` just now."""
-    folder = folder or Path(tempfile.gettempdir()) / f"rayk-sockets-{os.getuid()}"
+    folder = folder or socket_folder()
     over = {Path(path) for path in ended}
     for path in folder.glob("*-*"):
         pid = path.name.partition("-")[0]

@@ -136,4 +136,4 @@ class NamedReplicas(RayReplicas):
 
 def _nobody(replica: int, other: ReplicaFacts) -> ReplicaFacts:
     """At an index where this driver never saw anybody: the model's facts, without a place."""
-    return replace(other, replica=replica, node="", device="", epoch=0, endpoint=None, memory=())
+    return replace(other, replica=replica, node="", device="", epoch=0, endpoint=None, memory=(), pid=0)

@@ -166,6 +166,11 @@ class RayRuntime:
             return "127.0.0.1"
         return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
 
+    @staticmethod
+    def joins_at() -> str:
+        """The address at which nodes and drivers join this cluster."""
+        return str(ray.get_runtime_context().gcs_address)
+
     # -- nodes and placement --------------------------------------------------------------------
 
     def nodes(self) -> list[Node]:

@@ -19,6 +19,7 @@ from rayk.actors.launch import (
     first_answers,
     measure_nodes,
     place_actors,
+    shares_group,
     starting,
     vacate,
 )
@@ -56,14 +57,20 @@ class ScaleOut(NamedTuple):
     refused: Mapping[str, str]
 
 
-def plan_scale_out(runtime: Runtime, deployment: Deployment, replicas: Sequence[int], timeout: float) -> ScaleOut:
+def plan_scale_out(
+    runtime: Runtime, deployment: Deployment, replicas: Sequence[int], timeout: float, as_before: bool = False
+) -> ScaleOut:
     """Find places for those indices; PlanError, with what is missing, and nothing is held, when there is none in
     `timeout` seconds after nodes were measured.
 
-    A node that comes up meanwhile is measured then. What is left of lost replicas there is given back first.
+    A node that comes up meanwhile is measured then. What is left of lost replicas there is given back first. With
+    `as_before` they go where they were, if that is still there, by the plans that they had: nothing is measured, which
+    takes about as long as their start.
     """
     running, config = deployment.running, deployment.config
     vacate(runtime, running, replicas)
+    if as_before and (again := _as_before(runtime, deployment, replicas, timeout)):
+        return ScaleOut(again, [], [], {})
     nodes = _measure(runtime, deployment)
     refused = dict(refused_nodes(nodes, config.params, config.wanted_pages, config.utilization))
     refused |= {node_id: f"node {node_id} is about to go" for node_id in runtime.draining_nodes()}
@@ -77,6 +84,20 @@ def plan_scale_out(runtime: Runtime, deployment: Deployment, replicas: Sequence[
         if not {bundle.node_id for bundle in bundles.values()} <= {node.node_id for node in nodes}:
             nodes = _measure(runtime, deployment)  # one of them came up for this
         return ScaleOut(_plan(deployment, bundles, nodes), groups, nodes, refused)
+
+
+def _as_before(
+    runtime: Runtime, deployment: Deployment, replicas: Sequence[int], timeout: float
+) -> list[PlannedReplica]:
+    """The same plans in the same bundles; none unless all of these are where they were."""
+    running = deployment.running
+    if not all(r in running and shares_group(running, r) for r in replicas):
+        return []
+    bundles, _ = place_actors(runtime, running, replicas, deployment.config.gpus, {}, timeout)
+    going, epoch = runtime.draining_nodes(), time.time_ns() // 1_000
+    if any(b.node_id != running[r].plan.node_id or b.node_id in going for r, b in bundles.items()):
+        return []
+    return [PlannedReplica(r, epoch + at, running[r].plan, bundle) for at, (r, bundle) in enumerate(bundles.items())]
 
 
 def _plan(deployment: Deployment, bundles: Mapping[int, Bundle], nodes: Sequence[NodeMemory]) -> list[PlannedReplica]:

@@ -291,7 +291,7 @@ class SchedulerCore:
         return m.Description(
             self.members.epochs,
             *self.placer.counts(),
-            len(self.leases.drivers),
+            self.leases.living,
             [str(state) for state in self.members.states],
             loads.prefill_backlog.astype(int).tolist(),
             loads.held.tolist(),

@@ -26,6 +26,11 @@ class Leases:
         self._heard: dict[str, float] = {}  # how long the scheduler had run when a driver was heard of last
         self._ended: set[str] = set()
 
+    @property
+    def living(self) -> int:
+        """Drivers whose leases have not ended."""
+        return len(self.drivers) - len(self._ended)
+
     def connect(self, driver: str, seconds: float) -> None:
         """From now on the driver must not be silent for longer than that."""
         self.drivers[driver] = seconds

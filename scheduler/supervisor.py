@@ -34,7 +34,7 @@ class RestartPolicy:
     failure is followed by a pause of `pause` seconds, which doubles up to `longest_pause`. `attempts` failures in a
     row, or `most` replacements of one index within `window` seconds, are the end of it."""
 
-    hang: float = 6.0
+    hang: float = 5.0
     stuck: float = 30.0
     early: float = 2.0
     pause: float = 0.5

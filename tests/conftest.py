@@ -9,9 +9,9 @@ from hypothesis import settings
 from .patience import scaled
 
 REPO = Path(__file__).resolve().parent.parent
-MARKED_FOLDERS = {"ray": pytest.mark.ray, "gpu": pytest.mark.gpu}
+MARKED_FOLDERS = {"ray": pytest.mark.ray, "chaos": pytest.mark.ray, "gpu": pytest.mark.gpu}
 # What starts clusters comes first: it waits a lot, and what computes alone then fills both processes to the end.
-USES_RAY = ("tests/ray/", "tests/conformance/", "tests/examples/")
+USES_RAY = ("tests/chaos/", "tests/ray/", "tests/conformance/", "tests/examples/")
 
 # Threads of torch, Ray's processes and the test itself would share few cores; and with one thread the order
 # of a sum, so its last bit, does not depend on the machine.

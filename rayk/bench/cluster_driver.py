@@ -12,21 +12,24 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rayk.bench.chaos.undisturbed import Asked
 from rayk.bench.loop import ClosedLoop
 from rayk.bench.measure import Answered, Measured
 from rayk.bench.settings import BenchSettings
 from rayk.errors import ReplicaLostError
 from rayk.kvcache.tick import Admission
 from rayk.sampling import SamplingParams
+from rayk.scheduler.membership import State
 from rayk.simulate.replay import Event
 from rayk.workloads.request import BenchRequest, IntArray, Workload, slot_tokens
 
 if TYPE_CHECKING:
     from rayk.cluster import Cluster
-    from rayk.dispatch.output import Handle, Output
+    from rayk.dispatch.output import Handle
 
 log = logging.getLogger("rayk.bench")
 
@@ -54,6 +57,9 @@ class ClusterDriver(ClosedLoop):
         self._timeline: list[tuple[float, Event]] = []
         self._news: SimpleQueue[Handle] = SimpleQueue()
         self._missed: set[int] = set()  # replicas
+        self._pids: dict[int, int] = {}  # by replica
+        self.asked: list[Asked] = []
+        """Every request that was answered, if they are to be asked again without faults."""
 
     def run(self) -> Measured:
         """Serve the workload; see ClosedLoop. Admissions and events come in the order of their times in the end."""
@@ -65,6 +71,8 @@ class ClusterDriver(ClosedLoop):
 
     def _take(self, request: BenchRequest) -> None:
         sampling = SamplingParams(max_new_tokens=request.output_length, ignore_eos=True)
+        if self.settings.chaos is not None and request.index % 2:  # greedy and seeded ones in turn
+            sampling = msgspec.structs.replace(sampling, temperature=1.0, seed=self.settings.seed + request.index)
         prompt = {"id": request.request_id, "tokens": self.prompt(request)}
         [handle] = self.cluster.submit_all(prompt, sampling, on_news=self._news.put)
         self._open[handle.number] = (request, self.elapsed)
@@ -82,7 +90,7 @@ class ClusterDriver(ClosedLoop):
         self._now = self._clock()
         self.measured.ticks += 1
         if handle.done and handle.number in self._open:
-            self._finish(*self._open.pop(handle.number), handle.result())
+            self._finish(*self._open.pop(handle.number), handle)
         else:
             handle.take()
         self._sample()
@@ -105,14 +113,16 @@ class ClusterDriver(ClosedLoop):
         low = min(FIRST_TOKEN, self._vocab - 1)
         return (tokens.astype(np.int64) % (self._vocab - low) + low).astype(np.int32)
 
-    def _finish(self, request: BenchRequest, sent: float, output: Output) -> None:
-        measured = self.measured
+    def _finish(self, request: BenchRequest, sent: float, handle: Handle) -> None:
+        measured, output = self.measured, handle.result()
         measured.preempted += output.preemptions
         measured.retried += output.retries
         measured.generated += len(output.tokens)
         self._left(request, output.error)
         if output.error is not None:
             return
+        if self.settings.chaos is not None:
+            self.asked.append(Asked(request.request_id, handle.prompt, handle.sampling, output.tokens, output.retries))
         self._answers[request.output_first] = output.tokens
         admitted, first = sent + (output.queued or 0.0), sent + (output.ttft or 0.0)
         replica = output.replica or 0
@@ -138,15 +148,18 @@ class ClusterDriver(ClosedLoop):
         self.running = measured.recomputed = 0
         for replica, state in enumerate(self.cluster.replica_states()):
             try:
-                stats = self.cluster.stats(replica) if state != "lost" else None
+                stats = self.cluster.stats(replica) if state != State.lost else None
             except Exception as error:  # Ray's among them; the cluster learns of a loss a moment later
                 stats = None
                 log.debug("the counters of replica %d cannot be read: %s", replica, error)
             if stats is None:
-                if replica not in self._missed:
+                if self.settings.chaos is None and replica not in self._missed:
                     self._missed.add(replica)
                     measured.fault(ReplicaLostError(replica, 0, [], "it does not answer any more"), self.elapsed)
                 continue
+            pid = self.cluster.facts[replica].pid
+            measured.replicas[replica].restarts += self._pids.setdefault(replica, pid) != pid
+            self._pids[replica] = pid
             measured.replicas[replica].see(stats.peak_used_pages)
             measured.replicas[replica].see(stats.pages - stats.free_pages)
             self.running += stats.running

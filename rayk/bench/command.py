@@ -18,7 +18,7 @@ from rayk.bench.progress import progress_view, summary_table
 from rayk.bench.report import write_comparison, write_report, write_words
 from rayk.bench.result import BenchResult, read_result
 from rayk.bench.run import run_bench
-from rayk.bench.settings import ARRIVING_BATCH, VERIFY_BUDGET, BenchSettings, complete, with_tiers
+from rayk.bench.settings import ARRIVING_BATCH, VERIFY_BUDGET, BenchSettings, check_chaos, complete, with_tiers
 from rayk.bench.sweep import saturate, sweep
 from rayk.cli.flags import Format
 from rayk.errors import ConfigError, RaykError
@@ -35,7 +35,7 @@ PER_SECOND = 2000  # requests generated for each second of a run of a fixed dura
 MOST_GENERATED = 200_000
 AS_GIVEN = (
     *("replicas", "runtime", "address", "router", "page_size", "speed", "prefill_rate", "forward"),
-    *("layers", "kv_heads", "head_dim", "dtype", "tp", "seed"),
+    *("layers", "kv_heads", "head_dim", "dtype", "tp", "seed", "chaos", "nodes"),
 )
 """Flags that are settings as they stand."""
 
@@ -66,6 +66,7 @@ def _measured(flags: BenchFlags) -> tuple[BenchResult, bool]:
         shape = model_shape(flags.model)
         settings, length = shape.applied(settings), shape.length
     settings = with_tiers(settings, flags.host_memory, flags.disk_dir, flags.disk_memory)
+    check_chaos(settings)
     folder = _Folder(flags.out)
     torch.set_num_threads(1)  # the verify model works on small pieces, for which threads only wait for each other
     workload = _workload(flags, settings, length)

@@ -24,6 +24,7 @@ MOST_LATER = 0.003  # seconds to the first byte, beyond bare Starlette's
 LEAST_SPEEDUP, LEAST_OF_BARE = 25.0, 0.6
 
 work, cluster, load, cache = group("Workload"), group("Cluster"), group("Load"), group("Cache")
+faults = group("Faults")
 what, judge, output = group("What to measure"), group("Judgement"), group("Output")
 
 
@@ -36,7 +37,7 @@ class BenchFlags:
     scale: Annotated[float | None, work("Factor on all lengths of a generator.")] = None
     requests: Annotated[int | None, work("How many requests to serve: 1000, or all of a trace.")] = None
     duration: Annotated[str | None, work("Send requests for so long, then finish those in flight: 60s, 2m.")] = None
-    seed: Annotated[int, work("Seed of the generator.")] = 0
+    seed: Annotated[int, work("Seed of the generator, and of faults.")] = 0
     smoke: Annotated[bool, work("A run of a few seconds: 40 requests.", "--smoke")] = False
     replicas: Annotated[int, cluster("Data-parallel replicas.")] = 2
     runtime: Annotated[str, cluster("ray, or inline: everything in this process.")] = "ray"
@@ -100,6 +101,11 @@ class BenchFlags:
     head_dim: Annotated[int, cache("Elements of a head.")] = 8
     dtype: Annotated[str, cache("float32, bfloat16, float16, float8_e4m3fn or int8.")] = "float32"
     tp: Annotated[int, cache("Tensor-parallel shards of a replica.")] = 1
+    chaos: Annotated[
+        str | None,
+        faults("Faults on purpose, and how often: kill-replica:2/min,cut-socket:6/h. docs/chaos.md has the kinds."),
+    ] = None
+    nodes: Annotated[int, faults("Simulated nodes of this machine, for kill-node.")] = 1
     out: Annotated[Path | None, output("Folder for result.json, report.html and PNGs.")] = None
     form: Annotated[Format, FORMAT] = Format.table
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rayk.cluster import Cluster
 
 AS_SET = ("replicas", "page_size", "pages", "max_batch_size", "router", "disk_dir", "peer_copies")
+UNBOUNDED = 1_000_000
 FITS = 0.97  # of a model's length, when lengths are scaled to it
 
 
@@ -71,15 +72,33 @@ def fitted(make: Callable[[float], Workload], length: int) -> Workload:
 
 
 def start(settings: BenchSettings, session: Any, workload: Workload) -> Cluster:
-    """The model's replicas."""
+    """The model's replicas. Under faults a request goes on however many of them it loses."""
     from rayk.cluster import Cluster
 
     assert settings.model is not None
+    options: dict[str, Any] = {name: getattr(settings, name) for name in AS_SET}
+    if settings.chaos is not None:
+        options["max_retries"] = UNBOUNDED
     return Cluster(
         settings.model,
         session,
         chunk_size=settings.token_budget or workload.longest,
         host_memory=settings.host_pages * settings.params().bytes_per_page or None,
         disk_memory=settings.disk_bytes or None,
-        **{name: getattr(settings, name) for name in AS_SET},
+        **options,
+    )
+
+
+def start_undisturbed(settings: BenchSettings, workload: Workload) -> Cluster:
+    """One replica of the same model, in this process, without tiers: what the others are compared with."""
+    from rayk.cluster import Cluster
+
+    assert settings.model is not None
+    return Cluster(
+        settings.model,
+        page_size=settings.page_size,
+        pages=settings.pages,
+        max_batch_size=settings.max_batch_size,
+        chunk_size=settings.token_budget or workload.longest,
+        threads=1,
     )

@@ -11,7 +11,8 @@ With round robin request i (in order of arrival) goes to replica i mod N and wai
 otherwise all wait in one queue and the manager's router places the head. After a refusal nothing more is admitted to
 that replica (that queue) until pages were given back. A decoding request whose alloc is refused makes the newest
 running request of its replica start over: released, reset, and put back at the front of its queue. When a replica is
-lost, its requests start over on the others.
+lost, its requests start over on the others; where lost ones are replaced, any number of times, and the replacement
+takes requests as soon as it is there.
 
 With `--prefill-rate` a prefill is in a forward only when its time is over, and begins with another look at what is
 cached; the loop waits when there is nothing else to do.
@@ -19,8 +20,10 @@ cached; the loop waits when there is nothing else to do.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from time import sleep
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +32,35 @@ from rayk.bench.loop import ClosedLoop
 from rayk.bench.measure import Answered
 from rayk.bench.settings import BenchSettings
 from rayk.bench.verify import forward
-from rayk.errors import InsufficientBlocksError, ReplicaLostError
+from rayk.errors import (
+    AlreadyClaimedError,
+    CallTimeoutError,
+    InsufficientBlocksError,
+    NoReplicaError,
+    NotClaimedError,
+    RaykError,
+    ReplicaLostError,
+    SchedulerLostError,
+    StaleEpochError,
+)
 from rayk.kvcache.tick import Admission, TickResult
+from rayk.scheduler.membership import State
 from rayk.simulate.replay import Event
 from rayk.workloads.request import BenchRequest, Workload
 
 if TYPE_CHECKING:
     from rayk.manager.manager import PagedKVCacheManager
 
+log = logging.getLogger("rayk.bench")
+
 IDLE_REFUSALS = 20
-MAX_RETRIES = 2  # replicas that a request may lose
+MAX_RETRIES = 2  # replicas that a request may lose, where they are not replaced
+LOOK_SECONDS = 0.25  # between two looks whether a replacement is there
+PAUSE_SECONDS = 0.02  # before what failed for a moment is tried again
+PASSING = (ReplicaLostError, NoReplicaError, CallTimeoutError, SchedulerLostError, StaleEpochError)
+"""Of the cluster, not of a request: over when another replica, or another scheduler, is there."""
+UNDONE = (*PASSING, NotClaimedError, AlreadyClaimedError)
+"""What an admission or a tick may meet then, too: a claim that went with a replica, or is still being taken back."""
 
 
 class ManagerDriver(ClosedLoop):
@@ -60,7 +82,8 @@ class ManagerDriver(ClosedLoop):
             Lane(replica, settings.pages, None if rate is None else Prefill(rate))
             for replica in range(settings.replicas)
         ]
-        self.lost: dict[int, ReplicaLostError] = {}
+        self.lost: dict[int, RaykError] = {}
+        self._replaced, self._looked_at = settings.chaos is not None, 0.0
         self._queue = Lane(-1)  # for all replicas, when a router places
         self._round_robin, self._verify = settings.router == "round-robin", settings.forward == "verify"
         self._tick_end, self._admissions = 0.0, 0
@@ -86,15 +109,31 @@ class ManagerDriver(ClosedLoop):
     def _queue_of(self, flight: Flight, number: int) -> Lane:
         """Where a request waits: with round robin that of the next replica that is not lost."""
         if self._round_robin:
-            there = [lane for lane in self.lanes if lane.replica not in self.lost]
+            there = [lane for lane in self.lanes if lane.replica not in self.lost] or self.lanes
             flight.replica = there[number % len(there)].replica
             return self.lanes[flight.replica]
         return self._queue
 
     def _step(self) -> None:
+        if self.lost and self._replaced:
+            self._await_replacements()
         self._admit()
         if (self._in_flight or self._timed) and not self._tick():
             self._idle()
+
+    def _await_replacements(self) -> None:
+        """Those that are there take requests again."""
+        if len(self.lost) == len(self.lanes):
+            self._wait(PAUSE_SECONDS)
+            self._now = self._clock()
+        if self._clock() < self._looked_at + LOOK_SECONDS:
+            return
+        self._looked_at = self._clock()
+        with suppress(*PASSING):
+            for replica, state in enumerate(self.manager.replica_states()):
+                if state == State.ready:
+                    self.lost.pop(replica, None)
+        self._now = self._clock()
 
     def _idle(self) -> None:
         """Wait for the next arrival, or the end of the next prefill."""
@@ -114,7 +153,16 @@ class ManagerDriver(ClosedLoop):
             return
         began = self._clock()
         replicas = [flight.replica for flight in chosen] if self._round_robin else None
-        admissions = self.manager.try_admit([flight.context for flight in chosen], replicas)
+        try:
+            admissions = self.manager.try_admit([flight.context for flight in chosen], replicas)
+        except PASSING as error:
+            if not self._replaced:
+                raise
+            log.info("an admission has to be made again: %s", error)
+            self._send_again(chosen, lost=False)
+            self._wait(PAUSE_SECONDS)
+            self._now = self._clock()
+            return
         self._now = self._clock()
         self.measured.latency["admit"].add(self._now - began)
         refused: dict[int, list[Flight]] = {}
@@ -129,7 +177,9 @@ class ManagerDriver(ClosedLoop):
                 if not self._refuse_for_good(flight, admission.replica, admission.error):
                     refused.setdefault(flight.replica, []).append(flight)
             elif isinstance(admission.error, ReplicaLostError):
-                self._lose(admission.error)
+                self._lose(admission.error, admission.error.replica)
+                again.append(flight)
+            elif self._replaced and isinstance(admission.error, UNDONE):
                 again.append(flight)
             else:
                 raise admission.error
@@ -137,7 +187,10 @@ class ManagerDriver(ClosedLoop):
             lane = self.lanes[replica] if self._round_robin else self._queue
             lane.requeue(flights)
             lane.blocked = True
-        self._send_again(again)
+        self._send_again(again, lost=not self._replaced)
+        if len(again) == len(chosen):  # nobody takes any now
+            self._wait(PAUSE_SECONDS)
+            self._now = self._clock()
 
     def _busy(self, lane: Lane) -> bool:
         return any(lane.running or lane.finished for lane in (self.lanes if lane is self._queue else [lane]))
@@ -212,8 +265,8 @@ class ManagerDriver(ClosedLoop):
         self.measured.ticks += 1
         decoded = 0
         for lane, batch, tick, result in zip(self.lanes, batches, ticks, results, strict=True):
-            if isinstance(result.error, ReplicaLostError):
-                self._lose(result.error)
+            if isinstance(result.error, UNDONE if self._replaced else ReplicaLostError):
+                self._lose(result.error, lane.replica)
                 continue
             if result.error is not None:
                 raise result.error
@@ -327,22 +380,28 @@ class ManagerDriver(ClosedLoop):
         self._queue.blocked = not self._round_robin
         self.measured.preempted += 1
 
-    def _lose(self, error: ReplicaLostError) -> None:
+    def _lose(self, error: RaykError, replica: int) -> None:
         """A replica is lost: what was finished leaves, all else that was on it is sent again. The last one's error ends
-        the run."""
-        if error.replica in self.lost:
+        the run, unless it is replaced."""
+        if replica in self.lost:
             return
-        self.lost[error.replica] = error
-        if len(self.lost) == len(self.lanes):
+        self.lost[replica] = error
+        if self._replaced:
+            self.measured.replicas[replica].restarts += 1
+        elif len(self.lost) == len(self.lanes):
             raise error
-        self.measured.fault(error, self.elapsed)
-        lane, self.lanes[error.replica] = self.lanes[error.replica], Lane(error.replica)
+        else:
+            self.measured.fault(error, self.elapsed)
+        lane, self.lanes[replica] = self.lanes[replica], Lane(replica)
         for flight in lane.finished:  # its answer is whole
             self._released(flight, flight.length - 1)
             self._left(flight.request)
         held = [*lane.running, *lane.preempted]
         for flight in held:
             self._released(flight, flight.context.tokens.processed_length)
+            if self.manager.holder(flight.request_id) is not None:  # it was not the replica that was lost
+                with suppress(RaykError):
+                    self.manager.release(flight.request_id, replica)
             flight.context.reset()
         for flight in reversed(lane.waiting):
             self._queue_of(flight, flight.request.index).requeue([flight])
@@ -350,12 +409,14 @@ class ManagerDriver(ClosedLoop):
         for each in (*self.lanes, self._queue):
             each.blocked = False
 
-    def _send_again(self, flights: list[Flight]) -> None:
-        """Requests that were sent to a lost replica go to the front of the queue, unless they lost too many."""
+    def _send_again(self, flights: list[Flight], lost: bool = True) -> None:
+        """To the front of the queue: requests that were `lost` with a replica, unless they lost too many, or that
+        nobody takes now."""
         for flight in reversed(flights):
-            if flight.retries == MAX_RETRIES:
-                self._left(flight.request, self.lost[flight.replica])
-                continue
-            flight.retries += 1
-            self.measured.retried += 1
+            if lost:
+                if flight.retries == MAX_RETRIES and not self._replaced:
+                    self._left(flight.request, self.lost[flight.replica])
+                    continue
+                flight.retries += 1
+                self.measured.retried += 1
             self._queue_of(flight, flight.request.index).requeue([flight])

@@ -73,6 +73,7 @@ class ReplicaCounts:
     cached: int = 0
     used_pages: int | None = None
     peak_used_pages: int | None = None
+    restarts: int = 0  # times that it was lost and another was to take its place
 
     def see(self, used_pages: int) -> None:
         """Take note of how many pages are in use now."""

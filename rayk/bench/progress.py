@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from rayk.bench.chaos.run import ChaosResult
+from rayk.bench.chaos.schedule import KINDS
 from rayk.bench.loop import ClosedLoop
+from rayk.bench.measure import Fault
 from rayk.bench.result import BenchResult
 from rayk.cli.table import make_table
 from rayk.quantity import show_seconds
@@ -148,4 +152,24 @@ def summary_rows(result: BenchResult) -> list[tuple[str, str]]:
         rows.append((f"replica {replica.index}", ", ".join(parts)))
     if result.imbalance is not None:
         rows.append(("imbalance", f"{result.imbalance:.3f} (largest replica's computed tokens over the mean)"))
-    return rows + [("fault", f"{fault.kind}: {fault.message}") for fault in result.faults]
+    if result.chaos is not None:
+        rows += chaos_rows(result.faults, result.chaos)
+    return rows + [("fault", f"{fault.kind}: {fault.message}") for fault in result.faults if fault.message]
+
+
+def chaos_rows(faults: Sequence[Fault], left: ChaosResult) -> list[tuple[str, str]]:
+    """A row for each kind of fault that was injected, and what they left."""
+    rows = []
+    for kind in KINDS:
+        took = [fault.recovered_s for fault in faults if fault.kind == kind]
+        over = [seconds for seconds in took if seconds is not None]
+        if took:
+            text = f"{len(took)} times, over {len(over)} times"
+            text += f", after {median(over):.1f} s (median), {max(over):.1f} s at most" if over else ""
+            rows.append((kind, text))
+    if left.undisturbed is not None:
+        same = left.undisturbed
+        text = f"{same.requests} requests asked again without faults, {same.differing} with other tokens"
+        rows.append(("compared", text + (f": {same.first}" if same.first else "")))
+    pages, claims = (sum(map(abs, column)) for column in zip((0, 0), *left.left, strict=True))
+    return [*rows, ("left behind", f"{pages} pages, {claims} claims")]

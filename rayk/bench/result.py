@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 import rayk
+from rayk.bench.chaos.run import ChaosResult
 from rayk.bench.measure import Fault, Latency, Measured
 from rayk.bench.settings import BenchSettings
 from rayk.errors import ConfigError
@@ -179,6 +180,7 @@ class BenchResult(_Form, frozen=True, kw_only=True):
     elapsed: float
     verify: VerifyCounts | None = None
     tiers: TierUse | None = None
+    chaos: ChaosResult | None = None
     imbalance: float | None = None
     goodput: Goodput | None = None
     warmup: float | None = None  # seconds at its start that are left out of all but faults, verify and series
@@ -187,7 +189,10 @@ class BenchResult(_Form, frozen=True, kw_only=True):
     def ok(self) -> bool:
         """Whether every request was served and every checked slot held what it must."""
         wrong = self.verify.mismatches if self.verify else 0
-        return not (self.requests.failed or wrong or self.faults)
+        left = self.chaos is not None and not self.chaos.ok
+        return not (self.requests.failed or wrong or left) and all(
+            fault.recovered_s is not None for fault in self.faults
+        )
 
     def to_json(self) -> bytes:
         """One line of JSON."""
@@ -210,6 +215,7 @@ def make_result(
     measured: Measured,
     nodes: Sequence[str] = (),
     tiers: TierUse | None = None,
+    chaos: ChaosResult | None = None,
     simulated: bool = True,
 ) -> BenchResult:
     """The result of a run, also of one that was stopped. Replays its events to simulate other caches, if `simulated`:
@@ -247,6 +253,7 @@ def make_result(
         ),
         verify=_read(VerifyCounts, measured) if settings.forward == "verify" else None,
         tiers=tiers,
+        chaos=chaos,
         latency={name: _summary(latency) for name, latency in measured.latency.items() if latency},
         throughput=Throughput(
             requests_per_s=measured.completed * per_s,
@@ -258,7 +265,7 @@ def make_result(
                 index=index,
                 pages=settings.pages,
                 requests=counts.requests,
-                restarts=0,
+                restarts=counts.restarts,
                 node=nodes[index] if nodes else None,
                 hit_rate=counts.cached / counts.prompt if counts.prompt else None,
                 peak_used_pages=counts.peak_used_pages,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import Any
 
+from rayk.bench.chaos.run import ChaosResult, check_removed, prepared
+from rayk.bench.chaos.undisturbed import Comparison, compare
 from rayk.bench.cluster_driver import ClusterDriver
-from rayk.bench.hf import start
+from rayk.bench.hf import start, start_undisturbed
 from rayk.bench.loop import ClosedLoop
 from rayk.bench.manager_driver import ManagerDriver
 from rayk.bench.result import BenchResult, TierUse, make_result
@@ -43,29 +47,64 @@ def run_bench(
     and closing, may take longer than a process is given to end. The session is closed either way; what cannot be closed
     any more after a lost replica is not an error of its own.
     """
-    session = InferenceSession(settings.runtime, settings.address if settings.runtime == "ray" else None)
+    session = _session(settings)
     error: BaseException | None = None
-    with StopSignals() as signals:
+    troubles: list[Exception] = []
+    tiers: TierUse | None = None
+    chaos: ChaosResult | None = None
+    with StopSignals() as signals, ExitStack() as stack:
+        stack.callback(_end, session.close, troubles)
+        if settings.shared:
+            stack.callback(_end, partial(check_removed, session), troubles)
+        faults = stack.enter_context(prepared(settings, session))
+        driver, nodes = _driver(settings, session, workload, clock, on_tick)
+        served = driver.manager if isinstance(driver, ManagerDriver) else driver.cluster
+        stack.callback(_end, partial(served.shutdown, force=True), troubles)  # one with a name would go on
+        stack.callback(faults.end)
+        signals.listen()
         try:
-            driver, nodes = _driver(settings, session, workload, clock, on_tick)
-            tiers: TierUse | None = None
-            signals.listen()
-            try:
-                driver.run()
-                if settings.connector != "null":
-                    tiers = _tiers(driver)
-            except (Exception, KeyboardInterrupt) as stopped:  # whatever it is, what was done is not lost with it
-                error = stopped
-            signals.ignore()
-            if error is not None:
-                report(make_result(settings, workload, driver.measured, nodes, tiers, simulated=False), False)
-        except BaseException:
-            _close(session)
-            raise
-        closing = _close(session)
-        result = make_result(settings, workload, driver.measured, nodes, tiers)
+            faults.start(driver, clock)
+            driver.run()
+            if settings.chaos is not None:
+                driver.measured.faults += faults.end()
+                chaos = ChaosResult(faults.left(), _comparison(settings, workload, driver))
+            if settings.connector != "null":
+                tiers = _tiers(driver)
+        except (Exception, KeyboardInterrupt) as stopped:  # whatever it is, what was done is not lost with it
+            error = stopped
+        signals.ignore()
+        if error is not None:
+            report(make_result(settings, workload, driver.measured, nodes, tiers, chaos, simulated=False), False)
+        stack.close()
+        result = make_result(settings, workload, driver.measured, nodes, tiers, chaos)
         report(result, True)
-    return Outcome(result, closing if error is None and result.ok else error)
+    return Outcome(result, troubles[0] if error is None and result.ok and troubles else error)
+
+
+def _end(close: Callable[[], None], troubles: list[Exception]) -> None:
+    try:
+        close()
+    except Exception as error:  # of Ray too, when its cluster is gone
+        troubles.append(error)
+
+
+def _session(settings: BenchSettings) -> InferenceSession:
+    """Under faults a Ray of its own; with a name where another driver attaches."""
+    if settings.runtime != "ray":
+        return InferenceSession(settings.runtime)
+    if settings.chaos is None and settings.nodes == 1:
+        return InferenceSession("ray", settings.address)
+    return InferenceSession("ray", "local", f"bench-{os.urandom(4).hex()}" if settings.shared else None)
+
+
+def _comparison(
+    settings: BenchSettings, workload: Workload, driver: ManagerDriver | ClusterDriver
+) -> Comparison | None:
+    """A Cluster's answers beside those of one that nothing befell."""
+    if isinstance(driver, ManagerDriver):
+        return None
+    with start_undisturbed(settings, workload) as undisturbed:
+        return compare(undisturbed, driver.asked)
 
 
 def _driver(
@@ -80,18 +119,9 @@ def _driver(
         cluster = start(settings, session, workload)
         nodes = [facts.node for facts in cluster.facts]
         return ClusterDriver(cluster, workload, settings, clock, on_tick), nodes
-    options: dict[str, Any] = {"max_batch_size": settings.max_batch_size, "router": settings.router, "replace": False}
+    options = settings.manager_options()
     manager = PagedKVCacheManager(settings.params(), session, settings.pages, settings.host_pages, **options)
     return ManagerDriver(manager, workload, settings, clock, on_tick), manager.get_node_names()
-
-
-def _close(session: InferenceSession) -> Exception | None:
-    """What went wrong, if anything did."""
-    try:
-        session.close()
-    except Exception as error:  # of Ray too, when its cluster is gone
-        return error
-    return None
 
 
 def _tiers(driver: ManagerDriver | ClusterDriver) -> TierUse | None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from rayk.bench.chaos.disk import check_folder
+from rayk.bench.chaos.schedule import parse_chaos
 from rayk.engine.tiers import LEAST_HOST_PAGES
 from rayk.errors import ConfigError
 from rayk.params import KVConnectorConfig, MHAKVCacheParams
@@ -63,12 +65,14 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
     runtime: str = "ray"
     address: str | None = None
     model: str | None = None
+    chaos: str | None = None
+    nodes: int = 1
     source: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         check_router(self.router, "--")
         counts = ("replicas", "page_size", "concurrency", "max_batch_size", "token_budget")
-        for name in (*counts, "layers", "kv_heads", "head_dim", "tp"):
+        for name in (*counts, "layers", "kv_heads", "head_dim", "tp", "nodes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}, at least 1 is needed")
         rates = {
@@ -87,11 +91,30 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--prefill-rate is for --forward none; --forward {self.forward} takes its own time")
         if self.think_time is not None and self.speed is not None:
             raise ConfigError("--think-time and --speed exclude each other: users who ask in turns, or as they arrive")
+        if self.nodes > 1 and (self.runtime != "ray" or self.address is not None):
+            raise ConfigError(
+                "--nodes simulates nodes beside an embedded Ray: use it with --runtime ray, without --address"
+            )
 
     @property
     def open_loop(self) -> bool:
         """Whether its source alone says when requests are sent."""
         return self.speed is not None or self.think_time is not None
+
+    @property
+    def faults(self) -> dict[str, float]:
+        """Faults a second, by kind."""
+        return parse_chaos(self.chaos) if self.chaos is not None else {}
+
+    @property
+    def shared(self) -> bool:
+        """Whether other drivers attach to what is measured."""
+        return "kill-driver" in self.faults
+
+    def manager_options(self) -> dict[str, Any]:
+        """Of the manager that serves the run."""
+        replace = self.chaos is not None
+        return {"max_batch_size": self.max_batch_size, "router": self.router, "replace": replace}
 
     def params(self) -> MHAKVCacheParams:
         """The cache's parameters. ConfigError for shapes that do not fit together."""
@@ -120,6 +143,37 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
     def as_config(self) -> dict[str, Any]:
         """These settings as plain values, for result.json; what is not bounded or given is left out."""
         return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+
+
+def check_chaos(settings: BenchSettings) -> None:
+    """ConfigError for faults that what is measured cannot have, by name."""
+    kinds = set(settings.faults)
+    if not kinds:
+        return
+    on_disk = {kind for kind in kinds if kind.endswith("-disk")}
+
+    def refuse(refused: set[str], why: str) -> None:
+        if refused:
+            raise ConfigError(f"--chaos {', '.join(sorted(refused))}: {why}")
+
+    if settings.runtime == "inline":
+        refuse(kinds - on_disk, "with --runtime inline there is no other process and no socket; use --runtime ray")
+    refuse(
+        kinds if settings.address is not None else set(),
+        "processes are killed, so it starts a Ray of its own; leave out --address",
+    )
+    refuse(on_disk if settings.disk_dir is None else set(), "there is no disk tier; give --disk-dir and --disk-memory")
+    refuse(
+        kinds & {"kill-node"} if settings.nodes == 1 else set(),
+        "there is one node, that of this driver; simulate more by --nodes 3",
+    )
+    if settings.forward == "hf":
+        refuse(
+            kinds & {"kill-scheduler"},
+            "the scheduler of a Cluster is in its driver's process; leave it out, or use --forward verify",
+        )
+    if settings.disk_dir is not None:
+        check_folder(Path(settings.disk_dir), kinds)
 
 
 def free_bytes(settings: BenchSettings) -> int:

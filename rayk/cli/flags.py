@@ -17,14 +17,14 @@ import dataclasses
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import typer
 
-from rayk.errors import ConfigError, NotBuiltError
+from rayk.errors import ConfigError
 
 
 class Format(StrEnum):
@@ -62,10 +62,10 @@ def secret_of(file: Path | None) -> str | None:
     return text
 
 
-def command_of(kind: type[Any], target: str, refused: Sequence[str] = ()) -> Callable[..., int]:
+def command_of(kind: type[Any], target: str) -> Callable[..., int]:
     """A function for typer whose parameters are the fields of the dataclass `kind`, which it hands to `target`.
 
-    `refused` are flags that are not built yet. As a callback over other commands it leaves the work to these.
+    As a callback over other commands it leaves the work to these.
     """
 
     def command(context: typer.Context, **flags: Any) -> int:
@@ -84,19 +84,10 @@ def command_of(kind: type[Any], target: str, refused: Sequence[str] = ()) -> Cal
     parameters = [parameter("context", typer.Context)]
     for name, default in fields.items():
         parameters.append(parameter(name, hints[name], *([] if default is dataclasses.MISSING else [default])))
-    for flag in refused:
-        option = typer.Option(None, flag, help="Not built yet.", hidden=True, callback=_refuse)
-        parameters.append(parameter(flag.strip("-").replace("-", "_"), str | None, option))
     command.__doc__ = kind.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     return command
-
-
-def _refuse(parameter: typer.CallbackParam, value: Any) -> Any:
-    if value is not None:
-        raise NotBuiltError(parameter.opts[0])
-    return value
 
 
 def _only(context: typer.Context) -> None:

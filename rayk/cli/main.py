@@ -26,10 +26,6 @@ from rayk.errors import RaykError
 from rayk.simulate.flags import SIMULATE_EPILOG, SimulateFlags
 
 INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
-NOT_BUILT_FLAGS = (
-    "--chaos",
-    "--nodes",
-)
 
 app = typer.Typer(
     name="rayk",
@@ -61,7 +57,7 @@ def _root(
 _core = command_of(flags.CoreFlags, "rayk.bench.core.command:core")
 _scheduler = command_of(flags.SchedulerFlags, "rayk.bench.scheduler_cost:scheduler")
 _overload = command_of(flags.OverloadFlags, "rayk.bench.overload:overload")
-_bench = command_of(flags.BenchFlags, "rayk.bench.command:bench", NOT_BUILT_FLAGS)
+_bench = command_of(flags.BenchFlags, "rayk.bench.command:bench")
 _serve = command_of(flags.ServeBenchFlags, "rayk.bench.serve:serve")
 bench_app = typer.Typer()
 bench_app.callback(epilog=flags.BENCH_EPILOG, invoke_without_command=True)(_bench)

@@ -33,6 +33,7 @@ class Lifecycle:
         self._replicas = replicas
         self._dispatcher = dispatcher
         self._changing = threading.Lock()
+        self._failed: set[int] = set()  # replacements that could not be started the last time
         self.readers: dict[int, threading.Thread] = {}
         leaving = replicas.leaving if replicas.settings.replaced else None
         self._keeper = Keeper(dispatcher, self._start_due, leaving)
@@ -96,15 +97,21 @@ class Lifecycle:
             self._follow(replica)
 
     def _start_due(self) -> None:
-        """Start what is due in place of lost replicas, one after the other: one that fails keeps no other away."""
+        """Start what is due in place of lost replicas, side by side; what failed so by itself the next time, so that it
+        keeps no other away."""
         with self._changing:
-            for replica in self._dispatcher.take_due():
+            due = self._dispatcher.take_due()
+            together = [replica for replica in due if replica not in self._failed]
+            for replicas in [together, *([replica] for replica in due if replica in self._failed)]:
                 try:
-                    self._start([replica], REPLACE_SECONDS)
-                    log.warning("replica %d was lost and is replaced", replica)
+                    if replicas:
+                        self._start(replicas, REPLACE_SECONDS)
+                        self._failed.difference_update(replicas)
+                        log.warning("replica(s) %s were lost and are replaced", replicas)
                 except Exception as error:
+                    self._failed.update(replicas)
                     if not self._dispatcher.closed:
-                        log.warning("replica %d was lost and cannot be replaced: %s", replica, error)
+                        log.warning("replica(s) %s were lost and cannot be replaced: %s", replicas, error)
 
     def drain(self, replica: int, hand_over: bool) -> None:
         """Give a replica no new requests; what it has ends there, or goes on elsewhere at once."""

@@ -34,8 +34,9 @@ from rayk.errors import (
 )
 from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
-from rayk.protocol.engine import Cancel
+from rayk.protocol.engine import Cancel, Report
 from rayk.protocol.serving import DRIVER_SHIFT
+from rayk.request_errors import RequestCancelledError
 from rayk.scheduler.membership import State
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.scaling import Removed
@@ -86,6 +87,9 @@ class NamedDispatcher(Requests):
         self._version = roster.version
         self._unheard: dict[int, list[int]] = {}
         """Replicas whose streams ended here, which may still run, and the tickets that they had."""
+        self._listened: dict[int, list[PlacedRequest]] = {}
+        """Of these, those that are listened to again: what goes there as soon as anything is heard. Until then the
+        stream before may still take what is said, and say it to nobody."""
         self._ended = threading.Event()
         self._follow: Callable[[int], None] = lambda replica: None
         self.links = ToldLinks(link, monotonic, roster.routing.page_transport)
@@ -182,6 +186,7 @@ class NamedDispatcher(Requests):
         with self._turn():
             for replica in found:
                 self._unheard.pop(replica, None)
+                self._listened.pop(replica, None)
             for replica in before.intersection(found):
                 self._lost(replica, "another took its place")
             self._states, self._version = [State(state) for state in roster.states], roster.version
@@ -208,6 +213,7 @@ class NamedDispatcher(Requests):
                 return
             here = [ticket for ticket, each in self._handles.items() if each.replica == replica]
             self._unheard[replica] = self._unheard.get(replica, []) + here
+            self._listened.pop(replica, None)
             self._link.unheard(replica, handle.start)
             self._lost(replica, reason)
 
@@ -215,13 +221,35 @@ class NamedDispatcher(Requests):
         """Some of it was decided before the scheduler knew what this driver knows. A replica that was lost here is
         listened to again: it may be back, or it is heard at once that it is not. What was to go to one that has left is
         asked for again."""
-        for replica in {each.replica for each in placed}.intersection(self._unheard):
-            left = self._unheard.pop(replica)
-            self._follow(replica)
-            self._post(replica, Cancel(left))  # before the same ids come there again
-        super()._carry_out([each for each in placed if each.replica in self._replicas.handles], refused)
-        gone = [each.ticket for each in placed if each.replica not in self._replicas.handles]
-        self._ask_again([handle for ticket in reversed(gone) if (handle := self._handles.get(ticket)) is not None])
+        now, gone = list[PlacedRequest](), list[Handle]()
+        for each in placed:
+            handle = self._handles.get(each.ticket)
+            if handle is None:
+                continue
+            if each.replica not in self._replicas.handles:
+                gone.append(handle)
+            elif each.replica in self._unheard:
+                handle.replica = each.replica
+                if each.replica not in self._listened:
+                    self._listened[each.replica] = []
+                    self._follow(each.replica)
+                self._listened[each.replica].append(each)
+            else:
+                now.append(each)
+        super()._carry_out(now, refused)
+        self._ask_again(gone[::-1])
+
+    def on_report(self, replica: int, report: Report) -> None:
+        """A replica's next report; the first since it is listened to again lets go what waits for that."""
+        if replica in self._listened:
+            with self._turn():
+                waiting, left = self._listened.pop(replica, []), self._unheard.pop(replica, [])
+                self._post(replica, Cancel(left))  # before the same ids come there again
+                handles = [handle for each in waiting if (handle := self._handles.get(each.ticket)) is not None]
+                for handle in [handle for handle in handles if handle.unwanted]:
+                    self._end(handle, RequestCancelledError(handle.id, len(handle.tokens)))
+                self._carry_out(waiting, [])
+        super().on_report(replica, report)
 
     # -- replicas that come and go: see Dispatcher ---------------------------------------------------------------
 

@@ -132,20 +132,26 @@ class EngineThread:
             self._changed.notify_all()
 
     def reports(self, engine: int, reader: int = SCHEDULER) -> Iterator[Report]:
-        """What one engine has done, as it does it; empty reports now and then. Ends with it, and when the reader counts
-        as gone; each part of an outbox has one reader.
+        """What one engine has done, as it does it; empty reports now and then. Ends with it, when the reader counts as
+        gone, and when the same reader began another one: what happens from then on is in that one's reports.
 
         RemoteError when the engine or the thread raised: then nothing more will come.
         """
-        watched, outbox, batch = self._engines.get(engine), self._outboxes.get(engine), 0
+        watched, outbox, batch, me = self._engines.get(engine), self._outboxes.get(engine), 0, object()
+        if outbox is not None:
+            with self._changed:
+                outbox.current[reader] = me
+                self._changed.notify_all()
         while watched is not None and outbox is not None:
             with self._changed:
                 deadline = monotonic() + self._heartbeat
                 while not (self._readable(outbox, reader) or self._over(engine, watched) or self._failed(engine)):
                     left = deadline - monotonic()
-                    if left <= 0 or reader in outbox.gone:
+                    if left <= 0 or reader in outbox.gone or outbox.current[reader] is not me:
                         break
                     self._changed.wait(left)
+                if outbox.current[reader] is not me:
+                    return
                 failure, over = self._failed(engine), self._over(engine, watched) or reader in outbox.gone
                 events = outbox.take(reader) if failure or over or self._readable(outbox, reader) else []
                 counts = bool(events) and not (failure or over)

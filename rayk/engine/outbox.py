@@ -22,6 +22,9 @@ class Outbox:
         """Drivers that will read nothing any more."""
         self.events: dict[int, list[Event]] = {}
         """By reader, what there is for it; take() takes it."""
+        self.current: dict[int, object] = {}
+        """By reader, the iterator that has what there is for it: one that comes later takes the place of the one
+        before, which may wait for a driver that gave it up."""
         self.unread = 0
         """Tokens that its one driver has not read. A driver among several holds up nobody: what lies here for it is
         bounded by what its requests may generate, and goes with its lease."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -236,6 +237,7 @@ class ReplicaFacts:
     epoch: int = 0  # of its start, for its peers
     endpoint: Endpoint | None = None  # what lines to it there are; None: it copies nothing
     memory: tuple[Component, ...] = ()  # as planned and as taken
+    pid: int = 0  # its process, on its node
 
 
 def open_engine(
@@ -339,4 +341,5 @@ def facts_of(engine: Engine, device: str, node: str, source: ModelSource | None 
         engine.peers.port.me.epoch if engine.peers is not None else 0,
         engine.peers.port.endpoint if engine.peers is not None else None,
         tuple(memory),
+        os.getpid(),
     )

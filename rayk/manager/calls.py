@@ -61,8 +61,8 @@ class Calls(BatchCalls, ScalingCalls):
     def close(self) -> None:
         """Stop the cluster."""
         self._end()
-        with suppress(RaykError):  # a dead or silent scheduler cannot say which replicas were added
-            self.look()
+        with suppress(RaykError):  # a dead or silent scheduler cannot say which replicas were added or replaced
+            wait_for(self.catch_up())
         self.close_sockets()
         self.cluster.stop(self._runtime)
 

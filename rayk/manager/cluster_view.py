@@ -258,8 +258,13 @@ class ClusterView(ABC):
             cluster = yield from off_loop(partial(self._successor, error, epoch))
             line, ids = self.scheduler.renewed(cluster.scheduler_epoch), list(self._placed)
             claims = [self._placed[i] for i in ids], [self._claims.get(i, 0) for i in ids]
-            found: m.Located = yield from self._ask(line, m.Rejoin(ids, *claims, *self._lease_terms))
-            self.scheduler = line
+            try:
+                found: m.Located = yield from self._ask(line, m.Rejoin(ids, *claims, *self._lease_terms))
+            except BaseException:
+                line.close()
+                raise
+            before, self.scheduler = self.scheduler, line
+            before.close()  # whoever still waits there hears that it is gone
             self._located(ids, found.replicas)
             mine = self.cluster
             self._connect(replace(cluster, scheduler=mine.scheduler, started_here=mine.started_here))

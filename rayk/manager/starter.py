@@ -19,6 +19,7 @@ from rayk.actors.interface import ActorGoneError, Runtime
 from rayk.actors.launch import stop_actors
 from rayk.actors.scale_out import ScaleOut, plan_scale_out, start_replicas
 from rayk.errors import RaykError, SchedulerLostError, StaleEpochError
+from rayk.planning.node_plan import NodeMemory
 from rayk.values import told
 
 log = logging.getLogger("rayk.scheduler")
@@ -46,6 +47,9 @@ class Starter:
             sockets=False,
         )
         self._one = Lock()  # starts at a time
+        self._granted: list[int] = []  # and not begun
+        self._failed: set[int] = set()  # replacements that could not be started the last time
+        self._owned = cluster.name is None  # what is started here is swept up by nobody else
         self._ended = Event()
 
     def keep(self) -> None:
@@ -62,7 +66,9 @@ class Starter:
         scheduler = self._scheduler.actor
         while not self._ended.wait(POLL_SECONDS):
             try:
-                if self._runtime.get(scheduler.call("due", control=True), "the scheduler", ANSWER_SECONDS):
+                if self._granted or self._runtime.get(
+                    scheduler.call("due", control=True), "the scheduler", ANSWER_SECONDS
+                ):
                     self._replace()
             except (RaykError, ActorGoneError):
                 with suppress(RaykError):  # without a scheduler nobody can be granted anything
@@ -71,14 +77,25 @@ class Starter:
                 log.exception("a lost replica could not be replaced")
 
     def _replace(self) -> None:
+        """Start what is due side by side, as it was before; what failed so by itself, so that it keeps no other away,
+        and where there is room now."""
         with self._one:
-            granted: m.Enlisted = self._scheduler.ask(m.Replace(self._driver))
-            for replica in granted.replicas:  # one after the other: one that fails keeps no other away
+            self._take_due()
+            granted, self._granted = self._granted, []
+            together = [replica for replica in granted if replica not in self._failed]
+            for replicas in [together, *([replica] for replica in granted if replica in self._failed)]:
                 try:
-                    self._start([replica], PLACE_SECONDS)
-                    log.warning("replica %d was lost and is replaced", replica)
+                    if replicas:
+                        self._start(replicas, PLACE_SECONDS, as_before=replicas is together)
+                        self._failed.difference_update(replicas)
+                        log.warning("replica(s) %s were lost and are replaced", replicas)
                 except RaykError as error:
-                    log.warning("replica %d was lost and cannot be replaced: %s", replica, error)
+                    self._failed.update(replicas)
+                    log.warning("replica(s) %s were lost and cannot be replaced: %s", replicas, error)
+
+    def _take_due(self) -> None:
+        due: m.Enlisted = self._scheduler.ask(m.Replace(self._driver))
+        self._granted += due.replicas
 
     def add(self, count: int, timeout: float) -> list[int]:
         """Start `count` more replicas; their indices. Whatever fails, nothing is left behind."""
@@ -108,23 +125,37 @@ class Starter:
         cluster: Deployment = self._scheduler.fetch(sent.wait().data)
         return cluster
 
-    def _start(self, replicas: Sequence[int], timeout: float) -> None:
+    def _start(self, replicas: Sequence[int], timeout: float, as_before: bool = False) -> None:
         joined, placeless = list[int](), True
         new, handles = ScaleOut([], [], [], {}), list[ReplicaHandle]()
         try:
             cluster = self._roster()  # others may have come meanwhile
-            new = plan_scale_out(self._runtime, cluster, replicas, timeout)
+            new = plan_scale_out(self._runtime, cluster, replicas, timeout, as_before)
             placeless = False
             for r in replicas:
                 self._scheduler.ask(m.Starting(r))
             handles = start_replicas(self._runtime, cluster, new.planned, cluster.name)
             for r, handle in zip(replicas, handles, strict=True):
-                join = m.Join(r, handle.epoch, handle.plan.pages)
-                self._scheduler.send(join, [handle, tuple(new.nodes)]).wait()
+                self._join(r, handle, tuple(new.nodes))
                 joined.append(r)
         except BaseException as error:
             self._take_back([r for r in replicas if r not in joined], new, handles, error, placeless)
             raise
+
+    def _join(self, replica: int, handle: ReplicaHandle, nodes: tuple[NodeMemory, ...]) -> None:
+        """Have it take requests; of a scheduler that began anew meanwhile it is asked for again."""
+        join = m.Join(replica, handle.epoch, handle.plan.pages)
+        try:
+            self._scheduler.send(join, [handle, nodes]).wait()
+        except (SchedulerLostError, StaleEpochError):
+            if not self._owned or not self._rejoin():
+                raise
+            self._take_due()
+            if replica not in self._granted:
+                raise
+            self._granted.remove(replica)
+            self._scheduler.ask(m.Starting(replica))
+            self._scheduler.send(join, [handle, nodes]).wait()
 
     def _take_back(
         self,

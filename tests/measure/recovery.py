@@ -1,8 +1,9 @@
-"""How long it takes to come back: `python tests/measure/recovery.py [KILLS]`.
+"""How long it takes to come back: `python tests/measure/recovery.py [KILLS [PART ..]]`.
 
 Medians and the worst of so many kills (10), in seconds from the signal on, printed as the table of
-docs/measurements/recovery.md. A manager with two replicas and one driver that asks as a caller would; a Cluster of two
-replicas with the example checkpoint, whose streams are followed token by token.
+docs/measurements/recovery.md; of all parts (replicas, scheduler, cluster), or of those that are named. A manager with
+two replicas and one driver that asks as a caller would; a Cluster of two replicas with the example checkpoint, whose
+streams are followed token by token.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,12 +31,13 @@ from rayk.errors import RaykError
 LOOK = 0.01  # seconds between two looks
 PATIENCE = 60.0
 STREAMS, LENGTH = 8, 400
+PARTS = ["replicas", "scheduler", "cluster"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; see the module."""
     arguments = sys.argv[1:] if argv is None else argv
-    kills = int(arguments[0]) if arguments else 10
+    kills, parts = int(arguments[0]) if arguments else 10, arguments[1:] or PARTS
     what = f"Python {platform.python_version()}, Ray {version('ray')}, {psutil.cpu_count()} cores"
     with (
         InferenceSession(runtime="ray", address="local", log_to_driver=False) as session,
@@ -44,10 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{datetime.now(UTC):%Y-%m-%d}, {what}, load {_load()} at the start\n")
         print("| fault, and what came back | kills | median, s | worst, s |")
         print("|---|---:|---:|---:|", flush=True)
-        for name, seconds in _manager(session, kills).items():
-            _show(f"manager: {name}", seconds)
-        for name, seconds in _cluster(session, Path(folder), kills).items():
-            _show(f"Cluster: {name}", seconds)
+        if {"replicas", "scheduler"} & set(parts):
+            for name, seconds in _manager(session, kills, parts).items():
+                _show(f"manager: {name}", seconds)
+        if "cluster" in parts:
+            for name, seconds in _cluster(session, Path(folder), kills).items():
+                _show(f"Cluster: {name}", seconds)
         print(f"\nload {_load()} at the end")
     return 0
 
@@ -71,7 +75,7 @@ def _until(condition: Callable[[], Any]) -> float:
     return time.monotonic()
 
 
-def _manager(session: InferenceSession, kills: int) -> dict[str, list[float]]:
+def _manager(session: InferenceSession, kills: int, parts: Sequence[str]) -> dict[str, list[float]]:
     params = MHAKVCacheParams(
         dtype="float32",
         head_dim=4,
@@ -101,7 +105,7 @@ def _manager(session: InferenceSession, kills: int) -> dict[str, list[float]]:
             except RaykError:
                 return False
 
-        for at in range(kills):
+        for at in range(kills if "replicas" in parts else 0):
             for stop, what in ((signal.SIGKILL, "killed"), (signal.SIGSTOP, "stopped")):
                 replica = at % 2
                 began = time.monotonic()
@@ -114,7 +118,7 @@ def _manager(session: InferenceSession, kills: int) -> dict[str, list[float]]:
                     found.setdefault("replica stopped, ended", []).append(gone - began)
                 found.setdefault(f"replica {what}, replaced and serving", []).append(back - began)
                 _rest()
-        for _ in range(kills):
+        for _ in range(kills if "scheduler" in parts else 0):
             process = calls.scheduler_pid()
             began = time.monotonic()
             os.kill(process, signal.SIGKILL)

@@ -61,6 +61,7 @@ class FakeActor:
     runtime: FakeRuntime
     label: str
     name: str | None
+    arguments: tuple[Any, ...] = ()
     instance: Any = None
     dead: str | None = None  # why
     stopped: bool = False
@@ -264,7 +265,7 @@ class FakeRuntime:
         self._note_or_raise("start", label)
         if spec.name is not None and self.find(spec.name) is not None:
             raise NameTakenError(spec.name)
-        actor = FakeActor(self, label, spec.name)
+        actor = FakeActor(self, label, spec.name, spec.args)
         self.actors.append(actor)
         try:
             self._note_or_raise("construct", label)
@@ -280,6 +281,9 @@ class FakeRuntime:
         if ref.late:
             raise CallTimeoutError(target, timeout)
         return _resolve(ref)
+
+    def joins_at(self) -> str:
+        return "127.0.0.1:0"
 
     def address(self) -> str:
         return "127.0.0.1"
@@ -336,6 +340,11 @@ class FakeRuntime:
     def kill(self, label: str) -> None:
         """The actor's process dies."""
         self.actor(label).dead = "its process died"
+
+    def restart_scheduler(self) -> None:
+        """Its process dies, and another one goes on with what was kept."""
+        [scheduler] = [a for a in self.actors if a.label == "scheduler" and a.dead is None]
+        scheduler.instance = SchedulerActor(*scheduler.arguments, runtime=self)
 
     @property
     def running(self) -> list[str]:

@@ -14,7 +14,7 @@ from rayk.dispatch.named import NamedDispatcher
 from rayk.dispatch.output import Handle
 from rayk.errors import ReplicaLostError
 from rayk.protocol.base import failure
-from rayk.protocol.engine import Cancel, Command, Submit
+from rayk.protocol.engine import Cancel, Command, Report, Submit
 from rayk.protocol.lines import Post, decode_line
 from rayk.protocol.serving import (
     DRIVER_SHIFT,
@@ -25,7 +25,7 @@ from rayk.protocol.serving import (
     decode_driver_news,
     driver_of,
 )
-from rayk.request_errors import RequestTimeoutError
+from rayk.request_errors import RequestCancelledError, RequestTimeoutError
 from rayk.sampling import SamplingParams
 from rayk.scheduler.router.router import RouterSettings
 
@@ -121,7 +121,9 @@ def test_a_place_at_a_replica_that_was_just_lost_here_is_tried() -> None:
     assert driver.told[-1].unheard == [(0, 7)] and driver.told[-1].wants[0].again == before
     assert first.retries == 1 and driver.followed == []
     driver.hear((second, 0))
-    assert driver.followed == [0] and driver.sent == [(0, "r0"), (0, "r1")]
+    assert driver.followed == [0] and driver.sent == [(0, "r0")], "who listened before may still take what is said"
+    driver.dispatcher.on_report(0, Report())
+    assert driver.sent == [(0, "r0"), (0, "r1")]
     assert driver.posted[1] == (0, Cancel([before])), "it may still run there, by the same id"
     driver.dispatcher.lose(0, "it died", 3)
     assert (first.retries, second.retries) == (1, 1) and driver.told[-1].wants[0].request_id == "r1"
@@ -129,6 +131,17 @@ def test_a_place_at_a_replica_that_was_just_lost_here_is_tried() -> None:
         driver.hear((second, 0))
         driver.dispatcher.lose(0, "it died", 3)
     assert isinstance(second.result(0).error, ReplicaLostError) and not first.done
+
+
+def test_what_waits_to_be_heard_can_be_cancelled_and_is_not_sent() -> None:
+    driver = Driver()
+    first, second, third = driver.submit([1], [2], [3])
+    driver.hear((first, 0))
+    driver.dispatcher.lose(0, "it was silent", 3)
+    driver.hear((second, 0), (third, 0))
+    driver.dispatcher.cancel(second)
+    driver.dispatcher.on_report(0, Report())
+    assert driver.sent == [(0, "r0"), (0, "r2")] and isinstance(second.result(0).error, RequestCancelledError)
 
 
 def test_a_place_at_a_replica_that_has_left_is_asked_for_again() -> None:

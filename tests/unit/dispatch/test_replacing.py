@@ -139,3 +139,27 @@ def test_without_replace_it_stays_lost(impatient: None) -> None:
         lose(cluster)
         assert cluster.replica_states() == ["lost"] and cluster.replacements() == []
         assert isinstance(cluster.generate([[1]])[0].error, ReplicaLostError)
+
+
+def test_those_that_are_lost_at_once_start_side_by_side_and_by_themselves_when_that_fails(
+    impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, add = list[list[int]](), InlineReplicas.add
+
+    def recorded(self: InlineReplicas, replicas: Any, timeout: float) -> None:
+        calls.append(list(replicas))
+        if len(calls) == 2:
+            raise RuntimeError("one of them is broken")
+        add(self, replicas, timeout)
+
+    monkeypatch.setattr(InlineReplicas, "add", recorded)
+    with Cluster(model, replicas=3, **SETTINGS) as cluster:
+        with cluster._lifecycle._changing:  # nobody is started meanwhile
+            for replica in (0, 1):
+                cluster._replicas.drop(replica)
+                cluster._dispatcher.lose(replica, "it died")
+        until(lambda: cluster.replica_states() == ["ready"] * 3)
+        assert calls[:2] == [[0, 1, 2], [0, 1]] and sorted(calls[2:]) == [[0], [1]]
+        prompts = [[i, 3] for i in range(30)]
+        outputs = cluster.generate(prompts, max_new_tokens=4)
+        assert [output.tokens for output in outputs] == [expected(prompt, 4) for prompt in prompts]

@@ -16,6 +16,7 @@ from rayk.kvcache.request import Reused
 from rayk.protocol.engine import Ask, Cancel, Report, Submit, decode_command, decode_report, encode
 from rayk.protocol.engine_reports import Finished, Text, TokenLogprobs, Tokens
 from rayk.protocol.engine_request import Request
+from rayk.protocol.serving import DRIVER_SHIFT
 from rayk.request_errors import ForwardError, RequestCancelledError
 from rayk.sampling import SamplingParams
 
@@ -238,3 +239,24 @@ def test_what_the_loop_has_not_taken_is_reported_before_the_failure() -> None:
 def test_the_loops_cost_is_measured() -> None:
     cost = loop_cost(8, 20)
     assert (cost.batch, cost.steps) == (8, 20) and 0 < cost.seconds < 0.05
+
+
+def test_who_listens_again_has_all_of_it_and_who_listened_before_takes_nothing() -> None:
+    """A driver gave a stream up that still waits in the engine's process: tokens that it took would be nobody's."""
+    driver = 3
+    number = (driver << DRIVER_SHIFT) + 1
+    thread = host(Bench(), shared=True, heartbeat=0.05)
+    before = thread.reports(0, driver)
+    next(before)
+    taken: list[Report] = []
+    waiting = threading.Thread(target=lambda: taken.extend(before))
+    waiting.start()
+    now = thread.reports(0, driver)
+    next(now)
+    waiting.join(10)
+    assert not waiting.is_alive(), "the one before is over"
+    thread.post(0, Submit([Ask.of(Request(number, "r", [5, 1, 2], SamplingParams(max_new_tokens=8)))]))
+    tokens, ended = collect(now, 1)
+    assert tokens == {number: expected([5, 1, 2], 8)} and ended == {number: "length"}
+    assert not any(report.numbers for report in taken)
+    thread.stop()
