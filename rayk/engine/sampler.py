@@ -31,9 +31,7 @@ Sampler = Callable[[torch.Tensor, Sequence[SequenceState], bool], Sampled]
 
 def sample(logits: torch.Tensor, sequences: Sequence[SequenceState], plain: bool) -> Sampled:
     """One token for each row of `logits` ([n, vocab] float32, not changed). `plain`: all rows are plain."""
-    best, tokens = logits.max(dim=-1)
-    chosen = torch.stack((tokens, torch.isfinite(best).to(torch.int64))).cpu().numpy()  # one copy off the device
-    found, finite = chosen[0], chosen[1]
+    found, finite = _best(logits)
     failed: dict[int, Exception] = {}
     if not finite.all():
         failed = {int(row): FloatingPointError(NOT_FINITE) for row in np.flatnonzero(finite == 0)}
@@ -52,6 +50,17 @@ def sample(logits: torch.Tensor, sequences: Sequence[SequenceState], plain: bool
         for row in asked
     }
     return Sampled(found, failed, logprobs)
+
+
+def _best(logits: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.generic]]:
+    """The most likely token of each row, and whether its logit is a finite number."""
+    if logits.device.type == "cpu":  # numpy takes an eighth of torch's time
+        rows = logits.detach().numpy()
+        found = rows.argmax(-1)
+        return found, np.isfinite(rows[np.arange(len(rows)), found])
+    best, tokens = logits.max(dim=-1)
+    chosen = torch.stack((tokens, torch.isfinite(best).to(torch.int64))).cpu().numpy()  # one copy off the device
+    return chosen[0], chosen[1]
 
 
 def is_plain(sequence: SequenceState) -> bool:

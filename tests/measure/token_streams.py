@@ -1,9 +1,9 @@
 """Token streams of a Cluster on Ray, beside another checkout's: `python tests/measure/token_streams.py OTHER [ROUNDS]`.
 
-64 streams of 200 tokens at once, from replicas whose model does nothing (rayk.bench.served), in turns from this
-checkout and from the one in the folder OTHER: tokens a second, and tokens a second of CPU time of the driver and its
-replicas together, at the median. Then the cores in use while nothing is asked. Printed as a table of
-docs/measurements/data-plane.md.
+64 streams of 200 tokens at once, from replicas whose model does nothing (rayk.bench.served), without text unless it
+says so, in turns from this checkout and from the one in the folder OTHER: tokens a second, and tokens a second of CPU
+time of the driver and its replicas together, at the median. Then the cores in use while nothing is asked. Printed as a
+table of docs/measurements/data-plane.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from statistics import median
 import psutil
 
 STREAMS, TOKENS, IDLE_SECONDS = 64, 200, 5.0
-WAYS = (("unnamed", 1), ("unnamed", 2), ("named", 2))
+WAYS = (("unnamed", 1), ("unnamed", 2), ("named", 2), ("with text", 1))
 Taken = tuple[float, float]  # seconds, and of CPU
 
 
@@ -90,11 +90,17 @@ def _drive(name: str, replicas: int) -> None:
     from rayk import Cluster, InferenceSession
     from rayk.bench.served import nothing
 
+    def silent(device: str) -> object:
+        model = nothing(device)
+        if name != "with text":
+            model.tokenizer = None  # type: ignore[assignment]  # engines report no text then
+        return model
+
     pages = 2 * STREAMS * (TOKENS // 64 + 3)
     more = {"page_size": 64, "pages": pages, "max_batch_size": STREAMS, "device": "cpu"}
     with (
         InferenceSession("ray", "local", *(["streams"] if name == "named" else [])) as session,
-        Cluster(nothing, session, replicas=replicas, **more) as cluster,  # type: ignore[arg-type]  # as above
+        Cluster(silent, session, replicas=replicas, **more) as cluster,  # type: ignore[arg-type]  # as above
     ):
         prompts = [[i % 500, 3, 5, 8] for i in range(STREAMS)]
 
