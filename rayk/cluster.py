@@ -19,6 +19,7 @@ from rayk.dispatch.lifecycle import Lifecycle
 from rayk.dispatch.output import Handle, Output, Update
 from rayk.dispatch.prompts import Prompt, Sampling
 from rayk.dispatch.startup import QUEUED_BATCHES, Started, Startup, model_source
+from rayk.dispatch.tracing import Tracing
 from rayk.engine.local_replicas import InlineReplicas
 from rayk.engine.readings import read_engine
 from rayk.engine.replicas import ReplicaFacts, ServeSettings
@@ -65,7 +66,8 @@ class Cluster:
     `kv_dtype`: of the pages, such as "float8_e4m3fn" for half of bfloat16's room (docs/models.md); the model's own
     unless given. `isolate_tenants`: no request reuses, counts or is sped up by pages of another `tenant`; those without
     one share theirs. It costs what tenants have in common, such as a system prompt.
-    `vllm_metrics`: replicas on Ray export their metrics under vLLM's names, too (docs/metrics.md).
+    `vllm_metrics`: replicas on Ray export their metrics under vLLM's names, too (docs/metrics.md). `trace_share`:
+    of so many of this driver's requests, 0 to 1, OpenTelemetry gets spans.
     A replica that is lost, hangs or is unfit (rayk.kvcache.poison) is replaced by itself, empty; one that cannot be
     started, or dies at once, is tried again later and later, and given up in the end: replacements() says how that
     stands, and add_replicas() begins anew. `replace=False`: lost ones stay lost.
@@ -107,10 +109,12 @@ class Cluster:
         kv_dtype: str | None = None,
         isolate_tenants: bool = False,
         vllm_metrics: bool = False,
+        trace_share: float = 0.0,
     ) -> None:
         from rayk.scheduler.router.policies import wants_keys
 
         keyed = wants_keys(router)  # ConfigError for one that there is not
+        self._tracing = Tracing(trace_share)
         require_at_least(0, max_retries=max_retries)
         folder = None if disk_dir is None else Path(disk_dir).expanduser().resolve()
         settings = ServeSettings(
@@ -147,6 +151,7 @@ class Cluster:
     def attached(cls, session: InferenceSession, own_session: bool = False) -> Cluster:
         """The Cluster that runs in that named session; see attach()."""
         cluster = cls.__new__(cls)
+        cluster._tracing = Tracing(0.0)
         cluster._open(session, own_session, lambda: startup.attach(session))
         return cluster
 
@@ -222,7 +227,7 @@ class Cluster:
         changes: Mapping[str, Any],
     ) -> Call:
         self._check_open()
-        handles = self._prompts.handles(prompts, sampling, changes, timeout, on_news)
+        handles = self._tracing.follow(self._prompts.handles(prompts, sampling, changes, timeout, on_news))
         lined_up = QUEUED_BATCHES * self._replicas.settings.max_batch_size * len(self.live)
         ahead = max(AHEAD, 2 * lined_up)
         admission = self._dispatcher.admission
@@ -262,7 +267,8 @@ class Cluster:
         """Send prompts; a handle for each. `on_news` is called with a handle that has news, from another thread; it
         must not block, and when it raises it is not called again. At most AT_ONCE prompts, or ConfigError."""
         self._check_open()
-        handles = list(self._prompts.handles(prompts, sampling, changes, timeout, on_news, AT_ONCE))
+        made = self._prompts.handles(prompts, sampling, changes, timeout, on_news, AT_ONCE)
+        handles = list(self._tracing.follow(made))
         for handle in handles:
             handle.canceller = self._dispatcher.cancel
         try:

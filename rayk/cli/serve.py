@@ -43,7 +43,7 @@ def serve(flags: ServeFlags) -> int:
     def say(port: int) -> None:
         log.info("http://%s:%d/v1 serves %s", flags.host, port, ", ".join(settings.models))
 
-    more = {"isolate_tenants": flags.isolate_tenants, "vllm_metrics": flags.vllm_metrics}
+    more = {name: getattr(flags, name) for name in ("isolate_tenants", "vllm_metrics", "trace_share")}
     with flags.open(admission=policy, **more) as cluster:
         return 0 if run(cluster, settings, flags.host, flags.port, say) else 1
 

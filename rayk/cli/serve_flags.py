@@ -37,6 +37,7 @@ class ServeFlags(AnswerFlags):
 
     host: Annotated[str, server("Address to listen at.")] = "127.0.0.1"
     port: Annotated[int, server("Port; 0 takes a free one.")] = 8000
+    trace_share: Annotated[float, server("Share of requests, 0 to 1, whose spans OpenTelemetry gets.")] = 0.0
     vllm_metrics: Annotated[bool, server("Metrics under vLLM's names, too.", "--vllm-metrics")] = False
     api_key_file: Annotated[Path | None, server("Keys, one a line; clients need one of them.")] = None
     grace: Annotated[str, server("How long streams may go on after SIGTERM.")] = "30s"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -71,6 +71,14 @@ class Update(msgspec.Struct, frozen=True):
     pieces: list[str] = []
 
 
+class Trace(Protocol):
+    """What notes when a request came to what."""
+
+    def mark(self, moment: str) -> None:
+        """Now: "placed" or "sent"."""
+        ...
+
+
 class Handle:
     """One request of a Cluster's; whoever submitted it may wait for it, read along, or cancel it.
 
@@ -104,6 +112,7 @@ class Handle:
         self.tokens: list[int] = []
         self.future: Future[Output] = Future()
         self.future.set_running_or_notify_cancel()  # whoever waits for it may be cancelled, the future is not
+        self.trace: Trace | None = None  # of those that are sampled
         self.on_news: Callable[[Handle], None] | None = None  # called by the reader of reports, must not block
         self.canceller: Callable[[Handle], None] | None = None
         self._lock = threading.Lock()

@@ -243,6 +243,8 @@ class Requests:
             if handle is None:  # it was dropped meanwhile, which the scheduler hears, too
                 continue
             handle.replica, handle.prefilling = replica, True
+            if handle.trace is not None:
+                handle.trace.mark("placed")
             try:
                 if spans:
                     self._copies.order(handle, spans)
@@ -275,6 +277,8 @@ class Requests:
         self._submit(handle.replica, [(handle, self._ask(handle, imports))])
 
     def _ask(self, handle: Handle, imports: Imports | None = None) -> Ask:
+        if handle.trace is not None:
+            handle.trace.mark("sent")
         tokens, left = handle.prompt, handle.timeout
         if handle.tokens:
             tokens = np.concatenate((tokens, np.array(handle.tokens, np.int32)))
