@@ -114,7 +114,7 @@ class RayRuntime:
         try:
             knock(address)
             _enter(address, found)
-            ray.init(address=address, namespace=namespace, **options)
+            ray.init(address=address, namespace=namespace, **{"logging_level": "warning", **options})
         except ray_errors.AuthenticationError:
             raise ConfigError(refusal(address)) from None
         except ConnectionError as error:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         RequestTimeoutError,
     )
     from rayk.sampling import SamplingParams
+    from rayk.scheduler.scaling import Drained, Removed, ReplicaLoad, ScalePolicy, desired_replicas
     from rayk.session import InferenceSession
 
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 import sys
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -38,6 +39,8 @@ AS_GIVEN = (
     *("layers", "kv_heads", "head_dim", "dtype", "tp", "seed", "chaos", "nodes"),
 )
 """Flags that are settings as they stand."""
+IN_LOG = Path("-")
+"""`--out -`: the result is a line of the output, which `rayk report` finds in the log of a job."""
 
 log = logging.getLogger("rayk.bench")
 
@@ -47,15 +50,22 @@ def bench(flags: BenchFlags) -> int:
     if flags.sweep is not None and flags.saturate is not None:
         raise ConfigError("--sweep and --saturate exclude each other")
     if flags.sweep is not None or flags.saturate is not None:
+        if flags.out == IN_LOG:
+            raise ConfigError("--out - is for one run; name a folder for those of --sweep and --saturate")
         return (sweep if flags.sweep is not None else saturate)(flags, _measured)
     result, well = _measured(flags)
     if flags.form is Format.json:
-        print(result.to_json().decode(), flush=True)
+        if flags.out != IN_LOG:
+            print(result.to_json().decode(), flush=True)
     else:
         console = Console()
         console.print(summary_table(result))
-        if flags.out is not None:
-            console.print(f"report: {flags.out / 'report.html'}", soft_wrap=True, highlight=False)
+        if flags.out not in (None, IN_LOG):
+            page = flags.out / "report.html"  # a job's reader may be on another machine
+            text = str(page) if console.is_terminal else f"{page.resolve()} on {platform.node()}"
+            console.print(f"report: {text}", soft_wrap=True, highlight=False)
+    if not result.ok:
+        log.error("the run failed: %s", result.failure)
     return 0 if well else 1
 
 
@@ -167,16 +177,21 @@ def _workload(flags: BenchFlags, settings: BenchSettings, length: int | None) ->
 
 
 class _Folder:
-    """`--out DIR`, if given; `unwritten` says why there is no report, or not all of it."""
+    """`--out DIR`, if given; `unwritten` says why there is no report, or not all of it. `--out -` is no folder but what
+    is stdout now."""
 
     def __init__(self, path: Path | None) -> None:
-        self._path, self.unwritten = path, ""
-        self._made = path is not None and not path.exists()
-        if path is not None:
-            make_folder(path)
+        self._log = sys.stdout if path == IN_LOG else None
+        self._path = None if self._log is not None else path
+        self.unwritten = ""
+        self._made = self._path is not None and not self._path.exists()
+        if self._path is not None:
+            make_folder(self._path)
 
     def write(self, result: BenchResult, final: bool) -> None:
         """Figures take seconds, so a result that is not final has none. What cannot be written is still printed."""
+        if self._log is not None:
+            print(result.to_json().decode(), file=self._log, flush=True)
         if self._path is None:
             return
         try:
@@ -216,6 +231,9 @@ def report(flags: ReportFlags) -> int:
         else:
             paths = write_report(results[0], folder)
         written = [str(each) for each in paths]
+        if not several and flags.result[0].suffix != ".json":  # it came in a log
+            (folder / "result.json").write_bytes(results[0].to_json() + b"\n")
+            written.append(str(folder / "result.json"))
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}); use --out DIR") from None
     if flags.form is Format.json:

@@ -106,7 +106,9 @@ class BenchFlags:
         faults("Faults on purpose, and how often: kill-replica:2/min,cut-socket:6/h. docs/chaos.md has the kinds."),
     ] = None
     nodes: Annotated[int, faults("Simulated nodes of this machine, for kill-node.")] = 1
-    out: Annotated[Path | None, output("Folder for result.json, report.html and PNGs.")] = None
+    out: Annotated[Path | None, output("Folder for result.json, report.html and PNGs; - for a line of the output.")] = (
+        None
+    )
     form: Annotated[Format, FORMAT] = Format.table
 
 
@@ -115,8 +117,10 @@ class ReportFlags:
     """Write report.html, PNGs and a markdown summary again from a result.json; of several, one report beside each
     other."""
 
-    result: Annotated[list[Path], typer.Argument(help="The result.json of a run; several for a comparison.")]
-    out: Annotated[Path | None, output("Folder to write to; beside the result otherwise.")] = None
+    result: Annotated[
+        list[Path], typer.Argument(help="The result.json of a run, or a log with it (- for stdin); several to compare.")
+    ]
+    out: Annotated[Path | None, output("Folder to write to; beside the result otherwise, of stdin here.")] = None
     form: Annotated[Format, FORMAT] = Format.table
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -188,11 +189,20 @@ class BenchResult(_Form, frozen=True, kw_only=True):
     @property
     def ok(self) -> bool:
         """Whether every request was served and every checked slot held what it must."""
-        wrong = self.verify.mismatches if self.verify else 0
-        left = self.chaos is not None and not self.chaos.ok
-        return not (self.requests.failed or wrong or left) and all(
-            fault.recovered_s is not None for fault in self.faults
-        )
+        return not self.failure
+
+    @property
+    def failure(self) -> str:
+        """What was not as it must be; empty if nothing."""
+        asked, verify = self.requests, self.verify
+        parts = [f"{asked.failed} of {asked.submitted} requests failed"] if asked.failed else []
+        if verify is not None and verify.mismatches:
+            parts.append(f"{verify.mismatches} slots held other bytes ({verify.first_mismatch})")
+        if self.chaos is not None and not self.chaos.ok:
+            parts.append("something was left after the faults")
+        left = [f"{fault.kind}: {fault.message or fault.target}" for fault in self.faults if fault.recovered_s is None]
+        parts += [*left[:1], f"and {len(left) - 1} more"] if len(left) > 1 else left
+        return "; ".join(parts)
 
     def to_json(self) -> bytes:
         """One line of JSON."""
@@ -200,9 +210,11 @@ class BenchResult(_Form, frozen=True, kw_only=True):
 
 
 def read_result(path: Path) -> BenchResult:
-    """A result.json. ConfigError says what is wrong with it."""
+    """A result.json, or the last one in a log (`-`: standard input). ConfigError says what is wrong with it."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=BenchResult)
+        data = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
+        lines = [line for line in data.splitlines() if line.startswith(b'{"command":"bench"')]
+        return msgspec.json.decode(lines[-1] if lines else data, type=BenchResult)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give the result.json of a run") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

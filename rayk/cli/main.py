@@ -80,7 +80,8 @@ app.command("simulate", epilog=SIMULATE_EPILOG)(command_of(SimulateFlags, "rayk.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with `argv` (the process's arguments when None); the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("rayk").setLevel(logging.INFO)  # and of libraries what is a warning
     try:
         code = app(args=None if argv is None else list(argv), prog_name="rayk", standalone_mode=False)
         if code == INTERRUPTED:

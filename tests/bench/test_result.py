@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import msgspec
@@ -16,8 +16,9 @@ from rayk.bench.manager_driver import ManagerDriver
 from rayk.bench.measure import Fault, Latency, Measured, ReplicaCounts
 from rayk.bench.progress import LoggedProgress, progress_view, state_line, summary_rows, summary_table
 from rayk.bench.report import headline, swept, write_comparison, write_report
-from rayk.bench.result import BenchResult, make_result, read_result
+from rayk.bench.result import BenchResult, VerifyCounts, make_result, read_result
 from rayk.bench.settings import BenchSettings, complete
+from rayk.cli.main import main
 from rayk.errors import ConfigError
 from rayk.quantity import show_seconds
 from rayk.workloads import generators as workloads
@@ -90,6 +91,35 @@ def test_a_report_is_made_from_the_json_alone(serve: Serve, chat: Workload, tmp_
     assert not re.search(r'(src|href)="(https?:)?//', html)  # nothing is loaded from elsewhere
     assert (tmp_path / "new" / "folder" / "pages.png").read_bytes().startswith(b"\x89PNG")
     assert "| hit rate |" in (tmp_path / "new" / "folder" / "summary.md").read_text()
+
+
+def test_a_report_is_made_from_a_log(
+    serve: Serve, chat: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, log = result_of(serve, chat), tmp_path / "job.log"
+    log.write_bytes(b"Running entrypoint\n" + result.to_json() + b"\nthe run failed: ..\n")
+    monkeypatch.setattr("rayk.bench.report.FIGURES", {})
+    assert main(["report", str(log)]) == 0 and read_result(tmp_path / "result.json") == result
+    assert main(["bench", "--smoke", "--scale", "0.02", "--runtime", "inline", "--out", "-"]) == 0
+    shown = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(shown.encode())))
+    assert main(["report", "-", "--out", str(tmp_path / "second")]) == 0
+    assert read_result(tmp_path / "second" / "result.json").requests.completed == 40
+
+
+def test_what_failed_is_said_in_a_line(serve: Serve, chat: Workload) -> None:
+    result = result_of(serve, chat)
+    assert result.ok and result.failure == ""
+    faults = [Fault(kind="ReplicaLostError", message="replica 1 is gone", at=1.0, replica=1)] * 2
+    bad = msgspec.structs.replace(
+        result,
+        requests=msgspec.structs.replace(result.requests, failed=3),
+        verify=VerifyCounts(slots_checked=9, mismatches=1, first_mismatch="page 5"),
+        faults=faults,
+    )
+    assert not bad.ok and bad.failure == (
+        "3 of 40 requests failed; 1 slots held other bytes (page 5); ReplicaLostError: replica 1 is gone; and 1 more"
+    )
 
 
 def test_a_report_of_a_run_that_was_lost_at_once(tmp_path: Path, chat: Workload) -> None:
