@@ -18,7 +18,7 @@ JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format types bench bench-instructions valgrind profile gpu-report clients clean
+.PHONY: help setup demo test lint format types docs bench bench-instructions valgrind profile gpu-report clients clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: $(STAMP)  ## what the control plane costs, beside its limits and the best
 bench-instructions: $(STAMP) valgrind  ## count instructions under valgrind; fails when one grew by more than 5 %
 	$(BIN)/rayk bench core --only instructions --check --baseline $(BASELINE) --tolerance 0.05
 
+docs: $(STAMP)  ## the docs as a site in site/; no network, and no link that leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
+
 profile: $(STAMP)  ## sample driver, scheduler and replica on Ray with py-spy, write profile-out/
 	$(BIN)/python tests/measure/ray_profile.py profile-out
 
@@ -73,7 +76,7 @@ clients: $(STAMP)  ## foreign clients, routers and Ray Serve (by hand; installs 
 	PYTHONPATH="$$PWD" .venv-clients/bin/python examples/serve/foreign.py
 
 clean:  ## remove caches, builds and output (.venv stays; rm -rf .venv starts afresh)
-	rm -rf build dist rayk.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out bench-out profile-out
+	rm -rf build dist rayk.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out bench-out profile-out site
 	find actors rayk scheduler tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 valgrind:
@@ -90,7 +93,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
 		echo "zip, or core.symlinks=false). Clone again where symbolic links work, see CONTRIBUTING.md."; \
 		exit 1; fi >&2
 	@echo "Installing rayk and what it needs into $(VENV) (once; a few minutes the first time)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]' || { \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,docs]' || { \
 		echo "pip failed, see above. Nothing is half done: run the same command again." >&2; exit 1; }
 	@touch $@
 
