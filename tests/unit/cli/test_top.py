@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import termios
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
 from rayk.actors.describe_cluster import ClusterState, EngineState
 from rayk.cli.cluster_view import ClusterView
-from rayk.cli.top import _logged, render
+from rayk.cli.top import _live, _logged, render
 from rayk.protocol.admission import AdmissionState, TenantState
 
 
@@ -87,3 +91,22 @@ def test_elsewhere_it_is_lines(capsys: object) -> None:
     _logged(view, look, 0.0, 2)
     lines = capsys.readouterr().out.splitlines()  # type: ignore[attr-defined]  # pytest's fixture
     assert len(lines) == 3 and "1 ready" in lines[0] and "is lost" in lines[1] and "1 lost" in lines[2]
+
+
+def test_on_a_terminal_it_is_drawn_and_takes_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a pseudo-terminal: s, then q."""
+    main, other = os.openpty()
+    view, drawn = ClusterView(), StringIO()
+    console = Console(file=drawn, force_terminal=True, width=100, height=40, legacy_windows=False)
+    with os.fdopen(other, "r") as terminal, os.fdopen(main, "w", buffering=1) as keyboard:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        before = termios.tcgetattr(terminal)
+
+        def look() -> list[str]:
+            keyboard.write("sq")
+            keyboard.flush()
+            return view.take(1.0, [], snapshot(engine(0), engine(1)))
+
+        _live(console, "prod", view, look, 30.0, None)
+        assert termios.tcgetattr(terminal) == before, "the terminal is as it was"
+    assert view.sort == "requests" and "by requests" in drawn.getvalue() and "replicas, by index" in drawn.getvalue()

@@ -54,6 +54,15 @@ def test_exactly_one_driver_starts_a_replacement() -> None:
     assert house.supervisor.replacements() == []
 
 
+def test_losses_are_counted_and_logged_once_with_their_reason(caplog: pytest.LogCaptureFixture) -> None:
+    house = House()
+    house.lose(1, "its process ended")
+    house.lose(1, "told twice")
+    house.replace()
+    assert (house.supervisor.lost, house.supervisor.replaced) == (1, 1)
+    assert caplog.messages == ["replica 1 is lost with 0 request(s) placed there: its process ended"]
+
+
 @pytest.mark.parametrize("how_far", [State.planned, State.starting])
 def test_a_driver_that_is_gone_loses_its_grant_and_another_gets_it(how_far: State) -> None:
     house = House()
