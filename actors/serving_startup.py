@@ -16,6 +16,9 @@ from rayk.actors.serving_roster import ServingRoster
 from rayk.errors import ConfigError, PlanError
 from rayk.scheduler.router.router import RouterSettings
 
+OWN = ("device", "hash_seed", "reset_token", "vllm_metrics")
+"""Settings in which a driver that attaches may differ."""
+
 
 def cluster_name(name: str) -> str:
     """What the actors of the Cluster of a session are called by."""
@@ -80,7 +83,7 @@ def check_same(roster: ServingRoster, replicas: NamedReplicas, routing: RouterSe
     """ConfigError names the settings in which a driver that attaches wants something else."""
     served, wanted = roster.served, replicas.settings
     given = served.settings
-    names = [each.name for each in fields(wanted) if each.name not in ("device", "hash_seed", "reset_token")]
+    names = [each.name for each in fields(wanted) if each.name not in OWN]
     differing = [each for each in names if getattr(wanted, each) != getattr(given, each)]
     for what, one, other in (
         ("model", str(replicas.source), str(served.source)),
