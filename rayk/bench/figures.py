@@ -66,7 +66,7 @@ def _legend(axes: Axes) -> None:
 
 def _time_axis(axes: Axes, result: BenchResult) -> None:
     """What was left out as a warm-up, and where faults were: a line each, and a shade until it was over."""
-    named = set[str]()
+    named, end = set[str](), result.elapsed + (result.warmup or 0.0)
     if result.warmup is not None:
         axes.axvspan(0, result.warmup, color=QUIET, alpha=0.12, lw=0, label="warm-up")
     for fault in result.faults:
@@ -74,8 +74,8 @@ def _time_axis(axes: Axes, result: BenchResult) -> None:
         named.add("fault")
         axes.axvline(fault.at, color=FAULT, lw=1, ls=":", label=label)
         if fault.recovered_s is not None:
-            axes.axvspan(fault.at, fault.at + fault.recovered_s, color=FAULT, alpha=0.08, lw=0)
-    axes.set(xlabel="seconds", xlim=(0, None), ylim=(0, None))
+            axes.axvspan(fault.at, min(end, fault.at + fault.recovered_s), color=FAULT, alpha=0.08, lw=0)
+    axes.set(xlabel="seconds", xlim=(0, end or None), ylim=(0, None))
     _legend(axes)
 
 
