@@ -29,7 +29,7 @@ from rayk.protocol.dedup import ReplyCache
 from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.leases import TICK_SECONDS
 from rayk.scheduler.readings import read_scheduler
-from rayk.scheduler.recovery import ClaimSeen, Kept, claim_again, keep, rejoin, restore
+from rayk.scheduler.recovery import ClaimSeen, Kept, born_after, claim_again, keep, rejoin, restore
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.script import ReplicaCall, ReplicaReply, Script
 
@@ -79,7 +79,7 @@ class SchedulerActor:
             raise RuntimeError(f"nothing is kept of the cluster {key!r}: it was shut down")
         if kept is not None:
             if kept.schedulers:
-                epoch = time.time_ns() // 1_000
+                epoch = born_after(kept.roster.scheduler_epoch, time.time_ns() // 1_000)
             roster = replace_fields(kept.roster, scheduler_epoch=epoch)
             replicas, epochs = [handle.actor for handle in roster.running.values()], kept.epochs
             settings = roster.config.router_settings(roster.pages)

@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 
 from rayk import protocol as m
 from rayk.scheduler.core import SchedulerCore
-from rayk.scheduler.membership import State
+from rayk.scheduler.membership import Membership, State
+from rayk.scheduler.router.router import Router
 from rayk.scheduler.script import Script
+
+GIVEN_OUT = 10**12  # more numbers than one scheduler gives out
 
 
 class ClaimSeen(NamedTuple):
@@ -59,22 +62,34 @@ def keep(core: SchedulerCore, roster: Any, schedulers: Sequence[str]) -> Kept:
 
 def restore(core: SchedulerCore, kept: Kept, born: int) -> None:
     """Have a new core, which began at `born`, go on with what was kept."""
-    members, placer = core.members, core.placer
-    members.restore([_settled(*each) for each in zip(kept.states, kept.epochs, strict=True)], kept.epochs, born)
-    while len(core.router.loads) < len(members):
-        core.router.join()
-    for r in range(len(members)):
-        if r not in members.here:
-            core.router.lost(r)
-        elif members.state(r) is State.draining:
-            core.router.cordon(r)
-    placer.generations = itertools.count(born)
+    restore_members(core.members, core.router, kept.states, kept.epochs, born)
+    core.placer.generations = itertools.count(born)
     core.owner, core.reset = kept.owner, kept.reset
     core.left = kept.left if kept.left is not None else core.left
     core.supervisor.restore(kept.target, kept.leaving)
     for driver, seconds in kept.leases.items():
         core.leases.connect(driver, seconds)
     core.born = born
+
+
+def born_after(before: int, now: int) -> int:
+    """When a scheduler began whose predecessor began at `before`, in microseconds: it is above all numbers that the
+    latter gave out from there on, one in a microsecond at most, also where the clock was put back meanwhile."""
+    return now if now > before else before + GIVEN_OUT
+
+
+def restore_members(
+    members: Membership, router: Router, states: Sequence[str], epochs: Sequence[int], born: int
+) -> None:
+    """Have the members, and the router of these, stand as was kept; `born` is above all versions that there were."""
+    members.restore([_settled(*each) for each in zip(states, epochs, strict=True)], epochs, born)
+    while len(router.loads) < len(members):
+        router.join()
+    for r in range(len(members)):
+        if r not in members.here:
+            router.lost(r)
+        elif members.state(r) is State.draining:
+            router.cordon(r)
 
 
 def claim_again(core: SchedulerCore, claims: Mapping[int, Sequence[ClaimSeen] | None]) -> None:

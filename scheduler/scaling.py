@@ -75,6 +75,7 @@ def desired_replicas(
 
     Replicas that are ready or on their way count as there; what drains is carried over to the others.
     """
+    require_at_least(0, queued_tokens=queued_tokens, queued_requests=queued_requests)
     here = [load for load in loads if load.state in ("planned", "starting", "ready")]
     carried = [load for load in loads if load.state in ("ready", "draining")]
     size = max((load.capacity for load in carried), default=0)

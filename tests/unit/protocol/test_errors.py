@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import importlib
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +16,19 @@ from rayk import errors
 from rayk import protocol as m
 from rayk.errors import InsufficientBlocksError, MessageError, RaykError
 
-KINDS: list[type[RaykError]] = [
-    cls for cls in vars(errors).values() if inspect.isclass(cls) and issubclass(cls, RaykError)
-]
+ROOT = Path(__file__).resolve().parents[3]
+for path in (each for top in ("rayk", "actors", "scheduler") for each in (ROOT / top).rglob("*.py")):
+    if re.search(r"^class \w+Error\(", path.read_text(), re.MULTILINE):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        importlib.import_module(name if name.startswith("rayk") else f"rayk.{name}")
+KINDS: list[type[RaykError]] = sorted(errors._tree(RaykError).values(), key=lambda cls: cls.__name__)
+"""All that there are, wherever they are."""
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "str": st.text(max_size=20),
     "int": st.integers(-(2**63), 2**63 - 1),
     "float": st.floats(allow_nan=False, allow_infinity=False),
     "list[str]": st.lists(st.text(max_size=5), max_size=8),
+    "list[dict[str, int]]": st.lists(st.dictionaries(st.text(max_size=5), st.integers(0, 9), max_size=3), max_size=3),
     "dict[str, str]": st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=8),
 }
 

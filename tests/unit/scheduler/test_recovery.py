@@ -9,7 +9,7 @@ import pytest
 from rayk import protocol as m
 from rayk.errors import AlreadyClaimedError
 from rayk.scheduler.core import SchedulerCore
-from rayk.scheduler.recovery import ClaimSeen, claim_again, keep, rejoin, restore
+from rayk.scheduler.recovery import GIVEN_OUT, ClaimSeen, born_after, claim_again, keep, rejoin, restore
 from rayk.scheduler.router.policy import RouteRequest
 from rayk.scheduler.router.router import RouterSettings
 from rayk.scheduler.script import ReplicaCall, ReplicaReply
@@ -78,6 +78,12 @@ def test_claims_are_those_of_the_replicas_and_numbers_are_given_out_once() -> No
     with pytest.raises(AlreadyClaimedError):
         after.placer.put("x", 2)
     assert after.placer.owner("a")[1] >= BORN
+
+
+def test_a_clock_that_was_put_back_makes_no_number_again() -> None:
+    assert born_after(BORN, BORN + 7) == BORN + 7
+    for now in (BORN, BORN - 3_600_000_000):
+        assert born_after(BORN, now) == BORN + GIVEN_OUT
 
 
 def test_what_a_driver_was_never_told_of_is_released_and_what_is_gone_is_named() -> None:
