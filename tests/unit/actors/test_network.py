@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class Network:
     def __init__(self) -> None:
         self.names = {side: f"rayk-{os.getpid()}-{side}" for side in HOSTS}
         self.threads = {side: ThreadPoolExecutor(1) for side in HOSTS}
+
+    def begin(self) -> None:
         for name in self.names.values():
             ip("netns", "add", name)
         a, b = self.names.values()
@@ -77,17 +80,20 @@ class Network:
         for thread in self.threads.values():
             thread.shutdown()
         for name in self.names.values():
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            with suppress(OSError):  # there is no ip
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def network() -> Iterator[Network]:
+    made = Network()
     try:
-        made = Network()
+        made.begin()
+        yield made
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no network namespaces can be made here: {getattr(error, 'stderr', error)}")
-    yield made
-    made.close()
+    finally:
+        made.close()
 
 
 class RemoteActor(Actor):
