@@ -76,6 +76,7 @@ class Injector:
         self._open: list[_Open] = []
         self._ready_since: dict[int, float] = {}  # by process
         self._doomed: set[int] = set()  # processes
+        self._cut: set[int] = set()  # sockets
         self._ending = Event()
         self._error: Exception | None = None
         self._thread = Thread(target=self._run, name="rayk-chaos", daemon=True)
@@ -236,11 +237,13 @@ class Injector:
         return Hit(f"a node and its {len(gone)} processes", over, noticed=lambda: not whole(self._target.replicas()))
 
     def _cut_socket(self, draw: int) -> Hit | None:
-        cut = cut_one(draw)
+        """Over when there is another one, or nothing is sent there any more."""
+        cut = cut_one(draw, self._cut)
         if cut is None:
             return None
+        self._cut.add(cut.inode)
         who = f"socket {cut.fd}, {cut.way} the actor at {Path(cut.path).name}"
-        return Hit(who, lambda: cut.mended, noticed=lambda: cut.closed)
+        return Hit(who, lambda: cut.mended or self._ending.is_set(), noticed=lambda: cut.closed)
 
     @property
     def _held(self) -> bool:

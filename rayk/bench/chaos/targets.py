@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -193,31 +193,29 @@ class CutSocket(NamedTuple):
         if not self.closed:
             return False
         pid = os.path.basename(self.path).partition("-")[0]
-        return not psutil.pid_exists(int(pid)) or self.path in _sockets().values()
+        return not psutil.pid_exists(int(pid)) or self.path in (path for _, _, path in _sockets())
 
 
-def cut_one(draw: int) -> CutSocket | None:
-    """Shut one of this process's sockets to actors down, in one direction or both."""
-    found = sorted(_sockets().items())
+def cut_one(draw: int, before: Collection[int] = ()) -> CutSocket | None:
+    """Shut one of this process's sockets to actors down, in one direction or both; none whose inode was cut before."""
+    found = sorted(each for each in _sockets() if each[1] not in before)
     if not found:
         return None
-    (fd, path), way = found[draw % len(found)], draw // len(found) % len(WAYS)
+    (fd, inode, path), way = found[draw % len(found)], draw // len(found) % len(WAYS)
     with suppress(OSError), socket.socket(fileno=os.dup(fd)) as end:
-        inode = os.fstat(end.fileno()).st_ino
         end.shutdown(WAYS[way])
         return CutSocket(fd, inode, path, NAMES[way])
     return None
 
 
-def _sockets() -> dict[int, str]:
-    """This process's sockets to actors: file descriptors, and where the actors listen."""
-    folder, found = str(socket_folder()), dict[int, str]()
+def _sockets() -> list[tuple[int, int, str]]:
+    """This process's sockets to actors: file descriptors, inodes, and where the actors listen."""
+    folder, found = str(socket_folder()), list[tuple[int, int, str]]()
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):
-            if stat.S_ISSOCK(os.stat(f"/proc/self/fd/{name}").st_mode):
-                path = _peer(int(name))
-                if path.startswith(folder):
-                    found[int(name)] = path
+            there = os.stat(f"/proc/self/fd/{name}")
+            if stat.S_ISSOCK(there.st_mode) and (path := _peer(int(name))).startswith(folder):
+                found.append((int(name), there.st_ino, path))
     return found
 
 
