@@ -178,7 +178,9 @@ class ServeBenchFlags:
     Tokens per second of a core of the server's process, and the time to the first byte.
     """
 
-    runtime: Annotated[str, what("inline, or ray: replicas in processes of their own.")] = "inline"
+    runtime: Annotated[
+        str, what("inline; ray: replicas in processes of their own; named: the same behind a scheduler's.")
+    ] = "inline"
     replicas: Annotated[int, what("Replicas.", min=1)] = 1
     streams: Annotated[int, what("Streams at once.", min=1)] = 64
     prompt: Annotated[int, what("Tokens of a prompt.", min=1)] = 32

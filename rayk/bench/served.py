@@ -1,7 +1,7 @@
 """A server to measure, as a process of its own: over replicas whose model does nothing, or bare Starlette that streams
 bytes as they were.
 
-    python -m rayk.bench.served inline|ray REPLICAS STREAMS TOKENS
+    python -m rayk.bench.served inline|ray|named REPLICAS STREAMS TOKENS
     python -m rayk.bench.served bare FILE
 
 The first line on stdout has the port and the engine's thread; SIGTERM ends it.
@@ -86,7 +86,7 @@ def serve(runtime: str, replicas: int, streams: int, tokens: int) -> None:
     """rayk's server."""
     pages = streams * (-(-(tokens + 200) // PAGE_SIZE) + 1)
     with (
-        InferenceSession(runtime) as session,
+        InferenceSession(*(("ray", "local", "served") if runtime == "named" else (runtime,))) as session,
         Cluster(
             nothing, session, replicas=replicas, page_size=PAGE_SIZE, pages=pages, max_batch_size=streams,
             tokenizer=Words(), device="cpu", threads=1,
