@@ -7,6 +7,7 @@ free where the model was loaded. torch is imported when a replica starts, not wi
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -52,6 +53,7 @@ STATS_SECONDS = 30.0
 CLOSE_SECONDS = 60.0  # to write what is on its way to disk
 SILENT_SECONDS = 60.0  # an engine reports every second; one that is silent so long hangs
 SOON_SECONDS = 5.0  # the same where others take its place
+GATHER_SECONDS = 0.002  # between two reports at least: steps that take less are reported together
 STALLED_SECONDS = 6.0  # the same of an engine that is in a step, in a process that reports
 
 
@@ -130,10 +132,12 @@ class EngineActor:
         from rayk.protocol.engine import encode
 
         for report in self._thread.reports(0, driver):
+            made = time.monotonic()
             stalled = self._thread.stalled()
             if self._settings.replaced and stalled >= STALLED_SECONDS:
                 raise CallTimeoutError(f"the engine of replica {self._replica}", stalled)
             yield encode(report)
+            time.sleep(max(0.0, made + GATHER_SECONDS - time.monotonic()))
 
     def stats(self) -> EngineStats:
         """The engine's counters, taken between two steps."""

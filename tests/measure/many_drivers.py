@@ -74,7 +74,7 @@ def drive_all(address: str | None, who: str, drivers: int, batches: int) -> list
     begin.wait()
     for thread in threads:
         thread.join()
-    for session in sessions:
+    for session in reversed(sessions):  # the first one joined Ray for all of them
         session.close()
     if failures:
         raise failures[0]
