@@ -57,7 +57,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_bytes())
     except OSError as error:
-        raise ModelConfigError(f"cannot be read: {error.strerror}", str(path), []) from None
+        way = "give a config.json, or a folder with one; nothing is downloaded"
+        raise ModelConfigError(f"cannot be read: {error.strerror}; {way}", str(path), []) from None
     except (ValueError, RecursionError) as error:
         raise ModelConfigError(f"is not JSON: {error}", str(path), []) from None
     if not isinstance(raw, dict):
