@@ -49,7 +49,7 @@ from rayk.transport.line import Line, PageData
 from rayk.transport.port import PagePort, open_lines
 
 REFUSED = (-1,) * RESULTS
-UNREAD = 1024  # admissions whose times are kept until somebody reads them
+UNREAD = 4096  # times that are kept until somebody reads them
 PLAIN = (bytes, str, int, float, bool, type(None))
 PROTOCOL = 5  # Ray's, too
 REMEMBERED = 64  # answers to each sender, whose socket may be cut with so many on their way
@@ -97,7 +97,7 @@ class ReplicaService:
         self._sender = ""  # of the message that is being answered
         self._exchange = PageExchange(core, self.port, partial(self._mirrors.context, keep=False))
         self._answers: ReplyCache[tuple[bytes, PageData]] = ReplyCache(remembered=REMEMBERED)
-        self._took: list[list[float]] = []  # by claims and allocs, turn by turn, until somebody reads it
+        self._took: list[float] = []  # by claims and allocs, turn by turn, until somebody reads it
         self._claims, self._allocs = Histogram(MICROSECONDS), Histogram(MICROSECONDS)
 
     def handle(self, wire: bytes, attached: Sequence[PageData] = ()) -> tuple[bytes, PageData]:
@@ -319,16 +319,15 @@ class ReplicaService:
         untried = len(batch.ids) - len(numbers) // RESULTS
         numbers += REFUSED * untried
         seconds += (0.0, 0.0) * untried
-        self._took.append(seconds)
+        self._took += seconds
         if len(self._took) > UNREAD:
             self._count_times()
         return m.AdmitDone(array("q", numbers).tobytes(), array("d", seconds).tobytes(), failures, reported(arrivals))
 
     def _count_times(self) -> None:
         took, self._took = self._took, []
-        for seconds in took:
-            self._claims.add(*seconds[::2])
-            self._allocs.add(*seconds[1::2])
+        self._claims.add(*took[::2])
+        self._allocs.add(*took[1::2])
 
     def read(self, labels: Labels) -> list[Reading]:
         """Its metrics. Nobody may send it anything meanwhile."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rayk import AdmissionPolicy, Cluster, InferenceSession, PagedKVCacheManager
+from rayk import protocol as m
 from rayk.kvcache.connector import TierCount
 from rayk.kvcache.metrics import KVCacheMetrics
 from rayk.kvcache.readings import read_pages
@@ -17,6 +18,7 @@ from rayk.metrics.histogram import AT_ONCE, Histogram
 from rayk.metrics.reading import InMemory, Reading, Reporter, aliases, reading
 from rayk.metrics.table import ALIASES, METRICS, SECONDS, markdown
 from rayk.params import OBJECT_STORE
+from rayk.protocol.context_sync import ContextSender
 from rayk.scheduler.core import SchedulerCore
 from rayk.scheduler.readings import read_scheduler
 from rayk.scheduler.router.router import RouterSettings
@@ -150,3 +152,24 @@ def test_a_reporter_goes_on_after_a_failure() -> None:
     reporter = Reporter(read, Seen(), every=0.01)
     assert came.wait(10)
     reporter.stop()
+
+
+def test_times_of_admissions_are_counted_whoever_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when nobody does for long: what is kept of them is bounded."""
+    from rayk import MHAKVCacheParams, TextContext
+    from rayk.replica import service
+
+    monkeypatch.setattr(service, "UNREAD", 10)
+    shape = {"head_dim": 4, "num_layers": 1, "n_kv_heads": 1, "page_size": 4}
+    params = MHAKVCacheParams(dtype="float32", devices=["cpu"], enable_prefix_caching=True, **shape)  # type: ignore[arg-type]  # all ints
+    with PagedKVCacheManager(params, InferenceSession("inline"), 64, max_batch_size=4) as manager:
+        replica = manager._calls.local(0)  # type: ignore[union-attr]  # inline
+        for turn in range(20):
+            ctx = TextContext(f"r{turn}", list(range(turn, turn + 6)), 8)
+            replica.answer(m.Admit(ContextSender().pack([ctx], whole=True), True))
+            replica.answer(m.Release([ctx.request_id]))
+            assert len(replica._took) <= 10
+        found = {each.metric.name: each.value for each in replica.read(OF)}
+    for name in ("rayk_claim_seconds", "rayk_alloc_seconds"):
+        times = found[name]
+        assert isinstance(times, Histogram) and times.count == 20, name
