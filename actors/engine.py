@@ -35,12 +35,13 @@ from rayk.actors.launch import (
 from rayk.actors.mailbox import Mailbox
 from rayk.actors.post_line import PostLine
 from rayk.actors.report import start_reporting
-from rayk.errors import CallTimeoutError, ClosedError, ReplicaLostError
+from rayk.errors import CallTimeoutError, ClosedError, PlanError, ReplicaLostError
 from rayk.metrics.reading import Labels, Reading, Reporter
 from rayk.planning.node_plan import NodeMemory, measure_node
 from rayk.protocol.lines import PathState
 
 if TYPE_CHECKING:
+    from rayk.engine.ranks import Ranks
     from rayk.engine.replicas import ModelSource, ReplicaFacts, ServeSettings
     from rayk.engine.settings import EngineStats
     from rayk.engine.tiers import NodeTiers
@@ -59,9 +60,11 @@ STALLED_SECONDS = 6.0  # the same of an engine that is in a step, in a process t
 
 class EngineActor:
     """handle() and open() run one after the other; read() and control calls have lanes of their own. Messages come by
-    sockets, too: see rayk.actors.mailbox."""
+    sockets, too: see rayk.actors.mailbox. With several ranks it is rank 0, and starts the others in its bundle."""
 
-    def __init__(self, replica: int, source: ModelSource, settings: ServeSettings) -> None:
+    def __init__(
+        self, replica: int, source: ModelSource, settings: ServeSettings, bundle: Bundle | None = None
+    ) -> None:
         import torch
 
         torch.set_num_threads(settings.threads or 1)
@@ -69,10 +72,23 @@ class EngineActor:
         self._source = source
         self._settings = settings
         self._device = "cuda:0" if settings.device.startswith("cuda") else settings.device
-        self._model = source.load(self._device)
         self._thread: Any = None
         self._reporter: Reporter | None = None
         self._mailbox = Mailbox(self._post, self._reports, lambda error: self._thread.fail(0, error))
+        self._ranks: Ranks | None = None
+        if settings.tp == 1:
+            self._model = source.load(self._device)
+            return
+        from rayk.actors.ranks import start_ranks
+        from rayk.actors.runtime import RayRuntime
+        from rayk.models.tensor_parallel import Rank
+
+        assert bundle is not None
+        self._ranks = start_ranks(RayRuntime(), replica, source, settings, bundle, self._device)
+        try:
+            self._model = source.load(self._device, Rank(0, settings.tp))
+        except Exception as error:
+            raise self._ranks.lost or error from error  # a rank that is lost fails what the others do
 
     def open(
         self, sharing: int, host_name: str, node: NodeMemory | None = None, tiers: NodeTiers | None = None
@@ -93,11 +109,17 @@ class EngineActor:
             node,
             tiers,
             address=RayRuntime().address(),
+            ranks=self._ranks,
         )
         self._thread = EngineThread([engine], shared=self._settings.shared).start()
+        if self._ranks is not None:
+            self._ranks.on_loss = lambda error: self._thread.fail(0, error)
+            if self._ranks.lost is not None:
+                raise self._ranks.lost
         model = Path(str(self._source)).name if self._settings.vllm_metrics else None
-        self._reporter = start_reporting(RayRuntime(), partial(self._read, engine.core.params.bytes_per_page), model)
-        return facts_of(engine, self._device, host_name, self._source)
+        facts = facts_of(engine, self._device, host_name, self._source, self._settings.tp)
+        self._reporter = start_reporting(RayRuntime(), partial(self._read, facts.page_bytes), model)
+        return facts
 
     def __repr__(self) -> str:  # how Ray's dashboard and logs call it
         return f"rayk engine {self._replica}"
@@ -162,6 +184,8 @@ class EngineActor:
         self._mailbox.close()
         if self._thread is not None:
             self._thread.stop()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def pid(self) -> int:
         """This process, on its node."""
@@ -201,7 +225,12 @@ class RayReplicas:
 
     def add(self, replicas: Sequence[int], timeout: float) -> None:
         vacate(self._runtime, self._placed, replicas)
-        bundles, groups = place_actors(self._runtime, self._placed, replicas, self._gpus, {}, timeout, self._name)
+        gpus = self._gpus * self.settings.tp
+        if gpus > 1:
+            most = max((int(node.resources.get("GPU", 0)) for node in self._runtime.nodes()), default=0)
+            if most < gpus:
+                raise PlanError(f"tp={gpus} needs nodes with {gpus} GPUs, and this cluster's have {most} at most")
+        bundles, groups = place_actors(self._runtime, self._placed, replicas, gpus, {}, timeout, self._name)
         with ended_on_failure(self._runtime, (), groups), starting(self._runtime, self._specs(bundles)) as actors:
             self._coming = actors
             if self._closing:
@@ -225,7 +254,7 @@ class RayReplicas:
             yield self._spec(replica, bundle)
 
     def _spec(self, replica: int, bundle: Bundle) -> ActorSpec:
-        arguments = (replica, self._source, self.settings)
+        arguments = (replica, self._source, self.settings, bundle if self.settings.tp > 1 else None)
         return ActorSpec(
             EngineActor, arguments, self._gpus, bundle, lanes=(REPORTS_LANE,), title=f"{self.title}/engine-{replica}"
         )

@@ -75,7 +75,8 @@ class NamedReplicas(RayReplicas):
 
     def _spec(self, replica: int, bundle: Bundle) -> ActorSpec:
         later = f"-{time.time_ns() // 1_000}" if self._placed or self.handles else ""  # others may have had its index
-        arguments, named = (replica, self._source, self.settings), f"{self._name}/engine-{replica}{later}"
+        arguments = (replica, self._source, self.settings, bundle if self.settings.tp > 1 else None)
+        named = f"{self._name}/engine-{replica}{later}"
         lanes = {"lanes": (REPORTS_LANE,), "lane_threads": 1 + DRIVERS}
         return ActorSpec(EngineActor, arguments, self._gpus, bundle, named, **lanes)  # type: ignore[arg-type]  # mypy joins the types
 

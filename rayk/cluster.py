@@ -54,7 +54,8 @@ class Cluster:
     together for pages beyond their devices' (docs/tiers.md): "16GiB", bytes, or 0.9 for that share of what is free.
     Pages on disk serve the next Cluster of the same model; `model_id` names it, instead of a look at all its weights.
     `peer_copies`: a prefix that another replica holds is copied where that takes less time than computing it.
-    `device`: "cpu", "cuda", or "auto" for CUDA where there are enough GPUs. `graphs`: on
+    `tp`: ranks of each replica, over which its model and pages are split: as many GPUs of one node, or processes on a
+    CPU (docs/engine.md). `device`: "cpu", "cuda", or "auto" for CUDA where there are enough GPUs. `graphs`: on
     CUDA, capture decode steps. A request whose replica is lost is sent again `max_retries` times. With an
     `admission` policy requests wait for room and for their turn (tenant, priority and deadline of the prompt count, see
     rayk.scheduler.admission.queue), or are turned away with an OverloadedError. `tokenizer`: for
@@ -82,6 +83,7 @@ class Cluster:
         session: InferenceSession | None = None,
         *,
         replicas: int = 1,
+        tp: int = 1,
         page_size: int = 128,
         pages: int | None = None,
         max_batch_size: int = 64,
@@ -119,6 +121,7 @@ class Cluster:
         folder = None if disk_dir is None else Path(disk_dir).expanduser().resolve()
         settings = ServeSettings(
             replicas=replicas,
+            tp=tp,
             page_size=page_size,
             pages=pages,
             max_batch_size=max_batch_size,
@@ -139,6 +142,8 @@ class Cluster:
             engine=EngineSettings(chunk_size=chunk_size, watermark=watermark),
         )
         source = changed(model_source(model, dtype, attention), model_id=model_id)
+        if tp > 1:
+            source.check_split(tp)
         if disk_dir is not None and source.folder is None:
             source.identity()  # it has none: here, before anything is started
         where = session or InferenceSession("inline")

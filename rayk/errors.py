@@ -23,6 +23,7 @@ RaykError
 ├── IntegrityError (AssertionError)       a core's own bookkeeping contradicts itself: a bug in rayk
 └── ClusterError (RuntimeError)
     ├── ReplicaLostError                  a replica's process died; names what was lost
+    ├── RankLostError                     one of the processes that a replica is split over; it takes all with it
     ├── SchedulerLostError                the scheduler's process died
     ├── CallTimeoutError (TimeoutError)   no answer in time
     ├── StaleEpochError                   the replica was replaced since the caller last talked to it
@@ -284,6 +285,16 @@ class ReplicaLostError(ClusterError):
             f"{len(self.requests)} claimed request(s){': ' + shown if shown else ''}. "
             "Send these requests again; with replace=False put another in its place with add_replicas()"
         )
+
+
+class RankLostError(ClusterError):
+    """One of the processes that a replica's model is split over died, or failed where the others did not. The replica
+    cannot go on without it: its requests go on elsewhere, and it is replaced as a whole."""
+
+    replica: int
+    rank: int
+    reason: str
+    text: ClassVar[str] = "rank {rank} of replica {replica} is lost: {reason}"
 
 
 class SchedulerLostError(ClusterError):

@@ -16,7 +16,7 @@ from rayk.workloads.request import Workload
 if TYPE_CHECKING:
     from rayk.cluster import Cluster
 
-AS_SET = ("replicas", "page_size", "pages", "max_batch_size", "router", "disk_dir", "peer_copies")
+AS_SET = ("replicas", "tp", "page_size", "pages", "max_batch_size", "router", "disk_dir", "peer_copies")
 UNBOUNDED = 1_000_000
 FITS = 0.97  # of a model's length, when lengths are scaled to it
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 served = group("Cluster")
 
 AS_GIVEN = (
-    *("replicas", "page_size", "pages", "max_batch_size", "chunk_size", "device", "dtype", "attention", "router"),
-    *("threads", "peer_copies", "host_memory", "disk_dir", "disk_memory"),
+    *("replicas", "tp", "page_size", "pages", "max_batch_size", "chunk_size", "device", "dtype", "attention", "router"),
+    *("kv_dtype", "threads", "peer_copies", "host_memory", "disk_dir", "disk_memory"),
 )
 """Flags that are settings of the cluster."""
 
@@ -33,6 +33,7 @@ class PlaceFlags:
     """How many replicas, and where."""
 
     replicas: Annotated[int, served("Data-parallel replicas.")] = 1
+    tp: Annotated[int, served("Ranks of a replica, over which its model is split: GPUs of one node.")] = 1
     runtime: Annotated[str, served("ray, or inline: everything in this process.")] = "ray"
     address: Annotated[str | None, served("Ray cluster to join; otherwise one that runs, or a new one.")] = None
 
@@ -56,6 +57,7 @@ class EngineFlags:
     disk_memory: Annotated[str | None, served("What --disk-dir may hold on each node.")] = None
     device: Annotated[str, served("cpu, cuda, or auto: cuda if there are enough GPUs.")] = "auto"
     dtype: Annotated[str, served("auto (as the checkpoint has it), float32, bfloat16.")] = "auto"
+    kv_dtype: Annotated[str | None, served("Of the pages, such as float8_e4m3fn; the model's own.")] = None
     attention: Annotated[str | None, served("An attention backend; the fastest that can.")] = None
     threads: Annotated[int | None, served("Threads of each replica on a CPU: 1, and inline all.")] = None
 

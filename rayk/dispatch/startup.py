@@ -56,7 +56,7 @@ class Startup:
         """Start it, or attach to it."""
         settings = self.settings
         if settings.device == "auto":
-            settings = changed(settings, device=_device(self.session, settings.replicas))
+            settings = changed(settings, device=_device(self.session, settings.replicas * settings.tp))
         if self.session.name is not None:
             return self._open_named(settings)
         replicas: Replicas
@@ -174,11 +174,11 @@ def model_source(
     return ModelSource(folder=folder, dtype=dtype, attention=attention)
 
 
-def _device(session: InferenceSession, replicas: int) -> str:
-    """Where replicas run if nobody says: on GPUs if each has one (in this process they may share)."""
+def _device(session: InferenceSession, ranks: int) -> str:
+    """Where replicas run if nobody says: on GPUs if each rank has one (in this process they may share)."""
     if session.runtime == "inline":
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
     gpus = sum(int(node.resources.get("GPU", 0)) for node in session.ray.nodes())
-    return "cuda" if gpus >= replicas else "cpu"
+    return "cuda" if gpus >= ranks else "cpu"

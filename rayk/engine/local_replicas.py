@@ -36,6 +36,11 @@ class InlineReplicas:
     """Implements rayk.engine.replicas.Replicas."""
 
     def __init__(self, source: ModelSource, settings: ServeSettings) -> None:
+        if settings.tp > 1:
+            raise ConfigError(
+                f"tp={settings.tp} needs a process for each rank, and here all replicas are in this one: "
+                'pass InferenceSession("ray"), or use tp=1'
+            )
         folder = settings.tiers.disk_dir
         if settings.names_pages:
             seed = take_seed(folder) if folder is not None else secrets.token_bytes(32)

@@ -11,19 +11,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rayk.engine.engine import Engine
 from rayk.engine.graphs import with_graphs
 from rayk.engine.page_sharing import PageSharing
+from rayk.engine.ranked_pages import RankedCopier, RankedLine
+from rayk.engine.ranks import Asked, RankedModel, Ranks
 from rayk.engine.settings import EngineSettings, EngineStats
 from rayk.engine.tiers import NodeTiers, TierConfig
 from rayk.errors import ConfigError, RaykError
 from rayk.kvcache.buffers import PageBuffers
 from rayk.kvcache.page_hash import PageHasher
 from rayk.kvcache.replica import ReplicaCore
-from rayk.params import KVCacheParams, require, require_at_least
-from rayk.planning.node_plan import Component, NodeMemory, ReplicaPlan, plan_replica
+from rayk.params import OBJECT_STORE, KVCacheParams, require, require_at_least
+from rayk.planning.node_plan import Component, NodeMemory, plan_replica
 from rayk.protocol.engine import Command, Report
 from rayk.protocol.kv_events import KVEventsConfig
 from rayk.protocol.lines import PathState
@@ -32,6 +34,9 @@ from rayk.tiers.opening import open_connector
 from rayk.transport.choice import Endpoint, Peer
 from rayk.transport.line import Line
 from rayk.transport.port import PagePort, open_lines
+
+if TYPE_CHECKING:
+    from rayk.models.tensor_parallel import Rank
 
 log = logging.getLogger("rayk.engine")
 
@@ -51,23 +56,32 @@ class ModelSource:
     attention: str | None = None
     model_id: str | None = None
 
-    def load(self, device: str) -> Any:
-        """The model on that device."""
+    def load(self, device: str, rank: Rank | None = None) -> Any:
+        """The model on that device, or its part of a rank that has joined the others."""
         if self.make is not None:
             return self.make(device)
         assert self.folder is not None
         from rayk.models import load_model
 
-        return load_model(self.folder, dtype=self.dtype, device=device, attention=self.attention)
+        return load_model(self.folder, dtype=self.dtype, device=device, attention=self.attention, rank=rank)
 
-    def planned_bytes(self) -> int | None:
-        """What `rayk plan` says that the weights take; None for a model that comes from no folder or is not planned."""
+    def check_split(self, ranks: int) -> None:
+        """ConfigError or ArchitectureError for a model that cannot be split over so many ranks."""
+        if self.folder is None:
+            raise ConfigError(f"tp={ranks} splits the matrices of a checkpoint; {self} is made by a function, use tp=1")
+        from rayk.models.load import check_folder_split
+
+        check_folder_split(self.folder, ranks)
+
+    def planned_bytes(self, ranks: int = 1) -> int | None:
+        """What `rayk plan` says that the weights take on each of so many ranks; None for a model that comes from no
+        folder or is not planned."""
         if self.folder is None:
             return None
         from rayk.planning.reading import read_model
 
         try:
-            return read_model(self.folder).loaded_bytes(None if self.dtype == "auto" else self.dtype)
+            return read_model(self.folder).rank_bytes(None if self.dtype == "auto" else self.dtype, ranks)
         except RaykError:
             return None
 
@@ -93,6 +107,7 @@ class ServeSettings:
     """
 
     replicas: int = 1
+    tp: int = 1  # ranks of a replica, over which its model is split
     page_size: int = 128
     pages: int | None = None
     max_batch_size: int = 64
@@ -119,6 +134,7 @@ class ServeSettings:
         require_at_least(
             1,
             replicas=self.replicas,
+            tp=self.tp,
             page_size=self.page_size,
             max_batch_size=self.max_batch_size,
             **({} if self.threads is None else {"threads": self.threads}),
@@ -251,14 +267,59 @@ def open_engine(
     tiers: NodeTiers | None,
     lines: Callable[[PageBuffers], list[Line]] | None = None,
     address: str = "127.0.0.1",
+    ranks: Ranks | None = None,
 ) -> Engine:
     """One replica's engine over new pages, as one of `sharing` replicas that are being started on that node.
 
     The model is loaded already. `lines` opens those that carry pages to and from peers (None: whatever there is between
-    processes), `address` is where these reach this replica. On CUDA its decode steps are captured. PlanError when not
-    even one page fits.
+    processes), `address` is where these reach this replica. `ranks` have the other parts of the model: they make as
+    many pages. On CUDA its decode steps are captured. PlanError when not even one page fits.
     """
-    more = {} if tiers is None else tiers.params("" if tiers.disk_dir is None else source.identity())
+    split = settings.tp
+    identity = "" if tiers is None or tiers.disk_dir is None else source.identity()
+    more = {} if tiers is None else tiers.params(identity if split == 1 else f"{identity}/tp={split}")
+    params = page_params(model, settings, device, **more)
+    if not device.startswith("cuda"):
+        sharing *= split
+    pages = plan_pages(model, params, settings, sharing, node)
+    opened_by_ranks: Asked | None = None
+    if ranks is not None:
+        pages = min(pages, *ranks.ask("plan", sharing, node).wait())
+        opened_by_ranks = ranks.ask("open", pages, address)
+    shared = settings.peer_copies and lines is None
+    core = ReplicaCore(params, replica, pages, settings.max_batch_size, [device], shared_memory=shared)
+    if settings.reset_token is not None:
+        core.reset_prefix_cache(settings.reset_token)  # before there are tiers, which have pages of the others
+    page_bytes = params.bytes_per_page * split
+    try:
+        served = with_graphs(model, core) if settings.graphs else model
+        kinds = opened_by_ranks.wait() if opened_by_ranks is not None else []
+        if tiers is not None:
+            copier = RankedCopier(core, ranks, str(tiers.pool)) if ranks is not None else None
+            host_pages = tiers.host_pages(page_bytes)
+            core.connect(open_connector(params, core.buffers.all_bytes, host_pages, tiers.pool, copier))
+        publish_events(core, settings.kv_events)
+        peers = None
+        if settings.peer_copies:
+            me = Peer(replica, time.time_ns() // 1000)
+            opened = lines(core.buffers) if lines is not None else open_lines(core.buffers, address)
+            if ranks is not None:  # what goes beside messages would be rank 0's part alone
+                everywhere = [each for each in opened if all(each.kind in has for has in kinds)]
+                opened = [RankedLine(each, ranks) for each in everywhere if each.kind != OBJECT_STORE]
+            peers = PageSharing(core, PagePort(me, core.exports, page_bytes, address, opened))
+        return Engine(
+            core,
+            RankedModel(served, core, ranks) if ranks is not None else served,
+            replace(settings.engine, report_pages=settings.reports),
+            peers=peers,
+        )
+    except BaseException:
+        core.shutdown()
+        raise
+
+
+def page_params(model: Any, settings: ServeSettings, device: str, **more: Any) -> KVCacheParams:
+    """Of a replica's pages on that device, or of a rank's part of them."""
     params = model.cache_params(
         page_size=settings.page_size,
         devices=[device],
@@ -270,42 +331,17 @@ def open_engine(
         **more,
     )
     assert isinstance(params, KVCacheParams)
-    pages = _plan(model, params, settings, sharing, node).pages
-    shared = settings.peer_copies and lines is None
-    core = ReplicaCore(params, replica, pages, settings.max_batch_size, [device], shared_memory=shared)
-    if settings.reset_token is not None:
-        core.reset_prefix_cache(settings.reset_token)  # before there are tiers, which have pages of the others
-    if tiers is not None:
-        core.connect(
-            open_connector(params, core.buffers.all_bytes, tiers.host_pages(params.bytes_per_page), tiers.pool)
-        )
-    try:
-        publish_events(core, settings.kv_events)
-        peers = None
-        if settings.peer_copies:
-            me = Peer(replica, time.time_ns() // 1000)
-            page_bytes = params.bytes_per_page
-            opened = lines(core.buffers) if lines is not None else open_lines(core.buffers, address)
-            peers = PageSharing(core, PagePort(me, core.exports, page_bytes, address, opened))
-        return Engine(
-            core,
-            with_graphs(model, core) if settings.graphs else model,
-            replace(settings.engine, report_pages=settings.reports),
-            peers=peers,
-        )
-    except BaseException:
-        core.shutdown()
-        raise
+    return params
 
 
-def _plan(model: Any, params: KVCacheParams, settings: ServeSettings, sharing: int, node: NodeMemory) -> ReplicaPlan:
+def plan_pages(model: Any, params: KVCacheParams, settings: ServeSettings, sharing: int, node: NodeMemory) -> int:
     """The number of pages that was asked for, else what fits, up to a full batch of the longest requests."""
     plan = plan_replica(node, params, settings.pages, sharing, settings.utilization)
     if settings.pages is not None:
-        return plan
+        return plan.pages
     longest = min(model.max_length, settings.longest or model.max_length)
     useful = settings.max_batch_size * -(-(longest + 1) // settings.page_size)
-    return plan_replica(node, params, min(plan.pages, useful), sharing, settings.utilization)
+    return plan_replica(node, params, min(plan.pages, useful), sharing, settings.utilization).pages
 
 
 def check_engine(engine: Engine) -> None:
@@ -317,12 +353,13 @@ def check_engine(engine: Engine) -> None:
         core.connector.check_integrity()
 
 
-def facts_of(engine: Engine, device: str, node: str, source: ModelSource | None = None) -> ReplicaFacts:
-    """What an engine's replica is, and what it took of what was planned; a part that is off is warned of by name."""
+def facts_of(engine: Engine, device: str, node: str, source: ModelSource | None = None, ranks: int = 1) -> ReplicaFacts:
+    """What an engine's replica is, and what its rank 0 took of what was planned; a part that is off is warned of by
+    name."""
     core = engine.core
     allocated = sum(tensor.nbytes for tensor in core.buffers.all_buffers)
     memory = [Component("pages", (core.num_pages + 1) * core.params.bytes_per_page, allocated)]
-    loaded, planned = getattr(engine.model, "num_bytes", None), source.planned_bytes() if source is not None else None
+    loaded, planned = getattr(engine.model, "num_bytes", None), None if source is None else source.planned_bytes(ranks)
     if loaded is not None and planned is not None:
         memory.insert(0, Component("weights", planned, loaded))
     for part in memory:
@@ -334,7 +371,7 @@ def facts_of(engine: Engine, device: str, node: str, source: ModelSource | None 
         device,
         str(getattr(engine.model, "backend", "")),
         core.num_pages,
-        core.params.bytes_per_page,
+        core.params.bytes_per_page * ranks,
         engine.model.max_length,
         engine.model.vocab_size,
         engine.limits.has_tokenizer,

@@ -73,23 +73,32 @@ class PageCopier(Protocol):
         ...
 
 
-def make_copier(buffers: Sequence[torch.Tensor], copies: Sequence[int] | None = None) -> PageCopier:
+class RowPart(NamedTuple):
+    """Where in a row these buffers are that others share: the first byte, and the bytes of a whole row."""
+
+    start: int
+    row_bytes: int
+
+
+def make_copier(
+    buffers: Sequence[torch.Tensor], copies: Sequence[int] | None = None, part: RowPart | None = None
+) -> PageCopier:
     """`buffers` are uint8 `[pages, bytes per page]`, one per device buffer, sharing memory with it.
 
     `copies` are the lengths of the runs of buffers that hold the same bytes (a replicated cache's TP shards), of which
-    a row has one; by default each buffer is its own.
+    a row has one; by default each buffer is its own. `part`: of a row that has other ranks' pages, too.
     """
     groups, at = [], 0
     for count in copies or [1] * len(buffers):
         groups.append(buffers[at : at + count])
         at += count
     assert at == len(buffers)
-    return CudaCopier(groups) if any(b.is_cuda for b in buffers) else HostCopier(groups)
+    return CudaCopier(groups, part) if any(b.is_cuda for b in buffers) else HostCopier(groups, part)
 
 
-def _parts(groups: Groups) -> list[tuple[int, int]]:
+def _parts(groups: Groups, first: int) -> list[tuple[int, int]]:
     """Where each group's part of a page is in a row: start, stop."""
-    parts, at = [], 0
+    parts, at = [], first
     for group in groups:
         parts.append((at, at + group[0].shape[1]))
         at += group[0].shape[1]
@@ -123,10 +132,11 @@ def runs(pages: Sequence[int], rows: Sequence[int]) -> list[tuple[int, int, int]
 class HostCopier:
     """Pages in host memory: plain copies."""
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups, part: RowPart | None = None) -> None:
         self._groups = [[b.numpy() for b in group] for group in groups]
-        self._parts = _parts(groups)
-        self.page_bytes = self._parts[-1][1]
+        self._parts = _parts(groups, part.start if part is not None else 0)
+        self.page_bytes = part.row_bytes if part is not None else self._parts[-1][1]
+        self._whole = self._parts == [(0, self.page_bytes)]
 
     def attach(self, pool: Rows) -> str:
         return ""
@@ -135,7 +145,7 @@ class HostCopier:
         pass
 
     def store(self, pages: Pages, pool: Rows, rows: Numbers) -> None:
-        if len(self._groups) == 1:
+        if self._whole:
             _copy(pool, rows, self._groups[0][0], pages)
             return
         for page, row, count in zip(*stretches(pages, rows), strict=True):
@@ -143,7 +153,7 @@ class HostCopier:
                 pool[row : row + count, start:stop] = group[0][page : page + count]
 
     def load(self, pool: Rows, rows: Numbers, pages: Pages) -> None:
-        if len(self._groups) == 1:
+        if self._whole:
             for buffer in self._groups[0]:
                 _copy(buffer, pages, pool, rows)
             return
@@ -190,11 +200,12 @@ class _Event:
 class CudaCopier:
     """Pages in GPU memory. Copies from and to other memory than attach()'s may block the caller."""
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups, part: RowPart | None = None) -> None:
         assert all(b.is_contiguous() for group in groups for b in group)
         self._groups = groups
-        self._parts = _parts(groups)
-        self.page_bytes = self._parts[-1][1]
+        self._parts = _parts(groups, part.start if part is not None else 0)
+        self.page_bytes = part.row_bytes if part is not None else self._parts[-1][1]
+        self._whole = self._parts == [(0, self.page_bytes)]
         self._devices = sorted({b.device for group in groups for b in group}, key=str)
         self._stores = {d: torch.cuda.Stream(d) for d in self._devices}  # type: ignore[no-untyped-call]  # as above
         self._loads = {d: torch.cuda.Stream(d) for d in self._devices}  # type: ignore[no-untyped-call]  # as above
@@ -267,7 +278,7 @@ class CudaCopier:
         """One call for all stretches; False where the driver has no such call, or refused."""
         if self._batch is None:
             return False
-        cut = stretches(pages, rows, coalesce=len(self._parts) == 1)
+        cut = stretches(pages, rows, coalesce=self._whole)
         on_host, on_device, sizes = [], [], []
         for group, (start, stop) in zip(self._groups, self._parts, strict=True):
             for buffer in group[:1] if out else group:
@@ -297,8 +308,8 @@ class CudaCopier:
 
     def _copy_each(self, device: torch.device, pages: Pages, pool: Rows, rows: Numbers, out: bool) -> None:
         """The same through torch. Rows that are not contiguous go one by one: torch would copy them twice."""
-        whole, host = len(self._parts) == 1, torch.from_numpy(pool)
-        for page, row, count in zip(*(each.tolist() for each in stretches(pages, rows, whole)), strict=True):
+        host = torch.from_numpy(pool)
+        for page, row, count in zip(*(each.tolist() for each in stretches(pages, rows, self._whole)), strict=True):
             for group, (start, stop) in zip(self._groups, self._parts, strict=True):
                 for buffer in group[:1] if out else group:
                     if buffer.device == device:

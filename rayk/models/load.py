@@ -19,6 +19,7 @@ from rayk.models.checkpoint import CONFIG, TOKENIZERS, check_folder, has_tokeniz
 from rayk.models.fields import refuse_unread
 from rayk.models.model import PagedModel
 from rayk.models.quantization import quant_method
+from rayk.models.tensor_parallel import Rank, check_split, distribution, settle
 from rayk.models.tensors import check_taken
 
 log = logging.getLogger("rayk.models")
@@ -28,29 +29,41 @@ POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length", "n_position
 
 
 def load_model(
-    folder: str | Path, *, dtype: str = "auto", device: str = "cpu", attention: str | None = None
+    folder: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    attention: str | None = None,
+    rank: Rank | None = None,
 ) -> PagedModel:
     """The causal language model in `folder`, with its tokenizer if there is one.
 
     dtype: of weights and arithmetic, "auto" is what the checkpoint has. attention: a backend by name
-    (rayk.attention.BACKENDS), else the fastest that can. CheckpointError names the folder and file that is missing or
-    damaged, ArchitectureError the model that cannot run on pages, AttentionError why the backend cannot be used.
+    (rayk.attention.BACKENDS), else the fastest that can. rank: of this process, which has joined the group of all
+    ranks; it gets its part of the model, and from here on all ranks make the same calls. CheckpointError names the
+    folder and file that is missing or damaged, ArchitectureError the model that cannot run on pages, AttentionError why
+    the backend cannot be used.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     where = _device(device)
     folder = Path(folder)
     raw = check_folder(folder)
-    config, model_class = _config(folder, raw)
+    config, model_class = config_of(folder, raw)
     text = config.get_text_config(decoder=True)
     architecture.refuse_by_config(text, model_class)
+    if rank is not None:
+        check_split(text, model_class.__name__, rank.ranks, quant_method(raw))
     refuse_unread(folder, CONFIG, raw, text, model_class)
     register()
     if others := other_copies(folder):
         log.warning("%s: not read: %s; the safetensors are served", folder, ", ".join(others))
     if dtype == "auto" and config.dtype is not None:
         _check_dtype(folder, config.dtype)
-    model = _weights(folder, model_class, config, dtype, quant_method(raw))
+    more = {} if rank is None else {"distributed_config": distribution(model_class, config, rank)}
+    model = _weights(folder, model_class, config, dtype, quant_method(raw), **more)
+    if rank is not None:
+        settle(model, text, rank)
     _check_dtype(folder, model.dtype)
     if text is not config:
         towers.drop(model)
@@ -60,6 +73,13 @@ def load_model(
     way, vocab_size = architecture.way_of(model, text)
     length = _max_length(folder, text, limit, model_class.__name__) - architecture.position_offset(model)
     return PagedModel(model, way, vocab_size, length, _eos(model), _tokenizer(folder), attention)
+
+
+def check_folder_split(folder: Path, ranks: int) -> None:
+    """ConfigError or ArchitectureError for a checkpoint that cannot be split over so many ranks."""
+    raw = check_folder(folder)
+    config, model_class = config_of(folder, raw)
+    check_split(config.get_text_config(decoder=True), model_class.__name__, ranks, quant_method(raw))
 
 
 def _device(name: str) -> torch.device:
@@ -72,7 +92,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _config(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
+def config_of(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
     """transformers' config and model class for what config.json says."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -100,7 +120,7 @@ def _model_types() -> Any:
     return CONFIG_MAPPING
 
 
-def _weights(folder: Path, model_class: Any, config: Any, dtype: str, quantised: str | None = None) -> Any:
+def _weights(folder: Path, model_class: Any, config: Any, dtype: str, quantised: str | None = None, **more: Any) -> Any:
     """The model with all its weights, and all weights of the files in it. transformers would fill in missing ones at
     random, and drop those that it has no place for."""
     text = config.get_text_config(decoder=True)
@@ -117,6 +137,7 @@ def _weights(folder: Path, model_class: Any, config: Any, dtype: str, quantised:
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are in the report, which is clearer
                 output_loading_info=True,
+                **more,
             )
     except Exception as error:  # foreign code over foreign files
         what = f"quant_method {quantised!r} cannot be loaded here" if quantised else "cannot be loaded"

@@ -99,7 +99,7 @@ class PagedModel:
         if len(devices) != replicas:
             raise ConfigError(
                 f"{len(devices)} device(s) for {replicas} replica(s): a Hugging Face model runs on one device a "
-                "replica, tensor parallelism is not built; use more replicas"
+                "replica in a process; Cluster(tp=..) splits it over several"
             )
         if more.get("kvcache_quant_config") is not None:
             raise ConfigError("pages with scales are not read by rayk's attention; use dtype='float8_e4m3fn' alone")
@@ -172,6 +172,7 @@ def _stored(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors that hold its bytes: itself, or the parts of one that wraps others (quantised weights, torchao's)."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _stored(getattr(tensor, name))
+            if isinstance(part := getattr(tensor, name), torch.Tensor):
+                yield from _stored(part)
     else:
         yield tensor

@@ -21,7 +21,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rayk.planning.model import CachedLayers, State
+from rayk.planning.model import CachedLayers, Split, State
 from rayk.planning.recurrent import is_recurrent, state_of
 from rayk.planning.weights import Kind, Module, Weights, in_tower
 
@@ -30,6 +30,7 @@ FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "W_pack")
 NOT_CACHED = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp")
 COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
 ROUTERS = ("gate", "router", "shared_expert_gate")
+DIVIDING = ("colwise", "rowwise", "packed_", "embedding_")  # how such styles of a plan begin
 INDEX_BLOCK = 128  # an indexer's key has 8 bits an element and a 32-bit scale for each 128
 
 
@@ -70,6 +71,7 @@ class KnownModel:
     layers: tuple[CachedLayers, ...]
     state: State | None
     refused: str | None
+    split: Split | None
     notes: tuple[str, ...] = ()
 
 
@@ -114,9 +116,8 @@ def _known(text: str) -> KnownModel:
             line = next((t.strip() for t in reversed(str(error).splitlines()) if t.strip()), type(error).__name__)
             raise Unbuildable(f"transformers makes no {raw['model_type']} of it: {line}") from None
         layers, state = _kept(model, text_config)
-        return KnownModel(
-            type(model).__name__, text_config, weights_of(model), layers, state, _refusal(text_config, model), notes
-        )
+        refused, split = _refusal(text_config, model), split_of(model, text_config)
+        return KnownModel(type(model).__name__, text_config, weights_of(model), layers, state, refused, split, notes)
 
 
 @contextmanager
@@ -197,6 +198,15 @@ def weights_of(model: nn.Module) -> Weights:
         for parameter, tensor in own:
             found.append(_module(name, module, parameter, tensor, module is head))
     return Weights.of(found)
+
+
+def split_of(model: Any, text: Any) -> Split | None:
+    """What transformers' tensor parallel plan divides of a model."""
+    if not _get(text, "base_model_tp_plan"):
+        return None
+    divided = {name: style for name, style in model.tp_plan.items() if style.startswith(DIVIDING)}
+    heads = any(name.endswith(".k_proj") and style == "colwise" for name, style in divided.items())
+    return Split(frozenset(divided), heads)
 
 
 def _module(name: str, module: nn.Module, parameter: str, tensor: torch.Tensor, is_head: bool) -> Module:

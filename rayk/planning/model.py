@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -38,6 +40,18 @@ class CachedLayers(NamedTuple):
         return self.latent or self.heads % tp == 0 or tp % self.heads == 0
 
 
+class Split(NamedTuple):
+    """What transformers' tensor parallel plan divides: modules by name, with `*` for numbers, and whether KV heads."""
+
+    modules: frozenset[str]
+    heads: bool
+
+    def divides(self, module: Module) -> bool:
+        """Whether each rank has a part of it; of a bias, as of its matrix."""
+        name = re.sub(r"\.\d+(?=\.|$)", ".*", module.name)
+        return name in self.modules or name.rpartition(".")[0] in self.modules
+
+
 class State(NamedTuple):
     """What recurrent layers keep of a sequence: `values` in the model's dtype and `floats` in float32."""
 
@@ -64,7 +78,8 @@ class Model:
 
     `stored_bytes` are those of its checkpoint's tensors where files say so; else `storage` and `weights` give them.
     Both None: unknown, only `weights_dtype` gives a size. `unknown` says why. `refused`: why rayk's own model runner
-    does not take it. `draft` is a model that runs beside it and drafts tokens, its cache in the same pages.
+    does not take it, `split` how that one divides it over ranks; None where it does not, or that is unknown. `draft` is
+    a model that runs beside it and drafts tokens, its cache in the same pages.
     """
 
     name: str
@@ -80,6 +95,7 @@ class Model:
     state: State = field(default_factory=State)
     experts_per_token: int = 0
     refused: str | None = None
+    split: Split | None = None
     draft: Model | None = None
     notes: tuple[str, ...] = ()
 
@@ -199,6 +215,14 @@ class Model:
         if self.weights is None:
             raise ConfigError(f"{self.name}: give the number of parameters (parameters=8.03B) to plan another dtype")
         return self.weights.num_bytes(bits) + beside
+
+    def rank_bytes(self, weights_dtype: str | None, tp: int) -> int:
+        """Those that one of `tp` ranks of rayk's own runner has."""
+        total = self.loaded_bytes(weights_dtype)
+        if tp == 1 or self.split is None or self.weights is None:
+            return -(-total // tp)
+        divided = self.shares(weights_dtype, {"divided": self.split.divides})["divided"]
+        return math.ceil(total * (1 - divided + divided / tp))
 
     def module_bits(self, weights_dtype: str | None) -> Callable[[Module], float]:
         """Bits of a parameter of each module, as stored or in another dtype."""

@@ -8,7 +8,7 @@ The cache has one page more than requests can use, the null page that pads block
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rayk.errors import ConfigError
@@ -259,10 +259,10 @@ def _noted(plan: MemoryPlan, model: Model, settings: PlanSettings, over: Overhea
         elif copied:
             each = settings.attention_tp // copied[0].heads
             notes.append(f"each of the {copied[0].heads} KV heads is on {each} GPUs: tp is beyond the KV heads")
-    if settings.gpus > 1:
-        notes.append(
-            f"rayk's own model runner has one GPU a replica; {settings.gpus} are for an engine that splits the model"
-        )
+    if settings.pp > 1 or settings.attention_dp > 1:
+        notes.append("rayk's own model runner splits by tp alone; this layout is for an engine that has it")
+    elif settings.tp > 1:
+        notes += _of_own_runner(model, settings)
     if settings.attention_dp > 1:
         notes.append(
             f"{settings.attention_dp} groups of {settings.attention_tp} GPU(s) have all attention weights and pages of "
@@ -273,3 +273,18 @@ def _noted(plan: MemoryPlan, model: Model, settings: PlanSettings, over: Overhea
             f"a token takes {model.draft.token_bytes(plan.cache_dtype):,} bytes in {model.draft.name}'s cache too"
         )
     return replace(plan, notes=tuple(notes))
+
+
+def _of_own_runner(model: Model, settings: PlanSettings) -> Iterator[str]:
+    """Where rayk's own runner, which splits as transformers does, has more on a GPU than this plan says."""
+    if model.split is None:
+        yield "rayk's own model runner does not split this model: transformers has no plan for that"
+        return
+    total, own = model.loaded_bytes(settings.weights_dtype), model.rank_bytes(settings.weights_dtype, settings.tp)
+    if own > WHOLE * total / settings.tp:
+        yield f"rayk's own model runner has {show_bytes(own)} of weights on each GPU: transformers leaves some whole"
+    if not model.split.heads and not model.latent:
+        yield f"rayk's own model runner keeps all KV heads on each of the {settings.tp} GPUs, as transformers does"
+
+
+WHOLE = 1.05

@@ -12,7 +12,7 @@ from rayk.planning.architectures import ARCHITECTURES, MODEL_TYPES, vision_tower
 from rayk.planning.checkpoint import Folder, read_folder
 from rayk.planning.config_fields import LARGEST, Fields
 from rayk.planning.encoders import named_encoder, with_encoder
-from rayk.planning.model import CachedLayers, Model, State, dtype_or_none
+from rayk.planning.model import CachedLayers, Model, Split, State, dtype_or_none
 from rayk.planning.quantization import Storage, UnknownQuantization, storage
 from rayk.planning.stand_ins import TEXT_ONLY, misnamed, stand_in, text_part
 from rayk.planning.weights import WEIGHT_BITS, Weights, plain_bits
@@ -57,6 +57,7 @@ class _Facts:
         self.name, self.text, self.weights, self.cached = name, text, weights, cached
         self.state: State | None = None
         self.refused: str | None = None
+        self.split: Split | None = None
 
 
 def read_model(path: Path) -> Model:
@@ -90,6 +91,7 @@ def read_model(path: Path) -> Model:
             state=facts.state or State(),
             experts_per_token=next((n for name in EXPERTS if (n := _whole(facts.text(name)))), 0),
             refused=facts.refused,
+            split=facts.split,
         ),
         notes,
     )
@@ -204,7 +206,7 @@ def _from_library(f: Fields, library: Any, raw: dict[str, Any], part: str | None
     if part is not None:
         facts.weights = with_encoder(f, facts.weights, hidden, notes)
         notes.append(f"{f.values.get('model_type')} is planned by its {part}, a {known.class_name}")
-    facts.state, facts.refused = known.state, known.refused
+    facts.state, facts.refused, facts.split = known.state, known.refused, known.split
     return facts
 
 

@@ -290,7 +290,6 @@ def _verdict(answer: PlanAnswer, console: Console) -> None:
         console.print("No single setting, nor two together, make it fit.")
     for remedy in answer.suggestions:
         gpus = f", {remedy.gpus} GPUs in all" if remedy.gpus > 1 else ""
-        split = dict(remedy.changes)
-        own = "; not with rayk's own runner, which has one GPU a replica" if {"tp", "pp"} & set(split) else ""
+        own = "; not with rayk's own runner, which splits by tp alone" if "pp" in dict(remedy.changes) else ""
         text = f"fits with {remedy.flags}: {remedy.pages:,} page(s) a replica{gpus}{own}"
         console.print(text, soft_wrap=True, markup=False)

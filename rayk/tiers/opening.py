@@ -11,7 +11,7 @@ import torch
 
 from rayk.errors import ConfigError
 from rayk.kvcache.connector import Connector, NullConnector, TierCounters
-from rayk.kvcache.page_copies import make_copier
+from rayk.kvcache.page_copies import PageCopier, make_copier
 from rayk.kvcache.page_hash import WIDTHS
 from rayk.params import KVCacheParams
 from rayk.planning.node_plan import measure_node
@@ -28,12 +28,17 @@ Factory = Callable[[KVCacheParams, Sequence[torch.Tensor], int, str | None], Con
 
 
 def open_connector(
-    params: KVCacheParams, buffers: Sequence[torch.Tensor], host_pages: int, pool: str | None
+    params: KVCacheParams,
+    buffers: Sequence[torch.Tensor],
+    host_pages: int,
+    pool: str | None,
+    copier: PageCopier | None = None,
 ) -> Connector:
     """The connector that `params.kv_connector` names, for one replica.
 
     `buffers` are its device pages as uint8 `[pages, bytes per page]`; `host_pages` is the node's; `pool` names the
-    cluster, so that its replicas on a node share one pool (None: they are alone). PlanError when there is no room.
+    cluster, so that its replicas on a node share one pool (None: they are alone); `copier` copies pages of which this
+    process has a part. PlanError when there is no room.
     A name like "package.module:factory" is a third party's: factory(params, buffers, host_pages, pool) makes its
     connector; ConfigError when it cannot be imported.
     """
@@ -41,7 +46,7 @@ def open_connector(
         return _imported(params.kv_connector)(params, buffers, host_pages, pool)
     if params.kv_connector == "null" or not host_pages:
         return NullConnector()
-    copier, counters = make_copier(buffers, equal_buffers(params)), TierCounters()
+    copier, counters = copier or make_copier(buffers, equal_buffers(params)), TierCounters()
     host = HostPool(pool, host_pages, copier.page_bytes, measure_node().host_free)
     if trouble := copier.attach(host.rows):
         log.warning("the host tier could not be page-locked (%s): copies will be slower", trouble)
@@ -53,7 +58,7 @@ def open_connector(
             fingerprint(params),
             copier.page_bytes,
             config.disk_offload_max_bytes,
-            config.disk_offload_max_bytes // params.bytes_per_page,
+            config.disk_offload_max_bytes // copier.page_bytes,
             WIDTHS[params.page_hash_algo],
             counters,
         )

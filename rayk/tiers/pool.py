@@ -6,10 +6,12 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
+
 from rayk.kvcache.page_copies import Rows
 from rayk.tiers.directory import Directory
 from rayk.tiers.folder import SHARED_MEMORY
-from rayk.tiers.segment import Segment, sweep
+from rayk.tiers.segment import HEADER_BYTES, Segment, sweep
 
 PREFIX = "rayk-pool-"
 ALIGNMENT = 4096
@@ -22,7 +24,7 @@ class HostPool:
     """
 
     def __init__(self, name: str | None, pages: int, page_bytes: int, free_bytes: int | None = None) -> None:
-        records = -(-Directory.num_bytes(pages) // ALIGNMENT) * ALIGNMENT
+        records = _rows_start(pages)
         size = records + pages * page_bytes
         sweep(SHARED_MEMORY, PREFIX)
         self._segment = Segment.attach(pool_path(name), size, page_bytes, lambda _: None, free_bytes)
@@ -44,6 +46,18 @@ class HostPool:
     def close(self) -> None:
         """Detach; the last one gives the memory back."""
         self._segment.close()
+
+
+def _rows_start(pages: int) -> int:
+    """Where the rows begin in a segment's body."""
+    return -(-Directory.num_bytes(pages) // ALIGNMENT) * ALIGNMENT
+
+
+def map_rows(name: str, pages: int, page_bytes: int) -> Rows:
+    """The rows of a cluster's pool alone, for a process of a replica that is attached to it by another one."""
+    path, start = pool_path(name), HEADER_BYTES + _rows_start(pages)
+    assert path is not None
+    return np.memmap(path, np.uint8, "r+", start, (pages, page_bytes))
 
 
 def pool_path(name: str | None) -> Path | None:

@@ -230,7 +230,7 @@ def test_memory_is_shown_as_planned_and_as_taken(generate, tmp_path: Path, monke
         taken = replica["memory"][part]["taken"]
         assert taken > 0 and replica["memory"][part]["planned"] == pytest.approx(taken, rel=0.03)
     found: list[str] = []
-    monkeypatch.setattr(ModelSource, "planned_bytes", lambda source: taken)
+    monkeypatch.setattr(ModelSource, "planned_bytes", lambda source, ranks: taken)
     monkeypatch.setattr(serve.log, "warning", lambda text, *values: found.append(text % values))
     assert generate(*argv)[0] == 0
     assert len(found) == 1 and "not as planned: weights: " in found[0]
