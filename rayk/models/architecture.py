@@ -19,6 +19,7 @@ from rayk.attention import PagedPool, choose, pack
 from rayk.attention.backend import Needs
 from rayk.errors import ArchitectureError, RaykError
 from rayk.models.bridge import NAME, ByRegistry, LayerShape, NotCausal, Recorder, Way, attending
+from rayk.models.fused import fuse, part_again
 from rayk.models.latent import expand_again, keep_latents
 
 log = logging.getLogger("rayk.models")
@@ -165,6 +166,11 @@ def _by_registry(model: Any, tokens: torch.Tensor, layers: int, offset: int) -> 
         want = _dense(model, tokens)
         model.set_attn_implementation(NAME)
         _compare(model, _chunked(model, way, tokens), want)
+        if model.device.type == "cuda" and fuse(model):
+            try:
+                _compare(model, _chunked(model, way, tokens), want)
+            except ArchitectureError:
+                part_again(model)
     return way, int(want.shape[1])
 
 

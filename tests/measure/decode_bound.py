@@ -28,6 +28,7 @@ from rayk.engine.forward import Model
 from rayk.engine.graphs import CudaRecorder, DecodeGraphs
 from rayk.engine.settings import EngineSettings
 from rayk.kvcache.replica import ReplicaCore
+from rayk.models.fused import part_again
 from rayk.protocol.engine_request import Request
 from rayk.sampling import SamplingParams
 
@@ -142,9 +143,13 @@ class Switch:
 class Bench:
     """One model on one device, and what that device can do."""
 
-    def __init__(self, shape: Shape, device: torch.device, longest: int, page_size: int = 128) -> None:
+    def __init__(
+        self, shape: Shape, device: torch.device, longest: int, page_size: int = 128, separate: bool = False
+    ) -> None:
         self.shape, self.device, self.page_size = shape, device, page_size
         self.model = random_model(shape, device, longest)
+        if separate:
+            part_again(self.model._model)
         self.read_rate = read_rate(device)
         self.flop_rate = flop_rate(device, self.model.dtype)
 
@@ -325,8 +330,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192])
+    parser.add_argument("--separate", action="store_true", help="do not fuse projections")
     given = parser.parse_args()
-    bench = Bench(SHAPES[given.shape], torch.device(given.device), max(given.contexts) + 256)
+    longest = max(given.contexts) + 256
+    bench = Bench(SHAPES[given.shape], torch.device(given.device), longest, separate=given.separate)
     for line in report(bench, given.batches, given.contexts):
         print(line, flush=True)
 

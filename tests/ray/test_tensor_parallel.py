@@ -17,8 +17,8 @@ from rayk.errors import ConfigError, PlanError
 from rayk.params import GROUP, SHARED_MEMORY
 from rayk.scheduler.transfers.indexed_copies import CopyPlanner
 
-from ..unit.models.checkpoints import prompts, write  # noqa: TID252  # tests/ is no package that has an absolute name
-from .forwards import until
+from ..patience import until  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..unit.models.checkpoints import prompts, write  # noqa: TID252  # as above
 
 SETTINGS: dict[str, Any] = {"page_size": 16, "max_batch_size": 4, "chunk_size": 32, "router": "round-robin"}
 ASKED = {"max_new_tokens": 12, "ignore_eos": True}
