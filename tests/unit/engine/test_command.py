@@ -234,3 +234,18 @@ def test_memory_is_shown_as_planned_and_as_taken(generate, tmp_path: Path, monke
     monkeypatch.setattr(serve.log, "warning", lambda text, *values: found.append(text % values))
     assert generate(*argv)[0] == 0
     assert len(found) == 1 and "not as planned: weights: " in found[0]
+
+
+def test_pages_of_another_dtype_and_ranks(generate) -> None:
+    asked = ("--prompt", "the stop said", "--pages", "8", "--max-new-tokens", "2", "--format", "json")
+    taken = {}
+    for flags in ((), ("--kv-dtype", "float8_e4m3fn")):
+        code, out, err = generate(*asked, *flags)
+        assert code == 0, err
+        taken[flags] = json.loads(out)["replicas"][0]["memory"]["pages"]["taken"]
+    whole, small = taken.values()
+    assert whole == 4 * small
+    code, out, err = generate(*asked, "--kv-dtype", "int4")
+    assert code == 2 and "kv_dtype 'int4' is not one of float32, bfloat16" in err
+    code, out, err = generate(*asked, "--tp", "2")
+    assert code == 2 and "tp=2 needs a process for each rank" in err and 'InferenceSession("ray")' in err
