@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
-from threading import Thread, Timer
+from threading import Event, Thread, Timer
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rayk.actors.interface import Actor, ActorGoneError, ActorSpec, Bundle, Runtime
@@ -93,7 +93,7 @@ def start_ranks(
             _owned.append(actor)
             call = actor.call("serve", number, replica, source, settings, meeting)
             calls[f"rank {number} of replica {replica}"] = call
-        ranks = Ranks(replica, _accept(runtime, listener, calls))
+        ranks = Ranks(replica, _accept(runtime, replica, listener, calls))
     ranks.on_loss = _end_soon
     try:
         join(Rank(0, settings.tp), store, torch.device(device))
@@ -107,12 +107,13 @@ def start_ranks(
 _owned: list[Actor] = []  # Ray ends an actor of which nobody has the handle
 
 
-def _accept(runtime: Runtime, listener: Listener, calls: Mapping[str, Any]) -> list[Connection]:
+def _accept(runtime: Runtime, replica: int, listener: Listener, calls: Mapping[str, Any]) -> list[Connection]:
     """The connections of the ranks that were called, in their order. PlanError when one ends before it comes."""
     found: dict[int, Connection] = {}
+    over = Event()
 
     def accept() -> None:
-        while len(found) < len(calls):
+        while len(found) < len(calls) and not over.is_set():
             with suppress(AuthenticationError, EOFError, OSError):
                 connection = listener.accept()
                 found[connection.recv()] = connection
@@ -120,15 +121,17 @@ def _accept(runtime: Runtime, listener: Listener, calls: Mapping[str, Any]) -> l
     thread = Thread(target=accept, name="rayk-ranks", daemon=True)
     thread.start()
     futures = {target: runtime.future(call) for target, call in calls.items()}
-    while thread.is_alive():
-        thread.join(LOOK_SECONDS)
-        for target, future in futures.items():
-            if future.done() and thread.is_alive():
-                try:
+    try:
+        while thread.is_alive():
+            thread.join(LOOK_SECONDS)
+            for target, future in futures.items():
+                if future.done() and thread.is_alive():
                     runtime.get(calls[target], target, 1.0)
                     raise PlanError(f"{target} ended while it was started")
-                except ActorGoneError as error:
-                    raise PlanError(f"{target} could not start: {error}") from None
+    except ActorGoneError as error:
+        raise PlanError(f"a rank of replica {replica} could not start: {error}") from None
+    finally:
+        over.set()
     return [found[number] for number in sorted(found)]
 
 
