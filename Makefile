@@ -66,8 +66,8 @@ gpu-report: $(STAMP)  ## run the GPU tests and show what they print
 	@if [ ! -d tests/gpu ]; then echo "gpu-report: there is no tests/gpu in this tree" >&2; exit 1; fi
 	$(BIN)/python -m pytest tests/gpu -m gpu -s $(PYTEST_ARGS)
 
-clients: $(STAMP)  ## foreign clients, routers and Ray Serve (by hand; installs them into .venv-clients)
-	@test -x .venv-clients/bin/serve || { $(PYTHON) -m venv .venv-clients && \
+clients: $(STAMP)  ## foreign clients and routers, Ray Serve and Ray Data (by hand; installed into .venv-clients)
+	@test -x .venv-clients/bin/guidellm || { $(PYTHON) -m venv .venv-clients && \
 		for site in .venv-clients/lib/python3*/site-packages; do echo "$$PWD"/$(VENV)/lib/python3*/site-packages > $$site/rayk.pth; done && \
 		.venv-clients/bin/pip install -qq --disable-pip-version-check \
 			schemathesis lm-eval tenacity guidellm smg vllm-router 'ray[serve,data]' && \

@@ -3,12 +3,13 @@
 rayk example-model /tmp/tiny
 pip install 'ray[serve]' 'rayk[server]'
 ray start --head
-python examples/serve/app.py              # starts the cluster "prod" and leaves it
+python examples/serve/app.py /tmp/tiny    # starts the cluster "prod" and leaves it
 serve run examples/serve/config.yaml      # http://127.0.0.1:8000/v1
 rayk down prod                            # when it is no longer needed
 """
 
 import os
+import sys
 
 import rayk
 from rayk.server import deployment
@@ -28,5 +29,5 @@ app = deployment(cluster, ["tiny"], settings={"tool_parser": "hermes"}, ray_acto
 
 if __name__ == "__main__":
     with rayk.InferenceSession("ray", "auto", NAME) as session:
-        rayk.Cluster("/tmp/tiny", session, replicas=2, pages=256)
+        rayk.Cluster(sys.argv[1], session, replicas=2, pages=256)
         print(f"the cluster {NAME!r} is ready")
