@@ -32,7 +32,7 @@ from rayk.actors.serving_roster import EngineHandle, ServingRoster
 from rayk.errors import ClosedError, ConfigError, MessageError
 from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.admission import AdmissionState
-from rayk.protocol.engine import Command, Forget, decode_report, encode
+from rayk.protocol.engine import Command, Forget, Report, decode_report, encode
 from rayk.protocol.lines import PathState
 from rayk.protocol.serving import (
     DriverNews,
@@ -268,16 +268,22 @@ class ServingActor:
         reason, silence = "its engine was stopped", SOON_SECONDS if self._roster.replaced else SILENT_SECONDS
         try:
             for count, wire in enumerate(line.stream(silence), 1):
-                report = decode_report(wire)
-                if report.batch != count:
-                    raise MessageError(f"replica {replica} sent report {report.batch} after {count - 1}")
-                with self._changed:
-                    if self._is(replica, handle):
-                        self._core.on_report(replica, report, np.frombuffer(report.first, np.int64).tolist())
-                        self._flush()
+                self._hear_engine(replica, handle, decode_report(wire), count)
         except BaseException as error:  # whatever it was, nobody reads what comes from there any more
             reason = str(error) or type(error).__name__
         line.close()
+        self._lose(replica, handle, reason)
+
+    def _hear_engine(self, replica: int, handle: EngineHandle, report: Report, count: int) -> None:
+        """Its report with that number."""
+        if report.batch != count:
+            raise MessageError(f"replica {replica} sent report {report.batch} after {count - 1}")
+        with self._changed:
+            if self._is(replica, handle):
+                self._core.on_report(replica, report, np.frombuffer(report.first, np.int64).tolist())
+                self._flush()
+
+    def _lose(self, replica: int, handle: EngineHandle, reason: str) -> None:
         if self._is(replica, handle):
             self._runtime.stop([handle.actor], None)  # nothing of it may go on
         with self._changed:

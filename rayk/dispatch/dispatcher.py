@@ -6,7 +6,7 @@ No threads and no transport: commands go out through `post`, reports come in by 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import count
 from time import monotonic
 
@@ -83,9 +83,11 @@ class Dispatcher(Requests):
             self._left.notify_all()
         return left
 
-    era = 0  # this driver never comes again
+    def era(self, replica: int) -> Hashable:
+        """Whose reports are followed there; this driver never comes again."""
+        return 0
 
-    def lose(self, replica: int, reason: str, era: int = 0) -> None:
+    def lose(self, replica: int, reason: str, era: Hashable = 0) -> None:
         """A replica is gone: what it had goes on elsewhere, as often as was allowed."""
         with self._turn():
             if self.closed or replica not in self.members.known:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -47,12 +47,12 @@ class Lifecycle:
 
     def _follow(self, replica: int) -> None:
         """Read a replica's reports from now on, in a thread of its own."""
-        name, era = f"rayk-reports-{replica}", self._dispatcher.era
+        name, era = f"rayk-reports-{replica}", self._dispatcher.era(replica)
         reader = threading.Thread(target=self._read, args=(replica, era), name=name, daemon=True)
         self.readers[replica] = reader
         reader.start()
 
-    def _read(self, replica: int, era: int) -> None:
+    def _read(self, replica: int, era: Hashable) -> None:
         """Follow one replica's reports to their end."""
         reason = "its engine was stopped"
         try:

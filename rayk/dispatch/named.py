@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from time import monotonic
 
@@ -35,7 +35,7 @@ from rayk.errors import (
 from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
 from rayk.protocol.engine import Cancel, Report
-from rayk.protocol.serving import DRIVER_SHIFT
+from rayk.protocol.serving import DRIVER_SHIFT, SchedulerNews
 from rayk.request_errors import RequestCancelledError
 from rayk.scheduler.membership import State
 from rayk.scheduler.router.router import RouterSettings
@@ -131,15 +131,18 @@ class NamedDispatcher(Requests):
         reason = "it takes this driver for gone"
         try:
             for news in self._link.answers():
-                if news.roster > self._version:
-                    self._look()
-                with self._turn():
-                    self._link.keep(news)
+                self._hear(news)
         except BaseException as error:  # whatever it was, nobody hears what it says any more
             reason = str(error) or type(error).__name__
         if not self.closed and not self._come_again():
             log.warning("the scheduler of %s is gone: %s", self._name, reason)
             self._lose_scheduler(reason)
+
+    def _hear(self, news: SchedulerNews) -> None:
+        if news.roster > self._version:
+            self._look()
+        with self._turn():
+            self._link.keep(news)
 
     def _lose_scheduler(self, reason: str) -> None:
         with self._turn():
@@ -198,18 +201,19 @@ class NamedDispatcher(Requests):
             if handle.endpoint is not None:
                 self.links.joined(replica, handle.epoch, handle.endpoint)
 
-    @property
-    def era(self) -> int:
-        """Which coming of this driver it is: streams of earlier ones end, and nothing is lost with them."""
-        return self._link.number
+    def era(self, replica: int) -> Hashable:
+        """Which coming of this driver it is, and which start of the replica: streams of earlier ones end, and nothing
+        is lost with them."""
+        handle = self._replicas.handles.get(replica)
+        return self._link.number, handle.start if handle is not None else 0
 
-    def lose(self, replica: int, reason: str, era: int) -> None:
+    def lose(self, replica: int, reason: str, era: Hashable) -> None:
         """Nothing comes from a replica any more: what it had goes on elsewhere, as often as was allowed."""
-        if self._come_again() or era != self.era:
+        if self._come_again():
             return
         with self._turn():
             handle = self._replicas.handles.get(replica)
-            if self.closed or handle is None:
+            if self.closed or handle is None or era != self.era(replica):
                 return
             here = [ticket for ticket, each in self._handles.items() if each.replica == replica]
             self._unheard[replica] = self._unheard.get(replica, []) + here
@@ -322,8 +326,13 @@ class NamedDispatcher(Requests):
         self._link.give_up(replicas, told(error), isinstance(error, NoPlaceError))
 
     def join(self, replica: int, pages: int, epoch: int, endpoint: Endpoint | None) -> None:
-        """A replica of enlist() takes requests from now on."""
+        """A replica of enlist() takes requests from now on. What was placed at the one before it, of whose end this
+        driver may not have heard yet, goes on elsewhere."""
         with self._looking:
+            with self._turn():
+                self._unheard.pop(replica, None)
+                self._listened.pop(replica, None)
+                self._lost(replica, "another took its place")
             token = self._link.join(replica, self._replicas.handles[replica], self._replicas.packed())
             if token is not None and token != self._replicas.settings.reset_token:
                 self._replicas.reset_prefix_cache([replica], token)

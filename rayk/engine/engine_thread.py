@@ -295,11 +295,7 @@ class EngineThread:
                     self._changed.wait(HELD_UP if busy and not behind else self._heartbeat)
                     arrived = list(self._inbox)
                     self._inbox.clear()
-            for each in arrived:
-                if isinstance(each, _Asked):
-                    _answer(each)
-                else:
-                    self._try(each[0], lambda each=each: self._apply(*each))  # type: ignore[misc]  # as above
+            self._take(arrived)
             for number, engine in self._sound:
                 self._try(number, engine.rest)
             if not behind and any(engine.busy for _, engine in self._sound):
@@ -309,6 +305,13 @@ class EngineThread:
     def _behind(self) -> bool:
         """Whether nobody reads what engines report: they rest."""
         return sum(outbox.unread for outbox in self._outboxes.values()) >= self._backlog
+
+    def _take(self, arrived: Sequence[tuple[int, Command] | _Asked]) -> None:
+        for each in arrived:
+            if isinstance(each, _Asked):
+                _answer(each)
+            else:
+                self._try(each[0], lambda each=each: self._apply(*each))  # type: ignore[misc]  # as above
 
     def _apply(self, number: int, command: Command) -> None:
         engine = self._engines.get(number)

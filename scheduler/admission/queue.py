@@ -240,6 +240,14 @@ class AdmissionQueue:
         count.longest = max(count.longest, now - ticket.came)
         return ticket
 
+    def adopt(self, request_id: str, pages: int, tenant: str | None, output: int) -> None:
+        """A request that another queue let in holds its pages here from now on; what its deadline was is not known."""
+        now, name = self._clock(), tenant or ""
+        entry = QueueEntry(now, next(self._numbers), request_id, name, pages, now, float("inf"), None, output)
+        self._tenants.setdefault(name, _Tenant()).held += pages
+        self.held += pages
+        self._admitted[request_id] = (entry, now, self.held)
+
     def _first(self) -> _Tenant | None:
         """The tenant whose turn it is."""
         first: _Tenant | None = None

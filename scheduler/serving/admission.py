@@ -41,12 +41,17 @@ class ClusterAdmission:
         """A new request waits, or is among those turned_away()."""
         self._offered[request.key] = request
         want = request.want
-        tenant = want.tenant
-        if tenant is None and request.driver:  # drivers take turns, too
-            tenant = f"driver {request.driver}"
-        traits = Traits(tenant=tenant, priority=want.priority, deadline=want.deadline)
+        traits = Traits(tenant=_tenant(request), priority=want.priority, deadline=want.deadline)
         queued = QueuedRequest(_CLIENT, lambda: route, request)
         self._controller.offer(queued, request.key, route.tokens, want.new_tokens, traits)
+
+    def adopt(self, request: ServedRequest, route: RouteRequest) -> None:
+        """A request was let in by another queue; it holds its pages, and its tenant's quota."""
+        self._controller.queue.adopt(request.key, self._pages(route), _tenant(request), request.want.new_tokens)
+
+    def lose(self, key: str) -> None:
+        """A request lost its replica; should it come again it is adopted."""
+        self._controller.queue.forget(key)
 
     def turned_away(self) -> Iterator[tuple[ServedRequest, RaykError]]:
         """Those that will not be served, with the reason."""
@@ -112,3 +117,9 @@ class ClusterAdmission:
     def check_integrity(self) -> None:
         """AssertionError when the books of the queue are wrong."""
         self._controller.check_integrity()
+
+
+def _tenant(request: ServedRequest) -> str | None:
+    if request.want.tenant is None and request.driver:  # drivers take turns, too
+        return f"driver {request.driver}"
+    return request.want.tenant

@@ -106,11 +106,7 @@ class ServingCore:
         """Requests want places: what becomes of them comes with take(), now or later."""
         now = self._clock()
         for want in wants:
-            driver, late_at = want.ticket >> DRIVER_SHIFT, None
-            if want.left is not None:
-                late_at = now + want.left
-            key = f"{driver}/{want.request_id}" if driver else want.request_id
-            request = ServedRequest(want, driver, key, late_at, since=now)
+            request = self._request(want, now)
             if want.again:
                 self.retries += 1
                 before = self._served.pop(want.again, None)
@@ -118,6 +114,8 @@ class ServingCore:
                     if before.replica in self.members.here:  # its driver hears nothing from there; should it go on
                         self._post(before.replica, Cancel([want.again]))
                     self._leave(before)
+                elif self.admission is not None:
+                    self.admission.adopt(request, self._route(request))
                 self._served[want.ticket] = request
                 self.waiting.put_back(request)
                 continue
@@ -132,6 +130,12 @@ class ServingCore:
                 self._fail(request, raised)
             self._admit(self.admission)  # what finds room makes no other wait
         self.pump()
+
+    def _request(self, want: PlaceRequest, now: float) -> ServedRequest:
+        driver = want.ticket >> DRIVER_SHIFT
+        late_at = now + want.left if want.left is not None else None
+        key = f"{driver}/{want.request_id}" if driver else want.request_id
+        return ServedRequest(want, driver, key, late_at, since=now)
 
     def drop(self, tickets: Sequence[int]) -> None:
         """Those are not wanted any more, and are nowhere; unknown ones are ignored."""
@@ -218,7 +222,8 @@ class ServingCore:
                 self.drop([end.number])
 
     def lose(self, replica: int, reason: str) -> None:
-        """A replica is gone with what it had; the drivers of its requests will ask again."""
+        """A replica is gone with what it had, which is forgotten: drivers ask again for what is not over, and of some
+        ends only they may have heard."""
         if replica not in self.members.known:
             return
         self.why_lost = reason
@@ -229,7 +234,10 @@ class ServingCore:
             except Exception:  # the requests have to be told whatever it is
                 log.exception("replica %d is lost, and not all took note of it", replica)
         for request in lost:
+            del self._served[request.ticket]
             self._leave(request)
+            if self.admission is not None:
+                self.admission.lose(request.key)
         self._on_left()
 
     def suspect(self, replica: int, start: int) -> None:

@@ -117,7 +117,7 @@ def test_a_place_at_a_replica_that_was_just_lost_here_is_tried() -> None:
     first, second = driver.submit([1], [2])
     driver.hear((first, 0))
     before = first.ticket
-    driver.dispatcher.lose(0, "it died", 3)
+    driver.dispatcher.lose(0, "it died", (3, 7))
     assert driver.told[-1].unheard == [(0, 7)] and driver.told[-1].wants[0].again == before
     assert first.retries == 1 and driver.followed == []
     driver.hear((second, 0))
@@ -125,11 +125,11 @@ def test_a_place_at_a_replica_that_was_just_lost_here_is_tried() -> None:
     driver.dispatcher.on_report(0, Report())
     assert driver.sent == [(0, "r0"), (0, "r1")]
     assert driver.posted[1] == (0, Cancel([before])), "it may still run there, by the same id"
-    driver.dispatcher.lose(0, "it died", 3)
+    driver.dispatcher.lose(0, "it died", (3, 7))
     assert (first.retries, second.retries) == (1, 1) and driver.told[-1].wants[0].request_id == "r1"
     for _ in range(2):
         driver.hear((second, 0))
-        driver.dispatcher.lose(0, "it died", 3)
+        driver.dispatcher.lose(0, "it died", (3, 7))
     assert isinstance(second.result(0).error, ReplicaLostError) and not first.done
 
 
@@ -137,7 +137,7 @@ def test_what_waits_to_be_heard_can_be_cancelled_and_is_not_sent() -> None:
     driver = Driver()
     first, second, third = driver.submit([1], [2], [3])
     driver.hear((first, 0))
-    driver.dispatcher.lose(0, "it was silent", 3)
+    driver.dispatcher.lose(0, "it was silent", (3, 7))
     driver.hear((second, 0), (third, 0))
     driver.dispatcher.cancel(second)
     driver.dispatcher.on_report(0, Report())
@@ -159,5 +159,5 @@ def test_streams_of_an_earlier_coming_end_without_a_loss() -> None:
     driver = Driver()
     [handle] = driver.submit([1])
     driver.hear((handle, 0))
-    driver.dispatcher.lose(0, "it takes this driver for gone", 2)
+    driver.dispatcher.lose(0, "it takes this driver for gone", (2, 7))
     assert handle.retries == 0 and handle.replica == 0 and handle.ticket >> DRIVER_SHIFT == 3
