@@ -222,6 +222,11 @@ class ActorChannel:
         """Let go of the socket; what is still sent goes by calls."""
         self._path.close()
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether ping() was not answered for `quiet`, when it was looked last."""
+        return self.quiet is not None and self._pulse.silence >= self.quiet
+
     def ask(self, command: Any) -> Any:
         """Send and wait: the result, or the error it stands for."""
         return self.send(command).wait().result

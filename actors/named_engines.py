@@ -18,7 +18,7 @@ from rayk.actors.engine import (
 from rayk.actors.interface import Actor, ActorSpec, Bundle, Runtime
 from rayk.actors.launch import PlacedActor, close_actors, vacate
 from rayk.actors.serving import DRIVERS
-from rayk.actors.serving_roster import EngineHandle, ServedModel, ServingRoster
+from rayk.actors.serving_roster import EngineHandle, ServedModel, ServingRoster, serving_key
 
 if TYPE_CHECKING:
     from rayk.engine.replicas import ModelSource, ReplicaFacts, ServeSettings
@@ -124,6 +124,7 @@ class NamedReplicas(RayReplicas):
     def close(self) -> None:
         if self.scheduler is not None:
             self._runtime.stop([self.scheduler], None)
+            self._runtime.keep(serving_key(str(self._name)), None)
         super().close()
 
     def remove(self, replica: int) -> None:

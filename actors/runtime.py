@@ -349,6 +349,13 @@ class RayRuntime:
                 time.sleep(0.01)
 
     @staticmethod
+    def restart(actor: Actor) -> None:
+        """End the process of an actor that restarts, hung or not; returns at once."""
+        if isinstance(actor, RayActor):
+            with contextlib.suppress(ValueError, ray_errors.RayError):
+                ray.kill(actor.handle, no_restart=False)
+
+    @staticmethod
     def keep(key: str, value: Any) -> None:
         """Have Ray's head keep a value (None: no more), which outlives this process."""
         if not ray.is_initialized():

@@ -4,7 +4,9 @@
     engines  <--commands--  --Report-->             what is of no driver: pages, use, who began and who ended
 
 Prompts and tokens go between drivers and engines. The engines' streams are read here by a thread each, drivers have a
-Mailbox. A driver that leaves, or is silent for longer than its lease, has its requests ended everywhere.
+Mailbox. A driver that leaves, or is silent for longer than its lease, has its requests ended everywhere. When this
+process dies, Ray starts another one, which goes on with what was kept (rayk.scheduler.serving.recovery), what engines
+have and what drivers say.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from threading import Condition, Thread
-from time import monotonic, sleep
+from time import monotonic, sleep, time_ns
 from typing import Any
 
 import msgspec
@@ -26,6 +28,7 @@ from rayk.actors.engine import REPORTS_LANE, SILENT_SECONDS, SOON_SECONDS
 from rayk.actors.interface import Runtime, SocketAddress
 from rayk.actors.mailbox import Mailbox
 from rayk.actors.post_line import PostLine
+from rayk.actors.process import spare_from_kernel
 from rayk.actors.report import start_reporting
 from rayk.actors.secret import Challenge, Door, Proof
 from rayk.actors.serving_roster import EngineHandle, ServingRoster
@@ -46,8 +49,10 @@ from rayk.protocol.serving import (
 )
 from rayk.scheduler.leases import TICK_SECONDS, Leases
 from rayk.scheduler.readings import read_serving
+from rayk.scheduler.recovery import born_after
 from rayk.scheduler.scaling import Removed
 from rayk.scheduler.serving.core import ServingCore
+from rayk.scheduler.serving.recovery import KeptServing, Return, keep
 from rayk.scheduler.supervisor import Replacement
 from rayk.scheduler.transfers.indexed_copies import CopyPlanner
 from rayk.scheduler.transfers.links import LinkTable
@@ -57,6 +62,7 @@ log = logging.getLogger("rayk.scheduler")
 
 ANSWERS_LANE = "answers"  # of the scheduler: a thread for each driver
 DRIVERS = 32  # that may use one Cluster at a time
+AWAY = -1  # of a driver that has not said yet that it goes on
 HEARTBEAT = 1.0  # seconds between answers when there is nothing to say
 
 
@@ -78,39 +84,77 @@ class _Driver:
 
     def __init__(self, client: str) -> None:
         self.client = client
+        self.deaf = 0  # until it says so, it is told of no request
+        self.stream = 0  # how often its answers() began; the latest goes on
         self.placed: list[Placed] = []
         self.refused: list[Refused] = []
         self.roster = 0  # the version that it was told last
 
 
 class ServingActor:
-    """Started by rayk.actors.serving_startup, with the engines that run already."""
+    """Started by rayk.actors.serving_startup. What it begins with lies in Ray's store under `key`, so that Ray can
+    start it again whoever is there."""
 
-    def __init__(self, roster: ServingRoster, runtime: Runtime | None = None) -> None:
+    def __init__(self, key: str, runtime: Runtime | None = None) -> None:
         self._runtime = runtime or _own_runtime()
-        self._roster = roster
-        self._door = Door(roster.name, roster.lock)
+        self._key = key
+        kept: KeptServing | None = self._runtime.kept(key)
+        if kept is None:
+            raise RuntimeError(f"nothing is kept of the Cluster {key!r}: it was shut down")
+        born = born_after(kept.roster.life, time_ns() // 1_000)
+        self._roster: ServingRoster = replace(kept.roster, life=born)
+        self._door = Door(self._roster.name, self._roster.lock)
         self._changed = Condition()
-        self._drivers: dict[int, _Driver] = {}
-        self._numbers = itertools.count(1)
-        self._owner = ""
+        self._drivers = {number: _Driver(client) for number, client in kept.drivers.items()}
+        self._last = kept.last
+        self._owner = kept.owner
         self._leases = Leases(monotonic)
         self._lines: dict[int, PostLine] = {}  # to engines
         self._mailbox = Mailbox(self._heard, self._answers, lambda error: log.error("news of a driver: %s", error))
-        routing, starts = roster.routing, [handle.start for handle in roster.running.values()]
-        self._core = core = ServingCore(self._post, routing, monotonic, replace=roster.replaced, starts=starts)
+        self._saved: tuple[Any, ...] = ()
+        roster = self._roster
+        pages = tuple(handle.pages if handle is not None else 0 for handle in roster.handles)
+        routing, starts = replace(roster.routing, pages=pages), kept.epochs[: len(pages)]
+        core = ServingCore(self._post, routing, monotonic, replace=roster.replaced, starts=starts)
+        self._core = core
         if routing.plans_copies:
             transfers = PageTransfers(LinkTable(monotonic, routing.page_transport), routing.page_size)
             core.router.fetching = CopyPlanner(core.router.index, transfers, roster.shares_tiers)
+        for client, seconds in kept.leases.items():
+            self._leases.connect(client, seconds)
+        if kept.begun:
+            kept.restore(core, born)
+            for driver in self._drivers.values():
+                driver.deaf = AWAY
+            log.warning("the scheduler of %s began anew: %d driver(s)", roster.name, len(self._drivers))
+        self._return = Return(self._drivers, monotonic)
+        with self._changed:
+            self._save()
         for replica, handle in roster.running.items():
-            core.meet(replica, handle.epoch, handle.endpoint)
-            self._follow(replica, handle)
+            if replica in core.members.here:
+                core.meet(replica, handle.epoch, handle.endpoint)
+                self._follow(replica, handle)
         Thread(target=self._keep_time, name="rayk-timer", daemon=True).start()
         if runtime is None:
+            spare_from_kernel()
             start_reporting(self._runtime, self.readings)
 
     def __repr__(self) -> str:  # how Ray's dashboard and logs call it
         return "rayk scheduler"
+
+    def _save(self) -> None:
+        """Write down what a successor could not ask anybody for, if it changed. With the lock held."""
+        core, leases = self._core, tuple(sorted(self._leases.drivers.items()))
+        now = core.members.version, core.lifecycle.target, self._owner, leases, self._last, self._roster.reset_token
+        if now == self._saved:
+            return
+        drivers = {number: driver.client for number, driver in self._drivers.items()}
+        try:
+            self._runtime.keep(self._key, keep(core, self._standing(), self._owner, dict(leases), drivers, self._last))
+        except Exception:  # Ray's head does not answer: the next tick tries again
+            log.exception("a successor could not be told of what changed")
+            return
+        self._saved = now
 
     # -- drivers -----------------------------------------------------------------------------------------
 
@@ -128,12 +172,25 @@ class ServingActor:
                     f"{DRIVERS} drivers use {self._roster.name!r}, and no more can; close one, or have its requests "
                     "go through another"
                 )
-            number = next(self._numbers)
+            for before in [n for n, driver in self._drivers.items() if driver.client == client]:
+                self._end(before)  # its first call was not answered
+            self._last = number = self._last + 1
             self._drivers[number] = _Driver(client)
             self._leases.connect(client, lease)
             if owner:
                 self._owner = client
+            self._save()
             return number, self._standing()
+
+    def resume(self, number: int, client: str, told: int) -> ServingRoster | None:
+        """A driver goes on: the roster. It is told nothing before it has said all that it has, with that number. None
+        for one that counts as gone, which has to come again."""
+        with self._changed:
+            driver = self._drivers.get(number)
+            if driver is None or driver.client != client or not self._leases.renew(client):
+                return None
+            driver.deaf = told
+            return self._standing()
 
     def renew(self, client: str) -> bool:
         """The driver is alive; keeps its lease. False when that has ended."""
@@ -160,6 +217,7 @@ class ServingActor:
         for replica in self._core.members.here:
             self._post(replica, Forget(number))
         self._mailbox.forget(number)
+        self._return.back(number)
         self._core.supervisor.forget(driver.client)
         self._core.pump()
         self._changed.notify_all()
@@ -173,6 +231,8 @@ class ServingActor:
                     for number in [n for n, driver in self._drivers.items() if driver.client in late]:
                         log.warning("driver %s was silent for longer than its lease", self._drivers[number].client)
                         self._end(number)
+                    self._place_held()
+                    self._save()
                     self._flush()
             except Exception:  # the next tick tries again
                 log.exception("the timer of a Cluster's scheduler failed")
@@ -195,17 +255,32 @@ class ServingActor:
         news = decode_driver_news(wire)
         with self._changed:
             if number in self._drivers:
-                self._hear(news)
+                self._hear(number, news)
                 self._flush()
 
-    def _hear(self, news: DriverNews) -> None:
+    def _hear(self, number: int, news: DriverNews) -> None:
         core = self._core
-        for each in news.lines:
-            self._note_line(each)
+        for each in news.standing:
+            core.adopt(each.want, each.replica, each.begun)
+        if news.told:
+            self._return.back(number)
+            if news.told == self._drivers[number].deaf:
+                self._drivers[number].deaf = 0
+        for line in news.lines:
+            self._note_line(line)
         for replica, start in news.unheard:
             core.suspect(replica, start)
-        core.place(news.wants)
+        if self._return.over:
+            self._place_held()
+            core.place(news.wants)
+        else:
+            self._return.hold(news.wants)
+            self._return.drop(news.dropped)
         core.drop(news.dropped)
+
+    def _place_held(self) -> None:
+        if self._return.over and (wants := self._return.take()):
+            self._core.place([want for want in wants if driver_of(want.ticket) in self._drivers])
 
     def _note_line(self, news: LineNews) -> None:
         fetching = self._core.router.fetching
@@ -234,23 +309,31 @@ class ServingActor:
         self._changed.notify_all()
 
     def _answers(self, number: int) -> Iterator[bytes]:
+        with self._changed:
+            if (driver := self._drivers.get(number)) is None or driver.deaf == AWAY:
+                return
+            driver.stream = stream = driver.stream + 1
+            driver.roster = 0
         for count in itertools.count(1):
             with self._changed:
                 deadline = monotonic() + HEARTBEAT
-                while (driver := self._drivers.get(number)) is not None and not self._has_news(driver):
+                while self._drivers.get(number) is driver and driver.stream == stream and not self._has_news(driver):
                     left = deadline - monotonic()
                     if left <= 0:
                         break
                     self._changed.wait(left)
-                if driver is None:
+                if self._drivers.get(number) is not driver or driver.stream != stream:
                     return
-                placed, driver.placed = driver.placed, []
-                refused, driver.refused = driver.refused, []
-                driver.roster = version = self._core.members.version
-            yield encode_news(SchedulerNews(count, version, placed, refused))
+                news = SchedulerNews(count, self._core.members.version)
+                if not driver.deaf:
+                    news = SchedulerNews(count, self._core.members.version, driver.placed, driver.refused)
+                    driver.placed, driver.refused = [], []
+                driver.roster = self._core.members.version
+            yield encode_news(news)
 
     def _has_news(self, driver: _Driver) -> bool:
-        return bool(driver.placed or driver.refused or driver.roster != self._core.members.version)
+        told = not driver.deaf and (driver.placed or driver.refused)
+        return bool(told) or driver.roster != self._core.members.version
 
     # -- engines -----------------------------------------------------------------------------------------
 
@@ -302,6 +385,7 @@ class ServingActor:
         """Indices for `count` engines that the driver is going to start."""
         with self._changed:
             replicas = self._core.enlist(count, self._client(number))
+            self._save()
             self._changed.notify_all()
             return replicas
 
@@ -334,11 +418,16 @@ class ServingActor:
         return self._drivers[number].client
 
     def join(self, replica: int, handle: EngineHandle, model: bytes) -> bytes | None:
-        """An engine of enlist() takes requests from now on; the token of the last reset that it has to know of."""
+        """An engine of enlist() takes requests from now on; the token of the last reset that it has to know of. One
+        that did already may say so again."""
         with self._changed:
+            known = self._roster.running.get(replica)
+            if known is not None and known.start == handle.start and replica in self._core.members.here:
+                return self._roster.reset_token
             self._roster = replace(self._roster.with_engine(replica, handle), model=model)
             self._core.join(replica, handle.pages, handle.epoch, handle.endpoint, handle.start)
             self._follow(replica, handle)
+            self._save()
             self._flush()
             return self._roster.reset_token
 
@@ -346,12 +435,14 @@ class ServingActor:
         """See ServingCore."""
         with self._changed:
             self._core.drain(replica, leaving)
+            self._save()
             self._flush()
 
-    def resume(self, replica: int) -> None:
-        """See ServingCore."""
+    def undrain(self, replica: int) -> None:
+        """ServingCore.resume()."""
         with self._changed:
             self._core.resume(replica)
+            self._save()
             self._flush()
 
     def hand_over(self, replica: int) -> None:
@@ -379,7 +470,9 @@ class ServingActor:
         with self._changed:
             removed = self._core.remove(replica)
             self._roster = self._roster.with_engine(replica, None)
-            self._lines.pop(replica).close()
+            if (line := self._lines.pop(replica, None)) is not None:  # else it was lost before this one began
+                line.close()
+            self._save()
             self._flush()
             return removed
 
@@ -387,6 +480,7 @@ class ServingActor:
         """Engines that join later have to forget what was cached before that reset."""
         with self._changed:
             self._roster = replace(self._roster, reset_token=token)
+            self._save()
 
     # -- questions -----------------------------------------------------------------------------------------
 

@@ -3,19 +3,21 @@ questions, which are calls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from time import monotonic, sleep
+from typing import Any, TypeVar
 
 from rayk import protocol as m
 from rayk.actors.channel import new_client_id
-from rayk.actors.interface import Actor, ActorGoneError, Runtime
+from rayk.actors.interface import Actor, ActorAwayError, ActorGoneError, Runtime
 from rayk.actors.launch import find_sockets, proof_for
 from rayk.actors.post_line import PostLine
 from rayk.actors.secret import Proof
 from rayk.actors.serving import ANSWERS_LANE, ServingState
 from rayk.actors.serving_roster import EngineHandle, ServingRoster
-from rayk.errors import RaykError, SchedulerLostError
+from rayk.errors import CallTimeoutError, RaykError, SchedulerLostError
 from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.engine import Report
 from rayk.protocol.serving import (
@@ -23,6 +25,7 @@ from rayk.protocol.serving import (
     LineNews,
     PlaceRequest,
     SchedulerNews,
+    Standing,
     decode_scheduler_news,
     encode_news,
 )
@@ -32,9 +35,13 @@ from rayk.scheduler.supervisor import Replacement
 from rayk.scheduler.transfers.copy_cost import Span
 from rayk.scheduler.transfers.links import LinkTable
 
+log = logging.getLogger("rayk.engine")
+T = TypeVar("T")
+
 ASK_SECONDS = 30.0
+AWAY_SECONDS = 0.05  # between two looks whether it is back
 LEASE_SECONDS = 15.0  # a driver that is silent this long has its requests ended
-SILENT_SECONDS = 20.0  # it says something every second; one that is silent so long is gone
+SILENT_SECONDS = 5.0  # it says something every second, and answers at once; one that is silent so long hangs
 MESSAGE_BYTES = 90_000  # of one message; beyond 100 KiB Ray goes through its object store
 
 
@@ -55,6 +62,9 @@ class SchedulerLink:
         self._lines: list[LineNews] = []
         self._placed: list[PlacedRequest] = []
         self._refused: list[RefusedRequest] = []
+        self._standing: set[int] = set()  # tickets of whose ends the scheduler may not hear from their replicas
+        self._told = 0  # how often it said all
+        self._life = 0  # of the scheduler that it talks to
         self._line: PostLine | None = None
 
     # -- requests: in a turn of theirs -----------------------------------------------------------------------
@@ -71,7 +81,11 @@ class SchedulerLink:
         self._dropped += tickets
 
     def on_report(self, replica: int, report: Report, first: Sequence[int]) -> None:
-        """Nothing: it hears from its engines itself."""
+        """It hears from its engines itself, but of what one before it would have heard."""
+        if self._standing:
+            over = [end.number for end in report.ended if end.number in self._standing]
+            self._standing.difference_update(over)
+            self._dropped += over
 
     def unheard(self, replica: int, start: int) -> None:
         """Nothing comes from the replica of that start any more."""
@@ -81,6 +95,14 @@ class SchedulerLink:
         """What became of a copy."""
         self._lines.append(news)
 
+    def tell(self, standing: Sequence[Standing], wants: Sequence[PlaceRequest]) -> None:
+        """All that is not over, to a scheduler that may have begun anew; it ignores what it knows."""
+        self._standing = {each.want.ticket for each in standing}
+        for part in _parts(standing, lambda each: len(each.want.keys)):
+            self._send(DriverNews(standing=part))
+        self._wants = list(wants)
+        self._flush(self._told)
+
     def keep(self, news: SchedulerNews) -> None:
         """What came, until it is taken."""
         self._placed += [PlacedRequest(p.ticket, p.replica, [Span(*span) for span in p.spans]) for p in news.placed]
@@ -89,21 +111,21 @@ class SchedulerLink:
     def take(self) -> tuple[list[PlacedRequest], list[RefusedRequest]]:
         """See Scheduler."""
         if self.lost is None and (self._wants or self._dropped or self._unheard or self._lines):
-            wants, self._wants = self._wants, []
-            dropped, self._dropped = self._dropped, []
-            unheard, self._unheard = self._unheard, []
-            lines, self._lines = self._lines, []
-            part, size = list[PlaceRequest](), 0
-            for want in wants:
-                if part and size + len(want.keys) > MESSAGE_BYTES:
-                    self._send(DriverNews(part, [], unheard))
-                    part, size, unheard = [], 0, []
-                part.append(want)
-                size += len(want.keys) + 100
-            self._send(DriverNews(part, dropped, unheard, lines))
+            self._flush()
         placed, self._placed = self._placed, []
         refused, self._refused = self._refused, []
         return placed, refused
+
+    def _flush(self, told: int = 0) -> None:
+        wants, self._wants = self._wants, []
+        dropped, self._dropped = self._dropped, []
+        unheard, self._unheard = self._unheard, []
+        lines, self._lines = self._lines, []
+        *before, last = [*_parts(wants, lambda want: len(want.keys))] or [[]]
+        for part in before:
+            self._send(DriverNews(part, [], unheard))
+            unheard = []
+        self._send(DriverNews(last, dropped, unheard, lines, told=told))
 
     def _send(self, news: DriverNews) -> None:
         self._open().post(encode_news(news), self.number)
@@ -118,13 +140,40 @@ class SchedulerLink:
             self._line = PostLine(self._runtime, self.actor, "the scheduler", ANSWERS_LANE)
         return self._line
 
+    def _open_anew(self, roster: ServingRoster) -> None:
+        """To a scheduler that has heard nothing of this driver."""
+        self._life = roster.life
+        if self._line is not None:
+            self._line.close()
+        self._line = None
+        with suppress(RaykError, ActorGoneError):  # then messages go by calls
+            find_sockets(self._runtime, {"the scheduler": self.actor})
+        self._open()
+
     # -- calls ---------------------------------------------------------------------------------------------
 
-    def _ask(self, method: str, *args: Any, seconds: float = ASK_SECONDS) -> Any:
-        try:
-            return self._runtime.get(self.actor.call(method, *args, control=True), "the scheduler", seconds)
-        except ActorGoneError as error:
-            raise SchedulerLostError(str(error)) from None
+    def _ask(self, method: str, *args: Any, seconds: float = ASK_SECONDS, patience: float = SILENT_SECONDS) -> Any:
+        """The answer of the scheduler. One that died is waited for while Ray starts it again, one that hangs has its
+        process ended for that; then it is asked again. SchedulerLostError when it is gone for good, or for too long."""
+        began, ended = monotonic(), False
+        while True:
+            left = began + seconds - monotonic()
+            try:
+                call = self.actor.call(method, *args, control=True)
+                return self._runtime.get(call, "the scheduler", max(0.0, min(left, patience)))
+            except CallTimeoutError:
+                if left <= patience:
+                    raise
+                if not ended:
+                    log.warning("the scheduler does not answer: its process is ended, and another one begins")
+                    self._runtime.restart(self.actor)
+                    ended = True
+            except ActorAwayError as error:
+                if monotonic() - began >= seconds:
+                    raise SchedulerLostError(f"{error}; it was not back within {seconds:.0f} s") from None
+                sleep(AWAY_SECONDS)
+            except ActorGoneError as error:
+                raise SchedulerLostError(str(error)) from None
 
     def _proof(self) -> Proof | None:
         try:
@@ -136,8 +185,18 @@ class SchedulerLink:
         """Come, or come again with another number."""
         self.number, roster = self._ask("connect", self.client, owner, LEASE_SECONDS, self._proof())
         assert isinstance(roster, ServingRoster)
-        find_sockets(self._runtime, {"the scheduler": self.actor})
-        self._open()
+        self._open_anew(roster)
+        return roster
+
+    def resume(self, silent: bool) -> ServingRoster | None:
+        """Go on with the scheduler, which may have begun anew; None when this driver has to come again. `silent`: it
+        was not heard for SILENT_SECONDS already."""
+        patience = 1.0 if silent else SILENT_SECONDS
+        self._told += 1
+        asked = self.number, self.client, self._told
+        roster: ServingRoster | None = self._ask("resume", *asked, patience=patience)
+        if roster is not None:
+            self._open_anew(roster)
         return roster
 
     def renew(self) -> bool:
@@ -202,9 +261,9 @@ class SchedulerLink:
         """Nothing new goes there."""
         self._ask("drain", replica, leaving)
 
-    def resume(self, replica: int) -> None:
+    def undrain(self, replica: int) -> None:
         """It takes requests again."""
-        self._ask("resume", replica)
+        self._ask("undrain", replica)
 
     def hand_over(self, replica: int) -> None:
         """It lets go of all that it has."""
@@ -242,6 +301,19 @@ class SchedulerLink:
         state = self._ask("state")
         assert isinstance(state, ServingState)
         return state
+
+
+def _parts(items: Sequence[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Split so that a message stays small."""
+    part, size = list[T](), 0
+    for item in items:
+        if part and size + size_of(item) > MESSAGE_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(item)
+        size += size_of(item) + 100
+    if part:
+        yield part
 
 
 class ToldLinks(LinkTable):

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 CLOSE_SECONDS = 60.0  # to write what is on its way to disk
 
 
+def serving_key(name: str) -> str:
+    """Under which the scheduler of the Cluster of that name has kept what a successor needs."""
+    return f"{name}/serving"
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """What is served, and how; unpacked by drivers only. `settings` and `max_retries` as they were asked for at the
@@ -76,6 +81,7 @@ class ServingRoster:
     reset_token: bytes | None = None  # of the last reset of the prefix cache
     scheduler: Actor | None = None
     lock: Lock | None = None  # what it was locked with
+    life: int = 0  # when the scheduler's process began, in microseconds
 
     @property
     def running(self) -> dict[int, EngineHandle]:
@@ -95,6 +101,7 @@ class ServingRoster:
         if self.shares_tiers:
             close_actors(runtime, [handle.actor for handle in running], CLOSE_SECONDS)
         stop_actors(runtime, running)
+        runtime.keep(serving_key(self.name), None)
 
     def with_engine(self, replica: int, handle: EngineHandle | None) -> ServingRoster:
         """The same with another engine, or none, at that index."""

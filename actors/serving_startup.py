@@ -12,9 +12,10 @@ from rayk.actors.interface import Actor, ActorSpec, NameTakenError, Runtime
 from rayk.actors.launch import START_SECONDS, ended_on_failure, first_answers, starting
 from rayk.actors.named_engines import NamedReplicas
 from rayk.actors.serving import ANSWERS_LANE, DRIVERS, ServingActor
-from rayk.actors.serving_roster import ServingRoster
+from rayk.actors.serving_roster import ServingRoster, serving_key
 from rayk.errors import ConfigError, PlanError
 from rayk.scheduler.router.router import RouterSettings
+from rayk.scheduler.serving.recovery import KeptServing
 
 OWN = ("device", "hash_seed", "reset_token", "vllm_metrics")
 """Settings in which a driver that attaches may differ."""
@@ -49,14 +50,18 @@ def start_serving(
         handles,
         lock=runtime.secret.lock() if runtime.secret is not None else None,
     )
+    starts = [handle.start for handle in handles]
+    key = serving_key(roster.name)
+    runtime.keep(key, KeptServing(roster, starts, ["ready"] * len(starts)))
     placed = list(handles)
     with ended_on_failure(runtime, [each.actor for each in placed], [each.bundle.placement for each in placed]):
         spec = ActorSpec(
             ServingActor,
-            (roster,),
+            (key,),
             name=f"{cluster_name(name)}/scheduler",
             lanes=(ANSWERS_LANE,),
             lane_threads=DRIVERS,
+            restarts=True,
             home=runtime.home(detached=True),
         )
         with starting(runtime, [spec]) as [scheduler]:

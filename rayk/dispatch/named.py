@@ -1,8 +1,9 @@
 """The requests of one of several drivers of a named Cluster: their table is here, their scheduler is an actor.
 
-A thread hears what the scheduler says. When that is gone, requests that a replica has go on to their end, and those
-that wait end with a SchedulerLostError. A driver whose lease has ended (it was stopped for long) comes again, and asks
-again for whatever is not over.
+A thread hears what the scheduler says. When that dies or hangs, requests that a replica has go on to their end, and
+Ray starts another one, to which each driver says what it has; those that wait end with a SchedulerLostError only when
+there will be none. A driver whose lease has ended (it was stopped for long) comes again, and asks again for whatever is
+not over.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rayk.actors.serving_roster import ServingRoster
 from rayk.dispatch.output import Handle
 from rayk.dispatch.requests import Requests
 from rayk.errors import (
+    CallTimeoutError,
     ConfigError,
     DrainError,
     NoPlaceError,
@@ -35,7 +37,7 @@ from rayk.errors import (
 from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.admission import AdmissionPolicy, AdmissionState
 from rayk.protocol.engine import Cancel, Report
-from rayk.protocol.serving import DRIVER_SHIFT, SchedulerNews
+from rayk.protocol.serving import DRIVER_SHIFT, PlaceRequest, SchedulerNews, Standing
 from rayk.request_errors import RequestCancelledError
 from rayk.scheduler.membership import State
 from rayk.scheduler.router.router import RouterSettings
@@ -128,15 +130,17 @@ class NamedDispatcher(Requests):
     # -- hearing -------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        reason = "it takes this driver for gone"
-        try:
-            for news in self._link.answers():
-                self._hear(news)
-        except BaseException as error:  # whatever it was, nobody hears what it says any more
-            reason = str(error) or type(error).__name__
-        if not self.closed and not self._come_again():
-            log.warning("the scheduler of %s is gone: %s", self._name, reason)
-            self._lose_scheduler(reason)
+        number = self._link.number
+        while True:
+            silent = False
+            try:
+                for news in self._link.answers():
+                    self._hear(news)
+            except BaseException as error:  # whatever it was, that stream is over
+                silent = isinstance(error, CallTimeoutError)
+                log.warning("the scheduler of %s is not heard any more: %s", self._name, error)
+            if self.closed or self._link.number != number or not self._resume(silent):
+                return  # in the second case another thread hears
 
     def _hear(self, news: SchedulerNews) -> None:
         if news.roster > self._version:
@@ -144,7 +148,34 @@ class NamedDispatcher(Requests):
         with self._turn():
             self._link.keep(news)
 
+    def _resume(self, silent: bool) -> bool:
+        """Go on with the scheduler, or with the one that took its place, which is told all that is not over. False when
+        there is none, or this driver has come to it again."""
+        with self._looking:
+            try:
+                roster = self._link.resume(silent)
+                if roster is None:
+                    self._come_again()
+                    return False
+                for replica in self._take(roster):
+                    self._follow(replica)
+            except RaykError as error:
+                if not self.closed:
+                    self._lose_scheduler(error.reason if isinstance(error, SchedulerLostError) else str(error))
+                return False
+            with self._turn():
+                here, waits = list[Standing](), list[PlaceRequest]()
+                for handle in self._handles.values():
+                    if handle.replica is not None:
+                        here.append(Standing(self._want(handle), handle.replica, not handle.prefilling))
+                    else:  # those that had a place and lost it are the next ones still
+                        had_one = handle.retries or handle.tokens
+                        waits.append(self._want(handle, handle.ticket if had_one else 0))
+                self._link.tell(here, waits)
+            return True
+
     def _lose_scheduler(self, reason: str) -> None:
+        log.warning("the scheduler of %s is gone: %s", self._name, reason)
         with self._turn():
             self._link.lost = reason
             for handle in [each for each in self._handles.values() if each.replica is None]:
@@ -164,7 +195,7 @@ class NamedDispatcher(Requests):
             try:
                 roster = self._link.connect(self._owner and not self._link.owner())
             except RaykError as error:
-                log.warning("it cannot come again: %s", error)
+                self._lose_scheduler(f"this driver cannot come again: {error}")
                 return False
             with self._turn():
                 self._come(roster)
@@ -228,7 +259,7 @@ class NamedDispatcher(Requests):
         now, gone = list[PlacedRequest](), list[Handle]()
         for each in placed:
             handle = self._handles.get(each.ticket)
-            if handle is None:
+            if handle is None or handle.replica is not None:  # it is over, or that was said twice
                 continue
             if each.replica not in self._replicas.handles:
                 gone.append(handle)
@@ -252,6 +283,8 @@ class NamedDispatcher(Requests):
                 handles = [handle for each in waiting if (handle := self._handles.get(each.ticket)) is not None]
                 for handle in [handle for handle in handles if handle.unwanted]:
                     self._end(handle, RequestCancelledError(handle.id, len(handle.tokens)))
+                for handle in handles:
+                    handle.replica = None  # it was not sent
                 self._carry_out(waiting, [])
         super().on_report(replica, report)
 
@@ -344,7 +377,7 @@ class NamedDispatcher(Requests):
 
     def resume(self, replica: int) -> None:
         """Let a draining replica take requests again."""
-        self._link.resume(replica)
+        self._link.undrain(replica)
 
     def hand_over(self, replica: int) -> None:
         """Have a draining replica let go of all that it has."""

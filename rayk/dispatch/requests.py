@@ -240,8 +240,8 @@ class Requests:
         batches: dict[int, Batch] = {}
         for ticket, replica, spans in placed:
             handle = self._handles.get(ticket)
-            if handle is None:  # it was dropped meanwhile, which the scheduler hears, too
-                continue
+            if handle is None or handle.replica is not None:
+                continue  # it was dropped meanwhile, which the scheduler hears, too; or that was said twice
             handle.replica, handle.prefilling = replica, True
             if handle.trace is not None:
                 handle.trace.mark("placed")

@@ -9,7 +9,7 @@ from rayk.context import TextContext
 from rayk.engine.sequence import SequenceState
 from rayk.errors import InsufficientBlocksError
 from rayk.kvcache.connector import TierCount
-from rayk.kvcache.page_hash import PageHash, RootKey
+from rayk.kvcache.page_hash import KEY_BYTES, PageHash, RootKey
 from rayk.kvcache.page_pool import Pages
 from rayk.kvcache.replica import ReplicaCore
 from rayk.kvcache.request import NOTHING_REUSED, Reused
@@ -24,10 +24,10 @@ class _PageReporter:
         self._report = report
 
     def stored(self, root: RootKey, parent: PageHash, hashes: Sequence[PageHash], pages: Pages, tokens: bytes) -> None:
-        self._report(PagesChanged(True, b"".join([each[:8] for each in hashes])))
+        self._report(PagesChanged(True, b"".join([each[:KEY_BYTES] for each in hashes])))
 
     def removed(self, hashes: Sequence[PageHash]) -> None:
-        self._report(PagesChanged(False, b"".join([each[:8] for each in hashes])))
+        self._report(PagesChanged(False, b"".join([each[:KEY_BYTES] for each in hashes])))
 
 
 class Cache:
@@ -42,6 +42,10 @@ class Cache:
     def report_pages(self, report: Callable[[PagesChanged], None]) -> None:
         """Call `report` with what is cached and dropped from now on. Before any request."""
         self.core.listen(_PageReporter(report))
+
+    def all_pages(self) -> PagesChanged:
+        """What is cached now, for whoever was told nothing of it."""
+        return PagesChanged(True, b"".join([each[:KEY_BYTES] for each in self.core.page_hashes()]))
 
     def admit(self, sequence: SequenceState, alone: bool) -> bool:
         """Claim and allocate; False, and nothing changed, while there is no room. `alone`: the watermark is moot."""

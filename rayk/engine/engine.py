@@ -35,7 +35,7 @@ from rayk.errors import InsufficientBlocksError, RaykError
 from rayk.kvcache.poison import Poison
 from rayk.kvcache.replica import ReplicaCore
 from rayk.protocol.engine import Query
-from rayk.protocol.engine_reports import MOVED, Event, PromptLogprobs, Tokens
+from rayk.protocol.engine_reports import MOVED, Event, PagesChanged, PromptLogprobs, Tokens
 from rayk.protocol.engine_request import Limits, Request
 from rayk.request_errors import ForwardError, QueueFullError, RequestCancelledError, RequestError, RequestTimeoutError
 
@@ -117,6 +117,11 @@ class Engine:
     def numbers(self) -> list[int]:
         """Of all requests that are not over, in their order."""
         return self._table.numbers
+
+    def tell_pages(self) -> PagesChanged:
+        """All that is cached, instead of changes that were not reported yet."""
+        self._events = [event for event in self._events if not isinstance(event, PagesChanged)]
+        return self._cache.all_pages()
 
     def query(self, query: Query) -> None:
         """Carry out a command of the page exchange; with a number, an Answered is among the next step's events."""

@@ -133,13 +133,16 @@ class EngineThread:
 
     def reports(self, engine: int, reader: int = SCHEDULER) -> Iterator[Report]:
         """What one engine has done, as it does it; empty reports now and then. Ends with it, when the reader counts as
-        gone, and when the same reader began another one: what happens from then on is in that one's reports.
+        gone, and when the same reader began another one: what happens from then on is in that one's reports. A
+        scheduler that begins anew is told of all that is cached.
 
         RemoteError when the engine or the thread raised: then nothing more will come.
         """
         watched, outbox, batch, me = self._engines.get(engine), self._outboxes.get(engine), 0, object()
         if outbox is not None:
             with self._changed:
+                if outbox.shared and reader == SCHEDULER and reader in outbox.current:
+                    self._inbox.append(_Asked(lambda: self._tell_pages(engine), Future()))
                 outbox.current[reader] = me
                 self._changed.notify_all()
         while watched is not None and outbox is not None:
@@ -216,6 +219,14 @@ class EngineThread:
                     loop[1](number, _report_of(engine, events))
                 except Exception as error:  # nobody reads what comes from there any more
                     self.fail(number, error)
+
+    def _tell_pages(self, number: int) -> None:
+        engine = self._engines[number]
+        if engine.settings.report_pages:
+            pages = engine.tell_pages()
+            with self._changed:
+                self._outboxes[number].renew(pages)
+                self._changed.notify_all()
 
     def _failed(self, number: int) -> RemoteError | None:
         return self._failures.get(number) or self._failure

@@ -69,6 +69,11 @@ class Outbox:
         if reader not in self.gone:
             self.events.setdefault(reader, []).append(event)
 
+    def renew(self, pages: PagesChanged) -> None:
+        """Another scheduler reads: it is told of all that is cached, and not how that came to be."""
+        rest = [event for event in self.events.pop(SCHEDULER, []) if not isinstance(event, PagesChanged)]
+        self.events[SCHEDULER] = [pages, *rest]
+
     def take(self, reader: int) -> list[Event]:
         """What there is for that reader, in order."""
         events = self.events.pop(reader, [])

@@ -12,6 +12,7 @@ Calls are scripts of rounds, run by wait_for() or await_for().
 from __future__ import annotations
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator
@@ -41,10 +42,13 @@ from rayk.protocol.context_sync import ContextSender
 from rayk.protocol.lines import PathState
 from rayk.scheduler.membership import State
 
-SCHEDULER_SECONDS = 30.0  # for which its process may not answer: longer than a pause that it comes back from
+SCHEDULER_SECONDS = 30.0  # for which one that is away is waited for
+HUNG_SECONDS = 5.0  # for which its process may not answer: then it is ended, and Ray starts another one
 REJOIN_LOOK = 0.02  # seconds between two looks at a call that goes on with another scheduler
 UNHEARD = (SchedulerLostError, CallTimeoutError, StaleEpochError)  # what a scheduler that does not answer comes to
 LOST_KNOWN = 4096  # claims that were lost and can still be told from none
+
+log = logging.getLogger("rayk.scheduler")
 
 Reply = Answer | RaykError  # an answer, or why there is none
 Round = list[Pending] | Callable[[], Any]  # messages, or work that takes long and sends none
@@ -75,6 +79,7 @@ class ClusterView(ABC):
         self._links: list[ActorChannel | None] = []
         self._lease_terms: tuple[float | None, bool] = (None, False)  # seconds, and whether the cluster is its own
         self._rejoining = False
+        self._ended = 0  # the epoch of a scheduler that hung, which was ended
         self._dead: set[int] = set()  # replicas that died or were removed: the roster that is known is not the latest
         self.scheduler = ActorChannel(
             runtime,
@@ -83,7 +88,7 @@ class ClusterView(ABC):
             cluster.scheduler_epoch,
             self.client,
             SchedulerLostError,
-            quiet=SCHEDULER_SECONDS,
+            quiet=HUNG_SECONDS,
         )
         self._connect(cluster)
 
@@ -246,6 +251,21 @@ class ClusterView(ABC):
 
     # -- a scheduler that began anew -------------------------------------------------------------
 
+    def hangs(self, error: RaykError) -> bool:
+        """Whether the scheduler's process does not answer. It is ended, once: another one begins."""
+        if (
+            not isinstance(error, CallTimeoutError)
+            or not self.scheduler.unanswered
+            or self._ended == self.scheduler.epoch
+        ):
+            return False
+        self._ended = self.scheduler.epoch
+        log.warning(
+            "the scheduler did not answer for %.0f s: its process is ended, and another one begins", HUNG_SECONDS
+        )
+        self._runtime.restart(self.scheduler.actor)
+        return True
+
     def rejoin(self, error: RaykError, epoch: int) -> Script[None]:
         """Go on with the scheduler that took the place of that of `epoch`; `error` when there is none, or when it is
         the same one that failed to answer. What the call had begun there is undone: it is to be made again."""
@@ -273,7 +293,8 @@ class ClusterView(ABC):
 
     def _successor(self, error: RaykError, epoch: int) -> Deployment:
         try:
-            cluster = await_roster(self._runtime, self.scheduler.actor, SCHEDULER_SECONDS)
+            waited = HUNG_SECONDS if isinstance(error, CallTimeoutError) else 0.0
+            cluster = await_roster(self._runtime, self.scheduler.actor, SCHEDULER_SECONDS - waited)
         except RaykError:
             raise error from None
         if cluster.scheduler_epoch == epoch:
@@ -301,7 +322,7 @@ def current(script: Callable[Concatenate[View, P], Script[T]]) -> Callable[Conca
             try:
                 result = yield from script(self, *arguments, **named)
             except RaykError as error:
-                if not began_anew(error):
+                if not began_anew(error) and not self.hangs(error):
                     raise (yield from self.explained(error)) from None
                 yield from self.rejoin(error, epoch)
                 continue

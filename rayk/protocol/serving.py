@@ -44,6 +44,14 @@ class PlaceRequest(MessagePart, frozen=True, omit_defaults=True, gc=False):
     beside: int = 0
 
 
+class Standing(MessagePart, frozen=True, gc=False):
+    """A request that has its place already, said to a scheduler that may not know; `begun`: and tokens from there."""
+
+    want: PlaceRequest
+    replica: int
+    begun: bool
+
+
 class LineNews(MessagePart, frozen=True, gc=False):
     """What became of a copy of pages from one replica (of that epoch) to another: `trouble`, or `pages` in so many
     seconds."""
@@ -59,12 +67,15 @@ class LineNews(MessagePart, frozen=True, gc=False):
 
 class DriverNews(MessagePart, frozen=True, omit_defaults=True):
     """From a driver, since the last: requests that want places, tickets of those that are over before a replica had
-    them, replicas (with their start) that it hears nothing of any more, and what became of copies."""
+    them, replicas (with their start) that it hears nothing of any more, and what became of copies. Also all requests
+    that have places, to a scheduler that may not know them; `told`: for that time now it knows all."""
 
     wants: list[PlaceRequest] = []
     dropped: list[int] = []
     unheard: list[tuple[int, int]] = []
     lines: list[LineNews] = []
+    standing: list[Standing] = []
+    told: int = 0
 
 
 class Placed(MessagePart, frozen=True, omit_defaults=True):

@@ -106,9 +106,14 @@ class ServingCore:
         """Requests want places: what becomes of them comes with take(), now or later."""
         now = self._clock()
         for want in wants:
+            known = self._served.get(want.ticket)
+            if known is not None:  # it was said twice, by a driver that may not have heard the answer
+                if known.replica >= 0:
+                    self._placed.append(PlacedRequest(want.ticket, known.replica, ()))
+                continue
             request = self._request(want, now)
             if want.again:
-                self.retries += 1
+                self.retries += want.again != want.ticket  # else it waits already, and is said to another scheduler
                 before = self._served.pop(want.again, None)
                 if before is not None:
                     if before.replica in self.members.here:  # its driver hears nothing from there; should it go on
@@ -136,6 +141,22 @@ class ServingCore:
         late_at = now + want.left if want.left is not None else None
         key = f"{driver}/{want.request_id}" if driver else want.request_id
         return ServedRequest(want, driver, key, late_at, since=now)
+
+    def adopt(self, want: PlaceRequest, replica: int, begun: bool) -> None:
+        """A request has had its place since before this scheduler began; `begun`: and tokens from there. Of one that is
+        lost there its driver hears itself, and asks again."""
+        if want.ticket in self._served or replica not in self.members.here:
+            return
+        request = self._served[want.ticket] = self._request(want, self._clock())
+        route = self._route(request)
+        self.router.place(request.key, replica, route)
+        request.replica = replica
+        if begun:
+            self.router.prefilled(replica, [request.key])
+        if self.admission is not None:
+            self.admission.adopt(request, route)
+            if not begun:
+                self.admission.promise(request.key, replica, route)
 
     def drop(self, tickets: Sequence[int]) -> None:
         """Those are not wanted any more, and are nowhere; unknown ones are ignored."""

@@ -41,12 +41,14 @@ from rayk.protocol.lines import Post, decode_line, encode_line
 from rayk.protocol.serving import decode_scheduler_news
 from rayk.sampling import SamplingParams
 from rayk.scheduler.router.router import RouterSettings
+from rayk.scheduler.serving.recovery import KeptServing
 
 from ..unit.engine.fake import Bench  # noqa: TID252  # tests/ is no package that has an absolute name
 from .explore import Event
 
 VOCABULARY, PAGES, PAGE = 128, 8, 4
 SCHEDULER = 0  # as a sender and a reader; drivers are their numbers
+KEY = "x/cluster/serving"
 
 
 class Playing:
@@ -116,8 +118,10 @@ class Shape:
     asks: tuple[tuple[int, ...], ...] = ((2, 1), (1,))
     engines: int = 2
     crashes: int = 0  # of engines
+    scheduler_crashes: int = 0
     driver_crashes: int = 0
     duplicates: int = 0  # of drivers' posts
+    cut: int = 0  # streams of news that break with what is on its way
     cancels: int = 0
     limit: int = 2  # requests of a replica
 
@@ -229,11 +233,12 @@ class ClusterWorld:
 
     def __init__(self, shape: Shape) -> None:
         self.shape, self.left = shape, {k: getattr(shape, k) for k in
-            ("crashes", "driver_crashes", "duplicates", "cancels")}  # fmt: skip
+            ("crashes", "scheduler_crashes", "driver_crashes", "duplicates", "cut", "cancels")}  # fmt: skip
         self.acting, self.starts = SCHEDULER, 0
         self.now, self.lines = 100.0, 0
         Playing.world = self
         self.posts: dict[int, deque[bytes]] = {}
+        self.kept: Any = None
         self.engines: list[EngineProcess] = []  # all that ever began
         for replica in range(shape.engines):
             self.begin(replica)
@@ -244,7 +249,7 @@ class ClusterWorld:
         handles = tuple(self.handle(each) for each in self.engines)
         served = ServedModel(ModelSource(), ServeSettings(replaced=True, shared=True), 9, None, None, {}, "")
         roster = ServingRoster("x/cluster", pickle.dumps(served), "a model", routing, False, True, handles)
-        self.roster = roster
+        self.kept = KeptServing(roster, [each.start for each in handles], ["ready"] * shape.engines)
         self.start_scheduler()
         self.drivers = [DriverProcess(self, asks) for asks in shape.asks]
         self.posts = {driver.number: deque() for driver in self.drivers}
@@ -277,10 +282,13 @@ class ClusterWorld:
         for actor in actors:
             actor.dead = True
 
+    def keep(self, key: str, value: Any) -> None:
+        self.kept = value
+
     def start_scheduler(self) -> None:
-        runtime: Any = SimpleNamespace(stop=self.stop)
+        runtime: Any = SimpleNamespace(kept=lambda key: self.kept, keep=self.keep, stop=self.stop)
         with self.acts(SCHEDULER):
-            self.scheduler = ServingActor(self.roster, runtime)
+            self.scheduler = ServingActor(KEY, runtime)
             for replica in self.scheduler._core.members.here:
                 process: Any = self.scheduler._roster.running[replica].actor
                 if not process.dead:
@@ -297,12 +305,16 @@ class ClusterWorld:
                 continue
             if driver.asks and driver.link.lost is None:
                 found.append(("submit", d))
+            if driver.news is None and up:
+                found.append(("resume", d))
             if up and self.posts[driver.number]:
                 found.append(("post", d))
                 if left["duplicates"]:
                     found.append(("duplicate", d))
             if up and driver.news is not None and self.has_news(driver):
                 found.append(("news", d))
+                if left["cut"]:
+                    found.append(("cut", d))
             if left["cancels"] and any(not handle.done for handle in driver.handles):
                 found.append(("cancel", d))
             if left["driver_crashes"] and driver.handles and up:
@@ -324,7 +336,11 @@ class ClusterWorld:
                 found.append(("report", e, "scheduler"))
             if left["crashes"] and process.bench.engine.numbers:
                 found.append(("crash", e))
-        if self.scheduler is not None and self.scheduler._core.supervisor.due() and self.living:
+        if up and left["scheduler_crashes"] and any(driver.handles for driver in self.drivers):
+            found.append(("scheduler-crash",))
+        if not up:
+            found.append(("scheduler-start",))
+        elif self.scheduler is not None and self.scheduler._core.supervisor.due() and self.living:
             found.append(("replace",))
         return found
 
@@ -348,7 +364,7 @@ class ClusterWorld:
     def do(self, event: Event) -> None:
         Playing.world = self
         match event:
-            case (("submit" | "news" | "cancel" | "driver-crash") as what, int(d)):
+            case (("submit" | "resume" | "news" | "cut" | "cancel" | "driver-crash") as what, int(d)):
                 driver = self.drivers[d]
                 with self.acts(driver.number):
                     self._of_driver(str(what), driver)
@@ -382,6 +398,16 @@ class ClusterWorld:
             case ("crash", int(e)):
                 self.left["crashes"] -= 1
                 self.engines[e].dead = True
+            case ("scheduler-crash",):
+                self.left["scheduler_crashes"] -= 1
+                self.scheduler = None
+                for driver in self.drivers:
+                    driver.news = None
+                    self.posts[driver.number].clear()
+                for process in self.engines:  # the commands that it sent before arrive still
+                    process.streams.pop(SCHEDULER, None)
+            case ("scheduler-start",):
+                self.start_scheduler()
             case ("replace",):
                 self._replace()
             case _:
@@ -390,9 +416,17 @@ class ClusterWorld:
     def _of_driver(self, what: str, driver: DriverProcess) -> None:
         if what == "submit":
             driver.submit()
+        elif what == "resume":
+            assert driver.dispatcher._resume(False)
+            driver.listen()
         elif what == "news":
             assert driver.news is not None
             driver.dispatcher._hear(decode_scheduler_news(next(driver.news)))
+        elif what == "cut":
+            self.left["cut"] -= 1
+            assert driver.news is not None
+            next(driver.news)
+            driver.news = None
         elif what == "cancel":
             self.left["cancels"] -= 1
             driver.dispatcher.cancel(next(handle for handle in driver.handles if not handle.done))
@@ -444,6 +478,9 @@ class ClusterWorld:
         for _ in range(400):
             events = [event for event in self.events() if event[0] != "submit"] or self.events()
             if not events:
+                if self.scheduler is not None and self.scheduler._return._wants:
+                    self.tick()
+                    continue
                 break
             for event in events:
                 if event in self.events():
@@ -471,14 +508,15 @@ class ClusterWorld:
                 self.do(("report", e, "scheduler"))
         if self.scheduler is not None:
             with self.acts(SCHEDULER), self.scheduler._changed:
+                self.scheduler._place_held()
                 self.scheduler._flush()
 
     def state(self) -> Hashable:
         drivers = tuple(
             (
-                d.dead, d.news is None, len(d.asks),
+                d.dead, d.news is None, len(d.asks), tuple(sorted(d.link._standing)),
                 tuple((h.ticket, h.replica, len(h.tokens), h.done, h.unwanted, h.prefilling) for h in d.handles),
-                tuple(self.posts[d.number]), tuple(d.dispatcher._unheard), d.dispatcher._version,
+                tuple(self.posts[d.number]), tuple(d.dispatcher._unheard), d.dispatcher._version, d.link._told,
             )
             for d in self.drivers
         )  # fmt: skip
@@ -489,7 +527,8 @@ class ClusterWorld:
                 tuple((each.ticket, each.replica) for each in core.requests),
                 tuple(each.ticket for each in core.waiting.requests),
                 tuple(core.members.states), tuple(core.members.epochs), core.members.version,
-                tuple((n, repr(d.placed), repr(d.refused), d.roster) for n, d in s._drivers.items()),
+                tuple((n, repr(d.placed), repr(d.refused), d.roster, d.deaf) for n, d in s._drivers.items()),
+                tuple(s._return._away), tuple(s._return._wants),
             )  # fmt: skip
         engines = tuple(
             (

@@ -1,5 +1,7 @@
 """Claims of a manager, with something going wrong at each message in turn: an acknowledged claim is there or its loss
 is told, what is said twice is done once, and nothing is left in the end.
+
+`python tests/model/run.py` plays each pair of faults, too.
 """
 
 from __future__ import annotations

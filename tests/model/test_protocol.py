@@ -15,14 +15,18 @@ from .explore import explore
 FAULTS = {
     "none": Shape(),
     "an engine dies": Shape(crashes=1),
+    "the scheduler dies": Shape(scheduler_crashes=1),
+    "the scheduler dies, and an engine": Shape(asks=((1,),), crashes=1, scheduler_crashes=1),
     "a driver dies": Shape(driver_crashes=1),
-    "a post comes twice": Shape(duplicates=1),
+    "news are cut and posts doubled": Shape(asks=((1, 1),), duplicates=1, cut=1),
     "requests are cancelled": Shape(cancels=1),
 }
-DEPTH = {"none": 7, "an engine dies": 6}
+DEPTH = {"none": 7, "an engine dies": 6, "news are cut and posts doubled": 6}
 FOUND = {  # histories at whose ends something was wrong once
     "a place at an engine of whose end its driver had not heard, when that driver started another": (
         Shape(crashes=1), "post 0, news 0, post 1, news 1, command 0 1, turn 0, crash 0"),
+    "a request that was told again after its end": (
+        Shape(duplicates=1, cut=1), "post 0, cut 0, resume 0, duplicate 0, news 0, post 1, command 1 1"),
     "an end of which only its driver had heard when the engine died": (
         Shape(crashes=1), "post 0, post 1, post 0, news 0, command 0 1, turn 0, report 0 0, crash 0"),
     "a post that arrived twice, late": (

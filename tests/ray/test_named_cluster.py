@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -295,7 +296,77 @@ def test_it_can_always_be_removed(session: InferenceSession) -> None:
     until(lambda: not running(pids))
 
 
-def test_streams_go_on_without_their_scheduler(session: InferenceSession) -> None:
+def scheduler_pid(cluster: Cluster, session: InferenceSession) -> int:
+    actor = cluster._dispatcher._link.actor  # type: ignore[union-attr]  # it has a name
+    pid: int = session.ray.get(actor.call("pid", control=True), "the scheduler", 10)
+    return pid
+
+
+class Pauses:
+    """The longest time between two tokens of any of these streams, from now on."""
+
+    def __init__(self, handles: list[Handle]) -> None:
+        self.handles, self.longest = handles, 0.0
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        last = {id(handle): (time.monotonic(), -1) for handle in self.handles}
+        while not all(handle.done for handle in self.handles):
+            for handle in self.handles:
+                now, count, (since, before) = time.monotonic(), len(handle.tokens), last[id(handle)]
+                if handle.done or count != before:
+                    self.longest = max(self.longest, now - since if before >= 0 and not handle.done else 0.0)
+                    last[id(handle)] = now, count
+            time.sleep(0.005)
+
+    def seconds(self) -> float:
+        self.thread.join(60)
+        return self.longest
+
+
+def test_a_killed_scheduler_begins_anew_and_nobody_loses_anything(
+    owner: Cluster, guest: Cluster, named: InferenceSession
+) -> None:
+    """Streams go on meanwhile, what waits gets its place, calls made meanwhile are answered."""
+    prompts = [[i, 12] for i in range(60)]
+    mine, theirs = (cluster.submit_all(prompts, max_new_tokens=100) for cluster in (owner, guest))
+    until(lambda: sum(bool(handle.tokens) for handle in mine + theirs) >= 8)
+    running_ = [handle for handle in mine + theirs if handle.tokens]
+    assert any(handle.replica is None for handle in mine + theirs), "some wait"
+    pid, watched = scheduler_pid(owner, named), Pauses(running_)
+    os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    [added] = owner.add_replicas()  # a call made meanwhile
+    [first] = guest.generate([[7, 7]], max_new_tokens=1)
+    assert first.error is None and time.monotonic() - began < 30
+    assert watched.seconds() < 1.0
+    assert [handle.result(60).tokens for handle in mine] == [expected(p, 100) for p in prompts]
+    assert [handle.result(60).tokens for handle in theirs] == [expected(p, 100) for p in prompts]
+    assert all(handle.retries == 0 for handle in mine + theirs)
+    assert scheduler_pid(owner, named) != pid
+    assert owner.remove_replica(added).cached >= 0
+    quiet(owner)
+    assert owner._dispatcher._link.owner() == owner._dispatcher._link.client  # type: ignore[union-attr]  # as above
+
+
+def test_a_scheduler_that_hangs_is_ended_and_begins_anew(
+    owner: Cluster, guest: Cluster, named: InferenceSession
+) -> None:
+    handles = owner.submit_all([[i, 15] for i in range(8)], max_new_tokens=150)
+    until(lambda: all(handle.tokens for handle in handles))
+    pid, watched = scheduler_pid(owner, named), Pauses(handles)
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    assert watched.seconds() < 1.0
+    assert [handle.result(60).tokens for handle in handles] == [expected([i, 15], 150) for i in range(8)]
+    [output] = guest.generate([[3, 3]], max_new_tokens=3, timeout=60)
+    assert output.tokens == expected([3, 3], 3) and time.monotonic() - began < 25
+    until(lambda: not running([pid]))
+    quiet(owner)
+
+
+def test_one_that_is_ended_on_purpose_says_so(session: InferenceSession) -> None:
     import ray
 
     with InferenceSession("ray", name="lone") as lone:

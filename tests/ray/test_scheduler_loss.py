@@ -73,6 +73,20 @@ def test_claims_are_there_and_the_next_call_succeeds(manager: PagedKVCacheManage
     assert [manager.get_num_used_pages(r) for r in range(2)] == [0, 0]
 
 
+def test_one_that_hangs_is_ended_and_begins_anew(manager: PagedKVCacheManager) -> None:
+    manager.claim("held", 1)
+    calls: Any = manager._calls
+    process: int = calls.scheduler_pid()
+    os.kill(process, signal.SIGSTOP)
+    began = time.monotonic()
+    [admission] = manager.try_admit([TextContext("meanwhile", range(20), 100)], [0])
+    assert admission.error is None and time.monotonic() - began < 20, "not after 30 s"
+    assert calls.scheduler_pid() != process and manager.holder("held") == 1 and manager.contains("held", 1)
+    until(lambda: not running([process]))
+    manager.release("held", 1)
+    manager.release("meanwhile", 0)
+
+
 def test_it_may_be_killed_again_and_again_while_requests_come(manager: PagedKVCacheManager) -> None:
     """Whenever it dies in a call, that is carried out once."""
     over = threading.Event()

@@ -4,10 +4,48 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from ray import cloudpickle
+
+from rayk import InferenceSession
+from rayk.actors.interface import ActorSpec
+from rayk.errors import RaykError
+
+from ..unit.protocol.test_errors import KINDS  # noqa: TID252  # tests/ is no package that has an absolute name
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Failing:
+    """An actor that raises what it is given."""
+
+    def ping(self) -> None:
+        pass
+
+    def fail(self, wire: bytes) -> None:
+        raise pickle.loads(wire)
+
+
+def test_every_error_arrives_with_its_type_and_fields(session: InferenceSession) -> None:
+    actor = session.ray.start(ActorSpec(Failing, ()))
+    kinds = [kind for kind in KINDS if kind is not RaykError]
+    for kind in kinds:
+        values = {"str": "some {text}", "int": 3, "float": 2.5, "list[str]": ["a", "b"], "dict[str, str]": {"a": "why"}}
+        types = {k: v for base in reversed(kind.__mro__) for k, v in vars(base).get("__annotations__", {}).items()}
+        error = kind(*(values.get(types[name], [{"x": 1}]) for name in kind.fields))
+        with pytest.raises(kind) as caught:
+            session.ray.get(actor.call("fail", pickle.dumps(error)), "it", 20)
+        assert type(caught.value) is kind and caught.value.args == error.args and str(caught.value) == str(error)
+        assert {n: getattr(caught.value, n) for n in kind.fields} == {n: getattr(error, n) for n in kind.fields}
+    assert len(kinds) > 40
+    session.ray.stop([actor], None)
+
 
 SCRIPT = """
 import json, os, sys

@@ -159,6 +159,7 @@ class FakeRuntime:
 
     sockets = False
     secret: Secret | None = None
+    restarts = False  # whether restart() succeeds
 
     def __init__(
         self,
@@ -324,6 +325,15 @@ class FakeRuntime:
             actor.stopped, actor.dead = True, "it was stopped"
         if placement is not None and placement in self.placements:
             self.placements.remove(placement)
+
+    def restart(self, actor: Any) -> None:
+        self.note("restart", actor.label)
+        if self.restarts:
+            waiting, actor.queue = actor.queue, deque()
+            actor.dead, actor.hung = "it is away", False
+            for run in waiting:
+                run()
+            actor.dead, actor.instance = None, SchedulerActor(*actor.arguments, runtime=self)
 
     def dumps(self, value: Any) -> bytes:
         return bytes(cloudpickle.dumps(value))

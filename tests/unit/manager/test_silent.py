@@ -27,7 +27,7 @@ from rayk.errors import (
 )
 from rayk.manager import scaling_calls as changes
 from rayk.manager.calls import CLOSING_SECONDS
-from rayk.manager.cluster_view import SCHEDULER_SECONDS
+from rayk.manager.cluster_view import HUNG_SECONDS, SCHEDULER_SECONDS
 from rayk.protocol.admission import AdmissionPolicy
 
 from ..actors.fake import FakeActor, FakeRuntime, chain, contents, manager_on, params, session_on, stamp  # noqa: TID252  # tests/ is no package that has an absolute name
@@ -480,13 +480,31 @@ def test_a_scheduler_that_stopped_for_good_is_named_in_time(runtime: FakeRuntime
         with at_most(runtime, most):
             error = error_of(lambda: manager.try_admit([ctx("a")]))
         assert isinstance(error, CallTimeoutError) and error.target == "the scheduler"
-        assert error.seconds == SCHEDULER_SECONDS < CALL_SECONDS
+        assert error.seconds == HUNG_SECONDS < CALL_SECONDS
+    assert [event for event in runtime.events if event[0] == "restart"] == [("restart", "scheduler")], "once"
     with at_most(runtime, 0.0):
         assert manager.tick([Tick(), Tick(release=["w1"])])[1].error is None, "replicas answer as before"
         manager.release("w0", 0)
     began = runtime.time
     manager.shutdown()
     assert runtime.time - began <= CLOSING_SECONDS + 1 and runtime.running == []
+
+
+def test_a_scheduler_that_hangs_is_ended_and_the_call_goes_on_with_the_next(
+    runtime: FakeRuntime, manager: PagedKVCacheManager
+) -> None:
+    runtime.restarts = True
+    actor = runtime.actor("scheduler")
+    before, actor.hung = actor.instance, True
+    with at_most(runtime, HUNG_SECONDS + 2):
+        assert error_of(lambda: manager.try_admit([ctx("a")], [0])) is None
+    assert actor.instance is not before and held(runtime, 0) == ["a", "w0"] and held(runtime, 1) == ["w1"]
+    assert manager.holder("w1") == 1 and manager.replica_states() == ["ready", "ready"]
+    actor.hung = True
+    with at_most(runtime, HUNG_SECONDS + 2):
+        manager.claim("b", 1)
+    for name, replica in (("a", 0), ("b", 1), ("w0", 0), ("w1", 1)):
+        manager.release(name, replica)
 
 
 def test_a_scheduler_that_comes_back_is_used_again_and_nothing_is_claimed_twice(
