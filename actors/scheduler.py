@@ -359,12 +359,12 @@ class SchedulerActor:
                     return
             sleep(HANDOVER_SECONDS)
 
-    def due(self) -> int:
-        """How many replacements wait for a driver that starts them."""
+    def due(self) -> tuple[int, int]:
+        """How many replacements wait for a driver that starts them, and how many drivers ask so."""
         if not self._core_lock.acquire(timeout=ROSTER_SECONDS):
-            return 0
+            return 0, 1
         try:
-            return len(self._core.supervisor.due())
+            return len(self._core.supervisor.due()), self._core.leases.living
         finally:
             self._core_lock.release()
 

@@ -25,6 +25,7 @@ from rayk.values import told
 log = logging.getLogger("rayk.scheduler")
 
 POLL_SECONDS = 0.25
+DRIVERS = 8  # that ask so often; of more, each asks less often, and all together as often as these
 PLACE_SECONDS = 5.0  # to wait for a place for a replacement at a time
 ANSWER_SECONDS = 5.0
 AWAY_SECONDS = 30.0  # for a scheduler that was lost
@@ -63,12 +64,13 @@ class Starter:
             pass
 
     def _keep(self) -> None:
-        scheduler = self._scheduler.actor
-        while not self._ended.wait(POLL_SECONDS):
+        scheduler, pause = self._scheduler.actor, POLL_SECONDS
+        while not self._ended.wait(pause):
             try:
-                if self._granted or self._runtime.get(
-                    scheduler.call("due", control=True), "the scheduler", ANSWER_SECONDS
-                ):
+                asked = scheduler.call("due", control=True)
+                due, drivers = self._runtime.get(asked, "the scheduler", ANSWER_SECONDS)
+                pause = POLL_SECONDS * max(1, drivers // DRIVERS)
+                if self._granted or due:
                     self._replace()
             except (RaykError, ActorGoneError):
                 with suppress(RaykError):  # without a scheduler nobody can be granted anything
