@@ -59,8 +59,9 @@ def operated(ray_tmpdir: Path) -> Iterator[Head]:
     """A cluster of one node, started as an operator would."""
     folder = ray_tmpdir / "op"
     folder.mkdir()
-    with ray_head(folder, 2, 100_000_000, RAY_AUTH_MODE="disabled") as (address, environment):
-        yield address, environment | {"RAY_AUTH_MODE": "disabled"}
+    settings = {"RAY_AUTH_MODE": "disabled", "RAY_metrics_report_interval_ms": "1000"}  # every 10 s otherwise
+    with ray_head(folder, 2, 100_000_000, **settings) as (address, environment):
+        yield address, environment | settings
 
 
 @pytest.fixture

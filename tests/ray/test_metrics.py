@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .heads import ray_head
+from .heads import Head
 
 DRIVER = """
 import sys, time, urllib.request
@@ -47,18 +47,16 @@ with Cluster(sys.argv[2], session, page_size=16, pages=8, device="cpu", vllm_met
 @pytest.mark.skipif(
     find_spec("opencensus") is None, reason="ray[default] is not installed: a plain Ray has no agent that shows metrics"
 )
-def test_a_nodes_agent_shows_them(tmp_path: Path, ray_tmpdir: Path) -> None:
+def test_a_nodes_agent_shows_them(operated: Head, tmp_path: Path) -> None:
     from rayk.cli.example_model import write_example_model
 
     write_example_model(tmp_path / "tiny")
     (tmp_path / "driver.py").write_text(DRIVER)
-    (folder := ray_tmpdir / "m").mkdir()
-    quick = {"RAY_AUTH_MODE": "disabled", "RAY_metrics_report_interval_ms": "1000"}
-    with ray_head(folder, 2, 100_000_000, **quick) as (address, environment):
-        done = subprocess.run(
-            [sys.executable, str(tmp_path / "driver.py"), address, str(tmp_path / "tiny")],
-            env=environment | quick, cwd=tmp_path, capture_output=True, text=True, timeout=180,
-        )  # fmt: skip
+    address, environment = operated
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "driver.py"), address, str(tmp_path / "tiny")],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
     assert not done.returncode, done.stderr
     text, names = done.stdout, re.findall(r"^ACTOR (\S+)$", done.stdout, re.M)
     assert len(names) == len(set(names)) == 4
