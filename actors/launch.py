@@ -48,7 +48,7 @@ class Places(NamedTuple):
 
 
 def proof_for(runtime: Runtime, scheduler: Actor, seconds: float) -> Proof | None:
-    """What the secret of this driver's session, if it has one, gives that scheduler; see Door.challenge()."""
+    """What the secret of this driver's session, if it has one, gives that scheduler; see Authenticator.challenge()."""
     if runtime.secret is None:
         return None
     asked: Challenge = runtime.get(scheduler.call("challenge", control=True), "the scheduler", seconds)

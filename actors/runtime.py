@@ -11,7 +11,6 @@ import itertools
 import math
 import os
 import pickle
-import re
 import shutil
 import socket
 import sys
@@ -44,6 +43,7 @@ from rayk.actors.interface import (
     SocketAddress,
 )
 from rayk.actors.listener import sweep
+from rayk.actors.reasons import REASON_LENGTH, one_line, why_gone
 from rayk.actors.secret import Secret
 from rayk.errors import CallTimeoutError, ConfigError, NoPlaceError, RaykError, RemoteError
 from rayk.metrics.histogram import Histogram
@@ -51,7 +51,6 @@ from rayk.metrics.reading import Labels, Reading, Value
 
 KEPT = "rayk"  # the part of Ray's store that keep() uses
 HEAD = "node:__internal_head__"  # a resource that only the head has
-REASON_LENGTH = 300
 EMBEDDED_SETTINGS = {  # a dead replica is noticed in 0.2 s instead of 1.5 s, a dead node in 3 s instead of 16 s
     "RAY_timeout_ms_task_wait_for_death_info": "100",
     "RAY_core_worker_internal_heartbeat_ms": "100",
@@ -123,7 +122,7 @@ class RayRuntime:
             if isinstance(error, RaykError):
                 raise
             raise ConfigError(
-                f"cannot join the Ray cluster at {address!r}: {_one_line(str(error))[:REASON_LENGTH]}"
+                f"cannot join the Ray cluster at {address!r}: {one_line(str(error))[:REASON_LENGTH]}"
             ) from error
         return runtime
 
@@ -306,16 +305,16 @@ class RayRuntime:
         except ray_errors.GetTimeoutError:
             raise CallTimeoutError(target, timeout) from None
         except ray_errors.ActorUnavailableError as error:
-            raise ActorAwayError(_short(error)) from None
+            raise ActorAwayError(why_gone(error)) from None
         except (ray_errors.RayActorError, ray_errors.ActorUnschedulableError) as error:
-            raise ActorGoneError(_short(error)) from None
+            raise ActorGoneError(why_gone(error)) from None
         except ray_errors.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, RaykError):
                 raise cause from None
-            raise RemoteError(-1, type(cause).__name__, _one_line(str(cause)), str(error)) from error
+            raise RemoteError(-1, type(cause).__name__, one_line(str(cause)), str(error)) from error
         except ray_errors.RayError as error:  # a lost worker, object or node: whoever answered is gone
-            raise ActorGoneError(_short(error)) from None
+            raise ActorGoneError(why_gone(error)) from None
 
     def get_all(self, refs: Sequence[Any], timeout: float) -> list[Any] | None:
         """All results, or None when any of them failed or is late: get() says which and how."""
@@ -497,22 +496,3 @@ def _same_place(one: str, other: str) -> bool:
     if first is None or second is None:
         return one == other
     return first[1] == second[1] and (first[0] == second[0] or {first[0], second[0]} <= here)
-
-
-def _short(error: BaseException) -> str:
-    """What Ray says about a dead actor, in one sentence."""
-    text = _one_line(str(error))
-    found = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*?)(?:\. |$)", text)
-    if found:
-        return f"its process ended ({found[1]}: {found[2]})"
-    for marker in ("The actor died because", "The actor is dead because", "The actor died unexpectedly"):
-        if marker in text:
-            text = text[text.index(marker) :]
-            break
-    if len(text) > REASON_LENGTH and "raised in its creation task" in text:  # the cause is the traceback's last line
-        return f"its constructor failed: {_one_line(str(error).strip().splitlines()[-1])}"[:REASON_LENGTH]
-    return text[:REASON_LENGTH].rstrip(".")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())

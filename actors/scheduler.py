@@ -22,7 +22,7 @@ from rayk.actors.process import freeze_startup_objects, spare_from_kernel
 from rayk.actors.removal import find_strays
 from rayk.actors.replica_calls import ReplicaCalls, ReplicaChannel
 from rayk.actors.report import start_reporting
-from rayk.actors.secret import Challenge, Door, Proof
+from rayk.actors.secret import Authenticator, Challenge, Proof
 from rayk.errors import CallTimeoutError, MessageError, RaykError, ReplicaLostError, StaleEpochError
 from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.dedup import ReplyCache
@@ -85,7 +85,9 @@ class SchedulerActor:
             settings = roster.config.router_settings(roster.pages)
         self._epoch = epoch
         self._roster = self._shown = roster
-        self._door = Door(roster.name, roster.lock) if roster is not None else Door(None, None)
+        self._authenticator = (
+            Authenticator(roster.name, roster.lock) if roster is not None else Authenticator(None, None)
+        )
         self._listener: Listener | None = None
         replace = roster is not None and roster.config.replace
         self._core = SchedulerCore(epochs, settings, copies, monotonic, replace)
@@ -378,12 +380,12 @@ class SchedulerActor:
 
     def challenge(self) -> Challenge:
         """What a driver with a secret has to answer."""
-        return self._door.challenge()
+        return self._authenticator.challenge()
 
     def roster(self, proof: Proof | None = None) -> Any:
         """What a driver needs to attach: a Deployment, a moment old if a data lane is at work for long. Renewals
         and ping() come by the same lane as this call, and wait for it."""
-        self._door.check(proof)
+        self._authenticator.check(proof)
         if self._core_lock.acquire(timeout=ROSTER_SECONDS):
             try:
                 return self._standing()

@@ -80,7 +80,7 @@ class Secret:
         return self._keys[salt]
 
 
-class Door:
+class Authenticator:
     """In the scheduler of the cluster `name`; open to anybody without a lock."""
 
     def __init__(self, name: str | None, lock: Lock | None) -> None:

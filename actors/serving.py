@@ -30,7 +30,7 @@ from rayk.actors.mailbox import Mailbox
 from rayk.actors.post_line import PostLine
 from rayk.actors.process import spare_from_kernel
 from rayk.actors.report import start_reporting
-from rayk.actors.secret import Challenge, Door, Proof
+from rayk.actors.secret import Authenticator, Challenge, Proof
 from rayk.actors.serving_roster import EngineHandle, ServingRoster
 from rayk.errors import ClosedError, ConfigError, MessageError
 from rayk.metrics.reading import Labels, Reading
@@ -103,7 +103,7 @@ class ServingActor:
             raise RuntimeError(f"nothing is kept of the Cluster {key!r}: it was shut down")
         born = born_after(kept.roster.life, time_ns() // 1_000)
         self._roster: ServingRoster = replace(kept.roster, life=born)
-        self._door = Door(self._roster.name, self._roster.lock)
+        self._authenticator = Authenticator(self._roster.name, self._roster.lock)
         self._changed = Condition()
         self._drivers = {number: _Driver(client) for number, client in kept.drivers.items()}
         self._last = kept.last
@@ -160,12 +160,12 @@ class ServingActor:
 
     def challenge(self) -> Challenge:
         """What a driver with a secret has to answer."""
-        return self._door.challenge()
+        return self._authenticator.challenge()
 
     def connect(self, client: str, owner: bool, lease: float, proof: Proof | None = None) -> tuple[int, ServingRoster]:
         """A driver comes: its number, by which its tickets are known, and the roster. When it is silent for longer than
         `lease` seconds its requests end."""
-        self._door.check(proof)
+        self._authenticator.check(proof)
         with self._changed:
             if len(self._drivers) >= DRIVERS:
                 raise ConfigError(
@@ -494,7 +494,7 @@ class ServingActor:
 
     def roster(self, proof: Proof | None = None) -> ServingRoster:
         """What a driver needs to attach."""
-        self._door.check(proof)
+        self._authenticator.check(proof)
         with self._changed:
             return self._standing()
 

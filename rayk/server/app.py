@@ -191,11 +191,11 @@ def application(cluster: Cluster, settings: ServerSettings) -> Starlette:
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.state.service = service
-    app.add_middleware(Door, service=service)
+    app.add_middleware(Authentication, service=service)
     return app
 
 
-class Door:
+class Authentication:
     """What holds for every request: a key, and an id that its answer bears, the client's own or a new one."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rayk import InferenceSession, PagedKVCacheManager
 from rayk.actors.describe import describe
 from rayk.actors.removal import remove_session
-from rayk.actors.secret import ASKED, Challenge, Door, Proof, Secret
+from rayk.actors.secret import ASKED, Authenticator, Challenge, Proof, Secret
 from rayk.cli.flags import secret_of
 from rayk.errors import ConfigError, SecretError
 
@@ -27,53 +27,53 @@ def secret() -> Secret:
 
 
 @pytest.fixture(scope="module")
-def door(secret: Secret) -> Door:
-    return Door("prod/0", secret.lock())
+def authenticator(secret: Secret) -> Authenticator:
+    return Authenticator("prod/0", secret.lock())
 
 
-def test_who_knows_it_comes_in(door: Door, secret: Secret) -> None:
-    door.check(secret.prove(door.challenge()))
+def test_who_knows_it_comes_in(authenticator: Authenticator, secret: Secret) -> None:
+    authenticator.check(secret.prove(authenticator.challenge()))
 
 
-def test_who_does_not_stays_out(door: Door, secret: Secret) -> None:
+def test_who_does_not_stays_out(authenticator: Authenticator, secret: Secret) -> None:
     for proof in (
         None,
-        Secret("another secret").prove(door.challenge()),
-        Secret(WORD).prove(Challenge(bytes(32), door.challenge().number)),  # of another cluster with the same secret
-        Proof(door.challenge().number, b""),
-        Proof(bytes(32), secret.prove(door.challenge()).covered),
+        Secret("another secret").prove(authenticator.challenge()),
+        Secret(WORD).prove(Challenge(bytes(32), authenticator.challenge().number)),  # another cluster's
+        Proof(authenticator.challenge().number, b""),
+        Proof(bytes(32), secret.prove(authenticator.challenge()).covered),
     ):
         with pytest.raises(SecretError, match="prod/0"):
-            door.check(proof)
+            authenticator.check(proof)
 
 
-def test_an_answer_is_good_once_and_not_for_ever(door: Door, secret: Secret) -> None:
-    proof = secret.prove(door.challenge())
-    door.check(proof)
+def test_an_answer_is_good_once_and_not_for_ever(authenticator: Authenticator, secret: Secret) -> None:
+    proof = secret.prove(authenticator.challenge())
+    authenticator.check(proof)
     with pytest.raises(SecretError, match="twice"):
-        door.check(proof)
-    late = secret.prove(door.challenge())
+        authenticator.check(proof)
+    late = secret.prove(authenticator.challenge())
     for _ in range(ASKED):
-        door.challenge()
+        authenticator.challenge()
     with pytest.raises(SecretError, match="too late"):
-        door.check(late)
+        authenticator.check(late)
 
 
 def test_what_the_scheduler_keeps_opens_nothing(secret: Secret) -> None:
     """Whoever reads it, and pretends that it were the key."""
     lock = secret.lock()
-    door = Door("prod/0", lock)
-    asked = door.challenge()
+    authenticator = Authenticator("prod/0", lock)
+    asked = authenticator.challenge()
     with pytest.raises(SecretError):
-        door.check(Proof(asked.number, lock.digest))
+        authenticator.check(Proof(asked.number, lock.digest))
     assert WORD.encode() not in pickle.dumps(lock) and repr(lock) == "Lock()"
 
 
 def test_no_secret_is_wanted_where_none_was_given_at_the_start() -> None:
-    door = Door("prod/0", None)
-    door.check(None)
+    authenticator = Authenticator("prod/0", None)
+    authenticator.check(None)
     with pytest.raises(SecretError, match="without a secret"):
-        door.challenge()
+        authenticator.challenge()
 
 
 @pytest.mark.parametrize("bad", ["short", "x" * 2000, b"", 7, "\ud800" * 9])

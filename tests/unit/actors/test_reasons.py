@@ -1,6 +1,6 @@
 """What is made of Ray's own texts, without a Ray."""
 
-from rayk.actors.runtime import _short
+from rayk.actors.reasons import why_gone
 
 DIED = """The actor died because of an error raised in its creation task, \x1b[36mray::ReplicaActor.__init__()\x1b[39m \
 (pid=12395, ip=10.0.0.1, actor_id=3f92b3906204f6a11b0556af01000000, repr=<rayk.actors.replica.ReplicaActor object>)
@@ -16,15 +16,15 @@ Worker exits unexpectedly. Worker exits with an exit code None. There are some p
 
 
 def test_the_cause_of_a_failed_constructor_is_told() -> None:
-    text = _short(Exception(DIED))
+    text = why_gone(Exception(DIED))
     assert "MemoryError: no room for 12 GiB" in text
     assert "\x1b" not in text and "\n" not in text and len(text) <= 300
 
 
 def test_a_killed_process_is_told_in_one_sentence() -> None:
-    assert _short(Exception(KILLED)) == "its process ended (SYSTEM_ERROR: Worker exits unexpectedly)"
+    assert why_gone(Exception(KILLED)) == "its process ended (SYSTEM_ERROR: Worker exits unexpectedly)"
 
 
 def test_other_texts_are_kept_short_and_on_one_line() -> None:
-    text = _short(Exception("The actor is temporarily unavailable.\nDetails: " + "x" * 1000))
+    text = why_gone(Exception("The actor is temporarily unavailable.\nDetails: " + "x" * 1000))
     assert text.startswith("The actor is temporarily unavailable. Details: xxx") and len(text) <= 300
