@@ -191,7 +191,7 @@ def test_nothing_is_left_behind(session: InferenceSession) -> None:
     cluster.close()
     assert handle.result(1).finish_reason == "cancelled"
     until(lambda: not running(sorted(new)))
-    until(lambda: engine_pids() == before)
+    until(lambda: engine_pids() <= before)  # those of the test before may go meanwhile
     assert not any(reader.is_alive() for reader in cluster._lifecycle.readers.values())
 
 
@@ -199,7 +199,7 @@ def test_a_model_that_cannot_be_loaded(session: InferenceSession) -> None:
     before, groups = engine_pids(), placements()
     with pytest.raises(PlanError, match=r"replica.*no such weights"):
         Cluster(broken_model, session, replicas=2)
-    until(lambda: engine_pids() == before)
+    until(lambda: engine_pids() <= before)  # those of the test before may go meanwhile
     assert placements() == groups
 
 
