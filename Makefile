@@ -74,6 +74,7 @@ clients: $(STAMP)  ## foreign clients and routers, Ray Serve and Ray Data (by ha
 		.venv-clients/bin/pip install -qq --disable-pip-version-check --no-deps accelerate; }
 	$(BIN)/python tests/clients/run.py .venv-clients
 	PYTHONPATH="$$PWD" .venv-clients/bin/python tests/clients/ray_data.py
+	PYTHONPATH="$$PWD" .venv-clients/bin/python tests/clients/ray_serve.py
 	PYTHONPATH="$$PWD" .venv-clients/bin/python examples/serve/foreign.py
 
 clean:  ## remove caches, builds and output (.venv stays; rm -rf .venv starts afresh)
