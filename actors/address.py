@@ -24,6 +24,15 @@ def host_and_port(address: str) -> tuple[str, int] | None:
     return (host, int(port)) if host and port.isdigit() and "/" not in host else None
 
 
+def same_place(one: str, other: str, own: str) -> bool:
+    """Whether two addresses name the same port of the same machine; `own` is this node's."""
+    here = {"localhost", "127.0.0.1", socket.gethostname(), own}
+    first, second = host_and_port(one), host_and_port(other)
+    if first is None or second is None:
+        return one == other
+    return first[1] == second[1] and (first[0] == second[0] or {first[0], second[0]} <= here)
+
+
 def knock(address: str) -> None:
     """ConnectionError at once where nobody listens, and soon where it is nothing that speaks as Ray does."""
     target = host_and_port(address)

@@ -30,7 +30,7 @@ from ray.util import metrics as ray_metrics
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from rayk.actors.address import host_and_port, knock, make_temp_dir, refusal, running_address
+from rayk.actors.address import host_and_port, knock, make_temp_dir, refusal, running_address, same_place
 from rayk.actors.interface import (
     CONTROL_GROUP,
     Actor,
@@ -48,6 +48,7 @@ from rayk.actors.secret import Secret
 from rayk.errors import CallTimeoutError, ConfigError, NoPlaceError, RaykError, RemoteError
 from rayk.metrics.histogram import Histogram
 from rayk.metrics.reading import Labels, Reading, Value
+from rayk.tiers.folder import sweep_memory
 
 KEPT = "rayk"  # the part of Ray's store that keep() uses
 HEAD = "node:__internal_head__"  # a resource that only the head has
@@ -98,7 +99,8 @@ class RayRuntime:
         """Join the cluster at `address` (None: a running one if there is one), or start an embedded one ("local")."""
         runtime = cls(namespace, sockets)
         if ray.is_initialized():
-            if address not in (None, "auto") and not _same_place(address, ray.get_runtime_context().gcs_address):
+            own = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
+            if address not in (None, "auto") and not same_place(address, ray.get_runtime_context().gcs_address, own):
                 raise ConfigError(f"this process is connected to Ray already; address {address!r} is another cluster")
             return runtime
         found = address in (None, "auto")
@@ -149,6 +151,7 @@ class RayRuntime:
             return
         self._owns_connection = False
         ray.shutdown()
+        sweep_memory()
         for name, value in self._saved_environment.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -341,6 +344,7 @@ class RayRuntime:
             with contextlib.suppress(Exception):
                 ray.get(actor.call("ping", control=True), timeout=5)
         sweep([actor.socket.path for actor in actors if actor.socket is not None])
+        sweep_memory()
         if placement is not None:
             remove_placement_group(placement.group)
             deadline = time.monotonic() + 5
@@ -486,13 +490,3 @@ def _unheard() -> Iterator[None]:
 def _placement(group: PlacementGroup) -> Placement:
     where = placement_group_table(group)["bundles_to_node_id"]
     return Placement(group, tuple(where[i] for i in range(len(where))))
-
-
-def _same_place(one: str, other: str) -> bool:
-    """Whether two addresses name the same port of the same machine."""
-    own = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
-    here = {"localhost", "127.0.0.1", socket.gethostname(), own}
-    first, second = host_and_port(one), host_and_port(other)
-    if first is None or second is None:
-        return one == other
-    return first[1] == second[1] and (first[0] == second[0] or {first[0], second[0]} <= here)

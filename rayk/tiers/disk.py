@@ -29,14 +29,13 @@ from typing import NamedTuple, TypeVar
 from rayk.kvcache.connector import TierCounters
 from rayk.tiers.directory import FULL, PRESENT, Directory
 from rayk.tiers.files import HEADER_BYTES, Head, PageBytes, Verdict, read_head, read_page, remove, write_page
-from rayk.tiers.folder import SHARED_MEMORY, take_lane
+from rayk.tiers.folder import SHARED_MEMORY, TABLES, take_lane
 from rayk.tiers.pause import Pause
 from rayk.tiers.segment import Segment, sweep, when_free
 
 log = logging.getLogger("rayk.tiers")
 
 SHELF = 4096  # files in a sub-folder
-PREFIX = "rayk-tier-"
 OPEN_SECONDS = 120.0  # for a folder to be opened
 SCAN_SECONDS = 60.0  # of these for its files to be looked at; the others cannot be hit
 STALL_SECONDS = 2.0  # for one file
@@ -122,7 +121,7 @@ class DiskTier:
     # -- opening ---------------------------------------------------------------------------------
 
     def _open(self, folder: Path, opened: list[_Opened]) -> None:
-        sweep(SHARED_MEMORY, PREFIX)
+        sweep(SHARED_MEMORY, TABLES)
         file_bytes = self._page_bytes + HEADER_BYTES
         lane = take_lane(folder, self._fingerprint, file_bytes, self._max_bytes, self.capacity)
         try:
@@ -409,7 +408,7 @@ def _path(lane: Path, slot: int) -> Path:
 def _segment_path(lane: Path) -> Path:
     status = lane.stat()
     name = hashlib.sha256(f"{status.st_dev}:{status.st_ino}:{lane.resolve()}".encode()).hexdigest()
-    return SHARED_MEMORY / f"{PREFIX}{os.getuid()}-{name[:24]}"
+    return SHARED_MEMORY / f"{TABLES}{os.getuid()}-{name[:24]}"
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:

@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from rayk.tiers.segment import byte_range
+from rayk.tiers.segment import byte_range, sweep
 
 log = logging.getLogger("rayk.tiers")
 
@@ -34,9 +34,16 @@ LANES = 8
 LOCK_SECONDS = 20.0
 REMOVE_SECONDS = 20.0  # for lanes that nobody uses; what is left counts against the budget
 SHARED_MEMORY = Path("/dev/shm")
+POOLS, TABLES = "rayk-pool-", "rayk-tier-"  # names there: of host tiers, and of the tables of lanes
 _LANE = re.compile(r"([0-9a-f]{16})-(\d)")
 _CLAIM = struct.Struct("<QQ")  # bytes that were asked for, pages that it may hold
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+def sweep_memory() -> None:
+    """Give back the shared memory of processes that were killed, on this node."""
+    for prefix in (POOLS, TABLES):
+        sweep(SHARED_MEMORY, prefix)
 
 
 class Lane(NamedTuple):

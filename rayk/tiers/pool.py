@@ -10,10 +10,9 @@ import numpy as np
 
 from rayk.kvcache.page_copies import Rows
 from rayk.tiers.directory import Directory
-from rayk.tiers.folder import SHARED_MEMORY
+from rayk.tiers.folder import POOLS, SHARED_MEMORY
 from rayk.tiers.segment import HEADER_BYTES, Segment, sweep
 
-PREFIX = "rayk-pool-"
 ALIGNMENT = 4096
 
 
@@ -26,7 +25,7 @@ class HostPool:
     def __init__(self, name: str | None, pages: int, page_bytes: int, free_bytes: int | None = None) -> None:
         records = _rows_start(pages)
         size = records + pages * page_bytes
-        sweep(SHARED_MEMORY, PREFIX)
+        sweep(SHARED_MEMORY, POOLS)
         self._segment = Segment.attach(pool_path(name), size, page_bytes, lambda _: None, free_bytes)
         self.directory = Directory(self._segment, pages)
         if not self._segment.fresh:
@@ -64,4 +63,4 @@ def pool_path(name: str | None) -> Path | None:
     """Where the pool of that cluster is on this node."""
     if name is None:
         return None
-    return SHARED_MEMORY / f"{PREFIX}{os.getuid()}-{hashlib.sha256(name.encode()).hexdigest()[:24]}"
+    return SHARED_MEMORY / f"{POOLS}{os.getuid()}-{hashlib.sha256(name.encode()).hexdigest()[:24]}"
