@@ -169,11 +169,23 @@ class Handle:
 
     # -- for the reader of reports ----------------------------------------------------------------------
 
-    def add(
-        self, now: float, tokens: list[int], pieces: Sequence[str] = (), logprobs: Sequence[TokenLogprobs] = ()
-    ) -> None:
-        """More of the answer came at that time."""
+    def begin_again(self, ticket: int) -> None:
+        """From now on only that attempt counts; what is here already is not asked of it again."""
         with self._lock:
+            self.ticket, self.replica = ticket, None
+
+    def add(
+        self,
+        ticket: int,
+        now: float,
+        tokens: list[int],
+        pieces: Sequence[str] = (),
+        logprobs: Sequence[TokenLogprobs] = (),
+    ) -> None:
+        """More of the answer came at that time, by that attempt."""
+        with self._lock:
+            if ticket != self.ticket:  # it was given up meanwhile, and the next one brings these tokens
+                return
             if not tokens:
                 pass
             elif self._first_at is None:
@@ -269,14 +281,14 @@ def deliver(report: Report, handles: Mapping[int, Handle]) -> list[int]:
     for number, part in parts.items():
         handle = handles.get(number)
         if handle is not None:
-            if handle.prefilling:
+            if handle.prefilling and handle.ticket == number:
                 handle.prefilling = False
                 first.append(number)
             pieces = texts.pop(number, ()) if texts else ()
-            handle.add(now, part, pieces, logprobs.get(number, ()) if logprobs else ())
+            handle.add(number, now, part, pieces, logprobs.get(number, ()) if logprobs else ())
     for number, pieces in texts.items():  # of tokens that were reported before
         if (handle := handles.get(number)) is not None:
-            handle.add(now, [], pieces)
+            handle.add(number, now, [], pieces)
     return first
 
 

@@ -166,7 +166,7 @@ class Requests:
             before = handle.ticket
             self._copies.forget(before)
             del self._handles[before]
-            handle.ticket, handle.replica = next(self._tickets), None
+            handle.begin_again(next(self._tickets))
             self._handles[handle.ticket] = handle
             wants.append(self._want(handle, before))
         self._scheduler.place(wants)

@@ -62,7 +62,7 @@ def test_a_token_is_written_at_once_and_in_the_name_of_its_request() -> None:
         _, task = stream_of(client, found, mailbox)
         await asyncio.sleep(0)
         for number in range(3):
-            found.add(0.0, [number], [f"t{number}"])
+            found.add(found.ticket, 0.0, [number], [f"t{number}"])
             before = len(client.bodies)
             await asyncio.sleep(0)
             assert len(client.bodies) == before + 1, "within one pass"
@@ -82,7 +82,7 @@ def test_a_client_that_does_not_read_makes_its_own_task_wait_and_loses_nothing()
         clients[0].room.clear()
         for number in range(5):
             for found in handles:
-                found.add(0.0, [number], [f"t{number}"])
+                found.add(found.ticket, 0.0, [number], [f"t{number}"])
             for _ in range(3):
                 await asyncio.sleep(0)
         assert len(clients[0].bodies) == 1 and texts(clients[1]) == "t0t1t2t3t4"
