@@ -103,10 +103,13 @@ class Connection:
                 return
             piece = piece[done:]
         rest, until = memoryview(piece), monotonic() + SEND_SECONDS
+        both = select.poll()  # not select(), which knows the first 1,024 descriptors of a process only
+        both.register(self._end, select.POLLIN | select.POLLOUT)
         while rest:
-            readable, writable, _ = select.select([self._end], [self._end], [], max(0.0, until - monotonic()))
-            if not (readable or writable):
+            ready = both.poll(max(0.0, until - monotonic()) * 1e3)
+            if not ready:
                 raise SocketError(f"the other side took nothing for {SEND_SECONDS:g} s")
+            readable, writable = ready[0][1] & ~select.POLLOUT, ready[0][1] & ~select.POLLIN
             if readable and self._reading.acquire(blocking=False):
                 try:
                     self._read(0.0)

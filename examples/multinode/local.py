@@ -45,6 +45,7 @@ def main() -> int:
     command = given.command or [sys.executable, "-m", "rayk", *LOAD_TEST.split()]
     folder = tempfile.mkdtemp(prefix="nodes-")  # short: Ray's sockets are below it
     os.environ |= FAST_FAILURES | {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}"  # jobs say `python`
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     os.makedirs(f"{folder}/ray")
     from ray.cluster_utils import Cluster

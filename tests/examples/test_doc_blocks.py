@@ -198,6 +198,7 @@ def test_python_blocks_run(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "blocks.json")],
         cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO)},  # as where `python` is started in a checkout
         capture_output=True,
         text=True,
         timeout=240,

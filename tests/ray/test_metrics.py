@@ -28,10 +28,12 @@ manager.admit(ctxs)
 with Cluster(sys.argv[2], session, page_size=16, pages=8, device="cpu", vllm_metrics=True) as cluster:
     cluster.generate([[5, 6, 7]] * 3, max_new_tokens=4, ignore_eos=True)
     port = ray.nodes()[0]["MetricsExportPort"]
+    mine = {f'cluster="{name.rpartition("/")[0]}"' for name in ray.util.list_named_actors()}  # others were here
     deadline, seen = time.monotonic() + 60, {}
     while True:  # an agent forgets a gauge when it has shown it, until its process tells it again
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-        seen.update(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("ray_"))
+        seen.update(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("ray_vllm")
+                    or line.startswith("ray_") and any(cluster in line for cluster in mine))
         found = " ".join(seen)
         if all(found.count(name) >= n for name, n in WANTED.items()):
             break

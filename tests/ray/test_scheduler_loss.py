@@ -172,8 +172,15 @@ def test_one_that_is_gone_for_good_says_so(session: InferenceSession) -> None:
     manager = PagedKVCacheManager(params(1), session, 64, max_batch_size=8)
     calls: Any = manager._calls
     calls._runtime.stop([calls.scheduler.actor], None)
-    began = time.monotonic()
-    with pytest.raises(RaykError, match="the scheduler is gone"):
-        manager.claim("x", 0)
-    assert time.monotonic() - began < scaled(10)
+
+    def refused() -> bool:
+        """Its process may live for a moment, and answer."""
+        try:
+            manager.claim("x", 0)
+        except RaykError as error:
+            return "the scheduler is gone" in str(error)
+        manager.release("x", 0)
+        return False
+
+    until(refused, 10)
     manager.shutdown()
