@@ -30,7 +30,7 @@ GIVEN = {  # by rayk to its callers, who have no reason to make one
 }  # fmt: skip
 OWN = {  # for rayk itself
     "ContextBatch": {"bind", "data", "note_stepped", "position"},
-    "Handle": {"add", "add_prompt_logprobs", "add_text", "beside", "end", "finish", "record_end"},
+    "Handle": {"add", "add_prompt_logprobs", "begin_again", "beside", "end", "finish", "record_end"},
     "InferenceSession": {"adopt", "dismiss"},
     "KVEventsConfig": {"check_replicas"},
     "SamplingParams": {"choice"},
