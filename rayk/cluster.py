@@ -404,7 +404,6 @@ class Cluster:
         empty when they end. Cancel them where that is not enough. Replicas that are added later take nothing of before,
         either. CallTimeoutError names a replica that does not answer; it has to be removed, or asked again.
         """
-        self._check_open()
         return self._lifecycle.reset_prefix_cache()
 
     def check_integrity(self) -> None:

@@ -133,6 +133,7 @@ class Lifecycle:
     def reset_prefix_cache(self) -> PrefixCacheReset:
         """Have all that live forget what is cached; none joins meanwhile."""
         with self._changing:
+            self.check_open()
             token = Mask.new()
             self._dispatcher.note_reset(token)
             return PrefixCacheReset(self._replicas.reset_prefix_cache(self._dispatcher.live, token), hits=False)
