@@ -63,6 +63,13 @@ EMBEDDED_SETTINGS = {  # a dead replica is noticed in 0.2 s instead of 1.5 s, a 
 }
 
 
+def check_joined() -> None:
+    """ActorGoneError in a process that left Ray: threads of ours may still run there, and Ray would start a cluster of
+    its own to answer them."""
+    if not ray.is_initialized():
+        raise ActorGoneError("this process is not connected to Ray any more")
+
+
 class RayActor:
     """A Ray actor handle; picklable, so that actors can be given each other."""
 
@@ -71,6 +78,7 @@ class RayActor:
         self.socket = socket
 
     def call(self, method: str, *args: Any, returns: int = 1, control: bool = False, lane: str = "") -> Any:
+        check_joined()
         lane = CONTROL_GROUP if control else lane
         if returns == 1 and not lane:
             return getattr(self.handle, method).remote(*args)
@@ -177,6 +185,7 @@ class RayRuntime:
 
     def nodes(self) -> list[Node]:
         """Live nodes, ordered by id."""
+        check_joined()
         found = [
             Node(n["NodeID"], n.get("NodeManagerHostname", n["NodeManagerAddress"]), dict(n["Resources"]))
             for n in ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
@@ -188,12 +197,14 @@ class RayRuntime:
     def draining_nodes() -> dict[str, float]:
         """Nodes of which Ray was told that they go (a drain, a preemption), and the time (seconds since the epoch) at
         which they will; 0 where none was named."""
+        check_joined()
         from ray._private.state import state  # it has no public name; Ray's own Train library asks so
 
         return {node_id: deadline / 1e3 for node_id, deadline in state.get_draining_nodes().items()}
 
     def run_on(self, node_id: str, task: Callable[..., Any], *args: Any) -> Any:
         """Start a task on that very node, holding no CPU or GPU; a reference to its result."""
+        check_joined()
         remote = ray.remote(num_cpus=0, num_gpus=0, max_calls=1, max_retries=0)(task)
         affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
         return remote.options(scheduling_strategy=affinity).remote(*args)
@@ -214,6 +225,7 @@ class RayRuntime:
 
     def _group(self, bundles: list[dict[str, float]], avoid: Sequence[str], name: str | None) -> PlacementGroup:
         """Detached ones bear the name of what they are for, so that they are found though nobody knows of them."""
+        check_joined()
         selector = [{"ray.io/node-id": f"!in({','.join(avoid)})"}] * len(bundles) if avoid else None
         lifetime = "detached" if self._namespace is not None else None
         named = f"{self._namespace}/{name}/{os.urandom(6).hex()}" if lifetime is not None else ""
@@ -241,6 +253,7 @@ class RayRuntime:
 
     def await_place(self, placement: Placement, timeout: float) -> Placement:
         """The placement as it is now, once all its bundles have nodes: those of a dead node get another one."""
+        check_joined()
         deadline = time.monotonic() + timeout
         while placement_group_table(placement.group).get("state") != "CREATED":
             if time.monotonic() > deadline:
@@ -253,6 +266,7 @@ class RayRuntime:
 
     def start(self, spec: ActorSpec) -> RayActor:
         """Start an actor; its constructor runs in the background. No call is ever repeated by Ray."""
+        check_joined()
         options: dict[str, Any] = {
             "num_cpus": 0,
             "num_gpus": spec.gpus,
@@ -282,6 +296,7 @@ class RayRuntime:
 
     def find(self, name: str) -> RayActor | None:
         """The detached actor of that name in this session's namespace, or None."""
+        check_joined()
         try:
             handle: ActorHandle[Any] = ray.get_actor(name, namespace=self._namespace)
             return RayActor(handle)
@@ -290,11 +305,13 @@ class RayRuntime:
 
     def actor_names(self) -> list[str]:
         """The names of all detached actors in this session's namespace."""
+        check_joined()
         named = list_named_actors(all_namespaces=True)
         return sorted(each["name"] for each in named if each["namespace"] == self._namespace)
 
     def groups(self, name: str) -> list[Placement]:
         """Placement groups that were made for what is called `name`, or for parts of it; waiting ones have no nodes."""
+        check_joined()
         begin, found = f"{self._namespace}/{name}/", list[Placement]()
         for key, each in placement_group_table().items():
             if each["state"] != "REMOVED" and each["name"].startswith(begin):
@@ -303,6 +320,7 @@ class RayRuntime:
 
     def get(self, ref: Any, target: str, timeout: float) -> Any:
         """The result of a call to `target`. ActorGoneError, CallTimeoutError, or what rayk raised there."""
+        check_joined()
         try:
             return ray.get(ref, timeout=timeout)
         except ray_errors.GetTimeoutError:
@@ -321,6 +339,8 @@ class RayRuntime:
 
     def get_all(self, refs: Sequence[Any], timeout: float) -> list[Any] | None:
         """All results, or None when any of them failed or is late: get() says which and how."""
+        if not ray.is_initialized():
+            return None
         try:
             results: list[Any] = ray.get(list(refs), timeout=timeout)
             return results

@@ -104,7 +104,9 @@ def _keys() -> Iterator[Callable[[float], str]]:
     try:
         tty.setcbreak(sys.stdin)
         fd = sys.stdin.fileno()  # not by sys.stdin, which would read further keys ahead
-        yield lambda seconds: os.read(fd, 1).decode("latin-1") if select.select([fd], [], [], seconds)[0] else ""
+        keys = select.poll()  # not select(), which knows the first 1,024 descriptors of a process only
+        keys.register(fd, select.POLLIN)
+        yield lambda seconds: os.read(fd, 1).decode("latin-1") if keys.poll(seconds * 1e3) else ""
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 

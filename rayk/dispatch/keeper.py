@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from threading import Event, Thread
+from threading import Event, Thread, current_thread
 from typing import TYPE_CHECKING
 
 from rayk.errors import RaykError
@@ -36,11 +36,13 @@ class Keeper:
         self._told: set[int] = set()  # replicas that were drained since their nodes go
         self._changed = Event()
         self._stopped = False
+        self._thread: Thread | None = None
 
     def start(self) -> None:
         """Begin, if there is anything to do."""
         if self._leaving is not None:
-            Thread(target=self._run, name="rayk-keeper", daemon=True).start()
+            self._thread = Thread(target=self._run, name="rayk-keeper", daemon=True)
+            self._thread.start()
 
     def wake(self) -> None:
         """A replica was lost."""
@@ -50,6 +52,11 @@ class Keeper:
         """Start nothing any more; what is being started is not waited for."""
         self._stopped = True
         self._changed.set()
+
+    def join(self) -> None:
+        """Wait for its thread, after stop()."""
+        if self._thread is not None and self._thread is not current_thread():
+            self._thread.join(timeout=10)
 
     def _run(self) -> None:
         while not self._stopped:
@@ -62,6 +69,8 @@ class Keeper:
             try:
                 self._move_off()
             except Exception:  # Ray is asked by a private name: without an answer nobody is moved
+                if self._stopped:
+                    return
                 log.exception("it cannot be told which nodes go")
                 self._leaving = lambda: []
 

@@ -158,6 +158,7 @@ class Lifecycle:
         with self._changing:
             self._dispatcher.go()
             end_replicas()
+        self._keeper.join()
         for reader in self.readers.values():
             if reader is not threading.current_thread():
                 reader.join(timeout=10)
