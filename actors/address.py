@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rayk.errors import ConfigError
@@ -96,3 +99,19 @@ def make_temp_dir() -> str:
     except OSError as error:
         reason = f"{what} cannot hold Ray's files ({error.strerror})"
         raise ConfigError(f"{reason}; set RAY_TMPDIR to a folder that exists and can be written") from None
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What this process writes to stderr meanwhile, from below Python too, is shown only if nothing was raised."""
+    sys.stderr.flush()
+    own = os.dup(2)
+    with tempfile.TemporaryFile() as heard:
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
+        heard.seek(0)
+        os.write(2, heard.read())

@@ -13,10 +13,8 @@ import os
 import pickle
 import shutil
 import socket
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -30,7 +28,7 @@ from ray.util import metrics as ray_metrics
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from rayk.actors.address import host_and_port, knock, make_temp_dir, refusal, running_address, same_place
+from rayk.actors.address import host_and_port, knock, make_temp_dir, refusal, running_address, same_place, unheard
 from rayk.actors.interface import (
     CONTROL_GROUP,
     Actor,
@@ -487,24 +485,8 @@ def _enter(address: str, found: bool) -> None:
         tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     tokens.ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one the client ends the process
     if host_and_port(address) is not None:
-        with _unheard():
+        with unheard():
             GcsClient(address=address)
-
-
-@contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """What this process writes to stderr meanwhile, from below Python too, is shown only if nothing was raised."""
-    sys.stderr.flush()
-    own = os.dup(2)
-    with tempfile.TemporaryFile() as heard:
-        os.dup2(heard.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(own, 2)
-            os.close(own)
-        heard.seek(0)
-        os.write(2, heard.read())
 
 
 def _placement(group: PlacementGroup) -> Placement:

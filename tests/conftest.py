@@ -1,5 +1,7 @@
-"""What all tests share: where things are, one torch thread, patience, and markers set by folder."""
+"""What all tests share: where things are, one torch thread, patience, what is collected when, and markers by folder."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.timeout = scaled(float(config.getini("timeout")))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def collected() -> Iterator[None]:
+    """What tests of a module left in cycles lets go of its memory, files and sockets here: not in another module's
+    test, which its complaints would fail, and not never. What stays after that is not looked at again."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of the checkout."""
@@ -55,5 +66,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(marker)
         if not has_cuda and item.get_closest_marker("gpu"):
             item.add_marker(no_cuda)
+    gc.freeze()
     if hasattr(config, "workerinput"):  # it is one of several processes
         items.sort(key=lambda item: not item.nodeid.startswith(USES_RAY))
