@@ -296,6 +296,10 @@ class SchedulerLink:
         explained: m.Explained = self._ask("explain", key)
         return explained
 
+    def pid(self) -> int:
+        """Its process."""
+        return int(self._ask("pid", seconds=5.0))
+
     def state(self) -> ServingState:
         """A snapshot."""
         state = self._ask("state")

@@ -54,7 +54,7 @@ def run_bench(
     chaos: ChaosResult | None = None
     with StopSignals() as signals, ExitStack() as stack:
         stack.callback(_end, session.close, troubles)
-        if settings.shared:
+        if settings.named:
             stack.callback(_end, partial(check_removed, session), troubles)
         faults = stack.enter_context(prepared(settings, session))
         driver, nodes = _driver(settings, session, workload, clock, on_tick)
@@ -94,7 +94,7 @@ def _session(settings: BenchSettings) -> InferenceSession:
         return InferenceSession(settings.runtime)
     if settings.chaos is None and settings.nodes == 1:
         return InferenceSession("ray", settings.address)
-    return InferenceSession("ray", "local", f"bench-{os.urandom(4).hex()}" if settings.shared else None)
+    return InferenceSession("ray", "local", f"bench-{os.urandom(4).hex()}" if settings.named else None)
 
 
 def _comparison(

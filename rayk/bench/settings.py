@@ -111,6 +111,11 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
         """Whether other drivers attach to what is measured."""
         return "kill-driver" in self.faults
 
+    @property
+    def named(self) -> bool:
+        """Whether the session has a name: for other drivers, or since a Cluster's scheduler is its own process then."""
+        return self.shared or (self.forward == "hf" and "kill-scheduler" in self.faults)
+
     def manager_options(self) -> dict[str, Any]:
         """Of the manager that serves the run."""
         replace = self.chaos is not None
@@ -167,11 +172,6 @@ def check_chaos(settings: BenchSettings) -> None:
         kinds & {"kill-node"} if settings.nodes == 1 else set(),
         "there is one node, that of this driver; simulate more by --nodes 3",
     )
-    if settings.forward == "hf":
-        refuse(
-            kinds & {"kill-scheduler"},
-            "the scheduler of a Cluster is in its driver's process; leave it out, or use --forward verify",
-        )
     if settings.disk_dir is not None:
         check_folder(Path(settings.disk_dir), kinds)
 

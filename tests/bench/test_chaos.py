@@ -92,10 +92,6 @@ def test_kinds_do_not_change_each_other() -> None:
         ({"chaos": "corrupt-disk:1/min"}, "corrupt-disk: there is no disk tier"),
         ({"chaos": "kill-node:1/min"}, "kill-node: there is one node"),
         ({"chaos": "kill-replica:1/min", "address": "10.0.0.1:6379"}, "leave out --address"),
-        (
-            {"chaos": "kill-scheduler:1/min", "forward": "hf", "model": "m"},
-            "kill-scheduler: the scheduler of",
-        ),
         ({"chaos": "slow-disk:1/min", "disk_dir": "."}, "slow-disk is for a whole file system"),
         ({"chaos": "fill-disk:1/min", "disk_dir": "."}, "fill-disk is for a whole file system"),
     ],
@@ -110,10 +106,12 @@ def test_what_applies_is_not_refused(tmp_path: Path) -> None:
     check_chaos(BenchSettings())
     check_chaos(BenchSettings(runtime="inline", chaos="corrupt-disk:1/min", disk_dir=str(tmp_path)))
     everywhere = "kill-replica:1/min,hang-replica:1/min,kill-driver:1/min,kill-node:1/min,corrupt-disk:1/min"
-    everywhere += ",cut-socket:1/min"
+    everywhere += ",cut-socket:1/min,kill-scheduler:1/min"
     check_chaos(BenchSettings(chaos=everywhere, nodes=3, disk_dir=str(tmp_path)))
     check_chaos(BenchSettings(chaos=everywhere, nodes=3, disk_dir=str(tmp_path), forward="hf", model="m"))
-    assert BenchSettings(chaos=everywhere).shared and not BenchSettings(chaos="kill-replica:1/min").shared
+    assert BenchSettings(chaos=everywhere).shared and not BenchSettings(chaos="kill-replica:1/min").named
+    assert BenchSettings(chaos="kill-scheduler:1/min", forward="hf", model="m").named
+    assert not BenchSettings(chaos="kill-scheduler:1/min").named, "a manager's is always an actor"
 
 
 @pytest.mark.parametrize("settings", [{"runtime": "inline"}, {"address": "10.0.0.1:6379"}])

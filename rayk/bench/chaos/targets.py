@@ -24,6 +24,7 @@ from rayk.manager.calls import Calls
 from rayk.scheduler.membership import State
 
 if TYPE_CHECKING:
+    from rayk.actors.serving_link import SchedulerLink
     from rayk.cluster import Cluster
     from rayk.manager.manager import PagedKVCacheManager
 
@@ -144,16 +145,23 @@ class ClusterTarget:
         states = self._cluster.replica_states()
         return [Replica(state, facts.pid) for state, facts in zip(states, self._cluster.facts, strict=False)]
 
-    def scheduler(self) -> int | None:
-        return None
-
-    def drivers(self) -> int | None:
+    @property
+    def _link(self) -> SchedulerLink:
         from rayk.dispatch.named import NamedDispatcher
 
         dispatcher = self._cluster._dispatcher
         assert isinstance(dispatcher, NamedDispatcher)
+        return dispatcher._link
+
+    def scheduler(self) -> int | None:
         try:
-            return len(dispatcher._link.state().drivers)
+            return self._link.pid()
+        except RaykError:
+            return None
+
+    def drivers(self) -> int | None:
+        try:
+            return len(self._link.state().drivers)
         except RaykError:
             return None
 
