@@ -135,13 +135,14 @@ class _Stream:
                 del self._kept[number]
             if read.number in self._kept:  # it was asked for before
                 return self._kept[read.number]
+            if read.number != self._made + 1:  # by a socket that was cut, and the same came another way: no part of it
+                error = MessageError(f"part {read.number} of a stream was asked for after {self._made}")
+                return encode_line(Part(failure=failure(error)))
             try:
-                if read.number != self._made + 1:
-                    raise MessageError(f"part {read.number} of a stream was asked for after {self._made}")
                 body = next(self._parts, None)
                 part = Part(body) if body is not None else Part(over=True)
-            except RaykError as error:
-                part = Part(failure=failure(error))
+            except RaykError as raised:
+                part = Part(failure=failure(raised))
             self._made += 1
             wire = self._kept[self._made] = encode_line(part)
             return wire
