@@ -229,7 +229,7 @@ class Directory:
     def _reap(self, own_seat: bool) -> list[int]:
         dead = self._segment.dead_seats()
         lost: list[int] = []
-        for seat in [*dead, self._seat] if own_seat else dead:
+        for seat in [self._seat, *dead] if own_seat else dead:  # what the dead left is this seat's from then on
             lost += self._reap_seat(seat)
             if seat != self._seat:
                 self._segment.seats[seat] = 0

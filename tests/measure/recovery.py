@@ -1,9 +1,10 @@
 """How long it takes to come back: `python tests/measure/recovery.py [KILLS [PART ..]]`.
 
 Medians and the worst of so many kills (10), in seconds from the signal on, printed as the table of
-docs/measurements/recovery.md; of all parts (replicas, scheduler, cluster), or of those that are named. A manager with
-two replicas and one driver that asks as a caller would; a Cluster of two replicas with the example checkpoint, whose
-streams are followed token by token.
+docs/measurements/recovery.md; of all parts, or of those that are named. A manager with two replicas and one driver
+that asks as a caller would (replicas, scheduler); a Cluster of two replicas with the example checkpoint, whose streams
+are followed token by token (cluster); one with a name, whose scheduler (named) or another driver of it (driver) is
+killed; one on two simulated nodes, of which one is killed (node).
 """
 
 from __future__ import annotations
@@ -24,14 +25,21 @@ from typing import Any
 import psutil
 
 from rayk import InferenceSession, MHAKVCacheParams, PagedKVCacheManager, TextContext
+from rayk.actors.serving_link import LEASE_SECONDS
+from rayk.bench.chaos.neighbour import Neighbour
+from rayk.bench.chaos.nodes import simulated_nodes
+from rayk.bench.chaos.targets import ClusterTarget
+from rayk.bench.settings import BenchSettings
 from rayk.cli.example_model import write_example_model
 from rayk.cluster import Cluster
+from rayk.dispatch.output import Handle
 from rayk.errors import RaykError
 
 LOOK = 0.01  # seconds between two looks
 PATIENCE = 60.0
 STREAMS, LENGTH = 8, 400
-PARTS = ["replicas", "scheduler", "cluster"]
+SHAPE: dict[str, Any] = {"replicas": 2, "page_size": 16, "pages": 400, "max_batch_size": 8, "device": "cpu"}
+PARTS = ["replicas", "scheduler", "cluster", "named", "driver", "node"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,9 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         if {"replicas", "scheduler"} & set(parts):
             for name, seconds in _manager(session, kills, parts).items():
                 _show(f"manager: {name}", seconds)
-        if "cluster" in parts:
-            for name, seconds in _cluster(session, Path(folder), kills).items():
-                _show(f"Cluster: {name}", seconds)
+        model = Path(folder) / "model"
+        write_example_model(model, steps=1)
+        for part, measure in {"cluster": _cluster, "named": _named, "driver": _driver, "node": _node}.items():
+            if part in parts:
+                for name, seconds in measure(session, model, kills).items():
+                    _show(f"Cluster: {name}", seconds)
         print(f"\nload {_load()} at the end")
     return 0
 
@@ -130,44 +141,109 @@ def _manager(session: InferenceSession, kills: int, parts: Sequence[str]) -> dic
     return found
 
 
-def _cluster(session: InferenceSession, folder: Path, kills: int) -> dict[str, list[float]]:
-    model = folder / "model"
-    write_example_model(model, steps=1)
+def _streams(cluster: Cluster, length: int = LENGTH) -> list[Handle]:
+    """Streams that all have begun."""
+    prompts = [[5 + i, 7, 9] for i in range(STREAMS)]
+    handles = cluster.submit_all(prompts, max_new_tokens=length, ignore_eos=True)
+    _until(lambda: all(len(handle.tokens) > 4 for handle in handles))
+    return handles
+
+
+def _go_on(handles: Sequence[Handle], gone: Sequence[int]) -> float:
+    """Seconds (monotonic) at which all of them had a token of another replica than those that are gone."""
+    _until(lambda: all(handle.replica not in gone for handle in handles))
+    before = [len(handle.tokens) for handle in handles]
+    return _until(lambda: all(h.done or len(h.tokens) > n for h, n in zip(handles, before, strict=True)))
+
+
+def _end(handles: Sequence[Handle]) -> None:
+    for handle in handles:
+        handle.cancel()
+        handle.result(PATIENCE)
+
+
+def _cluster(session: InferenceSession, model: Path, kills: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
-    with Cluster(model, session, replicas=2, page_size=16, pages=400, max_batch_size=8, device="cpu") as cluster:
+    with Cluster(model, session, **SHAPE) as cluster:
         for _ in range(kills):
             for stop, what in ((signal.SIGKILL, "killed"), (signal.SIGSTOP, "stopped")):
-                handles = cluster.submit_all(
-                    [[5 + i, 7, 9] for i in range(STREAMS)], max_new_tokens=LENGTH, ignore_eos=True
-                )
-                _until(lambda: all(len(handle.tokens) > 4 for handle in handles))  # noqa: B023  # called here only
+                handles = _streams(cluster)
                 doomed = handles[0].replica
+                assert doomed is not None
                 mine = [handle for handle in handles if handle.replica == doomed]
-                process = _engine(cluster, doomed)
-                before = [len(handle.tokens) for handle in mine]
                 began = time.monotonic()
-                os.kill(process, stop)
-                _until(lambda: all(handle.replica != doomed for handle in mine))  # noqa: B023  # as above
-                before = [len(handle.tokens) for handle in mine]
-                on = _until(
-                    lambda: all(h.done or len(h.tokens) > n for h, n in zip(mine, before, strict=True))  # noqa: B023
-                )
+                os.kill(cluster.facts[doomed].pid, stop)
+                on = _go_on(mine, [doomed])
                 back = _until(lambda: cluster.replica_states() == ["ready", "ready"])
                 found.setdefault(f"replica {what}, its streams go on elsewhere", []).append(on - began)
                 found.setdefault(f"replica {what}, replaced and serving", []).append(back - began)
-                for handle in handles:
-                    handle.cancel()
-                    handle.result(PATIENCE)
+                _end(handles)
                 _rest()
     return found
 
 
-def _engine(cluster: Any, replica: int | None) -> int:
-    """The process of that replica's engine."""
-    import ray
+def _named(session: InferenceSession, model: Path, kills: int) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    with InferenceSession("ray", name="measured") as named, Cluster(model, named, **SHAPE) as cluster:
+        target = ClusterTarget(cluster)
+        for _ in range(kills):
+            handles = _streams(cluster, 3 * LENGTH)
+            seen, pause = {handle: (0, time.monotonic()) for handle in handles}, 0.0
+            process = target.scheduler()
+            assert process is not None
+            began = time.monotonic()
+            os.kill(process, signal.SIGKILL)
+            [first] = cluster.submit_all([[7, 7]], max_new_tokens=1)
+            while not first.done:
+                for handle, (count, since) in list(seen.items()):
+                    now, here = time.monotonic(), len(handle.tokens)
+                    pause = max(pause, now - since) if not handle.done else pause
+                    seen[handle] = (here, now if here > count else since)
+                time.sleep(LOOK)
+            assert first.result().error is None and not all(handle.done for handle in handles)
+            found.setdefault("scheduler killed, first request answered", []).append(time.monotonic() - began)
+            found.setdefault("scheduler killed, longest pause of a stream until then", []).append(pause)
+            _end(handles)
+            _rest()
+        cluster.shutdown(force=True)
+    return found
 
-    actor_id = cluster._replicas._placed[replica].actor.handle._actor_id.hex()
-    return int(ray._private.state.actors(actor_id)["Pid"])  # type: ignore[attr-defined]  # no public name has a pid
+
+def _driver(session: InferenceSession, model: Path, kills: int) -> dict[str, list[float]]:
+    settings = BenchSettings(forward="hf", model=str(model))
+    found: list[float] = []
+    with InferenceSession("ray", name="shared") as named, Cluster(model, named, **SHAPE) as cluster:
+        target = ClusterTarget(cluster)
+        for _ in range(kills):
+            other = Neighbour(settings, session.ray.joins_at(), "shared")
+            assert other.up.wait(PATIENCE)
+            _until(lambda: any(left.pages for left in target.left()))
+            began = time.monotonic()
+            other.kill()
+            found.append(_until(lambda: not any(map(any, target.left()))) - began)
+        cluster.shutdown(force=True)
+    return {f"driver killed, its pages are back (a lease of {LEASE_SECONDS:g} s)": found}
+
+
+def _node(session: InferenceSession, model: Path, kills: int) -> dict[str, list[float]]:
+    """A Cluster for each, so that a replica is on either node."""
+    found: dict[str, list[float]] = {}
+    [head] = session.ray.nodes()
+    for _ in range(kills):
+        with simulated_nodes(1, session.ray.joins_at()) as nodes:
+            _until(lambda: len(session.ray.nodes()) == 2)
+            with Cluster(model, session, **SHAPE) as cluster:
+                [doomed] = [facts.replica for facts in cluster.facts if facts.node != head.node_id]
+                handles = _streams(cluster)
+                mine = [handle for handle in handles if handle.replica == doomed]
+                began = time.monotonic()
+                nodes.kill(0)
+                found.setdefault("node killed, its streams go on elsewhere", []).append(_go_on(mine, [doomed]) - began)
+                back = _until(lambda: cluster.replica_states() == ["ready", "ready"])
+                found.setdefault("node killed, replaced on another and serving", []).append(back - began)
+                _end(handles)
+            _until(lambda: len(session.ray.nodes()) == 1)
+    return found
 
 
 def _rest() -> None:

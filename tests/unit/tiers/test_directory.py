@@ -161,12 +161,18 @@ def test_what_the_dead_held_is_free_again(directory: Make, shm: Path, killed: Ki
 
 
 def test_a_newcomer_on_a_dead_seat_takes_over_what_was_left(directory: Make, shm: Path, killed: Killed) -> None:
-    d = directory(4, shm)
-    killed(DIE.format(path=str(shm), slots=4, work="d.reserve(keys(3)); d.publish(d.reserve(keys(4)), pin={1})"))
-    newcomer = directory(4, shm)
-    newcomer.abandon(newcomer.reap(own_seat=True))
+    """Also what others left who died at the same time, each slot once."""
+    d = directory(5, shm)
+    two = "e = Directory(Segment.attach(Path({path!r}), Directory.num_bytes(5), 5, lambda segment: None), 5); "
+    two = two.format(path=str(shm)) + "e.reserve(keys(5)); "
+    work = two + "d.reserve(keys(3)); d.publish(d.reserve(keys(4)), pin={1})"
+    killed(DIE.format(path=str(shm), slots=5, work=work))
+    newcomer = directory(5, shm)
+    lost = newcomer.reap(own_seat=True)
+    assert len(lost) == len(set(lost)) == 2
+    newcomer.abandon(lost)
     assert newcomer.held_by_any() == 0
-    assert there(d, 3, 4) == [4]
+    assert there(d, 3, 4, 5) == [4]
     d.check_integrity("test")
 
 
