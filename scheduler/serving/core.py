@@ -369,9 +369,11 @@ class ServingCore:
         return replicas
 
     def give_up(self, replicas: Sequence[int], why: str, placeless: bool = False) -> None:
-        """Those could not be started; `placeless`: there was no place for them."""
+        """Those could not be started; `placeless`: there was no place for them. A scheduler before this one may have
+        granted them."""
         for replica in replicas:
-            self.supervisor.give_up(replica, why, placeless)
+            if self.members.state(replica) is State.starting:
+                self.supervisor.give_up(replica, why, placeless)
         self.pump()
 
     def meet(self, replica: int, epoch: int, endpoint: Endpoint | None) -> None:
@@ -386,7 +388,10 @@ class ServingCore:
                 self._post(replica, Query(0, m.DropLines(gone)))
 
     def join(self, replica: int, pages: int, epoch: int, endpoint: Endpoint | None, start: int | None = None) -> None:
-        """A replica of enlist(), with so many pages, takes requests from now on; see meet()."""
+        """A replica of enlist(), with so many pages, takes requests from now on; see meet(). Where a scheduler before
+        this one had granted it, nobody else has to start another."""
+        if self.members.state(replica) is State.lost:
+            self._started(self.lifecycle.enlist_at([replica]))
         self.supervisor.join(replica, start or self.members.version, pages)
         self.meet(replica, epoch, endpoint)
         self.pump()

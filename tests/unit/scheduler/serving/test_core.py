@@ -149,3 +149,15 @@ def test_time_is_up_while_it_waits() -> None:
     served.take()
     error = served.refused[TWO + 1]
     assert isinstance(error, RequestTimeoutError) and error.args == ("r1", 3.0)
+
+
+def test_what_a_scheduler_before_had_granted_joins() -> None:
+    """Its driver began to start it before this one was there; what it could not start it gives up here."""
+    served = Served(2)
+    core = served.core
+    for replica in range(2):
+        core.lose(replica, "it died")
+    core.give_up([1], "no model")
+    core.join(0, 100, 5, None, start=7)
+    assert [str(state) for state in core.members.states] == ["ready", "lost"] and core.members.epochs[0] == 7
+    core.supervisor.check_integrity()
