@@ -61,6 +61,10 @@ EMBEDDED_SETTINGS = {  # a dead replica is noticed in 0.2 s instead of 1.5 s, a 
 }
 
 
+GONE = object()
+"""In place of a reference: the actor was gone before the call."""
+
+
 def check_joined() -> None:
     """ActorGoneError in a process that left Ray: threads of ours may still run there, and Ray would start a cluster of
     its own to answer them."""
@@ -69,21 +73,41 @@ def check_joined() -> None:
 
 
 class RayActor:
-    """A Ray actor handle; picklable, so that actors can be given each other."""
+    """A Ray actor handle; picklable, so that actors can be given each other. A detached one travels as its `name` and
+    namespace: Ray can read no handle of a dead actor any more once the driver that started it is gone."""
 
-    def __init__(self, handle: ActorHandle[Any], socket: SocketAddress | None = None) -> None:
-        self.handle = handle
+    def __init__(
+        self,
+        handle: ActorHandle[Any] | None,
+        socket: SocketAddress | None = None,
+        name: tuple[str, str | None] | None = None,
+    ) -> None:
+        self._handle = handle
         self.socket = socket
+        self._name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RayActor, (self._handle if self._name is None else None, self.socket, self._name)
+
+    @property
+    def handle(self) -> ActorHandle[Any] | None:
+        """Ray's; None when nobody has that name any more."""
+        if self._handle is None and self._name is not None:
+            with contextlib.suppress(ValueError, ray_errors.RayError):
+                self._handle = ray.get_actor(*self._name)
+        return self._handle
 
     def call(self, method: str, *args: Any, returns: int = 1, control: bool = False, lane: str = "") -> Any:
         check_joined()
-        lane = CONTROL_GROUP if control else lane
+        handle, lane = self.handle, CONTROL_GROUP if control else lane
+        if handle is None:
+            return GONE if returns == 1 else [GONE] * returns
         if returns == 1 and not lane:
-            return getattr(self.handle, method).remote(*args)
+            return getattr(handle, method).remote(*args)
         options: dict[str, Any] = {"num_returns": returns}
         if lane:
             options["concurrency_group"] = lane
-        return getattr(self.handle, method).options(**options).remote(*args)
+        return getattr(handle, method).options(**options).remote(*args)
 
 
 class RayRuntime:
@@ -277,7 +301,9 @@ class RayRuntime:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, spec.bundle.number)
         elif spec.home is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(spec.home, soft=True)
+        name = None
         if spec.name is not None and self._namespace is not None:
+            name = spec.name, self._namespace
             options |= {"name": spec.name, "namespace": self._namespace, "lifetime": "detached"}
         elif spec.title:  # for the dashboard
             options["name"] = f"{spec.title}-{next(self._starts)}"
@@ -286,7 +312,7 @@ class RayRuntime:
             concurrency_groups={CONTROL_GROUP: 1, **dict.fromkeys(spec.lanes, spec.lane_threads)}, num_cpus=0
         )(spec.cls)
         try:
-            return RayActor(actor_class.options(**options).remote(*spec.args))
+            return RayActor(actor_class.options(**options).remote(*spec.args), name=name)
         except (ray_errors.ActorAlreadyExistsError, ValueError) as error:
             if spec.name is not None and self.find(spec.name) is not None:
                 raise NameTakenError(spec.name) from error
@@ -297,7 +323,7 @@ class RayRuntime:
         check_joined()
         try:
             handle: ActorHandle[Any] = ray.get_actor(name, namespace=self._namespace)
-            return RayActor(handle)
+            return RayActor(handle, name=(name, self._namespace))
         except ValueError:
             return None
 
@@ -319,6 +345,8 @@ class RayRuntime:
     def get(self, ref: Any, target: str, timeout: float) -> Any:
         """The result of a call to `target`. ActorGoneError, CallTimeoutError, or what rayk raised there."""
         check_joined()
+        if ref is GONE:
+            raise ActorGoneError("it has ended")
         try:
             return ray.get(ref, timeout=timeout)
         except ray_errors.GetTimeoutError:
@@ -337,7 +365,7 @@ class RayRuntime:
 
     def get_all(self, refs: Sequence[Any], timeout: float) -> list[Any] | None:
         """All results, or None when any of them failed or is late: get() says which and how."""
-        if not ray.is_initialized():
+        if not ray.is_initialized() or any(ref is GONE for ref in refs):
             return None
         try:
             results: list[Any] = ray.get(list(refs), timeout=timeout)
@@ -347,7 +375,12 @@ class RayRuntime:
 
     def future(self, ref: Any) -> Future[Any]:
         """Done when get() would not wait; of its result and its errors only get() knows the meaning."""
-        future: Future[Any] = ref.future()
+        future: Future[Any]
+        if ref is not GONE:
+            future = ref.future()
+        else:
+            future = Future()
+            future.set_result(None)
         return future
 
     def stop(self, actors: Sequence[Actor], placement: Placement | None) -> None:
@@ -355,9 +388,9 @@ class RayRuntime:
         if not ray.is_initialized():
             return
         for actor in actors:
-            if isinstance(actor, RayActor):
+            if isinstance(actor, RayActor) and (handle := actor.handle) is not None:
                 with contextlib.suppress(ValueError, ray_errors.RayError):
-                    ray.kill(actor.handle, no_restart=True)
+                    ray.kill(handle, no_restart=True)
         for actor in actors:
             with contextlib.suppress(Exception):
                 ray.get(actor.call("ping", control=True), timeout=5)
@@ -372,9 +405,9 @@ class RayRuntime:
     @staticmethod
     def restart(actor: Actor) -> None:
         """End the process of an actor that restarts, hung or not; returns at once."""
-        if isinstance(actor, RayActor):
+        if isinstance(actor, RayActor) and (handle := actor.handle) is not None:
             with contextlib.suppress(ValueError, ray_errors.RayError):
-                ray.kill(actor.handle, no_restart=False)
+                ray.kill(handle, no_restart=False)
 
     @staticmethod
     def keep(key: str, value: Any) -> None:

@@ -47,6 +47,27 @@ def begin(runtime, deployment, name):
 startup._start_scheduler = begin
 manage(join())
 """
+HOLDS = """
+from rayk.actors.interface import ActorGoneError, ActorSpec
+from rayk.actors.runtime import RayRuntime
+session, runtime = join(), RayRuntime("rayk-kept")
+
+class Held:
+    def ping(self):
+        return os.getpid()
+
+def ask(actor):
+    try:
+        return runtime.get(actor.call("ping"), "it", 30)
+    except ActorGoneError:
+        return None
+"""
+KEEPS = """
+actors = [runtime.start(ActorSpec(Held, (), name=f"kept/{i}")) for i in range(2)]
+pids = [ask(actor) for actor in actors]
+runtime.keep("kept/actors", actors)
+say(pids=pids)
+"""
 USE = """
 manager = manage(join())
 say(placed=sorted(manager.admit([TextContext(n, [ord(n)] * 9, 100) for n in "abcd"])))
@@ -70,6 +91,20 @@ def down(operated: Head) -> Callable[[str], tuple[int, dict[str, Any]]]:
 def killed(driver: Driver) -> None:
     driver.send_signal(signal.SIGKILL)
     driver.wait(10)
+
+
+def test_what_was_kept_is_read_when_the_driver_that_started_it_is_gone_and_it_is_dead(start: Start) -> None:
+    """Ray forgets the classes of a driver when the last of its actors is gone; a roster may still name one of them."""
+    began = start(HOLDS + KEEPS, "kept")
+    pids = said(began)["pids"]
+    began.wait(30)
+    first = start(
+        HOLDS + "kept = runtime.kept('kept/actors')\nsay(pids=[ask(a) for a in kept])\nruntime.stop(kept, None)", "kept"
+    )
+    assert said(first) == {"pids": pids}
+    first.wait(30)
+    last = start(HOLDS + "say(pids=[ask(actor) for actor in runtime.kept('kept/actors')])", "kept")
+    assert said(last) == {"pids": [None, None]}
 
 
 def test_what_a_killed_driver_was_adding_is_taken_back(start: Start, down: Any) -> None:
