@@ -50,7 +50,6 @@ class Starter:
         self._one = Lock()  # starts at a time
         self._granted: list[int] = []  # and not begun
         self._failed: set[int] = set()  # replacements that could not be started the last time
-        self._owned = cluster.name is None  # what is started here is swept up by nobody else
         self._ended = Event()
 
     def keep(self) -> None:
@@ -150,7 +149,7 @@ class Starter:
         try:
             self._scheduler.send(join, [handle, nodes]).wait()
         except (SchedulerLostError, StaleEpochError):
-            if not self._owned or not self._rejoin():
+            if not self._rejoin():
                 raise
             self._take_due()
             if replica not in self._granted:

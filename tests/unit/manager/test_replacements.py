@@ -78,8 +78,9 @@ def test_what_fails_is_started_by_itself_the_next_time(fake: FakeRuntime) -> Non
         assert manager.replica_states() == ["ready"] * 3
 
 
-def test_a_scheduler_that_began_anew_takes_what_was_started_meanwhile(fake: FakeRuntime) -> None:
-    with manager_on(fake, 2, pages=16) as manager:
+@pytest.mark.parametrize("name", [None, "named"])
+def test_a_scheduler_that_began_anew_takes_what_was_started_meanwhile(fake: FakeRuntime, name: str | None) -> None:
+    with manager_on(fake, 2, pages=16, name=name) as manager:
         starter = lose(fake, manager, 1)
         begun = False
 
