@@ -91,7 +91,8 @@ class Starter:
                         self._failed.difference_update(replicas)
                         log.warning("replica(s) %s were lost and are replaced", replicas)
                 except RaykError as error:
-                    self._failed.update(replicas)
+                    if not isinstance(error, (SchedulerLostError, StaleEpochError)):  # that is not of the replicas
+                        self._failed.update(replicas)
                     log.warning("replica(s) %s were lost and cannot be replaced: %s", replicas, error)
 
     def _take_due(self) -> None:
