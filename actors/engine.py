@@ -239,6 +239,10 @@ class RayReplicas:
             facts = self._open(placed)
             find_sockets(self._runtime, {f"replica {replica}": each.actor for replica, each in placed.items()})
         self._coming = []
+        self._enter(placed, facts)
+
+    def _enter(self, placed: dict[int, PlacedActor], facts: Sequence[ReplicaFacts]) -> None:
+        """They run."""
         for replica in placed:
             self._let_go(replica)
         self._placed |= placed

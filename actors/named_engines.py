@@ -36,6 +36,8 @@ class NamedReplicas(RayReplicas):
         self.handles: dict[int, EngineHandle] = {}
         """By index, those that are known here."""
         self._lock = Lock()
+        self._unjoined: set[int] = set()  # started here: until they join, the roster may name others there
+        self._there: dict[int, EngineHandle] = {}  # by the last roster
         self._removed: dict[int, PlacedActor] = {}  # by any driver
         self._wanted = settings
 
@@ -84,25 +86,37 @@ class NamedReplicas(RayReplicas):
         while self.facts and len(self.facts) < max(replicas):  # others are starting those before
             self.facts.append(_nobody(len(self.facts), self.facts[0]))
         super().add(replicas, timeout)
+
+    def _enter(self, placed: dict[int, PlacedActor], facts: Sequence[ReplicaFacts]) -> None:
         start = time.time_ns() // 1_000
-        for replica in replicas:
-            placed, facts = self._placed[replica], self.facts[replica]
-            self.handles[replica] = EngineHandle(
-                placed.actor,
-                placed.bundle,
-                start + replica,
-                facts.pages,
-                facts.epoch,
-                facts.endpoint,
-                self._runtime.dumps(facts),
-            )
+        with self._lock:
+            super()._enter(placed, facts)
+            self._unjoined.update(placed)
+            for replica, each in placed.items():
+                here = self.facts[replica]
+                self.handles[replica] = EngineHandle(
+                    each.actor,
+                    each.bundle,
+                    start + replica,
+                    here.pages,
+                    here.epoch,
+                    here.endpoint,
+                    self._runtime.dumps(here),
+                )
+
+    def joined(self, replica: int) -> None:
+        """The roster names what was started here."""
+        self._unjoined.discard(replica)
 
     def follow(self, roster: ServingRoster) -> list[int]:
         """Take note of who runs; the indices of engines that were not known here."""
         self.settings = replace(self.settings, reset_token=roster.reset_token)
         found, running = [], roster.running
         with self._lock:
+            self._there = running
             for replica in range(len(roster.handles)):
+                if replica in self._unjoined:
+                    continue
                 handle, known = roster.handles[replica], self.handles.get(replica)
                 if handle is None:
                     self.handles.pop(replica, None)
@@ -132,8 +146,12 @@ class NamedReplicas(RayReplicas):
             placed = self._removed.pop(replica, None) or self._placed.pop(replica)
             self.handles.pop(replica, None)
             self._let_go(replica)
+            others: dict[int, PlacedActor] = {**self._placed}
+            if replica in self._unjoined and replica in self._there:  # another driver's came first, maybe in its place
+                others[-1] = self._there[replica]
+            self._unjoined.discard(replica)
         close_actors(self._runtime, [placed.actor], CLOSE_SECONDS)
-        vacate(self._runtime, {**self._placed, replica: placed}, [replica])
+        vacate(self._runtime, others | {replica: placed}, [replica])
 
 
 def _nobody(replica: int, other: ReplicaFacts) -> ReplicaFacts:

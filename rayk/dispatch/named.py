@@ -215,13 +215,11 @@ class NamedDispatcher(Requests):
             return roster
 
     def _take(self, roster: ServingRoster) -> list[int]:
-        before = set(self._replicas.handles)
         found = self._replicas.follow(roster)
         with self._turn():
             for replica in found:
                 self._unheard.pop(replica, None)
                 self._listened.pop(replica, None)
-            for replica in before.intersection(found):
                 self._lost(replica, "another took its place")
             self._states, self._version = [State(state) for state in roster.states], roster.version
             self._meet(roster)
@@ -272,7 +270,9 @@ class NamedDispatcher(Requests):
             else:
                 now.append(each)
         super()._carry_out(now, refused)
-        self._ask_again(gone[::-1])
+        if gone:  # or another's came that is not known here: the roster is read again
+            self._version = 0
+            self._ask_again(gone[::-1])
 
     def on_report(self, replica: int, report: Report) -> None:
         """A replica's next report; the first since it is listened to again lets go what waits for that."""
@@ -366,7 +366,12 @@ class NamedDispatcher(Requests):
                 self._unheard.pop(replica, None)
                 self._listened.pop(replica, None)
                 self._lost(replica, "another took its place")
-            token = self._link.join(replica, self._replicas.handles[replica], self._replicas.packed())
+            try:
+                token = self._link.join(replica, self._replicas.handles[replica], self._replicas.packed())
+            except ReplicaStateError:  # another driver's came first
+                self._look()
+                raise
+            self._replicas.joined(replica)
             if token is not None and token != self._replicas.settings.reset_token:
                 self._replicas.reset_prefix_cache([replica], token)
             self._take(self._link.roster())

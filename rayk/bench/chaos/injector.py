@@ -39,6 +39,15 @@ def _nothing() -> None:
     pass
 
 
+def _signalled(pid: int, number: signal.Signals) -> bool:
+    """Whether there was such a process; what is known of it may be a moment old."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class Hit(NamedTuple):
     """Somebody was: `noticed` and `over` look whether that is so, `undo` is what is left to do then."""
 
@@ -177,8 +186,9 @@ class Injector:
         if not settled:
             return None
         replica, pid = settled[draw % len(settled)]
-        os.kill(pid, number)
         self._doomed.add(pid)
+        if not _signalled(pid, number):
+            return None
 
         def over() -> bool:
             here = self._target.replicas()
@@ -198,8 +208,9 @@ class Injector:
         pid = self._target.scheduler()
         if pid is None or pid in self._doomed:
             return None
-        os.kill(pid, signal.SIGKILL)
         self._doomed.add(pid)
+        if not _signalled(pid, signal.SIGKILL):
+            return None
         return Hit(f"process {pid}", lambda: self._target.scheduler() not in (None, pid))
 
     def _kill_driver(self, draw: int) -> Hit | None:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from rayk.actors.engine import RayReplicas
+from rayk.actors.named_engines import NamedReplicas
+from rayk.actors.serving_roster import EngineHandle, ServingRoster
 from rayk.engine.replicas import ModelSource, ServeSettings
 from rayk.engine.tiers import TierConfig
 from rayk.errors import CallTimeoutError, PlanError
+from rayk.scheduler.router.router import RouterSettings
 
 from ..engine.fake import PageModel  # noqa: TID252  # tests/ is no package that has an absolute name
 from .fake import FakeRuntime
@@ -26,10 +29,12 @@ def runtime() -> Iterator[FakeRuntime]:
             actor.instance.close()
 
 
+SETTINGS: dict[str, Any] = {"replicas": 2, "page_size": 4, "pages": 8, "max_batch_size": 2, "device": "cpu"}
+
+
 def engines(runtime: FakeRuntime, **changes: Any) -> RayReplicas:
-    settings: dict[str, Any] = {"replicas": 2, "page_size": 4, "pages": 8, "max_batch_size": 2, "device": "cpu"}
     source = ModelSource(make=lambda device: PageModel(), model_id="fake")
-    return RayReplicas(runtime, source, ServeSettings(**settings | changes)).start()
+    return RayReplicas(runtime, source, ServeSettings(**SETTINGS | changes)).start()
 
 
 def groups(runtime: FakeRuntime) -> list[int]:
@@ -128,3 +133,37 @@ def test_nodes_are_measured_once_and_their_replicas_share_a_tier(runtime: FakeRu
     assert [event[1] for event in runtime.events if event[0] == "run" and event[2] == "close"] == [
         f"replica-{r}" for r in range(4)
     ]
+
+
+def test_what_was_started_here_is_no_others_before_it_joins(runtime: FakeRuntime) -> None:
+    """Other threads read the roster meanwhile, which names the lost one there, nobody, or another driver's."""
+
+    def driver() -> NamedReplicas:
+        source = ModelSource(make=lambda device: PageModel(), model_id="fake")
+        return NamedReplicas(runtime, "x/cluster", source, ServeSettings(**SETTINGS | {"shared": True}))
+
+    def roster(*handles: EngineHandle | None) -> ServingRoster:
+        routing = RouterSettings("cost", (8, 8), 4)
+        return ServingRoster("x/cluster", b"", "a model", routing, False, True, handles)
+
+    first, mine, other = driver(), driver(), driver()
+    first.start()
+    lost = first.handles[1]
+    for each in mine, other:
+        each.facts = list(first.facts)
+        assert each.follow(roster(first.handles[0], lost)) == [0, 1]
+    runtime.kill("replica-1")
+    other.add([1], 5.0)
+    theirs = other.handles[1]
+    mine.add([1], 5.0)
+    own = mine.handles[1]
+    assert own.actor is not lost.actor and own.bundle.placement == theirs.bundle.placement == lost.bundle.placement
+    for there in lost, None, theirs:
+        assert mine.follow(roster(first.handles[0], there)) == [] and mine.handles[1] is own
+        assert mine._placed[1].actor is own.actor
+    mine.remove(1)
+    assert own.actor.stopped and not theirs.actor.stopped, "that one came first"  # type: ignore[attr-defined]  # a fake
+    assert groups(runtime) == [2], "it is in use"
+    assert mine.follow(roster(first.handles[0], theirs)) == [1] and mine.handles[1] is theirs
+    other.joined(1)
+    assert other.follow(roster(first.handles[0], lost)) == [1], "from then on the roster says who is there"
