@@ -112,6 +112,29 @@ with join() as one, join() as two:
     assert driver.wait(20) == 0
 
 
+def test_a_full_object_store_holds_nobody_up(start: Start) -> None:
+    """More than there is room for is held in Ray's, so that it writes objects out; calls go in pieces that Ray sends
+    along."""
+    driver = start("""
+import numpy, ray
+session = InferenceSession(runtime="ray", address=ADDRESS, sockets=False, log_to_driver=False)
+with session, manage(session) as manager:
+    held = [ray.put(numpy.zeros(30_000_000, numpy.uint8)) for _ in range(5)]
+    began = time.monotonic()
+    ctxs = [TextContext(n, [ord(n)] * 9, 100) for n in "abcd"]
+    admissions = manager.try_admit(ctxs)
+    for ctx in ctxs:
+        ctx.update(1)
+    manager.step([[c for c, a in zip(ctxs, admissions) if a.replica == r] for r in range(2)])
+    for ctx, admission in zip(ctxs, admissions):
+        manager.release(ctx.request_id, admission.replica)
+    used = sum(manager.get_num_used_pages(r) for r in range(2))
+    say(errors=[a.error for a in admissions], used=used, fast=time.monotonic() - began < 5 * SCALE)
+    held.clear()
+""")
+    assert said(driver) == {"errors": [None] * 4, "used": 0, "fast": True}
+
+
 def test_two_drivers_that_start_the_same_named_cluster_at_once_share_it(start: Start) -> None:
     code = """
 session = join()
