@@ -9,9 +9,8 @@ import msgspec
 from rayk import protocol as m
 from rayk.actors.describe import TierState
 from rayk.actors.interface import ActorGoneError, Runtime
-from rayk.actors.serving import ServingState
 from rayk.actors.serving_link import SchedulerLink
-from rayk.actors.serving_roster import EngineHandle
+from rayk.actors.serving_roster import EngineHandle, ServingState
 from rayk.actors.serving_startup import find_serving
 from rayk.errors import CallTimeoutError, RaykError
 from rayk.protocol.admission import AdmissionState

@@ -3,10 +3,10 @@
     drivers  --DriverNews-->  <--SchedulerNews--    requests that want places, and where they go
     engines  <--commands--  --Report-->             what is of no driver: pages, use, who began and who ended
 
-Prompts and tokens go between drivers and engines. The engines' streams are read here by a thread each, drivers have a
-Mailbox. A driver that leaves, or is silent for longer than its lease, has its requests ended everywhere. When this
-process dies, Ray starts another one, which goes on with what was kept (rayk.scheduler.serving.recovery), what engines
-have and what drivers say.
+Prompts and tokens go between drivers and engines. The engines have EngineLines, drivers have a Mailbox. A
+driver that leaves, or is silent for longer than its lease, has its requests ended everywhere. When this process dies,
+Ray starts another one, which goes on with what was kept (rayk.scheduler.serving.recovery), what engines have and what
+drivers say.
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ from threading import Condition, Thread
 from time import monotonic, sleep, time_ns
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from rayk import protocol as m
-from rayk.actors.engine import REPORTS_LANE, SILENT_SECONDS, SOON_SECONDS
+from rayk.actors.engine import SILENT_SECONDS, SOON_SECONDS
+from rayk.actors.engine_lines import EngineLines
 from rayk.actors.interface import Runtime, SocketAddress
 from rayk.actors.mailbox import Mailbox
-from rayk.actors.post_line import PostLine
 from rayk.actors.process import spare_from_kernel
 from rayk.actors.report import start_reporting
 from rayk.actors.secret import Authenticator, Challenge, Proof
-from rayk.actors.serving_roster import EngineHandle, ServingRoster
+from rayk.actors.serving_roster import EngineHandle, ServingRoster, ServingState
 from rayk.errors import ClosedError, ConfigError, MessageError
 from rayk.metrics.reading import Labels, Reading
-from rayk.protocol.admission import AdmissionState
-from rayk.protocol.engine import Command, Forget, Report, decode_report, encode
-from rayk.protocol.lines import PathState
+from rayk.protocol.engine import Command, Forget, Report
 from rayk.protocol.serving import (
     DriverNews,
     LineNews,
@@ -64,19 +61,6 @@ ANSWERS_LANE = "answers"  # of the scheduler: a thread for each driver
 DRIVERS = 32  # that may use one Cluster at a time
 AWAY = -1  # of a driver that has not said yet that it goes on
 HEARTBEAT = 1.0  # seconds between answers when there is nothing to say
-
-
-class ServingState(msgspec.Struct, frozen=True):
-    """What a scheduler knows at a moment: by driver number its name and how many of its requests wait and are placed;
-    by replica how many are there, and why one was lost last; `paths` carry what the scheduler and engines say."""
-
-    drivers: dict[int, tuple[str, int, int]]
-    owner: str
-    requests: list[int]
-    why_lost: str
-    admission: AdmissionState | None = None
-    lines: list[m.LineState] = []
-    paths: dict[int, PathState] = {}
 
 
 class _Driver:
@@ -109,7 +93,8 @@ class ServingActor:
         self._last = kept.last
         self._owner = kept.owner
         self._leases = Leases(monotonic)
-        self._lines: dict[int, PostLine] = {}  # to engines
+        silence = SOON_SECONDS if self._roster.replaced else SILENT_SECONDS
+        self._lines = EngineLines(self._runtime, silence, self._hear_engine, self._lose)
         self._mailbox = Mailbox(self._heard, self._answers, lambda error: log.error("news of a driver: %s", error))
         self._saved: tuple[Any, ...] = ()
         roster = self._roster
@@ -133,7 +118,7 @@ class ServingActor:
         for replica, handle in roster.running.items():
             if replica in core.members.here:
                 core.meet(replica, handle.epoch, handle.endpoint)
-                self._follow(replica, handle)
+                self._lines.follow(replica, handle)
         Thread(target=self._keep_time, name="rayk-timer", daemon=True).start()
         if runtime is None:
             spare_from_kernel()
@@ -284,11 +269,8 @@ class ServingActor:
 
     def _note_line(self, news: LineNews) -> None:
         fetching = self._core.router.fetching
-        if (
-            fetching is None
-            or news.source not in fetching.links.peers
-            or fetching.links.peers[news.source].epoch != news.epoch
-        ):
+        source = fetching.links.peers.get(news.source) if fetching is not None else None
+        if fetching is None or source is None or source.epoch != news.epoch:
             return
         if news.trouble:
             fetching.links.failed(news.source, news.target, news.kind, news.trouble)
@@ -299,12 +281,10 @@ class ServingActor:
         """Sort what the core says by driver, for read()."""
         placed, refused = self._core.take()
         for ticket, replica, spans in placed:
-            driver = self._drivers.get(driver_of(ticket))
-            if driver is not None:
+            if (driver := self._drivers.get(driver_of(ticket))) is not None:
                 driver.placed.append(Placed(ticket, replica, [(span.replica, span.start, span.stop) for span in spans]))
         for ticket, error in refused:
-            driver = self._drivers.get(driver_of(ticket))
-            if driver is not None:
+            if (driver := self._drivers.get(driver_of(ticket))) is not None:
                 driver.refused.append(Refused(ticket, m.failure(error)))
         self._changed.notify_all()
 
@@ -338,24 +318,8 @@ class ServingActor:
     # -- engines -----------------------------------------------------------------------------------------
 
     def _post(self, replica: int, command: Command) -> None:
-        line = self._lines.get(replica)
-        if line is not None and replica in self._roster.running:
-            line.post(encode(command))
-
-    def _follow(self, replica: int, handle: EngineHandle) -> None:
-        self._lines[replica] = PostLine(self._runtime, handle.actor, f"replica {replica}", REPORTS_LANE)
-        name = f"rayk-reports-{replica}"
-        Thread(target=self._read, args=(replica, handle, self._lines[replica]), name=name, daemon=True).start()
-
-    def _read(self, replica: int, handle: EngineHandle, line: PostLine) -> None:
-        reason, silence = "its engine was stopped", SOON_SECONDS if self._roster.replaced else SILENT_SECONDS
-        try:
-            for count, wire in enumerate(line.stream(silence), 1):
-                self._hear_engine(replica, handle, decode_report(wire), count)
-        except BaseException as error:  # whatever it was, nobody reads what comes from there any more
-            reason = str(error) or type(error).__name__
-        line.close()
-        self._lose(replica, handle, reason)
+        if replica in self._roster.running:
+            self._lines.post(replica, command)
 
     def _hear_engine(self, replica: int, handle: EngineHandle, report: Report, count: int) -> None:
         """Its report with that number."""
@@ -426,7 +390,7 @@ class ServingActor:
                 return self._roster.reset_token
             self._roster = replace(self._roster.with_engine(replica, handle), model=model)
             self._core.join(replica, handle.pages, handle.epoch, handle.endpoint, handle.start)
-            self._follow(replica, handle)
+            self._lines.follow(replica, handle)
             self._save()
             self._flush()
             return self._roster.reset_token
@@ -470,8 +434,7 @@ class ServingActor:
         with self._changed:
             removed = self._core.remove(replica)
             self._roster = self._roster.with_engine(replica, None)
-            if (line := self._lines.pop(replica, None)) is not None:  # else it was lost before this one began
-                line.close()
+            self._lines.close(replica)
             self._save()
             self._flush()
             return removed
@@ -524,7 +487,7 @@ class ServingActor:
                     requests[request.replica] += 1
             drivers = {n: (driver.client, counts[n][0], counts[n][1]) for n, driver in self._drivers.items()}
             lines = fetching.links.table() if fetching is not None else []
-            paths = {replica: self._lines[replica].path(replica) for replica in self._roster.running}
+            paths = {replica: self._lines.path(replica) for replica in self._roster.running}
             return ServingState(drivers, self._owner, requests, core.why_lost, core.admission_state(), lines, paths)
 
 

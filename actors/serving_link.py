@@ -15,8 +15,8 @@ from rayk.actors.interface import Actor, ActorAwayError, ActorGoneError, Runtime
 from rayk.actors.launch import find_sockets, proof_for
 from rayk.actors.post_line import PostLine
 from rayk.actors.secret import Proof
-from rayk.actors.serving import ANSWERS_LANE, ServingState
-from rayk.actors.serving_roster import EngineHandle, ServingRoster
+from rayk.actors.serving import ANSWERS_LANE
+from rayk.actors.serving_roster import EngineHandle, ServingRoster, ServingState
 from rayk.errors import CallTimeoutError, RaykError, SchedulerLostError
 from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.engine import Report

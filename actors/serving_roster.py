@@ -9,9 +9,14 @@ import pickle
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from rayk.actors.interface import Actor, Runtime
 from rayk.actors.launch import PlacedActor, close_actors, stop_actors
 from rayk.actors.secret import Lock
+from rayk.protocol.admission import AdmissionState
+from rayk.protocol.from_replica import LineState
+from rayk.protocol.lines import PathState
 from rayk.scheduler.router.router import RouterSettings
 from rayk.transport.choice import Endpoint
 
@@ -108,3 +113,16 @@ class ServingRoster:
         handles = [*self.handles, *[None] * (replica + 1 - len(self.handles))]
         handles[replica] = handle
         return replace(self, handles=tuple(handles))
+
+
+class ServingState(msgspec.Struct, frozen=True):
+    """What a scheduler knows at a moment: by driver number its name and how many of its requests wait and are placed;
+    by replica how many are there, and why one was lost last; `paths` carry what the scheduler and engines say."""
+
+    drivers: dict[int, tuple[str, int, int]]
+    owner: str
+    requests: list[int]
+    why_lost: str
+    admission: AdmissionState | None = None
+    lines: list[LineState] = []
+    paths: dict[int, PathState] = {}

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayk.actors import engine, serving, serving_link
+from rayk.actors import engine, engine_lines, serving, serving_link
 from rayk.actors.interface import ActorGoneError, Bundle, Placement
 from rayk.actors.mailbox import Mailbox
 from rayk.actors.named_engines import NamedReplicas
@@ -71,8 +71,9 @@ class NoThread:
 def without_processes() -> Iterator[None]:
     """Schedulers have neither threads nor a clock of their own, and say nothing."""
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(serving, "Thread", NoThread)
-        for module in (serving, serving_link, engine):
+        for module in (serving, engine_lines):
+            context.setattr(module, "Thread", NoThread)
+        for module in (engine_lines, serving_link, engine):
             context.setattr(module, "PostLine", Line)
         context.setattr(serving, "monotonic", lambda: Playing.world.now)
         logging.disable(logging.WARNING)
