@@ -45,7 +45,8 @@ from rayk.actors.reasons import REASON_LENGTH, one_line, why_gone
 from rayk.actors.secret import Secret
 from rayk.errors import CallTimeoutError, ConfigError, NoPlaceError, RaykError, RemoteError
 from rayk.metrics.histogram import Histogram
-from rayk.metrics.reading import Labels, Reading, Value
+from rayk.metrics.reading import Labels, Reading
+from rayk.metrics.table import Metric
 from rayk.tiers.folder import sweep_memory
 
 KEPT = "rayk"  # the part of Ray's store that keep() uses
@@ -461,36 +462,40 @@ class RayRuntime:
 
 class RayMetrics:
     """Ray's metrics, which its agent on each node shows to Prometheus as ray_NAME. An Exporter: Ray counts for itself,
-    so it is told what came since the last time."""
+    so it is told what came since the last time.
+
+    Of a histogram the agent gets the sums that Prometheus would read, as gauges: Ray's own would have to be told of
+    each observation by a call, which takes longer than the claim that was timed.
+    """
 
     def __init__(self) -> None:
         self._metrics: dict[str, Any] = {}
-        self._told: dict[tuple[str, tuple[str, ...]], Value] = {}
+        self._told: dict[tuple[str, tuple[str, ...]], float] = {}
 
     def write(self, readings: Iterable[Reading]) -> None:
         for metric, labels, value in readings:
-            name = metric.name.removesuffix("_total").replace(":", "_")  # Ray adds the one and takes no other
-            if name not in self._metrics:
-                given: dict[str, Any] = {"description": metric.help, "tag_keys": metric.labels}
-                if metric.kind == "histogram":
-                    given["boundaries"] = list(metric.buckets)
-                self._metrics[name] = getattr(ray_metrics, metric.kind.capitalize())(name, **given)
-            tags, ours = dict(zip(metric.labels, labels, strict=True)), self._metrics[name]
-            told, self._told[name, labels] = self._told.get((name, labels)), value
+            tags = dict(zip(metric.labels, labels, strict=True))
             if isinstance(value, Histogram):
-                assert told is None or isinstance(told, Histogram)
-                for at, count in enumerate(value.counts):
-                    new = count - (told.counts[at] if told is not None else 0)
-                    total = value.sums[at] - (told.sums[at] if told is not None else 0.0)
-                    for _ in range(new):  # each at the mean of its bucket's new ones: counts and sum are exact
-                        ours.observe(total / new, tags)
+                below = 0
+                for bound, count in zip((*value.bounds, math.inf), value.counts, strict=True):
+                    below += count
+                    self._of(metric, "gauge", "_bucket").set(below, tags | {"le": f"{bound:g}".replace("inf", "+Inf")})
+                self._of(metric, "gauge", "_count").set(below, tags)
+                self._of(metric, "gauge", "_sum").set(value.total, tags)
             elif metric.kind == "gauge":
-                ours.set(value, tags)
+                self._of(metric, "gauge").set(value, tags)
             else:
-                before = told if isinstance(told, (int, float)) else 0
-                new_count = value - before if value >= before else value  # it began anew
-                if new_count > 0:
-                    ours.inc(new_count, tags)
+                before, self._told[metric.name, labels] = self._told.get((metric.name, labels), 0), value
+                new = value - before if value >= before else value  # it began anew
+                if new > 0:
+                    self._of(metric, "counter").inc(new, tags)
+
+    def _of(self, metric: Metric, kind: str, suffix: str = "") -> Any:
+        name = metric.name.removesuffix("_total").replace(":", "_") + suffix  # Ray adds the one and takes no other
+        if name not in self._metrics:
+            tag_keys = (*metric.labels, "le") if suffix == "_bucket" else metric.labels
+            self._metrics[name] = getattr(ray_metrics, kind.capitalize())(name, metric.help, tag_keys)
+        return self._metrics[name]
 
 
 def serve_library() -> Any:
