@@ -11,7 +11,7 @@ import numpy as np
 
 from rayk.context import PLAIN_ROOT, IntArray, TextContext, as_int32
 from rayk.errors import MessageError, StaleContextError, TokenError
-from rayk.protocol.columns import PLAIN, AdmitResult, ContextRows, PackedContexts
+from rayk.protocol.columns import PLAIN, TOKEN_BYTES, AdmitResult, ContextRows, PackedContexts
 from rayk.protocol.contexts import Contexts, ContextView, Moved, Origin, Traits
 from rayk.values import checked_integer
 
@@ -215,10 +215,13 @@ class ContextMirrors:
 
     def check(self, view: ContextView) -> None:
         """Whether the view continues the mirror of its context: StaleContextError, and what is malformed."""
-        ctx, tokens = self._contexts.get(view.request_id), _tokens(view.tokens)
+        ctx = self._contexts.get(view.request_id)
         if ctx is None or ctx.tokens.length < view.base:
             raise StaleContextError(view.request_id, self._replica)
-        if not 0 <= view.processed < view.end <= view.base + len(tokens):
+        tokens, rest = divmod(len(view.tokens), TOKEN_BYTES)
+        if rest:
+            raise MessageError(f"{len(view.tokens)} bytes of request {view.request_id!r} are not int32 tokens")
+        if not 0 <= view.processed < view.end <= view.base + tokens:
             raise _wrong_window(ctx, view.processed, view.end)
 
     def keep(self, ctx: TextContext) -> None:

@@ -222,6 +222,7 @@ def test_a_bad_token_does_not_use_up_a_placeholder(ctx: TextContext) -> None:
 
 def test_a_snapshot_stays_as_it_was(ctx: TextContext) -> None:
     copy = ctx.snapshot()
+    assert all(getattr(copy, name) == getattr(ctx, name) for name in TextContext.__slots__ if name != "tokens")
     for token in range(2):
         ctx.update(token)
     assert (window(copy), copy.request_id, copy.max_length) == ((6, 0, 6), "r", 8)
