@@ -311,8 +311,10 @@ class Placer:
         copies = command.peers and self._copies
         keyed = router.keys is not None and (command.claim or copies or not wanted)
         all_keys = self.sent_keys(batch, command.keys) if keyed else [()] * len(batch.ids)
+        lengths, traits = batch.lengths, batch.traits
         for i, request_id in enumerate(batch.ids):
-            wish = self.wish(batch, i, all_keys[i] if all_keys is not None else None)
+            keys = all_keys[i] if all_keys is not None else self.keys(batch, i)
+            wish = RouteRequest(lengths[i], keys, traits(i).session_id)
             try:
                 replica = replicas[i] = wanted[i] if wanted else self.choose(request_id, wish)
                 if not command.claim:
@@ -320,7 +322,7 @@ class Placer:
                 else:
                     self._members.check_takes(replica)
                     self.add(claims[i], request_id, replica, wish)
-                if copies and keyed and not router.held_elsewhere(replica, wish.keys):
+                if copies and keyed and not router.held_elsewhere(replica, keys):
                     unshared.add(i)
                 groups.setdefault(replica, []).append(i)
             except RaykError as error:

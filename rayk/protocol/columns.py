@@ -243,12 +243,12 @@ class AdmitResults:
         """For the driver: what became of each, on those replicas. Requests that were not tried failed for the reason of
         the first that was refused."""
         failures = self.failures
-        return [
-            Admission(replica, None, *numbers[3:], *took)
-            if numbers[0] >= 0
-            else Admission(replica, to_error(failures[row if row in failures else min(failures)]))
-            for row, (replica, numbers, took) in enumerate(zip(replicas, self.rows, self.seconds.tolist(), strict=True))
-        ]
+        columns = (*self.numbers[:, 3:].T.tolist(), *self.seconds.T.tolist())
+        found = list(map(Admission._make, zip(replicas, [None] * len(replicas), *columns, strict=True)))
+        for row in self.refused:
+            error = to_error(failures[row if row in failures else min(failures)])
+            found[row] = Admission(replicas[row], error)
+        return found
 
     def __getitem__(self, row: int) -> AdmitResult:
         processed, end, cached, *reused = self.numbers[row].tolist()

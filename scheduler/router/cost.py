@@ -96,6 +96,7 @@ class Cost:
         self._usual = 0.0
         self._taken: list[float] = []  # tokens that each replica ever had to store
         self._outflow = np.zeros(0)  # in units that shrink, so that a choice changes one number
+        self._growth = 1.0  # of what the latest choice counts
         self._inflow = 0.0  # of all replicas
         self._unit = 1.0
         self._turn = 0  # choices made
@@ -109,14 +110,15 @@ class Cost:
         """See Policy. A few operations a replica if there are few of them; else about 25 numpy calls over the replicas
         and a few dozen probes of the index, half of the calls and one probe for a request of which nobody has
         anything."""
-        reach, regret = None, 0.0
+        reach, regret, tokens = None, 0.0, request.tokens
         if self._index.known(request.keys):
             reach = self._index.reach(request.keys)
             regret = self._regret(request, reach)
-        seen = self._see(request.tokens, loads, reach, regret)
-        replica, cached = (self._among_few if len(loads) <= FEW else self._among_many)(seen, loads)
+        seen = self._see(tokens, loads, reach, regret)
+        among = self._among_few if len(self._taken) <= FEW else self._among_many
+        replica, cached = among(seen, loads)
         if replica >= 0:
-            self._learn(replica, request, request.tokens - cached, loads, reach, regret)
+            self._learn(replica, request, tokens - cached, loads, reach, regret)
         return Decision(replica, cached, seen)
 
     # -- what is remembered ------------------------------------------------------------------------
@@ -129,12 +131,14 @@ class Cost:
         return regret * math.exp((turn - self._turn) / (SHORT * len(reach.disk))) if regret else 0.0
 
     def _see(self, tokens: int, loads: ReplicaLoads, reach: Reach | None, regret: float) -> _Seen:
-        weights, replicas = self._weights, len(loads.prefill_backlog)
-        if len(self._taken) < replicas:
-            self._taken += [0.0] * (replicas - len(self._taken))
-            self._outflow = np.append(self._outflow, np.zeros(replicas - len(self._outflow)))
-        eviction = weights.eviction * replicas / max(self._inflow, 1.0)
-        queueing = weights.queueing / max(self._usual or tokens, 1.0)
+        weights, replicas, inflow, usual = self._weights, len(self._taken), self._inflow, self._usual or tokens
+        if replicas < len(loads.prefill_backlog):
+            new, replicas = len(loads) - replicas, len(loads)
+            self._taken += [0.0] * new
+            self._outflow = np.append(self._outflow, np.zeros(new))
+            self._growth = 1 + 1 / (LONG * replicas)
+        eviction = weights.eviction * replicas / (inflow if inflow > 1.0 else 1.0)
+        queueing = weights.queueing / (usual if usual > 1.0 else 1.0)
         return _Seen(self, tokens, reach, loads.snapshot(), self._outflow.tobytes(), eviction, queueing, regret)
 
     def _learn(
@@ -153,7 +157,7 @@ class Cost:
         self._taken[replica] = taken
         if taken > loads.limit(replica):
             self._outflow[replica] += missing * unit
-        self._unit = unit * (1 + 1 / (LONG * len(loads)))
+        self._unit = unit * self._growth
         if self._unit > 1e30:
             self._outflow /= self._unit
             self._inflow /= self._unit
@@ -180,12 +184,8 @@ class Cost:
         """The cheapest replica and what it need not compute: the same sums in the same order as in _terms, one number
         after the other."""
         tokens, eviction, queueing, step = float(seen.tokens), seen.eviction, seen.queueing, self._weights.step
-        backlog, requests, flows, cached = (
-            loads.prefill_backlog.tolist(),
-            loads.requests.tolist(),
-            self._outflow.tolist(),
-            None,
-        )
+        numbers, replicas, flows, cached = loads.numbers(seen.loads), len(self._taken), self._outflow.tolist(), None
+        backlog, requests = numbers[:replicas], numbers[replicas : 2 * replicas]
         if seen.reach is not None:
             cached, fetch, duplication = self._lent(seen.reach, seen.regret)
             costs = [
@@ -202,7 +202,8 @@ class Cost:
                 for w, r, o in zip(backlog, requests, flows)  # noqa: B905  # to check that costs a tenth of it
             ]
         if not loads.fits_everywhere(seen.tokens):
-            held, capacity, pressure = loads.held.tolist(), loads.capacity.tolist(), self._weights.pressure
+            held, capacity = numbers[2 * replicas : 3 * replicas], numbers[3 * replicas :]
+            pressure = self._weights.pressure
             costs = [
                 cost + pressure * max(h + seen.tokens - c, 0) for cost, h, c in zip(costs, held, capacity, strict=True)
             ]

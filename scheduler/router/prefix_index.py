@@ -254,15 +254,19 @@ class PrefixIndex:
         if depth is None:
             depth = self.depth(replica, keys)
         rest = keys[depth:] if depth else keys
-        known = list(map(holders.get, rest))
         shared: list[int] = []
+        if len(rest) == 1 and rest[0] not in holders:  # what nobody has
+            holders[rest[0]] = unsure[rest[0]] = bit
+            self._counts[slot][0] += 1
+            if self._sweeping:
+                self.sweep()
+            return rest
+        known = list(map(holders.get, rest))
         if any(known):
             new = known.count(None)
             split = len(rest) if None in known[: len(rest) - new] else len(rest) - new
             shared, rest = self._share(rest[:split], bit), rest[split:]
-        if len(rest) == 1:  # what nobody has
-            holders[rest[0]] = unsure[rest[0]] = bit
-        elif rest:
+        if rest:
             entries = dict.fromkeys(rest, bit)
             holders.update(entries)
             unsure.update(entries)

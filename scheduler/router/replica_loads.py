@@ -9,6 +9,7 @@ told (`prefilled`).
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -72,6 +73,9 @@ class ReplicaLoads:
         # The same numbers, quicker to get at one by one.
         self._backlog, self._requests, self._held = self.prefill_backlog.data, self.requests.data, self.held.data
         self._capacity, self._computed = self.capacity.data, self.computed.data
+        self._counted, replicas = block[:_COMPUTED], block.shape[1]
+        self.numbers = struct.Struct(f"{replicas}d{3 * replicas}q").unpack
+        """A snapshot() as Python numbers: of all replicas the backlog, then requests, held and capacity."""
 
     def set_ready(self, replica: int, ready: bool) -> None:
         """Let requests be placed on a replica, or (draining, lost) not any more."""
@@ -148,7 +152,7 @@ class ReplicaLoads:
 
     def snapshot(self) -> bytes:
         """How backlog, requests, held and capacity are now, for from_snapshot()."""
-        return self._block[:_COMPUTED].tobytes()
+        return self._counted.tobytes()
 
     @staticmethod
     def from_snapshot(snapshot: bytes) -> tuple[FloatArray, Int64Array, Int64Array, Int64Array]:
