@@ -202,7 +202,8 @@ class PrefixIndex:
         holders, get, unsure = self._holders, self._holders.get, self._unsure
         keys = list(keys)
         entries = len(holders)
-        if list(map(get, keys)).count(bit) == len(keys) and unsure.keys().isdisjoint(keys):  # what it alone held
+        alone = len(keys) > 1 and list(map(get, keys)).count(bit) == len(keys)
+        if alone and unsure.keys().isdisjoint(keys):  # what it alone held
             deque(map(holders.pop, keys, repeat(None)), maxlen=0)
             self._counts[slot][tier] -= entries - len(holders)
         else:
@@ -296,8 +297,9 @@ class PrefixIndex:
 
     def withdraw(self, replica: int, keys: Iterable[int]) -> None:
         """Nobody will store these pages any more: those that the replica has not reported go."""
-        bit = self._bit[self._slot[replica]][0]
-        self.removed(replica, [key for key in keys if self._unsure.get(key, 0) & bit])
+        bit, unsure = self._bit[self._slot[replica]][0], self._unsure
+        if promised := [key for key in keys if unsure.get(key, 0) & bit]:
+            self.removed(replica, promised)
 
     def cleared(self, replica: int) -> None:
         """The replica holds nothing any more, in no tier."""
