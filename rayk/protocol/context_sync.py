@@ -50,8 +50,11 @@ class ContextSender:
     def view(self, ctx: TextContext, replica: int = -1, whole: bool = False, generation: int = 0) -> ContextView:
         """The context for `replica`; only tokens it has not seen unless `whole` or the replica is open (-1)."""
         base = 0 if whole else self._known(ctx, replica)
-        window = ctx.tokens
-        origin = None
+        window, origin = ctx.tokens, None
+        pending, to_verify, accepted = 0, b"", b""
+        if not ctx.plain:
+            pending, to_verify = ctx.pending_future_count, _raw(ctx.draft_tokens_to_verify, ctx.request_id)
+            accepted = _raw(ctx.maybe_accepted_draft_tokens, ctx.request_id)
         if not base:
             origin = Origin(ctx.max_length, ctx.cache_salt, ctx.adapter, ctx.session_id, ctx.tenant)
         return ContextView(
@@ -60,10 +63,10 @@ class ContextSender:
             window.data[base : window.length].tobytes(),
             window.processed,
             window.end,
-            ctx.pending_future_count,
+            pending,
             ctx.cached_prefix_length,
-            _raw(ctx.draft_tokens_to_verify, ctx.request_id),
-            _raw(ctx.maybe_accepted_draft_tokens, ctx.request_id),
+            to_verify,
+            accepted,
             origin,
             generation,
         )
