@@ -75,6 +75,11 @@ class Actor(Protocol):
 
     socket: SocketAddress | None
 
+    @property
+    def name(self) -> str | None:
+        """Of a detached one."""
+        ...
+
     def call(self, method: str, *args: Any, returns: int = 1, control: bool = False, lane: str = "") -> Any:
         """Start a method, in a lane of that name or in the data lane; a reference to its result, or a list of `returns`
         references."""

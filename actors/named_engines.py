@@ -17,6 +17,7 @@ from rayk.actors.engine import (
 )
 from rayk.actors.interface import Actor, ActorSpec, Bundle, Runtime
 from rayk.actors.launch import PlacedActor, close_actors, vacate
+from rayk.actors.removal import find_strays
 from rayk.actors.serving import DRIVERS
 from rayk.actors.serving_roster import EngineHandle, ServedModel, ServingRoster, serving_key
 
@@ -139,7 +140,9 @@ class NamedReplicas(RayReplicas):
         if self.scheduler is not None:
             self._runtime.stop([self.scheduler], None)
             self._runtime.keep(serving_key(str(self._name)), None)
+        strays = find_strays(self._runtime, str(self._name), "engine", self._placed.values())  # of drivers that died
         super().close()
+        strays.end(self._runtime)
 
     def remove(self, replica: int) -> None:
         with self._lock:

@@ -3,12 +3,13 @@ that it can be removed also when its start, or the start of a replica, was never
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
 from rayk.actors.deployment import Deployment, await_roster
 from rayk.actors.interface import Actor, ActorGoneError, Placement, Runtime
-from rayk.actors.launch import proof_for
+from rayk.actors.launch import PlacedActor, proof_for
 from rayk.actors.serving_roster import ServingRoster
 from rayk.errors import ConfigError, RaykError, SecretError
 
@@ -74,14 +75,13 @@ class Strays(NamedTuple):
             runtime.stop((), group)
 
 
-def find_strays(runtime: Runtime, deployment: Deployment) -> Strays:
-    """What bears a detached cluster's name and is not in it; nobody may begin to start anything meanwhile."""
-    assert deployment.name is not None
-    running, known = deployment.running, set[str]()
-    for r, handle in running.items():
-        known |= {f"{deployment.name}/replica-{r}", f"{deployment.name}/replica-{r}-{handle.epoch}"}
-    begun = [each for each in runtime.actor_names() if each.startswith(f"{deployment.name}/replica-")]
+def find_strays(runtime: Runtime, name: str, part: str, running: Iterable[PlacedActor]) -> Strays:
+    """What bears a detached cluster's `name`, of the `part`s of which these are running, and is none of them; nobody
+    may begin to start anything meanwhile."""
+    running = list(running)
+    known = {placed.actor.name for placed in running}
+    begun = [each for each in runtime.actor_names() if each.startswith(f"{name}/{part}-")]
     actors = [actor for each in begun if each not in known and (actor := runtime.find(each)) is not None]
-    used = {runtime.group_key(handle.bundle.placement) for handle in running.values()}
-    groups = [group for group in runtime.groups(deployment.name) if runtime.group_key(group) not in used]
+    used = {runtime.group_key(placed.bundle.placement) for placed in running}
+    groups = [group for group in runtime.groups(name) if runtime.group_key(group) not in used]
     return Strays(actors, groups)

@@ -91,6 +91,11 @@ class RayActor:
         return RayActor, (self._handle if self._name is None else None, self.socket, self._name)
 
     @property
+    def name(self) -> str | None:
+        """Of a detached one."""
+        return self._name[0] if self._name is not None else None
+
+    @property
     def handle(self) -> ActorHandle[Any] | None:
         """Ray's; None when nobody has that name any more."""
         if self._handle is None and self._name is not None:

@@ -316,7 +316,7 @@ class SchedulerActor:
             links = [link if r in here else None for r, link in enumerate(self._links)]
             if self._core.unfinished and not self._core.supervisor.granted and self._roster.name is not None:
                 self._core.unfinished = False
-                strays = find_strays(self._runtime, self._standing())
+                strays = find_strays(self._runtime, self._roster.name, "replica", self._roster.running.values())
                 Thread(target=strays.end, args=(self._runtime,), name="rayk-sweep", daemon=True).start()
         self._ticks += 1
         if self._ticks % DRAIN_TICKS == 0:

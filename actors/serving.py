@@ -28,6 +28,7 @@ from rayk.actors.engine_lines import EngineLines
 from rayk.actors.interface import Runtime, SocketAddress
 from rayk.actors.mailbox import Mailbox
 from rayk.actors.process import spare_from_kernel
+from rayk.actors.removal import find_strays
 from rayk.actors.report import start_reporting
 from rayk.actors.secret import Authenticator, Challenge, Proof
 from rayk.actors.serving_roster import EngineHandle, ServingRoster, ServingState
@@ -95,6 +96,7 @@ class ServingActor:
         self._leases = Leases(monotonic)
         silence = SOON_SECONDS if self._roster.replaced else SILENT_SECONDS
         self._lines = EngineLines(self._runtime, silence, self._hear_engine, self._lose)
+        self._unfinished = False  # a driver has gone that was starting engines
         self._mailbox = Mailbox(self._heard, self._answers, lambda error: log.error("news of a driver: %s", error))
         self._saved: tuple[Any, ...] = ()
         roster = self._roster
@@ -203,7 +205,7 @@ class ServingActor:
             self._post(replica, Forget(number))
         self._mailbox.forget(number)
         self._return.back(number)
-        self._core.supervisor.forget(driver.client)
+        self._unfinished |= bool(self._core.supervisor.forget(driver.client))
         self._core.pump()
         self._changed.notify_all()
 
@@ -219,6 +221,11 @@ class ServingActor:
                     self._place_held()
                     self._save()
                     self._flush()
+                    if self._unfinished and not self._core.supervisor.granted:
+                        self._unfinished = False
+                        running = self._roster.running.values()
+                        strays = find_strays(self._runtime, self._roster.name, "engine", running)
+                        Thread(target=strays.end, args=(self._runtime,), name="rayk-sweep", daemon=True).start()
             except Exception:  # the next tick tries again
                 log.exception("the timer of a Cluster's scheduler failed")
 

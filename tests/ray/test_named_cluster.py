@@ -475,6 +475,47 @@ say(groups=groups())
     assert "Traceback" not in stderr(third), stderr(third)
 
 
+def test_what_a_killed_driver_was_starting_is_taken_back(start: Start) -> None:
+    """Its engine runs, and never joined: it ends with the driver's lease, and its place is given back."""
+    first = start(
+        DRIVER
+        + """
+from rayk.actors.runtime import RayRuntime
+cluster = Cluster(model, join(), replicas=1, page_size=4, pages=100, max_batch_size=4)
+runtime = RayRuntime(f"rayk-{NAME}")
+def left():
+    return [len(runtime.actor_names()), groups()]
+say(left=left())
+sys.stdin.readline()
+say(left=left())
+deadline = time.monotonic() + 30 * SCALE
+while left() != [2, 1] and time.monotonic() < deadline:
+    time.sleep(.05)
+say(left=left(), states=cluster.replica_states())
+cluster.shutdown()
+""",
+        "strays",
+    )
+    assert said(first) == {"left": [2, 1]}, "an engine and the scheduler"
+    second = start(
+        DRIVER
+        + """
+cluster = rayk.attach(NAME, ADDRESS)
+cluster._dispatcher.join = lambda *given: (say(started=True), time.sleep(300))
+cluster.add_replicas()
+""",
+        "strays",
+    )
+    assert said(second) == {"started": True}
+    second.send_signal(signal.SIGKILL)
+    second.wait(10)
+    tell(first)
+    assert said(first) == {"left": [3, 2]}
+    told = said(first)
+    assert told["left"] == [2, 1] and told["states"][0] == "ready"
+    assert first.wait(30) == 0
+
+
 def test_two_drivers_that_start_it_at_once_share_it(start: Start) -> None:
     code = """
 session = join()
