@@ -32,7 +32,7 @@ from rayk.actors.removal import find_strays
 from rayk.actors.report import start_reporting
 from rayk.actors.secret import Authenticator, Challenge, Proof
 from rayk.actors.serving_roster import EngineHandle, ServingRoster, ServingState
-from rayk.errors import ClosedError, ConfigError, MessageError
+from rayk.errors import ClosedError, ConfigError, MessageError, RaykError
 from rayk.metrics.reading import Labels, Reading
 from rayk.protocol.engine import Command, Forget, Report
 from rayk.protocol.serving import (
@@ -390,13 +390,18 @@ class ServingActor:
 
     def join(self, replica: int, handle: EngineHandle, model: bytes) -> bytes | None:
         """An engine of enlist() takes requests from now on; the token of the last reset that it has to know of. One
-        that did already may say so again."""
+        that did already may say so again; one that comes after another's gets ReplicaStateError."""
         with self._changed:
-            known = self._roster.running.get(replica)
+            before = self._roster
+            known = before.running.get(replica)
             if known is not None and known.start == handle.start and replica in self._core.members.here:
-                return self._roster.reset_token
-            self._roster = replace(self._roster.with_engine(replica, handle), model=model)
-            self._core.join(replica, handle.pages, handle.epoch, handle.endpoint, handle.start)
+                return before.reset_token
+            self._roster = replace(before.with_engine(replica, handle), model=model)
+            try:
+                self._core.join(replica, handle.pages, handle.epoch, handle.endpoint, handle.start)
+            except RaykError:
+                self._roster = before
+                raise
             self._lines.follow(replica, handle)
             self._save()
             self._flush()

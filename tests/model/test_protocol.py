@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from rayk.errors import ReplicaStateError
+
 from .cluster_world import ClusterWorld, Shape, without_processes
 from .explore import explore
 
@@ -57,6 +59,17 @@ def test_histories_that_went_wrong_once(name: str) -> None:
         if event in world.events():  # some of it cannot happen any more
             world.do(event)
             world.check()
+    world.settle()
+
+
+def test_an_engine_that_comes_second_takes_nobodys_place() -> None:
+    """Two drivers may start one at the same index where a scheduler died meanwhile."""
+    world = ClusterWorld(Shape())
+    assert world.scheduler is not None
+    roster = world.scheduler._roster
+    with pytest.raises(ReplicaStateError, match="it cannot enter"):
+        world.scheduler.join(0, world.handle(world.begin(0)), roster.model)
+    assert world.scheduler._roster is roster, "of the first one nothing is heard otherwise, nor of its end"
     world.settle()
 
 
