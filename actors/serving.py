@@ -81,7 +81,7 @@ class ServingActor:
     start it again whoever is there."""
 
     def __init__(self, key: str, runtime: Runtime | None = None) -> None:
-        self._runtime = runtime or _own_runtime()
+        self._runtime = runtime or _own_runtime(key.split("/", 1)[0])
         self._key = key
         kept: KeptServing | None = self._runtime.kept(key)
         if kept is None:
@@ -503,7 +503,7 @@ class ServingActor:
             return ServingState(drivers, self._owner, requests, core.why_lost, core.admission_state(), lines, paths)
 
 
-def _own_runtime() -> Runtime:
+def _own_runtime(session: str) -> Runtime:
     from rayk.actors.runtime import RayRuntime  # here, so that only a scheduler's process imports Ray for it
 
-    return RayRuntime()
+    return RayRuntime(f"rayk-{session}")
