@@ -5,6 +5,10 @@ from __future__ import annotations
 import gc
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rayk.actors.interface import Runtime
 
 YOUNG, MIDDLE, OLD = 50_000, 20, 100
 
@@ -26,3 +30,11 @@ def spare_from_kernel() -> None:
     said. (Ray's own memory monitor cannot be told: it takes what it can start again first.)"""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("0")
+
+
+def own_runtime(key: str) -> Runtime:
+    """Ray, in the process of the scheduler for which something is kept under `key`, in its session's namespace."""
+    from rayk.actors.runtime import RayRuntime  # here, so that only a scheduler's process imports Ray for it
+
+    session = key.split("/", 1)[0]
+    return RayRuntime(f"rayk-{session}" if session else None)

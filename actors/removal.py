@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from threading import Thread
 from typing import NamedTuple
 
 from rayk.actors.deployment import Deployment, await_roster
@@ -85,3 +86,9 @@ def find_strays(runtime: Runtime, name: str, part: str, running: Iterable[Placed
     used = {runtime.group_key(placed.bundle.placement) for placed in running}
     groups = [group for group in runtime.groups(name) if runtime.group_key(group) not in used]
     return Strays(actors, groups)
+
+
+def end_strays(runtime: Runtime, name: str, part: str, running: Iterable[PlacedActor]) -> None:
+    """End them in a thread."""
+    strays = find_strays(runtime, name, part, running)
+    Thread(target=strays.end, args=(runtime,), name="rayk-sweep", daemon=True).start()

@@ -18,8 +18,8 @@ from rayk.actors.channel import new_client_id
 from rayk.actors.chunks import joined
 from rayk.actors.interface import Actor, ActorGoneError, Runtime, SocketAddress
 from rayk.actors.listener import Listener, listening
-from rayk.actors.process import freeze_startup_objects, spare_from_kernel
-from rayk.actors.removal import find_strays
+from rayk.actors.process import freeze_startup_objects, own_runtime, spare_from_kernel
+from rayk.actors.removal import end_strays
 from rayk.actors.replica_calls import ReplicaCalls, ReplicaChannel
 from rayk.actors.report import start_reporting
 from rayk.actors.secret import Authenticator, Challenge, Proof
@@ -69,7 +69,7 @@ class SchedulerActor:
         key: str = "",
         runtime: Runtime | None = None,
     ) -> None:
-        self._client, self._runtime = new_client_id("scheduler"), runtime or _own_runtime(key.split("/", 1)[0])
+        self._client, self._runtime = new_client_id("scheduler"), runtime or own_runtime(key)
         self._schedulers = [self._client]  # this one, and those before it
         self._key = key
         roster: Any = None
@@ -316,8 +316,7 @@ class SchedulerActor:
             links = [link if r in here else None for r, link in enumerate(self._links)]
             if self._core.unfinished and not self._core.supervisor.granted and self._roster.name is not None:
                 self._core.unfinished = False
-                strays = find_strays(self._runtime, self._roster.name, "replica", self._roster.running.values())
-                Thread(target=strays.end, args=(self._runtime,), name="rayk-sweep", daemon=True).start()
+                end_strays(self._runtime, self._roster.name, "replica", self._roster.running.values())
         self._ticks += 1
         if self._ticks % DRAIN_TICKS == 0:
             self._move_off()
@@ -397,9 +396,3 @@ class SchedulerActor:
         members = self._core.members
         self._shown = self._roster.with_states(members.version, members.joined, tuple(map(str, members.states)))
         return self._shown
-
-
-def _own_runtime(session: str) -> Runtime:
-    from rayk.actors.runtime import RayRuntime  # here, so that only a scheduler's process imports Ray for it
-
-    return RayRuntime(f"rayk-{session}" if session else None)

@@ -27,8 +27,8 @@ from rayk.actors.engine import SILENT_SECONDS, SOON_SECONDS
 from rayk.actors.engine_lines import EngineLines
 from rayk.actors.interface import Runtime, SocketAddress
 from rayk.actors.mailbox import Mailbox
-from rayk.actors.process import spare_from_kernel
-from rayk.actors.removal import find_strays
+from rayk.actors.process import own_runtime, spare_from_kernel
+from rayk.actors.removal import end_strays
 from rayk.actors.report import start_reporting
 from rayk.actors.secret import Authenticator, Challenge, Proof
 from rayk.actors.serving_roster import EngineHandle, ServingRoster, ServingState
@@ -81,7 +81,7 @@ class ServingActor:
     start it again whoever is there."""
 
     def __init__(self, key: str, runtime: Runtime | None = None) -> None:
-        self._runtime = runtime or _own_runtime(key.split("/", 1)[0])
+        self._runtime = runtime or own_runtime(key)
         self._key = key
         kept: KeptServing | None = self._runtime.kept(key)
         if kept is None:
@@ -223,9 +223,7 @@ class ServingActor:
                     self._flush()
                     if self._unfinished and not self._core.supervisor.granted:
                         self._unfinished = False
-                        running = self._roster.running.values()
-                        strays = find_strays(self._runtime, self._roster.name, "engine", running)
-                        Thread(target=strays.end, args=(self._runtime,), name="rayk-sweep", daemon=True).start()
+                        end_strays(self._runtime, self._roster.name, "engine", self._roster.running.values())
             except Exception:  # the next tick tries again
                 log.exception("the timer of a Cluster's scheduler failed")
 
@@ -392,8 +390,7 @@ class ServingActor:
         """An engine of enlist() takes requests from now on; the token of the last reset that it has to know of. One
         that did already may say so again; one that comes after another's gets ReplicaStateError."""
         with self._changed:
-            before = self._roster
-            known = before.running.get(replica)
+            before, known = self._roster, self._roster.running.get(replica)
             if known is not None and known.start == handle.start and replica in self._core.members.here:
                 return before.reset_token
             self._roster = replace(before.with_engine(replica, handle), model=model)
@@ -501,9 +498,3 @@ class ServingActor:
             lines = fetching.links.table() if fetching is not None else []
             paths = {replica: self._lines.path(replica) for replica in self._roster.running}
             return ServingState(drivers, self._owner, requests, core.why_lost, core.admission_state(), lines, paths)
-
-
-def _own_runtime(session: str) -> Runtime:
-    from rayk.actors.runtime import RayRuntime  # here, so that only a scheduler's process imports Ray for it
-
-    return RayRuntime(f"rayk-{session}")
