@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -49,6 +49,7 @@ def by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _TRANSLATED = ALIASES.keys() | GUIDED.keys() | {"structured_outputs"}
 
 
@@ -123,81 +124,27 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True
 
     def problem(self) -> str | None:
         """Why a request with these settings cannot be served, or None."""
-        checks: list[tuple[str, Any, bool, str]] = [
-            ("max_new_tokens", self.max_new_tokens, _int(self.max_new_tokens, 1), "an integer of 1 .. 2**63 - 1"),
-            ("temperature", self.temperature, _number(self.temperature, 0, math.inf), "a finite number of at least 0"),
-            ("top_k", self.top_k, _int(self.top_k, 0), "an integer of 0 (off) .. 2**63 - 1"),
-            ("top_p", self.top_p, _number(self.top_p, 0, 1) and self.top_p > 0, "above 0 and at most 1 (1: off)"),
-            ("min_p", self.min_p, _number(self.min_p, 0, 1), "between 0 (off) and 1"),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                _number(self.repetition_penalty, 1 / MOST_PENALTY, MOST_PENALTY),
-                f"between {1 / MOST_PENALTY:g} and {MOST_PENALTY:g} (1: off)",
-            ),
-            ("seed", self.seed, self.seed is None or _int(self.seed, 0, 2**64 - 1), "an integer of 0 .. 2**64 - 1"),
-            (
-                "stop",
-                self.stop,
-                _strings(self.stop),
-                f"at most {MAX_STOPS} strings of 1 .. {LONGEST_STOP} characters that UTF-8 can carry",
-            ),
-            (
-                "stop_token_ids",
-                self.stop_token_ids,
-                isinstance(self.stop_token_ids, (tuple, list))
-                and len(self.stop_token_ids) <= MAX_STOPS
-                and all(_int(token, 0, LAST_TOKEN) for token in self.stop_token_ids),
-                f"at most {MAX_STOPS} token ids",
-            ),
-            ("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, (bool, np.bool_)), "True or False"),
-            (
-                "logprobs",
-                self.logprobs,
-                self.logprobs is None or _int(self.logprobs, 0, MAX_LOGPROBS),
-                f"None or an integer of 0 .. {MAX_LOGPROBS}",
-            ),
-            ("n", self.n, _int(self.n, 1, MOST_CHOICES), f"an integer of 1 .. {MOST_CHOICES}"),
-            (
-                "min_tokens",
-                self.min_tokens,
-                _int(self.min_tokens, 0)
-                and (not _int(self.max_new_tokens, 1) or self.min_tokens <= self.max_new_tokens),
-                "an integer of 0 .. max_new_tokens",
-            ),
-            *(
-                (name, getattr(self, name), _number(getattr(self, name), -2, 2), "between -2 and 2 (0: off)")
-                for name in ("presence_penalty", "frequency_penalty")
-            ),
-            (
-                "logit_bias",
-                self.logit_bias,
-                isinstance(self.logit_bias, Mapping)
-                and len(self.logit_bias) <= MOST_BIASES
-                and all(_int(t, 0, LAST_TOKEN) and _number(b, -BIAS, BIAS) for t, b in self.logit_bias.items()),
-                f"at most {MOST_BIASES} token ids, each with a number of {-BIAS:g} .. {BIAS:g}",
-            ),
-            (
-                "prompt_logprobs",
-                self.prompt_logprobs,
-                self.prompt_logprobs is None or _int(self.prompt_logprobs, 0, MAX_LOGPROBS),
-                f"None or an integer of 0 .. {MAX_LOGPROBS}",
-            ),
-        ]
         if self.structured_outputs is not None and (said := self.structured_outputs.problem()) is not None:
             return f"structured_outputs are none: {said}"
-        wrong = [(name, value, rule) for name, value, good, rule in checks if not good]
-        return f"{wrong[0][0]} is {shown(wrong[0][1])}, it must be {wrong[0][2]}" if wrong else None
+        for (name, good, rule), usual in zip(_RULES, _DEFAULTS, strict=True):
+            value = getattr(self, name)
+            if value is not usual and not good(value):
+                return f"{name} is {shown(value)}, it must be {rule}"
+        if self.min_tokens > self.max_new_tokens:
+            return f"min_tokens is {shown(self.min_tokens)}, it must be an integer of 0 .. max_new_tokens"
+        return None
 
     def plain(self) -> SamplingParams:
         """The same in Python's own types, so that it can be sent (numpy's numbers cannot). Has no problem()."""
+        empty = not (self.stop or self.stop_token_ids or self.logit_bias)
+        if empty and all(type(getattr(self, name)) in kinds for name, kinds in _PLAIN):
+            return self
         whole = {name: int(getattr(self, name)) for name in ("max_new_tokens", "top_k", "n", "min_tokens")}
         maybe = {
             name: None if getattr(self, name) is None else int(getattr(self, name))
             for name in ("seed", "logprobs", "prompt_logprobs")
         }
-        numbers = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        real = {name: float(getattr(self, name)) for name in numbers}
+        real = {name: float(getattr(self, name)) for name in _NUMBERS}
         biases = {int(token): float(bias) for token, bias in self.logit_bias.items()}
         stops = tuple(int(token) for token in self.stop_token_ids)
         more: dict[str, Any] = {**whole, **maybe, **real}
@@ -220,16 +167,19 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True
 
 
 def _int(value: Any, low: int, high: int = INT64_MAX) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
+    if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
+        return False
+    return low <= int(value) <= high
 
 
 def _number(value: Any, low: float, high: float) -> bool:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
-    try:
-        value = float(value)
-    except OverflowError:  # an integer beyond all floats
-        return False
+    if type(value) is not float:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            return False
+        try:
+            value = float(value)
+        except OverflowError:  # an integer beyond all floats
+            return False
     return math.isfinite(value) and low <= value <= high
 
 
@@ -237,6 +187,66 @@ def _strings(value: Any) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) > MAX_STOPS:
         return False
     return all(isinstance(each, str) and 0 < len(each) <= LONGEST_STOP and has_utf8(each) for each in value)
+
+
+def _token_ids(value: Any) -> bool:
+    listed = isinstance(value, (tuple, list)) and len(value) <= MAX_STOPS
+    return listed and all(_int(token, 0, LAST_TOKEN) for token in value)
+
+
+def _biases(value: Any) -> bool:
+    if not isinstance(value, Mapping) or len(value) > MOST_BIASES:
+        return False
+    return all(_int(token, 0, LAST_TOKEN) and _number(bias, -BIAS, BIAS) for token, bias in value.items())
+
+
+def _some_logprobs(value: Any) -> bool:
+    return value is None or _int(value, 0, MAX_LOGPROBS)
+
+
+def _penalty(value: Any) -> bool:
+    return _number(value, -2, 2)
+
+
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("max_new_tokens", lambda value: _int(value, 1), "an integer of 1 .. 2**63 - 1"),
+    ("temperature", lambda value: _number(value, 0, math.inf), "a finite number of at least 0"),
+    ("top_k", lambda value: _int(value, 0), "an integer of 0 (off) .. 2**63 - 1"),
+    ("top_p", lambda value: _number(value, 0, 1) and value > 0, "above 0 and at most 1 (1: off)"),
+    ("min_p", lambda value: _number(value, 0, 1), "between 0 (off) and 1"),
+    (
+        "repetition_penalty",
+        lambda value: _number(value, 1 / MOST_PENALTY, MOST_PENALTY),
+        f"between {1 / MOST_PENALTY:g} and {MOST_PENALTY:g} (1: off)",
+    ),
+    ("seed", lambda value: value is None or _int(value, 0, 2**64 - 1), "an integer of 0 .. 2**64 - 1"),
+    ("stop", _strings, f"at most {MAX_STOPS} strings of 1 .. {LONGEST_STOP} characters that UTF-8 can carry"),
+    ("stop_token_ids", _token_ids, f"at most {MAX_STOPS} token ids"),
+    ("ignore_eos", lambda value: isinstance(value, (bool, np.bool_)), "True or False"),
+    ("logprobs", _some_logprobs, f"None or an integer of 0 .. {MAX_LOGPROBS}"),
+    ("n", lambda value: _int(value, 1, MOST_CHOICES), f"an integer of 1 .. {MOST_CHOICES}"),
+    ("min_tokens", lambda value: _int(value, 0), "an integer of 0 .. max_new_tokens"),
+    ("presence_penalty", _penalty, "between -2 and 2 (0: off)"),
+    ("frequency_penalty", _penalty, "between -2 and 2 (0: off)"),
+    (
+        "logit_bias",
+        _biases,
+        f"at most {MOST_BIASES} token ids, each with a number of {-BIAS:g} .. {BIAS:g}",
+    ),
+    ("prompt_logprobs", _some_logprobs, f"None or an integer of 0 .. {MAX_LOGPROBS}"),
+)
+"""Settings by name: whether a value is one, and what it must be."""
+_DEFAULTS = [getattr(SamplingParams(), name) for name, _, _ in _RULES]
+
+_PLAIN: tuple[tuple[str, tuple[type, ...]], ...] = (
+    *((name, (int,)) for name in ("max_new_tokens", "top_k", "n", "min_tokens")),
+    *((name, (int, type(None))) for name in ("seed", "logprobs", "prompt_logprobs")),
+    *((name, (float,)) for name in _NUMBERS),
+    *((name, (tuple,)) for name in ("stop", "stop_token_ids")),
+    ("ignore_eos", (bool,)),
+    ("logit_bias", (dict,)),
+)
+"""Types of settings that can be sent as they are."""
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

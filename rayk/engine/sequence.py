@@ -59,7 +59,8 @@ class SequenceState:
         self.request_id = request.key  # in the cache; errors name the request's own
         self.sampling = request.sampling
         self.order = order
-        self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
+        drawn = request.sampling.seed
+        self.seed = drawn if drawn is not None else 0 if request.sampling.greedy else secrets.randbits(63)
         self.submitted_at = now
         self.deadline = None if request.timeout is None else now + request.timeout
         self.prompt_length = len(tokens) - request.generated

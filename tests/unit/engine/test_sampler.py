@@ -187,3 +187,14 @@ def test_names_of_vllm_and_of_transformers() -> None:
 )  # fmt: skip
 def test_what_is_no_setting_is_named(settings) -> None:
     assert str(SamplingParams(**settings).problem()).startswith(next(iter(settings)) + " is ")
+
+
+def test_settings_in_pythons_own_types_are_sent_as_they_are() -> None:
+    usual = SamplingParams(max_new_tokens=5, temperature=0.5, seed=3)
+    assert usual.plain() is usual
+    given = SamplingParams(temperature=1, top_k=np.int64(3), stop_token_ids=[np.int32(4)], ignore_eos=np.bool_(True))
+    assert given.problem() is None
+    made = given.plain()
+    found = (made.temperature, made.top_k, made.stop_token_ids, made.ignore_eos)
+    assert found == (1.0, 3, (4,), True)
+    assert [type(each) for each in (*found[:2], *found[2], found[3])] == [float, int, int, bool]
