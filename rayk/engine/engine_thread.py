@@ -32,6 +32,8 @@ log = logging.getLogger("rayk.engine")
 HEARTBEAT = 1.0  # seconds between reports when nothing happens
 HELD_UP = 0.0005  # seconds between looks at the tiers when everything waits for them
 BACKLOG = 1 << 16  # tokens
+AHEAD = 8  # steps that engines may be ahead of the event loop that delivers what they report: then they rest,
+GIVE_WAY = 0.02  # for so many seconds a step at most, since the loop and they take turns at one interpreter
 SWITCH_SECONDS = 5.0  # for readers of reports to be done with what they have
 
 T = TypeVar("T")
@@ -70,6 +72,7 @@ class EngineThread:
         self._progress = Progress()
         self._loop: tuple[InLoop, OnReport] | None = None
         self._called = False  # the loop was, and has not come yet
+        self._ahead = 0  # reports since it came
         self._delivery = Lock()  # held by the loop while it delivers
         self._reading = 0  # reports that readers have and are not done with
         self._switching = False
@@ -209,8 +212,9 @@ class EngineThread:
         with self._delivery:
             with self._changed:
                 self._called, loop = False, self._loop
-                if self._behind:
+                if self._ahead >= AHEAD or self._behind:
                     self._changed.notify_all()
+                self._ahead = 0
                 sound = self._sound if loop is not None else []
                 taken = [(n, engine, events) for n, engine in sound if (events := self._outboxes[n].take(SCHEDULER))]
             for number, engine, events in taken:
@@ -367,6 +371,9 @@ class EngineThread:
             with self._changed:
                 self._outboxes[number].add(events)
                 self._call_loop()
+                self._ahead += self._called
+                if self._ahead >= AHEAD:
+                    self._changed.wait_for(lambda: self._stopped or not self._called, GIVE_WAY)
 
 
 def _report_of(engine: Engine, events: Sequence[Event], batch: int = 0) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from rayk.engine.engine import Engine
-from rayk.engine.engine_thread import EngineThread
+from rayk.engine.engine_thread import AHEAD, EngineThread
 from rayk.engine.measure import loop_cost
 from rayk.errors import RemoteError
 from rayk.kvcache.request import Reused
@@ -184,6 +185,40 @@ def test_a_loop_delivers_what_engines_do_and_threads_hear_of_the_end_alone() -> 
     hosted.deliver_in(closed, on_report)
     hosted.post(0, Submit([ask(3, count=9)]))
     assert collect(reports, 1)[0] == {3: expected([3, 1, 2], 9)}, "threads have them again"
+    hosted.stop()
+
+
+def test_engines_rest_while_the_event_loop_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop and they take turns at one interpreter: a loop that takes new requests would be kept from it."""
+    monkeypatch.setattr("rayk.engine.engine_thread.GIVE_WAY", 60.0)
+    bench, got, calls = Bench(pages=200), list[Report](), queue.SimpleQueue[Any]()
+    hosted = host(bench)
+    hosted.deliver_in(calls.put, lambda engine, report: got.append(report))
+    hosted.post(0, Submit([ask(1, count=3 * AHEAD + 1)]))
+    deliver = calls.get(timeout=10)
+    while bench.engine.steps < AHEAD:
+        pass
+    answer = threading.Thread(target=hosted.stats, args=(0,))  # it is answered between two steps
+    answer.start()
+    answer.join(0.05)
+    assert answer.is_alive() and bench.engine.steps == AHEAD
+    deliver()
+    answer.join(10)
+    while not any(report.ended for report in got):
+        calls.get(timeout=10)()
+    assert collect(got, 1)[0] == {1: expected([1, 1, 2], 3 * AHEAD + 1)}
+    assert max(len(report.columns()[0]) for report in got) == AHEAD
+    hosted.stop()
+
+
+def test_engines_go_on_without_an_event_loop_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayk.engine.engine_thread.GIVE_WAY", 0.001)
+    bench = Bench(pages=200)
+    hosted = host(bench)
+    hosted.deliver_in(lambda call: None, lambda engine, report: None)
+    hosted.post(0, Submit([ask(1, count=3 * AHEAD)]))
+    while hosted.stats(0).finished == 0:
+        pass
     hosted.stop()
 
 
