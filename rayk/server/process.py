@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from socket import socket
+from typing import Any
 
 import uvicorn
 
@@ -20,6 +24,7 @@ log = logging.getLogger("rayk.server")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BACKLOG = 4096  # connections that the kernel holds until they are accepted
+ACCEPTED = 16  # connections in one pass of the event loop: libuv accepts one by each descriptor that listens
 SWITCH_SECONDS = 0.0005  # in which the event loop gets its turn beside an engine in this process
 LAST = 5  # seconds for answers that were ended to reach their clients
 
@@ -62,7 +67,16 @@ class Process(uvicorn.Server):
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # sockets as they come
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)  # type: ignore[arg-type]  # as above
-        if self.started and self._on_start is not None:
+        if not self.started:
+            return
+        made: Any = self.config.http_protocol_class
+        state = {"server_state": self.server_state, "app_state": self.lifespan.state}
+        protocol = partial(made, config=self.config, **state)
+        for listening in self.servers[0].sockets:
+            for _ in range(ACCEPTED - 1):
+                again = socket(fileno=os.dup(listening.fileno()))
+                self.servers.append(await self._loop.create_server(protocol, sock=again, backlog=BACKLOG))
+        if self._on_start is not None:
             self._on_start(self.servers[0].sockets[0].getsockname()[1])
 
     @contextmanager

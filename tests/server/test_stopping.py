@@ -10,11 +10,13 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from rayk.cluster import Cluster
+from rayk.server.process import ACCEPTED
 
 from .conftest import serve
 
@@ -41,6 +43,27 @@ def test_streams_finish_and_nothing_new_is_taken(folder: Path) -> None:
             assert text == want.text
             served.thread.join(timeout=60)
             assert not served.thread.is_alive()
+
+
+def test_connections_that_come_at_once_are_taken_at_once(folder: Path) -> None:
+    """A pass of the event loop may have the events of many streams to write: one connection in each would be slow."""
+    with Cluster(folder, page_size=16, pages=40) as cluster, serve(cluster) as served:
+        loop, found = served.process._loop, Future[int]()
+        assert loop is not None
+
+        def count(passes: int) -> None:
+            if passes:
+                loop.call_soon(count, passes - 1)
+            else:
+                found.set_result(len(served.process.server_state.connections))
+
+        def connect() -> None:
+            for _ in range(ACCEPTED):
+                served.connect().connect()
+            count(3)
+
+        loop.call_soon_threadsafe(connect)
+        assert found.result(30) == ACCEPTED
 
 
 def test_what_is_open_after_the_grace_time_is_ended(folder: Path) -> None:
