@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -294,12 +295,9 @@ def deliver(report: Report, handles: Mapping[int, Handle]) -> list[int]:
 
 def _by_number(given: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
     """The values of each number, in their order."""
-    pairs = list(given)
-    found = {number: [value] for number, value in pairs}
-    if len(found) < len(pairs):  # of several steps
-        found = {number: [] for number in found}
-        for number, value in pairs:
-            found[number].append(value)
+    found = defaultdict[int, list[T]](list)
+    for number, value in given:
+        found[number].append(value)
     return found
 
 

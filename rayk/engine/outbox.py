@@ -39,7 +39,7 @@ class Outbox:
         """More has happened."""
         if not self.shared:
             self.events.setdefault(SCHEDULER, []).extend(events)
-            self.unread += _count(events)
+            self.unread += sum(len(event.tokens) for event in events if type(event) is Tokens)
             return
         for event in events:
             if isinstance(event, Tokens):
@@ -78,14 +78,10 @@ class Outbox:
         """What there is for that reader, in order."""
         events = self.events.pop(reader, [])
         if not self.shared:
-            self.unread -= _count(events)
+            self.unread = 0
         return events
 
     def forget(self, driver: int) -> None:
         """That driver is gone."""
         self.gone.add(driver)
         self.events.pop(driver, None)
-
-
-def _count(events: Sequence[Event]) -> int:
-    return sum(len(event.tokens) for event in events if isinstance(event, Tokens))

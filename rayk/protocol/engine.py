@@ -181,7 +181,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
             np.concatenate([each.numbers for each in columns]).tobytes() if columns else b"",
             np.concatenate([each.tokens for each in columns]).astype(np.int32).tobytes() if columns else b"",
             logprobs,
-            [(event.number, event.piece) for event in kinds[Text]],
+            kinds[Text],
             [Ended.of(event) for event in kinds[Finished]],
             [(event.stored, event.keys) for event in kinds[PagesChanged]],
             steps,

@@ -42,8 +42,7 @@ class PromptLogprobs:
     found: list[TokenLogprobs]
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(NamedTuple):
     """More text of a request that streams it; stop strings never show."""
 
     number: int

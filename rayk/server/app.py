@@ -169,11 +169,11 @@ def application(cluster: Cluster, settings: ServerSettings) -> Starlette:
         return _json(openapi(__version__))
 
     routes = [
-        Route("/v1/models", models),
-        Route("/v1/models/{model:path}", models),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{model:path}", models),
         Route("/tokenize", tokenized, methods=["POST"]),
         Route("/detokenize", detokenized, methods=["POST"]),
         Route("/health", health),
