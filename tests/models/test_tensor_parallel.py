@@ -25,6 +25,7 @@ from rayk.protocol.engine_reports import Tokens
 from rayk.protocol.engine_request import Request
 from rayk.sampling import SamplingParams
 
+from ..patience import scaled  # noqa: TID252  # tests are no package
 from ..unit.models.checkpoints import prompts, write  # noqa: TID252  # tests are no package
 
 pytestmark = pytest.mark.slow
@@ -90,7 +91,7 @@ def split(ranks: int, folders: list[Path], root: Path) -> Iterator[tuple[str, li
             end.close()
     try:
         for _ in folders:
-            yield out.get(timeout=120)
+            yield out.get(timeout=scaled(120))
     finally:
         for process in processes:
             process.join(10)
