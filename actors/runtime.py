@@ -14,7 +14,7 @@ import pickle
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -44,9 +44,8 @@ from rayk.actors.listener import sweep
 from rayk.actors.reasons import REASON_LENGTH, one_line, why_gone
 from rayk.actors.secret import Secret
 from rayk.errors import CallTimeoutError, ConfigError, NoPlaceError, RaykError, RemoteError
-from rayk.metrics.histogram import Histogram
-from rayk.metrics.reading import Labels, Reading
-from rayk.metrics.table import Metric
+from rayk.metrics.ray_exporter import CountingExporter
+from rayk.metrics.reading import Labels
 from rayk.tiers.folder import sweep_memory
 
 KEPT = "rayk"  # the part of Ray's store that keep() uses
@@ -452,55 +451,18 @@ class RayRuntime:
         return heads[0] if heads else None
 
     @staticmethod
-    def exporter() -> tuple[RayMetrics, Labels] | None:
+    def exporter() -> tuple[CountingExporter, Labels] | None:
         """What takes this process's metrics to its node's agent, and what says whose they are; None without Ray."""
         if not ray.is_initialized():
             return None
         context = ray.get_runtime_context()
         name = (context.get_actor_name() if context.worker.mode == ray.WORKER_MODE else None) or ""
-        return RayMetrics(), {"cluster": name.rpartition("/")[0], "node": socket.gethostname()}
+        exporter = CountingExporter(lambda kind, *given: getattr(ray_metrics, kind.capitalize())(*given))
+        return exporter, {"cluster": name.rpartition("/")[0], "node": socket.gethostname()}
 
     def dumps(self, value: Any) -> bytes:
         """Pickle a function or value the way Ray does: by reference where the other side can import it."""
         return bytes(ray.cloudpickle.dumps(value))  # type: ignore[no-untyped-call]  # Ray leaves it unannotated
-
-
-class RayMetrics:
-    """Ray's metrics, which its agent on each node shows to Prometheus as ray_NAME. An Exporter: Ray counts for itself,
-    so it is told what came since the last time.
-
-    Of a histogram the agent gets the sums that Prometheus would read, as gauges: Ray's own would have to be told of
-    each observation by a call, which takes longer than the claim that was timed.
-    """
-
-    def __init__(self) -> None:
-        self._metrics: dict[str, Any] = {}
-        self._told: dict[tuple[str, tuple[str, ...]], float] = {}
-
-    def write(self, readings: Iterable[Reading]) -> None:
-        for metric, labels, value in readings:
-            tags = dict(zip(metric.labels, labels, strict=True))
-            if isinstance(value, Histogram):
-                below = 0
-                for bound, count in zip((*value.bounds, math.inf), value.counts, strict=True):
-                    below += count
-                    self._of(metric, "gauge", "_bucket").set(below, tags | {"le": f"{bound:g}".replace("inf", "+Inf")})
-                self._of(metric, "gauge", "_count").set(below, tags)
-                self._of(metric, "gauge", "_sum").set(value.total, tags)
-            elif metric.kind == "gauge":
-                self._of(metric, "gauge").set(value, tags)
-            else:
-                before, self._told[metric.name, labels] = self._told.get((metric.name, labels), 0), value
-                new = value - before if value >= before else value  # it began anew
-                if new > 0:
-                    self._of(metric, "counter").inc(new, tags)
-
-    def _of(self, metric: Metric, kind: str, suffix: str = "") -> Any:
-        name = metric.name.removesuffix("_total").replace(":", "_") + suffix  # Ray adds the one and takes no other
-        if name not in self._metrics:
-            tag_keys = (*metric.labels, "le") if suffix == "_bucket" else metric.labels
-            self._metrics[name] = getattr(ray_metrics, kind.capitalize())(name, metric.help, tag_keys)
-        return self._metrics[name]
 
 
 def serve_library() -> Any:
