@@ -44,7 +44,7 @@ class Connection:
         try:
             end.settimeout(HANDSHAKE_SECONDS)
             self.label = introduce(end, address.key)
-            end.setblocking(False)
+            end.setblocking(True)
         except (OSError, SocketError) as error:
             end.close()
             raise SocketError(str(error) or type(error).__name__) from None
@@ -98,7 +98,7 @@ class Connection:
         if self.cut:
             raise SocketError(self.cut)
         with suppress(BlockingIOError):
-            done = self._end.send(piece)
+            done = self._end.send(piece, socket.MSG_DONTWAIT)
             if done == len(piece):
                 return
             piece = piece[done:]
@@ -117,7 +117,7 @@ class Connection:
                     self._release()
             if writable:
                 with suppress(BlockingIOError):
-                    rest = rest[self._end.send(rest) :]
+                    rest = rest[self._end.send(rest, socket.MSG_DONTWAIT) :]
                     until = monotonic() + SEND_SECONDS
 
     def wait(self, sent: Sent, timeout: float) -> bytes | None:
@@ -192,12 +192,9 @@ class Connection:
     def _read(self, timeout: float | None) -> None:
         """Take what comes within so many seconds, None for any time. With the lock of readers."""
         try:
-            try:
-                messages = self._frames.receive(self._end)
-            except BlockingIOError:
-                if not self._poll.poll(None if timeout is None else timeout * 1e3):
-                    return
-                messages = self._frames.receive(self._end)
+            if timeout and not self._poll.poll(timeout * 1e3):
+                return
+            messages = self._frames.receive(self._end, socket.MSG_DONTWAIT if timeout is not None else 0)
         except BlockingIOError:
             return
         except (OSError, ValueError, SocketError) as error:  # ValueError: another thread closed it

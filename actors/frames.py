@@ -68,13 +68,13 @@ class FrameReader:
         self._parts: dict[int, list[bytes]] = {}
         self._sizes: dict[int, int] = {}
 
-    def receive(self, end: socket.socket) -> list[tuple[int, bytes]]:
-        """Read once: the messages that are whole now. SocketError at the end of the stream, or when what came is no
-        message; BlockingIOError as the socket raises it."""
+    def receive(self, end: socket.socket, flags: int = 0) -> list[tuple[int, bytes]]:
+        """Read once, with those flags of recv(): the messages that are whole now. SocketError at the end of the stream,
+        or when what came is no message; BlockingIOError as the socket raises it."""
         if self._end == len(self._buffer):
             self._buffer[: self._end - self._begin] = self._view[self._begin : self._end]
             self._begin, self._end = 0, self._end - self._begin
-        got = end.recv_into(self._view[self._end :])
+        got = end.recv_into(self._view[self._end :], 0, flags)
         if not got:
             raise SocketError("the other side closed it")
         self._end += got
