@@ -24,6 +24,8 @@ import yaml
 
 from rayk.cli.main import app, main
 
+from ..ray.heads import warm_workers  # noqa: TID252  # tests/ is no package that has an absolute name
+
 REPO = Path(__file__).resolve().parent.parent.parent
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", REPO / "SECURITY.md"]
 PAGES += sorted((REPO / "docs").rglob("*.md"))
@@ -195,12 +197,14 @@ def test_python_blocks_run(tmp_path: Path) -> None:
             found.append((str(block.page.relative_to(REPO)), block.line, code))
     (tmp_path / "blocks.json").write_text(json.dumps(found))
     (tmp_path / "run.py").write_text(RUNNER)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "blocks.json")],
-        cwd=REPO,
-        env={**os.environ, "PYTHONPATH": str(REPO)},  # as where `python` is started in a checkout
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    with warm_workers(tmp_path) as warm:
+        path = f"{warm['PYTHONPATH']}{os.pathsep}{REPO}"  # as where `python` is started in a checkout
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "blocks.json")],
+            cwd=REPO,
+            env={**os.environ, **warm, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
     assert done.returncode == 0 and "all ran" in done.stdout, done.stderr[-3000:]

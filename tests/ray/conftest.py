@@ -7,15 +7,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import ray._private.node
 
 from rayk import InferenceSession, PagedKVCacheManager
 
 from ..patience import scaled  # noqa: TID252  # tests/ is no package that has an absolute name
 from .forwards import PAGES, params
-from .heads import ONCE, Driver, Head, Start, ray_head
+from .heads import ONCE, Driver, Head, Start, ray_head, warm_workers
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +32,16 @@ def ray_tmpdir() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def session(ray_tmpdir: Path) -> Iterator[InferenceSession]:
-    with InferenceSession(
-        runtime="ray", address="local", num_cpus=2, object_store_memory=150_000_000, log_to_driver=False
-    ) as session:
-        yield session
+    with warm_workers(ray_tmpdir) as settings, ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            for unused in ("start_log_monitor", "start_monitor"):  # nobody reads logs, and nothing scales
+                patch.setattr(ray._private.node.Node, unused, lambda node: None)
+            session = InferenceSession(
+                runtime="ray", address="local", num_cpus=2, object_store_memory=150_000_000, log_to_driver=False
+            )
+        yield stack.enter_context(session)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,10 @@ def operated(ray_tmpdir: Path) -> Iterator[Head]:
     folder = ray_tmpdir / "op"
     folder.mkdir()
     settings = {"RAY_AUTH_MODE": "disabled", "RAY_metrics_report_interval_ms": "1000"}  # every 10 s otherwise
-    with ray_head(folder, 2, 100_000_000, **settings) as (address, environment):
+    with (
+        warm_workers(folder) as warm,
+        ray_head(folder, 2, 100_000_000, **settings, **warm) as (address, environment),
+    ):
         yield address, environment | settings
 
 

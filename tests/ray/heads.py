@@ -19,7 +19,7 @@ from ..patience import until  # noqa: TID252  # tests/ is no package that has an
 HEAD = (
     "start --head --block --node-ip-address=127.0.0.1 --include-dashboard=false --metrics-export-port=0 "
     "--dashboard-agent-listen-port=0 --dashboard-agent-grpc-port=0 --runtime-env-agent-port=0 --min-worker-port=0 "
-    "--max-worker-port=0 --disable-usage-stats"
+    "--max-worker-port=0 --disable-usage-stats --include-log-monitor=false --no-monitor"
 )
 ONCE = """
 import json, os, sys, time, rayk
@@ -53,6 +53,28 @@ Head = tuple[str, dict[str, str]]
 """Its address, and the environment of drivers, without tokens."""
 
 
+WARM = Path(__file__).parent / "warm"
+
+
+@contextlib.contextmanager
+def warm_workers(folder: Path) -> Iterator[dict[str, str]]:
+    """For the environment of clusters: their workers are forked of a process that has torch imported (warm/process.py).
+
+    With RAYK_COLD_WORKERS in the environment of the tests they start as ever.
+    """
+    if "RAYK_COLD_WORKERS" in os.environ:
+        yield {}
+        return
+    place = folder / "warm"
+    command = [sys.executable, str(WARM / "process.py"), str(place)]
+    own = os.environ | {"OMP_NUM_THREADS": "1"}  # as Ray sets it for workers; and there are no threads of it
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        path = [str(WARM), *filter(None, [os.environ.get("PYTHONPATH")])]
+        yield {"RAYK_WARM": str(place), "PYTHONPATH": os.pathsep.join(path), "RAY_prestart_worker_first_driver": "0"}
+
+
 @contextlib.contextmanager
 def ray_head(folder: Path, cpus: int, store: int, **more: str) -> Iterator[Head]:
     """A cluster of one node, whose processes end with it; `more` is for its own environment."""
@@ -75,7 +97,9 @@ def ray_head(folder: Path, cpus: int, store: int, **more: str) -> Iterator[Head]
         assert head.poll() is None, log.read_text()
         yield f"127.0.0.1:{port}", environment
     finally:
-        family = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
+        family = list[psutil.Process]()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself
+            family += [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
         for stop in (psutil.Process.terminate, psutil.Process.kill):
             for process in family:
                 with contextlib.suppress(psutil.NoSuchProcess):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from ..patience import scaled, until  # noqa: TID252  # tests/ is no package that has an absolute name
 from .forwards import running
-from .heads import Start, said, stderr, tell
+from .heads import Start, said, stderr, tell, warm_workers
 
 SERVE = """
 manager = manage(join())
@@ -158,9 +159,10 @@ manager.shutdown(force=True)
     until(lambda: not running(first))
 
 
-def test_many_drivers_at_once_lose_nothing() -> None:
+def test_many_drivers_at_once_lose_nothing(tmp_path: Path) -> None:
     """A small one of tests/measure/many_drivers.py."""
     command = [sys.executable, str(Path(__file__).parents[1] / "measure" / "many_drivers.py"), "16", "6", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(120))
+    with warm_workers(tmp_path) as warm:
+        done = subprocess.run(command, env=os.environ | warm, capture_output=True, text=True, timeout=scaled(120))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "768 of 768 requests admitted, stepped and released; 0 pages are held" in done.stdout

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from .heads import warm_workers
+
 # A raylet's files must not be its neighbour's, and a dead one is to be noticed in seconds, as in an embedded cluster.
 SCRIPT = """
 import json, os, subprocess, sys, time
@@ -30,7 +32,7 @@ FOLDER, MIB = sys.argv[1], 1 << 20
 def node(name, memory):
     os.makedirs(f"{FOLDER}/{name}")
     return dict(num_cpus=1, memory=memory, object_store_memory=80_000_000, temp_dir=f"{FOLDER}/{name}",
-                include_dashboard=False)
+                include_dashboard=False, include_log_monitor=False)
 
 def large(replicas):  # pages of 2 MiB
     return MHAKVCacheParams(dtype="float32", head_dim=64, num_layers=4, n_kv_heads=8, page_size=128,
@@ -165,9 +167,9 @@ def said(ray_tmpdir: Path) -> dict[str, Any]:
     script.write_text(SCRIPT)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, str(script), str(folder)]
+    with warm_workers(folder) as warm:
+        done = subprocess.run(command, env=environment | warm, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
