@@ -34,6 +34,8 @@ SETTINGS = ServeSettings(
     device="cpu", page_size=16, pages=7, max_batch_size=4, graphs=False, engine=EngineSettings(chunk_size=32)
 )
 TEXTS = (5, 40, 17, 64, 33)
+IMPORTS = ["torch.distributed", "transformers.modeling_utils", "rayk.engine.rank", "rayk.engine.replicas"]
+"""Most of what a rank computes otherwise; they are made once, and ranks are forked of who made them."""
 
 
 def answers(engine: Engine) -> list[list[int]]:
@@ -78,13 +80,14 @@ def rank_process(number: int, store: Path, folders: list[Path], pipes: list[list
 
 def split(ranks: int, folders: list[Path], root: Path) -> Iterator[tuple[str, list[list[int]], int, int]]:
     """What rank 0 of so many answers from each folder: its name, answers, preemptions, bytes of its part of a page."""
-    spawn = multiprocessing.get_context("spawn")
-    out, ends = spawn.Queue(), [[spawn.Pipe() for _ in range(ranks - 1)] for _ in folders]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(IMPORTS)
+    out, ends = server.Queue(), [[server.Pipe() for _ in range(ranks - 1)] for _ in folders]
     processes = []
     for number in range(ranks):
         mine = [[pair[number > 0] for pair in pairs] for pairs in ends]
         arguments = (number, root / f"store-{ranks}", folders, mine, out)
-        processes.append(spawn.Process(target=rank_process, args=arguments, daemon=True))
+        processes.append(server.Process(target=rank_process, args=arguments, daemon=True))
         processes[-1].start()
     for pair in (pair for pairs in ends for pair in pairs):
         for end in pair:
