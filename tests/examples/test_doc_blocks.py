@@ -24,7 +24,7 @@ import yaml
 
 from rayk.cli.main import app, main
 
-from ..ray.heads import warm_workers  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..ray.heads import CHECKPOINTS, warm_workers  # noqa: TID252  # tests/ is no package that has an absolute name
 
 REPO = Path(__file__).resolve().parent.parent.parent
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", REPO / "SECURITY.md"]
@@ -197,7 +197,7 @@ def test_python_blocks_run(tmp_path: Path) -> None:
             found.append((str(block.page.relative_to(REPO)), block.line, code))
     (tmp_path / "blocks.json").write_text(json.dumps(found))
     (tmp_path / "run.py").write_text(RUNNER)
-    with warm_workers(tmp_path) as warm:
+    with warm_workers(tmp_path, CHECKPOINTS) as warm:
         path = f"{warm['PYTHONPATH']}{os.pathsep}{REPO}"  # as where `python` is started in a checkout
         done = subprocess.run(
             [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "blocks.json")],

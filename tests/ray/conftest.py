@@ -17,7 +17,7 @@ from rayk import InferenceSession, PagedKVCacheManager
 
 from ..patience import scaled  # noqa: TID252  # tests/ is no package that has an absolute name
 from .forwards import PAGES, params
-from .heads import ONCE, Driver, Head, Start, ray_head, warm_workers
+from .heads import CHECKPOINTS, ONCE, Driver, Head, Start, ray_head, warm_workers
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def ray_tmpdir() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def session(ray_tmpdir: Path) -> Iterator[InferenceSession]:
-    with warm_workers(ray_tmpdir) as settings, ExitStack() as stack:
+    with warm_workers(ray_tmpdir, CHECKPOINTS) as settings, ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in settings.items():
                 patch.setenv(name, value)

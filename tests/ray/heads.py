@@ -54,19 +54,21 @@ Head = tuple[str, dict[str, str]]
 
 
 WARM = Path(__file__).parent / "warm"
+CHECKPOINTS = "transformers.modeling_utils"
+"""Most of what loading a checkpoint imports."""
 
 
 @contextlib.contextmanager
-def warm_workers(folder: Path) -> Iterator[dict[str, str]]:
-    """For the environment of clusters: their workers are forked of a process that has torch imported (warm/process.py).
+def warm_workers(folder: Path, *imports: str) -> Iterator[dict[str, str]]:
+    """For the environment of clusters: their workers are forked of a process that has imported torch and `imports`.
 
-    With RAYK_COLD_WORKERS in the environment of the tests they start as ever.
+    See warm/process.py. With RAYK_COLD_WORKERS in the environment of the tests they start as ever.
     """
     if "RAYK_COLD_WORKERS" in os.environ:
         yield {}
         return
     place = folder / "warm"
-    command = [sys.executable, str(WARM / "process.py"), str(place)]
+    command = [sys.executable, str(WARM / "process.py"), str(place), *imports]
     own = os.environ | {"OMP_NUM_THREADS": "1"}  # as Ray sets it for workers; and there are no threads of it
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own) as process:
         assert process.stdout is not None

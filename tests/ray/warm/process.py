@@ -8,6 +8,7 @@ is imported, and rayk are imported anew.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -37,8 +38,9 @@ def begin(told: dict[str, Any], files: list[int]) -> str:
     return script
 
 
-def main(place: str) -> str:
-    """Fork whoever asks at the socket `place`, until stdin ends; returns in what was forked only."""
+def main(place: str, *more: str) -> str:
+    """Fork whoever asks at the socket `place`, until stdin ends; returns in what was forked only. `more` is imported,
+    too."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(place)
@@ -52,6 +54,8 @@ def main(place: str) -> str:
         import torch
         import yaml  # noqa: F401
 
+        for name in more:
+            importlib.import_module(name)
         assert len(os.listdir("/proc/self/task")) == 1, "what has threads cannot be forked"
         gc.collect()
         gc.freeze()
@@ -73,5 +77,5 @@ def main(place: str) -> str:
 
 
 if __name__ == "__main__":
-    worker = main(sys.argv[1])
+    worker = main(*sys.argv[1:])
     runpy.run_path(worker, run_name="__main__")
