@@ -12,9 +12,10 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -150,7 +151,8 @@ class RayRuntime:
         try:
             knock(address)
             _enter(address, found)
-            ray.init(address=address, namespace=namespace, **{"logging_level": "warning", **options})
+            with _own_sigterm():
+                ray.init(address=address, namespace=namespace, **{"logging_level": "warning", **options})
         except ray_errors.AuthenticationError:
             raise ConfigError(refusal(address)) from None
         except ConnectionError as error:
@@ -175,7 +177,8 @@ class RayRuntime:
             **options,
         }
         try:
-            ray.init(address="local", namespace=self._namespace, **settings)
+            with _own_sigterm():
+                ray.init(address="local", namespace=self._namespace, **settings)
         except BaseException:
             self.disconnect()
             raise
@@ -497,3 +500,18 @@ def _enter(address: str, found: bool) -> None:
 def _placement(group: PlacementGroup) -> Placement:
     where = placement_group_table(group)["bundles_to_node_id"]
     return Placement(group, tuple(where[i] for i in range(len(where))))
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Where this process has a handler of SIGTERM, Ray puts none in its place: that one exits wherever Ray is just
+    then, which aborts the process."""
+    from ray._private import utils
+
+    theirs = utils.set_sigterm_handler
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = theirs

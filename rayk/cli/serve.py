@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import signal
 from typing import TYPE_CHECKING
 
 from rayk.errors import ConfigError
@@ -19,10 +20,10 @@ log = logging.getLogger("rayk.server")
 
 
 def serve(flags: ServeFlags) -> int:
-    """Serve until a signal ends it: 1 when it could not begin."""
+    """Serve until a signal ends it: 1 when it could not begin. One that comes before is obeyed when it has started."""
     check_installed("rayk serve")
     from rayk.protocol.admission import AdmissionPolicy
-    from rayk.server.process import run
+    from rayk.server.process import run, starting
     from rayk.server.settings import Limits, ServerSettings, read_keys
 
     settings = ServerSettings(
@@ -42,9 +43,14 @@ def serve(flags: ServeFlags) -> int:
 
     def say(port: int) -> None:
         log.info("http://%s:%d/v1 serves %s", flags.host, port, ", ".join(settings.models))
+        if stopped():
+            signal.raise_signal(signal.SIGTERM)  # the server has its handler by now
 
     more = {name: getattr(flags, name) for name in ("isolate_tenants", "vllm_metrics", "trace_share")}
-    with flags.open(admission=policy, **more) as cluster:
+    with starting() as stopped, flags.open(admission=policy, **more) as cluster:
+        if stopped():
+            log.info("stopped before it served anything")
+            return 0
         return 0 if run(cluster, settings, flags.host, flags.port, say) else 1
 
 

@@ -93,6 +93,26 @@ class Process(uvicorn.Server):
                 signal.signal(each, handler)
 
 
+@contextmanager
+def starting() -> Iterator[Callable[[], bool]]:
+    """SIGTERM waits for the end of what is done here, which Ray cannot be stopped in; what is yielded says whether it
+    came. A second one ends the process at once."""
+    came = list[int]()
+
+    def note(number: int, frame: object) -> None:
+        if came:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        came.append(number)
+        log.info("told to stop: it will, when it has started; a second signal does not wait")
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def raise_file_limit() -> int:
     """Have as many sockets open as the system allows this process; how many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -15,13 +15,16 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+import pytest
 import ray
 
 from rayk import InferenceSession
 from rayk.cli.example_model import write_example_model
 from rayk.cluster import Cluster
 
-from ..server.conftest import KEY, Served, serve  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..patience import scaled  # noqa: TID252  # tests/ is no package that has an absolute name
+from ..server.conftest import KEY, Served, serve  # noqa: TID252  # as above
 from .test_generate import engine_pids
 
 STREAMS = 50
@@ -138,3 +141,23 @@ def test_two_servers_over_one_named_cluster(session: InferenceSession, tmp_path:
                 assert pids[0] not in engine_pids()
         finally:
             owner.shutdown()
+
+
+@pytest.mark.slow
+def test_the_command_is_told_to_stop_while_it_starts(tmp_path: Path, repo: Path) -> None:
+    """Ray is starting its processes then, and would abort."""
+    write_example_model(tmp_path / "tiny", steps=2)
+    flags = ["--model", str(tmp_path / "tiny"), "--runtime", "ray", "--port", "0", "--pages", "64"]
+    started = [sys.executable, "-m", "rayk", "serve", *flags]
+    with subprocess.Popen(started, stderr=subprocess.PIPE, text=True, cwd=repo) as process:
+        try:
+            own = psutil.Process(process.pid)
+            while not (children := own.children()):
+                assert process.poll() is None
+            process.terminate()
+            _, said = process.communicate(timeout=scaled(120))
+            assert process.returncode == 0 and "Fatal" not in said and "Traceback" not in said, said
+            assert "stopped before it served anything" in said
+            assert not psutil.wait_procs(children, timeout=scaled(30))[1]
+        finally:
+            process.kill()

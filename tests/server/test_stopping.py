@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rayk.cluster import Cluster
-from rayk.server.process import ACCEPTED
+from rayk.server.process import ACCEPTED, starting
 
 from .conftest import serve
 
@@ -78,6 +78,15 @@ def test_what_is_open_after_the_grace_time_is_ended(folder: Path) -> None:
         while cluster.stats().running:
             threading.Event().wait(0.01)
         cluster.check_integrity()
+
+
+def test_a_signal_waits_while_a_server_starts() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with starting() as stopped:
+        assert not stopped()
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow
