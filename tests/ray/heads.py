@@ -69,7 +69,8 @@ def warm_workers(folder: Path, *imports: str) -> Iterator[dict[str, str]]:
         return
     place = folder / "warm"
     command = [sys.executable, str(WARM / "process.py"), str(place), *imports]
-    own = os.environ | {"OMP_NUM_THREADS": "1"}  # as Ray sets it for workers; and there are no threads of it
+    # One thread, as Ray has it for workers, so that there are no others; and CUDA is asked for without being begun.
+    own = os.environ | {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
