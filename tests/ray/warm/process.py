@@ -38,37 +38,46 @@ def begin(told: dict[str, Any], files: list[int]) -> str:
     return script
 
 
-def main(place: str, *more: str) -> str:
-    """Fork whoever asks at the socket `place`, until stdin ends; returns in what was forked only. `more` is imported,
-    too."""
+def load(names: list[str]) -> None:
+    """Import what Ray and rayk use, and `names`."""
+    for name in [
+        "google.protobuf.internal.builder",
+        "jsonschema",
+        "msgspec",
+        "psutil",
+        "requests",
+        "torch",
+        "yaml",
+        *names,
+    ]:
+        importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1, "what has threads cannot be forked"
+    gc.collect()
+    gc.freeze()
+
+
+def main(place: str, *names: str) -> str:
+    """Fork whoever asks at the socket `place`, until stdin ends; returns in what was forked only.
+
+    Nothing is imported before somebody asks: a cluster that starts meanwhile on a busy machine needs the cores.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(place)
         server.listen(64)
         print("ready", flush=True)
-        import google.protobuf.internal.builder  # noqa: F401  # what Ray and rayk use, too
-        import jsonschema  # noqa: F401
-        import msgspec  # noqa: F401
-        import psutil  # noqa: F401
-        import requests  # noqa: F401
-        import torch
-        import yaml  # noqa: F401
-
-        for name in more:
-            importlib.import_module(name)
-        assert len(os.listdir("/proc/self/task")) == 1, "what has threads cannot be forked"
-        gc.collect()
-        gc.freeze()
         while server in select.select([server, sys.stdin], [], [])[0]:
             asker, _ = server.accept()
             with asker:
                 _, files, _, _ = socket.recv_fds(asker, 1, 3)
                 with asker.makefile("rb") as whole:
                     told = json.load(whole)
+                if "torch" not in sys.modules:
+                    load(list(names))
                 if not os.fork():
                     server.close()
                     asker.close()
-                    torch.seed()
+                    sys.modules["torch"].seed()
                     return begin(told, files)
                 for file in files:
                     os.close(file)
