@@ -12,10 +12,9 @@ import math
 import os
 import pickle
 import shutil
-import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -44,6 +43,7 @@ from rayk.actors.interface import (
 from rayk.actors.listener import sweep
 from rayk.actors.reasons import REASON_LENGTH, one_line, why_gone
 from rayk.actors.secret import Secret
+from rayk.actors.signals import own_sigterm
 from rayk.errors import CallTimeoutError, ConfigError, NoPlaceError, RaykError, RemoteError
 from rayk.metrics.ray_exporter import CountingExporter
 from rayk.metrics.reading import Labels
@@ -151,7 +151,7 @@ class RayRuntime:
         try:
             knock(address)
             _enter(address, found)
-            with _own_sigterm():
+            with own_sigterm(ray):
                 ray.init(address=address, namespace=namespace, **{"logging_level": "warning", **options})
         except ray_errors.AuthenticationError:
             raise ConfigError(refusal(address)) from None
@@ -170,14 +170,9 @@ class RayRuntime:
         for name, value in EMBEDDED_SETTINGS.items():
             self._saved_environment[name] = os.environ.get(name)
             os.environ.setdefault(name, value)
-        settings = {
-            "include_dashboard": False,
-            "logging_level": "error",
-            "_temp_dir": self._temp_dir,
-            **options,
-        }
+        settings = {"include_dashboard": False, "logging_level": "error", "_temp_dir": self._temp_dir, **options}
         try:
-            with _own_sigterm():
+            with own_sigterm(ray):
                 ray.init(address="local", namespace=self._namespace, **settings)
         except BaseException:
             self.disconnect()
@@ -500,18 +495,3 @@ def _enter(address: str, found: bool) -> None:
 def _placement(group: PlacementGroup) -> Placement:
     where = placement_group_table(group)["bundles_to_node_id"]
     return Placement(group, tuple(where[i] for i in range(len(where))))
-
-
-@contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Where this process has a handler of SIGTERM, Ray puts none in its place: that one exits wherever Ray is just
-    then, which aborts the process."""
-    from ray._private import utils
-
-    theirs = utils.set_sigterm_handler
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        utils.set_sigterm_handler = lambda handler: None
-    try:
-        yield
-    finally:
-        utils.set_sigterm_handler = theirs
