@@ -367,6 +367,7 @@ class AsyncPagedKVCacheManager:
             self._admission.close()
         while self._under_way:
             await asyncio.gather(*self._under_way, return_exceptions=True)
+            await asyncio.sleep(0)  # since Python 3.12 gather() of what is done gives nobody a turn to take it off
         self.sync.shutdown(force)
 
     async def __aenter__(self) -> AsyncPagedKVCacheManager:
