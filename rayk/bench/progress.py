@@ -169,7 +169,9 @@ def chaos_rows(faults: Sequence[Fault], left: ChaosResult) -> list[tuple[str, st
             rows.append((kind, text))
     if left.undisturbed is not None:
         same = left.undisturbed
-        text = f"{same.requests} requests asked again without faults, {same.differing} with other tokens"
+        text = (
+            f"{same.requests} requests asked again without faults, {same.differing} with other tokens, {same.ties} ties"
+        )
         rows.append(("compared", text + (f": {same.first}" if same.first else "")))
     pages, claims = (sum(map(abs, column)) for column in zip((0, 0), *left.left, strict=True))
     return [*rows, ("left behind", f"{pages} pages, {claims} claims")]

@@ -103,8 +103,9 @@ def _comparison(
     """A Cluster's answers beside those of one that nothing befell."""
     if isinstance(driver, ManagerDriver):
         return None
+    assert settings.model is not None
     with start_undisturbed(settings, workload) as undisturbed:
-        return compare(undisturbed, driver.asked)
+        return compare(undisturbed, driver.asked, settings.model)
 
 
 def _driver(
