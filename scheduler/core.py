@@ -61,8 +61,8 @@ class SchedulerCore:
         self.leases = Leases(clock)
         self.born = 0
         """The first number of claims that this scheduler gave out, where another was before it."""
-        self.unheard: set[int] = set()
-        """Replicas that did not say what is claimed there when it began."""
+        self.unheard: dict[int, int] = {}
+        """The epochs of replicas that did not say what is claimed there when it began."""
         self.unfinished = False
         """Whether a driver went in the middle of a start: what it had started then is of no use to anybody."""
         self.owner = ""

@@ -94,7 +94,7 @@ def restore_members(
 
 def claim_again(core: SchedulerCore, claims: Mapping[int, Sequence[ClaimSeen] | None]) -> None:
     """Put the claims of each replica that is there into the books; None of one that did not answer."""
-    core.unheard = {r for r, seen in claims.items() if seen is None}
+    core.unheard = {r: core.members.epochs[r] for r, seen in claims.items() if seen is None}
     for r, seen in claims.items():
         for claim in seen or ():
             if core.placer.holder(claim.request_id) is None:
@@ -121,13 +121,16 @@ def rejoin(core: SchedulerCore, client: str, command: m.Rejoin) -> Script:
         core.leases.connect(client, command.lease_seconds)
     if command.owner:
         core.owner = client
+    unheard = [
+        r for r in core.members.here if core.unheard.get(r) == core.members.epochs[r]
+    ]  # and not another one since
     found = []
     for request_id, replica, generation in zip(command.ids, command.replicas, command.generations, strict=True):
         [owner] = placer.owners_of([request_id])
         holder = placer.holder(request_id)
         if holder is not None and owner == (client, generation):
             replica = holder
-        elif holder is None and replica in core.unheard and replica in core.members.here:
+        elif holder is None and replica in unheard:
             _put(core, client, request_id, generation, replica, 0)
         else:
             replica = -1

@@ -115,3 +115,15 @@ def test_of_a_replica_that_did_not_answer_its_drivers_are_believed() -> None:
     after = again(core(), {0: [], 1: None, 2: []})
     found, _ = carry_out(rejoin(after, "a", m.Rejoin(["x", "y"], [1, 0], [5, 6])))
     assert found == m.Located([1, -1]) and after.placer.holder("x") == 1
+
+
+def test_nobody_is_believed_of_a_replica_that_another_has_taken_the_place_of() -> None:
+    """What was claimed there is gone: in the books it would stand for ever."""
+    after = again(core(), {0: [], 1: None, 2: []})
+    after.supervisor.lose(1, 2, "it did not answer")
+    assert after.supervisor.take("a") == [1]
+    after.lifecycle.start(1)
+    after.supervisor.join(1, 3, 100)
+    found, _ = carry_out(rejoin(after, "a", m.Rejoin(["x"], [1], [5])))
+    assert found == m.Located([-1]) and after.placer.holder("x") is None
+    assert after.router.loads.requests.tolist() == [0, 0, 0]
