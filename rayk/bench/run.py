@@ -52,6 +52,7 @@ def run_bench(
     troubles: list[Exception] = []
     tiers: TierUse | None = None
     chaos: ChaosResult | None = None
+    over = False
     with StopSignals() as signals, ExitStack() as stack:
         stack.callback(_end, session.close, troubles)
         if settings.named:
@@ -65,6 +66,7 @@ def run_bench(
         try:
             faults.start(driver, clock)
             driver.run()
+            over = True
             if settings.chaos is not None:
                 driver.measured.faults += faults.end()
                 chaos = ChaosResult(faults.left(), _comparison(settings, workload, driver))
@@ -72,6 +74,8 @@ def run_bench(
                 tiers = _tiers(driver)
         except (Exception, KeyboardInterrupt) as stopped:  # whatever it is, what was done is not lost with it
             error = stopped
+            if over:  # else the run has noted it
+                driver.measured.fault(error, driver.elapsed)
         signals.ignore()
         if error is not None:
             report(make_result(settings, workload, driver.measured, nodes, tiers, chaos, simulated=False), False)

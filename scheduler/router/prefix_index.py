@@ -6,14 +6,13 @@ A page is a *key*: the hash of its tokens and all before them, as an int. The in
     _holders   key -> bit set: bit 3 * slot + tier says that the replica in that slot holds the page in that tier
 
 A replica holds a page only with all pages before it (they are evicted from the end), tier by tier, so the set of
-holders never grows along a request. Lookups rely on it: they bisect, a dozen probes for a request of any length. An
-entry that breaks the rule costs a miss.
+holders never grows along a request. Lookups rely on it and bisect. An entry that breaks the rule costs a miss.
 
 A request that was just placed will store its pages soon. `promise` enters them at once, so that those who share its
 prefix and arrive together find them; they stay when the replica reports them, and `withdraw` takes the others back.
 
-Clearing a replica gives it a fresh slot at once. What its old slot left behind is not looked at any more and is swept
-up in small pieces beside later changes, so that no call takes long; then the slot is used again.
+Clearing a replica gives it a fresh slot. What is in its old one is swept up in small pieces beside later changes, so
+that no call takes long; then that slot is used again.
 """
 
 from __future__ import annotations
@@ -26,13 +25,11 @@ from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from rayk.errors import IntegrityError
 from rayk.kvcache.page_hash import PageHash, RootKey
 from rayk.kvcache.page_pool import Pages
-
-Int64Array = npt.NDArray[np.int64]
+from rayk.scheduler.router.replica_loads import Int64Array
 
 KNOWN = 4096  # bit sets that are kept taken apart
 SWEEP = 256  # entries looked at by a change while an old slot is being swept up
@@ -248,8 +245,7 @@ class PrefixIndex:
 
     def promise(self, replica: int, keys: Sequence[int], depth: int | None = None) -> Sequence[int]:
         """The replica will hold these pages soon, in its device tier. Returns those that it did not hold or promise
-        before, for `withdraw`; `keys` themselves if it is all. `depth`: that of these keys, if it was just looked
-        up."""
+        before, for `withdraw`; `keys` themselves if it is all. `depth`: theirs, if it was just looked up."""
         slot = self._slot[replica]
         bit, holders, unsure = self._bit[slot][0], self._holders, self._unsure
         if depth is None:

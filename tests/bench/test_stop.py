@@ -11,6 +11,7 @@ import pytest
 
 from rayk import InferenceSession
 from rayk.bench import command
+from rayk.bench.manager_driver import ManagerDriver
 from rayk.bench.progress import LoggedProgress
 from rayk.bench.run import run_bench
 from rayk.bench.settings import BenchSettings, complete
@@ -73,6 +74,21 @@ def test_a_signal_ends_the_run_and_not_its_report(number: signal.Signals) -> Non
     if number is not signal.SIGINT:
         assert result.faults[0].message == f"stopped by {number.name}"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_that_comes_when_all_is_served_is_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = ManagerDriver.run
+
+    def stopped_then(driver: ManagerDriver) -> Any:
+        monkeypatch.setattr("rayk.bench.run._tiers", lambda driver: signal.raise_signal(signal.SIGTERM))
+        return serve(driver)
+
+    monkeypatch.setattr(ManagerDriver, "run", stopped_then)
+    workload = GENERATORS["random"](5, seed=0, scale=0.05)
+    settings = BenchSettings(runtime="inline", forward="none", page_size=16, host_pages=4)
+    outcome = run_bench(complete(settings, workload, None, None), workload)
+    assert isinstance(outcome.error, Stopped) and outcome.result.requests.completed == 5
+    assert [fault.message for fault in outcome.result.faults] == ["stopped by SIGTERM"]
 
 
 def test_a_folder_that_takes_nothing_is_told_of(

@@ -87,7 +87,7 @@ def test_who_is_not_let_in_is_told_in_one_line(submit: Submit, own: dict[str, st
 
 
 def test_ctrl_c_stops_the_job_and_keeps_what_it_did(submit: Submit, tmp_path: Path) -> None:
-    job = submit("--requests", "2000", "--replicas", "1", *SMALL)
+    job = submit("--requests", "20000", "--replicas", "1", *SMALL)  # more than are done by its first line
     assert job.stdout is not None
     while "requests  running" not in (line := job.stdout.readline()):
         assert line, f"it ended with {job.wait()}"
