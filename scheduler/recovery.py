@@ -121,9 +121,8 @@ def rejoin(core: SchedulerCore, client: str, command: m.Rejoin) -> Script:
         core.leases.connect(client, command.lease_seconds)
     if command.owner:
         core.owner = client
-    unheard = [
-        r for r in core.members.here if core.unheard.get(r) == core.members.epochs[r]
-    ]  # and not another one since
+    members = core.members
+    unheard = [r for r in members.here if core.unheard.get(r) == members.epochs[r]]  # and no other there since
     found = []
     for request_id, replica, generation in zip(command.ids, command.replicas, command.generations, strict=True):
         [owner] = placer.owners_of([request_id])
